@@ -1,0 +1,6998 @@
+#!/usr/bin/env python3
+"""VmBackup: backs up the VMs of a XenServer, Citrix Hypervisor or XCP-ng pool.
+
+    VmBackup.py PASSWORD TARGET [ACTION] [NAME=VALUE ...]
+
+The program reads the pool once, plans, and then for each VM: snapshots it,
+streams `xe vm-export` (or `xe vdi-export` of Disk 0) of the snapshot to the
+backup directory while proving that what passes is whole, removes the
+snapshot, seals the copy by one rename, and only then prunes older copies.
+
+Data flows one way:
+
+    arguments -> Configuration -> Inventory -> Plan -> Run -> Outcome -> Report -> exit status
+
+The sections below stand in reading order; each uses only those above it.
+
+@MAP@
+
+Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
+"""
+NEEDS: str = "VmBackup needs Python 3.6 or newer: write /usr/bin/python3 in the crontab"
+
+# =============================================================================
+# 1. Program
+# =============================================================================
+# What the program is made of: imports, constants with their units, and the
+# exit statuses that cron and people see.
+
+import base64
+import binascii
+import contextlib
+import email.message
+import email.policy
+import email.utils
+import enum
+import errno
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import http.client
+import io
+import json
+import os
+import queue
+import re
+import secrets
+import select
+import shutil
+import signal
+import smtplib
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+import xml.parsers.expat
+import xmlrpc.client
+import zlib
+from array import array
+from datetime import datetime, timedelta, timezone
+from difflib import get_close_matches
+from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional,
+                    Sequence, Set, Tuple, Union)
+
+VERSION = "4.0.0"
+
+KIBIBYTE = 1024
+MEBIBYTE = 1024 * 1024
+GIBIBYTE = 1024 * 1024 * 1024
+
+MINUTE_S = 60
+HOUR_S = 60 * MINUTE_S
+DAY_S = 24 * HOUR_S
+
+XE_FALLBACK = "/opt/xensource/bin/xe"          # cron's PATH does not hold it
+INVENTORY_FILE = "/etc/xensource-inventory"    # only a host of a pool has it
+LOCAL_SOCKET = "/var/lib/xcp/xapi"
+LOCAL_URL = "http://127.0.0.1"
+TEST_DOOR = "VMBACKUP_POOL"                    # "URL SOCKET": where this host is, in tests
+
+
+class ExitStatus(enum.IntEnum):
+    """What cron is told; 128+N means: stopped by signal N, after clean-up."""
+    OK = 0           # everything asked for was done
+    FAILED = 1       # at least one VM, or the pool metadata, was not backed up, verified or restored
+    USAGE = 2        # the command line or the config is wrong: nothing was started
+    WARNING = 3      # all done, with warnings worth a look
+    POOL = 4         # the pool can't be reached, or the login was refused
+    LOCKED = 5       # another run of this config is still going
+    BUG = 70         # a bug: traceback and versions are in the log
+
+
+EXIT_STATUS_HELP = (
+    (ExitStatus.OK, "everything asked for was done (a good preview included)"),
+    (ExitStatus.FAILED, "at least one VM, or the pool metadata, was not backed up, verified or restored"),
+    (ExitStatus.USAGE, "the command line or the config is wrong: nothing was started"),
+    (ExitStatus.WARNING, "all done, with warnings worth a look"),
+    (ExitStatus.POOL, "the pool can't be reached, or the login was refused"),
+    (ExitStatus.LOCKED, "another run of this config is still going"),
+    (ExitStatus.BUG, "a bug in VmBackup: traceback and versions are in the log"),
+)
+
+# =============================================================================
+# 2. Errors
+# =============================================================================
+# Everything that can go wrong, each with the exit status that it means for the
+# whole run if nothing above it can go on. The text of an error is a sentence
+# for a person: what happened, to which object, what is left, what to do.
+
+
+class BackupError(Exception):
+    """Something went wrong that a person has to be told, in one or more sentences."""
+    exit_status = ExitStatus.FAILED
+    passing = False                     # worth a second try at the end of the queue
+    status_word = ""                    # for the status log: SNAPSHOT-FAIL and the like
+
+    def __init__(self, sentence: str, passing: Optional[bool] = None) -> None:
+        super().__init__(sentence)
+        if passing is not None:
+            self.passing = passing
+
+
+class UsageError(BackupError):
+    """The command line is wrong; nothing was started."""
+    exit_status = ExitStatus.USAGE
+
+
+class ConfigurationError(BackupError):
+    """The config has problems: one sentence each, with file and line."""
+    exit_status = ExitStatus.USAGE
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class PoolError(BackupError):
+    """The pool can't be reached, or refused the login."""
+    exit_status = ExitStatus.POOL
+
+
+class AnswerLost(PoolError):
+    """A call went out and no answer came back: it may have done its work."""
+    passing = True
+
+
+class ApiFailure(BackupError):
+    """The pool answered a call with a failure: code and parameters as XenAPI gives them."""
+
+    def __init__(self, code: str, parameters: Sequence[str], doing: str) -> None:
+        self.code = code
+        self.parameters = tuple(str(item) for item in parameters)
+        super().__init__("%s was refused by the pool: %s%s"
+                         % (doing, failure_text(self.code, self.parameters),
+                            failure_advice(self.code)), passing=code in PASSING_FAILURES)
+
+
+class ProgramError(BackupError):
+    """A program that we started ended badly."""
+
+
+class CatalogError(BackupError):
+    """The backup directory can't be used as it should be."""
+
+
+class StorageMisbehaved(CatalogError):
+    """The storage under backup_dir gave an error that no full disk explains: nothing is pruned."""
+
+
+class VerificationError(BackupError):
+    """The data are not what a whole backup looks like."""
+
+
+class StreamStalled(BackupError):
+    """No sign of life for longer than stall_timeout."""
+    passing = True
+
+
+class LockHeld(BackupError):
+    """Somebody else holds the lock; the sentence says who and since when."""
+    exit_status = ExitStatus.LOCKED
+
+
+class Interrupted(BaseException):
+    """A signal asked us to stop. Not an Exception, so that no job can swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("stopped by %s" % signal.Signals(number).name)
+        self.number = number
+
+
+# Reasons that pass by themselves: the VM is tried once more at the end of the queue.
+PASSING_FAILURES = frozenset((
+    "OTHER_OPERATION_IN_PROGRESS", "SR_BACKEND_FAILURE_46", "SR_BACKEND_FAILURE_47",
+    "SESSION_INVALID", "HOST_STILL_BOOTING", "CANNOT_CONTACT_HOST", "TASK_CANCELLED"))
+
+# What an administrator can do about the failures that backups meet (codes: ocaml/idl/datamodel_errors.ml).
+FAILURE_ADVICE = {
+    "SR_BACKEND_FAILURE_44": "The SR is full: free space on it (old snapshots, and space that its coalesce "
+                             "has not given back yet), then run again.",
+    "SR_BACKEND_FAILURE_109": "The snapshot chain is too long: delete snapshots of this VM and let the SR "
+                              "coalesce, or copy the disk.",
+    "SR_OPERATION_NOT_SUPPORTED": "One of its disks lies on an SR that can't make snapshots (raw, ISO or udev): "
+                                  "use vdi-export if only that data disk is in the way, move the disk, or exclude "
+                                  "the VM and back it up from inside.",
+    "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION": "One of its disks has on_boot=reset, which can't be "
+                                                    "snapshotted: set it to persist (xe vdi-param-set "
+                                                    "on-boot=persist, VM halted) or exclude the VM.",
+    "VM_HAS_VUSBS": "A USB device is passed through to it: detach the device or exclude the VM.",
+    "NO_HOSTS_AVAILABLE": "No live host sees all SRs that this VM uses, an inserted ISO's included: plug the SR "
+                          "on one host, or eject the CD.",
+    "OTHER_OPERATION_IN_PROGRESS": "Something else is working on it; the next run will try again.",
+    "VDI_IN_USE": "The disk is in use by something else.",
+    "HANDLE_INVALID": "It is no longer in the pool.",
+    "OPERATION_NOT_ALLOWED": "The pool forbids it for this object.",
+    "OPERATION_BLOCKED": "An administrator has blocked this operation on the VM (blocked_operations).",
+    "NOT_SUPPORTED_DURING_UPGRADE": "A rolling pool upgrade is going on: run again when it is over.",
+}
+
+
+def failure_text(code: str, parameters: Sequence[str]) -> str:
+    """The failure as one line: the code, then its parameters as the server gave them."""
+    shown = [one_line(item) for item in parameters if item.strip()]
+    return code + (" (%s)" % "; ".join(shown) if shown else "") + "."
+
+
+def failure_advice(code: str) -> str:
+    """What to do about that failure, with a leading space, or nothing."""
+    advice = FAILURE_ADVICE.get(code)
+    return " " + advice if advice else ""
+
+
+def one_line(text: str) -> str:
+    """The text with every control character shown as an escape, so that it can't break a line."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+                   for char in text)
+
+
+# =============================================================================
+# 3. Values
+# =============================================================================
+# The nouns of the field, as plain values. A `ref` is only handed back to the
+# pool; everything that is written down or compared uses uuids.
+
+
+class Method(enum.Enum):
+    """How a VM is backed up; the value is the word in configs and logs."""
+    VM = "vm-export"
+    VDI = "vdi-export"
+
+
+class Severity(enum.Enum):
+    """How much a finding matters: INFO never changes the exit status."""
+    INFO = 0
+    WARNING = 1
+    ERROR = 2
+
+
+class Finding(NamedTuple):
+    """Something that a person should know, and what it is about."""
+    severity: Severity
+    subject: str
+    sentence: str
+
+
+class Host(NamedTuple):
+    """A host of the pool. `short_name` is its hostname up to the first dot."""
+    ref: str
+    uuid: str
+    short_name: str
+    address: str
+    product_version: Tuple[int, ...]
+    api_version: Tuple[int, int]
+
+
+class StorageRepository(NamedTuple):
+    """An SR; sizes in bytes."""
+    ref: str
+    uuid: str
+    name: str
+    content_type: str
+    physical_size: int
+    physical_utilisation: int
+
+
+class Disk(NamedTuple):
+    """A VBD of type Disk together with its VDI; sizes in bytes."""
+    vbd_uuid: str
+    userdevice: str
+    device: str
+    bootable: bool
+    mode: str
+    type: str
+    unpluggable: bool
+    vdi_ref: str
+    vdi_uuid: str
+    name: str
+    description: str
+    virtual_size: int
+    vdi_type: str
+    sharable: bool
+    read_only: bool
+    sr_ref: str
+    sr_uuid: str
+    snapshot_of: str
+
+
+class Interface(NamedTuple):
+    """A VIF and the name of its network."""
+    uuid: str
+    device: str
+    network_name: str
+    mtu: str
+    mac: str
+    other_config: Tuple[Tuple[str, str], ...]
+
+
+class VirtualMachine(NamedTuple):
+    """A VM as the inventory shows it; `disks` in order of their device."""
+    ref: str
+    uuid: str
+    name: str
+    description: str
+    power_state: str
+    tags: Tuple[str, ...]
+    memory_dynamic_max: str
+    vcpus_max: str
+    vcpus_at_startup: str
+    guest_metrics_ref: str
+    disks: Tuple[Disk, ...]
+
+    @property
+    def title(self) -> str:
+        """The VM for a log line: its name, quoted where it is odd, and the start of its uuid."""
+        return "%s (%s)" % (quote_name(self.name), self.uuid[:8])
+
+
+class Inventory(NamedTuple):
+    """The pool, read once. `machines` are real VMs only: no templates, snapshots, control domains."""
+    pool_uuid: str
+    pool_name: str
+    host: Host
+    master: Host
+    machines: Tuple[VirtualMachine, ...]
+
+    @property
+    def pool_title(self) -> str:
+        """The pool for people: its name, or its master's, as most pools are never named."""
+        return quote_name(self.pool_name or self.master.short_name)
+
+
+# =============================================================================
+# 4. Sizes, times and names
+# =============================================================================
+# Turning values into words and safe names, and back. Pure: the time is passed in.
+
+
+def format_size(size_bytes: Union[int, float]) -> str:
+    """A size as people say it: `812 GiB`, `1.2 GiB`, `17 MiB`, `640 B`."""
+    amount = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            break
+        amount /= 1024
+    else:
+        unit = "TiB"
+    if unit == "B" or amount >= 10:
+        return "%.0f %s" % (amount, unit)
+    return "%.1f %s" % (amount, unit)
+
+
+def format_duration(seconds: float) -> str:
+    """A duration as people say it: `3 s`, `4 min 10 s`, `5 h 12 min`, `2 d 3 h`."""
+    whole = int(seconds)
+    if whole < MINUTE_S:
+        return "%d s" % whole
+    if whole < HOUR_S:
+        return "%d min %d s" % divmod(whole, MINUTE_S)
+    if whole < DAY_S:
+        return "%d h %d min" % (whole // HOUR_S, whole % HOUR_S // MINUTE_S)
+    return "%d d %d h" % (whole // DAY_S, whole % DAY_S // HOUR_S)
+
+
+def format_utc(at: datetime) -> str:
+    """An aware time as the manifest and the journal keep it: `2016-04-14T00:10:00Z`."""
+    return at.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_utc(text: str) -> datetime:
+    """The time that format_utc wrote; ValueError if it is not one."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+
+
+def quote_name(name: str) -> str:
+    """The name as it is if it is plain; else in double quotes with control characters shown."""
+    if re.fullmatch(r"[\w.+@()-]+( [\w.+@()-]+)*", name):
+        return name
+    return '"%s"' % one_line(name).replace('"', '\\"')
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 copy`, `2 copies`, `3 VMs`: the number with its noun."""
+    if number == 1:
+        return "1 " + noun
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return "%d %s" % (number, plural)
+
+
+# --- names of directories -----------------------------------------------------
+
+SAFE_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ._-()+@,")
+WINDOWS_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)")
+NEWCOMER_SUFFIX = re.compile(r"(?i)--[0-9a-f]{8}$")
+SAFE_NAME_BYTES = 220          # leaves room in 255 bytes for `--uuid`, `.xva.zst` and `.partial`
+EMPTY_NAME = "%00"             # no VM's name can hold a NUL
+
+
+def safe_name(name: str) -> str:
+    """The VM's name as a directory name that every file system takes.
+
+    Injective: what is not safe stands as %XX (its UTF-8 bytes), a `%` too, so
+    no two names give one result. A plain name stays as the older program wrote
+    it. Never begins with `.` or METADATA_, never ends with `.` or a space, is
+    no reserved Windows name, and never ends as newcomer_name() does.
+    """
+    def escape(char: str) -> str:
+        return "".join("%%%02X" % byte for byte in char.encode("utf-8", "surrogatepass"))
+
+    if not name:
+        return EMPTY_NAME
+    pieces = [char if char in SAFE_CHARACTERS else escape(char) for char in name]
+    if name[0] in ". " or name[:9].upper() == "METADATA_" or WINDOWS_RESERVED.match(name):
+        pieces[0] = escape(name[0])
+    if name[-1] in ". ":
+        pieces[-1] = escape(name[-1])
+    if NEWCOMER_SUFFIX.search(name):
+        pieces[-10] = escape("-")
+    whole = "".join(pieces)
+    if len(whole) <= SAFE_NAME_BYTES:
+        return whole
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+    kept = ""
+    for piece in pieces:
+        if len(kept) + len(piece) > SAFE_NAME_BYTES - 2 - len(digest):
+            break
+        kept += piece
+    return kept + "%%" + digest        # two `%` in a row: no uncut name has that
+
+
+def newcomer_name(name: str, uuid: str) -> str:
+    """The directory of a VM whose plain directory belongs to another VM."""
+    return "%s--%s" % (safe_name(name), uuid[:8])
+
+
+def folded(folder: str) -> str:
+    """Two directory names with one folded form are one directory on a CIFS share."""
+    return unicodedata.normalize("NFC", folder).casefold()
+
+
+# --- names of copies ----------------------------------------------------------
+
+STAMP = re.compile(r"backup-(\d{4})-(\d\d)-(\d\d)-(\d\d)(\d\d)(\d\d)", re.ASCII)
+OLD_STAMP = re.compile(r"backup-(\d{4})-(\d\d)-(\d\d)-\((\d\d):(\d\d):(\d\d)\)", re.ASCII)
+PARTIAL = ".partial"
+DELETING = ".deleting"
+POOL_DUMP = re.compile(r"pool_db_[0-9]{8}-[0-9]{6}\.dump")
+POOL_DUMP_STAMP = "pool_db_%Y%m%d-%H%M%S.dump"
+
+
+def copy_name(local: datetime) -> str:
+    """The directory of a copy begun at that local time."""
+    return local.strftime("backup-%Y-%m-%d-%H%M%S")
+
+
+def parse_copy_name(name: str) -> Optional[Tuple[datetime, bool]]:
+    """The local time in a copy's name and whether the older program wrote it; None for any other name."""
+    for pattern, is_old in ((STAMP, False), (OLD_STAMP, True)):
+        match = pattern.fullmatch(name)
+        if match:
+            try:
+                return datetime(*(int(part) for part in match.groups())), is_old
+            except ValueError:
+                return None
+    return None
+
+
+def device_name(userdevice: str) -> str:
+    """The device that a userdevice number becomes in a guest: 0 is xvda, 26 is xvdaa; a word stays."""
+    if not re.fullmatch(r"[0-9]+", userdevice):
+        return userdevice
+    letters = ""
+    number = int(userdevice) + 1
+    while number:
+        number, letter = divmod(number - 1, 26)
+        letters = chr(ord("a") + letter) + letters
+    return "xvd" + letters
+
+
+def userdevice_number(userdevice: str) -> int:
+    """The position of a userdevice for sorting: xvda, hda and 0 are all 0; unknown words come last."""
+    if re.fullmatch(r"[0-9]+", userdevice):
+        return int(userdevice)
+    match = re.fullmatch(r"(?:xvd|hd|sd)([a-z]+)", userdevice)
+    if not match:
+        return 1 << 30
+    number = 0
+    for letter in match.group(1):
+        number = number * 26 + ord(letter) - ord("a") + 1
+    return number - 1
+
+
+# --- cfg files ----------------------------------------------------------------
+
+
+def cfg_text(pairs: Iterable[Tuple[str, Any]]) -> str:
+    """The text of a cfg file: `key=value` lines, booleans as True/False, newlines escaped."""
+    lines = []
+    for key, value in pairs:
+        text = str(value).replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+        lines.append("%s=%s\n" % (key, text))
+    return "".join(lines)
+
+
+def parse_cfg(text: str) -> Dict[str, str]:
+    """What cfg_text wrote; lines without `=` are passed over (the older program did not escape newlines)."""
+    values = {}
+    for line in text.split("\n"):
+        key, equals, value = line.partition("=")
+        if equals:
+            values[key] = re.sub(r"\\([nr\\])",
+                                 lambda m: {"n": "\n", "r": "\r", "\\": "\\"}[m.group(1)], value)
+    return values
+
+
+# --- text and the file system ---------------------------------------------------
+# Cron gives an ASCII world: on Python 3.6 a path with `u-umlaut` can't even be
+# opened as str. Names are UTF-8 whatever the locale says.
+
+
+def fs_path(text: str) -> str:
+    """The str that the os module turns into the UTF-8 bytes of the text, in any locale."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def fs_text(path: str) -> str:
+    """The text of a path or argument that the os module gave us."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+# =============================================================================
+# 5. Configuration
+# =============================================================================
+# From text to one checked value, all problems at once, each with its place.
+# OPTIONS declares every key once: the parser, `help config`, example.cfg and
+# README's table come from it. Pure: files are read in section 18.
+
+
+class Option(NamedTuple):
+    """A config key. `kind` is one of: bool, int, percent, choice, text, path, pool, fingerprint, address, addresses,
+    selector."""
+    name: str
+    kind: str
+    default: Any
+    section: str
+    help: str
+    choices: Tuple[str, ...] = ()
+    minimum: int = 0
+    maximum: int = 1000000
+    example: str = ""
+
+    @property
+    def field(self) -> str:
+        """The option's name as a field of Configuration."""
+        return self.name.replace("-", "_")
+
+
+OPTIONS = (
+    Option("vm-export", "selector", (), "What to back up",
+           "Selects VMs for a full backup (repeatable).", example='PROD*'),
+    Option("vdi-export", "selector", (), "What to back up",
+           "Selects VMs of which only Disk 0, the OS disk, is backed up (repeatable).",
+           example='"File server 1":2'),
+    Option("exclude", "selector", (), "What to back up",
+           "Leaves VMs out, whatever selects them (repeatable, anywhere in the file).", example='*-test'),
+    Option("pool_db_backup", "bool", False, "What to back up",
+           "Dumps the pool database into METADATA_<host> at the start of the run."),
+    Option("wildcards", "choice", "shell", "What to back up",
+           "Reads bare selectors as shell wildcards, or as the regexes of versions 3.1 to 3.25.",
+           choices=("shell", "regex")),
+    Option("backup_dir", "path", "/snapshots/BACKUPS", "Where to",
+           "Names the directory that holds all backups: it must exist and be writable."),
+    Option("require_mount", "choice", "auto", "Where to",
+           "Refuses a backup_dir on the root file system: always (yes), never (no), or on a host of a pool only (auto).",
+           choices=("auto", "yes", "no")),
+    Option("status_log", "path", "/snapshots/NAUbackup/status.log", "Where to",
+           "Names the file that gets the status lines; a backup never fails for it."),
+    Option("max_backups", "int", 4, "How many to keep",
+           "Keeps so many good copies of each VM and kind, where a selector gives no :N.", minimum=1),
+    Option("pre_clean", "bool", False, "How many to keep",
+           "Frees space before the export: down to one copy fewer, never the last good one."),
+    Option("vdi_export_format", "choice", "raw", "How",
+           "Chooses the format of vdi-export images.", choices=("raw", "vhd")),
+    Option("compress", "choice", "none", "How",
+           "Compresses the images on this host: gzip (or True), zstd, none (or False).",
+           choices=("none", "gzip", "zstd")),
+    Option("verify_after", "bool", False, "How",
+           "Reads each image back from storage and compares it before the copy counts."),
+    Option("min_sr_free", "percent", 5, "How",
+           "Makes no snapshot, and gives a running export up, while less than so many percent of an SR are free.",
+           maximum=90),
+    Option("lock_wait", "int", 10, "How",
+           "Waits so many minutes for a run of another config that is busy with the same VM.", maximum=1440),
+    Option("stall_timeout", "int", 15, "How",
+           "Gives an export up after so many minutes without a sign of life.", minimum=1, maximum=1440),
+    Option("ignore_extra_keys", "bool", False, "How",
+           "Makes an unknown key in this file a warning instead of an error."),
+    Option("mail_to", "addresses", (), "Mail",
+           "Mails a report of each run to these addresses, separated by commas.", example="admins@example.org"),
+    Option("mail_when", "choice", "always", "Mail",
+           "Sends the mail always, or only when there are problems, or never.",
+           choices=("always", "problems", "never")),
+    Option("mail_from", "address", "", "Mail",
+           "Names the sender; without it, root@ and this host's full name.", example="backup@example.org"),
+    Option("smtp_server", "text", "localhost", "Mail", "Names the mail server."),
+    Option("smtp_port", "int", 0, "Mail",
+           "Names its port; 0 stands for 25, or 587 with starttls, or 465 with tls.", maximum=65535),
+    Option("smtp_security", "choice", "none", "Mail",
+           "Encrypts the way to the mail server, whose certificate is then checked.",
+           choices=("none", "starttls", "tls")),
+    Option("smtp_ca_file", "path", "", "Mail",
+           "Checks the mail server's certificate against this file of CA certificates.",
+           example="/etc/ssl/mail.pem"),
+    Option("smtp_user", "text", "", "Mail", "Logs in to the mail server as this user.", example="backup"),
+    Option("smtp_password_file", "path", "", "Mail",
+           "Names the file with that user's password; only its owner may be able to read it.",
+           example="/root/smtp.password"),
+    Option("pool", "pool", None, "Which pool",
+           "Names another pool's master, HOST[:PORT] or http(s)://HOST[:PORT]; without it, this host's pool.",
+           example="xcp1.example.org"),
+    Option("ca_file", "path", "", "Which pool",
+           "Checks the pool's TLS certificate against this file of CA certificates.",
+           example="/etc/ssl/pool.pem"),
+    Option("ca_fingerprint", "fingerprint", "", "Which pool",
+           "Accepts only the pool's TLS certificate with this SHA-256 fingerprint.",
+           example="AB:CD:...:EF"),
+    Option("xe_path", "path", "", "Which pool",
+           "Names the xe program; without it, xe on the PATH, else " + XE_FALLBACK + ".",
+           example="/usr/bin/xe"),
+)
+OPTION_NAMES = tuple(option.name for option in OPTIONS)
+TRUE_WORDS = ("true", "yes", "1")
+FALSE_WORDS = ("false", "no", "0")
+
+
+class PoolAddress(NamedTuple):
+    """Where another pool's master listens."""
+    scheme: str
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The address as a URL, an IPv6 address in brackets."""
+        host = "[%s]" % self.host if ":" in self.host else self.host
+        return "%s://%s:%d" % (self.scheme, host, self.port)
+
+
+class Setting(NamedTuple):
+    """One `name = value` with its place: `weekend.cfg:12`, or `command line`."""
+    name: str
+    value: str
+    place: str
+
+
+class Selector(NamedTuple):
+    """One selecting line. `form` is uuid, name, wildcard, regex, prefix-regex or tag; `keep` its :N."""
+    method: Optional[Method]      # None: an exclude
+    form: str
+    pattern: str
+    keep: Optional[int]
+    bare: bool                    # written without quotes
+    text: str
+    place: str
+
+    @property
+    def precision(self) -> int:
+        """uuid before name before all that stands for many."""
+        return {"uuid": 3, "name": 2}.get(self.form, 1)
+
+    @property
+    def is_literal(self) -> bool:
+        """Does it name one VM that somebody counts on?"""
+        return self.form in ("uuid", "name")
+
+    @property
+    def line(self) -> str:
+        """The selector as its config line, and where that stands."""
+        return "%s=%s (%s)" % (self.method.value if self.method else "exclude",
+                               one_line(self.text), self.place)
+
+    def matches(self, machine: VirtualMachine) -> bool:
+        """Does it select that VM?"""
+        if self.form == "uuid":
+            return machine.uuid.lower() == self.pattern
+        if self.form == "tag":
+            return self.pattern in machine.tags
+        if self.form == "name":
+            return machine.name == self.pattern
+        if self.form == "wildcard":
+            return machine.name == self.pattern or fnmatch.fnmatchcase(machine.name, self.pattern)
+        if self.form == "regex":
+            return re.fullmatch(self.pattern, machine.name) is not None
+        return re.match(self.pattern, machine.name) is not None
+
+
+class Configuration:
+    """The checked settings: one attribute per row of OPTIONS, selectors in the order of their lines.
+
+    `places` tells where each setting was made; one that is not in it has its
+    default. `warnings` are problems that do not stop anything.
+    """
+
+    def __init__(self, values: Dict[str, Any], places: Dict[str, str], warnings: Sequence[str],
+                 source: str) -> None:
+        for option in OPTIONS:
+            setattr(self, option.field, values.get(option.name, option.default))
+        self.places = places
+        self.warnings = tuple(warnings)
+        self.source = source
+
+    def __getattr__(self, name: str) -> Any:      # only for a name that is no option
+        raise AttributeError(name)
+
+    @property
+    def has_work(self) -> bool:
+        """Does it ask for anything to be backed up?"""
+        return bool(self.vm_export or self.vdi_export or self.pool_db_backup)
+
+
+def read_settings(raw: bytes, source: str) -> Tuple[List[Setting], List[str]]:
+    """The settings of a config file's bytes, and the problems of lines that are none. Never raises."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        return [], ["%s:%d: this is not UTF-8 text: is it the right file?" % (source, line)]
+    if "\0" in text:
+        return [], ["%s:%d: this is not a text file." % (source, text.count("\n", 0, text.index("\0")) + 1)]
+    settings, problems = [], []
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        place = "%s:%d" % (source, number)
+        if line.startswith("#") or not line.strip():
+            continue
+        name, equals, value = line.partition("=")
+        if not equals:
+            problems.append('%s: "%s" has no "=": a line is key=value, or begins with # in the first column.'
+                            % (place, one_line(line.strip())))
+            continue
+        settings.append(Setting(name.strip(), value.strip(), place))
+    return settings, problems
+
+
+def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Setting],
+                        source: str, problems: Sequence[str] = ()) -> Configuration:
+    """The configuration that the file's settings make, command-line arguments winning.
+
+    Raises ConfigurationError with every problem, the given ones first. A
+    repeatable key on the command line replaces all of the file's.
+    """
+    found = list(problems)
+    ignore_extra = _ignores_extra_keys(list(file_settings) + list(arguments))
+    unknown, known = [], []
+    for setting in list(file_settings) + list(arguments):
+        (known if setting.name in OPTION_NAMES else unknown).append(setting)
+    extra = [unknown_key_text(setting) for setting in unknown]
+    if not ignore_extra:
+        found.extend(extra)
+    overridden = {setting.name for setting in arguments}
+    chosen = [setting for setting in known
+              if setting.name not in overridden or setting in arguments]
+    values, places = {}, {}          # type: Dict[str, Any], Dict[str, str]
+    wildcards = next((s.value for s in chosen if s.name == "wildcards"), "shell")
+    for setting in chosen:
+        option = OPTIONS[OPTION_NAMES.index(setting.name)]
+        if option.kind != "selector" and setting.name in places:
+            found.append("%s: %s was set before, in %s: keep one of the two lines."
+                         % (setting.place, setting.name, places[setting.name]))
+            continue
+        places.setdefault(setting.name, setting.place)
+        try:
+            if option.kind == "selector":
+                selector = parse_selector(setting, wildcards)
+                values[option.name] = values.get(option.name, ()) + (selector,)
+            else:
+                values[option.name] = parse_value(option, setting.value)
+        except ValueError as problem:
+            found.append("%s: %s: %s" % (setting.place, setting.name, problem))
+    if found:
+        raise ConfigurationError(found)
+    return Configuration(values, places, extra if ignore_extra else (), source)
+
+
+def _ignores_extra_keys(settings: Sequence[Setting]) -> bool:
+    """Is ignore_extra_keys switched on anywhere? The last word counts."""
+    words = [setting.value.lower() for setting in settings if setting.name == "ignore_extra_keys"]
+    return bool(words) and words[-1] in TRUE_WORDS
+
+
+def unknown_key_text(setting: Setting) -> str:
+    """The sentence about a key that does not exist, with the nearest one that does."""
+    near = get_close_matches(setting.name.lower(), OPTION_NAMES, 1, 0.6)
+    hint = "did you mean %s?" % near[0] if near else "`VmBackup.py help config` lists the keys."
+    return '%s: "%s" is not a key; %s' % (setting.place, one_line(setting.name), hint)
+
+
+def parse_value(option: Option, text: str) -> Any:
+    """The value that the text means for that option; ValueError with a sentence if it means none."""
+    word = text.lower()
+    if option.name == "compress" and word in TRUE_WORDS:
+        return "gzip"
+    if option.name == "compress" and word in FALSE_WORDS:
+        return "none"
+    if option.kind == "bool":
+        if word not in TRUE_WORDS + FALSE_WORDS:
+            raise ValueError('"%s" is neither yes nor no; allowed: True, False, yes, no, 1, 0.' % one_line(text))
+        return word in TRUE_WORDS
+    if option.kind in ("int", "percent"):
+        digits = text[:-1].strip() if option.kind == "percent" and text.endswith("%") else text
+        if not re.fullmatch(r"[0-9]{1,9}", digits) or not option.minimum <= int(digits) <= option.maximum:
+            raise ValueError('"%s" is not allowed; allowed: a whole number from %d to %d.'
+                             % (one_line(text), option.minimum, option.maximum))
+        return int(digits)
+    if option.kind == "choice":
+        if word not in option.choices:
+            raise ValueError('"%s" is not allowed; allowed: %s.' % (one_line(text), ", ".join(option.choices)))
+        return word
+    if option.kind == "pool":
+        return parse_pool_address(text)
+    if option.kind == "fingerprint":
+        digits = text.replace(":", "").lower()
+        if not re.fullmatch(r"[0-9a-f]{64}", digits):
+            raise ValueError('"%s" is not a SHA-256 fingerprint: 64 hexadecimal digits, with or without colons.'
+                             % one_line(text))
+        return digits
+    if option.kind in ("address", "addresses"):
+        words = tuple(word.strip() for word in text.split(","))
+        for word in words:
+            if not re.fullmatch(r"[^\s@,<>()\"\x00-\x20\x7f]+@[^\s@,<>()\"\x00-\x20\x7f]+", word):
+                raise ValueError('"%s" is not a mail address.' % one_line(word))
+        if option.kind == "address" and len(words) > 1:
+            raise ValueError("one address is wanted, not %d." % len(words))
+        return words if option.kind == "addresses" else words[0]
+    if not text:
+        raise ValueError("the value is empty; leave the line out for the default, %s." % (option.default or "none"))
+    return text
+
+
+def parse_pool_address(text: str) -> PoolAddress:
+    """The address in `HOST[:PORT]` or `http(s)://HOST[:PORT]`; ValueError if it is none."""
+    match = re.fullmatch(r"(?:(https?)://)?(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?/?", text)
+    if not match or (match.group(3) and not 0 < int(match.group(3)) < 65536):
+        raise ValueError('"%s" is not an address; allowed: HOST[:PORT] or http(s)://HOST[:PORT].' % one_line(text))
+    scheme = match.group(1) or "https"
+    port = int(match.group(3) or (443 if scheme == "https" else 80))
+    return PoolAddress(scheme, match.group(2).strip("[]"), port)
+
+
+# --- selectors ------------------------------------------------------------------
+
+
+def parse_selector(setting: Setting, wildcards: str) -> Selector:
+    """The selector that the setting's value writes; ValueError with a sentence if it writes none."""
+    method = None if setting.name == "exclude" else Method(setting.name)
+    text = setting.value
+    if not text:
+        raise ValueError("the value is empty: write * if every VM is meant.")
+    if text.startswith('"'):
+        form, (pattern, rest), bare = "name", _split_quoted(text), False
+    elif text.startswith("/"):
+        form, (pattern, rest), bare = "regex", _split_slashes(text), False
+    elif text.startswith("uuid:") or text.startswith("tag:"):
+        form, _, pattern = text.partition(":")
+        match = re.fullmatch(r"(.+)(:[0-9]+)", pattern, re.DOTALL)
+        pattern, rest = match.groups() if match else (pattern, "")
+        bare = False
+        if form == "uuid":
+            pattern = pattern.lower()
+        if not pattern:
+            raise ValueError("there is nothing behind %s:" % form)
+    else:
+        form, (pattern, rest), bare = _bare_selector(text, wildcards)
+    keep = _parse_keep(rest)
+    if form in ("regex", "prefix-regex"):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError('"%s" is not a regular expression: %s.' % (one_line(pattern), error))
+    return Selector(method, form, pattern, keep, bare, text, setting.place)
+
+
+def _bare_selector(text: str, wildcards: str) -> Tuple[str, Tuple[str, str], bool]:
+    """Form, pattern and :N of a selector without quotes."""
+    pattern, colon, number = text.rpartition(":")
+    if not colon:
+        pattern, number = text, ""
+    elif not re.fullmatch(r"[0-9]+", number) or int(number) < 1:
+        raise ValueError('what follows the last ":" must be a whole number from 1, the copies to keep; if the '
+                         'colon belongs to the name, write it in quotes: "%s".' % one_line(text.replace('"', '\\"')))
+    if not pattern:
+        raise ValueError("there is no name before the colon.")
+    rest = ":" + number if number else ""
+    if wildcards == "regex" and not re.fullmatch(r"[A-Za-z0-9_ -]+", pattern):
+        return "prefix-regex", (pattern, rest), True
+    if wildcards != "regex" and any(char in pattern for char in "*?["):
+        return "wildcard", (pattern, rest), True
+    return "name", (pattern, rest), True
+
+
+def _split_quoted(text: str) -> Tuple[str, str]:
+    """The name in double quotes with its escapes resolved, and what stands behind it."""
+    match = re.match(r'"((?:[^"\\]|\\["\\]|\\(?!["\\]))*)"', text, re.DOTALL)
+    if not match:
+        raise ValueError("the quote is not closed.")
+    name = re.sub(r'\\(["\\])', r"\1", match.group(1))
+    if not name:
+        raise ValueError("the name in the quotes is empty.")
+    return name, text[match.end():]
+
+
+def _split_slashes(text: str) -> Tuple[str, str]:
+    """The regex between slashes, and what stands behind it."""
+    end = text.rfind("/")
+    if end == 0:
+        raise ValueError("a regex stands between two slashes: /REGEX/.")
+    return text[1:end], text[end + 1:]
+
+
+def _parse_keep(rest: str) -> Optional[int]:
+    """The number in `:N`, None if there is none; ValueError for anything else."""
+    if not rest:
+        return None
+    match = re.fullmatch(r"\s*:\s*([0-9]{1,9})", rest)
+    if not match or int(match.group(1)) < 1:
+        raise ValueError('"%s" behind the selector is not :N with N a whole number from 1.' % one_line(rest))
+    return int(match.group(1))
+
+
+# --- what the table says to people ------------------------------------------------
+
+
+def option_values_text(option: Option) -> str:
+    """The values that an option takes, in a few words."""
+    if option.kind == "bool":
+        return "yes or no"
+    if option.kind == "choice":
+        return ", ".join(option.choices)
+    if option.kind == "int":
+        return "%d or more" % option.minimum
+    if option.kind == "percent":
+        return "percent, %d to %d" % (option.minimum, option.maximum)
+    return {"selector": "SELECTOR", "path": "PATH", "pool": "ADDRESS", "fingerprint": "HEX",
+            "address": "USER@HOST", "addresses": "USER@HOST, ...", "text": "TEXT"}[option.kind]
+
+
+def option_default_text(option: Option) -> str:
+    """The default as a config file would write it."""
+    if option.kind == "bool":
+        return "yes" if option.default else "no"
+    return "" if option.default in (None, (), "") else str(option.default)
+
+
+def option_help() -> str:
+    """`help config`: every key with values, default and meaning, by section."""
+    lines = ["Config file: key=value lines, UTF-8; # in the first column begins a comment.", ""]
+    section = None
+    for option in OPTIONS:
+        if option.section != section:
+            section = option.section
+            lines += [section, "-" * len(section)]
+        default = option_default_text(option)
+        lines.append("  %s=%s%s" % (option.name, option_values_text(option),
+                                    " [%s]" % default if default else ""))
+        lines.append("      " + option.help)
+    return "\n".join(lines + ["", SELECTOR_HELP])
+
+
+SELECTOR_HELP = """\
+Selectors: NAME, "NAME WITH ODD CHARACTERS", WILDCARD*, /REGEX/, uuid:UUID or
+tag:TAG, each with an optional :N, the number of good copies to keep.
+  *, ? and [...] are shell wildcards and stand for any VM that fits; a regex
+  between slashes must fit the whole name. Case counts.
+  The most precise selector decides a VM's kind and :N: uuid, then name, then
+  the rest; at equal precision vdi-export beats vm-export, and within one kind
+  the later line wins. exclude always wins."""
+
+
+def example_text() -> str:
+    """example.cfg: every key with its meaning, default or example, commented out where not needed."""
+    lines = ["# VmBackup: example config. A line that begins with # is a comment.",
+             "# Every key can stand on the command line too, as NAME=VALUE, and wins there."]
+    section = None
+    for option in OPTIONS:
+        if option.section != section:
+            section = option.section
+            lines += ["", "# ---- %s ----" % section]
+        lines += ["", "# " + option.help]
+        values = option_values_text(option)
+        default = option_default_text(option)
+        lines.append("# %s%s" % (values, "; default: " + default if default else ""))
+        if option.name == "vm-export":
+            lines.append("vm-export=" + option.example)
+        else:
+            lines.append("#%s=%s" % (option.name, option.example or default))
+    return "\n".join(lines) + "\n"
+
+
+# =============================================================================
+# 6. Selection and plan
+# =============================================================================
+# Which VM, by which method, keep how many, and why not the others. Pure: the
+# plan that preview prints is the plan that a run executes.
+
+
+class Job(NamedTuple):
+    """One VM to back up, and the config line that chose it."""
+    machine: VirtualMachine
+    method: Method
+    keep: int
+    chosen_by: str
+
+
+class Plan(NamedTuple):
+    """What will be done, what not and why. `problems` are (sentence, is_error) of single entries."""
+    jobs: Tuple[Job, ...]
+    excluded: Tuple[Tuple[VirtualMachine, str], ...]
+    unselected: Tuple[VirtualMachine, ...]
+    findings: Tuple[Finding, ...]
+    missing: Tuple[Tuple[Method, str], ...]      # literal entries without a VM: (method, text)
+
+
+OLDEST_VDI_EXPORT = (6, 5)        # xe vdi-export: XenServer 6.5
+
+
+def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
+    """The plan for that pool; every VM is in exactly one of jobs, excluded and unselected."""
+    selectors = configuration.vm_export + configuration.vdi_export
+    findings, missing = [], []                  # type: List[Finding], List[Tuple[Method, str]]
+    usable = []
+    for selector in selectors:
+        problem = _selector_problem(selector, inventory)
+        if problem is None:
+            usable.append(selector)
+            continue
+        findings.append(problem)
+        if problem.severity is Severity.ERROR:
+            missing.append((selector.method, selector.pattern))
+    for selector in configuration.exclude:
+        if not any(selector.matches(machine) for machine in inventory.machines):
+            findings.append(Finding(Severity.WARNING, selector.line, "excludes no VM of the pool."))
+    jobs, excluded, unselected = [], [], []
+    for machine in inventory.machines:
+        exclude = next((s for s in configuration.exclude if s.matches(machine)), None)
+        chosen = choose_selector(machine, usable)
+        if exclude:
+            excluded.append((machine, exclude.line))
+        elif chosen:
+            jobs.append(Job(machine, chosen.method, chosen.keep or configuration.max_backups, chosen.line))
+        else:
+            unselected.append(machine)
+    findings.extend(_duplicate_names(jobs))
+    return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing))
+
+
+def choose_selector(machine: VirtualMachine, selectors: Sequence[Selector]) -> Optional[Selector]:
+    """The selector that decides about the VM: the most precise; then vdi-export; then the later line."""
+    matching = [(selector.precision, selector.method is Method.VDI, index, selector)
+                for index, selector in enumerate(selectors) if selector.matches(machine)]
+    return max(matching)[3] if matching else None
+
+
+def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Finding]:
+    """Why the entry can't be used as it stands, or None. An ERROR entry chooses nothing."""
+    if selector.method is Method.VDI and inventory.master.product_version < OLDEST_VDI_EXPORT:
+        return Finding(Severity.ERROR, selector.line, "vdi-export needs XenServer 6.5 or newer; this pool runs %s. "
+                       "Use vm-export." % ".".join(map(str, inventory.master.product_version)))
+    names = {machine.name for machine in inventory.machines}
+    if selector.bare and selector.keep and selector.text in names:
+        return Finding(Severity.ERROR, selector.line, "there is a VM named exactly %s: write the name in quotes "
+                       "if it is meant." % quote_name(selector.text))
+    if any(selector.matches(machine) for machine in inventory.machines):
+        return None
+    hint = ""
+    if selector.bare and selector.form in ("name", "wildcard"):
+        hint = _regex_hint(selector, names)
+    if selector.is_literal:
+        return Finding(Severity.ERROR, selector.line, "no VM of the pool %s bears this %s, so it is not being "
+                       "backed up.%s" % (inventory.pool_title,
+                                         "name" if selector.form == "name" else "uuid", hint))
+    return Finding(Severity.WARNING, selector.line, "matches no VM of the pool.%s" % hint)
+
+
+def _regex_hint(selector: Selector, names: Set[str]) -> str:
+    """`did you mean` for a selector that matches nothing but would as a regex."""
+    if re.fullmatch(r"[A-Za-z0-9_ -]+", selector.pattern):
+        return ""
+    try:
+        matching = [name for name in names if re.match(selector.pattern, name)]
+    except (re.error, OverflowError, RecursionError):
+        return ""
+    if not matching:
+        return ""
+    return (" As a regex it would match %s: did you mean %s, or wildcards=regex?"
+            % (counted(len(matching), "VM"), selector.pattern.replace(".*", "*")))
+
+
+def _duplicate_names(jobs: Sequence[Job]) -> List[Finding]:
+    """A warning for each name that more than one chosen VM bears."""
+    findings = []
+    for name in sorted({job.machine.name for job in jobs}):
+        bearers = [job.machine.uuid for job in jobs if job.machine.name == name]
+        if len(bearers) > 1:
+            findings.append(Finding(Severity.WARNING, quote_name(name), "%d VMs bear this name, and each is backed "
+                                    "up in a directory of its own: %s." % (len(bearers), ", ".join(bearers))))
+    return findings
+
+
+# =============================================================================
+# 7. Retention
+# =============================================================================
+# Which copies stay and which go, each with its reason. Pure: nothing is listed
+# or deleted here, and no clock is asked.
+
+
+class Copy(NamedTuple):
+    """A directory in a VM's directory that is named as a copy is.
+
+    `taken_at` is the local time in its name, naive; `written_at` the UTC time
+    of the manifest. `uuid` is the VM's, "" if unreadable. `problem` says why
+    it does not count as good, "" if it does.
+    """
+    folder: str
+    name: str
+    taken_at: datetime
+    is_old: bool
+    method: Optional[Method]
+    uuid: str
+    vm_name: str
+    sequence: int
+    written_at: Optional[datetime]
+    keep: Optional[int]
+    image: str
+    size_bytes: int
+    problem: str
+
+    @property
+    def is_good(self) -> bool:
+        """Marker and image are there, and the image has its size."""
+        return not self.problem
+
+
+class Verdict(NamedTuple):
+    """What retention says about a copy."""
+    copy: Copy
+    keep: bool
+    reason: str
+
+
+def in_order(copies: Iterable[Copy]) -> List[Copy]:
+    """Oldest first: ours by sequence number; one of the older program before our first with a later stamp."""
+    copies = list(copies)
+    ours = sorted((copy for copy in copies if not copy.is_old), key=lambda copy: (copy.sequence, copy.name))
+    ordered = []                                # type: List[Copy]
+    older = sorted((copy for copy in copies if copy.is_old), key=lambda copy: (copy.taken_at, copy.name))
+    for copy in ours:
+        while older and older[0].taken_at < copy.taken_at:
+            ordered.append(older.pop(0))
+        ordered.append(copy)
+    return ordered + older
+
+
+def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int) -> List[Verdict]:
+    """A verdict on each copy of a VM's directory, oldest first, when `keep` good ones of that VM and kind stay.
+
+    Only good copies of this uuid and this method are counted or let go; the
+    newest good one always stays.
+    """
+    ordered = in_order(copies)
+    counted_ones = [copy for copy in ordered if copy.is_good and copy.uuid == uuid and copy.method is method]
+    keep = max(keep, 1)
+    going = {copy.name: position for position, copy in enumerate(counted_ones[:-keep], 1)}
+    verdicts = []
+    for copy in ordered:
+        if copy.name in going:
+            newer = len(counted_ones) - going[copy.name]
+            verdicts.append(Verdict(copy, False, "%s of this VM are newer, and %d are kept"
+                                    % (counted(newer, "good copy"), keep)))
+        elif not copy.is_good:
+            verdicts.append(Verdict(copy, True, "not a good copy, so neither counted nor removed: " + copy.problem))
+        elif copy.uuid != uuid:
+            verdicts.append(Verdict(copy, True, "belongs to another VM (%s)" % (copy.uuid or "uuid unknown")))
+        elif copy.method is not method:
+            verdicts.append(Verdict(copy, True, "of the other kind"))
+        else:
+            verdicts.append(Verdict(copy, True, "one of the newest %d" % keep))
+    return verdicts
+
+
+def with_inherited_uuid(copies: Sequence[Copy], uuid: str, vm_name: str, name_is_unique: bool,
+                        folder_is_plain: bool) -> List[Copy]:
+    """The copies, those of the older program without a readable uuid given to the VM if they can only be its own.
+
+    That is so when the directory is the VM's plain one, no other VM of the
+    pool bears the name, and no copy in it bears another uuid.
+    """
+    others = {copy.uuid for copy in copies if copy.uuid and copy.uuid != uuid}
+    if others or not name_is_unique or not folder_is_plain:
+        return list(copies)
+    return [copy._replace(uuid=uuid, vm_name=vm_name) if copy.is_old and not copy.uuid else copy
+            for copy in copies]
+
+
+def clock_went_back(copies: Sequence[Copy], now: datetime) -> Optional[str]:
+    """The sentence to say when the newest of our copies is not older than now, else None."""
+    ours = [copy for copy in copies if not copy.is_old and copy.written_at is not None]
+    if not ours:
+        return None
+    newest = max(ours, key=lambda copy: copy.sequence)
+    if now > newest.written_at:
+        return None
+    return ("the clock shows %s, but the newest copy, %s, was made at %s: the clock went back. Nothing is "
+            "pruned until it is right again." % (format_utc(now), newest.name, format_utc(newest.written_at)))
+
+
+def next_sequence(copies: Sequence[Copy]) -> int:
+    """The sequence number of the next copy in this directory."""
+    return max((copy.sequence for copy in copies), default=0) + 1
+
+
+def free_copy_name(local: datetime, taken: Iterable[str]) -> str:
+    """The name of a new copy: that second, or the next one that no copy, old or new, has."""
+    used = set()
+    for name in taken:
+        for suffix in (PARTIAL, DELETING):
+            if name.endswith(suffix):
+                name = name[:-len(suffix)]
+        parsed = parse_copy_name(name)
+        if parsed:
+            used.add(parsed[0])
+    local = local.replace(microsecond=0, tzinfo=None)
+    while local in used:
+        local += timedelta(seconds=1)
+    return copy_name(local)
+
+
+# =============================================================================
+# 8. Run environment
+# =============================================================================
+# What the process owns: the clock, its signals, its log lines, its secret.
+
+
+class Clock:
+    """The one place that asks what time it is."""
+
+    @staticmethod
+    def utc() -> datetime:
+        """Now, aware, UTC."""
+        return datetime.now(timezone.utc)
+
+    @staticmethod
+    def local() -> datetime:
+        """Now, naive, in local time, as directory names and log lines have it."""
+        return datetime.now()
+
+    @staticmethod
+    def monotonic() -> float:
+        """Seconds that only ever go forward, for durations."""
+        return time.monotonic()
+
+
+class Log:
+    """Log lines for people: stdout for what happens, stderr for warnings and errors, each flushed at once.
+
+    A log that can't be written (a full disk under cron's redirection) must
+    cost no backup, so the line is dropped and the next one is tried.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._secret = ""
+        # cron gives an ASCII stdout; file systems and names here are UTF-8
+        self._out = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
+        self._err = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
+        self._progress = False
+
+    def keep_secret(self, password: str) -> None:
+        """From now on the password never appears in a line, whatever a message quotes."""
+        self._secret = password
+
+    def info(self, sentence: str) -> None:
+        """Something happened as it should."""
+        self._line(self._out, sentence)
+
+    def warning(self, sentence: str) -> None:
+        """The administrator should look some day."""
+        self._line(self._err, "warning: " + sentence)
+
+    def error(self, sentence: str) -> None:
+        """A backup is missing, or the run can't go on."""
+        self._line(self._err, "error: " + sentence)
+
+    def finding(self, finding: Finding) -> None:
+        """The finding, where its severity belongs."""
+        write = {Severity.INFO: self.info, Severity.WARNING: self.warning,
+                 Severity.ERROR: self.error}[finding.severity]
+        write("%s: %s" % (finding.subject, finding.sentence))
+
+    def show(self, text: str) -> None:
+        """What was asked to be shown: plain, on stdout, without a time stamp."""
+        self._write(self._out, text + "\n")
+
+    def complain(self, text: str) -> None:
+        """What is wrong with the command line or config: plain, on stderr."""
+        self._write(self._err, text + "\n")
+
+    def progress(self, text: str) -> None:
+        """A line that the next one replaces, on a terminal only."""
+        if os.isatty(1):
+            self._write(self._out, "\r" + text[:100].ljust(100) + "\r")
+            self._progress = True
+
+    def _line(self, stream: Any, sentence: str) -> None:
+        stamp = self._clock.local().strftime("%Y-%m-%d-(%H:%M:%S)")
+        for line in sentence.split("\n"):
+            self._write(stream, "%s - %s\n" % (stamp, line))
+
+    def _write(self, stream: Any, text: str) -> None:
+        if self._secret and len(self._secret) >= 4:
+            text = text.replace(self._secret, "***")
+        if self._progress and not text.startswith("\r"):
+            text = "\r" + " " * 100 + "\r" + text
+            self._progress = False
+        try:
+            stream.write(text)
+            stream.flush()
+        except (OSError, ValueError):
+            # ENOSPC or EPIPE of our own log; whatever stays in the buffer is tried with the next line
+            return
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGHUP are noted, and acted on between calls.
+
+    Raising out of a handler could lose the answer of a call that made a
+    snapshot. While shielded (during clean-up) they only say that they wait.
+    """
+    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._noted = None          # type: Optional[int]
+        self._shields = 0
+
+    def install(self) -> None:
+        """From now on the three signals are ours; one that is ignored (nohup) stays so."""
+        for number in self.HANDLED:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self._noted = self._noted or number
+        if self._shields:
+            self._log.info("%s came during clean-up, which is finished first." % signal.Signals(number).name)
+
+    def check(self) -> None:
+        """Raises Interrupted if one came and we are not cleaning up."""
+        if self._noted and not self._shields:
+            raise Interrupted(self._noted)
+
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Inside, signals wait."""
+        self._shields += 1
+        try:
+            yield
+        finally:
+            self._shields -= 1
+
+    def sleep(self, seconds: float) -> None:
+        """Waits so long; an unshielded signal ends the wait by raising Interrupted."""
+        until = time.monotonic() + seconds
+        while True:
+            self.check()
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(left, 0.5))
+
+
+# =============================================================================
+# 9. Programs
+# =============================================================================
+# The only place that starts programs. Argument lists only, never a shell; no
+# password in an argv; what they say on stderr is kept, its end at least.
+
+STDERR_KEPT_BYTES = 16 * KIBIBYTE
+
+
+class Program:
+    """A running program; its stdout is a pipe to read, its stdin nothing unless given.
+
+    As a context manager it is never left running: what has not ended is killed.
+    """
+
+    def __init__(self, argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE,
+                 pass_fds: Sequence[int] = ()) -> None:
+        environment = dict(os.environ, LC_ALL="C")
+        self.name = os.path.basename(argv[0])
+        try:
+            # a session of its own: ^C at a terminal must reach us, not the export
+            self._process = subprocess.Popen([fs_path(item) for item in argv], stdin=stdin, stdout=stdout,
+                                             stderr=subprocess.PIPE, env=environment, pass_fds=pass_fds,
+                                             start_new_session=True)
+        except (OSError, ValueError) as error:
+            raise ProgramError("%s could not be started: %s." % (fs_text(argv[0]), os_reason(error)))
+        self._said = bytearray()
+        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._reader.start()
+
+    def _read_stderr(self) -> None:
+        with self._process.stderr as pipe:
+            for piece in iter(lambda: pipe.read1(KIBIBYTE), b""):
+                self._said += piece
+                del self._said[:-STDERR_KEPT_BYTES]
+
+    @property
+    def stdin_fd(self) -> int:
+        """The descriptor to write to, where stdin is a pipe."""
+        return self._process.stdin.fileno()
+
+    def close_stdin(self) -> None:
+        """No more input is coming."""
+        with contextlib.suppress(BrokenPipeError):      # it ended before reading all: its exit status tells
+            self._process.stdin.close()
+
+    @property
+    def stdout_fd(self) -> int:
+        """The descriptor to read from."""
+        return self._process.stdout.fileno()
+
+    def wait(self, timeout_s: float) -> Optional[int]:
+        """The exit status (negative: killed by that signal), None if it still runs after so long."""
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        self._reader.join(5)
+        return status
+
+    @property
+    def said(self) -> str:
+        """What it has said on stderr, without the last newline."""
+        return bytes(self._said).decode("utf-8", "replace").strip()
+
+    def kill(self) -> None:
+        """It is dead, and reaped if the kernel lets it be."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self.wait(10)
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+
+class XeProgram(NamedTuple):
+    """How xe is called: its path, and for another pool the address and password."""
+    path: str
+    address: Optional[PoolAddress]
+    password: str
+
+    def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL) -> Program:
+        """xe running that command, its output on a pipe.
+
+        For another pool the password goes through a pipe of its own (`-pwf
+        /dev/fd/N`: line 1 user, line 2 password; ocaml/xe-cli/newcli.ml
+        v26.17.0), so that no argv, file or environment holds it.
+        """
+        if self.address is None:
+            return Program((self.path,) + arguments, stdin=stdin)
+        read_end, write_end = os.pipe()
+        try:
+            os.write(write_end, ("root\n%s\n" % self.password).encode("utf-8", "surrogateescape"))
+            os.close(write_end)
+            options = ("-s", self.address.host, "-p", str(self.address.port), "-u", "root",
+                       "-pwf", "/dev/fd/%d" % read_end)
+            if self.address.scheme == "http":
+                options += ("--nossl",)
+            return Program((self.path,) + arguments[:1] + options + arguments[1:], stdin=stdin,
+                           pass_fds=(read_end,))
+        finally:
+            os.close(read_end)
+
+
+def find_program(names: Sequence[str], fallback: str = "") -> Optional[str]:
+    """The path of the first of these programs on our PATH, else the fallback if it is there."""
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return found
+    return fallback if fallback and os.access(fallback, os.X_OK) else None
+
+
+def os_reason(error: Exception) -> str:
+    """What the system says went wrong, without errno and file name."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def ending_text(name: str, status: int) -> str:
+    """How a program ended, in words."""
+    if status < 0:
+        try:
+            return "%s was killed by %s" % (name, signal.Signals(-status).name)
+        except ValueError:
+            return "%s was killed by signal %d" % (name, -status)
+    return "%s ended with exit status %d" % (name, status)
+
+
+# `xe` can exit 0 after a failed export and say so only here (ocaml/xapi-cli-server/cli_operations.ml
+# download_file, v26.17.0: a missing raise).
+XE_FAILURE_WORDS = re.compile(r"(?i)fail|error|lost connection|unable to|not permitted|exception|cancelled|"
+                              r"unknown|refused|invalid|cannot|denied")
+
+
+def xe_problem(status: int, said: str) -> Optional[str]:
+    """Why the xe command that ended so can't have done its work, or None."""
+    quoted = ': "%s"' % one_line(said[-800:]) if said else ""
+    if status != 0:
+        return ending_text("xe", status) + quoted
+    if said and XE_FAILURE_WORDS.search(said):
+        return "xe ended with exit status 0 but reported a failure" + quoted
+    return None
+
+
+# =============================================================================
+# 10. Streams and their proof
+# =============================================================================
+# Data is read once. `pump` reads each source in a thread of its own and hands every buffer to all consumers of that
+# source, each in a thread of its own: digests, the check of the format, the file, a compressor. The caller's thread only
+# watches: it is never inside a read or a write, so a server that stalls or a share that hangs can always be left.
+# What a check has seen wrong is a VerificationError; what storage says (ENOSPC, EIO) arrives as the OSError that it is.
+# May touch: the descriptors that it is given. May not: names on disk, programs, the pool.
+
+SECTOR_BYTES = 512
+BUFFER_BYTES = MEBIBYTE         # one system call and a few Python steps per buffer: more gains nothing, the caches lose
+BUFFERS_PER_FLOW = 16           # bounds memory: with a compressor there are two flows
+TICK_S = 1.0
+GRACE_S = 2.0                   # how long an aborted pump waits for its threads before it leaves them
+F_SETPIPE_SZ = 1031             # linux/fcntl.h; Python names it only since 3.10
+
+
+# ---- XXH64: the block digest of newer archives ----------------------------------------------------------------------
+#
+# hashlib has no XXH64. A hasher here has `update(view)` and `hexdigest()`, as an archive writes the digest: 16 upper-case
+# digits (stream_vdi.ml@v26.17.0 write_block: "%016LX").
+
+PRIME_1, PRIME_2, PRIME_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
+PRIME_4, PRIME_5 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
+MASK_64 = (1 << 64) - 1
+XXH64_VECTORS = ((b"", "EF46DB3751D8E999"), (bytes(range(101)), "E99038495F85381E"))
+
+
+class LibraryXxh64:
+    """XXH64 by the host's libxxhash. ctypes lets other threads run during each call, which the xxhash module doesn't."""
+
+    functions: Any = None       # (create, reset, update, digest, free), by `load`
+
+    @classmethod
+    def load(cls) -> None:
+        """Raise ImportError, OSError or AttributeError where there is no such library."""
+        import ctypes           # some minimal builds of Python lack it
+        library = ctypes.CDLL("libxxhash.so.0")     # find_library would start a compiler and ldconfig
+        state, size = ctypes.c_void_p, ctypes.c_size_t
+        signatures = (("createState", state, ()), ("reset", ctypes.c_int, (state, ctypes.c_uint64)),
+                      ("update", ctypes.c_int, (state, state, size)), ("digest", ctypes.c_uint64, (state,)),
+                      ("freeState", ctypes.c_int, (state,)))
+        functions = []
+        for name, result, arguments in signatures:
+            function = getattr(library, "XXH64_" + name)
+            function.restype, function.argtypes = result, arguments
+            functions.append(function)
+        cls.functions, cls.byref, cls.byte = functions, ctypes.byref, ctypes.c_char
+
+    def __init__(self) -> None:
+        create, reset = self.functions[:2]
+        self._state = create()
+        if not self._state:
+            raise MemoryError("libxxhash has no memory for its state")
+        reset(self._state, 0)
+
+    def update(self, view: memoryview) -> None:
+        if not len(view):
+            return
+        if isinstance(view, memoryview) and not view.readonly:
+            self.functions[2](self._state, self.byref(self.byte.from_buffer(view)), len(view))
+        else:
+            self.functions[2](self._state, bytes(view), len(view))
+
+    def hexdigest(self) -> str:
+        return "%016X" % self.functions[3](self._state)
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", None):
+            self.functions[4](self._state)
+
+
+class ModuleXxh64:
+    """XXH64 by the xxhash module from the package index."""
+
+    new: Any = None
+
+    @classmethod
+    def load(cls) -> None:
+        """Raise ImportError where there is no such module."""
+        import xxhash
+        cls.new = xxhash.xxh64
+
+    def __init__(self) -> None:
+        hasher = type(self).new()
+        self.update = hasher.update
+        self._digest = hasher.intdigest
+
+    def hexdigest(self) -> str:
+        return "%016X" % self._digest()
+
+
+class PureXxh64:
+    """XXH64 in Python alone, when it is asked for: some 50 MiB/s on a machine where the library does 9,000."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def update(self, view: memoryview) -> None:
+        self._data += view
+
+    def hexdigest(self) -> str:
+        return "%016X" % xxh64_pure(self._data)
+
+
+@functools.lru_cache(maxsize=None)
+def block_hasher() -> Optional[Callable[[], Any]]:
+    """The fastest XXH64 that works here, tried once against known digests; None if there is none."""
+    for hasher in (LibraryXxh64, ModuleXxh64):
+        try:
+            hasher.load()
+            if all(_digest_in_two(hasher, message) == digest for message, digest in XXH64_VECTORS):
+                return hasher
+        except (ImportError, OSError, AttributeError, TypeError):
+            continue
+    return None
+
+
+def _digest_in_two(new_hasher: Callable[[], Any], message: bytes) -> str:
+    hasher = new_hasher()
+    view = memoryview(bytearray(message))
+    hasher.update(view[:37])
+    hasher.update(view[37:])
+    return hasher.hexdigest()
+
+
+def xxh64_pure(message: bytes) -> int:
+    """XXH64 with seed 0 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md)."""
+    whole = len(message) // 32 * 32
+    digest = _xxh64_stripes(message, whole) if whole else PRIME_5
+    digest = (digest + len(message)) & MASK_64
+    at = whole
+    while at + 8 <= len(message):
+        lane = int.from_bytes(message[at:at + 8], "little") * PRIME_2 & MASK_64
+        digest = (_rotate(digest ^ _rotate(lane, 31) * PRIME_1 & MASK_64, 27) * PRIME_1 + PRIME_4) & MASK_64
+        at += 8
+    if at + 4 <= len(message):
+        digest ^= int.from_bytes(message[at:at + 4], "little") * PRIME_1 & MASK_64
+        digest = (_rotate(digest, 23) * PRIME_2 + PRIME_3) & MASK_64
+        at += 4
+    for byte in message[at:]:
+        digest = _rotate(digest ^ byte * PRIME_5 & MASK_64, 11) * PRIME_1 & MASK_64
+    digest = (digest ^ digest >> 33) * PRIME_2 & MASK_64
+    digest = (digest ^ digest >> 29) * PRIME_3 & MASK_64
+    return digest ^ digest >> 32
+
+
+def _rotate(lane: int, bits: int) -> int:
+    return (lane << bits | lane >> 64 - bits) & MASK_64
+
+
+def _pack(lanes: Sequence[int]) -> int:
+    return sum(lane << 128 * index for index, lane in enumerate(lanes))
+
+
+XXH64_WINDOW_BYTES = 16 * 1024
+XXH64_START = ((PRIME_1 + PRIME_2) & MASK_64, PRIME_2, 0, -PRIME_1 & MASK_64)
+
+
+def _xxh64_stripes(message: bytes, whole: int) -> int:
+    """The four accumulators after all 32-byte stripes, merged.
+
+    They are kept in one integer, 128 bits apart: a product of 64 bits by 64 has room there, so that one Python operation
+    does the work of four, and the multiplication of the input a whole window's.
+    """
+    packed, mask = _pack(XXH64_START), _pack((MASK_64,) * 4)
+    for start in range(0, whole, XXH64_WINDOW_BYTES):
+        window = message[start:min(start + XXH64_WINDOW_BYTES, whole)]
+        products = _spread_products(window)
+        for at in range(0, len(products), 64):
+            packed = packed + int.from_bytes(products[at:at + 64], "little") & mask
+            packed = (packed << 31 | packed >> 33) & mask
+            packed = packed * PRIME_1 & mask
+    lanes = [packed >> 128 * index & MASK_64 for index in range(4)]
+    digest = sum(_rotate(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18))) & MASK_64
+    for lane in lanes:
+        digest ^= _rotate(lane * PRIME_2 & MASK_64, 31) * PRIME_1 & MASK_64
+        digest = (digest * PRIME_1 + PRIME_4) & MASK_64
+    return digest
+
+
+def _spread_products(window: bytes) -> bytes:
+    """Each 8 bytes of the window times PRIME_2, modulo 2**64, 16 bytes apart."""
+    spread = array("Q", bytes(2 * len(window)))
+    spread[::2] = array("Q", bytes(window))
+    mask = int.from_bytes((b"\xff" * 8 + bytes(8)) * (len(window) // 8), "little")
+    return (int.from_bytes(spread.tobytes(), "little") * PRIME_2 & mask).to_bytes(2 * len(window), "little")
+
+
+# ---- The file `blocks`: what an image alone can't show ---------------------------------------------------------------
+#
+# Blocks of zeros are left out of an XVA, so one that was lost in the middle of a disk leaves no trace in the archive. The
+# blocks are therefore listed at the export, a line each: disk, number, digest. Lines that begin with # tell people what
+# the numbers mean. Of an XVA they are the archive's own; of other images a number is the MiB of the stream, and the
+# digest its CRC-32: every Python has that one, and it costs next to nothing (4 GB/s).
+
+XVA_BLOCKS_HEADING = b"# disk as named in the archive, block number, the archive's own digest of it\n"
+STREAM_BLOCKS_HEADING = b"# image, MiB of the uncompressed image counted from 0, CRC-32 of that MiB\n"
+BLOCK_LINE = re.compile(rb"(?P<disk>[!-~]{1,100}) (?P<number>[0-9]{1,15}) (?P<digest>[0-9a-fA-F]{8,40})\n")
+LONGEST_LINE_BYTES = 256
+
+
+class Block(NamedTuple):
+    disk: str
+    number: int
+    digest: str
+
+
+class BlockRecorder:
+    """Writes the lines into a binary file, which stays the caller's to sync and close."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self.line = file.write
+        self.end = file.flush
+
+
+class BlockComparer:
+    """Holds the lines of an image against those recorded at its export, both read in step."""
+
+    def __init__(self, recorded: io.BufferedIOBase) -> None:
+        self._recorded = recorded
+
+    def line(self, found: bytes) -> None:
+        recorded = self._recorded.readline(LONGEST_LINE_BYTES)
+        if recorded != found:
+            raise VerificationError(_difference(recorded, found))
+
+    def end(self) -> None:
+        recorded = self._recorded.readline(LONGEST_LINE_BYTES)
+        if recorded:
+            raise VerificationError(_difference(recorded, b""))
+
+
+def _difference(recorded: bytes, found: bytes) -> str:
+    there, here = _parse_block(recorded), _parse_block(found)
+    if there is None and recorded:
+        return "the list of recorded blocks has a line that is none: {}".format(_excerpt(recorded))
+    if there is None:
+        return "{} is in the image, but not among the blocks recorded at its export".format(_name_block(here, found))
+    if here is not None and (there.disk, there.number) == (here.disk, here.number):
+        return "{} has the digest {}, {} was recorded at the export".format(
+            _name_block(here, found), here.digest, there.digest)
+    return "{} was recorded at the export, the image has {} in its place".format(
+        _name_block(there, recorded), _name_block(here, found))
+
+
+def _name_block(block: Optional[Block], line: bytes) -> str:
+    if block is not None:
+        return "block {} of disk {}".format(block.number, block.disk)
+    return "the line {}".format(_excerpt(line)) if line else "no further block"
+
+
+def _parse_block(line: bytes) -> Optional[Block]:
+    match = BLOCK_LINE.fullmatch(line)
+    return match and Block(match.group("disk").decode(), int(match.group("number")), match.group("digest").decode())
+
+
+def read_blocks(file: io.BufferedIOBase) -> Iterator[Block]:
+    """The recorded blocks in the image's order, one at a time: there may be millions."""
+    number = 0
+    for line in iter(lambda: file.readline(LONGEST_LINE_BYTES), b""):
+        number += 1
+        block = _parse_block(line)
+        if block is not None:
+            yield block
+        elif not line.startswith(b"#"):
+            raise VerificationError("blocks:{}: not a block: {}".format(number, _excerpt(line)))
+
+
+def _excerpt(piece: bytes) -> str:
+    """The beginning of what stands there, fit for a sentence: often it is the server's own error text."""
+    return ascii(bytes(piece[:60]).decode("latin-1"))
+
+
+# ---- ova.xml ---------------------------------------------------------------------------------------------------------
+
+NO_REFERENCE = "OpaqueRef:NULL"
+OVA_LIMIT_BYTES = 64 * MEBIBYTE         # real ones: 30 KB for a plain VM, some MB for one with hundreds of snapshots
+DISK_ID = re.compile(r"[A-Za-z0-9:_.-]{1,80}")
+MALFORMED = (xml.parsers.expat.ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError, AttributeError)
+
+
+class ExportedDisk(NamedTuple):
+    """A disk as ova.xml tells of it; `id` is its name inside the archive."""
+
+    id: str
+    uuid: str
+    virtual_size: int
+
+
+class _OvaReader(xmlrpc.client.Unmarshaller):
+    """XML-RPC as xapi writes it into ova.xml; times stay the text they are."""
+
+    dispatch = dict(xmlrpc.client.Unmarshaller.dispatch)
+    dispatch["dateTime.iso8601"] = xmlrpc.client.Unmarshaller.end_string
+
+
+def parse_ova(text: bytes) -> Dict[str, Any]:
+    """ova.xml as dicts, lists, str, bool and float, with `version` and `objects`; VerificationError if it is not one.
+
+    Whole numbers stay text, since xapi writes them untagged (importexport.ml). A DOCTYPE is refused: it is the only way
+    to entities, and thereby to a small file that fills the memory.
+    """
+    reader = _OvaReader()
+    reader.xml(None, None)              # text comes decoded
+    parser = xml.parsers.expat.ParserCreate("UTF-8")
+    parser.buffer_text = True
+    parser.StartDoctypeDeclHandler = _refuse_doctype
+    parser.StartElementHandler, parser.EndElementHandler = reader.start, reader.end
+    parser.CharacterDataHandler = reader.data
+    try:
+        parser.Parse(text, True)
+        reader.end("params")            # what xmlrpc.client takes for the end of an answer
+        ova, = reader.close()
+    except MALFORMED as problem:
+        raise VerificationError("ova.xml can't be parsed: {}".format(ascii(str(problem)))) from None
+    if not (isinstance(ova, dict) and isinstance(ova.get("version"), dict) and isinstance(ova.get("objects"), list)):
+        raise VerificationError("ova.xml has no version and objects")
+    return ova
+
+
+def _refuse_doctype(*_: Any) -> None:
+    raise VerificationError("ova.xml has a DOCTYPE, which xapi never writes")
+
+
+def ova_objects(ova: Dict[str, Any], class_name: str) -> Dict[str, Dict[str, Any]]:
+    """The records of one class by their id in the archive, in the file's order."""
+    records = {}
+    for entry in ova["objects"]:
+        try:
+            name, key, record = entry["class"], entry["id"], entry["snapshot"]
+        except (TypeError, LookupError):
+            raise VerificationError("ova.xml has an object without class, id or snapshot") from None
+        if not (isinstance(name, str) and isinstance(key, str) and isinstance(record, dict)):
+            raise VerificationError("ova.xml has an object whose class, id or snapshot is of the wrong type")
+        if name == class_name:
+            records[key] = record
+    return records
+
+
+def exported_disks(ova: Dict[str, Any]) -> Dict[str, ExportedDisk]:
+    """The disks whose blocks the archive holds, by id.
+
+    Those of VBDs that are no CD drives, unless on an SR of ISO images, and the memory of a suspended VM
+    (export.ml@v26.17.0). A VBD may point to a VDI that is not in the file: then there is nothing to hold.
+    """
+    vdis, srs = ova_objects(ova, "VDI"), ova_objects(ova, "SR")
+    wanted = [vbd.get("VDI") for vbd in ova_objects(ova, "VBD").values() if vbd.get("type") != "CD"]
+    wanted += [vm.get("suspend_VDI") for vm in ova_objects(ova, "VM").values() if vm.get("power_state") == "Suspended"]
+    disks = {}
+    for disk_id in wanted:
+        if not isinstance(disk_id, str):
+            raise VerificationError("ova.xml has a VBD or VM whose disk is no reference")
+        vdi = vdis.get(disk_id)
+        if vdi is None or _content_type(srs, vdi) == "iso":
+            continue
+        disks[disk_id] = _exported_disk(disk_id, vdi)
+    return disks
+
+
+def _content_type(srs: Dict[str, Dict[str, Any]], vdi: Dict[str, Any]) -> Any:
+    reference = vdi.get("SR")
+    return srs.get(reference, {}).get("content_type") if isinstance(reference, str) else None
+
+
+def _exported_disk(disk_id: str, vdi: Dict[str, Any]) -> ExportedDisk:
+    uuid, size = vdi.get("uuid"), vdi.get("virtual_size")
+    if not DISK_ID.fullmatch(disk_id):
+        raise VerificationError("ova.xml names a disk {}".format(_excerpt(disk_id.encode("utf-8", "replace"))))
+    if not (isinstance(uuid, str) and isinstance(size, (str, int)) and re.fullmatch("[0-9]{1,18}", str(size))):
+        raise VerificationError("ova.xml tells no uuid and virtual_size of disk {}".format(disk_id))
+    return ExportedDisk(disk_id, uuid, int(size))
+
+
+# ---- Checks: a format read as it passes ------------------------------------------------------------------------------
+
+
+class DiskReport(NamedTuple):
+    """What an image holds of one disk; `blocks` counts those present, `stored_bytes` their length."""
+
+    id: str
+    uuid: str
+    virtual_size: int
+    blocks: int
+    stored_bytes: int
+
+
+class StreamReport(NamedTuple):
+    """What a check has found, once the stream has ended well.
+
+    `digest_kind`: "sha1", "xxh64" or "" where the format has no block digests. `digests_checked`: false if there is one
+    that was not held against its block. `virtual_size`: of all disks. `ova_xml` is empty but for an XVA.
+    """
+
+    disks: Tuple[DiskReport, ...]
+    digest_kind: str
+    digests_checked: bool
+    total_bytes: int
+    virtual_size: int
+    ova_xml: bytes
+
+
+Reading = Generator[int, memoryview, Any]
+TAIL_BYTES = 1024
+
+
+def _servers_words(tail: bytes) -> str:
+    """What the server says at the end of a stream that it broke off: xapi puts its HTTP error behind the data."""
+    _, found, answer = tail.partition(b"HTTP/1.")
+    body = re.sub("<[^>]*>", " ", answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace"))
+    return "; the server says: {}".format(ascii(" ".join(body.split())[:200])) if found else ""
+
+
+class StreamCheck:
+    """Reads a format in buffers as they come, by a generator that reads on as if from a file.
+
+    `_parse` yields how many bytes it wants next and is sent a piece of them, as long as the buffer allows and not longer
+    than it wants; an empty piece is the end of the stream. A piece is gone with its buffer: it is used at once or copied.
+    """
+
+    name = "check"
+    image = "the stream"
+
+    def __init__(self) -> None:
+        self.offset = 0                     # of the first byte that is not read yet
+        self._parser = self._parse()
+        self._wanted = 0
+        self._tail = b""
+
+    def feed(self, view: memoryview) -> None:
+        self._tail = (self._tail + bytes(view[-TAIL_BYTES:]))[-TAIL_BYTES:]
+        at, end = 0, len(view)
+        wanted = self._wanted or next(self._parser)
+        while at < end:
+            piece = view[at:at + wanted]
+            at += len(piece)
+            self.offset += len(piece)
+            wanted = self._parser.send(piece)
+        self._wanted = wanted
+
+    def finish(self) -> None:
+        """The stream has ended; VerificationError unless it may end here."""
+        if not self._wanted:
+            next(self._parser)
+        try:
+            self._parser.send(memoryview(b""))
+        except StopIteration:
+            return
+        raise RuntimeError("the check reads on after the end of the stream")
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _parse(self) -> Reading:
+        raise NotImplementedError
+
+    def _pass(self, count: int, where: str, *watchers: Callable[[memoryview], Any]) -> Reading:
+        """Let `count` bytes by, each piece shown to the watchers."""
+        while count:
+            piece = yield count
+            if not len(piece):
+                raise VerificationError("{} ends at byte {}, in {}{}".format(
+                    self.image, self.offset, where, _servers_words(self._tail)))
+            for watch in watchers:
+                watch(piece)
+            count -= len(piece)
+
+    def _take(self, count: int, where: str) -> Reading:
+        """The next `count` bytes."""
+        taken = bytearray()
+        yield from self._pass(count, where, taken.extend)
+        return bytes(taken)
+
+    def _zeros(self, count: int, where: str) -> Reading:
+        at = self.offset
+        if (yield from self._take(count, where)).count(0) != count:
+            raise VerificationError("{} has something else than zeros at byte {}, in {}".format(self.image, at, where))
+
+    def _end(self) -> Reading:
+        """Nothing may follow."""
+        at = self.offset
+        piece = yield LONGEST_LINE_BYTES
+        if len(piece):
+            raise VerificationError("{} should end at byte {}, but goes on with {}".format(
+                self.image, at, _excerpt(piece)))
+
+
+class Member(NamedTuple):
+    """A file of a tar archive; `at` is the offset of its header."""
+
+    name: str
+    size: int
+    at: int
+
+
+TAR_NUMBER = re.compile(rb"[ ]*([0-7]+)[ \0]*")
+REGULAR_FILE = (b"\0", b"0")
+
+
+def parse_tar_header(header: bytes, at: int) -> Member:
+    """The member that a 512-byte header announces.
+
+    xapi writes V7 headers (ocaml-tar's default level); the ustar ones of other writers read the same here, where names are
+    short and members regular files.
+    """
+    checksum = TAR_NUMBER.fullmatch(header[148:156])
+    if not checksum:
+        raise VerificationError("the archive has {} at byte {}, which is no tar header".format(_excerpt(header), at))
+    stored = int(checksum.group(1), 8)
+    computed = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if stored != computed:
+        raise VerificationError("the archive has no sound tar header at byte {}: its checksum is {:o}, not {:o}".format(
+            at, computed, stored))
+    name = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
+    if header[156:157] not in REGULAR_FILE or (header.startswith(b"ustar", 257) and header[345:500].strip(b"\0")):
+        raise VerificationError("the archive has {} at byte {}, which is not a plain file".format(ascii(name), at))
+    size = TAR_NUMBER.fullmatch(header[124:136])
+    if not size:
+        raise VerificationError("the archive has a file {} of no readable size at byte {}".format(ascii(name), at))
+    return Member(name, int(size.group(1), 8), at)
+
+
+class _DiskProgress:
+    """How far one disk of an archive has come."""
+
+    def __init__(self, disk: ExportedDisk) -> None:
+        self.disk = disk
+        self.next_number = self.position = self.blocks = self.stored_bytes = 0
+
+    def advance(self, number: int, length: int, member: Member) -> None:
+        """Account for one block.
+
+        A number is not always the MiB it stands at: after 5 s without a write xapi sends an empty block, which takes a
+        number and no room (stream_vdi.ml@v26.17.0 send_one, recv_all_vdi). Numbers left out are a MiB of zeros each; the
+        first and last block are always there.
+        """
+        if number and not self.blocks:
+            raise VerificationError("block {} at byte {} comes first: block 0 of the disk is missing".format(*member[::2]))
+        if number < self.next_number:
+            raise VerificationError("block {} at byte {} is out of order: number {} or a later one should come".format(
+                member.name, member.at, self.next_number))
+        start = self.position + (number - self.next_number) * MEBIBYTE
+        room = min(MEBIBYTE, self.disk.virtual_size - start)
+        is_keep_alive = length == 0 and self.blocks
+        if room <= 0 or (length != room and not is_keep_alive):
+            raise VerificationError("block {} at byte {} has {} bytes, where the disk's size of {} has room for {}".format(
+                member.name, member.at, length, self.disk.virtual_size, max(room, 0)))
+        self.next_number = number + 1
+        self.position = start + length
+        self.blocks += 1
+        self.stored_bytes += length
+
+    def finish(self, at: int) -> None:
+        if self.position != self.disk.virtual_size:
+            raise VerificationError("disk {} (uuid {}) is incomplete: its blocks end at byte {} of the archive, {} of {} bytes"
+                                    " of the disk are there".format(self.disk.id, self.disk.uuid, at, self.position,
+                                                                   self.disk.virtual_size))
+
+    def report(self) -> DiskReport:
+        return DiskReport(*self.disk, blocks=self.blocks, stored_bytes=self.stored_bytes)
+
+
+BLOCK_NAME = re.compile(r"(?P<disk>[^/]+)/(?P<number>[0-9]{8,12})", re.ASCII)
+DIGEST_KINDS = {".checksum": ("sha1", re.compile(rb"[0-9a-f]{40}"), 40),
+                ".xxhash": ("xxh64", re.compile(rb"[0-9A-F]{16}"), 16)}
+
+
+class XvaCheck(StreamCheck):
+    """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the exact end.
+
+    `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's list holds in
+    any case. `block_digests`: "auto", "yes" (XXH64 in Python alone where there is nothing faster) or "no". With
+    `holds_disks` false it is a metadata export: ova.xml alone. `report` stands after `finish`.
+    """
+
+    image = "the archive"
+
+    def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None, block_digests: str = "auto",
+                 holds_disks: bool = True) -> None:
+        super().__init__()
+        self.ova: Dict[str, Any] = {}
+        self.report: Optional[StreamReport] = None
+        self._ova_xml = b""
+        self._expected = expected or {}
+        self._holds_disks = holds_disks
+        self._disks: Dict[str, _DiskProgress] = {}
+        self._current: Optional[_DiskProgress] = None
+        self._blocks = blocks
+        self._hashers = _hashers(block_digests)
+        self._suffix = ""
+        self._unchecked = 0
+
+    def _parse(self) -> Reading:
+        if self._blocks:
+            self._blocks.line(XVA_BLOCKS_HEADING)
+        yield from self._read_ova()
+        member = yield from self._next_member("the header of the first block")
+        while member is not None:
+            yield from self._read_block(member)
+            member = yield from self._next_member("the header of a block")
+        self._finish_disks()
+        yield from self._end()
+        self._conclude()
+
+    def _next_member(self, where: str) -> Reading:
+        """The next member, or None at the two zero blocks that end the archive."""
+        at = self.offset
+        header = yield from self._take(SECTOR_BYTES, where)
+        if any(header):
+            return parse_tar_header(header, at)
+        yield from self._zeros(SECTOR_BYTES, "the two zero blocks at its end")
+        return None
+
+    def _body(self, member: Member, *watchers: Callable[[memoryview], Any]) -> Reading:
+        yield from self._pass(member.size, member.name, *watchers)
+        yield from self._zeros(-member.size % SECTOR_BYTES, "the padding of " + member.name)
+
+    def _read_ova(self) -> Reading:
+        member = yield from self._next_member("the header of ova.xml")
+        if member is None or member.name != "ova.xml":
+            raise VerificationError("the archive begins with {}, not with ova.xml".format(
+                "its end" if member is None else ascii(member.name)))
+        if member.size > OVA_LIMIT_BYTES:
+            raise VerificationError("the archive's ova.xml has {} bytes, more than any real one".format(member.size))
+        text = bytearray()
+        yield from self._body(member, text.extend)
+        self._ova_xml = bytes(text)
+        self.ova = parse_ova(self._ova_xml)
+        disks = exported_disks(self.ova)
+        self._compare_with_pool(disks)
+        self._disks = {disk.id: _DiskProgress(disk) for disk in disks.values()} if self._holds_disks else {}
+
+    def _compare_with_pool(self, disks: Dict[str, ExportedDisk]) -> None:
+        sizes = {disk.uuid: disk.virtual_size for disk in disks.values()}
+        for uuid, size in self._expected.items():
+            if uuid not in sizes:
+                raise VerificationError("the archive's ova.xml lacks the disk with uuid {}, which the VM has".format(uuid))
+            if sizes[uuid] != size:
+                raise VerificationError("the archive's ova.xml gives the disk with uuid {} {} bytes, the pool {}".format(
+                    uuid, sizes[uuid], size))
+
+    def _read_block(self, member: Member) -> Reading:
+        match = BLOCK_NAME.fullmatch(member.name)
+        if match is None or match.group("disk") not in self._disks:
+            raise VerificationError("the archive has a file {} at byte {}, which is no block of a disk in its ova.xml".format(
+                ascii(member.name), member.at))
+        number = int(match.group("number"))
+        disk = self._disk(match.group("disk"), member)
+        disk.advance(number, member.size, member)
+        # The digest and its kind come after the block: of the first block both kinds are computed.
+        hashers = {suffix: new() for suffix, new in self._hashers.items() if self._suffix in ("", suffix)}
+        yield from self._body(member, *[hasher.update for hasher in hashers.values()])
+        suffix, digest = yield from self._read_digest(member)
+        self._compare_digest(member, digest, hashers.get(suffix))
+        if self._blocks:
+            self._blocks.line(b"%b %d %b\n" % (disk.disk.id.encode(), number, digest.encode()))
+
+    def _disk(self, disk_id: str, member: Member) -> _DiskProgress:
+        """The disk to which a block belongs; a new one only after the one before is complete, in the order of ids."""
+        current, disk = self._current, self._disks[disk_id]
+        if disk is not current:
+            if current is not None:
+                current.finish(member.at)
+                if disk_id < current.disk.id:
+                    raise VerificationError("block {} at byte {} is out of order: disk {} comes before {}".format(
+                        member.name, member.at, disk_id, current.disk.id))
+            self._current = disk
+        return disk
+
+    def _read_digest(self, block: Member) -> Reading:
+        """The suffix and text of the digest file that follows each block."""
+        member = yield from self._next_member("the header of the digest of " + block.name)
+        name = "" if member is None else member.name
+        suffix = name[len(block.name):]
+        if not name.startswith(block.name) or suffix not in DIGEST_KINDS or self._suffix not in ("", suffix):
+            raise VerificationError("block {} at byte {} is followed by {}, not by its digest".format(
+                block.name, block.at, ascii(name) if name else "the end of the archive"))
+        self._suffix = suffix
+        _, pattern, length = DIGEST_KINDS[suffix]
+        digest = bytearray()
+        if member.size == length:
+            yield from self._body(member, digest.extend)
+        if not pattern.fullmatch(digest):
+            raise VerificationError("{} at byte {} is not a digest".format(name, member.at))
+        return suffix, digest.decode()
+
+    def _compare_digest(self, member: Member, digest: str, hasher: Any) -> None:
+        if hasher is None:
+            self._unchecked += 1
+        elif hasher.hexdigest() != digest:
+            raise VerificationError("block {} at byte {} is damaged: its digest is {}, not {}".format(
+                member.name, member.at, hasher.hexdigest(), digest))
+
+    def _finish_disks(self) -> None:
+        for disk in self._disks.values():
+            disk.finish(self.offset)
+
+    def _conclude(self) -> None:
+        if self._blocks:
+            self._blocks.end()
+        disks = tuple(disk.report() for disk in self._disks.values())
+        kind = DIGEST_KINDS[self._suffix][0] if self._suffix else ""
+        self.report = StreamReport(disks, kind, not self._unchecked, self.offset,
+                                   sum(disk.virtual_size for disk in disks), self._ova_xml)
+
+
+def _hashers(block_digests: str) -> Dict[str, Callable[[], Any]]:
+    if block_digests == "no":
+        return {}
+    xxh64 = block_hasher() or (PureXxh64 if block_digests == "yes" else None)
+    return {".checksum": hashlib.sha1, ".xxhash": xxh64} if xxh64 else {".checksum": hashlib.sha1}
+
+
+class DiskImageCheck(StreamCheck):
+    """An image of one disk, with a CRC-32 per MiB of the stream for the file `blocks`; `report` stands after `finish`."""
+
+    image = "the image"
+
+    def __init__(self, virtual_size: Optional[int] = None, blocks: Any = None) -> None:
+        super().__init__()
+        self.report: Optional[StreamReport] = None
+        self._virtual_size = virtual_size
+        self._blocks = blocks
+        self._number = self._filled = self._crc = 0
+        if blocks:
+            blocks.line(STREAM_BLOCKS_HEADING)
+
+    def feed(self, view: memoryview) -> None:
+        if self._blocks:
+            self._digest(view)
+        super().feed(view)
+
+    def _digest(self, view: memoryview) -> None:
+        at = 0
+        while at < len(view):
+            piece = view[at:at + MEBIBYTE - self._filled]
+            self._crc = zlib.crc32(piece, self._crc)
+            self._filled += len(piece)
+            at += len(piece)
+            if self._filled == MEBIBYTE:
+                self._record()
+
+    def _record(self) -> None:
+        self._blocks.line(b"image %d %08x\n" % (self._number, self._crc))
+        self._number, self._filled, self._crc = self._number + 1, 0, 0
+
+    def _conclude(self, virtual_size: int, blocks: int, stored_bytes: int) -> None:
+        if self._blocks:
+            if self._filled:
+                self._record()
+            self._blocks.end()
+        disk = DiskReport("image", "", virtual_size, blocks, stored_bytes)
+        self.report = StreamReport((disk,), "", True, self.offset, virtual_size, b"")
+
+
+class RawCheck(DiskImageCheck):
+    """A raw image: as many bytes as the disk has, no more and no less. Its `blocks` are MiB."""
+
+    def _parse(self) -> Reading:
+        if self._virtual_size is None:
+            while len((yield MEBIBYTE)):
+                pass
+        else:
+            yield from self._pass(self._virtual_size, "a disk of {} bytes".format(self._virtual_size))
+            yield from self._end()
+        self._conclude(self.offset, -(-self.offset // MEBIBYTE), self.offset)
+
+
+VHD_BAT_OFFSET = 2048
+VHD_NOT_PRESENT = 0xFFFFFFFF
+VHD_BLOCK_SIZES = [1 << shift for shift in range(19, 29)]
+VHD_LARGEST_BYTES = 2040 * 1024 * MEBIBYTE      # vhd_format/f.ml@v26.17.0 Constants.max_vhd_size
+
+
+class VhdCheck(DiskImageCheck):
+    """A dynamic VHD as xapi streams it (vhd_format/f.ml@v26.17.0 Vhd_input): blocks in the BAT's order and nothing else.
+
+    Not for VHDs of other origin, which may lie in any order. VHD has no digests: a bit flipped inside a block shows in the
+    SHA-256 and the recorded CRCs only.
+    """
+
+    def _parse(self) -> Reading:
+        footer = yield from self._take(SECTOR_BYTES, "the copy of its footer")
+        size = self._read_footer(footer)
+        header = yield from self._take(2 * SECTOR_BYTES, "its header")
+        entries, block_bytes = self._read_header(header, size)
+        yield from self._zeros(SECTOR_BYTES, "the empty sector after its header")
+        present = yield from self._read_bat(entries, block_bytes)
+        for _ in range(present):
+            yield from self._read_block(block_bytes)
+        at = self.offset
+        if (yield from self._take(SECTOR_BYTES, "its footer")) != footer:
+            raise VerificationError("the image's footer at byte {} differs from its copy at byte 0".format(at))
+        yield from self._end()
+        self._conclude(size, present, present * block_bytes)
+
+    def _read_footer(self, footer: bytes) -> int:
+        """The virtual size."""
+        if not footer.startswith(b"conectix"):
+            raise VerificationError("the image begins with {}, not with a VHD's footer".format(_excerpt(footer)))
+        _check_vhd_sum(footer, 64, "footer at byte 0")
+        size, kind = int.from_bytes(footer[48:56], "big"), int.from_bytes(footer[60:64], "big")
+        if kind != 3 or int.from_bytes(footer[16:24], "big") != SECTOR_BYTES:
+            raise VerificationError("the image is no full dynamic VHD: its footer at byte 0 says type {}".format(kind))
+        if size > VHD_LARGEST_BYTES or size % SECTOR_BYTES:
+            raise VerificationError("the image's footer at byte 0 gives an impossible disk size of {} bytes".format(size))
+        return size
+
+    def _read_header(self, header: bytes, size: int) -> Tuple[int, int]:
+        """How many entries the BAT has, and the size of a block."""
+        if not header.startswith(b"cxsparse"):
+            raise VerificationError("the image has {} at byte 512, not a VHD's header".format(_excerpt(header)))
+        _check_vhd_sum(header, 36, "header at byte 512")
+        table = int.from_bytes(header[16:24], "big")
+        entries, block_bytes = int.from_bytes(header[28:32], "big"), int.from_bytes(header[32:36], "big")
+        if table != VHD_BAT_OFFSET or block_bytes not in VHD_BLOCK_SIZES or entries != -(-size // block_bytes):
+            raise VerificationError("the image's header at byte 512 doesn't fit a disk of {} bytes: block table of {} entries"
+                                    " at byte {}, blocks of {} bytes".format(size, entries, table, block_bytes))
+        # A raw source is rounded up to whole blocks, a VHD source not.
+        wanted = self._virtual_size
+        if wanted is not None and size not in (wanted, -(-wanted // block_bytes) * block_bytes):
+            raise VerificationError("the image is of a disk of {} bytes, the pool says {}".format(size, wanted))
+        return entries, block_bytes
+
+    def _read_bat(self, entries: int, block_bytes: int) -> Reading:
+        """How many blocks follow: each must lie right behind the one before."""
+        table = yield from self._take(4 * entries, "its block table")
+        padding = yield from self._take(-len(table) % SECTOR_BYTES, "the padding of its block table")
+        if padding.strip(b"\xff") and padding.strip(b"\0"):
+            raise VerificationError("the image has no padding after its block table at byte 2048")
+        sectors = memoryview(_byteswapped(table))
+        first = self.offset // SECTOR_BYTES
+        step = (_bitmap_bytes(block_bytes) + block_bytes) // SECTOR_BYTES
+        present = 0
+        for number, sector in enumerate(sectors):
+            if sector == VHD_NOT_PRESENT:
+                continue
+            if sector != first + present * step:
+                raise VerificationError("the image's block table puts block {} at sector {}, not {}".format(
+                    number, sector, first + present * step))
+            present += 1
+        return present
+
+    def _read_block(self, block_bytes: int) -> Reading:
+        at = self.offset
+        bitmap = yield from self._take(_bitmap_bytes(block_bytes), "the bitmap of a block")
+        used = block_bytes // SECTOR_BYTES // 8
+        if bitmap[:used].count(0xFF) != used:
+            raise VerificationError("the image's bitmap at byte {} leaves sectors out, which xapi never does".format(at))
+        yield from self._pass(block_bytes, "a block")
+
+
+def _bitmap_bytes(block_bytes: int) -> int:
+    return -(-block_bytes // (SECTOR_BYTES * 8 * SECTOR_BYTES)) * SECTOR_BYTES
+
+
+def _byteswapped(table: bytes) -> array:
+    """The table's big-endian numbers of 32 bits."""
+    code = next(code for code in "IL" if array(code).itemsize == 4)
+    sectors = array(code, table)
+    if array(code, b"\0\0\0\1")[0] != 1:
+        sectors.byteswap()
+    return sectors
+
+
+def _check_vhd_sum(structure: bytes, field: int, what: str) -> None:
+    stored = int.from_bytes(structure[field:field + 4], "big")
+    computed = ~(sum(structure) - sum(structure[field:field + 4])) & 0xFFFFFFFF
+    if stored != computed:
+        raise VerificationError("the image's {} is damaged: its checksum is {:08x}, not {:08x}".format(
+            what, computed, stored))
+
+
+# ---- Other consumers -------------------------------------------------------------------------------------------------
+#
+# A consumer has a `name` for people, `feed(view)` for each buffer in order, `finish()` at the end of a stream that ended
+# well, and `close()`, called last in every case. It runs in a thread of its own. Descriptors are taken over: whoever
+# wants to keep one gives a copy (os.dup). So no thread that is left behind on a hung share can ever write into a file
+# that was opened later under the same number.
+
+
+class Digest:
+    """The SHA-256 of all that passes."""
+
+    def __init__(self, name: str = "SHA-256") -> None:
+        self.name = name
+        self.total_bytes = 0
+        self._sha256 = hashlib.sha256()
+        self.hexdigest = self._sha256.hexdigest
+
+    def feed(self, view: memoryview) -> None:
+        self._sha256.update(view)
+        self.total_bytes += len(view)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+WRITE_BACK_BYTES = 16 * MEBIBYTE
+
+
+class FileWriter:
+    """Writes into a file and syncs it; the descriptor is taken over."""
+
+    name = "storage"
+
+    def __init__(self, file_fd: int) -> None:
+        self._fd: Optional[int] = file_fd
+        self._written = self._advised = 0
+
+    def feed(self, view: memoryview) -> None:
+        _write_all(self._fd, view)
+        self._written += len(view)
+        if self._written - self._advised >= WRITE_BACK_BYTES:
+            self._start_write_back()
+
+    def _start_write_back(self) -> None:
+        """Have the kernel write now, and drop what it has written: else the sync at the end waits for gigabytes, and the
+        small memory of a host is filled with pages that nobody reads again."""
+        try:
+            os.posix_fadvise(self._fd, max(0, self._advised - WRITE_BACK_BYTES), 0, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            pass        # it is advice: a file system may have no use for it
+        self._advised = self._written
+
+    def finish(self) -> None:
+        """All is on disk: NFS and CIFS may tell of a full disk only here."""
+        os.fsync(self._fd)
+        self.close()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            file_fd, self._fd = self._fd, None
+            os.close(file_fd)
+
+
+def _write_all(target_fd: int, view: memoryview) -> None:
+    while len(view):
+        view = view[os.write(target_fd, view):]
+
+
+class PipeWriter:
+    """Writes into a pipe, a compressor's stdin for one, and closes it at the end; the descriptor is taken over."""
+
+    def __init__(self, pipe_fd: int, name: str = "compressor") -> None:
+        self.name = name
+        self._fd: Optional[int] = pipe_fd
+        widen_pipe(pipe_fd)
+
+    def feed(self, view: memoryview) -> None:
+        _write_all(self._fd, view)
+
+    def finish(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            pipe_fd, self._fd = self._fd, None
+            os.close(pipe_fd)
+
+
+GZIP_INPUT_BYTES = 64 * 1024
+
+
+class Gunzip(PipeWriter):
+    """Decompresses gzip into a pipe; VerificationError if it is damaged, cut short or followed by anything else.
+
+    Several gzip members in a row are one gzip file (RFC 1952, 2.2).
+    """
+
+    def __init__(self, pipe_fd: int) -> None:
+        super().__init__(pipe_fd, "gunzip")
+        self._member = zlib.decompressobj(zlib.MAX_WBITS + 16)
+        self._offset = 0
+
+    def feed(self, view: memoryview) -> None:
+        # Small pieces: what zlib leaves over is copied each time that the output is full.
+        for at in range(0, len(view), GZIP_INPUT_BYTES):
+            self._inflate(view[at:at + GZIP_INPUT_BYTES])
+
+    def _inflate(self, piece: memoryview) -> None:
+        self._offset += len(piece)
+        while len(piece):
+            if self._member.eof:
+                self._member = zlib.decompressobj(zlib.MAX_WBITS + 16)
+            self._decompress(piece)
+            piece = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
+
+    def _decompress(self, piece: memoryview) -> int:
+        """How many bytes came out, a MiB at most: a few bytes of gzip can be a thousand times as many of zeros."""
+        try:
+            plain = self._member.decompress(piece, MEBIBYTE)
+        except zlib.error as problem:
+            raise VerificationError("the gzip file is damaged, or followed by something else, before byte {}: {}".format(
+                self._offset, problem)) from None
+        super().feed(memoryview(plain))
+        return len(plain)
+
+    def finish(self) -> None:
+        while not self._member.eof:
+            if not self._decompress(memoryview(b"")):
+                raise VerificationError("the gzip file is cut short: it ends at byte {}".format(self._offset))
+        super().finish()
+
+
+def widen_pipe(pipe_fd: int) -> None:
+    """A MiB of room instead of 64 KiB: fewer switches between the programs at its ends. Best effort."""
+    try:
+        fcntl.fcntl(pipe_fd, F_SETPIPE_SZ, MEBIBYTE)
+    except OSError:
+        pass        # not a pipe, or the user's share of pipe memory is used up
+
+
+# ---- The pump --------------------------------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """`bytes_read` from the first source; `quiet_s` since anything moved at all; `waiting_for` the source's name, or that
+    of the consumer that holds everything up."""
+
+    bytes_read: int
+    quiet_s: float
+    waiting_for: str
+
+
+class Flow(NamedTuple):
+    """One source and the consumers that each see all of it; the descriptor is taken over.
+
+    `at_end` is called at the end of the source, before the consumers finish: what it raises (a program's exit status) is
+    then the reason, not the truncated stream that follows from it.
+    """
+
+    source_fd: int
+    consumers: Sequence[Any]
+    name: str = "source"
+    at_end: Optional[Callable[[], None]] = None
+
+
+def through_program(stdin_fd: int, stdout_fd: int, name: str = "compressor") -> Tuple[PipeWriter, int]:
+    """A converter for `staged`: a running program's two ends."""
+    return PipeWriter(stdin_fd, name), stdout_fd
+
+
+def through_gunzip() -> Tuple[Gunzip, int]:
+    """A converter for `staged` that needs no program."""
+    read_fd, write_fd = os.pipe()
+    return Gunzip(write_fd), read_fd
+
+
+def staged(source_fd: int, before: Sequence[Any], after: Sequence[Any],
+           converter: Optional[Tuple[PipeWriter, int]] = None) -> List[Flow]:
+    """The flows of an export (before: the plain stream, after: what is stored) or of reading one back (the reverse)."""
+    if converter is None:
+        return [Flow(source_fd, [*before, *after])]
+    feeder, output_fd = converter
+    return [Flow(source_fd, [*before, feeder]), Flow(output_fd, after, feeder.name)]
+
+
+def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any]) -> int:
+    """Every source was read to its end and every consumer has finished; the number of bytes of the first source.
+
+    `on_tick` is called about once a second and may raise, which aborts. So does the first exception of a consumer, which
+    is raised here as it is. After an abort no consumer finishes; a thread that is stuck in the kernel is left to itself.
+    """
+    run = _PumpRun(flows)
+    try:
+        run.start()
+        while not run.is_done():
+            run.news.wait(TICK_S)
+            run.news.clear()
+            run.raise_failure()
+            on_tick(run.progress())
+        run.raise_failure()
+    finally:
+        run.stop()
+    return run.flows[0].bytes_read
+
+
+class _Buffer:
+    __slots__ = ("view", "length", "readers")
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(BUFFER_BYTES))
+        self.length = self.readers = 0
+
+
+class _PumpRun:
+    """The state that all threads of one pump share."""
+
+    def __init__(self, flows: Sequence[Flow]) -> None:
+        self.news = threading.Event()       # a thread has ended or failed
+        self.stopping = False
+        self.failure: Optional[BaseException] = None
+        self._lock = threading.Lock()
+        self.flows = [_FlowRun(flow, self) for flow in flows]
+        self._moved: Tuple[int, ...] = ()
+        self._moved_at = time.monotonic()
+
+    def start(self) -> None:
+        for flow in self.flows:
+            flow.start()
+
+    def is_done(self) -> bool:
+        return all(flow.is_done() for flow in self.flows)
+
+    def fail(self, problem: BaseException) -> None:
+        """The first failure is the reason; those that follow from it are not told."""
+        with self._lock:
+            if self.failure is None and not self.stopping:
+                self.failure = problem
+            self.stopping = True
+        self.news.set()
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def progress(self) -> Progress:
+        now = time.monotonic()
+        moved = tuple(flow.bytes_read for flow in self.flows) + tuple(
+            lane.fed for flow in self.flows for lane in flow.lanes)
+        if moved != self._moved:
+            self._moved, self._moved_at = moved, now
+        return Progress(self.flows[0].bytes_read, now - self._moved_at, self._waiting_for())
+
+    def _waiting_for(self) -> str:
+        """Seen from the far end: a full store also holds up the compressor and the source before it."""
+        for flow in reversed(self.flows):
+            slowest = flow.slowest()
+            if slowest is not None:
+                return slowest
+        return next((flow.name for flow in self.flows if not flow.has_ended), self.flows[-1].name)
+
+    def stop(self) -> None:
+        """Let the threads end; those that can't within GRACE_S are daemons and end when the kernel lets them."""
+        self.stopping = True
+        deadline = time.monotonic() + GRACE_S
+        for flow in self.flows:
+            flow.wake()
+        for thread in [thread for flow in self.flows for thread in flow.threads]:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class _FlowRun:
+    """One flow at work: a thread that reads, and a lane for each consumer."""
+
+    def __init__(self, flow: Flow, run: _PumpRun) -> None:
+        self.name = flow.name
+        self.bytes_read = 0
+        self.handed = 0
+        self.has_ended = False
+        self._is_starved = False
+        self._source_fd, self._at_end, self._run = flow.source_fd, flow.at_end, run
+        self._free: Any = queue.Queue()
+        self._lock = threading.Lock()
+        self.lanes = [_Lane(consumer, self, run) for consumer in flow.consumers]
+        self._reader = threading.Thread(target=self._read, name="read " + self.name, daemon=True)
+        self.threads = [self._reader] + [lane.thread for lane in self.lanes]
+
+    def start(self) -> None:
+        widen_pipe(self._source_fd)
+        for _ in range(BUFFERS_PER_FLOW):
+            self._free.put(_Buffer())
+        for thread in self.threads:
+            thread.start()
+
+    def is_done(self) -> bool:
+        return self.has_ended and all(lane.is_done for lane in self.lanes)
+
+    def slowest(self) -> Optional[str]:
+        """The consumer that everything waits for, if it is one."""
+        if not (self._is_starved or self.has_ended):
+            return None
+        busy = [lane for lane in self.lanes if not lane.is_done]
+        return min(busy, key=lambda lane: lane.fed).name if busy else None
+
+    def wake(self) -> None:
+        self._free.put(None)
+        for lane in self.lanes:
+            lane.inbox.put(None)
+
+    def release(self, buffer: _Buffer) -> None:
+        with self._lock:
+            buffer.readers -= 1
+            is_free = not buffer.readers
+        if is_free:
+            self._free.put(buffer)
+
+    def _read(self) -> None:
+        try:
+            if self._read_to_end():
+                if self._at_end is not None:
+                    self._at_end()
+                for lane in self.lanes:
+                    lane.inbox.put(None)
+        except BaseException as problem:    # whatever it is, the caller's thread must hear of it
+            self._run.fail(problem)
+        finally:
+            os.close(self._source_fd)
+            self.has_ended = True
+            self._run.news.set()
+
+    def _read_to_end(self) -> bool:
+        """False if the pump was stopped before."""
+        poll = select.poll()
+        poll.register(self._source_fd, select.POLLIN)
+        while True:
+            self._is_starved = True
+            buffer = self._free.get()
+            self._is_starved = False
+            if self._run.stopping:
+                return False
+            has_more = self._fill(buffer, poll)
+            if buffer.length:
+                self._hand_over(buffer)
+            if not has_more:
+                return not self._run.stopping
+
+    def _fill(self, buffer: _Buffer, poll: Any) -> bool:
+        """Read until the buffer is full or the source pauses; false at its end."""
+        buffer.length = 0
+        while buffer.length < BUFFER_BYTES:
+            if not poll.poll(TICK_S * 1000):
+                if self._run.stopping:
+                    return False
+                if buffer.length:
+                    return True
+                continue
+            count = os.readv(self._source_fd, [buffer.view[buffer.length:]])
+            if not count:
+                return False
+            buffer.length += count
+            self.bytes_read += count
+        return True
+
+    def _hand_over(self, buffer: _Buffer) -> None:
+        buffer.readers = len(self.lanes)
+        if not self.lanes:
+            self._free.put(buffer)
+        for lane in self.lanes:
+            lane.inbox.put(buffer)
+
+
+class _Lane:
+    """One consumer and its thread."""
+
+    def __init__(self, consumer: Any, flow: _FlowRun, run: _PumpRun) -> None:
+        self.name = consumer.name
+        self.fed = 0
+        self.is_done = False
+        self.inbox: Any = queue.Queue()
+        self._consumer, self._flow, self._run = consumer, flow, run
+        self.thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+
+    def _work(self) -> None:
+        try:
+            if self._feed_all():
+                self._consumer.finish()
+        except BaseException as problem:    # whatever it is, the caller's thread must hear of it
+            self._run.fail(problem)
+        finally:
+            self._close()
+            self.is_done = True
+            self._run.news.set()
+
+    def _feed_all(self) -> bool:
+        """False if the pump was stopped before the end."""
+        while True:
+            buffer = self.inbox.get()
+            if self._run.stopping:
+                return False
+            if buffer is None:
+                return True
+            self._consumer.feed(buffer.view[:buffer.length])
+            self.fed += 1
+            self._flow.release(buffer)
+
+    def _close(self) -> None:
+        try:
+            self._consumer.close()
+        except OSError as problem:
+            self._run.fail(problem)
+
+
+# =============================================================================
+# 11. Pool
+# =============================================================================
+# The only place that speaks XenAPI. It knows refs and gives values. A call that
+# only asks, or can be repeated without harm, goes through ask(), which waits
+# for a pool that restarts; one that makes or destroys something goes through
+# call(), once: whoever gets AnswerLost asks the pool what became of it.
+
+NULL_REF = "OpaqueRef:NULL"
+READ_TIMEOUT_S = 120
+LOGIN_TRIES = 3
+LOGIN_PAUSE_S = 2
+IDLE_CONNECTION_S = 5
+ORIGINATOR = "VmBackup"
+KEY_PREFIX = "vmbackup:"
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """The connection is open."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(fs_path(self._path))
+
+
+class _TlsConnection(http.client.HTTPSConnection):
+    """HTTPS that also compares the certificate's fingerprint if one is demanded."""
+
+    def __init__(self, host: str, port: int, timeout_s: float, context: ssl.SSLContext, fingerprint: str) -> None:
+        super().__init__(host, port, timeout=timeout_s, context=context)
+        self._fingerprint = fingerprint
+
+    def connect(self) -> None:
+        """The connection is open; raises PoolError if the certificate is not the one demanded."""
+        super().connect()
+        if self._fingerprint:
+            found = hashlib.sha256(self.sock.getpeercert(True)).hexdigest()
+            if found != self._fingerprint:
+                self.close()
+                raise PoolError("%s shows a TLS certificate with the SHA-256 fingerprint %s, not the one of "
+                                "ca_fingerprint. Nothing was sent. If the certificate was renewed, put the new "
+                                "fingerprint in the config." % (self.host, found))
+
+
+class Transport(xmlrpc.client.Transport):
+    """XML-RPC over a connection of our making, with time limits and without silent repetition.
+
+    The standard transport repeats a request whose connection broke; a
+    VM.snapshot repeated so would make two snapshots.
+    """
+
+    def __init__(self, connect: Callable[[float], http.client.HTTPConnection]) -> None:
+        super().__init__()
+        self._connect = connect
+        self.timeout_s = float(READ_TIMEOUT_S)
+        self._used_at = 0.0
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        """The open connection, or a new one if it has been idle so long that the server may have closed it."""
+        if self._connection and self._connection[0] == host:
+            return self._connection[1]
+        self._connection = host, self._connect(self.timeout_s)
+        return self._connection[1]
+
+    def request(self, host: Any, handler: str, request_body: Any, verbose: bool = False) -> Any:
+        """The answer to one request that is sent once."""
+        if time.monotonic() - self._used_at > IDLE_CONNECTION_S:
+            self.close()
+        if self._connection and self._connection[1] is not None:
+            self._connection[1].timeout = self.timeout_s
+            if self._connection[1].sock is not None:
+                self._connection[1].sock.settimeout(self.timeout_s)
+        try:
+            return self.single_request(host, handler, request_body, verbose)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._used_at = time.monotonic()
+
+
+class Trust(NamedTuple):
+    """How a TLS certificate is checked; both empty: not at all, as with xe."""
+    ca_file: str
+    fingerprint: str
+
+    def context(self) -> ssl.SSLContext:
+        """The TLS settings; raises UsageError if the CA file can't be read."""
+        if self.ca_file:
+            try:
+                return ssl.create_default_context(cafile=fs_path(self.ca_file))
+            except (OSError, ssl.SSLError) as error:
+                raise UsageError("ca_file %s can't be used: %s." % (self.ca_file, os_reason(error)))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        with contextlib.suppress(ssl.SSLError):
+            # older hosts have 1024-bit keys, which newer OpenSSL refuses even unverified;
+            # OpenSSL before 1.1 has no levels and does not know the word
+            context.set_ciphers("DEFAULT:@SECLEVEL=0")
+        return context
+
+
+class Doorway(NamedTuple):
+    """Where this host listens: the real places, or those of the test door."""
+    url: str
+    socket_path: str
+
+    @classmethod
+    def of_environment(cls, environment: Dict[str, str]) -> "Doorway":
+        """The doorway that VMBACKUP_POOL names, else the real one."""
+        url, space, path = fs_text(environment.get(TEST_DOOR, "")).partition(" ")
+        return cls(url, path) if space else cls(LOCAL_URL, LOCAL_SOCKET)
+
+    def plain_address(self) -> PoolAddress:
+        """This host's plain HTTP address."""
+        return parse_pool_address(self.url)
+
+    def tls_address(self, host: str) -> PoolAddress:
+        """The TLS address of another host of the pool: 443, or the test pool's port + 1."""
+        plain = self.plain_address()
+        return PoolAddress("https", host, 443 if plain.port == 80 else plain.port + 1)
+
+
+class Pool:
+    """A session with the pool's master. Close it, or it stays open there for a day."""
+
+    def __init__(self, address: Optional[PoolAddress], password: Optional[str], doorway: Doorway, trust: Trust,
+                 timeout_s: float, log: Log, signals: Signals) -> None:
+        """`address` None: this host, by unix socket if `password` is None, else by plain HTTP on loopback."""
+        self._address = address
+        self._password = password
+        self._doorway = doorway
+        self._trust = trust
+        self._patience_s = timeout_s
+        self._log = log
+        self._signals = signals
+        self._session = None               # type: Any
+        self._transport = None             # type: Optional[Transport]
+        self._handle = ""
+        self._master = None                # type: Optional[PoolAddress]
+        self._sr_uuids = {}                # type: Dict[str, str]
+        self._failure = Exception          # the module's Failure, once it is imported
+        self.changes_allowed = True        # a preview switches it off
+
+    # --- connecting -----------------------------------------------------------
+
+    def connect(self) -> None:
+        """A session is open. Raises PoolError if the pool can't be reached or refuses the login."""
+        try:
+            import XenAPI
+        except ImportError:
+            raise PoolError("the Python module XenAPI is not installed. On a host of the pool it is there for "
+                            "/usr/bin/python3; elsewhere: pip install XenAPI.")
+        self._failure = XenAPI.Failure
+        for attempt in range(1, LOGIN_TRIES + 1):
+            try:
+                self._login(XenAPI)
+                return
+            except AnswerLost as error:
+                if attempt == LOGIN_TRIES:
+                    raise PoolError("%s No VM was touched. Is the pool up, and the address right?" % error)
+                self._signals.sleep(LOGIN_PAUSE_S)
+
+    def _login(self, xenapi: Any) -> None:
+        """Logged in at the address, or at the master that it names."""
+        try:
+            self._login_at(xenapi, self._master or self._address)
+        except ApiFailure as failure:
+            if failure.code != "HOST_IS_SLAVE" or not failure.parameters:
+                raise PoolError(self._refusal_text(failure))
+            self._master = self._address_of_master(failure.parameters[0])
+            try:
+                self._login_at(xenapi, self._master)
+            except ApiFailure as second:
+                raise PoolError(self._refusal_text(second))
+
+    def _address_of_master(self, host: str) -> PoolAddress:
+        """Where the master that HOST_IS_SLAVE names listens."""
+        if self._address is None:
+            return self._doorway.tls_address(host)
+        if self._address.scheme == "http":
+            port = self._address.port
+            return PoolAddress("https", host, 443 if port == 80 else port + 1)
+        return self._address._replace(host=host)
+
+    def _refusal_text(self, failure: ApiFailure) -> str:
+        """The sentence for a login that was refused."""
+        if failure.code == "SESSION_AUTHENTICATION_FAILED":
+            return ("the pool refused the login of root: the password is wrong. No VM was touched. Check the "
+                    "password, or the password file.")
+        return "the pool refused the login: %s No VM was touched." % failure_text(failure.code, failure.parameters)
+
+    def _login_at(self, xenapi: Any, address: Optional[PoolAddress]) -> None:
+        """Logged in there; raises ApiFailure or AnswerLost."""
+        self._forget_session()
+        if address is None and self._password is None:
+            path = self._doorway.socket_path
+            url, connect = "http://localhost/", lambda timeout_s: _UnixConnection(path, timeout_s)
+        else:
+            target = address or self._doorway.plain_address()
+            url, connect = target.url, self._connector(target)
+        self._transport = Transport(connect)
+        self._session = xenapi.Session(url, transport=self._transport)
+        self._guarded("the login", lambda: self._session.login_with_password(
+            "root", self._password or "", "1.0", ORIGINATOR))
+        self._handle = self._session.handle
+
+    def _connector(self, target: PoolAddress) -> Callable[[float], http.client.HTTPConnection]:
+        """What opens a connection to that TCP address."""
+        if target.scheme == "http":
+            return lambda timeout_s: http.client.HTTPConnection(target.host, target.port, timeout=timeout_s)
+        context = self._trust.context()
+        return lambda timeout_s: _TlsConnection(target.host, target.port, timeout_s, context,
+                                                self._trust.fingerprint)
+
+    @property
+    def xe_address(self) -> Optional[PoolAddress]:
+        """The address that xe has to be given; None for this host's own pool."""
+        return None if self._address is None else self._master or self._address
+
+    def _forget_session(self) -> None:
+        """The connection, if any, is closed; the session itself is the server's to forget."""
+        if self._transport is not None:
+            self._transport.close()
+        self._session = self._transport = None
+
+    def close(self) -> None:
+        """Logged out, if the pool still answers."""
+        if self._session is None:
+            return
+        try:
+            self._transport.timeout_s = LOGOUT_TIMEOUT_S
+            self._guarded("the logout", self._session.xenapi.session.logout)
+        except BackupError as error:
+            self._log.info("the session could not be closed; the pool drops it after a day: %s" % error)
+        self._forget_session()
+
+    # --- calling ----------------------------------------------------------------
+
+    def call(self, doing: str, method: str, *arguments: Any, **options: Any) -> Any:
+        """The answer to one call, sent once. Raises ApiFailure or AnswerLost; `doing` begins their sentence.
+
+        HOST_IS_SLAVE means that nothing was done, so then the master is looked
+        for and the call sent there.
+        """
+        if not self.changes_allowed and not _only_reads(method):
+            raise AssertionError("a preview must not call " + method)
+        try:
+            return self._send(doing, method, arguments, **options)
+        except ApiFailure as failure:
+            if failure.code != "HOST_IS_SLAVE":
+                raise
+        self._log.info("the pool's master has changed; logging in again.")
+        self._reconnect()
+        return self._send(doing, method, arguments, **options)
+
+    def ask(self, doing: str, method: str, *arguments: Any, **options: Any) -> Any:
+        """The answer to a call that can be repeated: a pool that does not answer is waited for."""
+        give_up_at = time.monotonic() + self._patience_s
+        pause_s = 1.0
+        while True:
+            self._signals.check()
+            try:
+                if self._session is None:
+                    self._reconnect()
+                return self.call(doing, method, *arguments, **options)
+            except (AnswerLost, PoolError) as error:
+                if not isinstance(error, AnswerLost) or time.monotonic() + pause_s > give_up_at:
+                    raise
+                self._log.info("%s Trying again." % error)
+                self._forget_session()
+            except ApiFailure as failure:
+                if failure.code not in STARTING_UP or time.monotonic() + pause_s > give_up_at:
+                    raise
+                self._log.info("the pool is starting (%s); trying again." % failure.code)
+            self._signals.sleep(pause_s)
+            pause_s = min(pause_s * 2, 15)
+
+    def _reconnect(self) -> None:
+        """A new session, at the master of now; raises AnswerLost or PoolError."""
+        import XenAPI
+        self._master = None
+        self._login(XenAPI)
+
+    def _send(self, doing: str, method: str, arguments: Tuple[Any, ...], timeout_s: float = 0) -> Any:
+        """One call, with the session re-made by the XenAPI module if it had died."""
+        if self._session is None:
+            self._reconnect()
+        self._transport.timeout_s = timeout_s or min(READ_TIMEOUT_S, self._patience_s)
+        function = self._session.xenapi
+        for part in method.split("."):
+            function = getattr(function, part)
+        answer = self._guarded(doing, lambda: function(*arguments))
+        if self._session.handle != self._handle:
+            self._handle = self._session.handle
+            self._log.info("the session with the pool was lost; logged in again.")
+        return answer
+
+    def _guarded(self, doing: str, function: Callable[[], Any]) -> Any:
+        """What the function gives, its failures translated to ApiFailure and AnswerLost."""
+        try:
+            return function()
+        except self._failure as failure:
+            details = [str(item) for item in failure.details]
+            raise ApiFailure(details[0], details[1:], doing)
+        except (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError) as error:
+            self._forget_session()
+            raise AnswerLost("%s got no answer from the pool: %s." % (doing, connection_reason(error)))
+
+    # --- reading ----------------------------------------------------------------
+
+    def inventory(self) -> Inventory:
+        """The whole pool in eight calls, whatever the number of VMs."""
+        doing = "reading the pool"
+        this_host = self.ask(doing, "session.get_this_host", self._session.handle)
+        pool = list(self.ask(doing, "pool.get_all_records").values())[0]
+        hosts = self.ask(doing, "host.get_all_records")
+        machines = self.ask(doing, "VM.get_all_records")
+        vbds = self.ask(doing, "VBD.get_all_records")
+        vdis = self.ask(doing, "VDI.get_all_records")
+        srs = self.ask(doing, "SR.get_all_records")
+        self._sr_uuids = {ref: record["uuid"] for ref, record in srs.items()}
+        master = _host(pool["master"], hosts[pool["master"]])
+        host = _host(this_host, hosts[this_host]) if this_host in hosts else master
+        real = [self._machine(ref, record, vbds, vdis) for ref, record in machines.items()
+                if is_real_machine(record)]
+        real.sort(key=lambda machine: (machine.name, machine.uuid))
+        return Inventory(pool["uuid"], pool["name_label"], host, master, tuple(real))
+
+    def _machine(self, ref: str, record: Dict[str, Any], vbds: Dict[str, Any],
+                 vdis: Dict[str, Any]) -> VirtualMachine:
+        """The VM's value; a VBD or VDI that vanished between two calls is left out."""
+        disks = [self._disk(vbds[vbd], vdis[vbds[vbd]["VDI"]]["SR"], vbds[vbd]["VDI"], vdis[vbds[vbd]["VDI"]])
+                 for vbd in record["VBDs"]
+                 if vbd in vbds and vbds[vbd]["type"] == "Disk" and vbds[vbd]["VDI"] in vdis]
+        disks.sort(key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
+        return VirtualMachine(
+            ref, record["uuid"], record["name_label"], record["name_description"], record["power_state"],
+            tuple(record["tags"]), record["memory_dynamic_max"], record["VCPUs_max"],
+            record["VCPUs_at_startup"], record["guest_metrics"], tuple(disks))
+
+    def _disk(self, vbd: Dict[str, Any], sr_ref: str, vdi_ref: str, vdi: Dict[str, Any]) -> Disk:
+        """The disk that a VBD record and its VDI record make."""
+        return Disk(vbd["uuid"], vbd["userdevice"], vbd["device"] or device_name(vbd["userdevice"]),
+                    vbd["bootable"], vbd["mode"], vbd["type"], vbd["unpluggable"], vdi_ref, vdi["uuid"],
+                    vdi["name_label"], vdi["name_description"], int(vdi["virtual_size"]), vdi["type"],
+                    vdi["sharable"], vdi["read_only"], sr_ref, self._sr_uuid(sr_ref), vdi["snapshot_of"])
+
+    def _sr_uuid(self, ref: str) -> str:
+        """The SR's uuid, asked for once."""
+        if ref not in self._sr_uuids:
+            self._sr_uuids[ref] = self.ask("reading an SR", "SR.get_uuid", ref)
+        return self._sr_uuids[ref]
+
+    def machine(self, ref: str, doing: str, record: Optional[Dict[str, Any]] = None) -> VirtualMachine:
+        """The VM, or snapshot, as it is now; ApiFailure HANDLE_INVALID if it is gone."""
+        record = record or self.ask(doing, "VM.get_record", ref)
+        vbds = self.ask(doing, "VBD.get_all_records_where", 'field "VM" = "%s"' % ref)
+        vdis = {vbd["VDI"]: self.ask(doing, "VDI.get_record", vbd["VDI"])
+                for vbd in vbds.values() if vbd["type"] == "Disk" and vbd["VDI"] != NULL_REF}
+        return self._machine(ref, record, vbds, vdis)
+
+    def real_machine(self, planned: VirtualMachine) -> VirtualMachine:
+        """The VM as it is now; BackupError if that ref is no longer the VM that was planned."""
+        doing = "reading %s again" % planned.title
+        record = self.ask(doing, "VM.get_record", planned.ref)
+        if record["uuid"] != planned.uuid or not is_real_machine(record):
+            raise BackupError("%s is no longer a VM (it became a template, or its record was replaced), so it was not "
+                              "backed up." % planned.title)
+        return self.machine(planned.ref, doing, record)
+
+    def interfaces(self, machine: VirtualMachine) -> List[Interface]:
+        """The VM's VIFs, by device."""
+        doing = "reading the network interfaces of %s" % machine.title
+        vifs = self.ask(doing, "VIF.get_all_records_where", 'field "VM" = "%s"' % machine.ref)
+        found = [Interface(vif["uuid"], vif["device"],
+                           self.ask(doing, "network.get_name_label", vif["network"]), vif["MTU"], vif["MAC"],
+                           tuple(sorted(vif["other_config"].items())))
+                 for vif in vifs.values()]
+        return sorted(found, key=lambda vif: (userdevice_number(vif.device), vif.device))
+
+    def os_version(self, machine: VirtualMachine) -> str:
+        """The name of the guest's system as its tools report it; "" if they never did."""
+        if machine.guest_metrics_ref == NULL_REF:
+            return ""
+        try:
+            version = self.ask("reading the guest metrics of %s" % machine.title,
+                               "VM_guest_metrics.get_os_version", machine.guest_metrics_ref)
+        except ApiFailure as failure:
+            if failure.code == "HANDLE_INVALID":
+                return ""
+            raise
+        return version.get("name", "")
+
+    def storage_repositories(self, refs: Iterable[str]) -> List[StorageRepository]:
+        """Those SRs, with their sizes of now."""
+        found = []
+        for ref in sorted(set(refs)):
+            record = self.ask("reading an SR", "SR.get_record", ref)
+            found.append(StorageRepository(ref, record["uuid"], record["name_label"], record["content_type"],
+                                           int(record["physical_size"]), int(record["physical_utilisation"])))
+        return found
+
+
+STARTING_UP = frozenset(("HOST_STILL_BOOTING", "HOST_IN_EMERGENCY_MODE", "HOST_HAS_NO_MANAGEMENT_IP"))
+LOGOUT_TIMEOUT_S = 20
+
+
+def _only_reads(method: str) -> bool:
+    """Does the call change nothing in the pool?"""
+    return method.split(".")[1].startswith("get")
+
+
+def _host(ref: str, record: Dict[str, Any]) -> Host:
+    """The host's value."""
+    version = record["software_version"].get("product_version", "")
+    return Host(ref, record["uuid"], record["hostname"].split(".")[0], record["address"],
+                tuple(int(part) for part in re.findall(r"[0-9]+", version)),
+                (int(record["API_version_major"]), int(record["API_version_minor"])))
+
+
+def is_real_machine(record: Dict[str, Any]) -> bool:
+    """Neither template, snapshot nor control domain. A snapshot whose is_a_template was cleared looks like a VM
+    but for is_a_snapshot (ocaml/xapi/xapi_vm_clone.ml, v26.17.0)."""
+    return not (record["is_a_template"] or record["is_a_snapshot"] or record["is_control_domain"])
+
+
+def connection_reason(error: Exception) -> str:
+    """Why a connection gave no answer, in words."""
+    if isinstance(error, socket.timeout):
+        return "it said nothing for too long"
+    if isinstance(error, ssl.SSLError):
+        return "TLS: %s" % (error.reason or error)
+    if isinstance(error, xmlrpc.client.ProtocolError):
+        return "HTTP %s %s" % (error.errcode, error.errmsg)
+    if isinstance(error, xmlrpc.client.Fault):
+        return one_line(str(error.faultString))
+    if isinstance(error, xml.parsers.expat.ExpatError):
+        return "its answer is not XML (a control character in a name?): %s" % error
+    return os_reason(error)
+
+
+# =============================================================================
+# 12. Catalog
+# =============================================================================
+# The only place that touches the backup directory. It is opened once and all
+# is done relative to that descriptor, never through a symbolic link, so that
+# neither a share that went away nor a planted link leads us elsewhere.
+
+STATE_FOLDER = ".vmbackup"
+MANIFEST = "backup.json"
+CHECKSUMS = "SHA256SUMS"
+SUCCESS = "success"
+BLOCKS = "blocks"
+VM_METADATA = "vm-metadata.xml"
+OLD_MARKERS = ("success", "success_restore", "success_compress", "success_compressing")
+IMAGE_NAME = re.compile(r".+\.(xva|raw|vhd)(\.gz|\.zst)?", re.DOTALL)
+COMPRESSED_MAGIC = ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"))
+SMALL_FILE_BYTES = 64 * MEBIBYTE          # metadata and manifests; an image is never read whole
+MISBEHAVIOUR = (errno.EIO, errno.ESTALE, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN)
+CANT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+NEWEST_NEIGHBOUR_S = HOUR_S               # another host's run of this config this recent stands for ours
+WEAK_LOCK_PATIENCE_S = DAY_S
+
+
+@contextlib.contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Inside, an OSError becomes a CatalogError that says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(doing, error)
+
+
+def storage_error(doing: str, error: OSError) -> CatalogError:
+    """The error for a storage operation that failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CatalogError("%s: no space left on the backup storage (%s). Free space there, lower max_backups, "
+                            "or set pre_clean=yes." % (doing, os_reason(error)))
+    if error.errno in MISBEHAVIOUR:
+        return StorageMisbehaved("%s: the backup storage misbehaved (%s). Nothing is pruned in this run; check the "
+                                 "share or disk." % (doing, os_reason(error)))
+    return CatalogError("%s: %s." % (doing, os_reason(error)))
+
+
+class Directory:
+    """An open directory; every operation is relative to it and follows no symbolic link."""
+
+    def __init__(self, fd: int, shown: str) -> None:
+        self.fd = fd
+        self.shown = shown              # its path, for people
+
+    @classmethod
+    def open_path(cls, path: str) -> "Directory":
+        """The directory at that path, the last component of which may be a link."""
+        return cls(os.open(fs_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+
+    def close(self) -> None:
+        """The descriptor is given back."""
+        os.close(self.fd)
+
+    def __enter__(self) -> "Directory":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def child(self, name: str) -> "Directory":
+        """The directory of that name in this one."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        return Directory(os.open(fs_path(name), flags, dir_fd=self.fd), self.shown + "/" + name)
+
+    def make_child(self, name: str) -> "Directory":
+        """A new directory of that name, synced; FileExistsError if there is one."""
+        os.mkdir(fs_path(name), 0o700, dir_fd=self.fd)
+        self.sync()
+        return self.child(name)
+
+    def child_made_if_missing(self, name: str) -> "Directory":
+        """The directory of that name, made if it is not there."""
+        with contextlib.suppress(FileExistsError):
+            return self.make_child(name)
+        return self.child(name)
+
+    def names(self) -> List[str]:
+        """All names in it, sorted."""
+        return sorted(fs_text(name) for name in os.listdir(self.fd))
+
+    def status(self, name: str) -> Optional[os.stat_result]:
+        """What stands under that name, links not followed; None if nothing."""
+        try:
+            return os.stat(fs_path(name), dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def is_directory(self, name: str) -> bool:
+        """Is there a real directory of that name?"""
+        status = self.status(name)
+        return status is not None and stat.S_ISDIR(status.st_mode)
+
+    def create(self, name: str) -> int:
+        """A descriptor of a new file of that name, for us alone; FileExistsError if there is one."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(fs_path(name), flags, 0o600, dir_fd=self.fd)
+
+    def open_file(self, name: str) -> int:
+        """A descriptor to read the regular file of that name; OSError for anything else."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(fs_path(name), flags, dir_fd=self.fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file", fs_path(name))
+        return fd
+
+    def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
+        """The bytes of a small file; OSError if it is larger than the limit."""
+        with open(self.open_file(name), "rb") as file:
+            found = file.read(limit + 1)
+        if len(found) > limit:
+            raise OSError(errno.EFBIG, "larger than %s" % format_size(limit), fs_path(name))
+        return found
+
+    def write(self, name: str, content: bytes) -> None:
+        """A new file with that content, on disk when this returns."""
+        with open(self.create(name), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rename(self, old: str, new: str) -> None:
+        """Renamed and on disk; FileExistsError if the new name is taken (rename would replace an empty directory)."""
+        if self.status(new) is not None:
+            raise FileExistsError(errno.EEXIST, "the name is taken", fs_path(new))
+        os.rename(fs_path(old), fs_path(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self.sync()
+
+    def remove_file(self, name: str) -> None:
+        """The file or link of that name is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fs_path(name), dir_fd=self.fd)
+
+    def remove_tree(self, name: str) -> None:
+        """The directory of that name and all in it are gone; links in it are removed, not followed."""
+        with self.child(name) as inner:
+            for item in inner.names():
+                if inner.is_directory(item):
+                    inner.remove_tree(item)
+                else:
+                    inner.remove_file(item)
+        os.rmdir(fs_path(name), dir_fd=self.fd)
+
+    def sync(self) -> None:
+        """Names made and removed here are on disk, where the file system can sync a directory."""
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):   # CIFS and FUSE can't
+                raise
+
+
+# --- locks ----------------------------------------------------------------------
+
+
+class LockFile:
+    """A lock in the state folder, held by fcntl.lockf, which reaches across NFS clients.
+
+    Closing any descriptor of a locked file drops this process's lock, so a
+    lock file is opened once per process and never removed.
+    """
+
+    def __init__(self, folder: Directory, name: str) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.fd = os.open(fs_path(name), flags, 0o600, dir_fd=folder.fd)
+        self.shown = folder.shown + "/" + name
+        self.is_held = False
+
+    def take(self) -> bool:
+        """True if the lock is ours now; CatalogError where the file system can't lock."""
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno in CANT_LOCK:
+                raise CatalogError(
+                    "%s: this file system can't lock files (%s), so two runs could destroy each other's work. "
+                    "Mount it with locking (NFS: without nolock, and with rpc.statd running; CIFS: without nobrl)."
+                    % (self.shown, os_reason(error)))
+            raise
+        self.is_held = True
+        return True
+
+    def text(self) -> Dict[str, Any]:
+        """What its last holder wrote, {} if nothing readable; read through the held descriptor."""
+        try:
+            found = json.loads(os.pread(self.fd, 64 * KIBIBYTE, 0).decode("utf-8"))
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write_text(self, text: Dict[str, Any]) -> None:
+        """The text is there for others to read, on disk."""
+        content = (json.dumps(text, sort_keys=True) + "\n").encode("utf-8")
+        os.pwrite(self.fd, content, 0)
+        os.ftruncate(self.fd, len(content))
+        os.fsync(self.fd)
+
+    def release(self) -> None:
+        """Free for others; the file stays."""
+        if self.is_held:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN)
+        self.is_held = False
+
+
+def holder_text(text: Dict[str, Any]) -> str:
+    """Who holds a lock and since when, from its text."""
+    return "process %s on %s, since %s" % (text.get("pid", "?"), text.get("host", "?"), text.get("since", "?"))
+
+
+class Mount(NamedTuple):
+    """The mount that a directory lies on. `locks_are_local`: its locks do not reach other hosts."""
+    point: str
+    kind: str
+    locks_are_local: bool
+
+
+def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
+    """The mount of that st_dev in the text of /proc/self/mountinfo, None if it is not there."""
+    wanted = "%d:%d" % (os.major(device), os.minor(device))
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        fields, behind = left.split(" "), right.split(" ")
+        if len(fields) < 6 or len(behind) < 3 or fields[2] != wanted:
+            continue
+        options = set((fields[5] + "," + behind[2]).split(","))
+        local = any(option in ("nolock", "nobrl") or
+                    (option.startswith("local_lock=") and option != "local_lock=none") for option in options)
+        return Mount(fields[4], behind[0], local)
+    return None
+
+
+# --- the journal of what is open in pools -------------------------------------------
+
+
+class OpenEntry:
+    """Something that we have, or may have, in a pool: what it is and how to prove that it is ours.
+
+    `facts` is what was written so far. kind `vm-snapshot`: token, vm_uuid,
+    vm_name, name, called_at, then uuid and disks (uuids). kind `vdi-snapshot`:
+    token, vm_uuid, vm_name, disk (uuid), called_at, then uuid.
+    """
+
+    def __init__(self, journal: "RunJournal", number: int, facts: Dict[str, Any]) -> None:
+        self._journal = journal
+        self.number = number
+        self.facts = facts
+
+    def note(self, **facts: Any) -> None:
+        """The facts are on disk."""
+        self._journal.append(dict(facts, entry=self.number))
+        self.facts.update(facts)
+
+    def close(self, reason: str) -> None:
+        """Nothing of it is left in the pool."""
+        self.note(closed=reason)
+
+    @property
+    def is_open(self) -> bool:
+        """May something of it still be in the pool?"""
+        return "closed" not in self.facts
+
+    @property
+    def title(self) -> str:
+        """What it is about, for a log line."""
+        return "%s (%s)" % (quote_name(self.facts.get("vm_name", "?")), self.facts.get("vm_uuid", "?")[:8])
+
+
+class RunJournal:
+    """The file of one run: locked while the run lives, and the record of what it has open in the pool.
+
+    A line of JSON a fact, appended and synced before the deed.
+    """
+
+    def __init__(self, folder: Directory, name: str, fd: int) -> None:
+        self._folder = folder
+        self.name = name
+        self._fd = fd
+        self.entries = []             # type: List[OpenEntry]
+        self.header = {}              # type: Dict[str, Any]
+        self._read()
+
+    @classmethod
+    def begin(cls, folder: Directory, name: str, header: Dict[str, Any]) -> "RunJournal":
+        """A new, locked journal that says whose it is."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_APPEND
+        fd = os.open(fs_path(name), flags, 0o600, dir_fd=folder.fd)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            journal = cls(folder, name, fd)
+            journal.append(header)
+        except BaseException:
+            os.unlink(fs_path(name), dir_fd=folder.fd)
+            os.close(fd)
+            raise
+        journal.header = header
+        folder.sync()
+        return journal
+
+    @classmethod
+    def of_dead_run(cls, folder: Directory, name: str) -> Optional["RunJournal"]:
+        """Another run's journal, locked by us now; None if that run lives or the file has gone."""
+        try:
+            fd = os.open(fs_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_APPEND, dir_fd=folder.fd)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return None
+            raise
+        journal = cls(folder, name, fd)
+        if not journal.is_still_ours():            # renamed or removed between open and lock
+            os.close(fd)
+            return None
+        return journal
+
+    def _read(self) -> None:
+        """Header and entries as the file tells them; a last line cut off by a crash does not count."""
+        content = b""
+        while True:
+            piece = os.pread(self._fd, MEBIBYTE, len(content))
+            if not piece:
+                break
+            content += piece
+        numbered = {}                 # type: Dict[int, OpenEntry]
+        for line in content.split(b"\n")[:-1]:
+            try:
+                facts = json.loads(line.decode("utf-8"))
+            except ValueError:
+                continue              # a torn line in the middle: the power failed, and a later run went on
+            if "entry" not in facts:
+                self.header.update(facts)
+                continue
+            number = facts.pop("entry")
+            if number not in numbered:
+                numbered[number] = OpenEntry(self, number, {})
+            numbered[number].facts.update(facts)
+        self.entries = [numbered[number] for number in sorted(numbered)]
+        if content and not content.endswith(b"\n"):
+            os.write(self._fd, b"\n")
+
+    def append(self, facts: Dict[str, Any]) -> None:
+        """A line more, on disk."""
+        os.write(self._fd, (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8"))
+        os.fsync(self._fd)
+
+    def open_entry(self, **facts: Any) -> OpenEntry:
+        """A new entry, on disk: call this before the deed."""
+        entry = OpenEntry(self, len(self.entries) + 1, {})
+        with storage_errors("writing the journal of this run"):
+            entry.note(**facts)
+        self.entries.append(entry)
+        return entry
+
+    @property
+    def pool_uuid(self) -> str:
+        """The pool that the run was connected to."""
+        return self.header.get("pool", "")
+
+    def open_entries(self) -> List[OpenEntry]:
+        """What may still be in the pool."""
+        return [entry for entry in self.entries if entry.is_open]
+
+    def last_written_s(self) -> float:
+        """When it was last written, in seconds of the storage's clock."""
+        return os.fstat(self._fd).st_mtime
+
+    def is_still_ours(self) -> bool:
+        """Does its path still lead to our descriptor? If not, another run took us for dead."""
+        try:
+            status = self._folder.status(self.name)
+            own = os.fstat(self._fd)
+        except OSError:
+            return False
+        return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
+
+    def mark_taken(self) -> None:
+        """Its name says that its run is dead and somebody is clearing up; a run that was only slow sees it."""
+        if not self.name.endswith(TAKEN):
+            taken = self.name + TAKEN
+            os.rename(fs_path(self.name), fs_path(taken), src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
+            self._folder.sync()
+            self.name = taken
+
+    def leave(self) -> None:
+        """Left as it is; the lock is given up."""
+        os.close(self._fd)
+
+    def finish(self) -> None:
+        """Removed if nothing is open, else left for the next run; the lock is given up."""
+        if not self.open_entries() and self.is_still_ours():
+            self._folder.remove_file(self.name)
+        self.leave()
+
+
+TAKEN = ".taken"
+RUN_SUFFIX = ".run"
+
+
+# --- the catalog ------------------------------------------------------------------
+
+
+class Folder(NamedTuple):
+    """A VM's directory, listed. `strangers`: names that are no copies; `unfinished`: .partial and .deleting."""
+    name: str
+    copies: Tuple[Copy, ...]
+    unfinished: Tuple[str, ...]
+    strangers: Tuple[str, ...]
+
+
+class Catalog:
+    """The backup directory, opened once."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError if the directory can't be opened."""
+        self.path = path
+        self.root = Directory.open_path(path)
+        own = os.fstat(self.root.fd)
+        self._identity = (own.st_dev, own.st_ino)
+        self._state = None                     # type: Optional[Directory]
+        self._locks = {}                       # type: Dict[str, LockFile]
+        self.mount = find_mount(read_text_file("/proc/self/mountinfo"), own.st_dev)
+
+    # --- guards -----------------------------------------------------------------
+
+    def check_in_place(self) -> None:
+        """Raises StorageMisbehaved if the path no longer leads to what was opened: the share went away."""
+        try:
+            now = os.stat(fs_path(self.path))
+            os.fstat(self.root.fd)
+        except OSError as error:
+            raise StorageMisbehaved("%s can't be reached any more (%s): is the share still mounted? Nothing is "
+                                    "written or pruned." % (self.path, os_reason(error)))
+        if (now.st_dev, now.st_ino) != self._identity:
+            raise StorageMisbehaved("%s is no longer the directory it was at the start of the run: the share went "
+                                    "away, or was mounted again. Nothing is written or pruned." % self.path)
+
+    @property
+    def is_on_root(self) -> bool:
+        """Does it lie on the root file system?"""
+        return self._identity[0] == os.stat("/").st_dev
+
+    @property
+    def locks_are_local(self) -> bool:
+        """Do its locks hold within this host only?"""
+        return self.mount is not None and self.mount.locks_are_local
+
+    def is_writable(self) -> bool:
+        """Can we make files in it?"""
+        return os.access(fs_path(self.path), os.W_OK | os.X_OK) and \
+            not os.fstatvfs(self.root.fd).f_flag & os.ST_RDONLY
+
+    def free_bytes(self) -> int:
+        """Space that we may still use, in bytes."""
+        status = os.fstatvfs(self.root.fd)
+        return status.f_bavail * status.f_frsize
+
+    # --- state: locks and journals -------------------------------------------------
+
+    def state(self, name: str) -> Directory:
+        """A folder of the program's own state, made if missing."""
+        with storage_errors("using %s/%s" % (self.path, STATE_FOLDER)):
+            if self._state is None:
+                self._state = self.root.child_made_if_missing(STATE_FOLDER)
+            return self._state.child_made_if_missing(name)
+
+    def state_if_there(self, name: str) -> Optional[Directory]:
+        """A folder of the program's own state, None if there is none: for those who change nothing."""
+        try:
+            with self.root.child(STATE_FOLDER) as state:
+                return state.child(name)
+        except FileNotFoundError:
+            return None
+
+    def lock_file(self, kind: str, subject: str) -> LockFile:
+        """The lock of that kind for that subject (a config's path, a VM's directory); opened once per process."""
+        digest = hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        readable = re.sub(r"[^A-Za-z0-9._-]", "_", subject.rsplit("/", 1)[-1])[:80]
+        name = "%s-%s-%s.lock" % (kind, readable, digest)
+        if name not in self._locks:
+            with storage_errors("locking in %s/%s" % (self.path, STATE_FOLDER)), self.state("locks") as folder:
+                self._locks[name] = LockFile(folder, name)
+        return self._locks[name]
+
+    def begin_run(self, name: str, header: Dict[str, Any]) -> RunJournal:
+        """The journal of this run, locked."""
+        with storage_errors("beginning the journal of this run in %s" % self.path):
+            return RunJournal.begin(self.state("runs"), name + RUN_SUFFIX, header)
+
+    def dead_runs(self, own: RunJournal, pool_uuid: str, now_s: float) -> List[RunJournal]:
+        """The journals of dead runs of that pool, locked by us and marked as taken.
+
+        Where locks do not reach other hosts, a journal of another host counts
+        as dead only when it was not written for a day.
+        """
+        found = []
+        folder = self.state("runs")
+        for name in folder.names():
+            if name == own.name or not name.endswith((RUN_SUFFIX, RUN_SUFFIX + TAKEN)):
+                continue
+            journal = RunJournal.of_dead_run(folder, name)
+            if journal is None:
+                continue
+            foreign = journal.header.get("host") != own.header.get("host")
+            too_fresh = (self.locks_are_local and foreign
+                         and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
+            if (journal.header and journal.pool_uuid != pool_uuid) or too_fresh:
+                journal.leave()
+            else:
+                journal.mark_taken()
+                found.append(journal)
+        return found
+
+    # --- listing ----------------------------------------------------------------------
+
+    def folder_names(self) -> List[str]:
+        """The directories that can be a VM's, by name."""
+        return [name for name in self.root.names()
+                if not name.startswith(".") and not name.upper().startswith("METADATA_")
+                and self.root.is_directory(name)]
+
+    def folder(self, name: str) -> Folder:
+        """What is in a VM's directory; an absent one is empty."""
+        copies, unfinished, strangers = [], [], []
+        try:
+            with self.root.child(name) as folder:
+                for item in folder.names():
+                    base = item
+                    for suffix in (PARTIAL, DELETING):
+                        base = base[:-len(suffix)] if base.endswith(suffix) else base
+                    parsed = parse_copy_name(base)
+                    if parsed is None or not folder.is_directory(item):
+                        strangers.append(item)
+                    elif base != item:
+                        unfinished.append(item)
+                    else:
+                        copies.append(read_copy(folder, name, item, *parsed))
+        except FileNotFoundError:
+            return Folder(name, (), (), ())
+        except NotADirectoryError:
+            raise CatalogError("%s/%s is not a directory: move it away." % (self.path, name))
+        return Folder(name, tuple(copies), tuple(unfinished), tuple(strangers))
+
+    def has_unfinished(self, name: str) -> bool:
+        """Is there a .partial or .deleting in that VM's directory?"""
+        with contextlib.suppress(FileNotFoundError), self.root.child(name) as folder:
+            return any(item.endswith((PARTIAL, DELETING)) for item in folder.names())
+        return False
+
+    # --- making ------------------------------------------------------------------------
+
+    def new_copy(self, folder_name: str, local: datetime) -> "NewCopy":
+        """A new copy in that VM's directory, begun; both are made if missing."""
+        parent = self.root.child_made_if_missing(folder_name)
+        return NewCopy(parent, free_copy_name(local, parent.names()))
+
+    def new_pool_dump(self, folder_name: str, local: datetime, dump: Callable[[int], None]) -> str:
+        """The name of a new, complete dump that `dump` wrote into the descriptor it was given."""
+        lock = self.lock_file("dir", folder_name)
+        if not lock.take():
+            raise BackupError("%s is in use by another run; no dump was made." % folder_name)
+        try:
+            with storage_errors("writing a pool dump into %s" % folder_name), \
+                    self.root.child_made_if_missing(folder_name) as folder:
+                for name in folder.names():
+                    if POOL_DUMP.fullmatch(name[:-len(PARTIAL)]) and name.endswith(PARTIAL):
+                        folder.remove_file(name)               # of a run that died: the lock is ours
+                while folder.status(local.strftime(POOL_DUMP_STAMP)) is not None:
+                    local += timedelta(seconds=1)
+                name = local.strftime(POOL_DUMP_STAMP)
+                try:
+                    dump(folder.create(name + PARTIAL))
+                    folder.rename(name + PARTIAL, name)
+                except BaseException:
+                    folder.remove_file(name + PARTIAL)
+                    raise
+                return name
+        finally:
+            lock.release()
+
+    def pool_dumps(self, folder_name: str) -> List[str]:
+        """The complete dumps, oldest first."""
+        with storage_errors("listing %s" % folder_name), self.root.child(folder_name) as folder:
+            return [name for name in folder.names() if POOL_DUMP.fullmatch(name) and is_whole_dump(folder, name)]
+
+    # --- removing ----------------------------------------------------------------------
+
+    def remove_pool_dump(self, folder_name: str, name: str) -> None:
+        """The dump is gone."""
+        with storage_errors("removing %s/%s" % (folder_name, name)), self.root.child(folder_name) as folder:
+            folder.remove_file(name)
+            folder.sync()
+
+    def remove_copy(self, copy: Copy) -> None:
+        """The copy is gone: first from its name, in one step, then from the disk."""
+        with storage_errors("removing %s/%s" % (copy.folder, copy.name)), self.root.child(copy.folder) as folder:
+            if parse_copy_name(copy.name) is None or not folder.is_directory(copy.name):
+                raise CatalogError("%s/%s is not a copy's directory; it is left." % (copy.folder, copy.name))
+            folder.rename(copy.name, copy.name + DELETING)
+            folder.remove_tree(copy.name + DELETING)
+            folder.sync()
+
+    def remove_unfinished(self, folder_name: str, name: str) -> None:
+        """A .partial or .deleting directory is gone."""
+        with storage_errors("removing %s/%s" % (folder_name, name)), self.root.child(folder_name) as folder:
+            if not name.endswith((PARTIAL, DELETING)):
+                raise CatalogError("%s/%s is not an unfinished copy; it is left." % (folder_name, name))
+            folder.remove_tree(name)
+            folder.sync()
+
+    def newest_change_s(self, folder_name: str, name: str) -> float:
+        """When anything in that directory was last written, in seconds of the storage's clock."""
+        with self.root.child(folder_name) as folder, folder.child(name) as inner:
+            times = [os.fstat(inner.fd).st_mtime]
+            times += [status.st_mtime for status in (inner.status(item) for item in inner.names()) if status]
+        return max(times)
+
+    def remove_folder_if_empty(self, name: str) -> None:
+        """An empty directory is gone; any other stays."""
+        try:
+            os.rmdir(fs_path(name), dir_fd=self.root.fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
+                raise storage_error("removing the empty directory %s" % name, error)
+
+
+def read_text_file(path: str) -> str:
+    """The text of a system file, "" if it is not there."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def is_whole_dump(folder: Directory, name: str) -> bool:
+    """Does the pool dump end as a whole one does?"""
+    try:
+        with open(folder.open_file(name), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - KIBIBYTE))
+            return file.read().rstrip().endswith(b"</database>")
+    except OSError:
+        return False
+
+
+# --- one copy ------------------------------------------------------------------------
+
+
+def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime, is_old: bool) -> Copy:
+    """The copy in that directory, as far as it can be read; what can't be read is its `problem`. Never raises OSError
+    for what is wrong in it."""
+    blank = Copy(folder_name, name, taken_at, is_old, None, "", "", 0, None, None, "", 0, "")
+    try:
+        with parent.child(name) as inside:
+            if MANIFEST in inside.names():
+                return _read_own_copy(inside, blank)
+            if is_old:
+                return _read_old_copy(inside, blank)
+            return blank._replace(uuid=_old_uuid(inside), problem="it has no " + MANIFEST)
+    except OSError as error:
+        return blank._replace(problem="it can't be read: %s" % os_reason(error))
+
+
+def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
+    """A copy with a manifest."""
+    try:
+        manifest = parse_manifest(inside.read(MANIFEST))
+    except ValueError as error:
+        return blank._replace(is_old=False, uuid=_old_uuid(inside), problem="%s is damaged: %s" % (MANIFEST, error))
+    image = manifest["image"]
+    copy = blank._replace(
+        is_old=False, method=Method(manifest["kind"]), uuid=manifest["vm"]["uuid"], vm_name=manifest["vm"]["name"],
+        sequence=manifest["sequence"], written_at=parse_utc(manifest["taken_at"]),
+        keep=manifest["copies_to_keep"], image=image["name"], size_bytes=image["size"])
+    stored, problem = find_stored_image(inside, image["name"], image["size"])
+    if inside.status(SUCCESS) is None:
+        problem = "the marker `%s` is not there" % SUCCESS
+    return copy._replace(image=stored or image["name"], problem=problem)
+
+
+def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[str, str]:
+    """The name under which the image stands now, and what is wrong with it ("" if nothing).
+
+    NAME counts while it is there; a storage host may have put NAME.gz or
+    NAME.zst in its place.
+    """
+    status = inside.status(name)
+    if status is not None:
+        if not stat.S_ISREG(status.st_mode):
+            return "", "%s is not a regular file" % name
+        if status.st_size != size_bytes:
+            return "", "%s has %d bytes instead of %d" % (name, status.st_size, size_bytes)
+        return name, ""
+    for suffix, magic in COMPRESSED_MAGIC:
+        if inside.status(name + suffix) is None:
+            continue
+        with open(inside.open_file(name + suffix), "rb") as file:
+            if file.read(len(magic)) == magic:
+                return name + suffix, ""
+        return "", "%s%s is not a %s file" % (name, suffix, suffix[1:])
+    return "", "the image %s is not there" % name
+
+
+def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
+    """A copy that the older program wrote: known by its marker and its image."""
+    names = inside.names()
+    images = [name for name in names if IMAGE_NAME.fullmatch(name)]
+    sizes = {name: inside.status(name).st_size for name in images}
+    image = max(images, key=lambda name: sizes[name]) if images else ""
+    method = None
+    if image:
+        method = Method.VM if re.search(r"\.xva(\.gz|\.zst)?$", image) else Method.VDI
+    if not any(marker in names for marker in OLD_MARKERS):
+        problem = "the older program did not mark it as a success"
+    elif not image:
+        problem = "it holds no image"
+    elif not sizes[image]:
+        problem = "its image %s is empty" % image
+    else:
+        problem = ""
+    return blank._replace(uuid=_old_uuid(inside), vm_name=re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image),
+                          method=method, image=image, size_bytes=sizes.get(image, 0), problem=problem)
+
+
+def _old_uuid(inside: Directory) -> str:
+    """The VM's uuid from vm.cfg or vm-metadata.xml, "" if neither tells."""
+    with contextlib.suppress(OSError):
+        uuid = parse_cfg(inside.read("vm.cfg").decode("utf-8", "replace")).get("orig_uuid", "")
+        if uuid:
+            return uuid
+    with contextlib.suppress(OSError, VerificationError):
+        return original_vm(parse_ova(inside.read(VM_METADATA))).get("uuid", "")
+    return ""
+
+
+def original_vm(ova: Dict[str, Any]) -> Dict[str, Any]:
+    """The record of the VM itself in a parsed ova.xml that may hold its snapshots too; {} if there is none."""
+    machines = [item["snapshot"] for item in ova.get("objects", ()) if item.get("class") == "VM"]
+    for machine in machines:
+        if not machine.get("is_a_snapshot"):
+            return machine
+    return machines[0] if machines else {}
+
+
+MANIFEST_SHAPE = (("kind", str), ("taken_at", str), ("sequence", int), ("copies_to_keep", int),
+                  ("vm", dict), ("image", dict), ("files", dict), ("disks", list))
+
+
+def parse_manifest(content: bytes) -> Dict[str, Any]:
+    """The manifest; ValueError with a sentence if it is not one that we wrote."""
+    try:
+        manifest = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply")
+    if not isinstance(manifest, dict):
+        raise ValueError("it is not an object")
+    for key, kind in MANIFEST_SHAPE:
+        if not isinstance(manifest.get(key), kind):
+            raise ValueError("%s is missing or of the wrong kind" % key)
+    for group, key, kind in (("vm", "uuid", str), ("vm", "name", str), ("image", "name", str),
+                             ("image", "size", int), ("image", "sha256", str)):
+        if not isinstance(manifest[group].get(key), kind):
+            raise ValueError("%s.%s is missing or of the wrong kind" % (group, key))
+    name = manifest["image"]["name"]
+    if not IMAGE_NAME.fullmatch(name) or "/" in name:
+        raise ValueError("image.name is not the name of an image")
+    Method(manifest["kind"])
+    parse_utc(manifest["taken_at"])
+    return manifest
+
+
+class NewCopy:
+    """A copy that is being written, in its .partial directory. Not there for anyone else until sealed."""
+
+    def __init__(self, parent: Directory, name: str) -> None:
+        self._parent = parent
+        self.name = name
+        self.inside = parent.make_child(name + PARTIAL)
+        self.sums = {}                         # type: Dict[str, Tuple[int, str]]
+
+    def write(self, name: str, content: bytes) -> None:
+        """A small file of the copy, on disk, its size and digest remembered; `name` may lie in a sub-directory."""
+        folder, _, base = name.rpartition("/")
+        if folder:
+            with self.inside.child_made_if_missing(folder) as inner:
+                inner.write(base, content)
+                inner.sync()
+        else:
+            self.inside.write(base, content)
+        self.sums[name] = (len(content), hashlib.sha256(content).hexdigest())
+
+    def note_file(self, name: str, size_bytes: int, sha256: str) -> None:
+        """A large file that was written and digested elsewhere."""
+        self.sums[name] = (size_bytes, sha256)
+
+    def finish(self, manifest: Dict[str, Any]) -> None:
+        """Manifest, checksums and, last of all, the success marker are on disk."""
+        manifest["files"] = {name: {"size": size, "sha256": digest}
+                             for name, (size, digest) in sorted(self.sums.items())}
+        self.write(MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode("ascii"))
+        lines = "".join(checksum_line(digest, name) for name, (_, digest) in sorted(self.sums.items()))
+        self.inside.write(CHECKSUMS, lines.encode("utf-8", "surrogateescape"))
+        self.inside.sync()
+        self.inside.write(SUCCESS, b"")
+        self.inside.sync()
+
+    def seal(self) -> None:
+        """Visible under its own name, in one step."""
+        self._parent.rename(self.name + PARTIAL, self.name)
+
+    def discard(self) -> None:
+        """Nothing of it is left."""
+        self._parent.remove_tree(self.name + PARTIAL)
+        self._parent.sync()
+
+    def close(self) -> None:
+        """The descriptors are given back."""
+        self.inside.close()
+        self._parent.close()
+
+
+def checksum_line(digest: str, name: str) -> str:
+    """A line that `sha256sum -c` reads, odd names escaped as it wants them."""
+    if "\\" in name or "\n" in name:
+        return "\\%s  %s\n" % (digest, name.replace("\\", "\\\\").replace("\n", "\\n"))
+    return "%s  %s\n" % (digest, name)
+
+
+# =============================================================================
+# 13. Snapshots and their ownership
+# =============================================================================
+# Makes and removes snapshots, journal first. Ours is only what an open entry of
+# a journal proves: by the uuid noted when the answer came, or by the token that
+# the snapshot was born with. A name without the token proves nothing.
+
+TOKEN_MARK = "vmbackup-"
+BUSY_PATIENCE_S = 180          # how long a disk that is still attached to a control domain is waited for
+BUSY_PAUSE_S = 2
+LOST_ANSWER_PATIENCE_S = 10    # a snapshot whose maker's connection died can appear some seconds later
+LOST_ENTRY_LIFE_S = DAY_S
+GONE = ("HANDLE_INVALID", "UUID_INVALID")
+STILL_BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
+MOST_LEFT_SNAPSHOTS = 2
+
+
+class Snapshots:
+    """The snapshots that this run makes, and those that dead runs left."""
+
+    def __init__(self, pool: Pool, journal: RunJournal, clock: Clock, log: Log, signals: Signals,
+                 patience_s: float) -> None:
+        self._pool = pool
+        self._journal = journal
+        self._clock = clock
+        self._log = log
+        self._signals = signals
+        self._patience_s = patience_s
+        self.findings = []                 # type: List[Finding]
+        self.inherited = []                # type: List[RunJournal]
+
+    # --- making -----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def of_vm(self, machine: VirtualMachine, label: str) -> Iterator[VirtualMachine]:
+        """A snapshot of the VM, ready for export, removed on every way out.
+
+        Raises ApiFailure or AnswerLost if there is none. A snapshot that can't
+        be removed is a finding; it never hides another error.
+        """
+        token = secrets.token_hex(8)
+        born_name = "%s %s%s" % (label, TOKEN_MARK, token)
+        entry = self._journal.open_entry(
+            kind="vm-snapshot", token=token, vm_uuid=machine.uuid, vm_name=machine.name, name=born_name,
+            called_at=format_utc(self._clock.utc()))
+        try:
+            doing = "the snapshot of %s" % machine.title
+            ref = self._make(entry, doing, "VM.snapshot", (machine.ref, born_name),
+                             lambda: self._find_vm_snapshots(entry),
+                             lambda: self._is_snapshotting("VM", machine.ref))
+            snapshot = self._pool.machine(ref, "reading " + doing)
+            entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
+            self._pool.ask("naming " + doing, "VM.set_name_label", ref, label)
+            # a snapshot is a template too, and would be imported as one (ocaml/xapi/export.ml, v26.17.0)
+            self._pool.ask("preparing " + doing, "VM.set_is_a_template", ref, False)
+            yield snapshot
+        finally:
+            self.remove(entry)
+
+    @contextlib.contextmanager
+    def of_disk(self, machine: VirtualMachine, disk: Disk) -> Iterator[Disk]:
+        """A snapshot of the VM's disk, removed on every way out; raises as of_vm does."""
+        token = secrets.token_hex(8)
+        key = KEY_PREFIX + token
+        entry = self._journal.open_entry(
+            kind="vdi-snapshot", token=token, vm_uuid=machine.uuid, vm_name=machine.name, disk=disk.vdi_uuid,
+            called_at=format_utc(self._clock.utc()))
+        try:
+            doing = "the snapshot of disk %s of %s" % (disk.device, machine.title)
+            self._mark_disk(disk.vdi_ref, key, doing)
+            ref = self._make(entry, doing, "VDI.snapshot", (disk.vdi_ref, {}),
+                             lambda: self._find_disk_snapshots(entry),
+                             lambda: self._is_snapshotting("VDI", disk.vdi_ref))
+            record = self._pool.ask("reading " + doing, "VDI.get_record", ref)
+            entry.note(uuid=record["uuid"])
+            self._pool.ask("marking " + doing, "VDI.remove_from_other_config", ref, key)
+            self._pool.ask("marking " + doing, "VDI.remove_from_other_config", disk.vdi_ref, key)
+            entry.note(key_removed=True)
+            yield disk._replace(vdi_ref=ref, vdi_uuid=record["uuid"], virtual_size=int(record["virtual_size"]))
+        finally:
+            self.remove(entry)
+
+    def _mark_disk(self, ref: str, key: str, doing: str) -> None:
+        """The disk bears the key, which the server copies to its snapshot."""
+        try:
+            self._pool.ask("marking " + doing, "VDI.add_to_other_config", ref, key, format_utc(self._clock.utc()))
+        except ApiFailure as failure:
+            if failure.code != "MAP_DUPLICATE_KEY":        # a repeated call whose first answer was lost
+                raise
+
+    def _make(self, entry: OpenEntry, doing: str, method: str, arguments: Tuple[Any, ...],
+              find: Callable[[], List[str]], is_at_work: Callable[[], bool]) -> str:
+        """The ref of the new snapshot, also when the answer to the call was lost but the call did its work."""
+        self._signals.check()
+        try:
+            return self._pool.call(doing, method, *arguments, timeout_s=self._patience_s)
+        except ApiFailure as failure:
+            entry.note(answer=failure.code)
+            raise
+        except AnswerLost as lost:
+            entry.note(answer="lost")
+            self._log.info("%s Asking the pool what became of it." % lost)
+            ref = self._await_lost(find, is_at_work)
+            if ref is None:
+                raise
+            return ref
+
+    def _await_lost(self, find: Callable[[], List[str]], is_at_work: Callable[[], bool]) -> Optional[str]:
+        """The one snapshot that a call without an answer made, None if none appears."""
+        give_up_at = self._clock.monotonic() + self._patience_s
+        quiet_until = self._clock.monotonic() + LOST_ANSWER_PATIENCE_S
+        while self._clock.monotonic() < give_up_at:
+            found = find()
+            if len(found) == 1:
+                return found[0]
+            if not is_at_work() and self._clock.monotonic() > quiet_until:
+                return None
+            self._signals.sleep(1)
+        return None
+
+    def _is_snapshotting(self, class_name: str, ref: str) -> bool:
+        """Is a snapshot of that VM or VDI being made now?"""
+        try:
+            operations = self._pool.ask("asking what the pool is doing", class_name + ".get_current_operations", ref)
+        except ApiFailure as failure:
+            if failure.code in GONE:
+                return False
+            raise
+        return "snapshot" in operations.values()
+
+    # --- finding ------------------------------------------------------------------
+
+    def _find_vm_snapshots(self, entry: OpenEntry) -> List[str]:
+        """The refs of the VM snapshots that the entry proves to be ours."""
+        doing = "looking for the snapshot of " + entry.title
+        refs = self._by_uuid("VM", entry.facts.get("uuid"), doing)
+        refs += [ref for ref in self._pool.ask(doing, "VM.get_by_name_label", entry.facts["name"])
+                 if ref not in refs]
+        found = []
+        for ref in refs:
+            with self._unless_gone():
+                if self._pool.ask(doing, "VM.get_is_a_snapshot", ref):
+                    found.append(ref)
+        return found
+
+    def _find_disk_snapshots(self, entry: OpenEntry) -> List[str]:
+        """The refs of the disk snapshots that the entry proves to be ours."""
+        doing = "looking for the disk snapshot of " + entry.title
+        refs = self._by_uuid("VDI", entry.facts.get("uuid"), doing)
+        if refs:
+            return refs
+        disks = self._by_uuid("VDI", entry.facts["disk"], doing)
+        wanted = 'field "snapshot_of" = "%s"' % disks[0] if disks else 'field "is_a_snapshot" = "true"'
+        records = self._pool.ask(doing, "VDI.get_all_records_where", wanted)
+        key = KEY_PREFIX + entry.facts["token"]
+        return [ref for ref, record in records.items()
+                if record["is_a_snapshot"] and key in record["other_config"]
+                and not self._strangers_on(record, (), doing)]
+
+    def _by_uuid(self, class_name: str, uuid: Optional[str], doing: str) -> List[str]:
+        """The ref of that object, [] if it is gone or was never known."""
+        if uuid:
+            with self._unless_gone():
+                return [self._pool.ask(doing, class_name + ".get_by_uuid", uuid)]
+        return []
+
+    @contextlib.contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        """Inside, an object that no longer exists ends the block."""
+        try:
+            yield
+        except ApiFailure as failure:
+            if failure.code not in GONE:
+                raise
+
+    def _strangers_on(self, record: Dict[str, Any], own: Sequence[str], doing: str) -> List[str]:
+        """The refs of VMs that the disk hangs on, other than ours and control domains."""
+        strangers = []
+        for vbd in record["VBDs"]:
+            with self._unless_gone():
+                machine = self._pool.ask(doing, "VBD.get_VM", vbd)
+                if machine not in own and not self._pool.ask(doing, "VM.get_is_control_domain", machine):
+                    strangers.append(machine)
+        return strangers
+
+    # --- removing -------------------------------------------------------------------
+
+    def remove(self, entry: OpenEntry) -> None:
+        """Nothing of the entry is left in the pool, or a finding says what and how to remove it.
+
+        Signals wait. Never raises for what the pool or the storage does, so
+        that the error before it is the one that is told.
+        """
+        with self._signals.shielded():
+            try:
+                if entry.facts["kind"] == "vm-snapshot":
+                    self._remove_vm_snapshot(entry)
+                else:
+                    self._remove_disk_snapshot(entry)
+            except (BackupError, OSError) as error:
+                self._report_left(entry, "could not be removed now: %s" % error)
+
+    def _report_left(self, entry: OpenEntry, what: str) -> None:
+        """A finding about something of ours that stays in the pool."""
+        uuid = entry.facts.get("uuid")
+        word = "snapshot" if entry.facts["kind"] == "vm-snapshot" else "vdi"
+        command = ("xe snapshot-uninstall uuid=%s" % uuid if word == "snapshot" else "xe vdi-destroy uuid=%s" % uuid)
+        self.findings.append(Finding(
+            Severity.WARNING, entry.title, "its %s %s %s The next run tries again%s." % (
+                "snapshot" if word == "snapshot" else "disk snapshot", uuid or "(uuid unknown)", what,
+                "; by hand: " + command if uuid else "")))
+        self._log.finding(self.findings[-1])
+
+    def _remove_vm_snapshot(self, entry: OpenEntry) -> None:
+        """Disks first, the VM snapshot last: VM.destroy leaves disks behind, with nothing that tells whose they are."""
+        found = self._find_vm_snapshots(entry)
+        if len(found) > 1:
+            self._report_left(entry, "bears a token that %d snapshots bear, so none was removed." % len(found))
+            return
+        doing = "removing the snapshot of " + entry.title
+        if found and "disks" not in entry.facts:
+            snapshot = self._pool.machine(found[0], doing)
+            entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
+        for uuid in entry.facts.get("disks", ()):
+            if not self._destroy_disk(entry, uuid, found, doing):
+                return
+        if found:
+            self._destroy("VM", found[0], doing)
+            self._remove_message(entry)
+            entry.close("removed")
+        elif "uuid" in entry.facts or self._may_forget(entry, "VM", entry.facts["vm_uuid"]):
+            entry.close("not there")
+
+    def _remove_disk_snapshot(self, entry: OpenEntry) -> None:
+        """The disk's snapshot first, then the key on the disk itself."""
+        found = self._find_disk_snapshots(entry)
+        if len(found) > 1:
+            self._report_left(entry, "bears a token that %d snapshots bear, so none was removed." % len(found))
+            return
+        doing = "removing the disk snapshot of " + entry.title
+        for ref in found:
+            with self._unless_gone():
+                if not self._destroy_disk(entry, self._pool.ask(doing, "VDI.get_uuid", ref), (), doing):
+                    return
+        forgettable = (bool(found) or "uuid" in entry.facts
+                       or self._may_forget(entry, "VDI", entry.facts["disk"]))
+        if not entry.facts.get("key_removed"):
+            for disk in self._by_uuid("VDI", entry.facts["disk"], doing):
+                if self._is_snapshotting("VDI", disk):
+                    return
+                with self._unless_gone():
+                    self._pool.ask(doing, "VDI.remove_from_other_config", disk, KEY_PREFIX + entry.facts["token"])
+        if forgettable:
+            entry.close("removed" if found else "not there")
+
+    def _may_forget(self, entry: OpenEntry, class_name: str, uuid: str) -> bool:
+        """May an entry of which nothing is found be closed?
+
+        Yes if the call was refused and none is going on; a call whose answer
+        was lost is looked for until a day has passed.
+        """
+        if entry.facts.get("answer", "lost") != "lost":
+            refs = self._by_uuid(class_name, uuid, "asking for " + entry.title)
+            return not (refs and self._is_snapshotting(class_name, refs[0]))
+        age = self._clock.utc() - parse_utc(entry.facts["called_at"])
+        return age.total_seconds() > LOST_ENTRY_LIFE_S
+
+    def _destroy_disk(self, entry: OpenEntry, uuid: str, own: Sequence[str], doing: str) -> bool:
+        """True if that disk snapshot is gone; False, with a finding, if it must stay."""
+        give_up_at = self._clock.monotonic() + BUSY_PATIENCE_S
+        while True:
+            refs = self._by_uuid("VDI", uuid, doing)
+            if not refs:
+                return True
+            with self._unless_gone():
+                record = self._pool.ask(doing, "VDI.get_record", refs[0])
+                if not record["is_a_snapshot"]:
+                    self._report_left(entry, "has a disk, %s, that is no snapshot any more, so it was left." % uuid)
+                    return False
+                strangers = self._strangers_on(record, own, doing)
+                if strangers:
+                    self._report_left(entry, "has a disk, %s, that hangs on another VM, %s, so it was left." % (
+                        uuid, self._pool.ask(doing, "VM.get_name_label", strangers[0])))
+                    return False
+                try:
+                    self._destroy("VDI", refs[0], doing)
+                    return True
+                except ApiFailure as failure:
+                    if failure.code not in STILL_BUSY:
+                        raise
+                    if self._clock.monotonic() > give_up_at:
+                        self._report_left(entry, "has a disk, %s, that is still in use (%s)."
+                                          % (uuid, failure_text(failure.code, failure.parameters)))
+                        return False
+            self._signals.sleep(BUSY_PAUSE_S)
+
+    def _destroy(self, class_name: str, ref: str, doing: str) -> None:
+        """The object is gone. A call without an answer is repeated only after the pool said that it still exists."""
+        give_up_at = self._clock.monotonic() + self._patience_s
+        while True:
+            try:
+                self._pool.call(doing, class_name + ".destroy", ref, timeout_s=self._patience_s)
+                return
+            except ApiFailure as failure:
+                if failure.code in GONE:
+                    return
+                raise
+            except AnswerLost:
+                if self._clock.monotonic() > give_up_at:
+                    raise
+            try:
+                self._pool.ask(doing, class_name + ".get_uuid", ref)
+            except ApiFailure as failure:
+                if failure.code in GONE:
+                    return
+                raise
+            self._signals.sleep(1)
+
+    def _remove_message(self, entry: OpenEntry) -> None:
+        """The event message of our own snapshot is gone, so that nights don't pile up in the event list."""
+        doing = "removing the event message of the snapshot of " + entry.title
+        since = parse_utc(entry.facts["called_at"]) - timedelta(days=1)       # clocks differ
+        try:
+            messages = self._pool.ask(doing, "message.get", "VM", entry.facts["vm_uuid"],
+                                      xmlrpc.client.DateTime(since.strftime("%Y%m%dT%H:%M:%SZ")))
+            for ref, record in messages.items():
+                if record["name"] == "VM_SNAPSHOTTED" and TOKEN_MARK + entry.facts["token"] in record["body"]:
+                    self._pool.call(doing, "message.destroy", ref)
+        except BackupError as error:
+            self._log.info("%s It can stay: it is only a line in the event list." % error)
+
+    # --- what others left --------------------------------------------------------------
+
+    def sweep(self, journals: Sequence[RunJournal]) -> None:
+        """What those dead runs had open in this pool is removed."""
+        self.inherited.extend(journals)
+        for journal in journals:
+            for entry in journal.open_entries():
+                self._log.info("%s: a run on %s that began %s left a snapshot, or may have; removing it." % (
+                    entry.title, journal.header.get("host", "another host"), journal.header.get("since", "earlier")))
+                self.remove(entry)
+
+    def check_none_left(self, machine: VirtualMachine) -> None:
+        """Raises BackupError if the VM still has two snapshots of ours that could not be removed."""
+        left = [entry.facts["uuid"] for journal in self.inherited + [self._journal]
+                for entry in journal.open_entries()
+                if entry.facts.get("vm_uuid") == machine.uuid and entry.facts.get("uuid")]
+        if len(left) >= MOST_LEFT_SNAPSHOTS:
+            raise BackupError("%s still has %d snapshots of earlier backups that could not be removed: %s. No further "
+                              "one is made. Remove them by hand (xe snapshot-uninstall, or xe vdi-destroy), then run "
+                              "again." % (machine.title, len(left), ", ".join(left)))
+
+
+# =============================================================================
+# 14. Export methods
+# =============================================================================
+# From a snapshot to an image on disk, proven on the way. A method knows its
+# xe command, its format and its check; the flow of the data is the same.
+
+XE_ENDING_S = 120              # how long xe may take to end after its last byte: the task turns final later
+XE_REASON_S = 5
+TASK_CANCEL_S = 30
+TASK_POLL_S = 20
+SR_POLL_S = 30
+SILENCE_BEFORE_POLL_S = 5
+COMPRESSORS = {"gzip": ("pigz", "gzip"), "zstd": ("zstd",)}
+COMPRESSOR_OPTIONS = {"pigz": ("-c", "-n"), "gzip": ("-c", "-n"), "zstd": ("-q", "-c", "-T0")}
+COMPRESSED_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
+XE_PASSING = re.compile(r"Lost connection|Connection refused|Connection reset|Broken pipe|EPIPE|SESSION_INVALID|"
+                        r"Another operation involving|OTHER_OPERATION_IN_PROGRESS|SR_BACKEND_FAILURE_4[67]|"
+                        r"Unable to contact|End_of_file|still booting")
+
+
+class ImageReport(NamedTuple):
+    """An image that was written and proven; sizes in bytes. `disks` are as the manifest keeps them."""
+    name: str
+    format: str
+    compression: str
+    size: int
+    sha256: str
+    plain_size: int
+    plain_sha256: str
+    block_digests: str
+    block_digests_checked: bool
+    blocks: int
+    blocks_sha256: str
+    disks: Tuple[Dict[str, Any], ...]
+
+
+class BlocksFile:
+    """The file `blocks` while it is written: buffered, digested, its length known."""
+
+    def __init__(self, fd: int) -> None:
+        self._file = open(fd, "wb", buffering=256 * KIBIBYTE)
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, piece: bytes) -> int:
+        """The piece is in the buffer."""
+        self._sha256.update(piece)
+        self.size += len(piece)
+        return self._file.write(piece)
+
+    def flush(self) -> None:
+        """What is in the buffer is with the system."""
+        self._file.flush()
+
+    def finish(self) -> str:
+        """All is on disk; the digest."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._sha256.hexdigest()
+
+    def close(self) -> None:
+        """The descriptor is given back."""
+        self._file.close()
+
+
+class Exporter:
+    """Runs xe and takes what it says to disk."""
+
+    def __init__(self, pool: Pool, xe: XeProgram, configuration: Configuration, log: Log, signals: Signals) -> None:
+        self._pool = pool
+        self._xe = xe
+        self._configuration = configuration
+        self._log = log
+        self._signals = signals
+
+    # --- metadata and the pool database ---------------------------------------------
+
+    def metadata(self, machine: VirtualMachine) -> bytes:
+        """The ova.xml of the VM itself, without its snapshots and disks."""
+        doing = "the metadata export of %s" % machine.title
+        check = XvaCheck(holds_disks=False)
+        self._run_xe(doing, [check], self._watch(doing, None), "vm-export", "metadata=true",
+                     "include-snapshots=false", "uuid=" + machine.uuid, "filename=")
+        return check.report.ova_xml
+
+    def pool_database(self, file_fd: int) -> None:
+        """The pool's database is in that file, whole; the descriptor is taken over."""
+        doing = "the dump of the pool database"
+        tail = Tail()
+        with storage_errors(doing):
+            self._run_xe(doing, [tail, FileWriter(file_fd)], self._watch(doing, None), "pool-dump-database",
+                         "file-name=")
+        if not tail.last.rstrip().endswith(b"</database>"):
+            raise VerificationError("%s does not end with </database>: it was cut off. Nothing of it was kept." % doing)
+
+    # --- images -----------------------------------------------------------------------
+
+    def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory,
+                 base: str) -> ImageReport:
+        """The archive of the VM snapshot is in that directory, proven whole."""
+        expected = {disk.vdi_uuid: disk.virtual_size for disk in snapshot.disks}
+        doing = "the export of %s" % machine.title
+        watch = self._watch(doing, snapshot)
+        return self._image(doing, watch, inside, base, "xva",
+                           lambda blocks: XvaCheck(expected, blocks),
+                           ("vm-export", "uuid=" + snapshot.uuid, "filename="), snapshot.disks)
+
+    def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory, base: str) -> ImageReport:
+        """The image of the disk snapshot is in that directory, proven whole."""
+        file_format = self._configuration.vdi_export_format
+        check = RawCheck if file_format == "raw" else VhdCheck
+        doing = "the export of disk %s of %s" % (snapshot.device, machine.title)
+        watch = self._watch(doing, None, (snapshot.sr_ref,), snapshot.virtual_size)
+        return self._image(doing, watch, inside, base, file_format,
+                           lambda blocks: check(snapshot.virtual_size, blocks),
+                           ("vdi-export", "uuid=" + snapshot.vdi_uuid, "filename=", "format=" + file_format),
+                           (snapshot,))
+
+    def _image(self, doing: str, watch: "Watch", inside: Directory, base: str, file_format: str,
+               new_check: Callable[[BlocksFile], Any], command: Sequence[str],
+               disks: Sequence[Disk]) -> ImageReport:
+        """xe's output through digest, check and compressor to a file; see design of the flow in section 10."""
+        compression = self._configuration.compress
+        name = "%s.%s%s" % (base, file_format, COMPRESSED_SUFFIX[compression])
+        with storage_errors(doing), contextlib.ExitStack() as stack:
+            blocks = BlocksFile(inside.create(BLOCKS))
+            stack.callback(blocks.close)
+            check, plain = new_check(BlockRecorder(blocks)), Digest()
+            writer = FileWriter(inside.create(name))
+            stack.callback(writer.close)
+            if compression == "none":
+                stored = plain
+                self._run_xe(doing, [plain, check, writer], watch, *command)
+            else:
+                stored = Digest("SHA-256 of the stored bytes")
+                self._run_xe(doing, [plain, check], watch, *command, compression=compression,
+                             after=[stored, writer])
+            report = check.report
+            blocks_sha256 = blocks.finish()
+            return ImageReport(name, file_format, compression, stored.total_bytes, stored.hexdigest(),
+                               plain.total_bytes, plain.hexdigest(), report.digest_kind, report.digests_checked,
+                               sum(disk.blocks for disk in report.disks), blocks_sha256, disk_reports(disks, report))
+
+    # --- the flow -----------------------------------------------------------------------
+
+    def _watch(self, doing: str, snapshot: Optional[VirtualMachine], sr_refs: Sequence[str] = (),
+               size_bytes: int = 0) -> "Watch":
+        """What is looked at once a second while data flow."""
+        if snapshot is not None:
+            sr_refs = tuple(disk.sr_ref for disk in snapshot.disks)
+            size_bytes = sum(disk.virtual_size for disk in snapshot.disks)
+        return Watch(doing, snapshot.ref if snapshot else None, sr_refs, size_bytes, self._pool,
+                     self._configuration, self._log, self._signals)
+
+    def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str,
+                compression: str = "none", after: Sequence[Any] = ()) -> None:
+        """The command's output went to the consumers, and it ended well. Raises what went wrong first."""
+        with contextlib.ExitStack() as stack:
+            xe = stack.enter_context(self._xe.start(*command))
+            watch.program = xe
+            flows = [Flow(os.dup(xe.stdout_fd), consumers, "xe", lambda: self._check_ending(doing, xe))]
+            if compression != "none":
+                compressor = stack.enter_context(start_compressor(compression))
+                flows[0].consumers.append(PipeWriter(os.dup(compressor.stdin_fd)))
+                compressor.close_stdin()
+                flows.append(Flow(os.dup(compressor.stdout_fd), list(after), compressor.name,
+                                  lambda: check_compressor(compressor)))
+            try:
+                pump(flows, watch)
+            except VerificationError as error:
+                # an export that failed midway ends in an HTTP error text, which the check meets before xe
+                # has told the reason (ocaml/libs/http-lib/http_svr.ml handle_one, v26.17.0)
+                if xe.wait(XE_REASON_S) is not None:
+                    self._check_ending(doing, xe)
+                raise VerificationError("%s is not whole: %s. It was not kept." % (doing, str(error).rstrip(".")))
+
+    def _check_ending(self, doing: str, xe: Program) -> None:
+        """Raises ProgramError unless xe ended well after its last byte."""
+        status = xe.wait(XE_ENDING_S)
+        if status is None:
+            raise ProgramError("%s: xe sent its last byte but did not end within %s; it was killed, and what it sent "
+                               "does not count." % (doing, format_duration(XE_ENDING_S)), passing=True)
+        problem = xe_problem(status, xe.said)
+        if problem:
+            raise ProgramError("%s failed: %s." % (doing, problem.rstrip(".")),
+                               passing=bool(XE_PASSING.search(xe.said)))
+        if xe.said:
+            self._log.info("%s: xe said: %s" % (doing, one_line(xe.said[-400:])))
+
+
+class Tail:
+    """A consumer that remembers the end of what passed."""
+    name = "memory"
+
+    def __init__(self) -> None:
+        self.last = b""
+
+    def feed(self, view: memoryview) -> None:
+        """The view has passed."""
+        self.last = (self.last + bytes(view[-KIBIBYTE:]))[-KIBIBYTE:]
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def start_compressor(compression: str) -> Program:
+    """The compressor for that word, running; ProgramError if there is none."""
+    path = find_program(COMPRESSORS[compression])
+    if path is None:
+        raise ProgramError("compress=%s needs the program %s." % (compression, " or ".join(COMPRESSORS[compression])))
+    return Program((path,) + COMPRESSOR_OPTIONS[os.path.basename(path)], stdin=subprocess.PIPE)
+
+
+def check_compressor(program: Program) -> None:
+    """Raises ProgramError unless the compressor ended well."""
+    status = program.wait(XE_ENDING_S)
+    if status is None:
+        raise ProgramError("%s did not end; it was killed." % program.name)
+    if status != 0:
+        raise ProgramError("%s: %s" % (ending_text(program.name, status), one_line(program.said)))
+
+
+def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ...]:
+    """The disks of an image as the manifest keeps them."""
+    seen = {found.uuid: found for found in report.disks if found.uuid}
+    rows = []
+    for disk in disks:
+        found = seen.get(disk.vdi_uuid) or (report.disks[0] if len(report.disks) == 1 else None)
+        rows.append({"device": disk.device, "userdevice": disk.userdevice, "name": disk.name,
+                     "snapshot_uuid": disk.vdi_uuid, "sr_uuid": disk.sr_uuid, "virtual_size": disk.virtual_size,
+                     "archive_id": found.id if found else "", "blocks": found.blocks if found else 0})
+    return tuple(rows)
+
+
+class Watch:
+    """Called about once a second while data flow: signals, progress, stalls and the space on the SR.
+
+    Time limits are about progress, never about total time. A byte is a sign of
+    life; for a vm-export also the progress of the task that the server keeps in
+    the snapshot's current_operations, as a sparse disk may be silent for long.
+    """
+
+    def __init__(self, doing: str, snapshot_ref: Optional[str], sr_refs: Sequence[str], size_bytes: int,
+                 pool: Pool, configuration: Configuration, log: Log, signals: Signals) -> None:
+        self._doing = doing
+        self._snapshot_ref = snapshot_ref
+        self._sr_refs = tuple(sorted(set(sr_refs)))
+        self._size_bytes = size_bytes
+        self._pool = pool
+        self._stall_s = configuration.stall_timeout * MINUTE_S
+        self._min_free = configuration.min_sr_free
+        self._log = log
+        self._signals = signals
+        self._began_at = self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
+        self._task_progress = -1.0
+        self.program = None                # type: Optional[Program]
+
+    def __call__(self, progress: Progress) -> None:
+        """Raises Interrupted, StreamStalled or BackupError to abort the flow."""
+        self._signals.check()
+        now = time.monotonic()
+        self._log.progress(progress_text(self._doing, progress.bytes_read, self._size_bytes, now - self._began_at))
+        if progress.quiet_s < 2:
+            self._alive_at = now
+        elif progress.quiet_s > SILENCE_BEFORE_POLL_S and now - self._task_asked_at > TASK_POLL_S:
+            self._task_asked_at = now
+            self._ask_task(now)
+        if now - self._alive_at > self._stall_s:
+            self._give_up(progress.waiting_for)
+        if self._min_free and self._sr_refs and now - self._sr_asked_at > SR_POLL_S:
+            self._sr_asked_at = now
+            check_sr_space(self._pool.storage_repositories(self._sr_refs), self._min_free,
+                           "%s was given up" % self._doing)
+
+    def _ask_task(self, now: float) -> None:
+        """The server's own progress counts as life. A pool that does not answer just now proves nothing."""
+        if self._snapshot_ref is None:
+            return
+        with contextlib.suppress(ApiFailure, AnswerLost):
+            for task in self._tasks():
+                value = self._pool.call("asking for the progress of " + self._doing, "task.get_progress", task)
+                if value != self._task_progress:
+                    self._task_progress, self._alive_at = value, now
+
+    def _tasks(self) -> List[str]:
+        """The refs of the export tasks of the snapshot."""
+        operations = self._pool.call("asking for the task of " + self._doing, "VM.get_current_operations",
+                                     self._snapshot_ref)
+        return [ref for ref, operation in operations.items() if operation == "export"]
+
+    def _give_up(self, waiting_for: str) -> None:
+        """The task is cancelled and xe killed; raises StreamStalled or, if it is our storage, StorageMisbehaved."""
+        stalled = "%s stalled: no sign of life for %s" % (self._doing, format_duration(self._stall_s))
+        if waiting_for == FileWriter.name:
+            raise StorageStalled("%s while waiting for the %s. It was given up and its snapshot removed; is the "
+                                 "share still reachable?" % (stalled, waiting_for))
+        with self._signals.shielded(), contextlib.suppress(ApiFailure, AnswerLost):
+            if self._snapshot_ref is not None:
+                for task in self._tasks():
+                    self._pool.call("cancelling " + self._doing, "task.cancel", task)
+                    self.program.wait(TASK_CANCEL_S)
+        raise StreamStalled("%s from the server. It was cancelled and its snapshot removed." % stalled)
+
+
+class StorageStalled(StorageMisbehaved):
+    """The storage hangs in the kernel: nothing that needs it can be waited for."""
+    passing = False
+
+
+def check_sr_space(srs: Sequence[StorageRepository], min_free_percent: int, consequence: str) -> None:
+    """Raises BackupError if one of the SRs has less free than that."""
+    for sr in srs:
+        if sr.physical_size <= 0 or not min_free_percent:
+            continue
+        free = max(0, sr.physical_size - sr.physical_utilisation)
+        if free * 100 < sr.physical_size * min_free_percent:
+            raise BackupError("%s: SR %s has only %s of %s free, less than min_sr_free=%d %%, and a snapshot on a full "
+                              "SR stops VMs. Free space on it." % (
+                                  consequence, quote_name(sr.name), format_size(free), format_size(sr.physical_size),
+                                  min_free_percent))
+
+
+def progress_text(doing: str, done_bytes: int, size_bytes: int, seconds: float) -> str:
+    """`the export of web: 1.2 GiB (30 %), 85 MB/s, 2 min left`; the size is that of the disks, so % is a floor."""
+    rate = done_bytes / seconds if seconds > 1 else 0
+    text = "%s: %s" % (doing, format_size(done_bytes))
+    if size_bytes:
+        text += " (%d %%)" % min(99, done_bytes * 100 // size_bytes)
+    if rate:
+        text += ", %.0f MB/s" % (rate / 1e6)
+        if size_bytes > done_bytes:
+            text += ", at most %s left" % format_duration((size_bytes - done_bytes) / rate)
+    return text
+
+
+# =============================================================================
+# 15. Verification of stored copies
+# =============================================================================
+# Is what lies on disk what was exported? Reads copies and changes none: works on
+# any machine that sees the store, without pool, password, xe or XenAPI.
+
+VERDICT_FOLDER = "verdicts"
+
+
+class CopyState(enum.Enum):
+    """The verdict on a copy; the value is the word that people see."""
+    GOOD = "good"
+    UNPROVEN = "structure good"       # the older program recorded no digests
+    DAMAGED = "DAMAGED"
+    UNCHECKED = "NOT CHECKED"         # something that the check needs is not here
+    GONE = "gone meanwhile"
+
+
+class CopyVerdict(NamedTuple):
+    """What a check of a copy found, and when (UTC)."""
+    copy: Copy
+    state: CopyState
+    reason: str
+    at: datetime
+
+    @property
+    def is_fine(self) -> bool:
+        """Does it leave nothing to worry about?"""
+        return self.state in (CopyState.GOOD, CopyState.UNPROVEN, CopyState.GONE)
+
+
+class Verifier:
+    """Reads copies of a catalog and judges them."""
+
+    def __init__(self, catalog: Catalog, block_digests: str, clock: Clock, log: Log, signals: Signals) -> None:
+        """`block_digests`: auto, or yes to compute XXH64 in pure Python where there is no library."""
+        self._catalog = catalog
+        self._block_digests = block_digests
+        self._clock = clock
+        self._log = log
+        self._signals = signals
+
+    def verify(self, copy: Copy) -> CopyVerdict:
+        """The verdict on that copy. Raises Interrupted only."""
+        try:
+            state, reason = self._judge(copy)
+        except VerificationError as error:
+            state, reason = CopyState.DAMAGED, str(error)
+        except FileNotFoundError as error:
+            state, reason = CopyState.DAMAGED, "%s is not there" % fs_text(error.filename or "a file")
+        except OSError as error:
+            state, reason = CopyState.DAMAGED, "it can't be read: %s" % os_reason(error)
+        except ProgramError as error:
+            state, reason = CopyState.UNCHECKED, str(error)
+        if state is not CopyState.GOOD and not self._is_there(copy):
+            state, reason = CopyState.GONE, "another run removed it while it was read"
+        return CopyVerdict(copy, state, reason.rstrip("."), self._clock.utc())
+
+    def _is_there(self, copy: Copy) -> bool:
+        """Is the copy's directory still there?"""
+        with contextlib.suppress(OSError), self._catalog.root.child(copy.folder) as folder:
+            return folder.is_directory(copy.name)
+        return False
+
+    def _judge(self, copy: Copy) -> Tuple[CopyState, str]:
+        """State and reason; raises VerificationError for damage."""
+        if copy.problem:
+            raise VerificationError(copy.problem)
+        with self._catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
+            if copy.is_old:
+                return self._judge_old(copy, inside)
+            manifest = self._check_files(copy, inside)
+            return self._judge_image(copy, inside, manifest)
+
+    # --- copies of ours ---------------------------------------------------------------
+
+    def _check_files(self, copy: Copy, inside: Directory) -> Dict[str, Any]:
+        """The manifest, when every small file is as it and SHA256SUMS say; VerificationError otherwise."""
+        raw = inside.read(MANIFEST)
+        try:
+            manifest = parse_manifest(raw)
+        except ValueError as error:
+            raise VerificationError("%s is damaged: %s" % (MANIFEST, error))
+        sums = {MANIFEST: hashlib.sha256(raw).hexdigest()}
+        for name, facts in manifest["files"].items():
+            if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
+                raise VerificationError("%s is damaged: files.%s" % (MANIFEST, name))
+            sums[name] = facts["sha256"]
+        if manifest["image"]["name"] not in sums or BLOCKS not in sums:
+            raise VerificationError("%s does not list the image and its blocks" % MANIFEST)
+        expected = "".join(checksum_line(digest, name) for name, digest in sorted(sums.items()))
+        if inside.read(CHECKSUMS) != expected.encode("utf-8", "surrogateescape"):
+            raise VerificationError("%s is not what %s says" % (CHECKSUMS, MANIFEST))
+        for name in sorted(set(sums) - {MANIFEST, manifest["image"]["name"]}):
+            self._check_file(inside, name, sums[name])
+        return manifest
+
+    def _check_file(self, inside: Directory, name: str, sha256: str) -> None:
+        """The file has that digest; `blocks` can be large, so it is streamed."""
+        digest = Digest()
+        folder, _, base = name.rpartition("/")
+        if folder.startswith("/") or ".." in folder.split("/"):
+            raise VerificationError("%s names a file outside the copy: %s" % (MANIFEST, one_line(name)))
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(inside.child(folder)) if folder else inside
+            pump([Flow(place.open_file(base), [digest])], lambda progress: self._signals.check())
+        if digest.hexdigest() != sha256:
+            raise VerificationError("%s is not what was written: its SHA-256 differs" % name)
+
+    def _judge_image(self, copy: Copy, inside: Directory, manifest: Dict[str, Any]) -> Tuple[CopyState, str]:
+        """The image has its digest, its structure and its blocks."""
+        image = manifest["image"]
+        recompressed = copy.image != image["name"]
+        check_it = not recompressed or image.get("compression") == "none"
+        stored, plain = Digest("SHA-256 of the stored bytes"), Digest()
+        with open(inside.open_file(BLOCKS), "rb") as blocks:
+            check = new_image_check(manifest, BlockComparer(blocks), self._block_digests) if check_it else None
+            inner = [plain] + ([check] if check else [])
+            self._stream(inside, copy, compression_of(copy.image), [stored], inner)
+        if recompressed:
+            expected, found, what = image["sha256"], plain.hexdigest(), "its decompressed bytes differ"
+        else:
+            expected, found, what = image["sha256"], stored.hexdigest(), "its SHA-256 differs"
+        if found != expected:
+            raise VerificationError("the image %s is not what was written: %s" % (copy.image, what))
+        if check and image.get("plain_sha256") != plain.hexdigest():
+            raise VerificationError("the image %s, decompressed, is not what was exported: its SHA-256 differs"
+                                    % copy.image)
+        return CopyState.GOOD, "digest, structure and %s" % self._blocks_text(check, copy)
+
+    def _blocks_text(self, check: Any, copy: Copy) -> str:
+        """What was checked of the blocks, in words."""
+        if check is None:
+            return "the compressed image of the manifest inside it"
+        number = sum(disk.blocks for disk in check.report.disks)
+        if not check.report.digests_checked and check.report.digest_kind:
+            return "%s by number (their digests need libxxhash or block_digests=yes)" % counted(number, "block")
+        return counted(number, "block")
+
+    # --- copies of the older program -----------------------------------------------------
+
+    def _judge_old(self, copy: Copy, inside: Directory) -> Tuple[CopyState, str]:
+        """The image of an older copy has the structure that its kind has."""
+        check = self._old_check(copy, inside)
+        self._stream(inside, copy, compression_of(copy.image), [], [check])
+        return CopyState.UNPROVEN, "the older program recorded no digests; the structure is whole"
+
+    def _old_check(self, copy: Copy, inside: Directory) -> Any:
+        """The check for an image of the older program, with the size that its metadata give."""
+        if copy.method is Method.VM:
+            return XvaCheck(None, None, self._block_digests)
+        size = None
+        for name in inside.names():
+            if not name.startswith("DISK-") or not inside.is_directory(name):
+                continue
+            with inside.child(name) as disk, contextlib.suppress(OSError, ValueError, KeyError):
+                vbd = parse_cfg(disk.read("vbd.cfg").decode("utf-8", "replace"))
+                if vbd["userdevice"] in ("0", "xvda", "hda"):
+                    size = int(parse_cfg(disk.read("vdi.cfg").decode("utf-8", "replace"))["virtual_size"])
+        return RawCheck(size) if re.search(r"\.raw(\.gz|\.zst)?$", copy.image) else VhdCheck(size)
+
+    # --- the flow -------------------------------------------------------------------------
+
+    def _stream(self, inside: Directory, copy: Copy, compression: str, stored: List[Any], plain: List[Any]) -> None:
+        """The image went through both groups of consumers, decompressed for the second."""
+        fd = inside.open_file(copy.image)
+        size = os.fstat(fd).st_size
+        with contextlib.suppress(OSError):               # advice only: what is proven is the storage, not a cache
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        began_at = self._clock.monotonic()
+        title = "verifying %s/%s" % (copy.folder, copy.name)
+
+        def on_tick(progress: Progress) -> None:
+            self._signals.check()
+            self._log.progress(progress_text(title, progress.bytes_read, size, self._clock.monotonic() - began_at))
+
+        with contextlib.ExitStack() as stack:
+            flows = decompressing_flows(stack, fd, compression, stored, plain)
+            pump(flows, on_tick)
+
+
+def decompressing_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: List[Any],
+                        plain: List[Any]) -> List[Flow]:
+    """Flows that bring the file's bytes to `stored` and its plain content to `plain`; a program that is needed
+    lives as long as the stack. ProgramError if it is not here; VerificationError arrives from the pump."""
+    if compression == "none":
+        return staged(fd, stored, plain)
+    if compression == "gzip":
+        return staged(fd, stored, plain, through_gunzip())
+    path = find_program(("zstd",))
+    if path is None:
+        os.close(fd)
+        raise ProgramError("the program zstd is not here, which this image needs")
+    program = stack.enter_context(Program((path, "-q", "-d", "-c"), stdin=subprocess.PIPE))
+
+    def check_ending() -> None:
+        status = program.wait(XE_ENDING_S)
+        if status != 0:
+            raise VerificationError("the zstd file is damaged or cut short: %s" % one_line(program.said or "no reason "
+                                                                                           "given"))
+
+    flows = staged(fd, stored, plain, through_program(os.dup(program.stdin_fd), os.dup(program.stdout_fd), "zstd"))
+    program.close_stdin()
+    return [flows[0], flows[1]._replace(at_end=check_ending)]
+
+
+def compression_of(name: str) -> str:
+    """The compression that an image's name tells."""
+    return "gzip" if name.endswith(".gz") else "zstd" if name.endswith(".zst") else "none"
+
+
+def new_image_check(manifest: Dict[str, Any], blocks: Any, block_digests: str) -> Any:
+    """The check for the image that the manifest describes."""
+    sizes = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]
+             if isinstance(disk, dict) and "snapshot_uuid" in disk and isinstance(disk.get("virtual_size"), int)}
+    if len(sizes) != len(manifest["disks"]):
+        raise VerificationError("%s is damaged: disks" % MANIFEST)
+    file_format = manifest["image"].get("format")
+    if file_format == "xva":
+        return XvaCheck(sizes, blocks, block_digests)
+    size = list(sizes.values())[0] if len(sizes) == 1 else None
+    return RawCheck(size, blocks) if file_format == "raw" else VhdCheck(size, blocks)
+
+
+# --- verdicts on record -----------------------------------------------------------------------
+
+
+class VerdictStore:
+    """What later checks found, a small file a copy in the state folder; sealed copies are never written again."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def _name(self, copy: Copy) -> str:
+        subject = "%s/%s" % (copy.folder, copy.name)
+        return hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()[:32] + ".json"
+
+    def recall(self, copy: Copy) -> Dict[str, Any]:
+        """What is on record about the copy, {} if nothing."""
+        try:
+            folder = self._catalog.state_if_there(VERDICT_FOLDER)
+            if folder is None:
+                return {}
+            with folder:
+                found = json.loads(folder.read(self._name(copy), MEBIBYTE).decode("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def record(self, copy: Copy, **facts: Any) -> None:
+        """The facts are on record beside earlier ones; CatalogError if the store can't be written."""
+        text = dict(self.recall(copy), folder=copy.folder, copy=copy.name, **facts)
+        name = self._name(copy)
+        with self._catalog.state(VERDICT_FOLDER) as folder, \
+                storage_errors("recording the verdict on %s/%s" % (copy.folder, copy.name)):
+            temporary = "%s.%d.new" % (name, os.getpid())
+            folder.remove_file(temporary)
+            folder.write(temporary, (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
+            os.replace(fs_path(temporary), fs_path(name), src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+
+    def forget_removed(self, copies: Iterable[Copy]) -> None:
+        """Verdicts on copies that are no longer there are gone."""
+        folder = self._catalog.state_if_there(VERDICT_FOLDER)
+        if folder is None:
+            return
+        wanted = {self._name(copy) for copy in copies}
+        with folder, storage_errors("clearing old verdicts"):
+            for name in folder.names():
+                if re.fullmatch(r"[0-9a-f]{32}\.json", name) and name not in wanted:
+                    folder.remove_file(name)
+
+
+# =============================================================================
+# 16. Backup run
+# =============================================================================
+# The story of a run: leftovers, pool database, jobs, second tries. One VM's
+# failure stays that VM's; what is learned becomes an Outcome.
+
+
+class Outcome(NamedTuple):
+    """What became of a job. `error` is None for success; sizes in bytes."""
+    job: Job
+    error: Optional[str]
+    status_word: str
+    folder: str
+    copy_name: str
+    size_bytes: int
+    seconds: float
+    kept: int
+    second_try: bool
+
+
+class RunOutcome(NamedTuple):
+    """What became of a run."""
+    outcomes: Tuple[Outcome, ...]
+    findings: Tuple[Finding, ...]
+    missing: int
+    pool_database_error: Optional[str]
+    began_at: datetime
+    ended_at: datetime
+    ended_by: Optional[str]
+    had_bug: bool
+
+
+class Placement:
+    """Which directory belongs to which VM. A VM is its uuid: it keeps the directory whose copies bear it."""
+
+    def __init__(self, catalog: Catalog, inventory: Inventory) -> None:
+        self._catalog = catalog
+        self._names = [machine.name for machine in inventory.machines]
+        self._claims = {}                  # type: Dict[str, str]
+        self._renamed = None               # type: Optional[Dict[str, str]]
+
+    def claim_all(self, machines: Iterable[VirtualMachine]) -> None:
+        """Every VM of the run has its directory; among several of one name the lowest uuid takes the plain one."""
+        for machine in sorted(machines, key=lambda one: one.uuid):
+            self.folder_name(machine)
+
+    def folder_name(self, machine: VirtualMachine) -> str:
+        """The directory of that VM, as the store is now."""
+        name = self._owned(machine) or self._free_plain(machine) or newcomer_name(machine.name, machine.uuid)
+        self._claims[folded(name)] = machine.uuid
+        return name
+
+    def _owned(self, machine: VirtualMachine) -> Optional[str]:
+        """The directory whose copies bear the VM's uuid."""
+        for name in (safe_name(machine.name), newcomer_name(machine.name, machine.uuid)):
+            if any(copy.uuid == machine.uuid for copy in self._catalog.folder(name).copies):
+                return name
+        if self._renamed is None:          # only a VM that is new here, or was renamed, costs this
+            self._renamed = {}
+            for name in self._catalog.folder_names():
+                for copy in in_order(self._catalog.folder(name).copies):
+                    if copy.uuid:
+                        self._renamed[copy.uuid] = name
+        return self._renamed.get(machine.uuid)
+
+    def _free_plain(self, machine: VirtualMachine) -> Optional[str]:
+        """The VM's plain directory if no other VM has it."""
+        plain = safe_name(machine.name)
+        if self._claims.get(folded(plain), machine.uuid) != machine.uuid:
+            return None
+        for name in self._catalog.folder_names():
+            if folded(name) != folded(plain):
+                continue
+            copies = self.own_view(self._catalog.folder(name), machine)
+            if any(copy.uuid != machine.uuid for copy in copies):
+                return None
+        return plain
+
+    def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
+        """The copies of the directory as that VM sees them: old ones without a uuid are its own if nobody else's."""
+        return with_inherited_uuid(folder.copies, machine.uuid, machine.name,
+                                   self._names.count(machine.name) == 1, folder.name == safe_name(machine.name))
+
+
+class BackupRun:
+    """One run of a plan."""
+
+    def __init__(self, configuration: Configuration, inventory: Inventory, plan: Plan, pool: Pool,
+                 catalog: Catalog, journal: RunJournal, exporter: Exporter, status_log: "StatusLog",
+                 clock: Clock, log: Log, signals: Signals) -> None:
+        self._configuration = configuration
+        self._inventory = inventory
+        self._plan = plan
+        self._pool = pool
+        self._catalog = catalog
+        self._journal = journal
+        self._exporter = exporter
+        self._status_log = status_log
+        self._clock = clock
+        self._log = log
+        self._signals = signals
+        self._snapshots = Snapshots(pool, journal, clock, log, signals, configuration.stall_timeout * MINUTE_S)
+        self._placement = Placement(catalog, inventory)
+        self._findings = list(plan.findings)
+        self._outcomes = []                # type: List[Outcome]
+        self._pool_database_error = None   # type: Optional[str]
+        self._storage_problem = ""         # once set, nothing is pruned
+        self.storage_hangs = False       # nothing of it is waited for any more
+        self._had_bug = False
+
+    # --- the story ------------------------------------------------------------------
+
+    def run(self) -> RunOutcome:
+        """Everything of the plan was tried. A pool that stays away, or a signal, ends it early, and the outcome says so."""
+        began_at = self._clock.utc()
+        ended_by = None                    # type: Optional[str]
+        try:
+            for finding in self._findings:
+                self._log.finding(finding)
+            self._clear_leftovers()
+            if self._configuration.pool_db_backup:
+                self._dump_pool_database()
+            self._placement.claim_all(job.machine for job in self._plan.jobs)
+            self._do_jobs()
+            self._note_low_space()
+        except PoolError as error:
+            ended_by = str(error)
+            self._log.error("the run ends here: %s" % error)
+        except StorageMisbehaved as error:
+            ended_by = str(error)
+            self._log.error("the run ends here: %s" % error)
+        except Interrupted as interrupted:
+            ended_by = str(interrupted)
+            self._log.warning("the run was %s; what it had open was cleaned up." % interrupted)
+            self.interrupted = interrupted
+        return RunOutcome(tuple(self._outcomes), tuple(self._findings + self._snapshots.findings),
+                          len(self._plan.missing), self._pool_database_error, began_at, self._clock.utc(),
+                          ended_by, self._had_bug)
+
+    interrupted = None                     # type: Optional[Interrupted]
+
+    def finish(self) -> None:
+        """The journals are put away: those with nothing open are removed."""
+        for journal in self._snapshots.inherited + [self._journal]:
+            if self.storage_hangs:
+                return
+            try:
+                journal.finish()
+            except OSError as error:
+                self._log.info("the journal %s could not be put away (%s); the next run does it."
+                               % (journal.name, os_reason(error)))
+
+    def _clear_leftovers(self) -> None:
+        """What dead runs left in this pool and in the store is gone."""
+        now_s = self._clock.utc().timestamp()
+        with storage_errors("reading the journals of earlier runs"):
+            journals = self._catalog.dead_runs(self._journal, self._inventory.pool_uuid, now_s)
+        self._snapshots.sweep(journals)
+        for name in self._catalog.folder_names():
+            lock = self._catalog.lock_file("dir", name) if self._catalog.has_unfinished(name) else None
+            if lock is None or not lock.take():
+                continue
+            try:
+                self._clear_unfinished(self._catalog.folder(name))
+                self._catalog.remove_folder_if_empty(name)
+            finally:
+                lock.release()
+
+    def _clear_unfinished(self, folder: Folder) -> None:
+        """Unfinished copies of a directory whose lock is ours are gone; call it with the lock held only.
+
+        Where locks do not reach other hosts, only what was not written for a day.
+        """
+        for name in folder.unfinished:
+            age_s = self._clock.utc().timestamp() - self._catalog.newest_change_s(folder.name, name)
+            if self._catalog.locks_are_local and age_s < WEAK_LOCK_PATIENCE_S:
+                continue
+            self._check_alive()
+            self._log.info("%s/%s: left by a run that died; removing it." % (folder.name, name))
+            self._catalog.remove_unfinished(folder.name, name)
+
+    def _do_jobs(self) -> None:
+        """Every job was tried, those that failed for a passing reason a second time."""
+        again = []                         # type: List[Job]
+        for job in self._plan.jobs:
+            if self._try_job(job, False) is None:
+                again.append(job)
+        for job in again:
+            self._log.info("%s: trying once more." % job.machine.title)
+            self._try_job(job, True)
+
+    def _try_job(self, job: Job, second_try: bool) -> Optional[Outcome]:
+        """The job's outcome, also in the list; None if it is worth a second try."""
+        self._signals.check()
+        began_s = self._clock.monotonic()
+        self._status_log.begin(job.method.value, job.machine.name)
+        try:
+            outcome = self._back_up(job)._replace(second_try=second_try)
+            if second_try:
+                self._add_finding(Severity.WARNING, job.machine.title, "it needed a second try.")
+        except BackupError as error:
+            self._note_storage(error)
+            if error.passing and not second_try:
+                self._log.warning("%s: %s It is tried once more at the end of the run." % (job.machine.title, error))
+                self._status_log.end(job.method.value, "RETRY", job.machine.name)
+                return None
+            self._log.error("%s: %s" % (job.machine.title, error))
+            outcome = self._failed(job, str(error), error.status_word or "EXPORT-FAIL", second_try)
+        except Exception as bug:
+            self._had_bug = True
+            self._log.error("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
+            outcome = self._failed(job, "a bug in VmBackup: %s" % bug, "BUG", second_try)
+        outcome = outcome._replace(seconds=self._clock.monotonic() - began_s)
+        self._outcomes.append(outcome)
+        if outcome.error is None:
+            self._status_log.success(job.method.value, job.machine.name, outcome.seconds, outcome.size_bytes)
+        else:
+            self._status_log.end(job.method.value, outcome.status_word, job.machine.name)
+        return outcome
+
+    def _failed(self, job: Job, error: str, word: str, second_try: bool) -> Outcome:
+        """The outcome of a job that failed."""
+        return Outcome(job, error, word, "", "", 0, 0.0, 0, second_try)
+
+    def _add_finding(self, severity: Severity, subject: str, sentence: str) -> None:
+        """Noted for the report, and told now."""
+        self._findings.append(Finding(severity, subject, sentence))
+        self._log.finding(self._findings[-1])
+
+    def _note_storage(self, error: BackupError) -> None:
+        """After storage that misbehaved nothing is pruned; after one that hangs nothing of it is waited for."""
+        if isinstance(error, StorageMisbehaved):
+            self._storage_problem = str(error)
+        if isinstance(error, StorageStalled):
+            self.storage_hangs = True
+
+    # --- one VM -------------------------------------------------------------------------
+
+    def _back_up(self, job: Job) -> Outcome:
+        """One copy more of that VM, sealed, and older ones pruned. Raises BackupError; then nothing of it is left."""
+        if self.storage_hangs:
+            raise StorageStalled("it was not tried, as the backup storage hangs: %s" % self._storage_problem)
+        with stage("STORAGE-FAIL"):
+            self._catalog.check_in_place()
+        with self._own_folder(job.machine) as folder:
+            self._clear_unfinished(folder)
+            copies = self._placement.own_view(folder, job.machine)
+            clock_problem = clock_went_back(folder.copies, self._clock.utc())
+            if clock_problem:
+                self._add_finding(Severity.WARNING, job.machine.title, clock_problem)
+            if self._configuration.pre_clean and not clock_problem:
+                self._prune(job, copies, job.keep - 1, "to make room")
+            outcome = self._make_copy(job, folder)
+            kept = self._retain(job, folder.name, clock_problem)
+            return outcome._replace(kept=kept)
+
+    @contextlib.contextmanager
+    def _own_folder(self, machine: VirtualMachine) -> Iterator[Folder]:
+        """The VM's directory, listed, its lock ours; an empty one is removed at the end."""
+        while True:
+            name = self._placement.folder_name(machine)
+            lock = self._catalog.lock_file("dir", name)
+            with stage("LOCK-FAIL"):
+                self._wait_for_lock(lock, name)
+            try:
+                if self._placement.folder_name(machine) == name:       # read again under the lock
+                    yield self._catalog.folder(name)
+                    return
+            finally:
+                if not self.storage_hangs:
+                    self._catalog.remove_folder_if_empty(name)
+                lock.release()
+
+    def _wait_for_lock(self, lock: LockFile, name: str) -> None:
+        """The lock is ours, or BackupError when lock_wait is over."""
+        give_up_at = self._clock.monotonic() + self._configuration.lock_wait * MINUTE_S
+        told = False
+        while not lock.take():
+            if self._clock.monotonic() >= give_up_at:
+                raise BackupError("the directory %s is in use by another run (%s) since before lock_wait=%d minutes. "
+                                  "Nothing was done for this VM." % (name, holder_text(lock.text()),
+                                                                     self._configuration.lock_wait))
+            if not told:
+                self._log.info("%s is in use by another run (%s); waiting." % (name, holder_text(lock.text())))
+                told = True
+            self._signals.sleep(1)
+        with storage_errors("locking %s" % name):
+            lock.write_text(self._signature())
+
+    def _signature(self) -> Dict[str, Any]:
+        """Who we are, for the text of a lock."""
+        return {"host": self._journal.header["host"], "pid": os.getpid(), "since": format_utc(self._clock.utc())}
+
+    def _make_copy(self, job: Job, folder: Folder) -> Outcome:
+        """A new sealed copy in that directory."""
+        taken_at = self._clock.utc()
+        machine = self._read_again(job)
+        with stage("DIR-FAIL"), storage_errors("making a new copy in %s/%s" % (self._catalog.path, folder.name)):
+            copy = self._catalog.new_copy(folder.name, self._clock.local())
+        try:
+            self._log.info("%s: %s into %s/%s" % (machine.title, job.method.value, folder.name, copy.name))
+            with stage("METADATA-FAIL"), storage_errors("writing the metadata of %s" % machine.title):
+                copy.write(VM_METADATA, self._exporter.metadata(machine))
+            image, disks = self._export(job, machine, copy)
+            with stage("SEAL-FAIL"), storage_errors("finishing %s/%s" % (folder.name, copy.name)):
+                self._write_cfg_files(copy, machine, disks)
+                copy.note_file(image.name, image.size, image.sha256)
+                copy.note_file(BLOCKS, copy.inside.status(BLOCKS).st_size, image.blocks_sha256)
+                copy.finish(self._manifest(job, machine, image, taken_at, next_sequence(folder.copies)))
+                if self._configuration.verify_after:
+                    self._read_back(machine, copy, image)
+                self._check_alive()
+                self._catalog.check_in_place()
+                copy.seal()
+        except BaseException as error:
+            self._discard(copy, error)
+            raise
+        finally:
+            copy.close()
+        self._log.info("%s: %s/%s is complete: %s, proven %s." % (
+            machine.title, folder.name, copy.name, format_size(image.size), proof_text(image)))
+        return Outcome(job, None, "SUCCESS", folder.name, copy.name, image.size, 0.0, 0, False)
+
+    def _discard(self, copy: NewCopy, error: BaseException) -> None:
+        """What was written of a copy that failed is gone, unless the storage is what failed."""
+        if isinstance(error, BackupError):
+            self._note_storage(error)
+        if self.storage_hangs:
+            return
+        with self._signals.shielded():
+            try:
+                copy.discard()
+            except OSError as problem:
+                self._log.info("%s could not be removed (%s); the next run does it."
+                               % (copy.name + PARTIAL, os_reason(problem)))
+
+    def _check_alive(self) -> None:
+        """Raises BackupError if another run took us for dead: then nothing more may be sealed, deleted or swept."""
+        if not self._journal.is_still_ours():
+            raise StorageMisbehaved("another run took this one for dead (its journal %s was taken over): nothing more "
+                                    "is sealed or deleted. Do the clocks and locks of the share work?"
+                                    % self._journal.name)
+
+    def _read_again(self, job: Job) -> VirtualMachine:
+        """The VM as it is just before its snapshot; differences from the plan are told."""
+        planned = job.machine
+        with stage("VM-GONE"):
+            try:
+                machine = self._pool.real_machine(planned)
+            except ApiFailure as failure:
+                if failure.code in GONE:
+                    raise BackupError("%s is no longer in the pool, so it was not backed up. Its earlier copies are "
+                                      "left as they are." % planned.title)
+                raise
+        for what, before, now in (("name", planned.name, machine.name),
+                                  ("power state", planned.power_state, machine.power_state),
+                                  ("disks", disk_list(planned.disks), disk_list(machine.disks))):
+            if before != now:
+                self._log.info("%s: its %s changed since the run was planned: %s, before %s." % (
+                    planned.title, what, one_line(now) or "none", one_line(before) or "none"))
+        return machine
+
+    def _export(self, job: Job, machine: VirtualMachine, copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
+        """The image, and the VM's disks with the sizes that their snapshots have."""
+        label = "%s (backup %s)" % (machine.name, parse_copy_name(copy.name)[0].strftime("%Y-%m-%d %H:%M:%S"))
+        base = safe_name(machine.name)
+        self._snapshots.check_none_left(machine)
+        if job.method is Method.VM:
+            self._check_sr_space(machine, machine.disks)
+            with stage("SNAPSHOT-FAIL"), self._snapshots.of_vm(machine, label) as snapshot, stage("VM-EXPORT-FAIL"):
+                image = self._exporter.vm_image(snapshot, machine, copy.inside, base)
+                sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
+        else:
+            with stage("VDI-EXPORT-FAIL"):
+                disk = first_disk(machine)
+            self._check_sr_space(machine, (disk,))
+            with stage("SNAPSHOT-FAIL"), self._snapshots.of_disk(machine, disk) as snapshot, \
+                    stage("VDI-EXPORT-FAIL"):
+                image = self._exporter.disk_image(snapshot, machine, copy.inside, base)
+                sizes = {disk.vdi_ref: snapshot.virtual_size}
+        return image, [disk._replace(virtual_size=sizes.get(disk.vdi_ref, disk.virtual_size))
+                       for disk in machine.disks]
+
+    def _check_sr_space(self, machine: VirtualMachine, disks: Sequence[Disk]) -> None:
+        """Raises BackupError if a snapshot of those disks could fill their SR."""
+        if not self._configuration.min_sr_free:
+            return
+        with stage("SNAPSHOT-FAIL"):
+            check_sr_space(self._pool.storage_repositories(disk.sr_ref for disk in disks),
+                           self._configuration.min_sr_free, "no snapshot of %s was made" % machine.title)
+
+    def _write_cfg_files(self, copy: NewCopy, machine: VirtualMachine, disks: Sequence[Disk]) -> None:
+        """The metadata for people, as the older program wrote it."""
+        for name, text in metadata_files(machine, disks, self._pool.interfaces(machine),
+                                         self._pool.os_version(machine)):
+            copy.write(name, text.encode("utf-8", "surrogateescape"))
+
+    def _manifest(self, job: Job, machine: VirtualMachine, image: ImageReport, taken_at: datetime,
+                  sequence: int) -> Dict[str, Any]:
+        """backup.json: what, when, from where, and what was verified. `files` is added when all are written."""
+        inventory = self._inventory
+        return {
+            "format": 1, "program": "VmBackup " + VERSION, "kind": job.method.value,
+            "taken_at": format_utc(taken_at), "finished_at": format_utc(self._clock.utc()),
+            "sequence": sequence, "copies_to_keep": job.keep, "chosen_by": job.chosen_by,
+            "vm": {"uuid": machine.uuid, "name": machine.name, "power_state": machine.power_state},
+            "pool": {"uuid": inventory.pool_uuid, "name": inventory.pool_name},
+            "host": inventory.host.short_name,
+            "server": {"product_version": ".".join(map(str, inventory.master.product_version)),
+                       "api_version": "%d.%d" % inventory.master.api_version},
+            "image": {"name": image.name, "format": image.format, "compression": image.compression,
+                      "size": image.size, "sha256": image.sha256,
+                      "plain_size": image.plain_size, "plain_sha256": image.plain_sha256},
+            "disks": list(image.disks),
+            "verified": {"structure": True, "block_digests": image.block_digests,
+                         "block_digests_checked": image.block_digests_checked, "blocks": image.blocks,
+                         "read_back": self._configuration.verify_after},
+        }
+
+    def _read_back(self, machine: VirtualMachine, copy: NewCopy, image: ImageReport) -> None:
+        """Raises StorageMisbehaved unless the storage gives back what was written."""
+        self._log.info("%s: reading %s back from storage." % (machine.title, image.name))
+        digest = Digest()
+        fd = copy.inside.open_file(image.name)
+        with contextlib.suppress(OSError):                  # advice only; CIFS and FUSE may have no use for it
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        pump([Flow(fd, [digest])], lambda progress: self._signals.check())
+        if (digest.total_bytes, digest.hexdigest()) != (image.size, image.sha256):
+            raise StorageMisbehaved("the storage gives back other bytes than were written to %s: the copy was not kept, "
+                                    "and nothing is pruned. Check the share or disk." % image.name)
+
+    # --- retention -------------------------------------------------------------------------
+
+    def _retain(self, job: Job, folder_name: str, clock_problem: Optional[str]) -> int:
+        """Older copies beyond the number to keep are gone; the number of good ones that are there."""
+        folder = self._catalog.folder(folder_name)
+        copies = self._placement.own_view(folder, job.machine)
+        for copy in copies:
+            if not copy.is_good:
+                self._log.info("%s/%s is not a good copy and is left: %s." % (folder_name, copy.name, copy.problem))
+        for name in folder.strangers:
+            self._log.info("%s/%s is not ours and is left." % (folder_name, one_line(name)))
+        removed = 0 if clock_problem else self._prune(job, copies, job.keep, "retention")
+        return sum(1 for copy in copies if copy.is_good and copy.uuid == job.machine.uuid
+                   and copy.method is job.method) - removed
+
+    def _prune(self, job: Job, copies: Sequence[Copy], keep: int, why: str) -> int:
+        """What the verdicts let go is gone; how many copies that were. A copy that can't be removed is a warning."""
+        removed = 0
+        for verdict in judge(copies, job.machine.uuid, job.method, keep):
+            if verdict.keep:
+                continue
+            if self._storage_problem:
+                self._log.info("%s: nothing is pruned, as the storage misbehaved in this run." % job.machine.title)
+                return removed
+            try:
+                self._check_alive()
+                self._catalog.check_in_place()
+                self._catalog.remove_copy(verdict.copy)
+            except CatalogError as error:
+                self._note_storage(error)
+                self._add_finding(Severity.WARNING, job.machine.title, str(error))
+                return removed
+            removed += 1
+            self._log.info("%s: removed %s/%s (%s): %s." % (job.machine.title, verdict.copy.folder,
+                                                            verdict.copy.name, why, verdict.reason))
+        return removed
+
+    def _note_low_space(self) -> None:
+        """A warning if the next run's largest copy may not fit."""
+        largest = max((outcome.size_bytes for outcome in self._outcomes), default=0)
+        free = self._catalog.free_bytes()
+        if largest and free < largest:
+            self._add_finding(Severity.WARNING, self._configuration.backup_dir, "only %s are free, and the largest copy "
+                              "of this run has %s: the next run may not fit." % (format_size(free),
+                                                                                 format_size(largest)))
+
+    # --- the pool database -----------------------------------------------------------------
+
+    def _dump_pool_database(self) -> None:
+        """One dump more in METADATA_<host>, and old ones pruned; a failure is the run's to report."""
+        folder = "METADATA_" + self._inventory.host.short_name
+        try:
+            self._catalog.check_in_place()
+            name = self._catalog.new_pool_dump(folder, self._clock.local(), self._exporter.pool_database)
+            self._log.info("pool database: %s/%s is complete." % (folder, name))
+            self._check_alive()
+            for old in self._catalog.pool_dumps(folder)[:-self._configuration.max_backups]:
+                self._catalog.remove_pool_dump(folder, old)
+                self._log.info("pool database: removed %s/%s: %s are kept." % (
+                    folder, old, counted(self._configuration.max_backups, "dump")))
+        except BackupError as error:
+            self._note_storage(error)
+            self._pool_database_error = str(error)
+            self._log.error("pool database: %s" % error)
+
+
+@contextlib.contextmanager
+def stage(word: str) -> Iterator[None]:
+    """Inside, a BackupError gets the word for the status log, unless it has one."""
+    try:
+        yield
+    except BackupError as error:
+        error.status_word = error.status_word or word
+        raise
+
+
+def bug_report() -> str:
+    """Traceback and versions of an unexpected exception."""
+    return "%sVmBackup %s, Python %s" % (traceback.format_exc(), VERSION, sys.version.split()[0])
+
+
+def first_disk(machine: VirtualMachine) -> Disk:
+    """Disk 0: the disk whose userdevice is 0, xvda or hda, in that order; BackupError if there is none."""
+    for userdevice in ("0", "xvda", "hda"):
+        for disk in machine.disks:
+            if disk.userdevice == userdevice:
+                return disk
+    raise BackupError("%s has no Disk 0 (userdevice 0, xvda or hda), so vdi-export has nothing to do; it has %s. Use "
+                      "vm-export, or give the OS disk userdevice 0." % (machine.title,
+                                                                        disk_list(machine.disks) or "no disk at all"))
+
+
+def disk_list(disks: Sequence[Disk]) -> str:
+    """The disks in a few words: device, name, size."""
+    return ", ".join("%s %s (%s)" % (disk.device, quote_name(disk.name), format_size(disk.virtual_size))
+                     for disk in disks)
+
+
+def proof_text(image: ImageReport) -> str:
+    """What was proven of an image, in words."""
+    if not image.block_digests:
+        return "in structure and size"
+    if image.block_digests_checked:
+        return "block by block (%s)" % counted(image.blocks, "digest")
+    return "in structure; block digests need libxxhash, which is not here"
+
+
+def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: Sequence[Interface],
+                   os_version: str) -> List[Tuple[str, str]]:
+    """The cfg files of a copy: (name, text), in the fields and order of the older program."""
+    files = [("vm.cfg", cfg_text((
+        ("name_label", machine.name), ("name_description", machine.description),
+        ("memory_dynamic_max", machine.memory_dynamic_max), ("VCPUs_max", machine.vcpus_max),
+        ("VCPUs_at_startup", machine.vcpus_at_startup), ("os_version", os_version),
+        ("orig_uuid", machine.uuid))))]
+    for disk in disks:
+        folder = "DISK-" + safe_name(disk.device)
+        files.append((folder + "/vbd.cfg", cfg_text((
+            ("userdevice", disk.userdevice), ("bootable", disk.bootable), ("mode", disk.mode), ("type", disk.type),
+            ("unpluggable", disk.unpluggable), ("empty", False), ("orig_uuid", disk.vbd_uuid)))))
+        files.append((folder + "/vdi.cfg", cfg_text((
+            ("name_label", disk.name), ("name_description", disk.description),
+            ("virtual_size", disk.virtual_size), ("type", disk.vdi_type), ("sharable", disk.sharable),
+            ("read_only", disk.read_only), ("orig_uuid", disk.vdi_uuid), ("orig_sr_uuid", disk.sr_uuid)))))
+    for interface in interfaces:
+        files.append(("VIFs/vif-%s.cfg" % safe_name(interface.device), cfg_text((
+            ("device", interface.device), ("network_name_label", interface.network_name), ("MTU", interface.mtu),
+            ("MAC", interface.mac), ("other_config", dict(interface.other_config)),
+            ("orig_uuid", interface.uuid)))))
+    return files
+
+
+# =============================================================================
+# 17. Report
+# =============================================================================
+# Outcomes become words: status log, summary, exit status. Whether a run was a
+# success is decided by its outcomes, never by what was logged.
+
+
+class StatusLog:
+    """The older program's status lines, appended; people parse them. No backup fails for it."""
+
+    def __init__(self, path: str, host: str, clock: Clock, log: Log) -> None:
+        self._path = path
+        self._host = host
+        self._clock = clock
+        self._log = log
+        self._fd = None                    # type: Optional[int]
+
+    def open(self) -> None:
+        """Lines are appended from now on, unless the file can't be opened: that is said once."""
+        try:
+            self._fd = os.open(fs_path(self._path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            self._log.info("no status log is written: %s: %s." % (self._path, os_reason(error)))
+
+    def begin(self, what: str, name: str = "") -> None:
+        """`what` has begun, for that VM or for the run."""
+        self._line(what, "begin" + ("," + one_line(name) if name else ""))
+
+    def success(self, what: str, name: str, seconds: float, size_bytes: int) -> None:
+        """A VM's backup is complete."""
+        self._line(what, "end,SUCCESS %s,elapse:%d size:%dG"
+                   % (one_line(name), seconds // MINUTE_S, size_bytes // GIBIBYTE))
+
+    def end(self, what: str, word: str, name: str) -> None:
+        """A VM's backup ended so."""
+        self._line(what, "end,%s %s" % (word, one_line(name)))
+
+    def end_run(self, word: str, successes: int, warnings: int, errors: int) -> None:
+        """The run ended so."""
+        self._line("vmbackup.py", "end,%s,S:%d W:%d E:%d" % (word, successes, warnings, errors))
+
+    def _line(self, what: str, rest: str) -> None:
+        if self._fd is None:
+            return
+        stamp = self._clock.local().strftime("%Y/%m/%d %H:%M:%S")
+        try:
+            os.write(self._fd, ("%s,%s,%s,%s\n" % (stamp, what, self._host, rest)).encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            self._log.info("the status log can't be written: %s." % os_reason(error))
+            self._fd = None
+
+
+class Tally(NamedTuple):
+    """A run in numbers. `untried`: jobs that it did not come to."""
+    successes: int
+    warnings: int
+    errors: int
+    untried: int
+
+    @property
+    def word(self) -> str:
+        """SUCCESS, WARNING or ERROR."""
+        return "ERROR" if self.errors else "WARNING" if self.warnings else "SUCCESS"
+
+
+def tally(plan: Plan, run: RunOutcome) -> Tally:
+    """The run in numbers: each VM, literal entry and dump that was not backed up is an error."""
+    failed = sum(1 for outcome in run.outcomes if outcome.error is not None)
+    untried = len(plan.jobs) - len(run.outcomes)
+    errors = failed + untried + sum(1 for finding in plan.findings if finding.severity is Severity.ERROR)
+    errors += run.pool_database_error is not None
+    errors += run.ended_by is not None and not untried and not failed
+    warnings = sum(1 for finding in run.findings if finding.severity is Severity.WARNING)
+    return Tally(len(run.outcomes) - failed, warnings, errors, untried)
+
+
+def exit_status_of(numbers: Tally, run: RunOutcome) -> ExitStatus:
+    """What cron is told about a run that no signal ended."""
+    if run.had_bug:
+        return ExitStatus.BUG
+    if numbers.errors:
+        return ExitStatus.FAILED
+    return ExitStatus.WARNING if numbers.warnings else ExitStatus.OK
+
+
+def failed_names(plan: Plan, run: RunOutcome) -> List[str]:
+    """The names of what was not backed up: failed, not tried, or not there."""
+    failed = [outcome.job.machine.name for outcome in run.outcomes if outcome.error is not None]
+    tried = {outcome.job.machine.uuid for outcome in run.outcomes}
+    failed += [job.machine.name for job in plan.jobs if job.machine.uuid not in tried]
+    return [quote_name(name) for name in failed + [text for _, text in plan.missing]]
+
+
+def summary_text(plan: Plan, run: RunOutcome, numbers: Tally, status: int) -> str:
+    """The last line of a run: what was done, what not, and the exit status."""
+    size = sum(outcome.size_bytes for outcome in run.outcomes)
+    seconds = (run.ended_at - run.began_at).total_seconds()
+    parts = ["%s backed up (%s in %s)" % (counted(numbers.successes, "VM"), format_size(size),
+                                          format_duration(seconds))]
+    failed = failed_names(plan, run)
+    if failed:
+        parts.append("%d not: %s" % (len(failed), ", ".join(failed)))
+    if run.pool_database_error:
+        parts.append("the pool database was not dumped")
+    if numbers.warnings:
+        parts.append(counted(numbers.warnings, "warning"))
+    return "%s: %s; exit status %d." % (numbers.word, "; ".join(parts), status)
+
+
+# --- mail ---------------------------------------------------------------------------------
+
+MAIL_FOLDER = "mail"
+MAIL_TRY_LIMIT_S = 30
+MAIL_PAUSES_S = (5, 20)            # before the second and third try: greylisting and restarts pass
+MAIL_KEPT_MOST = 50
+SMTP_PORTS = {"none": 25, "starttls": 587, "tls": 465}
+
+
+class MailReport(NamedTuple):
+    """A mail before it has headers."""
+    subject: str
+    body: str
+
+
+class NewestCopy(NamedTuple):
+    """The newest good copy of a VM in the store; `age_s` is None if it has none."""
+    name: str
+    folder: str
+    method: str
+    age_s: Optional[float]
+
+
+def mail_subject(plan: Plan, run: RunOutcome, numbers: Tally, place: str) -> str:
+    """What matters of the run, in one line."""
+    failed = failed_names(plan, run)
+    whole = len(plan.jobs) + len(plan.missing)
+    if failed:
+        text = "ERROR: %d of %s not backed up: %s" % (len(failed), counted(whole, "VM"), shortened(failed, 5))
+    elif numbers.errors and run.pool_database_error:
+        text = "ERROR: the pool database was not dumped"
+    elif numbers.errors:
+        text = "ERROR: the run ended early"
+    elif numbers.warnings:
+        text = "WARNING: %s backed up, %s" % (counted(numbers.successes, "VM"), counted(numbers.warnings, "warning"))
+    else:
+        size = sum(outcome.size_bytes for outcome in run.outcomes)
+        text = "OK: %s, %s in %s" % (counted(numbers.successes, "VM"), format_size(size),
+                                     format_duration((run.ended_at - run.began_at).total_seconds()))
+    return "%s (%s)" % (text, place)
+
+
+def shortened(names: Sequence[str], most: int) -> str:
+    """The names, the first of them if there are many."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (" and %d more" % more if more > 0 else "")
+
+
+def mail_body(plan: Plan, run: RunOutcome, newest: Sequence[NewestCopy], free_bytes: Optional[int], place: str,
+              source: str) -> str:
+    """The mail's text: what failed first, then warnings, the VMs, the newest copies and the free space."""
+    blocks = ["VmBackup on %s, %s, began %s and ended %s." % (
+        place, source, format_local(run.began_at), format_local(run.ended_at))]
+    errors = ["%s: %s" % (outcome.job.machine.title, outcome.error) for outcome in run.outcomes
+              if outcome.error is not None]
+    errors += ["%s: %s" % (finding.subject, finding.sentence) for finding in plan.findings
+               if finding.severity is Severity.ERROR]
+    if run.pool_database_error:
+        errors.append("Pool database: %s" % run.pool_database_error)
+    if run.ended_by:
+        errors.append("The run ended early: %s" % run.ended_by)
+    tried = {outcome.job.machine.uuid for outcome in run.outcomes}
+    errors += ["%s: not tried, as the run ended before." % job.machine.title for job in plan.jobs
+               if job.machine.uuid not in tried]
+    if errors:
+        blocks.append("\n".join(["NOT DONE"] + ["* " + error for error in errors]
+                                + ["Earlier copies of these VMs were left as they are."]))
+    warnings = ["%s: %s" % (finding.subject, finding.sentence) for finding in run.findings
+                if finding.severity is Severity.WARNING]
+    if warnings:
+        blocks.append("\n".join(["WARNINGS"] + ["* " + warning for warning in warnings]))
+    done = [outcome for outcome in run.outcomes if outcome.error is None]
+    if done:
+        blocks.append("\n".join(["BACKED UP"] + ["* " + mail_line(outcome) for outcome in done]))
+    if newest:
+        blocks.append("\n".join(["NEWEST GOOD COPY OF EACH VM IN THE STORE"] + ["* " + newest_line(one)
+                                                                              for one in newest]))
+    if free_bytes is not None:
+        blocks.append("%s are free in the backup directory." % format_size(free_bytes))
+    return "\n\n".join(blocks) + "\n"
+
+
+def mail_line(outcome: Outcome) -> str:
+    """One VM that was backed up."""
+    rate = outcome.size_bytes / 1e6 / outcome.seconds if outcome.seconds >= 1 else None
+    return "%s: %s, %s in %s%s, %s kept" % (
+        outcome.job.machine.title, outcome.job.method.value, format_size(outcome.size_bytes),
+        format_duration(outcome.seconds), " (%.0f MB/s)" % rate if rate else "",
+        counted(outcome.kept, "good copy"))
+
+
+def newest_line(newest: NewestCopy) -> str:
+    """One VM of the store and the age of its newest good copy."""
+    age = "none" if newest.age_s is None else format_duration(max(0, newest.age_s)) + " old"
+    return "%s, %s: %s" % (quote_name(newest.name), newest.method, age)
+
+
+def format_local(at: datetime) -> str:
+    """An aware time in local words for people."""
+    return at.astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def early_end_report(error: BaseException, source: str, host: str) -> MailReport:
+    """The mail of a run that ended before it had a plan."""
+    what = "stopped" if isinstance(error, Interrupted) else "nothing was backed up"
+    reason = one_line(str(error).split("\n")[0])
+    return MailReport("ERROR: %s: %s (%s)" % (what, reason if len(reason) < 120 else reason[:117] + "...", host),
+                      "VmBackup on %s, %s:\n\nNOT DONE\n* %s\n\nNo VM was touched, and earlier copies are left as they "
+                      "are.\n" % (host, source, str(error)))
+
+
+def compose_mail(report: MailReport, configuration: Configuration, host: str, now: datetime) -> bytes:
+    """The message as it is sent: headers that keep it out of spam folders and loops, lines no longer than allowed."""
+    message = email.message.EmailMessage(email.policy.SMTP)
+    sender = configuration.mail_from or "root@" + host
+    message["From"] = sender
+    message["To"] = ", ".join(configuration.mail_to)
+    message["Subject"] = one_line(report.subject)
+    message["Date"] = email.utils.format_datetime(now)
+    message["Message-ID"] = email.utils.make_msgid(domain=sender.rpartition("@")[2])
+    message["Auto-Submitted"] = "auto-generated"
+    text = "\n".join(one_line(line) for line in report.body.split("\n"))
+    message.set_content(text.encode("utf-8", "replace").decode("utf-8"), cte="quoted-printable")
+    return message.as_bytes()
+
+
+class Mailer:
+    """Sends mail; what can't be sent is kept in the state folder and goes out with the next run's."""
+
+    def __init__(self, configuration: Configuration, catalog: Optional[Catalog], clock: Clock, log: Log) -> None:
+        self._configuration = configuration
+        self._catalog = catalog
+        self._clock = clock
+        self._log = log
+
+    def send(self, report: MailReport) -> bool:
+        """True if the mail, and those kept from earlier runs, are with the server."""
+        message = compose_mail(report, self._configuration, self._host(), self._clock.utc())
+        try:
+            self._deliver_kept()
+            self._deliver(message)
+            return True
+        except (OSError, smtplib.SMTPException, BackupError) as error:
+            kept = self._keep(message)
+            self._log.warning("the mail to %s could not be sent: %s. %s" % (
+                ", ".join(self._configuration.mail_to), smtp_reason(error),
+                "It is kept and goes out with the next run's." if kept else "It could not be kept either."))
+            return False
+
+    def _host(self) -> str:
+        return socket.getfqdn()
+
+    def _deliver(self, message: bytes) -> None:
+        """The message is with the server, at the third try at the latest."""
+        for pause_s in MAIL_PAUSES_S + (None,):
+            try:
+                self._deliver_once(message)
+                return
+            except (OSError, smtplib.SMTPException) as error:
+                if pause_s is None or is_final_refusal(error):
+                    raise
+                self._log.info("the mail could not be sent yet (%s); trying again in %s."
+                               % (smtp_reason(error), format_duration(pause_s)))
+                time.sleep(pause_s)
+
+    def _deliver_once(self, message: bytes) -> None:
+        """The message is with the server."""
+        settings = self._configuration
+        port = settings.smtp_port or SMTP_PORTS[settings.smtp_security]
+        context = ssl.create_default_context(cafile=fs_path(settings.smtp_ca_file) if settings.smtp_ca_file else None)
+        host = self._host()
+        if settings.smtp_security == "tls":
+            server = smtplib.SMTP_SSL(settings.smtp_server, port, host, timeout=MAIL_TRY_LIMIT_S, context=context)
+        else:
+            server = smtplib.SMTP(settings.smtp_server, port, host, timeout=MAIL_TRY_LIMIT_S)
+        with server:
+            if settings.smtp_security == "starttls":
+                server.starttls(context=context)
+            if settings.smtp_user:
+                server.login(settings.smtp_user, read_smtp_password(settings.smtp_password_file))
+            refused = server.sendmail(settings.mail_from or "root@" + host, list(settings.mail_to), message)
+        for address, (code, text) in refused.items():
+            self._log.warning("the mail server refused the recipient %s: %d %s" % (address, code,
+                                                                                   one_line(text.decode("utf-8", "replace"))))
+
+    def _deliver_kept(self) -> None:
+        """The mails of earlier runs are with the server, oldest first."""
+        folder = self._catalog.state_if_there(MAIL_FOLDER) if self._catalog else None
+        if folder is None:
+            return
+        with folder:
+            for name in folder.names():
+                if name.endswith(".eml"):
+                    self._deliver(folder.read(name))
+                    folder.remove_file(name)
+
+    def _keep(self, message: bytes) -> bool:
+        """True if the message is in the state folder."""
+        if self._catalog is None:
+            return False
+        try:
+            with self._catalog.state(MAIL_FOLDER) as folder:
+                kept = [name for name in folder.names() if name.endswith(".eml")]
+                for name in kept[:-MAIL_KEPT_MOST]:
+                    folder.remove_file(name)
+                folder.write("%s-%s.eml" % (self._clock.utc().strftime("%Y%m%dT%H%M%SZ"), secrets.token_hex(3)),
+                             message)
+            return True
+        except (OSError, BackupError):
+            return False
+
+
+def is_final_refusal(error: Exception) -> bool:
+    """Did the server say no for good (5xx), so that another try is useless?"""
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        return all(code >= 500 for code, _ in error.recipients.values())
+    return isinstance(error, smtplib.SMTPResponseException) and error.smtp_code >= 500
+
+
+def smtp_reason(error: Exception) -> str:
+    """Why a mail was not sent, in words; never what we sent."""
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        return "; ".join("%s: %d %s" % (address, code, one_line(text.decode("utf-8", "replace")))
+                         for address, (code, text) in error.recipients.items())
+    if isinstance(error, smtplib.SMTPResponseException):
+        text = error.smtp_error
+        return "%d %s" % (error.smtp_code, one_line(text.decode("utf-8", "replace") if isinstance(text, bytes)
+                                                    else str(text)))
+    if isinstance(error, socket.timeout):
+        return "the server said nothing for %s" % format_duration(MAIL_TRY_LIMIT_S)
+    return os_reason(error)
+
+
+def read_smtp_password(path: str) -> str:
+    """The password in that file, as create-password-file writes it or plain; BackupError unless only its owner can
+    read it."""
+    try:
+        with open(fs_path(path), "rb") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                raise BackupError("smtp_password_file %s can be read by others: chmod 600 it." % path)
+            raw = file.read(64 * KIBIBYTE)
+    except OSError as error:
+        raise BackupError("smtp_password_file %s can't be read: %s" % (path, os_reason(error)))
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(b"".join(raw.split()), validate=True).decode("utf-8")
+    return raw.decode("utf-8", "replace").rstrip("\r\n")
+
+
+# --- preview --------------------------------------------------------------------------
+
+
+def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
+                 futures: Dict[str, Tuple[str, List[Verdict]]], free_bytes: int) -> str:
+    """What a run would do: per VM its kind, directory, copies, and what retention would then remove."""
+    lines = ["Preview of %s for pool %s (master %s). Nothing is changed." % (
+        configuration.source, inventory.pool_title, inventory.master.short_name),
+        "Backup directory %s: %s free." % (configuration.backup_dir, format_size(free_bytes)), ""]
+    if configuration.pool_db_backup:
+        lines += ["The pool database is dumped into METADATA_%s." % inventory.host.short_name, ""]
+    lines.append("%s to back up:" % counted(len(plan.jobs), "VM"))
+    for job in plan.jobs:
+        folder, verdicts = futures[job.machine.uuid]
+        lines += preview_job(job, folder, verdicts)
+    total = sum(disk.virtual_size for job in plan.jobs for disk in planned_disks(job))
+    lines += ["  In all: disks of %s (an upper limit: empty space is not exported by vm-export)."
+              % format_size(total), ""]
+    for title, rows in (("left out by exclude", [(machine, " by " + line) for machine, line in plan.excluded]),
+                        ("in no backup of this config", [(machine, "") for machine in plan.unselected])):
+        lines.append("%s %s%s" % (counted(len(rows), "VM"), title, ":" if rows else "."))
+        lines += ["  %s%s" % (machine.title, tail) for machine, tail in rows]
+    for finding in plan.findings:
+        lines.append("%s: %s: %s" % ("Error" if finding.severity is Severity.ERROR else "Warning",
+                                     finding.subject, finding.sentence))
+    return "\n".join(lines)
+
+
+def planned_disks(job: Job) -> Tuple[Disk, ...]:
+    """The disks that the job's export reads."""
+    if job.method is Method.VM:
+        return job.machine.disks
+    with contextlib.suppress(BackupError):
+        return (first_disk(job.machine),)
+    return ()
+
+
+def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]:
+    """The lines of one VM in a preview."""
+    disks = planned_disks(job)
+    lines = ["  %s: %s, %s kept, %s, %s; chosen by %s" % (
+        job.machine.title, job.method.value, counted(job.keep, "copy"), job.machine.power_state.lower(),
+        "%s of %s" % (counted(len(disks), "disk"), format_size(sum(disk.virtual_size for disk in disks))),
+        job.chosen_by)]
+    if job.method is Method.VDI and not disks:
+        lines.append("      it has no Disk 0, so vdi-export will fail")
+    good = sum(1 for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == job.machine.uuid)
+    lines.append("      into %s/, which holds %s of it" % (folder, counted(good, "good copy")))
+    for verdict in verdicts:
+        if not verdict.keep:
+            lines.append("      then removes %s: %s" % (verdict.copy.name, verdict.reason))
+        elif not verdict.copy.is_good or verdict.copy.uuid != job.machine.uuid:
+            lines.append("      leaves %s: %s" % (verdict.copy.name, verdict.reason))
+    return lines
+
+
+def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime) -> List[Verdict]:
+    """What retention will say once this job has made its copy; the new copy itself is left out."""
+    new = Copy("", "", now, False, job.method, job.machine.uuid, job.machine.name, next_sequence(copies), None,
+               job.keep, "", 0, "")
+    return [verdict for verdict in judge(list(copies) + [new], job.machine.uuid, job.method, job.keep)
+            if verdict.copy is not new]
+
+
+# =============================================================================
+# 18. Commands
+# =============================================================================
+# One function per action: the only place that shows things, and reads config
+# and password files.
+
+
+class Parameter(NamedTuple):
+    """A NAME=VALUE that belongs to one action."""
+    name: str
+    help: str
+
+
+class Action(NamedTuple):
+    """An action of the command line."""
+    name: str
+    help: str
+    takes_vm: bool
+    needs_work: bool              # a config that selects nothing is an error
+    parameters: Tuple[Parameter, ...]
+
+
+FORCE = Parameter("force", "yes: run even if another host of the pool has just run this config.")
+ACTIONS = (
+    Action("backup", "Backs up what the config selects (the default).", False, True, (FORCE,)),
+    Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.", False, True, ()),
+    Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.", True, False, (
+        Parameter("from", "latest: the newest copy of each VM; or the stamp of one copy."),
+        Parameter("max_time", "Stops after so many minutes; the next run goes on with what was longest not verified."),
+        Parameter("block_digests", "yes: computes XXH64 in pure Python where there is no library (slow)."))),
+    Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.", True, False, (
+        Parameter("format", "text or json."),)),
+    Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, ()),
+    Action("prune", "Applies retention without a backup and without a pool; with the word preview it only shows.",
+           True, False, ()),
+)
+ACTION_NAMES = tuple(action.name for action in ACTIONS)
+
+
+class Arguments(NamedTuple):
+    """The command line, cut up. `vm` is the action's VM; `parameters` are the action's own."""
+    password: str
+    target: str
+    action: Action
+    vm: str
+    preview: bool
+    settings: Tuple[Setting, ...]
+    parameters: Dict[str, str]
+
+
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """The command line; UsageError with a sentence if it is wrong."""
+    if len(words) < 2:
+        raise UsageError("TARGET is missing: a config file or a selector.\n\n" + usage_text())
+    password, target = words[0], words[1]
+    plain = [word for word in words[2:] if "=" not in word]
+    action_word = plain.pop(0) if plain else "backup"
+    if action_word not in ACTION_NAMES:
+        near = get_close_matches(action_word, ACTION_NAMES, 1)
+        raise UsageError('"%s" is not an action%s; the actions are %s.' % (
+            one_line(action_word), " (did you mean %s?)" % near[0] if near else "", ", ".join(ACTION_NAMES)))
+    action = ACTIONS[ACTION_NAMES.index(action_word)]
+    preview = action.name == "preview"
+    if "preview" in plain:
+        plain.remove("preview")
+        preview = True
+    settings, parameters = [], {}          # type: List[Setting], Dict[str, str]
+    own = [parameter.name for parameter in action.parameters] + (["vm"] if action.takes_vm else [])
+    for word in words[2:]:
+        name, equals, value = word.partition("=")
+        if not equals:
+            continue
+        if name in OPTION_NAMES:
+            settings.append(Setting(name, value.strip(), "command line"))
+        elif name in own and name not in parameters:
+            parameters[name] = value
+        elif name in own:
+            raise UsageError("%s= is given twice." % name)
+        else:
+            near = get_close_matches(name, list(OPTION_NAMES) + own, 1)
+            raise UsageError('"%s" is neither a config key nor a parameter of %s%s.' % (
+                one_line(name), action.name, "; did you mean %s?" % near[0] if near else ""))
+    vm = parameters.pop("vm", "")
+    if plain and action.takes_vm and not vm:
+        vm = plain.pop(0)
+    if plain:
+        raise UsageError('"%s" is one word too many: %s takes %s.' % (
+            one_line(plain[0]), action.name, "one VM" if action.takes_vm else "only NAME=VALUE words"))
+    return Arguments(password, target, action, vm, preview, tuple(settings), parameters)
+
+
+def is_config_path(target: str) -> bool:
+    """Is TARGET a config file, rather than a selector?"""
+    if re.match(r"(vm-export|vdi-export)=", target):
+        return False
+    return "/" in target or target.endswith((".cfg", ".conf")) or os.path.isfile(fs_path(target))
+
+
+def load_configuration(arguments: Arguments) -> Configuration:
+    """The checked configuration of that command line; ConfigurationError or UsageError with all that is wrong."""
+    settings = list(arguments.settings)
+    file_settings, problems = [], []       # type: List[Setting], List[str]
+    source = "the command line"
+    if is_config_path(arguments.target):
+        source = arguments.target
+        file_settings, problems = read_settings(read_config_file(source), source)
+    else:
+        name, equals, value = arguments.target.partition("=")
+        if not (equals and name in ("vm-export", "vdi-export")):
+            name, value = "vm-export", arguments.target
+        settings.insert(0, Setting(name, value.strip(), "command line"))
+    configuration = parse_configuration(file_settings, settings, source, problems)
+    if arguments.action.needs_work and not configuration.has_work:
+        raise ConfigurationError(["%s: there is nothing to do: no vm-export, no vdi-export and no pool_db_backup."
+                                  % source])
+    return configuration
+
+
+def read_config_file(path: str) -> bytes:
+    """The bytes of the config file; UsageError if it can't be read."""
+    try:
+        if os.path.isdir(fs_path(path)):
+            raise UsageError("the config %s is a directory; a file is needed." % path)
+        with open(fs_path(path), "rb") as file:
+            return file.read(MEBIBYTE)
+    except OSError as error:
+        raise UsageError("the config %s can't be read: %s. Is the share mounted?" % (path, os_reason(error)))
+
+
+def read_password(word: str) -> Optional[str]:
+    """The password that the first argument means; None for `-`. UsageError for a file that holds none."""
+    if word == "-":
+        return None
+    path = fs_path(word)
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        return word
+    try:
+        with open(path, "rb") as file:
+            return base64.b64decode(b"".join(file.read(64 * KIBIBYTE).split()), validate=True).decode("utf-8")
+    except (OSError, ValueError, binascii.Error):
+        raise UsageError("%s is not a password file: make one with VmBackup.py PASSWORD create-password-file=FILE."
+                         % word)
+
+
+def create_password_file(password: str, path: str) -> str:
+    """The password is in a new file that only its owner can read; the sentence that says so."""
+    try:
+        fd = os.open(fs_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except FileExistsError:
+        raise UsageError("%s exists already and was left as it is: remove it first." % path)
+    except OSError as error:
+        raise UsageError("%s can't be made: %s." % (path, os_reason(error)))
+    with open(fd, "wb") as file:
+        os.fchmod(fd, 0o600)
+        file.write(base64.b64encode(password.encode("utf-8", "surrogateescape")) + b"\n")
+    return ("The password is in %s, which only its owner can read. base64 hides it from a glance, not from a "
+            "reader: keep the file's mode." % path)
+
+
+# --- checks before anything starts ---------------------------------------------------------
+
+
+def open_catalog(configuration: Configuration, log: Log) -> Catalog:
+    """The backup directory, opened; UsageError if it is not one to write backups to."""
+    path = configuration.backup_dir
+    place = configuration.places.get("backup_dir", "default")
+    try:
+        catalog = Catalog(path)
+    except OSError as error:
+        raise UsageError("%s: backup_dir: %s can't be opened: %s. Is the share mounted?" % (
+            place, path, os_reason(error)))
+    if not catalog.is_writable():
+        raise UsageError("%s: backup_dir: %s is not writable." % (place, path))
+    wanted = configuration.require_mount
+    if catalog.is_on_root and wanted != "no":
+        if wanted == "yes" or os.path.exists(INVENTORY_FILE):
+            raise UsageError("%s: backup_dir: %s lies on the root file system: is the share mounted? Backups there "
+                             "would fill the host's own disk. require_mount=no allows it." % (place, path))
+        log.info("%s lies on the root file system; this is no host of a pool, so it is used." % path)
+    return catalog
+
+
+def find_xe(configuration: Configuration) -> str:
+    """The path of xe; UsageError if there is none."""
+    if configuration.xe_path:
+        if os.access(fs_path(configuration.xe_path), os.X_OK) and not os.path.isdir(fs_path(configuration.xe_path)):
+            return configuration.xe_path
+        raise UsageError("%s: xe_path: %s is not a program." % (configuration.places["xe_path"],
+                                                                configuration.xe_path))
+    found = find_program(("xe",), XE_FALLBACK)
+    if found is None:
+        raise UsageError("the program xe was not found, neither on the PATH nor as %s: run this on a host of the pool, "
+                         "or install xe and name it with xe_path=." % XE_FALLBACK)
+    return fs_text(found)
+
+
+def check_compressor_there(configuration: Configuration) -> None:
+    """UsageError if the compressor that the config asks for is not installed."""
+    if configuration.compress != "none" and find_program(COMPRESSORS[configuration.compress]) is None:
+        raise UsageError("%s: compress=%s needs the program %s, which is not on the PATH." % (
+            configuration.places.get("compress", "default"), configuration.compress,
+            " or ".join(COMPRESSORS[configuration.compress])))
+
+
+OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml release list
+
+
+def check_server_can_import(configuration: Configuration, plan: Plan, inventory: Inventory) -> None:
+    """UsageError if a full backup would be compressed in a way that the server's import does not know."""
+    if configuration.compress == "zstd" and inventory.master.api_version < OLDEST_ZSTD_API \
+            and any(job.method is Method.VM for job in plan.jobs):
+        raise UsageError("%s: compress=zstd: this pool (API %d.%d) could not import a zstd archive: use gzip. Nothing "
+                         "was started." % ((configuration.places.get("compress", "default"),)
+                                           + inventory.master.api_version))
+
+
+class Context(NamedTuple):
+    """What every command is given."""
+    arguments: Arguments
+    configuration: Configuration
+    clock: Clock
+    log: Log
+    signals: Signals
+
+
+def make_pool(context: Context) -> Pool:
+    """The pool that the config and password mean, not connected yet; UsageError if they contradict."""
+    configuration = context.configuration
+    password = read_password(context.arguments.password)
+    if password is None and configuration.pool is not None:
+        raise UsageError("pool= needs a password: - means root on this host, which another pool does not know.")
+    context.log.keep_secret(password or "")
+    return Pool(configuration.pool, password, Doorway.of_environment(dict(os.environ)),
+                Trust(configuration.ca_file, configuration.ca_fingerprint),
+                configuration.stall_timeout * MINUTE_S, context.log, context.signals)
+
+
+def make_xe(context: Context, pool: Pool) -> XeProgram:
+    """How xe is called for that pool."""
+    return XeProgram(find_xe(context.configuration), pool.xe_address,
+                     read_password(context.arguments.password) or "")
+
+
+# --- preview and backup ----------------------------------------------------------------------
+
+
+def command_preview(context: Context) -> int:
+    """Shown: the plan, and what retention would then remove."""
+    catalog = open_catalog(context.configuration, context.log)
+    find_xe(context.configuration)
+    check_compressor_there(context.configuration)
+    pool = make_pool(context)
+    pool.connect()
+    try:
+        pool.changes_allowed = False
+        inventory = pool.inventory()
+    finally:
+        pool.close()
+    plan = make_plan(context.configuration, inventory)
+    check_server_can_import(context.configuration, plan, inventory)
+    placement = Placement(catalog, inventory)
+    placement.claim_all(job.machine for job in plan.jobs)
+    futures = {}
+    for job in plan.jobs:
+        folder = catalog.folder(placement.folder_name(job.machine))
+        futures[job.machine.uuid] = (folder.name, future_verdicts(
+            job, placement.own_view(folder, job.machine), context.clock.local()))
+    context.log.show(preview_text(context.configuration, inventory, plan, futures, catalog.free_bytes()))
+    severities = {finding.severity for finding in plan.findings}
+    if Severity.ERROR in severities:
+        return ExitStatus.FAILED
+    return ExitStatus.WARNING if Severity.WARNING in severities or context.configuration.warnings else ExitStatus.OK
+
+
+def command_backup(context: Context) -> int:
+    """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
+    try:
+        return backup(context)
+    except Exception as error:
+        mail_early_end(context, error)
+        raise
+    except Interrupted as interrupted:
+        with context.signals.shielded():
+            mail_early_end(context, interrupted)
+        raise
+
+
+def mail_early_end(context: Context, error: BaseException) -> None:
+    """A mail is out about a run that ended before it could report; the error itself is told by main."""
+    if not mail_is_wanted(context.configuration, "ERROR"):
+        return
+    catalog = None                         # type: Optional[Catalog]
+    with contextlib.suppress(OSError):                          # no store is what such a mail is often about
+        catalog = Catalog(context.configuration.backup_dir)
+    host = socket.getfqdn()
+    if not isinstance(error, (BackupError, Interrupted)):
+        error = BackupError("a bug in VmBackup: %s" % error)
+    Mailer(context.configuration, catalog, context.clock, context.log).send(
+        early_end_report(error, context.configuration.source, host.split(".")[0]))
+
+
+def backup(context: Context) -> int:
+    """The exit status of a run; raises what ends it before it has a plan."""
+    configuration = context.configuration
+    catalog = open_catalog(configuration, context.log)
+    check_compressor_there(configuration)
+    find_xe(configuration)
+    pool = make_pool(context)
+    pool.connect()
+    try:
+        inventory = pool.inventory()
+        plan = make_plan(configuration, inventory)
+        check_server_can_import(configuration, plan, inventory)
+        lock = catalog.lock_file("config", config_identity(context.arguments))
+        neighbour = take_config_lock(context, lock, inventory, catalog.locks_are_local)
+        if neighbour:
+            context.log.info(neighbour)
+            return ExitStatus.OK
+        status = ExitStatus.BUG            # for the text of the lock, if even the report fails
+        try:
+            status = run_backup(context, inventory, plan, pool, catalog)
+            return status
+        finally:
+            end_config_lock(lock, int(status), context)
+    finally:
+        with context.signals.shielded():
+            pool.close()
+
+
+def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, catalog: Catalog) -> int:
+    """The run and its report; raises Interrupted after both if a signal ended it."""
+    configuration, clock, log = context.configuration, context.clock, context.log
+    host = inventory.host.short_name
+    if catalog.locks_are_local:
+        log.info("the mount options of %s keep locks within this host: what a run of another host left is touched "
+                 "only after a day." % configuration.backup_dir)
+    for warning in configuration.warnings:
+        log.warning(warning)
+    status_log = StatusLog(configuration.status_log, host, clock, log)
+    status_log.open()
+    now = clock.utc()
+    journal = catalog.begin_run("%s-%s-%d-%s" % (now.strftime("%Y%m%dT%H%M%SZ"), safe_name(host), os.getpid(),
+                                                 secrets.token_hex(3)),
+                                {"pool": inventory.pool_uuid, "host": host, "pid": os.getpid(),
+                                 "since": format_utc(now), "config": configuration.source})
+    status_log.begin("vmbackup.py")
+    log.info("VmBackup %s: %s of %s in pool %s; %s." % (
+        VERSION, counted(len(plan.jobs), "VM"), configuration.source,
+        inventory.pool_title, "host " + host))
+    exporter = Exporter(pool, make_xe(context, pool), configuration, log, context.signals)
+    run = BackupRun(configuration, inventory, plan, pool, catalog, journal, exporter, status_log, clock, log,
+                    context.signals)
+    outcome = run.run()
+    with context.signals.shielded():
+        run.finish()
+        numbers = tally(plan, outcome)
+        numbers = numbers._replace(warnings=numbers.warnings + len(configuration.warnings))
+        if not mail_run(context, inventory, catalog, plan, outcome, numbers, run.storage_hangs):
+            numbers = numbers._replace(warnings=numbers.warnings + 1)
+        status = 128 + run.interrupted.number if run.interrupted else int(exit_status_of(numbers, outcome))
+        status_log.end_run(numbers.word, numbers.successes, numbers.warnings, numbers.errors)
+        log.info(summary_text(plan, outcome, numbers, status))
+    return status
+
+
+def mail_is_wanted(configuration: Configuration, word: str) -> bool:
+    """Does a run that ended with that word (SUCCESS, WARNING, ERROR) send a mail?"""
+    return bool(configuration.mail_to) and (configuration.mail_when == "always"
+                                            or configuration.mail_when == "problems" and word != "SUCCESS")
+
+
+def mail_run(context: Context, inventory: Inventory, catalog: Catalog, plan: Plan, outcome: RunOutcome,
+             numbers: Tally, storage_hangs: bool) -> bool:
+    """True unless a mail about the run was wanted and could not be sent."""
+    configuration = context.configuration
+    if not mail_is_wanted(configuration, numbers.word):
+        return True
+    place = "pool %s, %s" % (inventory.pool_title, inventory.host.short_name)
+    newest, free_bytes = [], None          # type: List[NewestCopy], Optional[int]
+    if not storage_hangs:
+        with contextlib.suppress(OSError, BackupError):         # the mail goes out whatever the store does
+            newest, free_bytes = newest_copies(catalog, context.clock.local()), catalog.free_bytes()
+    report = MailReport(mail_subject(plan, outcome, numbers, place),
+                        mail_body(plan, outcome, newest, free_bytes, place, configuration.source))
+    return Mailer(configuration, None if storage_hangs else catalog, context.clock, context.log).send(report)
+
+
+def newest_copies(catalog: Catalog, now: datetime) -> List[NewestCopy]:
+    """The newest good copy of each VM and kind of the store."""
+    found = []
+    for stored in stored_vms(catalog):
+        good = [copy for copy in stored.copies if copy.is_good]
+        found.append(NewestCopy(stored.name, stored.folder, stored.method.value if stored.method else "kind unknown",
+                                (now - good[-1].taken_at).total_seconds() if good else None))
+    return found
+
+
+def command_test_mail(context: Context) -> int:
+    """A mail that says that mail works is with the server."""
+    configuration = context.configuration
+    if not configuration.mail_to:
+        raise UsageError("mail_to is not set, so there is nobody to write to.")
+    host = socket.getfqdn()
+    report = MailReport("OK: test mail (%s)" % host.split(".")[0],
+                        "This is the mail that was asked for by `VmBackup.py ... test-mail` with %s on %s.\n"
+                        "If you can read it, reports of backup runs will reach you too.\n"
+                        % (configuration.source, host))
+    try:
+        catalog = Catalog(configuration.backup_dir)             # type: Optional[Catalog]
+    except OSError:
+        catalog = None
+    if not Mailer(configuration, catalog, context.clock, context.log).send(report):
+        return ExitStatus.FAILED
+    context.log.show("The mail to %s is with %s." % (", ".join(configuration.mail_to), configuration.smtp_server))
+    return ExitStatus.OK
+
+
+def config_identity(arguments: Arguments) -> str:
+    """What the config lock is named after: the config's path, or the selector."""
+    if is_config_path(arguments.target):
+        return fs_text(os.path.realpath(fs_path(arguments.target)))
+    return arguments.target
+
+
+def take_config_lock(context: Context, lock: LockFile, inventory: Inventory, locks_are_local: bool) -> str:
+    """"" if the lock is ours; else the sentence that leaves this run to another host of the pool.
+
+    Raises LockHeld if another run of this config goes on.
+    """
+    force = context.arguments.parameters.get("force", "").lower() in TRUE_WORDS
+    with storage_errors("taking the lock of this config"):
+        ours = lock.take()
+        text = lock.text() if ours else settled_text(context, lock)
+        neighbour = "" if force or context.configuration.pool is not None else neighbour_text(
+            text, inventory, context.clock.utc(), not ours or locks_are_local)
+        if neighbour:
+            if ours:
+                lock.release()
+            return neighbour
+        if not ours:
+            raise LockHeld("another run of %s is still going: %s. Nothing was started."
+                           % (context.configuration.source, holder_text(text)))
+        lock.write_text({"host": inventory.host.short_name, "pid": os.getpid(), "pool": inventory.pool_uuid,
+                         "since": format_utc(context.clock.utc()), "state": "running"})
+    return ""
+
+
+def settled_text(context: Context, lock: LockFile) -> Dict[str, Any]:
+    """The text of a held lock, once its holder, who may have taken it this very second, has written it."""
+    give_up_at = context.clock.monotonic() + LOCK_TEXT_PATIENCE_S
+    while True:
+        text = lock.text()
+        if text.get("state") == "running" or context.clock.monotonic() > give_up_at:
+            return text
+        context.signals.sleep(0.2)
+
+
+LOCK_TEXT_PATIENCE_S = 5
+
+
+def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, may_be_running: bool) -> str:
+    """The sentence that leaves this run to another host of the pool that began it less than an hour ago; "" if none
+    did. `may_be_running`: false when the lock was free, so that a run that says `running` is dead."""
+    host = text.get("host")
+    if not host or host == inventory.host.short_name or text.get("pool") != inventory.pool_uuid:
+        return ""
+    try:
+        age_s = (now - parse_utc(text.get("since", ""))).total_seconds()
+    except (ValueError, TypeError):
+        return ""
+    state = text.get("state")
+    good_end = state == "finished" and text.get("exit") in (ExitStatus.OK, ExitStatus.WARNING)
+    if not -NEWEST_NEIGHBOUR_S < age_s < NEWEST_NEIGHBOUR_S or not (good_end or state == "running" and may_be_running):
+        return ""
+    return ("%s of the same pool began this config's backup at %s and %s: left to it. force=yes runs all the same."
+            % (host, text["since"], "ended with exit status %d" % text["exit"] if good_end else "is running"))
+
+
+def end_config_lock(lock: LockFile, status: int, context: Context) -> None:
+    """The lock is free, its text says how the run ended."""
+    try:
+        lock.write_text(dict(lock.text(), state="finished", exit=status))
+        lock.release()
+    except OSError as error:
+        context.log.info("the lock of this config could not be given back in order (%s); it ends with this process."
+                         % os_reason(error))
+
+
+# --- verify, list and prune: what is in the store ------------------------------------------------
+
+
+class StoredVm(NamedTuple):
+    """The copies of one VM (uuid) and kind in one directory, oldest first."""
+    folder: str
+    uuid: str
+    method: Optional[Method]
+    copies: Tuple[Copy, ...]
+
+    @property
+    def name(self) -> str:
+        """The VM's name as its newest copy knows it."""
+        return next((copy.vm_name for copy in reversed(self.copies) if copy.vm_name), self.folder)
+
+    @property
+    def title(self) -> str:
+        """The VM for a line: name, uuid, kind."""
+        return "%s (%s), %s" % (quote_name(self.name), self.uuid[:8] or "uuid unknown",
+                                self.method.value if self.method else "kind unknown")
+
+    def bears(self, vm: str) -> bool:
+        """Is it the VM that the word means: `uuid:UUID`, a name, or a directory?"""
+        if vm.startswith("uuid:"):
+            return self.uuid == vm[len("uuid:"):].lower()
+        return vm in (self.name, self.folder) or any(copy.vm_name == vm for copy in self.copies)
+
+
+def stored_vms(catalog: Catalog) -> List[StoredVm]:
+    """All VMs of the store. Copies of the older program without a uuid go with the only uuid of their directory."""
+    found = []
+    for name in catalog.folder_names():
+        copies = in_order(catalog.folder(name).copies)
+        uuids = {copy.uuid for copy in copies if copy.uuid}
+        if len(uuids) == 1:
+            copies = [copy if copy.uuid else copy._replace(uuid=list(uuids)[0]) for copy in copies]
+        groups = {}                        # type: Dict[Tuple[str, str], List[Copy]]
+        for copy in copies:
+            groups.setdefault((copy.uuid, copy.method.value if copy.method else ""), []).append(copy)
+        found += [StoredVm(name, uuid, Method(kind) if kind else None, tuple(group))
+                  for (uuid, kind), group in sorted(groups.items())]
+    return found
+
+
+def chosen_vms(catalog: Catalog, vm: str) -> List[StoredVm]:
+    """The VMs of the store that the word means, all if it is empty; UsageError if there is none."""
+    found = [stored for stored in stored_vms(catalog) if not vm or stored.bears(vm)]
+    if vm and not found:
+        near = get_close_matches(vm, sorted({stored.name for stored in stored_vms(catalog)}), 1)
+        raise UsageError("%s holds no backup of %s%s." % (catalog.path, quote_name(vm),
+                                                        "; did you mean %s?" % quote_name(near[0]) if near else ""))
+    return found
+
+
+def chosen_copies(stored: StoredVm, wanted: str) -> List[Copy]:
+    """The copies that `from=` means: all, the newest, or the one of that stamp."""
+    if not wanted:
+        return list(stored.copies)
+    if wanted == "latest":
+        return list(stored.copies[-1:])
+    return [copy for copy in stored.copies if wanted in (copy.name, copy.name[len("backup-"):])]
+
+
+def open_store(context: Context) -> Catalog:
+    """The backup directory, to be read; UsageError if it can't be."""
+    try:
+        return Catalog(context.configuration.backup_dir)
+    except OSError as error:
+        raise UsageError("%s: backup_dir: %s can't be opened: %s. Is the share mounted?" % (
+            context.configuration.places.get("backup_dir", "default"), context.configuration.backup_dir,
+            os_reason(error)))
+
+
+def parse_flag(arguments: Arguments, name: str) -> bool:
+    """A yes-or-no parameter of an action; UsageError for any other word."""
+    word = arguments.parameters.get(name, "no").lower()
+    if word not in TRUE_WORDS + FALSE_WORDS:
+        raise UsageError('%s=%s is neither yes nor no.' % (name, one_line(word)))
+    return word in TRUE_WORDS
+
+
+def parse_minutes(arguments: Arguments, name: str) -> Optional[int]:
+    """A parameter in whole minutes, None if it is not given; UsageError for anything else."""
+    word = arguments.parameters.get(name)
+    if word is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,6}", word) or not int(word):
+        raise UsageError("%s=%s is not a whole number of minutes from 1." % (name, one_line(word)))
+    return int(word)
+
+
+def command_verify(context: Context) -> int:
+    """Every chosen copy was read and judged; the verdicts are shown and on record."""
+    parameters = context.arguments.parameters
+    minutes = parse_minutes(context.arguments, "max_time")
+    block_digests = "yes" if parse_flag(context.arguments, "block_digests") else "auto"
+    catalog = open_store(context)
+    copies = [copy for stored in chosen_vms(catalog, context.arguments.vm)
+              for copy in chosen_copies(stored, parameters.get("from", ""))]
+    if context.arguments.vm and not copies:
+        raise UsageError("there is no copy %s of %s." % (parameters["from"], quote_name(context.arguments.vm)))
+    store = VerdictStore(catalog)
+    if minutes:                            # the copies that were longest not looked at come first
+        copies.sort(key=lambda copy: store.recall(copy).get("verified_at", ""))
+    verifier = Verifier(catalog, block_digests, context.clock, context.log, context.signals)
+    stop_at = context.clock.monotonic() + minutes * MINUTE_S if minutes else None
+    verdicts = []
+    recording = True
+    for copy in copies:
+        context.signals.check()
+        if stop_at is not None and verdicts and context.clock.monotonic() >= stop_at:
+            break
+        verdict = verifier.verify(copy)
+        verdicts.append(verdict)
+        context.log.show("%-14s %s/%s: %s" % (verdict.state.value, copy.folder, copy.name, verdict.reason))
+        recording = recording and record_verdict(context, store, verdict)
+    return verify_summary(context, verdicts, len(copies))
+
+
+def record_verdict(context: Context, store: VerdictStore, verdict: CopyVerdict) -> bool:
+    """True if the verdict is on record; a store that can only be read is said once."""
+    if verdict.state is CopyState.GONE:
+        return True
+    try:
+        store.record(verdict.copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
+                     reason=verdict.reason)
+        return True
+    except (CatalogError, OSError) as error:
+        context.log.info("verdicts are not recorded: %s" % error)
+        return False
+
+
+def verify_summary(context: Context, verdicts: Sequence[CopyVerdict], chosen: int) -> int:
+    """Shown: how many copies were in which state; the exit status of a verify."""
+    counts = ["%d %s" % (number, state.value) for state, number in
+              ((state, sum(1 for verdict in verdicts if verdict.state is state)) for state in CopyState) if number]
+    bad = [verdict for verdict in verdicts if not verdict.is_fine]
+    left = chosen - len(verdicts)
+    context.log.show("%s: %s%s." % (counted(len(verdicts), "copy") + " verified", ", ".join(counts) or "none",
+                                    "; %s left for the next run" % counted(left, "copy") if left else ""))
+    return ExitStatus.FAILED if bad else ExitStatus.OK
+
+
+def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optional[int], str]:
+    """How many good copies stay when retention is applied without a pool, and by which rule; None: nothing is removed.
+
+    The larger of the newest manifest's number and the config's. A VM that the
+    config does not select by name, and copies without a number, are left.
+    """
+    machine = VirtualMachine("", stored.uuid, stored.name, "", "", (), "", "", "", NULL_REF, ())
+    if any(selector.matches(machine) for selector in configuration.exclude):
+        return None, "the config excludes this VM"
+    selector = choose_selector(machine, configuration.vm_export + configuration.vdi_export)
+    numbers = [copy.keep for copy in stored.copies if copy.keep is not None]
+    if stored.method is None or not stored.uuid:
+        return None, "the kind or the VM's uuid can't be read"
+    if not numbers:
+        return None, "no manifest says how many copies to keep"
+    if selector is None:
+        return None, "no selector of this config names this VM"
+    return max(numbers[-1], selector.keep or configuration.max_backups), selector.line
+
+
+def known_uuids(context: Context) -> Optional[Set[str]]:
+    """The uuids of the pool's VMs, None if no pool can be asked from here."""
+    if context.arguments.password == "-" and not os.path.exists(
+            fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
+        return None
+    pool = make_pool(context)
+    try:
+        pool.connect()
+        pool.changes_allowed = False
+        return {machine.uuid for machine in pool.inventory().machines}
+    except PoolError as error:
+        context.log.info("the pool was not asked which VMs it knows: %s" % error)
+        return None
+    finally:
+        pool.close()
+
+
+def command_list(context: Context) -> int:
+    """Shown: what is in the store, as text or JSON."""
+    wanted = context.arguments.parameters.get("format", "text")
+    if wanted not in ("text", "json"):
+        raise UsageError("format=%s is not allowed; allowed: text, json." % one_line(wanted))
+    catalog = open_store(context)
+    known = known_uuids(context)
+    now = context.clock.local()
+    store = VerdictStore(catalog)
+    rows = [list_row(stored, context.configuration, store, known, now)
+            for stored in chosen_vms(catalog, context.arguments.vm)]
+    strangers = [] if context.arguments.vm else list_strangers(catalog)
+    if wanted == "json":
+        context.log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
+                                    sort_keys=True))
+        return ExitStatus.OK
+    for row in rows:
+        context.log.show(list_text(row))
+    for stranger in strangers:
+        context.log.show("not ours, left alone: %s" % one_line(stranger))
+    good = sum(1 for row in rows for copy in row["copies"] if copy["good"])
+    context.log.show("%s of %s, %s good, %s free." % (
+        counted(sum(len(row["copies"]) for row in rows), "copy"), counted(len({row["uuid"] for row in rows}), "VM"),
+        good, format_size(catalog.free_bytes())))
+    return ExitStatus.OK
+
+
+def list_row(stored: StoredVm, configuration: Configuration, store: VerdictStore, known: Optional[Set[str]],
+             now: datetime) -> Dict[str, Any]:
+    """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
+    keep, rule = stored_keep(stored, configuration)
+    verdicts = {verdict.copy.name: verdict for verdict in
+                judge(stored.copies, stored.uuid, stored.method, keep)} if keep and stored.method else {}
+    copies = []
+    for copy in stored.copies:
+        recalled = store.recall(copy)
+        verdict = verdicts.get(copy.name)
+        copies.append({
+            "name": copy.name, "taken_at": copy.taken_at.strftime("%Y-%m-%d %H:%M:%S"),
+            "age_s": max(0, int((now - copy.taken_at).total_seconds())), "size": copy.size_bytes,
+            "good": copy.is_good, "problem": copy.problem, "of_older_program": copy.is_old, "image": copy.image,
+            "verified_at": recalled.get("verified_at"), "verdict": recalled.get("verdict"),
+            "drilled_at": recalled.get("drilled_at"), "drill": recalled.get("drill"),
+            "fate": "kept: " + rule if verdict is None else
+                    ("kept: " if verdict.keep else "goes with the next pruning: ") + verdict.reason})
+    return {"name": stored.name, "names": sorted({copy.vm_name for copy in stored.copies if copy.vm_name}),
+            "folder": stored.folder, "uuid": stored.uuid, "kind": stored.method.value if stored.method else None,
+            "keep": keep, "rule": rule, "in_pool": None if known is None else stored.uuid in known, "copies": copies}
+
+
+def list_text(row: Dict[str, Any]) -> str:
+    """One VM and kind of the store in lines for people."""
+    names = [quote_name(name) for name in row["names"] if name != row["name"]]
+    title = "%s%s  %s  %s  in %s/" % (quote_name(row["name"]), " (before: %s)" % ", ".join(names) if names else "",
+                                      row["uuid"] or "uuid unknown", row["kind"] or "kind unknown", row["folder"])
+    if row["in_pool"] is False:
+        title += "  NO LONGER IN THE POOL"
+    lines = [title]
+    for copy in row["copies"]:
+        state = "good" if copy["good"] else "NOT GOOD (%s)" % copy["problem"]
+        checked = "never verified"
+        if copy["verified_at"]:
+            checked = "%s, verified %s" % (copy["verdict"], copy["verified_at"][:10])
+        if copy["drilled_at"]:
+            checked += ", %s on %s" % (copy["drill"], copy["drilled_at"][:10])
+        lines.append("  %s  %s old  %s  %s  %s  %s" % (
+            copy["name"], format_duration(copy["age_s"]), format_size(copy["size"]), state, checked, copy["fate"]))
+    return "\n".join(lines)
+
+
+def list_strangers(catalog: Catalog) -> List[str]:
+    """What stands in the store that is no copy of ours."""
+    found = []
+    for name in catalog.root.names():
+        if name == STATE_FOLDER or name.upper().startswith("METADATA_"):
+            continue
+        if not catalog.root.is_directory(name):
+            found.append(name)
+            continue
+        folder = catalog.folder(name)
+        found += ["%s/%s" % (name, item) for item in folder.strangers]
+        found += ["%s/%s (unfinished)" % (name, item) for item in folder.unfinished]
+    return found
+
+
+def command_prune(context: Context) -> int:
+    """Retention was applied without a backup and without a pool; with preview it is only shown."""
+    arguments, configuration = context.arguments, context.configuration
+    by_hand = None
+    if arguments.vm and any(setting.name == "max_backups" for setting in arguments.settings):
+        by_hand = configuration.max_backups
+    catalog = open_store(context) if arguments.preview else open_catalog(configuration, context.log)
+    chosen = chosen_vms(catalog, arguments.vm)
+    if by_hand is not None and len({stored.uuid for stored in chosen}) > 1:
+        raise UsageError("%s stands for %d VMs in the store (%s): name one as vm=uuid:UUID." % (
+            quote_name(arguments.vm), len(chosen), ", ".join(sorted({stored.uuid or "?" for stored in chosen}))))
+    removed, failed = 0, False
+    for stored in chosen:
+        keep, rule = (by_hand, "max_backups=%d on the command line" % by_hand) if by_hand is not None \
+            else stored_keep(stored, configuration)
+        if keep is None or stored.method is None:
+            context.log.show("left: %s: %s in %s/: %s; `prune vm=... max_backups=N` removes by hand." % (
+                stored.title, counted(len(stored.copies), "copy"), stored.folder, rule))
+            continue
+        try:
+            removed += prune_one(context, catalog, stored, keep)
+        except BackupError as error:
+            failed = True
+            context.log.error("%s: %s" % (stored.title, error))
+    context.log.show("%s %s." % (counted(removed, "copy"), "would be removed" if arguments.preview else "removed"))
+    return ExitStatus.FAILED if failed else ExitStatus.OK
+
+
+def prune_one(context: Context, catalog: Catalog, stored: StoredVm, keep: int) -> int:
+    """The VM's copies beyond `keep` are gone, or shown in a preview; how many."""
+    preview = context.arguments.preview
+    lock = None if preview else catalog.lock_file("dir", stored.folder)
+    if lock is not None and not lock.take():
+        raise BackupError("its directory %s is in use by another run (%s); nothing was removed."
+                          % (stored.folder, holder_text(lock.text())))
+    try:
+        copies = catalog.folder(stored.folder).copies            # as they are under the lock
+        problem = clock_went_back(copies, context.clock.utc())
+        if problem:
+            raise BackupError(problem)
+        known = {copy.name: copy for copy in stored.copies}
+        copies = tuple(known.get(copy.name, copy) for copy in copies)
+        removed = 0
+        for verdict in judge(copies, stored.uuid, stored.method, keep):
+            if verdict.keep:
+                if not verdict.copy.is_good:
+                    context.log.show("left: %s/%s: %s" % (stored.folder, verdict.copy.name, verdict.reason))
+                continue
+            context.signals.check()
+            if not preview:
+                catalog.check_in_place()
+                catalog.remove_copy(verdict.copy)
+            removed += 1
+            context.log.show("%s: %s/%s: %s" % ("would remove" if preview else "removed", stored.folder,
+                                                verdict.copy.name, verdict.reason))
+        return removed
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify, "list": command_list,
+            "prune": command_prune, "test-mail": command_test_mail}
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+def usage_text() -> str:
+    """The usage lines."""
+    return "\n".join((
+        "usage: VmBackup.py PASSWORD TARGET [ACTION] [NAME=VALUE ...]",
+        "       VmBackup.py PASSWORD create-password-file=FILE",
+        "       VmBackup.py help [config | example | ACTION]",
+        "       VmBackup.py --version"))
+
+
+def help_text() -> str:
+    """`VmBackup.py help`."""
+    lines = [usage_text(), "",
+             "PASSWORD  the pool's root password (visible to ps), the path of a password file, or - on a host as root",
+             "TARGET    a config file, or a selector such as web, PROD* or vdi-export=db1",
+             "NAME=VALUE  any config key (it wins over the file), or a parameter of the action", "",
+             "Actions:"]
+    lines += ["  %-9s %s" % (action.name, action.help) for action in ACTIONS]
+    lines += ["", "A crontab line for every host of the pool:",
+              "  10 0 * * 6 /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - /snapshots/NAUbackup/weekend.cfg"
+              " >> /snapshots/NAUbackup/logs/VmBackup.log 2>&1", "", "Exit statuses:"]
+    lines += ["  %3d    %s" % (status, text) for status, text in EXIT_STATUS_HELP]
+    lines += ["  128+N  stopped by signal N, after clean-up", "",
+              "`help config` lists the config keys, `help example` prints an example config."]
+    return "\n".join(lines)
+
+
+def action_help_text(action: Action) -> str:
+    """`VmBackup.py help ACTION`."""
+    lines = ["VmBackup.py PASSWORD TARGET %s%s [NAME=VALUE ...]" % (action.name, " [VM]" if action.takes_vm else ""),
+             "", action.help]
+    lines += ["  %s=  %s" % parameter for parameter in action.parameters]
+    return "\n".join(lines)
+
+
+def asked_help(words: Sequence[str]) -> Optional[str]:
+    """The text that was asked for, None if none was; UsageError for a topic that does not exist."""
+    if words[0] in ("config", "example") and len(words) == 1:
+        words = ("help",) + tuple(words)
+    if words[0] in ("--version", "-V") and len(words) == 1:
+        return "VmBackup " + VERSION
+    if words[0] not in ("help", "-h", "--help") or len(words) > 2:
+        return None
+    if len(words) == 1:
+        return help_text()
+    topic = words[1]
+    if topic == "config":
+        return option_help()
+    if topic == "example":
+        return example_text().rstrip("\n")
+    if topic in ACTION_NAMES:
+        return action_help_text(ACTIONS[ACTION_NAMES.index(topic)])
+    raise UsageError('there is no help on "%s"; there is on config, example, %s.'
+                     % (one_line(topic), ", ".join(ACTION_NAMES)))
+
+
+# =============================================================================
+# 19. main
+# =============================================================================
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status of that command line."""
+    os.umask(0o077)                        # images hold whole disks, dumps hold secrets
+    clock = Clock()
+    log = Log(clock)
+    signals = Signals(log)
+    signals.install()
+    words = [fs_text(word) for word in argv]
+    try:
+        if not words:
+            log.complain(usage_text())
+            return ExitStatus.USAGE
+        text = asked_help(words)
+        if text is not None:
+            log.show(text)
+            return ExitStatus.OK
+        if len(words) == 2 and words[1].startswith("create-password-file="):
+            log.show(create_password_file(words[0], words[1].partition("=")[2]))
+            return ExitStatus.OK
+        arguments = parse_arguments(words)
+        configuration = load_configuration(arguments)
+        context = Context(arguments, configuration, clock, log, signals)
+        return COMMANDS[arguments.action.name](context)
+    except (UsageError, ConfigurationError) as error:
+        log.complain(str(error))
+        return error.exit_status
+    except BackupError as error:
+        log.error(str(error))
+        return error.exit_status
+    except Interrupted as interrupted:
+        log.error("%s." % interrupted)
+        return 128 + interrupted.number
+    except Exception as bug:
+        log.error("a bug in VmBackup: %s\n%s" % (bug, bug_report()))
+        return ExitStatus.BUG
+
+
+if __name__ == "__main__":
+    status = int(main(sys.argv[1:]))
+    sys.stdout.flush()
+    os._exit(status)        # a thread that hangs in the kernel on a dead share must not keep the process

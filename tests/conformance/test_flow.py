@@ -1,0 +1,28 @@
+"""One backup of a VM, as a real server answered it call by call, done again in the simulated pool."""
+
+from typing import Any, Iterator
+
+import pytest
+
+import recordings
+from replay import Replay, replayed, stale_rows
+
+
+@pytest.fixture(scope='module')
+def flow(tmp_path_factory: Any) -> Iterator[Replay]:
+    replay = Replay('flow', 'pool.json', str(tmp_path_factory.mktemp('flow')))
+    try:
+        yield replay.play(recordings.names('flow'))
+    finally:
+        replay.remove()
+
+
+@pytest.mark.needs_zstd
+@pytest.mark.parametrize('name', replayed('flow'))
+def test_the_simulated_pool_answers_as_recorded(flow: Replay, name: str) -> None:
+    assert flow.problem(name) == ''
+
+
+@pytest.mark.needs_zstd
+def test_every_listed_difference_is_still_there(flow: Replay) -> None:
+    assert stale_rows(flow) == []

@@ -1,0 +1,28 @@
+"""The way back, as a real server answered it call by call, done again in the simulated pool."""
+
+from typing import Any, Iterator
+
+import pytest
+
+import recordings
+from replay import Replay, replayed, stale_rows
+
+
+@pytest.fixture(scope='module')
+def restore(tmp_path_factory: Any) -> Iterator[Replay]:
+    replay = Replay('restore', 'pool.json', str(tmp_path_factory.mktemp('restore')))
+    try:
+        yield replay.play(recordings.names('restore'))
+    finally:
+        replay.remove()
+
+
+@pytest.mark.needs_zstd
+@pytest.mark.parametrize('name', replayed('restore'))
+def test_the_simulated_pool_answers_as_recorded(restore: Replay, name: str) -> None:
+    assert restore.problem(name) == ''
+
+
+@pytest.mark.needs_zstd
+def test_every_listed_difference_is_still_there(restore: Replay) -> None:
+    assert stale_rows(restore) == []

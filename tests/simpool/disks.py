@@ -1,0 +1,281 @@
+"""What can be done to disks (VDIs) and their SRs: part of model.Pool.
+
+A VDI's contents live in storage.py under its uuid; its row lives in the database. Space is counted there, refused here.
+"""
+
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional
+
+import storage
+from database import new_uuid, new_uuid4
+from schema import Failure
+
+#: SM drivers write sizes in whole VHD blocks (VDI.create rounds up, recorded from a file-backed SR of xapi 24.19.2).
+SIZE_UNIT = 2 * storage.MIB
+
+
+class Disks:
+    """VDI and SR calls. `self` is the pool."""
+
+    def disk(self, vdi: str) -> storage.Disk:
+        """The contents of a VDI, to read or to write."""
+        with self.lock:
+            uuid = self.record("VDI", vdi)["uuid"]
+            if uuid not in self.storage.contents:
+                raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
+            return storage.Disk(self.storage, uuid, self.lock, self._reserve_block)
+
+    # --- space
+
+    def _reserve(self, sr: str, amount: int) -> None:
+        """The failure of a full SR, if that much more does not fit."""
+        if self.storage.free(self.record("SR", sr)["uuid"]) < amount:
+            # the SM's own error 44 with an empty first parameter, not SR_FULL (nothing in ocaml/xapi v26.17.0 raises that)
+            raise Failure("SR_BACKEND_FAILURE_44", "", "There is insufficient space", "")
+
+    def _reserve_block(self, uuid: str, block: int) -> None:
+        content = self.storage.contents[uuid]
+        if self.storage.free(content.sr) < self.storage.cost_of_write(uuid, block):
+            raise Failure("SR_BACKEND_FAILURE_44", "", "There is insufficient space", "")
+
+    def update_space(self, sr: str) -> None:
+        """Bring the SR's and its disks' sizes up to what the storage holds."""
+        record = self.record("SR", sr)
+        used = str(self.storage.used[record["uuid"]])
+        if record["physical_utilisation"] != used:
+            self.set_field("SR", sr, "physical_utilisation", used)
+        allocated = str(sum(int(self.tables["VDI"][vdi]["virtual_size"]) for vdi in record["VDIs"]))
+        if record["virtual_allocation"] != allocated:
+            self.set_field("SR", sr, "virtual_allocation", allocated)
+
+    def update_utilisation(self, vdi: str) -> None:
+        """Bring one disk's physical_utilisation and its SR's up to date, after a guest or an import wrote."""
+        record = self.record("VDI", vdi)
+        self.set_field("VDI", vdi, "physical_utilisation", str(self.storage.utilisation(record["uuid"])))
+        self.update_space(record["SR"])
+
+    def assert_pbd_is_plugged(self, sr: str) -> None:
+        if not any(self.tables["PBD"][pbd]["currently_attached"] for pbd in self.record("SR", sr)["PBDs"]):
+            raise Failure("SR_HAS_NO_PBDS", sr)
+
+    # --- who holds a disk
+
+    def holders(self, vdi: str) -> List[str]:
+        """The VBDs that hold the disk: attached, or reserved for a suspended VM."""
+        holding = []
+        for ref in self.record("VDI", vdi)["VBDs"]:
+            vbd = self.tables["VBD"][ref]
+            vm = self.tables["VM"].get(vbd["VM"])
+            if vbd["currently_attached"] or (vm is not None and vm["power_state"] == "Suspended"):
+                holding.append(ref)
+        return holding
+
+    def attached_modes(self, vdi: str) -> List[str]:
+        return [self.tables["VBD"][ref]["mode"] for ref in self.holders(vdi)]
+
+    def assert_attachable(self, vdi: str, mode: str, besides: str = "") -> None:
+        """VDI_IN_USE if a new attachment in this mode would clash with one that is there (xapi_vbd_helpers.ml, v26.17.0)."""
+        record = self.record("VDI", vdi)
+        if record["missing"]:
+            raise Failure("VDI_MISSING", record["SR"], vdi)
+        if record["type"] == "cbt_metadata":
+            raise Failure("VDI_INCOMPATIBLE_TYPE", vdi, "cbt_metadata")
+        if not record["managed"]:
+            raise Failure("VDI_NOT_MANAGED", vdi)
+        if mode == "RW" and record["read_only"]:
+            raise Failure("VDI_READONLY", vdi)
+        if record["sharable"]:
+            return
+        others = [self.tables["VBD"][ref]["mode"] for ref in self.holders(vdi) if ref != besides]
+        if "RW" in others or (others and mode == "RW"):
+            # one parameter only, unlike VDI.destroy's
+            raise Failure("VDI_IN_USE", vdi)
+
+    @contextmanager
+    def attach_to_dom0(self, vdi: str, host: str, mode: str = "RO", task: str = "") -> Iterator[str]:
+        """The disk is attached to the host's control domain by a VBD while the block runs (attach_helpers.ml, sm_fs_ops.ml)."""
+        with self.lock:
+            self.assert_attachable(vdi, mode)
+            self.assert_pbd_is_plugged(self.record("VDI", vdi)["SR"])
+            domain = self.record("host", host)["control_domain"]
+            taken = {self.tables["VBD"][ref]["userdevice"] for ref in self.record("VM", domain)["VBDs"]}
+            number = next(number for number in range(len(taken) + 1) if str(number) not in taken)
+            vbd = self.create("VBD", {
+                "VM": domain, "VDI": vdi, "userdevice": str(number), "device": "sm/backend/%s/%s" % (
+                    self.record("SR", self.record("VDI", vdi)["SR"])["uuid"], self.record("VDI", vdi)["uuid"]),
+                "mode": mode, "type": "Disk", "bootable": False, "empty": False, "currently_attached": True,
+                "other_config": {"task_id": task} if task else {}, "unpluggable": True})
+            self.update_allowed_operations("VBD", vbd)
+            self.update_allowed_operations("VDI", vdi)
+        try:
+            yield vbd
+        finally:
+            with self.lock:
+                if vbd in self.tables["VBD"]:
+                    self.destroy_row("VBD", vbd)
+                if vdi in self.tables["VDI"]:
+                    # the storage layer notes an id of the contents when it lets go of a disk (recorded)
+                    if "content_id" not in self.record("VDI", vdi)["other_config"]:
+                        self.set_key("VDI", vdi, "other_config", "content_id", new_uuid())
+                    self.update_allowed_operations("VDI", vdi)
+                    if mode == "RW":
+                        self.update_utilisation(vdi)
+
+    # --- VDI calls
+
+    def vdi_create(self, fields: Dict[str, Any]) -> str:
+        """VDI.create; `fields` as schema.CONSTRUCTORS has them."""
+        with self.lock:
+            sr = fields["SR"]
+            record = self.record("SR", sr)
+            self.assert_pbd_is_plugged(sr)
+            if record["type"] == "udev" or record["is_tools_sr"]:
+                raise Failure("SR_OPERATION_NOT_SUPPORTED", sr)
+            size = int(fields["virtual_size"])
+            if size <= 0:
+                raise Failure("SR_BACKEND_FAILURE_78", "", "VDI Creation failed [opterr=invalid size]", "")
+            size = (size + SIZE_UNIT - 1) // SIZE_UNIT * SIZE_UNIT
+            self._reserve(sr, self.storage.cost_of_new(record["uuid"], size))
+            uuid = new_uuid4()
+            self.storage.create(uuid, record["uuid"], size)
+            vdi = self.create("VDI", dict(fields, uuid=uuid, location=uuid, virtual_size=str(size)))
+            self.update_space(sr)
+            self.update_allowed_operations("VDI", vdi)
+            return vdi
+
+    def vdi_snapshot(self, vdi: str, driver_params: Dict[str, str], task: Optional[str] = None) -> str:
+        """VDI.snapshot. What is copied from the row is read when the call begins, other_config included."""
+        with self.own_task("VDI.snapshot", task) as mine:
+            with self.operation("VDI", vdi, "snapshot", mine):
+                with self.lock:
+                    copied = self._fields_to_copy(vdi)
+                with self.lock:
+                    return self._duplicate(vdi, copied, snapshot=True)
+
+    def vdi_clone(self, vdi: str, driver_params: Dict[str, str], task: Optional[str] = None) -> str:
+        """VDI.clone: a writable copy that shares what it can."""
+        with self.own_task("VDI.clone", task) as mine:
+            with self.operation("VDI", vdi, "clone", mine):
+                with self.lock:
+                    return self._duplicate(vdi, self._fields_to_copy(vdi), snapshot=False)
+
+    def _fields_to_copy(self, vdi: str) -> Dict[str, Any]:
+        record = self.record("VDI", vdi)
+        names = ("name_label", "name_description", "tags", "other_config", "type", "sharable", "read_only", "on_boot",
+                 "virtual_size", "SR", "cbt_enabled", "allow_caching", "xenstore_data")
+        return {name: _copied(record[name]) for name in names}
+
+    def _duplicate(self, vdi: str, fields: Dict[str, Any], snapshot: bool) -> str:
+        original = self.record("VDI", vdi)
+        sr = original["SR"]
+        self.assert_pbd_is_plugged(sr)
+        if original["uuid"] not in self.storage.contents:
+            raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
+        self._reserve(sr, self.storage.cost_of_snapshot(original["uuid"]))
+        uuid = new_uuid4()
+        self.storage.snapshot(original["uuid"], uuid, frozen=snapshot)
+        fields.update(uuid=uuid, location=uuid, physical_utilisation=str(self.storage.utilisation(uuid)))
+        if snapshot:
+            fields.update(is_a_snapshot=True, snapshot_of=vdi, snapshot_time=self.now())
+        new = self.create("VDI", fields)
+        self.update_space(sr)
+        self.update_allowed_operations("VDI", new)
+        return new
+
+    def vdi_destroy(self, vdi: str, task: Optional[str] = None) -> None:
+        """VDI.destroy: the contents, the row, and every VBD that points at it, whose VM ever it is."""
+        with self.own_task("VDI.destroy", task) as mine:
+            with self.operation("VDI", vdi, "destroy", mine):
+                with self.lock:
+                    record = self.record("VDI", vdi)
+                    self.assert_pbd_is_plugged(record["SR"])
+                    if record["missing"] or record["uuid"] not in self.storage.contents:
+                        raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
+                    self.storage.destroy(record["uuid"])
+                    self._drop_vdi_row(vdi)
+
+    def vdi_forget(self, vdi: str, task: Optional[str] = None) -> None:
+        """VDI.forget: only the row goes; the next SR.scan finds the disk again."""
+        with self.own_task("VDI.forget", task) as mine:
+            with self.operation("VDI", vdi, "forget", mine):
+                with self.lock:
+                    record = self.record("VDI", vdi)
+                    if record["uuid"] in self.storage.contents:
+                        self.set_stray(record["uuid"], self.record("SR", record["SR"])["uuid"])
+                    self._drop_vdi_row(vdi)
+
+    def _drop_vdi_row(self, vdi: str) -> None:
+        record = self.record("VDI", vdi)
+        for vbd in list(record["VBDs"]):
+            self.destroy_row("VBD", vbd)
+        sr = record["SR"]
+        self.destroy_row("VDI", vdi)
+        self.update_space(sr)
+
+    def set_stray(self, uuid: str, sr_uuid: Optional[str]) -> None:
+        """Note that an SR holds a disk which the database does not know, or (None) that it knows it again."""
+        if sr_uuid is None:
+            self.strays.pop(uuid, None)
+        else:
+            self.strays[uuid] = sr_uuid
+        self.log(["stray", uuid, sr_uuid])
+
+    # --- SR calls
+
+    def sr_scan(self, sr: str) -> None:
+        """SR.scan: disks that the SR holds and the database forgot get rows again. Their names are lost."""
+        with self.lock:
+            record = self.record("SR", sr)
+            self.assert_pbd_is_plugged(sr)
+            for uuid in [uuid for uuid, of in self.strays.items() if of == record["uuid"]]:
+                self.set_stray(uuid, None)
+                content = self.storage.contents.get(uuid)
+                if content is None:
+                    continue
+                vdi = self.create("VDI", {"uuid": uuid, "location": uuid, "SR": sr, "virtual_size": str(content.size),
+                                          "physical_utilisation": str(self.storage.utilisation(uuid)),
+                                          "is_a_snapshot": content.frozen, "read_only": False})
+                self.update_allowed_operations("VDI", vdi)
+            for vdi in list(record["VDIs"]):
+                uuid = self.record("VDI", vdi)["uuid"]
+                if uuid in self.storage.contents:
+                    used = str(self.storage.utilisation(uuid))
+                    if self.record("VDI", vdi)["physical_utilisation"] != used:
+                        self.set_field("VDI", vdi, "physical_utilisation", used)
+            self.update_space(sr)
+
+    # --- what a guest does
+
+    def guest_write(self, vm: str, device: str, block: int) -> None:
+        """A guest writes to one MiB block of the disk that it has under this device name."""
+        with self.lock:
+            for vbd in self.record("VM", vm)["VBDs"]:
+                record = self.tables["VBD"][vbd]
+                if record["type"] == "Disk" and not record["empty"] and device in (record["device"], record["userdevice"],
+                                                                                  device_name(record["userdevice"])):
+                    vdi = record["VDI"]
+                    break
+            else:
+                raise KeyError("the VM has no disk %s" % device)
+            uuid = self.record("VDI", vdi)["uuid"]
+            if not 0 <= block < self.storage.contents[uuid].block_count():
+                raise KeyError("the disk has no block %d" % block)
+            self._reserve_block(uuid, block)
+            self.storage.guest_write(uuid, block)
+            self.update_utilisation(vdi)
+
+
+def device_name(userdevice: str) -> str:
+    """The name under which a guest sees userdevice 0, 1, ...: xvda, xvdb, ... xvdz, xvdaa."""
+    if not userdevice.isdigit():
+        return userdevice
+    number = int(userdevice)
+    letters = chr(ord("a") + number % 26)
+    while number >= 26:
+        number = number // 26 - 1
+        letters = chr(ord("a") + number % 26) + letters
+    return "xvd" + letters
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else value

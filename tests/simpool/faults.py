@@ -1,0 +1,270 @@
+"""FAULTS.json: what goes wrong, and when. Every fault of the simulated pool is decided here.
+
+The server asks `at` once for each occasion (an API call, an `xe` command, a request to a data handler), with the names of
+what the occasion concerns, and lets the Occasion act before and after the effect and on the stream of data.
+"""
+
+import fnmatch
+import json
+import threading
+import time
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+
+from schema import Failure
+
+KEYS = {"on", "object", "nth", "when", "do"}
+
+#: kind -> (companions it may have, type of its value)
+KINDS = {
+    "fail": ((), list), "sleep": ((), (int, float)), "hang": ((), bool), "drop": ((), bool),
+    "truncate": (("silent",), int), "flip": ((), int), "rate": ((), (int, float)), "exit": (("stderr",), int),
+    "kill": ((), str), "keepalive": ((), bool), "logout": ((), bool), "master": ((), str), "lose": ((), (int, float)),
+}  # type: Dict[str, Tuple[Tuple[str, ...], Any]]
+
+#: Those that act at the beginning or the end of a call; the others act on a stream or on the `xe` process.
+CALL_KINDS = ("fail", "sleep", "hang", "drop", "logout", "master", "lose")
+
+
+class FaultsFileError(Exception):
+    """FAULTS.json can't be used; the text says where and why."""
+
+
+class Drop(Exception):
+    """Close the connection without an answer."""
+
+
+class SilentEnd(Exception):
+    """The stream ends here, and every status shall say that all went well."""
+
+
+class Fault:
+    """One entry of the file."""
+
+    def __init__(self, entry: Any, where: str) -> None:
+        if not isinstance(entry, dict):
+            raise FaultsFileError("%s: must be an object" % where)
+        unknown = set(entry) - KEYS
+        if unknown or "on" not in entry or "do" not in entry:
+            raise FaultsFileError("%s: needs 'on' and 'do'; unknown: %s" % (where, ", ".join(sorted(unknown)) or "-"))
+        self.on = entry["on"]
+        self.object = entry.get("object", "*")
+        self.nth = entry.get("nth")
+        self.when = entry.get("when", "before")
+        self.do = entry["do"]
+        if not isinstance(self.on, str) or self.on.split(":")[0] not in ("api", "xe", "http", "*"):
+            raise FaultsFileError("%s: on must be like api:VM.snapshot, xe:vm-export, http:/export" % where)
+        if not isinstance(self.object, str):
+            raise FaultsFileError("%s: object must be a string" % where)
+        if self.nth is not None and (not isinstance(self.nth, int) or isinstance(self.nth, bool) or self.nth < 1):
+            raise FaultsFileError("%s: nth must be 1 or more" % where)
+        if self.when not in ("before", "after"):
+            raise FaultsFileError("%s: when must be before or after" % where)
+        self.kind = self._kind_of(where)
+        self._seen = 0
+
+    def _kind_of(self, where: str) -> str:
+        if not isinstance(self.do, dict):
+            raise FaultsFileError("%s: do must be an object" % where)
+        kinds = [key for key in self.do if key in KINDS]
+        if len(kinds) != 1:
+            raise FaultsFileError("%s: do must be one of %s" % (where, ", ".join(KINDS)))
+        companions, kind_type = KINDS[kinds[0]]
+        unknown = set(self.do) - {kinds[0]} - set(companions)
+        if unknown:
+            raise FaultsFileError("%s: do: unknown key %s" % (where, ", ".join(sorted(unknown))))
+        value = self.do[kinds[0]]
+        if not isinstance(value, kind_type) or (isinstance(value, bool) and kind_type is not bool):
+            raise FaultsFileError("%s: do: %s has a wrong value" % (where, kinds[0]))
+        if kinds[0] == "fail" and (not value or not all(isinstance(item, str) for item in value)):
+            raise FaultsFileError("%s: do: fail must be a code and its parameters, all strings" % where)
+        return kinds[0]
+
+    def applies(self, names: Iterable[str], objects: Iterable[str]) -> bool:
+        """Whether this is the occasion; counts the occasions that match."""
+        if not any(fnmatch.fnmatchcase(name, self.on) for name in names):
+            return False
+        if self.object != "*" and not any(fnmatch.fnmatchcase(name, self.object) for name in objects):
+            return False
+        self._seen += 1
+        return self.nth is None or self._seen == self.nth
+
+
+class Occasion:
+    """One call, command or request, and the faults that fall on it."""
+
+    def __init__(self, faults: "Faults", matched: List[Fault], entry: Any) -> None:
+        self._faults = faults
+        self._matched = matched
+        self._entry = entry
+        if entry is not None:
+            entry.faults.extend(fault.do for fault in matched)
+        #: for `xe`: the status that it ends with after its work, and what it writes to stderr
+        self.exit = None  # type: Optional[Tuple[int, str]]
+        #: for `xe`: it dies by SIGKILL halfway
+        self.kill = False
+        #: for an export: zero-length blocks, as a slow disk causes them
+        self.keepalive = False
+        for fault in matched:
+            if fault.kind == "exit":
+                self.exit = (fault.do["exit"], fault.do.get("stderr", ""))
+            elif fault.kind == "kill":
+                self.kill = True
+            elif fault.kind == "keepalive":
+                self.keepalive = True
+
+    def before(self) -> None:
+        """Before the effect. Raises Failure or Drop, or takes its time."""
+        self._act("before")
+
+    def after(self) -> None:
+        """After the effect, before the answer."""
+        self._act("after")
+
+    def _act(self, when: str) -> None:
+        for fault in self._matched:
+            if fault.kind not in CALL_KINDS or fault.when != when:
+                continue
+            if fault.kind == "sleep":
+                time.sleep(fault.do["sleep"])
+            elif fault.kind == "fail":
+                raise Failure(*fault.do["fail"])
+            elif fault.kind == "hang":
+                self._close_entry("no answer")
+                self._faults.hang()
+                raise Drop()
+            elif fault.kind == "drop":
+                self._close_entry("no answer")
+                raise Drop()
+            elif fault.kind == "logout":
+                self._faults.control.logout_everyone()
+            elif fault.kind == "master":
+                self._faults.control.move_master(fault.do["master"])
+            elif fault.kind == "lose":
+                self._close_entry("no answer")
+                self._faults.control.lose(fault.do["lose"])
+                raise Drop()
+
+    def _close_entry(self, result: str) -> None:
+        if self._entry is not None:
+            self._entry.result = result
+            self._entry.close()
+
+    def stream(self, send: Callable[[bytes], Any]) -> "Stream":
+        """`send`, with this occasion's faults on the way. Call `end` on it when all is sent."""
+        return Stream(send, self._matched)
+
+    def stream_inside(self, send: Callable[[bytes], Any]) -> "Stream":
+        """The same for what goes into a compressor: only the faults that break the work off, as a failing disk does."""
+        return Stream(send, [fault for fault in self._matched if fault.kind == "truncate" and not fault.do.get("silent")])
+
+    def stream_outside(self, send: Callable[[bytes], Any]) -> "Stream":
+        """The same for what comes out of a compressor: all the other faults."""
+        return Stream(send, [fault for fault in self._matched if fault.kind != "truncate" or fault.do.get("silent")])
+
+
+class Stream:
+    """A send function that truncates, flips a bit or slows down. A flip counted from the end holds back that many bytes."""
+
+    def __init__(self, send: Callable[[bytes], Any], faults: List[Fault]) -> None:
+        self._send = send
+        self._sent = 0
+        self._limit = None  # type: Optional[int]
+        self._silent = False
+        self._flip = None  # type: Optional[int]
+        self._hold = 0
+        self._held = b""
+        self._rate = None  # type: Optional[float]
+        self._started = time.time()
+        for fault in faults:
+            if fault.kind == "truncate":
+                self._limit, self._silent = fault.do["truncate"], fault.do.get("silent", False)
+            elif fault.kind == "flip" and fault.do["flip"] >= 0:
+                self._flip = fault.do["flip"]
+            elif fault.kind == "flip":
+                self._hold = -fault.do["flip"]
+            elif fault.kind == "rate":
+                self._rate = fault.do["rate"]
+
+    def __call__(self, data: bytes) -> None:
+        if not self._hold:
+            self._pass_on(data)
+            return
+        self._held += bytes(data)
+        ready = len(self._held) - self._hold
+        if ready > 0:
+            data, self._held = self._held[:ready], self._held[ready:]
+            self._pass_on(data)
+
+    def end(self) -> None:
+        """All is sent: what was held back goes out, with its bit flipped."""
+        held, self._held = bytearray(self._held), b""
+        if held and len(held) == self._hold:
+            held[0] ^= 1
+        if held:
+            self._pass_on(bytes(held))
+
+    def _pass_on(self, data: bytes) -> None:
+        if self._flip is not None and self._sent <= self._flip < self._sent + len(data):
+            changed = bytearray(data)
+            changed[self._flip - self._sent] ^= 1
+            data = bytes(changed)
+        if self._limit is not None and self._sent + len(data) > self._limit:
+            self._slowly(data[:self._limit - self._sent])
+            if self._silent:
+                raise SilentEnd()
+            # what a disk that gives out in the middle of an export ends as
+            raise Failure("VDI_IO_ERROR", "Device I/O errors")
+        self._slowly(data)
+
+    def _slowly(self, data: bytes) -> None:
+        if self._rate is None:
+            self._send(data)
+            self._sent += len(data)
+            return
+        step = max(1, int(self._rate / 20))
+        for at in range(0, len(data), step):
+            self._send(data[at:at + step])
+            self._sent += len(data[at:at + step])
+            ahead = self._sent / self._rate - (time.time() - self._started)
+            if ahead > 0:
+                time.sleep(ahead)
+
+
+class Faults:
+    """All entries of the file."""
+
+    def __init__(self, entries: Any = ()) -> None:
+        if not isinstance(entries, (list, tuple)):
+            raise FaultsFileError("must be a list")
+        self._entries = [Fault(entry, "[%d]" % number) for number, entry in enumerate(entries)]
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        #: who carries out logout, master and lose: the server
+        self.control = None  # type: Any
+
+    @staticmethod
+    def read(path: Optional[str]) -> "Faults":
+        if path is None:
+            return Faults()
+        with open(path, encoding="utf-8") as stream:
+            try:
+                return Faults(json.load(stream))
+            except ValueError as error:
+                raise FaultsFileError("not JSON: %s" % error)
+
+    def at(self, via: str, call: str, objects: Iterable[str] = (), entry: Any = None, also: str = "") -> Occasion:
+        """The occasion of this call. `objects`: names and uuids that it concerns; `also`: a second name of the call."""
+        if not self._entries:
+            return Occasion(self, [], entry)
+        names = ["%s:%s" % (via, name) for name in (call, also) if name]
+        objects = list(objects)
+        with self._lock:
+            matched = [fault for fault in self._entries if fault.applies(names, objects)]
+        return Occasion(self, matched, entry)
+
+    def hang(self) -> None:
+        """Never answer: come back only when the server ends."""
+        self._over.wait()
+
+    def stop(self) -> None:
+        self._over.set()

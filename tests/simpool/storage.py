@@ -1,0 +1,405 @@
+"""What is on the storage repositories: the contents of disks, and how much space they take.
+
+Nothing is stored for a disk that nobody imported: MiB block i of a disk is the SHA-256 of "<seed>:<i>:<generation>",
+repeated, if it was ever written, and zeros if not. So a disk of 2 TiB costs nothing, and anyone can compute what a restored
+disk must hold. What an import writes is kept in sparse files, one per disk and "layer": a snapshot freezes the layers it
+was made at, and the next write goes to a new one.
+
+Storage is not the database. When a fault makes the server lose its last seconds, what is on the SR stays.
+"""
+
+import bisect
+import hashlib
+import os
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, Union
+
+MIB = 1024 * 1024
+_ZEROS = bytes(MIB)
+
+#: SRs whose disks are allocated whole (LVHD on LVM): the live disk takes its virtual size, a snapshot what was written.
+THICK_TYPES = ("lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")
+
+#: What a block is, if not what the disk was born with: an int is a generation (a guest wrote it), a str the layer file that
+#: holds it (an import wrote it), ZERO that an import wrote zeros.
+Mark = Union[int, str]
+ZERO = ""
+
+
+def extents_of(used: Any) -> List[Tuple[int, int]]:
+    """`used` of POOL.json, [[first MiB, number of MiB], ...] or a number, as sorted and merged (first, end) pairs."""
+    if isinstance(used, int):
+        used = [[0, used]] if used else []
+    merged = []  # type: List[Tuple[int, int]]
+    for first, count in sorted((first, count) for first, count in used):
+        if count <= 0:
+            continue
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], first + count))
+        else:
+            merged.append((first, first + count))
+    return merged
+
+
+def pattern(seed: Union[int, str], block: int, generation: int) -> bytes:
+    """The MiB that a guest has in this block."""
+    digest = hashlib.sha256(("%s:%d:%d" % (seed, block, generation)).encode("ascii")).digest()
+    return digest * (MIB // len(digest))
+
+
+def overhead(size: int) -> int:
+    """What an empty VHD of this size takes: footers, header, allocation table."""
+    table = 4 * ((size + 2 * MIB - 1) // (2 * MIB))
+    return (2048 + table + 512 + 4095) // 4096 * 4096
+
+
+class Content:
+    """The contents of one VDI."""
+
+    __slots__ = ("size", "seed", "extents", "marks", "layer", "family", "sr", "frozen", "_starts", "_marked")
+
+    def __init__(self, size: int, seed: Union[int, str], extents: List[Tuple[int, int]], family: str, sr: str) -> None:
+        self.size = size
+        self.seed = seed
+        self.extents = extents
+        self.marks = {}  # type: Dict[int, Mark]
+        self.layer = None  # type: Optional[str]
+        self.family = family
+        self.sr = sr
+        self.frozen = False
+        self._starts = [first for first, _ in extents]
+        self._marked = None  # type: Optional[List[int]]
+
+    def block_count(self) -> int:
+        return (self.size + MIB - 1) // MIB
+
+    def born_with(self, block: int) -> bool:
+        at = bisect.bisect_right(self._starts, block) - 1
+        return at >= 0 and block < self.extents[at][1]
+
+    def is_zero(self, block: int) -> bool:
+        mark = self.marks.get(block)
+        if mark is None:
+            return not self.born_with(block)
+        return mark == ZERO and not isinstance(mark, int)
+
+    def mark(self, block: int, mark: Mark) -> None:
+        self.marks[block] = mark
+        self._marked = None
+
+    def next_used(self, block: int) -> Optional[int]:
+        """The first block from `block` on that is not all zeros."""
+        if self._marked is None:
+            self._marked = sorted(number for number, mark in self.marks.items() if mark != ZERO)
+        found = None
+        at = bisect.bisect_left(self._marked, block)
+        if at < len(self._marked):
+            found = self._marked[at]
+        for first, end in self.extents[max(bisect.bisect_right(self._starts, block) - 1, 0):]:
+            if found is not None and first >= found:
+                break
+            for number in range(max(first, block), end):
+                if not self.is_zero(number):
+                    return number if found is None else min(found, number)
+        return found
+
+    def written_blocks(self) -> int:
+        """How many blocks are not zero."""
+        born = sum(end - first for first, end in self.extents)
+        for block, mark in self.marks.items():
+            if self.born_with(block):
+                born -= mark == ZERO
+            else:
+                born += mark != ZERO
+        return born
+
+    def to_json(self) -> Dict[str, Any]:
+        return {"size": self.size, "seed": self.seed, "extents": self.extents, "family": self.family, "sr": self.sr,
+                "layer": self.layer, "frozen": self.frozen,
+                "marks": {str(block): mark for block, mark in self.marks.items()}}
+
+    @staticmethod
+    def from_json(fields: Dict[str, Any]) -> "Content":
+        content = Content(fields["size"], fields["seed"], [(first, end) for first, end in fields["extents"]],
+                          fields["family"], fields["sr"])
+        content.layer = fields["layer"]
+        content.frozen = fields["frozen"]
+        content.marks = {int(block): mark for block, mark in fields["marks"].items()}
+        return content
+
+
+class Storage:
+    """All contents, by the uuid of the VDI. Callers hold the pool's lock for everything but reading and writing blocks."""
+
+    def __init__(self, folder: str, log: Callable[[List[Any]], None]) -> None:
+        """`folder`: where imported blocks go. `log(entry)` is told of every change, so that it outlives the process."""
+        self._folder = folder
+        self._log = log
+        self.contents = {}  # type: Dict[str, Content]
+        self.families = {}  # type: Dict[str, Set[str]]
+        self.used = {}  # type: Dict[str, int]
+        self.sizes = {}  # type: Dict[str, int]
+        self.thick = set()  # type: Set[str]
+
+    # --- SRs and space
+
+    def add_sr(self, sr: str, sr_type: str, size: int) -> None:
+        self.sizes[sr] = size
+        self.used.setdefault(sr, 0)
+        if sr_type in THICK_TYPES:
+            self.thick.add(sr)
+
+    def free(self, sr: str) -> int:
+        return self.sizes[sr] - self.used[sr]
+
+    def cost_of_new(self, sr: str, size: int) -> int:
+        """What a new, empty disk takes."""
+        return overhead(size) + (size if sr in self.thick else 0)
+
+    def cost_of_snapshot(self, uuid: str) -> int:
+        """What a snapshot of this disk takes at once; the rest comes when the original is written to."""
+        content = self.contents[uuid]
+        if content.sr in self.thick:
+            return overhead(content.size) + content.written_blocks() * MIB
+        return overhead(content.size)
+
+    def cost_of_write(self, uuid: str, block: int) -> int:
+        """What writing this block takes: a new block, or a second version of one that a snapshot holds."""
+        content = self.contents[uuid]
+        if content.sr in self.thick:
+            return 0
+        if content.is_zero(block) or self._is_shared(uuid, content, block):
+            return MIB
+        return 0
+
+    def utilisation(self, uuid: str) -> int:
+        """The VDI's physical_utilisation: the blocks it shows."""
+        return self.contents[uuid].written_blocks() * MIB
+
+    def _relatives(self, uuid: str, content: Content) -> List[Content]:
+        return [self.contents[other] for other in self.families[content.family] if other != uuid]
+
+    def _is_shared(self, uuid: str, content: Content, block: int) -> bool:
+        mark = content.marks.get(block)
+        return any(other.marks.get(block) == mark for other in self._relatives(uuid, content))
+
+    def _owned_bytes(self, uuid: str) -> int:
+        """The space that goes free when this disk goes: all that no relative shows in the same version."""
+        content = self.contents[uuid]
+        if content.sr in self.thick:
+            return overhead(content.size) + (content.written_blocks() * MIB if content.frozen else content.size)
+        relatives = self._relatives(uuid, content)
+        if not relatives:
+            return overhead(content.size) + content.written_blocks() * MIB
+        owned = 0
+        changed_by_all = set(relatives[0].marks)
+        for other in relatives[1:]:
+            changed_by_all &= set(other.marks)
+        for block in changed_by_all | set(content.marks):
+            if not content.is_zero(block) and not self._is_shared(uuid, content, block):
+                owned += 1
+        return overhead(content.size) + owned * MIB
+
+    # --- what exists
+
+    def add(self, uuid: str, content: Content) -> None:
+        """A disk that is there from the start: part of what POOL.json says, so it is not logged."""
+        self.contents[uuid] = content
+        self.families.setdefault(content.family, set()).add(uuid)
+        self.used[content.sr] += self._owned_bytes(uuid)
+
+    def create(self, uuid: str, sr: str, size: int) -> None:
+        self.add(uuid, Content(size, 0, [], uuid, sr))
+        self._log(["content", uuid, self.contents[uuid].to_json()])
+
+    def snapshot(self, uuid: str, new_uuid: str, frozen: bool = True) -> None:
+        """A second disk with the present contents of the first; `frozen` if nobody may write to it."""
+        original = self.contents[uuid]
+        # the space is counted before the copy exists: afterwards everything is shared
+        self.used[original.sr] += self.cost_of_snapshot(uuid)
+        copy = Content(original.size, original.seed, original.extents, original.family, original.sr)
+        copy.marks = dict(original.marks)
+        copy.frozen = frozen
+        original.layer = None
+        self.contents[new_uuid] = copy
+        self.families[copy.family].add(new_uuid)
+        self._log(["snapshot", uuid, new_uuid, frozen])
+
+    def destroy(self, uuid: str) -> None:
+        content = self.contents[uuid]
+        self.used[content.sr] -= self._owned_bytes(uuid)
+        del self.contents[uuid]
+        family = self.families[content.family]
+        family.discard(uuid)
+        if not family:
+            del self.families[content.family]
+        self._log(["content", uuid, None])
+        layers = {mark for mark in content.marks.values() if isinstance(mark, str) and mark}
+        for other in family:
+            layers -= {mark for mark in self.contents[other].marks.values() if isinstance(mark, str)}
+        for layer in layers:
+            try:
+                os.unlink(self._layer_path(layer))
+            except FileNotFoundError:
+                pass
+
+    def _mark(self, uuid: str, block: int, mark: Mark) -> None:
+        content = self.contents[uuid]
+        if mark != ZERO:
+            self.used[content.sr] += self.cost_of_write(uuid, block)
+        elif content.sr not in self.thick and not content.is_zero(block) and not self._is_shared(uuid, content, block):
+            self.used[content.sr] -= MIB
+        content.mark(block, mark)
+        self._log(["mark", uuid, block, mark])
+
+    def guest_write(self, uuid: str, block: int) -> None:
+        """A guest writes the next generation of one block."""
+        content = self.contents[uuid]
+        mark = content.marks.get(block)
+        self._mark(uuid, block, mark + 1 if isinstance(mark, int) else 1)
+
+    def replay(self, entry: List[Any]) -> None:
+        """Do again what an earlier server logged."""
+        kind, uuid = entry[0], entry[1]
+        log, self._log = self._log, lambda entry: None
+        try:
+            if kind == "content" and entry[2] is None:
+                if uuid in self.contents:
+                    self.destroy(uuid)
+            elif kind == "content":
+                self.add(uuid, Content.from_json(entry[2]))
+            elif kind == "snapshot":
+                self.snapshot(uuid, entry[2], entry[3])
+            elif kind == "mark":
+                content = self.contents[uuid]
+                if isinstance(entry[3], str) and entry[3]:
+                    content.layer = entry[3]
+                self._mark(uuid, entry[2], entry[3])
+        finally:
+            self._log = log
+
+    # --- bytes
+
+    def _layer_path(self, layer: str) -> str:
+        return os.path.join(self._folder, layer + ".blocks")
+
+    def read_block(self, content: Content, block: int) -> bytes:
+        """The bytes of one block, the last one cut to the disk's size."""
+        length = min(MIB, content.size - block * MIB)
+        if length <= 0 or block < 0:
+            raise IndexError("block %d is not on the disk" % block)
+        mark = content.marks.get(block)
+        if mark is None:
+            data = pattern(content.seed, block, 0) if content.born_with(block) else _ZEROS
+        elif isinstance(mark, int):
+            data = pattern(content.seed, block, mark)
+        elif mark == ZERO:
+            data = _ZEROS
+        else:
+            with open(self._layer_path(mark), "rb") as stream:
+                stream.seek(block * MIB)
+                data = stream.read(MIB)
+            data += _ZEROS[:MIB - len(data)]
+        return data if length == MIB else data[:length]
+
+    def layer_for_import(self, uuid: str) -> str:
+        """The layer file that this disk's imported blocks go to now."""
+        content = self.contents[uuid]
+        if content.layer is None:
+            os.makedirs(self._folder, exist_ok=True)
+            content.layer = os.urandom(8).hex()
+        return content.layer
+
+    def store(self, layer: str, block: int, data: bytes) -> None:
+        """Put a block's bytes into a layer file. They count from `mark_imported` on."""
+        descriptor = os.open(self._layer_path(layer), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            view = memoryview(data)
+            written = 0
+            while written < len(data):
+                written += os.pwrite(descriptor, view[written:], block * MIB + written)
+        finally:
+            os.close(descriptor)
+
+    def mark_imported(self, uuid: str, block: int, layer: str) -> None:
+        """This block is now what the layer file holds, or zeros if `layer` is ZERO."""
+        content = self.contents[uuid]
+        if layer == ZERO and content.is_zero(block):
+            return
+        if content.marks.get(block) != layer:
+            self._mark(uuid, block, layer)
+
+
+class Disk:
+    """One VDI's contents, to read and to write, without the pool's lock held by the caller."""
+
+    def __init__(self, storage: Storage, uuid: str, lock: Any, reserve: Callable[[str, int], None]) -> None:
+        """`reserve(uuid, block)` raises if the SR has no space for writing that block; it is called with the lock held."""
+        self._storage = storage
+        self._uuid = uuid
+        self._content = storage.contents[uuid]
+        self._lock = lock
+        self._reserve = reserve
+        self.size = self._content.size
+
+    def blocks(self) -> int:
+        """The number of MiB blocks; the last one may be short."""
+        return self._content.block_count()
+
+    def is_zero(self, block: int) -> bool:
+        return self._content.is_zero(block)
+
+    def block(self, block: int) -> bytes:
+        return self._storage.read_block(self._content, block)
+
+    def next_used(self, block: int) -> Optional[int]:
+        """The first block from `block` on that is not all zeros, or None: what a 2 TiB disk is walked by."""
+        with self._lock:
+            return self._content.next_used(block)
+
+    def used_blocks(self) -> Iterator[int]:
+        """Every block that is not all zeros, ascending."""
+        block = self.next_used(0)
+        while block is not None:
+            yield block
+            block = self.next_used(block + 1)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Any bytes of the disk; fewer than asked for at its end."""
+        length = max(0, min(length, self.size - offset))
+        parts = []
+        while length:
+            block, start = divmod(offset, MIB)
+            part = self.block(block)[start:start + length]
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Overwrite any bytes. ValueError past the end; the Failure of a full SR if there is no space."""
+        if offset < 0 or offset + len(data) > self.size:
+            raise ValueError("write past the end of the disk")
+        view = memoryview(data)
+        while len(view):
+            block, start = divmod(offset, MIB)
+            length = min(len(view), MIB - start)
+            whole = min(MIB, self.size - block * MIB)
+            piece = bytes(view[:length])
+            if length < whole:
+                old = self.block(block)
+                piece = old[:start] + piece + old[start + length:]
+            self._write_block(block, piece)
+            offset += length
+            view = view[length:]
+
+    def _write_block(self, block: int, data: bytes) -> None:
+        if not any(data):
+            with self._lock:
+                self._storage.mark_imported(self._uuid, block, ZERO)
+            return
+        with self._lock:
+            self._reserve(self._uuid, block)
+            layer = self._storage.layer_for_import(self._uuid)
+        self._storage.store(layer, block, data)
+        with self._lock:
+            self._storage.mark_imported(self._uuid, block, layer)

@@ -1,0 +1,215 @@
+"""Programs that tests start: VmBackup.py as cron starts it, and the simulated pool.
+
+Nothing of the test's own environment reaches them but what is given here.
+"""
+
+import fnmatch
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(TESTS)
+PROGRAM = os.path.join(ROOT, 'VmBackup.py')
+SIMPOOL = os.path.join(TESTS, 'simpool')
+
+CRON_PATH = '/usr/bin:/bin'
+PASSWORD = 'password'
+TIME_LIMIT_S = 120
+START_LIMIT_S = 60
+STOP_LIMIT_S = 20
+
+
+class Run(NamedTuple):
+    """What a program that has ended left to see."""
+    exit_status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+    def says(self, text: str) -> bool:
+        return text in self.output
+
+    def never_says(self, text: str) -> bool:
+        return text not in self.output
+
+
+def run(command: Sequence[str], environment: Dict[str, str], time_limit_s: float = TIME_LIMIT_S,
+        stdin: Optional[bytes] = None, cwd: str = '/') -> Run:
+    """The command has ended by itself; one that has not after `time_limit_s` is killed and is an error of the test.
+
+    Without `stdin` its standard input is empty, as under cron. Bytes that are not UTF-8 come as surrogates."""
+    process = subprocess.Popen(list(command), env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, start_new_session=True)
+    try:
+        stdout, stderr = process.communicate(stdin, timeout=time_limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError('%s was still running after %d s\n--- stdout\n%s--- stderr\n%s' % (
+            ' '.join(command), time_limit_s, text_of(stdout), text_of(stderr)))
+    return Run(process.returncode, text_of(stdout), text_of(stderr))
+
+
+def text_of(data: bytes) -> str:
+    return data.decode('utf-8', 'surrogateescape')
+
+
+def run_program(*arguments: str, environment: Optional[Dict[str, str]] = None, time_limit_s: float = TIME_LIMIT_S,
+                interpreter: str = sys.executable) -> Run:
+    """VmBackup.py with these arguments, its environment exactly as given (default: cron's, without a pool).
+
+    The interpreter is that of the tests, which has XenAPI; a Python warning ends the program."""
+    return run([interpreter, '-W', 'error', PROGRAM] + list(arguments),
+               {'PATH': CRON_PATH} if environment is None else environment, time_limit_s)
+
+
+class Pool:
+    """A simulated pool that is served by a process of its own. `stop` ends it; `start` goes on where it stopped."""
+
+    def __init__(self, description: Dict[str, Any], faults: Sequence[Dict[str, Any]] = ()) -> None:
+        # Not pytest's tmp_path: the path of a unix socket has room for 107 bytes only.
+        self.home = tempfile.mkdtemp(prefix='simpool-')
+        self.dir = os.path.join(self.home, 'd')
+        self.description = description
+        self.process: Optional[subprocess.Popen] = None
+        self.url = ''
+        self.first_snapshots: Optional[List[str]] = None
+        write_json(os.path.join(self.home, 'POOL.json'), description)
+        self.set_faults(faults)
+
+    # --- its process ---
+
+    def set_faults(self, faults: Sequence[Dict[str, Any]]) -> None:
+        """The faults from the next `start` on."""
+        write_json(os.path.join(self.home, 'FAULTS.json'), list(faults))
+
+    def start(self) -> 'Pool':
+        """The pool answers."""
+        command = [sys.executable, '-W', 'error', SIMPOOL, 'serve', '--dir', self.dir,
+                   '--pool', os.path.join(self.home, 'POOL.json'), '--faults', os.path.join(self.home, 'FAULTS.json')]
+        self.log = open(os.path.join(self.home, 'stderr'), 'ab')
+        self.process = subprocess.Popen(command, env={'PATH': CRON_PATH}, stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=self.log)
+        line = first_line(self.process, START_LIMIT_S)
+        if not line.startswith('ready '):
+            complaint = self.complaints()
+            self.stop()
+            raise AssertionError('simpool said %r instead of "ready URL"\n%s' % (line, complaint))
+        self.url = line.split()[1]
+        if self.first_snapshots is None:
+            self.first_snapshots = self.snapshots()
+        return self
+
+    def stop(self) -> None:
+        """The process has ended; what it served stays in `dir`."""
+        if self.process is None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
+        self.process = None
+
+    def remove(self) -> None:
+        self.stop()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def complaints(self) -> str:
+        """What it wrote to stderr: nothing, unless simpool itself is wrong."""
+        with open(os.path.join(self.home, 'stderr'), encoding='utf-8', errors='replace') as file:
+            return file.read()
+
+    # --- ways in ---
+
+    def url_of(self, host: int = 1) -> str:
+        """The plain HTTP address of host n of POOL.json, from 1."""
+        port = self.url.rstrip('/').rsplit(':', 1)[1]
+        return 'http://127.0.0.%d:%s' % (host, port)
+
+    def socket_of(self, host: int = 1) -> str:
+        return os.path.join(self.dir, 'sockets', 'xapi-%d' % host)
+
+    def environment(self, host: int = 1) -> Dict[str, str]:
+        """That of a cron job on host n of the pool."""
+        return {'PATH': os.path.join(self.dir, 'bin') + ':' + CRON_PATH,
+                'VMBACKUP_POOL': '%s %s' % (self.url_of(host), self.socket_of(host))}
+
+    def session(self, host: int = 1, user: str = 'root', password: str = PASSWORD) -> Any:
+        """A XenAPI session, logged in over plain TCP."""
+        import XenAPI
+        session = XenAPI.Session(self.url_of(host))
+        session.login_with_password(user, password, '1.0', 'tests')
+        return session
+
+    def xe(self, *arguments: str, **how: Any) -> Run:
+        """The stand-in `xe`, on a host of the pool, with an environment of nothing but PATH."""
+        return run([os.path.join(self.dir, 'bin', 'xe')] + list(arguments), {'PATH': CRON_PATH}, **how)
+
+    def command(self, *arguments: str) -> bytes:
+        """What `simpool dump`, `read` or `write` prints."""
+        return subprocess.run([sys.executable, SIMPOOL] + list(arguments), env={'PATH': CRON_PATH},
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=TIME_LIMIT_S, check=True).stdout
+
+    # --- what is in it ---
+
+    def dump(self) -> Dict[str, Dict[str, Dict[str, Any]]]:
+        """All objects: {"VM": {ref: record}}."""
+        return json.loads(self.command('dump', '--dir', self.dir).decode('utf-8'))
+
+    def read(self, vdi_uuid: str) -> bytes:
+        """The bytes of a VDI."""
+        return self.command('read', '--dir', self.dir, '--vdi', vdi_uuid)
+
+    def journal(self) -> List[Dict[str, Any]]:
+        """Every call, command and request so far, oldest first."""
+        path = os.path.join(self.dir, 'journal.jsonl')
+        with open(path, encoding='utf-8') as file:
+            return [json.loads(line) for line in file]
+
+    def calls(self, pattern: str) -> List[Dict[str, Any]]:
+        """The journal's entries that match `via:call`, with shell wildcards."""
+        return [entry for entry in self.journal()
+                if fnmatch.fnmatchcase('%s:%s' % (entry.get('via'), entry.get('call')), pattern)]
+
+    def never_saw(self, pattern: str) -> bool:
+        return not self.calls(pattern)
+
+    def snapshots(self) -> List[str]:
+        """The names of all VM snapshots, and of the disks of snapshots, whether or not their VM is still there."""
+        objects = self.dump()
+        return sorted('%s %s %s' % (kind, record['uuid'], record['name_label'])
+                      for kind in ('VM', 'VDI') for record in objects[kind].values() if record['is_a_snapshot'])
+
+    def has_no_snapshots_of_ours(self) -> bool:
+        """All snapshots there are were in POOL.json."""
+        return set(self.snapshots()) <= set(self.first_snapshots)
+
+
+def first_line(process: subprocess.Popen, time_limit_s: float) -> str:
+    """What the process prints first; empty if it ended, or was silent for so long."""
+    lines: queue.Queue = queue.Queue()
+    threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()
+    try:
+        return text_of(lines.get(timeout=time_limit_s)).rstrip('\n')
+    except queue.Empty:
+        return ''
+
+
+def write_json(path: str, value: Any) -> None:
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump(value, file, indent=1)
