@@ -14,7 +14,25 @@ Data flows one way:
 
 The sections below stand in reading order; each uses only those above it.
 
-@MAP@
+     1. Program
+     2. Errors
+     3. Values
+     4. Sizes, times and names
+     5. Configuration
+     6. Selection and plan
+     7. Retention
+     8. Run environment
+     9. Programs
+    10. Streams and their proof
+    11. Pool
+    12. Catalog
+    13. Snapshots and their ownership
+    14. Export methods
+    15. Verification of stored copies
+    16. Backup run
+    17. Report
+    18. Commands
+    19. main
 
 Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
 """
@@ -170,6 +188,10 @@ class CatalogError(BackupError):
 
 class StorageMisbehaved(CatalogError):
     """The storage under backup_dir gave an error that no full disk explains: nothing is pruned."""
+
+
+class TakenOver(StorageMisbehaved):
+    """Another run took this one for dead: nothing more may be sealed, deleted or swept."""
 
 
 class VerificationError(BackupError):
@@ -784,7 +806,7 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
     chosen = [setting for setting in known
               if setting.name not in overridden or setting in arguments]
     values, places = {}, {}          # type: Dict[str, Any], Dict[str, str]
-    wildcards = next((s.value for s in chosen if s.name == "wildcards"), "shell")
+    wildcards = next((s.value.lower() for s in chosen if s.name == "wildcards"), "shell")
     for setting in chosen:
         option = OPTIONS[OPTION_NAMES.index(setting.name)]
         if option.kind != "selector" and setting.name in places:
@@ -895,11 +917,11 @@ def parse_selector(setting: Setting, wildcards: str) -> Selector:
     else:
         form, (pattern, rest), bare = _bare_selector(text, wildcards)
     keep = _parse_keep(rest)
-    if form in ("regex", "prefix-regex"):
+    if form in ("regex", "prefix-regex", "wildcard"):
         try:
-            re.compile(pattern)
+            re.compile(fnmatch.translate(pattern) if form == "wildcard" else pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError('"%s" is not a regular expression: %s.' % (one_line(pattern), error))
+            raise ValueError('"%s" is no proper pattern: %s.' % (one_line(pattern), error))
     return Selector(method, form, pattern, keep, bare, text, setting.place)
 
 
@@ -1059,12 +1081,18 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
         findings.append(problem)
         if problem.severity is Severity.ERROR:
             missing.append((selector.method, selector.pattern))
+    excludes = []
     for selector in configuration.exclude:
+        problem = _quote_it(selector, inventory)
+        if problem is not None:                    # which VM is meant is open: then none is left out
+            findings.append(problem)
+            continue
+        excludes.append(selector)
         if not any(selector.matches(machine) for machine in inventory.machines):
             findings.append(Finding(Severity.WARNING, selector.line, "excludes no VM of the pool."))
     jobs, excluded, unselected = [], [], []
     for machine in inventory.machines:
-        exclude = next((s for s in configuration.exclude if s.matches(machine)), None)
+        exclude = next((selector for selector in excludes if selector.matches(machine)), None)
         chosen = choose_selector(machine, usable)
         if exclude:
             excluded.append((machine, exclude.line))
@@ -1088,10 +1116,10 @@ def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Find
     if selector.method is Method.VDI and inventory.master.product_version < OLDEST_VDI_EXPORT:
         return Finding(Severity.ERROR, selector.line, "vdi-export needs XenServer 6.5 or newer; this pool runs %s. "
                        "Use vm-export." % ".".join(map(str, inventory.master.product_version)))
+    problem = _quote_it(selector, inventory)
+    if problem is not None:
+        return problem
     names = {machine.name for machine in inventory.machines}
-    if selector.bare and selector.keep and selector.text in names:
-        return Finding(Severity.ERROR, selector.line, "there is a VM named exactly %s: write the name in quotes "
-                       "if it is meant." % quote_name(selector.text))
     if any(selector.matches(machine) for machine in inventory.machines):
         return None
     hint = ""
@@ -1102,6 +1130,14 @@ def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Find
                        "backed up.%s" % (inventory.pool_title,
                                          "name" if selector.form == "name" else "uuid", hint))
     return Finding(Severity.WARNING, selector.line, "matches no VM of the pool.%s" % hint)
+
+
+def _quote_it(selector: Selector, inventory: Inventory) -> Optional[Finding]:
+    """The problem of `web:2` where a VM bears just that name, else None."""
+    if selector.bare and selector.keep and any(machine.name == selector.text for machine in inventory.machines):
+        return Finding(Severity.ERROR, selector.line, "there is a VM named exactly %s: write the name in quotes "
+                       "if it is meant." % quote_name(selector.text))
+    return None
 
 
 def _regex_hint(selector: Selector, names: Set[str]) -> str:
@@ -1363,6 +1399,7 @@ class Signals:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._noted = None          # type: Optional[int]
+        self._untold = None         # type: Optional[int]
         self._shields = 0
 
     def install(self) -> None:
@@ -1372,12 +1409,19 @@ class Signals:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
+        # nothing is written from here: the main thread may be in the middle of a line of the same log
         self._noted = self._noted or number
-        if self._shields:
-            self._log.info("%s came during clean-up, which is finished first." % signal.Signals(number).name)
+        self._untold = self._untold or (number if self._shields else None)
+
+    def _tell(self) -> None:
+        """A signal that waits for the end of the clean-up is said, once."""
+        if self._untold:
+            self._log.info("%s came during clean-up, which is finished first." % signal.Signals(self._untold).name)
+            self._untold = None
 
     def check(self) -> None:
         """Raises Interrupted if one came and we are not cleaning up."""
+        self._tell()
         if self._noted and not self._shields:
             raise Interrupted(self._noted)
 
@@ -1388,6 +1432,7 @@ class Signals:
         try:
             yield
         finally:
+            self._tell()
             self._shields -= 1
 
     def sleep(self, seconds: float) -> None:
@@ -3113,9 +3158,9 @@ class Pool:
                 if self._session is None:
                     self._reconnect()
                 return self.call(doing, method, *arguments, **options)
-            except (AnswerLost, PoolError) as error:
-                if not isinstance(error, AnswerLost) or time.monotonic() + pause_s > give_up_at:
-                    raise
+            except AnswerLost as error:
+                if time.monotonic() + pause_s > give_up_at:
+                    raise PoolError("%s The pool has not answered for %s." % (error, format_duration(self._patience_s)))
                 self._log.info("%s Trying again." % error)
                 self._forget_session()
             except ApiFailure as failure:
@@ -3783,6 +3828,10 @@ class Catalog:
                 self._locks[name] = LockFile(folder, name)
         return self._locks[name]
 
+    def folder_lock(self, name: str) -> LockFile:
+        """The lock of a directory; two names that are one directory on a CIFS share have one lock."""
+        return self.lock_file("dir", folded(name))
+
     def begin_run(self, name: str, header: Dict[str, Any]) -> RunJournal:
         """The journal of this run, locked."""
         with storage_errors("beginning the journal of this run in %s" % self.path):
@@ -3821,10 +3870,12 @@ class Catalog:
                 and self.root.is_directory(name)]
 
     def folder(self, name: str) -> Folder:
-        """What is in a VM's directory; an absent one is empty."""
+        """What is in a VM's directory; an absent one is empty. CatalogError if it can't be listed."""
         copies, unfinished, strangers = [], [], []
         try:
-            with self.root.child(name) as folder:
+            with storage_errors("listing %s/%s" % (self.path, name)), self._child_if_there(name) as folder:
+                if folder is None:
+                    return Folder(name, (), (), ())
                 for item in folder.names():
                     base = item
                     for suffix in (PARTIAL, DELETING):
@@ -3836,17 +3887,28 @@ class Catalog:
                         unfinished.append(item)
                     else:
                         copies.append(read_copy(folder, name, item, *parsed))
-        except FileNotFoundError:
-            return Folder(name, (), (), ())
-        except NotADirectoryError:
-            raise CatalogError("%s/%s is not a directory: move it away." % (self.path, name))
+        except CatalogError as error:
+            if self.root.is_directory(name):
+                raise
+            raise CatalogError("%s/%s is not a directory, and is in the way of backups: move it. (%s)"
+                               % (self.path, name, error))
         return Folder(name, tuple(copies), tuple(unfinished), tuple(strangers))
 
+    @contextlib.contextmanager
+    def _child_if_there(self, name: str) -> Iterator[Optional[Directory]]:
+        """The directory of that name, open inside the block; None if there is none."""
+        try:
+            folder = self.root.child(name)
+        except FileNotFoundError:
+            yield None
+            return
+        with folder:
+            yield folder
+
     def has_unfinished(self, name: str) -> bool:
-        """Is there a .partial or .deleting in that VM's directory?"""
-        with contextlib.suppress(FileNotFoundError), self.root.child(name) as folder:
-            return any(item.endswith((PARTIAL, DELETING)) for item in folder.names())
-        return False
+        """Is there a .partial or .deleting in that VM's directory? CatalogError if it can't be listed."""
+        with storage_errors("listing %s/%s" % (self.path, name)), self._child_if_there(name) as folder:
+            return folder is not None and any(item.endswith((PARTIAL, DELETING)) for item in folder.names())
 
     # --- making ------------------------------------------------------------------------
 
@@ -3857,7 +3919,7 @@ class Catalog:
 
     def new_pool_dump(self, folder_name: str, local: datetime, dump: Callable[[int], None]) -> str:
         """The name of a new, complete dump that `dump` wrote into the descriptor it was given."""
-        lock = self.lock_file("dir", folder_name)
+        lock = self.folder_lock(folder_name)
         if not lock.take():
             raise BackupError("%s is in use by another run; no dump was made." % folder_name)
         try:
@@ -5134,7 +5196,8 @@ class Placement:
     def claim_all(self, machines: Iterable[VirtualMachine]) -> None:
         """Every VM of the run has its directory; among several of one name the lowest uuid takes the plain one."""
         for machine in sorted(machines, key=lambda one: one.uuid):
-            self.folder_name(machine)
+            with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
+                self.folder_name(machine)
 
     def folder_name(self, machine: VirtualMachine) -> str:
         """The directory of that VM, as the store is now."""
@@ -5150,9 +5213,10 @@ class Placement:
         if self._renamed is None:          # only a VM that is new here, or was renamed, costs this
             self._renamed = {}
             for name in self._catalog.folder_names():
-                for copy in in_order(self._catalog.folder(name).copies):
-                    if copy.uuid:
-                        self._renamed[copy.uuid] = name
+                with contextlib.suppress(CatalogError):        # a directory that can't be listed is nobody's
+                    for copy in in_order(self._catalog.folder(name).copies):
+                        if copy.uuid:
+                            self._renamed[copy.uuid] = name
         return self._renamed.get(machine.uuid)
 
     def _free_plain(self, machine: VirtualMachine) -> Optional[str]:
@@ -5215,10 +5279,7 @@ class BackupRun:
             self._placement.claim_all(job.machine for job in self._plan.jobs)
             self._do_jobs()
             self._note_low_space()
-        except PoolError as error:
-            ended_by = str(error)
-            self._log.error("the run ends here: %s" % error)
-        except StorageMisbehaved as error:
+        except BackupError as error:
             ended_by = str(error)
             self._log.error("the run ends here: %s" % error)
         except Interrupted as interrupted:
@@ -5249,14 +5310,23 @@ class BackupRun:
             journals = self._catalog.dead_runs(self._journal, self._inventory.pool_uuid, now_s)
         self._snapshots.sweep(journals)
         for name in self._catalog.folder_names():
-            lock = self._catalog.lock_file("dir", name) if self._catalog.has_unfinished(name) else None
-            if lock is None or not lock.take():
-                continue
             try:
-                self._clear_unfinished(self._catalog.folder(name))
-                self._catalog.remove_folder_if_empty(name)
-            finally:
-                lock.release()
+                self._clear_folder(name)
+            except StorageMisbehaved:
+                raise
+            except CatalogError as error:          # lost+found on a share, and the like
+                self._log.info("%s It is left." % error)
+
+    def _clear_folder(self, name: str) -> None:
+        """What dead runs left in that VM's directory is gone, unless another run is busy there."""
+        lock = self._catalog.folder_lock(name) if self._catalog.has_unfinished(name) else None
+        if lock is None or not lock.take():
+            return
+        try:
+            self._clear_unfinished(self._catalog.folder(name))
+            self._catalog.remove_folder_if_empty(name)
+        finally:
+            lock.release()
 
     def _clear_unfinished(self, folder: Folder) -> None:
         """Unfinished copies of a directory whose lock is ours are gone; call it with the lock held only.
@@ -5264,7 +5334,8 @@ class BackupRun:
         Where locks do not reach other hosts, only what was not written for a day.
         """
         for name in folder.unfinished:
-            age_s = self._clock.utc().timestamp() - self._catalog.newest_change_s(folder.name, name)
+            with storage_errors("looking at %s/%s" % (folder.name, name)):
+                age_s = self._clock.utc().timestamp() - self._catalog.newest_change_s(folder.name, name)
             if self._catalog.locks_are_local and age_s < WEAK_LOCK_PATIENCE_S:
                 continue
             self._check_alive()
@@ -5290,18 +5361,33 @@ class BackupRun:
             outcome = self._back_up(job)._replace(second_try=second_try)
             if second_try:
                 self._add_finding(Severity.WARNING, job.machine.title, "it needed a second try.")
+        except PoolError as error:
+            if not isinstance(error, AnswerLost):      # the pool is gone: the VMs behind this one would fail too
+                self._record(job, self._failed(job, str(error), error.status_word or "POOL-FAIL", second_try), began_s)
+                raise
+            if not second_try:
+                return self._postpone(job, error)
+            self._log.error("%s: %s" % (job.machine.title, error))
+            outcome = self._failed(job, str(error), error.status_word or "POOL-FAIL", second_try)
         except BackupError as error:
             self._note_storage(error)
             if error.passing and not second_try:
-                self._log.warning("%s: %s It is tried once more at the end of the run." % (job.machine.title, error))
-                self._status_log.end(job.method.value, "RETRY", job.machine.name)
-                return None
+                return self._postpone(job, error)
             self._log.error("%s: %s" % (job.machine.title, error))
             outcome = self._failed(job, str(error), error.status_word or "EXPORT-FAIL", second_try)
         except Exception as bug:
             self._had_bug = True
             self._log.error("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
             outcome = self._failed(job, "a bug in VmBackup: %s" % bug, "BUG", second_try)
+        return self._record(job, outcome, began_s)
+
+    def _postpone(self, job: Job, error: BackupError) -> None:
+        """The job is tried again at the end of the run."""
+        self._log.warning("%s: %s It is tried once more at the end of the run." % (job.machine.title, error))
+        self._status_log.end(job.method.value, "RETRY", job.machine.name)
+
+    def _record(self, job: Job, outcome: Outcome, began_s: float) -> Outcome:
+        """The outcome is in the list and the status log."""
         outcome = outcome._replace(seconds=self._clock.monotonic() - began_s)
         self._outcomes.append(outcome)
         if outcome.error is None:
@@ -5343,7 +5429,14 @@ class BackupRun:
             if self._configuration.pre_clean and not clock_problem:
                 self._prune(job, copies, job.keep - 1, "to make room")
             outcome = self._make_copy(job, folder)
-            kept = self._retain(job, folder.name, clock_problem)
+            try:
+                kept = self._retain(job, folder.name, clock_problem)
+            except TakenOver:
+                raise
+            except CatalogError as error:          # the new copy is sealed and good all the same
+                self._note_storage(error)
+                self._add_finding(Severity.WARNING, job.machine.title, "older copies were not pruned: %s" % error)
+                kept = 0
             return outcome._replace(kept=kept)
 
     @contextlib.contextmanager
@@ -5351,7 +5444,7 @@ class BackupRun:
         """The VM's directory, listed, its lock ours; an empty one is removed at the end."""
         while True:
             name = self._placement.folder_name(machine)
-            lock = self._catalog.lock_file("dir", name)
+            lock = self._catalog.folder_lock(name)
             with stage("LOCK-FAIL"):
                 self._wait_for_lock(lock, name)
             try:
@@ -5359,9 +5452,16 @@ class BackupRun:
                     yield self._catalog.folder(name)
                     return
             finally:
-                if not self.storage_hangs:
-                    self._catalog.remove_folder_if_empty(name)
-                lock.release()
+                self._leave_folder(name, lock)
+
+    def _leave_folder(self, name: str, lock: LockFile) -> None:
+        """The directory is gone if it is empty, and its lock is free; raises nothing that could hide what went wrong."""
+        try:
+            if not self.storage_hangs:
+                self._catalog.remove_folder_if_empty(name)
+            lock.release()
+        except (CatalogError, OSError) as error:
+            self._log.info("leaving %s: %s" % (name, error))
 
     def _wait_for_lock(self, lock: LockFile, name: str) -> None:
         """The lock is ours, or BackupError when lock_wait is over."""
@@ -5429,9 +5529,8 @@ class BackupRun:
     def _check_alive(self) -> None:
         """Raises BackupError if another run took us for dead: then nothing more may be sealed, deleted or swept."""
         if not self._journal.is_still_ours():
-            raise StorageMisbehaved("another run took this one for dead (its journal %s was taken over): nothing more "
-                                    "is sealed or deleted. Do the clocks and locks of the share work?"
-                                    % self._journal.name)
+            raise TakenOver("another run took this one for dead (its journal %s was taken over): nothing more "
+                            "is sealed or deleted. Do the clocks and locks of the share work?" % self._journal.name)
 
     def _read_again(self, job: Job) -> VirtualMachine:
         """The VM as it is just before its snapshot; differences from the plan are told."""
@@ -5549,6 +5648,8 @@ class BackupRun:
                 self._check_alive()
                 self._catalog.check_in_place()
                 self._catalog.remove_copy(verdict.copy)
+            except TakenOver:
+                raise
             except CatalogError as error:
                 self._note_storage(error)
                 self._add_finding(Severity.WARNING, job.machine.title, str(error))
@@ -5560,8 +5661,11 @@ class BackupRun:
 
     def _note_low_space(self) -> None:
         """A warning if the next run's largest copy may not fit."""
+        if self._storage_problem:
+            return
         largest = max((outcome.size_bytes for outcome in self._outcomes), default=0)
-        free = self._catalog.free_bytes()
+        with storage_errors("asking for the free space of %s" % self._configuration.backup_dir):
+            free = self._catalog.free_bytes()
         if largest and free < largest:
             self._add_finding(Severity.WARNING, self._configuration.backup_dir, "only %s are free, and the largest copy "
                               "of this run has %s: the next run may not fit." % (format_size(free),
@@ -6093,22 +6197,23 @@ class Action(NamedTuple):
     help: str
     takes_vm: bool
     needs_work: bool              # a config that selects nothing is an error
+    has_preview: bool             # takes the word preview behind it
     parameters: Tuple[Parameter, ...]
 
 
 FORCE = Parameter("force", "yes: run even if another host of the pool has just run this config.")
 ACTIONS = (
-    Action("backup", "Backs up what the config selects (the default).", False, True, (FORCE,)),
-    Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.", False, True, ()),
-    Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.", True, False, (
+    Action("backup", "Backs up what the config selects (the default).", False, True, True, (FORCE,)),
+    Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.", False, True, False, ()),
+    Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.", True, False, False, (
         Parameter("from", "latest: the newest copy of each VM; or the stamp of one copy."),
         Parameter("max_time", "Stops after so many minutes; the next run goes on with what was longest not verified."),
         Parameter("block_digests", "yes: computes XXH64 in pure Python where there is no library (slow)."))),
-    Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.", True, False, (
+    Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.", True, False, False, (
         Parameter("format", "text or json."),)),
-    Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, ()),
+    Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
     Action("prune", "Applies retention without a backup and without a pool; with the word preview it only shows.",
-           True, False, ()),
+           True, False, True, ()),
 )
 ACTION_NAMES = tuple(action.name for action in ACTIONS)
 
@@ -6136,10 +6241,11 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
         raise UsageError('"%s" is not an action%s; the actions are %s.' % (
             one_line(action_word), " (did you mean %s?)" % near[0] if near else "", ", ".join(ACTION_NAMES)))
     action = ACTIONS[ACTION_NAMES.index(action_word)]
-    preview = action.name == "preview"
-    if "preview" in plain:
+    preview = "preview" in plain and action.has_preview
+    if preview:
         plain.remove("preview")
-        preview = True
+        if action.name == "backup":
+            action = ACTIONS[ACTION_NAMES.index("preview")]
     settings, parameters = [], {}          # type: List[Setting], Dict[str, str]
     own = [parameter.name for parameter in action.parameters] + (["vm"] if action.takes_vm else [])
     for word in words[2:]:
@@ -6338,7 +6444,11 @@ def command_preview(context: Context) -> int:
     placement.claim_all(job.machine for job in plan.jobs)
     futures = {}
     for job in plan.jobs:
-        folder = catalog.folder(placement.folder_name(job.machine))
+        try:
+            folder = catalog.folder(placement.folder_name(job.machine))
+        except CatalogError as error:
+            plan = plan._replace(findings=plan.findings + (Finding(Severity.ERROR, job.machine.title, str(error)),))
+            folder = Folder(safe_name(job.machine.name), (), (), ())
         futures[job.machine.uuid] = (folder.name, future_verdicts(
             job, placement.own_view(folder, job.machine), context.clock.local()))
     context.log.show(preview_text(context.configuration, inventory, plan, futures, catalog.free_bytes()))
@@ -6858,7 +6968,7 @@ def command_prune(context: Context) -> int:
 def prune_one(context: Context, catalog: Catalog, stored: StoredVm, keep: int) -> int:
     """The VM's copies beyond `keep` are gone, or shown in a preview; how many."""
     preview = context.arguments.preview
-    lock = None if preview else catalog.lock_file("dir", stored.folder)
+    lock = None if preview else catalog.folder_lock(stored.folder)
     if lock is not None and not lock.take():
         raise BackupError("its directory %s is in use by another run (%s); nothing was removed."
                           % (stored.folder, holder_text(lock.text())))

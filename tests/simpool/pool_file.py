@@ -361,9 +361,11 @@ class _Builder:
             pool.storage.add_sr(uuid, sr["type"], sr["size"])
             for name, host in self.hosts.items():
                 if sr["shared"] or sr["host"] == name:
-                    self.make("PBD", _uuid("PBD", uuid, pool.record("host", host)["uuid"]), {
+                    domain = pool.record("host", host)["control_domain"]
+                    pbd = self.make("PBD", _uuid("PBD", uuid, pool.record("host", host)["uuid"]), {
                         "host": host, "SR": ref, "currently_attached": True, "device_config": _device_config(sr),
-                        "other_config": {"storage_driver_domain": pool.record("host", host)["control_domain"]}})
+                        "other_config": {"storage_driver_domain": domain}})
+                    pool.set_key("VM", domain, "other_config", "storage_driver_domain", pbd)
             if sr["type"] not in [record["type"] for record in pool.tables["SM"].values()]:
                 self.make("SM", _uuid("SM", sr["type"]), _storage_manager(sr["type"]))
         default = next((self.srs[sr["name_label"]] for sr in self.description["srs"] if sr["type"] != "iso"), NULL)
@@ -484,6 +486,15 @@ class _Builder:
         self.pool.set_field("VM", ref, "uuid", snapshot["uuid"] or _uuid("VM snapshot", vm_uuid, number))
 
 
+BIOS_STRINGS = {
+    "bios-vendor": "Xen", "bios-version": "", "system-manufacturer": "Xen", "system-product-name": "HVM domU",
+    "system-version": "", "system-serial-number": "", "baseboard-manufacturer": "", "baseboard-product-name": "",
+    "baseboard-version": "", "baseboard-serial-number": "", "baseboard-asset-tag": "", "baseboard-location-in-chassis": "",
+    "enclosure-asset-tag": "", "hp-rombios": "", "oem-1": "Xen",
+    "oem-2": "MS_VM_CERT/SHA1/bdbeb6e0a816d43fa6d3fe8aaef04c2bad9d3e3d",
+}
+
+
 def _hardware(memory: int, vcpus: int) -> Dict[str, Any]:
     """What the recorded VMs had."""
     return {"memory_static_max": str(memory), "memory_dynamic_max": str(memory), "memory_dynamic_min": str(memory),
@@ -491,16 +502,14 @@ def _hardware(memory: int, vcpus: int) -> Dict[str, Any]:
             "VCPUs_max": str(vcpus), "VCPUs_at_startup": str(vcpus), "HVM_boot_policy": "BIOS order",
             "HVM_boot_params": {"order": "cdn"}, "platform": {"device-model": "qemu-upstream-compat"}, "domain_type": "hvm",
             "generation_id": "", "hardware_platform_version": "0", "has_vendor_device": False,
-            "bios_strings": {"bios-vendor": "Xen", "bios-version": "", "system-manufacturer": "Xen",
-                             "system-product-name": "HVM domU", "system-version": "", "system-serial-number": "",
-                             "hp-rombios": ""},
+            "bios_strings": dict(BIOS_STRINGS),
             "last_boot_CPU_flags": {"vendor": "GenuineIntel", "features": ""}}
 
 
 def _os_version(text: str) -> Dict[str, str]:
     if not text:
         return {}
-    found = {"name": text, "distro": text.split()[0].lower()}
+    found = {"name": text, "distro": text.split()[0].lower(), "uname": "5.10.0-9-amd64"}
     match = re.search(r"(\d+)(?:\.(\d+))?", text)
     if match:
         found["major"] = match.group(1)

@@ -444,6 +444,20 @@ def _try_to_send(connection: Any, data: bytes) -> None:
 
 
 def _close(connection: Any) -> None:
+    """Close so that the last bytes arrive: TLS says goodbye, and what the client still sends is read for a moment.
+
+    Closing with unread data in the socket would reset the connection, and the client would lose the answer.
+    """
+    try:
+        connection.settimeout(0.2)
+        if isinstance(connection, ssl.SSLSocket):
+            connection = connection.unwrap()
+        connection.shutdown(socket.SHUT_WR)
+        for _ in range(16):
+            if not connection.recv(64 * 1024):
+                break
+    except (OSError, ValueError):
+        pass
     try:
         connection.close()
     except OSError:

@@ -84,6 +84,7 @@ class Pool:
         self.description = description
         self.process: Optional[subprocess.Popen] = None
         self.url = ''
+        self.sessions: List[Any] = []
         self.first_snapshots: Optional[List[str]] = None
         write_json(os.path.join(self.home, 'POOL.json'), description)
         self.set_faults(faults)
@@ -113,6 +114,9 @@ class Pool:
 
     def stop(self) -> None:
         """The process has ended; what it served stays in `dir`."""
+        for session in self.sessions:
+            session('close')()
+        self.sessions.clear()
         if self.process is None:
             return
         self.process.send_signal(signal.SIGTERM)
@@ -152,8 +156,13 @@ class Pool:
     def session(self, host: int = 1, user: str = 'root', password: str = PASSWORD) -> Any:
         """A XenAPI session, logged in over plain TCP."""
         import XenAPI
-        session = XenAPI.Session(self.url_of(host))
+        session = self.closed_at_the_end(XenAPI.Session(self.url_of(host)))
         session.login_with_password(user, password, '1.0', 'tests')
+        return session
+
+    def closed_at_the_end(self, session: Any) -> Any:
+        """The session; its connection, which the module leaves open, is closed when the pool stops."""
+        self.sessions.append(session)
         return session
 
     def xe(self, *arguments: str, **how: Any) -> Run:

@@ -398,7 +398,7 @@ def unix_session(pool: Pool, host: int = 1) -> Any:
             connection = super().make_connection('x')
             connection.connect = lambda: setattr(connection, 'sock', connected(pool.socket_of(host)))
             return connection
-    session = XenAPI.Session('http://x/', transport=Transport())
+    session = pool.closed_at_the_end(XenAPI.Session('http://x/', transport=Transport()))
     session.login_with_password('root', 'any', '1.0', 'tests')
     return session
 
