@@ -7,6 +7,7 @@ import pytest
 
 from support.language import described
 from support.process import Pool
+from support.shelf import Given, Shelf
 
 
 @pytest.fixture
@@ -21,6 +22,20 @@ def a_pool() -> Iterator[Callable[..., Pool]]:
     yield build
     for pool in pools:
         pool.remove()
+
+
+@pytest.fixture
+def a_shelf() -> Iterator[Callable[..., Shelf]]:
+    """a_shelf(complete('web'), foreign('web/notes.txt')): a backup directory that is there until the test ends."""
+    shelves: List[Shelf] = []
+
+    def build(*given: Given, path: str = '') -> Shelf:
+        shelves.append(Shelf(given, path))
+        return shelves[-1]
+
+    yield build
+    for shelf in shelves:
+        shelf.remove()
 
 
 def pytest_configure(config: Any) -> None:

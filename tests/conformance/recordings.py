@@ -61,7 +61,7 @@ def read(name: str) -> Union[ApiCall, Command, Exchange]:
 
 def parse_call(name: str, text: str) -> ApiCall:
     request, answer = text[len('>>> '):].split('\n<<< ', 1)
-    head, body = re.split(r'\r?\n\r?\n', answer, 1)
+    head, body = re.split(r'\r?\n\r?\n', answer, maxsplit=1)
     return ApiCall(name, request.rstrip('\n'), tuple(head.splitlines()), body.rstrip('\n'))
 
 

@@ -7,6 +7,8 @@ import subprocess
 import xml.etree.ElementTree as ElementTree
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import pytest
+
 import archives
 import recordings
 from comparison import Comparison, Difference, Names, blocks_of, parse_response, sort_key
@@ -144,9 +146,10 @@ class Replay:
             self.step(name)
         return self
 
-    def problem(self, name: str) -> str:
-        """The differences of a recording, for people; empty if there is none."""
-        return '\n'.join(str(difference) for difference in self.outcomes[name].differences)
+    def demand(self, name: str) -> None:
+        """The recording was reproduced; otherwise the test fails and shows the differences."""
+        if self.outcomes[name].differences:
+            pytest.fail('\n'.join(str(difference) for difference in self.outcomes[name].differences), pytrace=False)
 
     def remove(self) -> None:
         self.pool.remove()

@@ -155,8 +155,9 @@ def _load(folder: str) -> Pool:
 
 def command_dump(options: argparse.Namespace) -> int:
     pool = _load(options.dir)
-    json.dump(pool.tables, sys.stdout, indent=1, sort_keys=True)
-    sys.stdout.write("\n")
+    # one class per line; the whole at once would be slow with an indent, and unreadable without
+    lines = ["%s: %s" % (json.dumps(cls), json.dumps(rows, sort_keys=True)) for cls, rows in sorted(pool.tables.items())]
+    sys.stdout.write("{%s}\n" % ",\n ".join(lines))
     return 0
 
 
@@ -188,7 +189,9 @@ def command_write(options: argparse.Namespace) -> int:
         pool = state.open_for_writing(options.dir)
         server.guest_write(pool, options.vm, options.device, options.block)
         pool.close_log()
-    except (Failure, KeyError) as error:
+    except KeyError as error:
+        raise CommandError(error.args[0])
+    except Failure as error:
         raise CommandError(str(error))
     finally:
         lock.release()

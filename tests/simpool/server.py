@@ -329,7 +329,9 @@ class Server:
         try:
             guest_write(self.pool, wish["vm"], wish["device"], wish["block"])
             answer = {"ok": True}
-        except (Failure, KeyError) as error:
+        except KeyError as error:
+            answer = {"ok": False, "error": error.args[0]}
+        except Failure as error:
             answer = {"ok": False, "error": str(error)}
         request.sock.sendall(xml_answer(request, json.dumps(answer).encode("ascii"), "application/json"))
         return False

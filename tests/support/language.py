@@ -2,9 +2,11 @@
 
     pool = a_pool(vm('web', disks=2), vm('db', snapshots=1), faults=[at('xe:vm-export', exit=1)])
 
-`a_pool` is a fixture (conftest.py). What there is to see afterwards are methods of Pool and Run (process.py).
+`a_pool` is a fixture (conftest.py). What there is to see afterwards are methods of Pool and Run (process.py); backup
+directories are built, and looked at, in shelf.py.
 """
 
+import uuid
 from typing import Any, Dict, Sequence, Union
 
 MEBIBYTE = 1 << 20
@@ -13,6 +15,11 @@ GIBIBYTE = 1 << 30
 # What a fault does, in words; the values stay as FAULTS.json has them.
 DEEDS = {'fails': 'fail', 'sleeps': 'sleep', 'hangs': 'hang', 'drops': 'drop', 'breaks_off_after': 'truncate',
          'flips': 'flip', 'runs_at': 'rate'}
+
+
+def uuid_of(name: str) -> str:
+    """The uuid of the VM of that name, unless it was given one."""
+    return str(uuid.uuid5(uuid.NAMESPACE_DNS, name))
 
 
 def disk(**keys: Any) -> Dict[str, Any]:
@@ -24,7 +31,9 @@ def disk(**keys: Any) -> Dict[str, Any]:
 
 def vm(name_label: str, disks: Union[int, Sequence[Dict[str, Any]]] = 1, snapshots: Union[int, Sequence[Any]] = 0,
        **keys: Any) -> Dict[str, Any]:
-    """A VM of POOL.json; disks and snapshots as numbers or as lists."""
+    """A VM of POOL.json; disks and snapshots as numbers or as lists. Two of one name need uuids of their own."""
+    if keys.get('count', 1) == 1:
+        keys.setdefault('uuid', uuid_of(name_label))
     if isinstance(disks, int):
         disks = [disk(seed=number) for number in range(disks)]
     if isinstance(snapshots, int):

@@ -125,7 +125,8 @@ def test_trap_02_an_uncleared_snapshot_is_exported_as_a_template(a_pool: Any) ->
     snapshot = session.xenapi.VM.snapshot(ref_of(session, 'web'), 'web before')
 
     for is_template in (True, False):
-        session.xenapi.VM.set_is_a_template(snapshot, is_template)
+        if not is_template:
+            session.xenapi.VM.set_is_a_template(snapshot, False)
         ova = ova_of(get(pool, '/export', ref=snapshot).body)
         assert vm_fields(ova, 'is_a_template') == ['<boolean>%d</boolean>' % is_template]
         assert vm_fields(ova, 'is_a_snapshot') == ['<boolean>0</boolean>']
@@ -198,8 +199,7 @@ def test_trap_05_an_existing_file_is_refused_when_the_export_already_runs(a_pool
 
     assert pool.xe('vm-export', 'vm=web', 'filename=%s' % existing).exit_status == 1
     # The server had begun, holds the VM, and hears of it only when its next write meets a closed connection.
-    assert eventually(lambda: pool.calls('http:/export')[-1].get('result') not in (None, 'ok'))
-    assert pool.calls('http:/export')[-1]['result'][0] == 'CLIENT_ERROR'
+    assert eventually(lambda: [call['result'] for call in pool.calls('http:/export')])[0][0] == 'CLIENT_ERROR'
     assert eventually(lambda: not is_exporting(session, web))
 
     pool.stop()
@@ -364,7 +364,8 @@ def test_trap_11_names_are_anything_and_not_unique(a_pool: Any) -> None:
     assert 'a\\,b' in listed and 'a\\\\b' in listed and 'Bücher ☃' in listed
     assert pool.xe('vm-list', 'name-label=a,b', '--minimal').stdout.strip() == named(pool, 'a,b')
     assert pool.xe('vm-list', 'name-label=nope', '--minimal') == Run(0, '\n', '')
-    assert pool.xe('vm-list', 'name-label=line\nbreak', '--minimal').exit_status == 1, 'a newline splits the argument'
+    assert pool.xe('vm-list', 'power-state=halted\nbreak', '--minimal') == Run(
+        1, '', "Error: Unknown field 'break'\n"), 'a newline splits the argument'
 
 
 def test_trap_12_who_answers_a_login(a_pool: Any) -> None:
@@ -457,7 +458,7 @@ def test_trap_14_an_export_is_served_by_a_host_that_sees_all_disks(a_pool: Any) 
     assert answer.status_line.endswith('302 Found') and answer.body == b''
     location = answer.header('Location')
     assert location.startswith('https://' + member['address']) and session.handle in location and there in location
-    assert get(pool, '/export', host=2, ref=there).status == 200
+    assert ask(pool.url_of(2), 'GET', '/export', {'ref': there, 'session_id': session.handle}, {}).status == 200
     assert get(pool, '/export', ref=ref_of(session, 'here')).status == 200
     assert pool.xe('vm-export', 'vm=there', 'filename=').exit_status == 0, 'xe follows, over TLS'
     disk_there = disks_of(session, there)[0]
@@ -640,9 +641,13 @@ def test_trap_21_imports_forgive_and_rename(a_pool: Any) -> None:
     left, right = (session.xenapi.VIF.get_record(record['VIFs'][0]) for record in (original, copy))
     assert left['MAC'] != right['MAC'] and left['network'] == right['network'], 'the network is found by its name'
 
-    answer, task = import_of(pool, session, archive, restore='true')
+    _answer, task = import_of(pool, session, archive, restore='true')
+    assert task['error_info'] == ['VM_TO_IMPORT_IS_NOT_NEWER_VERSION', web, '0', '0']
+    snapshot = session.xenapi.VM.snapshot(web, 'of web')
+    _answer, task = import_of(pool, session, get(pool, '/export', ref=snapshot).body, restore='true')
     assert task['error_info'] == ['DUPLICATE_MAC_SEED', original['other_config']['mac_seed']]
-    session.xenapi.VM.destroy(web)
+    for ref in (snapshot, web):
+        session.xenapi.VM.destroy(ref)
     back = session.xenapi.VM.get_record(imported(pool, session, archive, restore='true'))
     assert back['uuid'] == original['uuid'] and back['other_config']['mac_seed'] == original['other_config']['mac_seed']
     assert session.xenapi.VIF.get_MAC(back['VIFs'][0]) == left['MAC']
