@@ -17,6 +17,8 @@ REF = re.compile('OpaqueRef:%s$' % UUID)
 # Recorded on one host with this address; a host of the simulated pool listens on a loopback address.
 ADDRESS = re.compile(r'192\.168\.77\.10|127\.0\.0\.1(:\d+)?')
 
+SEXP_FIELD = re.compile(r"\('(\w+)' '((?:[^'\\]|\\.)*)'\)")
+
 # What a server without an object says for it: as constant as a word.
 NO_UUID = '00000000-0000-0000-0000-000000000000'
 
@@ -73,6 +75,10 @@ class Comparison:
 
     def text(self, recorded: str, simulated: str, path: str) -> None:
         """Equal, but for ids that stand for one another, dates and addresses."""
+        if path.endswith('snapshot_metadata') and recorded and simulated:
+            # A whole record as text: (('name' 'value') ...), compared field by field.
+            self.struct(OrderedDict(SEXP_FIELD.findall(recorded)), OrderedDict(SEXP_FIELD.findall(simulated)), path)
+            return
         left, right = ADDRESS.sub('ADDRESS', recorded), ADDRESS.sub('ADDRESS', simulated)
         ours, theirs = TOKEN.findall(left), TOKEN.findall(right)
         if TOKEN.split(left) != TOKEN.split(right) or not all(map(self.token, ours, theirs)):

@@ -38,6 +38,8 @@ class Replay:
         self.exemptions = Exemptions(folder)
         self.work_dir = work_dir
         self.recorded_objects = recorded_objects(folder)
+        for name in ('backups', 'mnt', 'small'):
+            os.mkdir(os.path.join(work_dir, name))
         self.outcomes: Dict[str, Outcome] = {}
         self.objects: Optional[Dict[str, Dict[str, Any]]] = None
 

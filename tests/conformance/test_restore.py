@@ -1,5 +1,6 @@
 """The way back, as a real server answered it call by call, done again in the simulated pool."""
 
+import os
 from typing import Any, Iterator
 
 import pytest
@@ -11,6 +12,8 @@ from replay import Replay, replayed, stale_rows
 @pytest.fixture(scope='module')
 def restore(tmp_path_factory: Any) -> Iterator[Replay]:
     replay = Replay('restore', 'pool.json', str(tmp_path_factory.mktemp('restore')))
+    with open(os.path.join(replay.work_dir, 'backups', 'PROD-web.vhd'), 'wb') as file:
+        file.write(recordings.unpacked('PROD-web.vhd.gz'))
     try:
         yield replay.play(recordings.names('restore'))
     finally:

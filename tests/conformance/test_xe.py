@@ -77,8 +77,6 @@ class Session(Replay):
         return self
 
     def prepare_files(self) -> None:
-        for folder in ('backups', 'mnt', 'small'):
-            os.mkdir(os.path.join(self.work_dir, folder))
         for name, text in (('pwf1', 'root\npassword\n'), ('pwf2', 'root\n')):
             with open(os.path.join(self.work_dir, 'mnt', name), 'w') as file:
                 file.write(text)

@@ -24,7 +24,6 @@ import state
 from faults import Faults, FaultsFileError
 from model import Pool
 from schema import Failure
-from storage import MIB
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

@@ -463,12 +463,9 @@ def _add_task(api: Api) -> None:
 
     def set_status(call: Call, self: str, value: str) -> None:
         with pool.lock:
-            pool.record("task", self)
-            if value == "success":
-                pool.finish_task(self, pool.record("task", self)["result"])
-            elif value == "failure":
-                pool.fail_task(self, Failure(*(pool.record("task", self)["error_info"] or [""])))
             pool.set_field("task", self, "status", value)
+            if value not in ("pending", "cancelling"):
+                pool.set_fields("task", self, {"finished": pool.now(), "progress": 1.0, "allowed_operations": []})
 
     def set_progress(call: Call, self: str, value: float) -> None:
         with pool.lock:
@@ -698,6 +695,7 @@ def _add_vm(api: Api) -> None:
     api.add("VM.checkpoint", parameters, "ref VM", lambda call, vm, new_name: pool.vm_checkpoint(vm, new_name, call.task),
             has_async=True)
     api.add("VM.clone", parameters, "ref VM", lambda call, vm, new_name: pool.vm_clone(vm, new_name, call.task), has_async=True)
+    api.add("VM.revert", "snapshot: ref VM", "void", lambda call, snapshot: pool.vm_revert(snapshot, call.task), has_async=True)
     api.add("VM.provision", vm, "void", power_change(pool.vm_provision), has_async=True)
     api.add("VM.start", vm + ", start_paused: bool, force: bool", "void", start, has_async=True)
     api.add("VM.start_on", vm + ", host: ref host, start_paused: bool, force: bool", "void", start_on, has_async=True)

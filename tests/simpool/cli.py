@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import threading
+import time
 import urllib.parse
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -271,8 +272,9 @@ class Command:
             self.kill_client()
 
     def kill_client(self) -> None:
-        """SIGKILL for the client, as the fault `kill` wants it."""
+        """SIGKILL for the client, as the fault `kill` wants it; what it was sent so far it may still write."""
         if self.client_pid:
+            time.sleep(0.2)
             try:
                 os.kill(self.client_pid, signal.SIGKILL)
             except OSError:

@@ -251,8 +251,8 @@ class Disks:
         with self.lock:
             for vbd in self.record("VM", vm)["VBDs"]:
                 record = self.tables["VBD"][vbd]
-                if record["type"] == "Disk" and not record["empty"] and device in (record["device"], record["userdevice"],
-                                                                                  device_name(record["userdevice"])):
+                names = (record["device"], record["userdevice"], device_name(record["userdevice"]))
+                if record["type"] == "Disk" and not record["empty"] and device in names:
                     vdi = record["VDI"]
                     break
             else:

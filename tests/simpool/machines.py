@@ -38,7 +38,10 @@ class Machines:
                 if self.tables["VBD"][vbd]["type"] != "CD" and not self.tables["VBD"][vbd]["empty"]]
 
     def srs_of_vm(self, vm: str) -> List[str]:
-        """Every SR that a host must see to work on the VM's disks: an inserted ISO's too (xapi_vm_helpers.ml assert_can_see_SRs)."""
+        """Every SR that a host must see to work on the VM's disks, that of an inserted ISO too.
+
+        See xapi_vm_helpers.ml assert_can_see_SRs, v26.17.0.
+        """
         record = self.record("VM", vm)
         disks = [self.tables["VBD"][vbd]["VDI"] for vbd in record["VBDs"] if not self.tables["VBD"][vbd]["empty"]]
         disks.append(record["suspend_VDI"])
@@ -245,6 +248,53 @@ class Machines:
     def _assert_can_suspend(self, vm: str) -> None:
         if self.record("VM", vm)["power_state"] != "Suspended":
             self._suspend_sr(vm)
+
+    def vm_revert(self, snapshot: str, task: Optional[str] = None) -> None:
+        """VM.revert: the VM gets the snapshot's settings and writable copies of its disks; its own disks go.
+
+        Snapshots of a disk that goes become snapshots of the disk that takes its place (xapi_vm_snapshot.ml, v26.17.0).
+        """
+        with self.own_task("VM.revert", task) as mine:
+            with self.operation("VM", snapshot, "revert", mine):
+                with self.lock:
+                    vm = self.record("VM", snapshot)["snapshot_of"]
+                    if vm not in self.tables["VM"]:
+                        raise Failure("VM_REVERT_FAILED", vm, snapshot)
+                    self.choose_host(self.srs_of_vm(snapshot))
+                    if self.record("VM", vm)["power_state"] != "Halted":
+                        self._stop(vm, "Halted")
+                    old_disks = [self.tables["VBD"][vbd]["VDI"] for vbd in self.vm_disks(vm)]
+                    source_vbds = list(self.record("VM", snapshot)["VBDs"])
+                made = {}  # type: Dict[str, str]
+                for vbd in reversed(source_vbds):
+                    made[vbd] = self._copy_disk_of(vbd, "clone", [])
+                with self.lock:
+                    for vbd in list(self.record("VM", vm)["VBDs"]):
+                        self.destroy_row("VBD", vbd)
+                    for vif in list(self.record("VM", vm)["VIFs"]):
+                        self.destroy_row("VIF", vif)
+                    self._take_settings(snapshot, vm)
+                    for vbd, disk in made.items():
+                        self._copy_vbd(vbd, vm, disk)
+                        source = self.tables["VDI"].get(self.tables["VBD"][vbd]["VDI"])
+                        if source is not None and source["is_a_snapshot"]:
+                            for other in list(self.tables["VDI"].get(source["snapshot_of"], {}).get("snapshots", [])):
+                                self.set_field("VDI", other, "snapshot_of", disk)
+                    for vif in reversed(self.record("VM", snapshot)["VIFs"]):
+                        self._copy_vif(vif, vm, keep_mac=True)
+                    self.update_allowed_operations("VM", vm)
+                for disk in old_disks:
+                    self.vdi_destroy(disk)
+
+    def _take_settings(self, snapshot: str, vm: str) -> None:
+        kept = set(RESET_IN_COPIES) | {
+            "uuid", "allowed_operations", "current_operations", "name_label", "power_state", "is_a_snapshot", "is_a_template",
+            "snapshot_of", "snapshot_time", "snapshot_info", "snapshot_metadata", "parent", "metrics", "guest_metrics",
+            "generation_id"}
+        for name, value in self.record("VM", snapshot).items():
+            if name not in kept:
+                self.set_field("VM", vm, name, _copied(value))
+        self.set_field("VM", vm, "parent", snapshot)
 
     # --- VM: power
 

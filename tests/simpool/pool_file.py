@@ -22,7 +22,8 @@ TIB = 1024 ** 4
 REQUIRED = object()
 DERIVED = None
 
-POOL_KEYS = {"xapi_version": DEFAULT_VERSION, "hosts": DERIVED, "srs": DERIVED, "networks": DERIVED, "templates": [], "vms": []}
+POOL_KEYS = {"xapi_version": DEFAULT_VERSION, "hosts": DERIVED, "srs": DERIVED, "networks": DERIVED, "templates": [],
+             "vms": []}  # type: Dict[str, Any]
 HOST_KEYS = {"name_label": REQUIRED, "name_description": "Default install", "uuid": DERIVED, "hostname": DERIVED,
              "master": DERIVED, "live": True}
 SR_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "type": DERIVED, "shared": DERIVED,
@@ -34,7 +35,7 @@ VM_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "pow
            "disks": [], "cds": [], "vifs": [], "snapshots": []}
 DISK_KEYS = {"device": DERIVED, "userdevice": DERIVED, "size": GIB, "used": 0, "seed": 0, "sr": DERIVED, "name_label": "",
              "name_description": "", "uuid": DERIVED, "bootable": False, "mode": "RW", "type": DERIVED, "owner": False,
-             "other_config": {}}
+             "other_config": {}}  # type: Dict[str, Any]
 CD_KEYS = {"userdevice": DERIVED, "empty": True, "sr": DERIVED, "name_label": "", "size": 64 * storage.MIB}
 VIF_KEYS = {"device": DERIVED, "network": DERIVED, "MAC": DERIVED, "MTU": 1500}
 SNAPSHOT_KEYS = {"name_label": REQUIRED, "uuid": DERIVED}

@@ -186,7 +186,7 @@ class Server:
         visible = folder
         longest = "xapi-%d" % len(self.pool.tables["host"])
         if len(os.fsencode(os.path.join(folder, longest))) > LONGEST_SOCKET_PATH:
-            self._short_folder = _short_temporary_folder()
+            self._short_folder = self._new_short_folder()
             visible = os.path.join(self._short_folder, "s")
             os.symlink(folder, visible)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -203,6 +203,19 @@ class Server:
             self._accept_from(_bind_unix(descriptor, "control"), "", is_unix=True)
         finally:
             os.close(descriptor)
+
+    def _new_short_folder(self) -> str:
+        """A folder with a short path for a link to the sockets. A server that was killed left its own: that goes first."""
+        note = state.private(self.folder, "short-folder")
+        try:
+            with open(note, encoding="utf-8", errors="surrogateescape") as stream:
+                shutil.rmtree(stream.read(), ignore_errors=True)
+        except FileNotFoundError:
+            pass
+        folder = _short_temporary_folder()
+        with open(note, "w", encoding="utf-8", errors="surrogateescape") as stream:
+            stream.write(folder)
+        return folder
 
     def _accept_from(self, listener: socket.socket, host: str, is_unix: bool, is_tls: bool = False) -> None:
         self._listeners.append(listener)
@@ -328,7 +341,7 @@ class Server:
         wish = json.loads(request.body().decode("utf-8"))
         try:
             guest_write(self.pool, wish["vm"], wish["device"], wish["block"])
-            answer = {"ok": True}
+            answer = {"ok": True}  # type: Dict[str, Any]
         except KeyError as error:
             answer = {"ok": False, "error": error.args[0]}
         except Failure as error:

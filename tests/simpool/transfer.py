@@ -205,7 +205,11 @@ class Transfer:
         except Failure as failure:
             self.pool.fail_task(task, failure)
             raise
-        except (faults.Drop, EmptyReply):
+        except EmptyReply:
+            raise
+        except faults.Drop:
+            # A lost connection looks to the server like a client that is gone.
+            self.pool.fail_task(task, Failure('CLIENT_ERROR', BROKEN_PIPE))
             raise
         except Exception as error:
             failure = Failure('INTERNAL_ERROR', '%s(%s)' % (type(error).__name__, error))

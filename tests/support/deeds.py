@@ -1,0 +1,117 @@
+"""The words that tests are written in: what is done.
+
+    run = backup(pool, shelf, 'vm-export=web:2')        the lines of weekend.cfg, run as cron runs it on the master
+    run = preview(pool, shelf, 'vm-export=web:2')
+    with beginning(pool, shelf, 'vm-export=web') as process: process.signal(signal.SIGTERM); run = process.ending()
+"""
+
+import contextlib
+import glob
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any, Callable, Dict, Iterator, List, Sequence
+
+from support.process import PROGRAM, TIME_LIMIT_S, Pool, Run, run_program, text_of
+from support.shelf import Shelf
+from support.wire import eventually
+
+EARLIER = 'earlier'
+
+
+def backup(pool: Pool, shelf: Shelf, *lines: str, password: str = '-', host: int = 1, words: Sequence[str] = (),
+           **how: Any) -> Run:
+    """A run of weekend.cfg with these lines, on that host. `words`: what the crontab line has behind the config."""
+    how.setdefault('environment', pool.environment(host))
+    return run_program(password, shelf.config(*lines), *words, **how)
+
+
+def preview(pool: Pool, shelf: Shelf, *lines: str, **how: Any) -> Run:
+    return backup(pool, shelf, *lines, words=['preview'], **how)
+
+
+class Process:
+    """VmBackup.py while it runs."""
+
+    def __init__(self, arguments: Sequence[str], environment: Dict[str, str]) -> None:
+        self._process = subprocess.Popen([sys.executable, '-W', 'error', PROGRAM] + list(arguments), env=environment,
+                                         cwd='/', stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE, start_new_session=True)
+        self._told: List[List[bytes]] = [[], []]
+        self._readers = [threading.Thread(target=self._read, args=(pipe, told), daemon=True)
+                         for pipe, told in zip((self._process.stdout, self._process.stderr), self._told)]
+        for reader in self._readers:
+            reader.start()
+
+    @staticmethod
+    def _read(pipe: Any, told: List[bytes]) -> None:
+        with pipe:
+            for line in pipe:
+                told.append(line)
+
+    @property
+    def output(self) -> str:
+        """What it has said so far."""
+        return text_of(b''.join(self._told[0] + self._told[1]))
+
+    def says(self, text: str) -> bool:
+        """It says so, now or soon."""
+        return bool(eventually(lambda: text in self.output or self.is_over())) and text in self.output
+
+    def is_over(self) -> bool:
+        return self._process.poll() is not None
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Killed as a power failure kills, with all that it had started."""
+        for pid in [self._process.pid] + children_of(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+    def ending(self, time_limit_s: float = TIME_LIMIT_S) -> Run:
+        """What it left to see, once it has ended by itself."""
+        status = self._process.wait(time_limit_s)
+        for reader in self._readers:
+            reader.join(10)
+        return Run(status, text_of(b''.join(self._told[0])), text_of(b''.join(self._told[1])))
+
+
+@contextlib.contextmanager
+def beginning(pool: Pool, shelf: Shelf, *lines: str, password: str = '-', host: int = 1, words: Sequence[str] = (),
+              config: str = '') -> Iterator[Process]:
+    """The run has been started; it does not outlive the block. `config`: a config other than weekend.cfg."""
+    process = Process([password, config or shelf.config(*lines)] + list(words), pool.environment(host))
+    try:
+        yield process
+    finally:
+        if not process.is_over():
+            process.kill()
+
+
+def children_of(pid: int) -> List[int]:
+    """All processes that the process has started, and those that they have."""
+    found = []
+    for path in glob.glob('/proc/[0-9]*/stat'):
+        with contextlib.suppress(OSError), open(path, encoding='utf-8', errors='replace') as file:
+            text = file.read()
+            if int(text.rpartition(')')[2].split()[1]) == pid:
+                child = int(text.split()[0])
+                found += [child] + children_of(child)
+    return found
+
+
+def is_exporting(pool: Pool) -> Callable[[], bool]:
+    """Has an `xe` begun to export an image?"""
+    return lambda: bool([entry for pattern in ('http:/export', 'http:/export_raw_vdi', 'xe:vdi-export')
+                         for entry in pool.calls(pattern)])
+
+
+def objects(pool: Pool) -> Dict[str, Dict[str, Any]]:
+    """All that a backup could change or leave in the pool: VMs, disks, drives, interfaces, tasks, messages, sessions."""
+    dump = pool.dump()
+    return {kind: dump.get(kind, {}) for kind in ('VM', 'VDI', 'VBD', 'VIF', 'message', 'session')}

@@ -1,0 +1,563 @@
+"""The generated fault suite: every fault of FAULTS.json at every call, command and request of a backup; signals at every
+moment of it; storage that fails at every step.
+
+One backup is recorded. Each case then repeats it with one trouble, on a copy of the same pool and store, and after it runs
+once more without. INVARIANTS are checked after both. tests/soak does all cases, tests/scenario/test_faults.py a sample.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from support import contents
+from support.language import at, described, disk, vm
+from support.process import CRON_PATH, PASSWORD, PROGRAM, TESTS, Pool, Run, text_of, write_json
+
+TROUBLED = os.path.join(TESTS, 'support', 'troubled.py')
+MEBIBYTE = 1 << 20
+COPIES = 2
+RUN_LIMIT_S = 180
+STEP_MS = 20
+
+WEB_DISKS = {'0': disk(userdevice='0', seed=11, size=4 * MEBIBYTE, used=[[0, 2]]),
+             '1': disk(userdevice='1', seed=12, size=2 * MEBIBYTE + 512, used=[[1, 1]])}
+DB_DISKS = {'0': disk(userdevice='0', seed=13, size=3 * MEBIBYTE, used=[[0, 1], [2, 1]]),
+            '1': disk(userdevice='1', seed=14, size=MEBIBYTE, used=1)}
+DISKS = {'web': WEB_DISKS, 'db': {'0': DB_DISKS['0']}}
+#: What guests write between the earlier copy and the run that is troubled, so that one can't pass for the other.
+WRITES = {'web': {'0': {1: 1}}, 'db': {'0': {2: 1}}}
+POOL = described(
+    [vm('web', list(WEB_DISKS.values()), snapshots=[{'name_label': "web's own snapshot"}], power_state='Running',
+        vifs=[{'device': '0'}], other_config={'owner': 'someone'}),
+     vm('db', list(DB_DISKS.values()), power_state='Running'),
+     vm('bystander', 1, snapshots=[{'name_label': 'web (backup 2016-04-14 00:10:00)'}])],
+    {'hosts': [{'name_label': 'xcp1', 'master': True}, {'name_label': 'xcp2'}]})
+
+CONFIG = '''\
+backup_dir={home}/store
+status_log={home}/status.log
+max_backups={copies}
+pool_db_backup=1
+require_mount=no
+stall_timeout=1
+vm-export=web
+vdi-export=db
+'''
+
+
+class Case(NamedTuple):
+    """One trouble. `faults` are the pool's, `trouble` troubled.py's, `signal_at` (number, milliseconds) comes from outside."""
+    name: str
+    faults: Tuple[Dict[str, Any], ...] = ()
+    trouble: Optional[Dict[str, Any]] = None
+    signal_at: Optional[Tuple[int, int]] = None
+    copies: int = COPIES
+
+    @property
+    def kind(self) -> str:
+        return self.name.split(' ')[0]
+
+    @property
+    def kills(self) -> bool:
+        """Does the program die without a chance to clean up?"""
+        return bool(self.signal_at and self.signal_at[0] == signal.SIGKILL
+                    or self.trouble and self.trouble.get('do') == 'SIGKILL')
+
+    @property
+    def deeds(self) -> Set[str]:
+        return {key for fault in self.faults for key in fault['do']}
+
+    @property
+    def reproduction(self) -> str:
+        return json.dumps({key: value for key, value in (('faults', self.faults), ('trouble', self.trouble),
+                                                         ('signal_at', self.signal_at), ('max_backups', self.copies))
+                           if value})
+
+
+class Result(NamedTuple):
+    """What became of a case: how many invariants held, what is wrong, and what the runs printed."""
+    case: Case
+    held: int
+    problems: List[str]
+    printed: str
+
+
+class Base:
+    """A pool and a store in which one good copy of each VM stands, and the record of one more run."""
+
+    def __init__(self, program: str = PROGRAM) -> None:
+        self.program = program
+        self.home = tempfile.mkdtemp(prefix='faults-')
+        self.pool_dir = os.path.join(self.home, 'd')
+        first = Place(self, None, COPIES)
+        try:
+            first.serve()
+            self.objects = objects_of(first.pool)
+            run = first.back_up()
+            assert run.exit_status == 0, run.output
+            for name, devices in WRITES.items():
+                for device, blocks in devices.items():
+                    for block in blocks:
+                        first.pool.command('write', '--dir', first.pool.dir, '--vm', name, '--device',
+                                           'xvd' + 'ab'[int(device)], '--block', str(block))
+            first.pool.stop()
+            shutil.copytree(first.pool.dir, self.pool_dir, ignore=shutil.ignore_patterns('sockets', 'journal.jsonl'))
+            shutil.copytree(first.store, os.path.join(self.home, 'store'), symlinks=True)
+            self.copies = contents.shown_copies(first.store)
+            self.dumps = contents.shown_dumps(first.store)
+            trace = os.path.join(first.home, 'trace')
+            before = len(first.pool.journal())
+            first.serve()
+            began_at = time.monotonic()
+            run = first.back_up()
+            self.run_ms = int((time.monotonic() - began_at) * 1000)
+            assert run.exit_status == 0, run.output
+            self.journal = first.pool.journal()[before:]
+            run = first.back_up(trouble={'store': first.store, 'trace': trace})
+            assert run.exit_status == 0, run.output
+            with open(trace, encoding='utf-8', errors='surrogateescape') as file:
+                self.steps = file.read().splitlines()
+        except BaseException:
+            self.remove()
+            raise
+        finally:
+            first.remove()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+class Place:
+    """A pool and a store of one case, copied from the base."""
+
+    def __init__(self, base: Base, source: Optional[Base], copies: int, faults: Sequence[Dict[str, Any]] = ()) -> None:
+        self.base = base
+        self.pool = Pool(POOL, faults)
+        self.pool.first_snapshots = []
+        self.home = self.pool.home
+        self.store = os.path.join(self.home, 'store')
+        self.config = os.path.join(self.home, 'weekend.cfg')
+        self.password_file = os.path.join(self.home, 'pw')
+        if source is None:
+            os.mkdir(self.store)
+        else:
+            shutil.copytree(source.pool_dir, self.pool.dir, symlinks=True)
+            shutil.copytree(os.path.join(source.home, 'store'), self.store, symlinks=True)
+        with open(self.config, 'w') as file:
+            file.write(CONFIG.format(home=self.home, copies=copies))
+        with open(self.password_file, 'w') as file:
+            file.write('cGFzc3dvcmQ=\n')
+
+    def serve(self) -> None:
+        self.pool.start()
+
+    def command(self, *action: str) -> List[str]:
+        return [sys.executable, '-W', 'error', self.base.program, self.password_file, self.config] + list(action)
+
+    def back_up(self, trouble: Optional[Dict[str, Any]] = None,
+                signal_at: Optional[Tuple[int, int]] = None) -> Run:
+        """A backup has ended, also by a signal so many milliseconds after its start."""
+        command = self.command()
+        if trouble is not None:
+            write_json(os.path.join(self.home, 'TROUBLE.json'), dict(trouble, store=self.store)
+                       if 'step' in trouble else trouble)
+            command[3:3] = [TROUBLED, os.path.join(self.home, 'TROUBLE.json')]
+        process = subprocess.Popen(command, env=self.pool.environment(), cwd='/', stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
+        if signal_at is not None:
+            try:
+                process.wait(signal_at[1] / 1000)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal_at[0])
+        try:
+            stdout, stderr = process.communicate(timeout=RUN_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            stdout, stderr = process.communicate()
+            stderr += b'\nSTILL RUNNING after %d s, killed\n' % RUN_LIMIT_S
+        return Run(process.returncode, text_of(stdout), text_of(stderr))
+
+    def verify(self) -> Run:
+        process = subprocess.Popen(self.command('verify'), env={'PATH': CRON_PATH}, cwd='/', stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        stdout, stderr = process.communicate(timeout=RUN_LIMIT_S)
+        return Run(process.returncode, text_of(stdout), text_of(stderr))
+
+    def remove(self) -> None:
+        self.pool.remove()
+
+
+# --- the cases --------------------------------------------------------------------------------------------------------
+
+MASTER_MOVES = {'master': 'xcp2'}
+FAILURES = (('INTERNAL_ERROR', 'Unix.Unix_error(Unix.EIO, "read", "")'), ('HANDLE_INVALID', 'VM', 'OpaqueRef:gone'),
+            ('OTHER_OPERATION_IN_PROGRESS', 'VM', 'OpaqueRef:busy'), ('SR_BACKEND_FAILURE_44', '', 'no space', ''),
+            ('SR_BACKEND_FAILURE_46', '', 'The VDI is not available', ''), ('VDI_IN_USE', 'OpaqueRef:used', 'destroy'),
+            ('HOST_STILL_BOOTING',), ('SESSION_INVALID', 'OpaqueRef:old'), ('TASK_CANCELLED', 'OpaqueRef:task'))
+STREAM_PLACES = (0, 100, 512, 1000, 40000, MEBIBYTE + 600, 2 * MEBIBYTE + 100000, 3 * MEBIBYTE - 1)
+TROUBLE_WORDS = ('ENOSPC', 'EIO', 'SIGKILL', 'SIGTERM', 'short', 'ESTALE', 'EDQUOT')
+
+
+def occasions(journal: Sequence[Dict[str, Any]]) -> List[Tuple[str, int, int]]:
+    """(`via:call`, which one of them, bytes) of everything that the run did, in order."""
+    seen = {}  # type: Dict[str, int]
+    found = []
+    for entry in journal:
+        on = '%s:%s' % (entry['via'], entry['call'])
+        seen[on] = seen.get(on, 0) + 1
+        found.append((on, seen[on], entry['bytes']))
+    return found
+
+
+def all_cases(base: Base) -> List[Case]:
+    """Every trouble at every place of the recorded run."""
+    cases = []
+    for on, nth, size in occasions(base.journal):
+        for when, do in deeds(on, size):
+            fault = at(on, nth=nth, when=when, **do)
+            word = ' '.join('%s=%s' % (key, value[0] if isinstance(value, tuple) else value)
+                            for key, value in sorted(do.items()))
+            name = '%s-%s %s #%d %s %s' % (on.split(':')[0], sorted(do)[-1] if 'stderr' not in do else 'exit', on, nth,
+                                           when or 'before', word)
+            trouble = {'minute_s': 1} if 'hang' in do or 'rate' in do else None
+            cases.append(Case(name, (fault,), trouble, None, 1 + (nth + size) % 2))
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        for wait_ms in range(0, base.run_ms * 3 // 2, STEP_MS):
+            name = signal.Signals(number).name
+            cases.append(Case('%s after %d ms' % (name, wait_ms), signal_at=(number, wait_ms), copies=1 + wait_ms // STEP_MS % 2))
+    for step, line in enumerate(base.steps, 1):
+        for word in TROUBLE_WORDS:
+            if word == 'short' and not line.startswith('write'):
+                continue
+            for stays in (False, True) if word in ('ENOSPC', 'EIO') else (False,):
+                cases.append(Case('storage-%s at step %d of %d (%s)%s' % (
+                    word, step, len(base.steps), line.split(' ')[0] + ' ' + os.path.basename(line),
+                    ' and from then on' if stays else ''),
+                    trouble={'step': step, 'do': word, 'stays': stays}, copies=1 + step % 2))
+        if line.startswith(('write', 'fsync')):
+            cases.append(Case('storage-hang at step %d of %d (%s)' % (step, len(base.steps), line),
+                              trouble={'step': step, 'do': 'hang', 'minute_s': 1}))
+    return cases
+
+
+def deeds(on: str, size: int) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """(when, deed) of all that can go wrong at such an occasion."""
+    via = on.split(':')[0]
+    for failure in FAILURES if via == 'api' else FAILURES[:3]:
+        yield '', {'fail': failure}
+    yield 'after', {'fail': FAILURES[0]}
+    for when in ('', 'after'):
+        yield when, {'drop': True}
+        yield when, {'sleep': 1}
+        yield when, {'logout': True}
+        yield when, MASTER_MOVES
+        yield when, {'hang': True}
+    yield '', {'lose': 2}
+    yield 'after', {'lose': 1}
+    if via == 'xe':
+        yield '', {'kill': 'xe'}
+        yield '', {'exit': 1}
+        yield '', {'exit': 1, 'stderr': 'Error: Connection lost'}
+        yield '', {'exit': 0, 'stderr': 'The operation failed: lost connection'}
+        yield '', {'exit': 0, 'stderr': 'a harmless remark'}
+    if via == 'http':
+        for place in STREAM_PLACES + (size - 1, size - 600, size - 1025):
+            if 0 <= place < size:
+                yield '', {'truncate': place}
+                yield '', {'truncate': place, 'silent': True}
+                if not on.endswith(('dbdump', 'raw_vdi')):
+                    yield '', {'flip': place}
+        yield '', {'rate': max(1000, size // 2)}
+        yield '', {'keepalive': True}
+
+
+def spread(cases: Sequence[Case], count: int) -> List[Case]:
+    """So many of them, as far apart as can be."""
+    return [cases[index * len(cases) // count] for index in range(min(count, len(cases)))]
+
+
+# --- one case ---------------------------------------------------------------------------------------------------------
+
+def run_case(base: Base, case: Case) -> Result:
+    """The run with its trouble, then a clean one; the invariants after each."""
+    place = Place(base, base, case.copies, case.faults)
+    try:
+        place.serve()
+        run = place.back_up(case.trouble, case.signal_at)
+        after = Aftermath(base, case, place, run, set(base.copies), set(base.dumps), False)
+        held, problems = after.judge()
+        place.pool.set_faults([])
+        place.pool.stop()
+        place.serve()
+        clean = place.back_up()
+        later = Aftermath(base, case, place, clean, after.good_copies, after.dumps, True)
+        more_held, more_problems = later.judge()
+        return Result(case, held + more_held, ['after the run: ' + text for text in problems]
+                      + ['after the clean run: ' + text for text in more_problems],
+                      '--- the run (exit status %d)\n%s--- the clean run (exit status %d)\n%s' % (
+                          run.exit_status, run.output, clean.exit_status, clean.output))
+    finally:
+        place.remove()
+
+
+def objects_of(pool: Pool) -> Dict[str, Any]:
+    """What of the pool a backup must leave as it was: uuid -> what people see of it."""
+    tables = pool.dump()
+    found = {}
+    for name, fields in (('VM', ('name_label', 'name_description', 'is_a_snapshot', 'is_a_template', 'other_config',
+                                 'power_state', 'tags')),
+                         ('VDI', ('name_label', 'is_a_snapshot', 'other_config', 'virtual_size')),
+                         ('VBD', ('userdevice', 'type')), ('VIF', ('device', 'MAC'))):
+        for record in tables[name].values():
+            found[name + ' ' + record['uuid']] = {field: record[field] for field in fields}
+    for record in tables.get('message', {}).values():
+        found['message ' + record['uuid']] = {'name': record['name'], 'body': record['body']}
+    return found
+
+
+LAST_LINE = re.compile(r'\S+ - (?P<word>SUCCESS|WARNING|ERROR): (?P<number>\d+) VMs? backed up \((?P<size>[^)]*)\)'
+                       r'(?:; (?P<missing>\d+) not: (?P<names>[^;]*))?(?P<dump>; the pool database was not dumped)?'
+                       r'(?:; (?P<warnings>\d+) warnings?)?(?P<rest>.*); exit status (?P<status>\d+)\.')
+
+
+class Aftermath:
+    """What is there after a run, held against what was there before it. Each method whose name begins with `holds_` gives
+    the sentences of what is wrong; its docstring is the invariant."""
+
+    def __init__(self, base: Base, case: Case, place: Place, run: Run, good_before: Set[Tuple[str, str]],
+                 dumps_before: Set[Tuple[str, str]], is_clean: bool) -> None:
+        self.base = base
+        self.case = case
+        self.place = place
+        self.run = run
+        self.good_before = good_before
+        self.dumps_before = dumps_before
+        self.is_clean = is_clean
+        self.was_killed = case.kills and not is_clean
+        self.copies = contents.shown_copies(place.store)
+        self.dumps = contents.shown_dumps(place.store)
+        self.damaged = {(name, copy): problem for name, copy in self.copies for problem in [self.problem_of(name, copy)]
+                        if problem}
+        self.good_copies = self.copies - set(self.damaged)
+        self.new = {name for name, _ in self.good_copies - good_before}
+        self.has_new_dump = bool(self.dumps - dumps_before)
+        self.last_line = LAST_LINE.fullmatch(run.stdout.rstrip('\n').rpartition('\n')[2])
+
+    def problem_of(self, name: str, copy: str) -> str:
+        if name not in DISKS:
+            return 'nobody asked for a copy of it'
+        is_first = (name, copy) in self.base.copies
+        return contents.copy_problem(os.path.join(self.place.store, name, copy), DISKS[name],
+                                     {} if is_first else WRITES[name])
+
+    def judge(self) -> Tuple[int, List[str]]:
+        held, problems = 0, []
+        for invariant in sorted(name for name in dir(self) if name.startswith('holds_')):
+            found = getattr(self, invariant)()
+            held += not found
+            problems += ['%s: %s' % (invariant[len('holds_'):], sentence) for sentence in found]
+        return held, problems
+
+    # --- the store ---
+
+    def holds_no_good_copy_is_lost(self) -> List[str]:
+        """A good copy that is gone has as many newer good ones as are to be kept."""
+        problems = []
+        for kind, before, now in (('copy', self.good_before, self.good_copies), ('dump', self.dumps_before, self.dumps)):
+            for name, one in sorted(before - now):
+                newer = [other for folder, other in now if folder == name and other > one]
+                if len(newer) < self.case.copies:
+                    problems.append('the %s %s/%s is gone, and only %d newer ones are there' % (kind, name, one, len(newer)))
+        return problems
+
+    def holds_what_looks_good_is_good(self) -> List[str]:
+        """Every copy and dump that shows as complete holds what the disks held."""
+        problems = ['%s/%s: %s' % (name, copy, problem) for (name, copy), problem in sorted(self.damaged.items())]
+        for name, dump in sorted(self.dumps):
+            problem = contents.dump_problem(os.path.join(self.place.store, name, dump))
+            problems += ['%s/%s %s' % (name, dump, problem)] if problem else []
+        return problems
+
+    def holds_verify_says_the_same(self) -> List[str]:
+        """`verify` finds every copy good, and as many as there are."""
+        verdict = self.place.verify()
+        lines = [line for line in verdict.stdout.splitlines() if re.search(r'backup-\S+', line) and ' good' in line]
+        if verdict.exit_status != 0 or len(lines) != len(self.copies):
+            return ['verify found %d of %d copies good, exit status %d: %s' % (
+                len(lines), len(self.copies), verdict.exit_status, verdict.output)]
+        return []
+
+    def holds_retention(self) -> List[str]:
+        """After a run that did everything, no more copies are kept than asked for."""
+        if self.run.exit_status not in (0, 3):
+            return []
+        problems = []
+        for name in DISKS:
+            count = len([one for folder, one in self.copies if folder == name])
+            if count > self.case.copies:
+                problems.append('%d copies of %s are there, %d are to be kept' % (count, name, self.case.copies))
+        return problems + (['%d dumps are there' % len(self.dumps)] if len(self.dumps) > self.case.copies else [])
+
+    def holds_nothing_unfinished(self) -> List[str]:
+        """After a clean run nothing unfinished is left; after any other only if it was killed or its storage failed."""
+        left = contents.unfinished(self.place.store)
+        may_be_left = not self.is_clean and (self.was_killed or self.case.trouble is not None)
+        return [] if may_be_left else ['%s is left' % name for name in left]
+
+    # --- the pool ---
+
+    def holds_the_pool_is_as_it_was(self) -> List[str]:
+        """What is not ours is untouched. What is ours is gone, or (not after the clean run) stands in an open journal."""
+        problems = []
+        now = objects_of(self.place.pool)
+        for key in sorted(set(self.base.objects) - set(now)):
+            problems.append('%s is gone: %s' % (key, self.base.objects[key]))
+        for key in sorted(set(self.base.objects) & set(now)):
+            if self.base.objects[key] != now[key] and not self.is_our_key_only(key, now[key]):
+                problems.append('%s was changed: %s, before %s' % (key, now[key], self.base.objects[key]))
+        left = [key for key in sorted(set(now) - set(self.base.objects))]
+        left += [key for key in sorted(now) if 'vmbackup' in json.dumps(now[key])]
+        is_known = not self.is_clean and self.open_journals()
+        return problems + ([] if is_known else ['%s is left: %s' % (key, now[key]) for key in left])
+
+    def is_our_key_only(self, key: str, record: Dict[str, Any]) -> bool:
+        """Is a key of ours, which is judged below, the only difference?"""
+        config = {name: value for name, value in record.get('other_config', {}).items()
+                  if not name.startswith('vmbackup:')}
+        return dict(record, other_config=config) == self.base.objects[key]
+
+    def open_journals(self) -> List[str]:
+        folder = os.path.join(self.place.store, '.vmbackup', 'runs')
+        return os.listdir(folder) if os.path.isdir(folder) else []
+
+    def holds_no_journal_is_left_open(self) -> List[str]:
+        """After the clean run no journal is left, but that of a snapshot call whose answer was lost."""
+        lost_answer = self.was_lost() or self.case.kills or self.case.signal_at is not None or self.case.trouble is not None
+        return ['the journals %s are left' % self.open_journals()] \
+            if self.is_clean and self.open_journals() and not lost_answer else []
+
+    def was_lost(self) -> bool:
+        return any('.snapshot' in fault['on'] and set(fault['do']) & {'drop', 'hang', 'lose', 'fail', 'master'}
+                   for fault in self.case.faults)
+
+    def holds_sessions_are_closed(self) -> List[str]:
+        """Every login of the program had its logout, unless it was killed or the trouble took the session."""
+        if self.was_killed or not self.is_clean and self.case.deeds & {'logout', 'master', 'lose', 'hang', 'drop', 'fail'} \
+                and any('session' in fault['on'] or self.case.deeds & {'logout', 'master', 'lose'} for fault in self.case.faults):
+            return []
+        journal = self.this_journal()
+        logins = [entry for entry in journal if entry['call'] == 'session.login_with_password' and entry['result'] == 'ok'
+                  and entry['args'][-1] == 'VmBackup']
+        logouts = [entry for entry in journal if entry['call'] == 'session.logout' and entry['result'] == 'ok']
+        return ['%d logins, %d logouts' % (len(logins), len(logouts))] if len(logins) != len(logouts) else []
+
+    def this_journal(self) -> List[Dict[str, Any]]:
+        journal = self.place.pool.journal()
+        if not self.is_clean:
+            self.place.journal_length = len(journal)
+            return journal
+        return journal[self.place.journal_length:]
+
+    # --- what it said ---
+
+    def holds_the_exit_status_is_true(self) -> List[str]:
+        """0 and 3 mean that everything is there; 1 that something is missing; the clean run ends with 0."""
+        status, is_all = self.run.exit_status, self.new == set(DISKS) and self.has_new_dump
+        problems = []
+        if status in (0, 3) and not is_all:
+            problems.append('exit status %d, but new copies are there only of %s%s' % (
+                status, sorted(self.new) or 'nothing', '' if self.has_new_dump else ', and no new dump'))
+        allowed = [0] if self.is_clean else [0, 1, 3, 4]
+        if not self.is_clean and self.case.signal_at:
+            allowed += [128 + self.case.signal_at[0], -self.case.signal_at[0]]
+        if not self.is_clean and self.case.trouble and str(self.case.trouble.get('do')).startswith('SIG'):
+            number = getattr(signal, self.case.trouble['do'])
+            allowed += [128 + number, -number]
+        if not self.is_clean and self.case.trouble and 'step' in self.case.trouble:
+            allowed += [2]
+        if status not in allowed:
+            problems.append('exit status %d' % status)
+        if status == 1 and is_all:
+            problems.append('exit status 1, but everything is there')
+        return problems
+
+    def holds_the_last_line_is_true(self) -> List[str]:
+        """The last line has the exit status, and names exactly the VMs that have no new copy."""
+        status = self.run.exit_status
+        if status in (2, 4) or status < 0:
+            return [] if status < 0 or self.run.stderr.strip() else ['nothing was said']
+        if self.last_line is None:
+            if status > 128 and 'stopped' in self.run.stderr or status > 128 and not self.run.stdout.strip():
+                return []
+            return ['the last line is %r' % self.run.stdout.rstrip('\n').rpartition('\n')[2]]
+        facts = self.last_line.groupdict()
+        names = set((facts['names'] or '').replace('"', '').split(', ')) - {''}
+        problems = []
+        if int(facts['status']) != status:
+            problems.append('the last line says %s, the exit status is %d' % (facts['status'], status))
+        if names != set(DISKS) - self.new:
+            problems.append('the last line names %s, but %s have no new copy' % (
+                sorted(names) or 'nothing', sorted(set(DISKS) - self.new) or 'none'))
+        if int(facts['number']) != len(self.new):
+            problems.append('the last line tells of %s VMs, %d have a new copy' % (facts['number'], len(self.new)))
+        if status < 128 and bool(facts['dump']) == self.has_new_dump:
+            problems.append('the last line tells wrongly of the pool database')
+        return ['%s (%s)' % (problem, self.last_line.group()) for problem in problems]
+
+    def holds_the_status_log_agrees(self) -> List[str]:
+        """The status log ends with the same counts, and says SUCCESS of exactly the VMs that have a new copy."""
+        if self.last_line is None or self.run.exit_status < 0:
+            return []
+        with open(os.path.join(self.place.home, 'status.log'), encoding='utf-8') as file:
+            lines = file.read().split('begin\n')[-1].splitlines()
+        successes = {match.group(1) for match in (re.search(r',end,SUCCESS (\w+),', line) for line in lines) if match}
+        if successes != self.new:
+            return ['it says SUCCESS of %s' % sorted(successes)]
+        return [] if ',end,%s,S:%d ' % (self.last_line.group('word'), len(self.new)) in lines[-1] else [lines[-1]]
+
+    def holds_no_traceback(self) -> List[str]:
+        """Trouble is never a bug of the program, nor one of the simulated pool."""
+        problems = ['the program has a bug: %s' % self.run.output] if 'Traceback' in self.run.output else []
+        complaints = self.place.pool.complaints()
+        return problems + (['the simulated pool has a bug: %s' % complaints] if complaints else [])
+
+    def holds_the_password_is_nowhere(self) -> List[str]:
+        """Neither printed nor written."""
+        problems = ['it is printed'] if re.search(r'(?<!create-)password(?!-file)', re.sub(
+            r'the password|password file', '', self.run.output)) else []
+        for folder, _, files in os.walk(self.place.store):
+            for name in files:
+                if not name.endswith(('.dump', '.xva', '.raw', '.partial')) and name != 'vm-metadata.xml':
+                    if PASSWORD.encode() in contents.content_of(os.path.join(folder, name)):
+                        problems.append('it is in %s/%s' % (folder, name))
+        return problems
+
+    def holds_no_process_is_left(self) -> List[str]:
+        """Everything that it started has ended."""
+        give_up_at = time.monotonic() + (10 if self.was_killed else 3)
+        while True:
+            left = processes_with(self.place.pool.socket_of())
+            if not left or time.monotonic() > give_up_at:
+                return left
+            time.sleep(0.1)
+
+
+def processes_with(word: str) -> List[str]:
+    """The command lines of all processes that have the word in their environment."""
+    found = []
+    for name in os.listdir('/proc'):
+        if not name.isdigit():
+            continue
+        try:
+            if os.fsencode(word) in contents.content_of('/proc/%s/environ' % name):
+                found.append(contents.content_of('/proc/%s/cmdline' % name).replace(b'\0', b' ').decode('utf-8', 'replace'))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Runs VmBackup.py on a machine in trouble: its storage fails at one step, or its clock runs so fast that minutes are seconds.
+
+    troubled.py TROUBLE.json VmBackup.py ARGUMENT ...
+
+The program is run unchanged, in this process, as `__main__`. TROUBLE.json:
+
+    {"store": DIR, "trace": FILE}                        every step of the storage below DIR is written to FILE, a line each
+    {"store": DIR, "step": 17, "do": "ENOSPC"}           step 17 fails so; also any other errno by name
+    {"store": DIR, "step": 17, "do": "ENOSPC", "stays": true}   from then on all that needs space fails (for other
+                                                         errors: everything does)
+    {"store": DIR, "step": 17, "do": "SIGKILL"}          the process gets that signal just before step 17
+    {"store": DIR, "step": 17, "do": "hang"}             step 17 never ends, as on a dead share
+    {"store": DIR, "step": 17, "do": "short"}            a write takes half of what it was given
+    {"minute_s": 1}                                      what the program calls a minute lasts a second
+
+A step is a call that changes what is below DIR: write, pwrite, ftruncate, fsync, create, mkdir, rename, unlink, rmdir.
+"""
+
+import builtins
+import errno
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, Optional
+
+NEEDS_SPACE = ('write', 'create', 'mkdir')
+REAL = {name: getattr(os, name) for name in ('write', 'pwrite', 'ftruncate', 'fsync', 'fdatasync', 'open', 'mkdir',
+                                             'rename', 'replace', 'unlink', 'rmdir')}
+REAL_OPEN = builtins.open
+
+
+class Storage:
+    """The steps of the storage below one directory, counted, and the trouble at one of them."""
+
+    def __init__(self, trouble: Dict[str, Any]) -> None:
+        self.root = os.path.realpath(trouble['store'])
+        self.step = trouble.get('step', 0)
+        self.do = trouble.get('do', '')
+        self.stays = trouble.get('stays', False)
+        self.trace = REAL['open'](trouble['trace'], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if 'trace' in trouble else -1
+        self.count = 0
+        self.lock = threading.Lock()
+
+    def place(self, path: Any, dir_fd: Optional[int]) -> str:
+        """Below the directory: where, relative to it. "" for all other places."""
+        path = os.fsdecode(path)
+        base = os.readlink('/proc/self/fd/%d' % dir_fd) if dir_fd is not None else os.getcwd()
+        return self.relative(os.path.normpath(os.path.join(base, path)))
+
+    def place_of_fd(self, fd: int) -> str:
+        try:
+            return self.relative(os.readlink('/proc/self/fd/%d' % fd))
+        except OSError:
+            return ''
+
+    def relative(self, path: str) -> str:
+        return path[len(self.root) + 1:] or '.' if (path + '/').startswith(self.root + '/') else ''
+
+    def pass_step(self, kind: str, place: str) -> str:
+        """One step more. Raises or never returns if that is the trouble; `short` if a write is to take only half."""
+        if not place:
+            return ''
+        with self.lock:
+            self.count += 1
+            count = self.count
+        if self.trace >= 0:
+            REAL['write'](self.trace, ('%s %s\n' % (kind, place)).encode('utf-8', 'surrogateescape'))
+        if not self.step or count < self.step or count > self.step and not self.stays:
+            return ''
+        if self.do == 'hang':
+            while True:
+                time.sleep(3600)
+        if self.do == 'short':
+            return 'short'
+        if self.do.startswith('SIG'):
+            os.kill(os.getpid(), getattr(signal, self.do))
+            return ''
+        if self.do == 'ENOSPC' and kind not in NEEDS_SPACE and count > self.step:
+            return ''
+        number = getattr(errno, self.do)
+        raise OSError(number, os.strerror(number))
+
+
+def install(storage: Storage) -> None:
+    """From now on every step passes the Storage first."""
+
+    def on_fd(kind: str, name: str) -> Callable[..., Any]:
+        def call(fd: int, *arguments: Any) -> Any:
+            if storage.pass_step(kind, storage.place_of_fd(fd)) == 'short' and name == 'write' and len(arguments[0]) > 1:
+                return REAL[name](fd, memoryview(arguments[0])[:len(arguments[0]) // 2])
+            return REAL[name](fd, *arguments)
+        return call
+
+    def on_path(kind: str, name: str) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            dir_fd = options.get('dir_fd', options.get('src_dir_fd'))
+            storage.pass_step(kind, storage.place(path, dir_fd))
+            return REAL[name](path, *arguments, **options)
+        return call
+
+    def troubled_os_open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: Optional[int] = None) -> int:
+        if flags & os.O_CREAT:
+            storage.pass_step('create', storage.place(path, dir_fd))
+        return REAL['open'](path, flags, mode, dir_fd=dir_fd)
+
+    class TroubledFile(io.FileIO):
+        """What open() gives below the directory: its writes pass the Storage too."""
+
+        def write(self, data: Any) -> Any:
+            if storage.pass_step('write', storage.place_of_fd(self.fileno())) == 'short' and len(data) > 1:
+                data = memoryview(data)[:len(data) // 2]
+            return super().write(data)
+
+    def troubled_open(file: Any, mode: str = 'r', buffering: int = -1, *arguments: Any, **options: Any) -> Any:
+        is_ours = isinstance(file, int) and mode == 'wb' and storage.place_of_fd(file)
+        if not is_ours:
+            return REAL_OPEN(file, mode, buffering, *arguments, **options)
+        return io.BufferedWriter(TroubledFile(file, mode, **options), buffering if buffering > 1 else 8192)
+
+    for kind, name in (('write', 'write'), ('write', 'pwrite'), ('truncate', 'ftruncate'), ('fsync', 'fsync'),
+                       ('fsync', 'fdatasync')):
+        setattr(os, name, on_fd(kind, name))
+    for kind, name in (('mkdir', 'mkdir'), ('rename', 'rename'), ('rename', 'replace'), ('unlink', 'unlink'),
+                       ('rmdir', 'rmdir')):
+        setattr(os, name, on_path(kind, name))
+    os.open = troubled_os_open
+    builtins.open = troubled_open
+
+
+def hurried(source: str, minute_s: float) -> str:
+    """The program's text, with shorter minutes and with patience in proportion."""
+    share = minute_s / 60
+    lines = source.split('\n')
+    for number, line in enumerate(lines):
+        name, _, rest = line.partition(' = ')
+        value = rest.split('#')[0].strip()
+        if name == 'MINUTE_S':
+            lines[number] = 'MINUTE_S = %r' % minute_s
+        elif name in ('READ_TIMEOUT_S', 'XE_ENDING_S', 'XE_REASON_S', 'BUSY_PATIENCE_S', 'LOGOUT_TIMEOUT_S',
+                      'LOST_ANSWER_PATIENCE_S', 'TASK_CANCEL_S', 'TASK_POLL_S', 'SILENCE_BEFORE_POLL_S'):
+            lines[number] = '%s = %r' % (name, max(0.1, float(value) * share))
+        elif name in ('HOUR_S', 'DAY_S'):
+            lines[number] = '%s = %d' % (name, {'HOUR_S': 3600, 'DAY_S': 86400}[name])
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    with REAL_OPEN(sys.argv[1], encoding='utf-8') as file:
+        trouble = json.load(file)
+    program = sys.argv[2]
+    with REAL_OPEN(program, encoding='utf-8') as file:
+        source = file.read()
+    if 'minute_s' in trouble:
+        source = hurried(source, trouble['minute_s'])
+    if 'store' in trouble:
+        install(Storage(trouble))
+    sys.argv[:] = sys.argv[2:]
+    main_module = sys.modules['__main__']
+    main_module.__dict__.update(__file__=program)
+    exec(compile(source, program, 'exec'), main_module.__dict__)
+
+
+if __name__ == '__main__':
+    main()

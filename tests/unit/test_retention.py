@@ -1,0 +1,187 @@
+"""Which copies stay and which go: never the newest good one, never anybody else's."""
+
+import random as random_module
+from datetime import timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.values import NIGHT, a_copy, uuid_of
+from VmBackup import Method, clock_went_back, in_order, judge, next_sequence, with_inherited_uuid
+
+US, OTHERS = uuid_of(1), uuid_of(2)
+
+
+def going(copies, keep, uuid=US, method=Method.VM):
+    return [verdict.copy.name for verdict in judge(copies, uuid, method, keep) if not verdict.keep]
+
+
+def names(copies):
+    return [copy.name for copy in copies]
+
+
+@st.composite
+def shelves(draw):
+    """The copies of one directory, in any order: ours and old ones, good and damaged, of two VMs and kinds, under any clock."""
+    copies = []
+    seconds = draw(st.lists(st.integers(0, 40), unique=True, max_size=12))
+    sequences = draw(st.permutations(range(1, len(seconds) + 1)))
+    for second, sequence in zip(seconds, sequences):
+        is_old = draw(st.booleans())
+        copies.append(a_copy(
+            0, taken_at=NIGHT + timedelta(seconds=second), is_old=is_old, sequence=0 if is_old else sequence,
+            uuid=draw(st.sampled_from([US, US, OTHERS, ''])), method=draw(st.sampled_from([Method.VM, Method.VM, Method.VDI, None])),
+            problem=draw(st.sampled_from(['', '', 'the marker `success` is not there']))))
+    return copies
+
+
+def is_counted(copy, method=Method.VM):
+    return copy.is_good and copy.uuid == US and copy.method is method
+
+
+@given(shelves(), st.integers(-1, 8))
+def test_the_newest_good_copy_is_never_judged_away(copies, keep):
+    good = [copy.name for copy in in_order(copies) if is_counted(copy)]
+    assert not good or good[-1] not in going(copies, keep)
+
+
+@given(shelves(), st.integers(1, 8))
+def test_as_many_good_copies_stay_as_are_to_be_kept(copies, keep):
+    good = [copy for copy in copies if is_counted(copy)]
+    assert len(good) - len(going(copies, keep)) == min(keep, len(good))
+
+
+@given(shelves(), st.integers(1, 8))
+def test_the_oldest_go_first(copies, keep):
+    good = [copy.name for copy in in_order(copies) if is_counted(copy)]
+    gone = going(copies, keep)
+    assert gone == good[:len(gone)]
+
+
+@given(shelves(), st.integers(1, 8))
+def test_only_good_copies_of_this_vm_and_kind_go(copies, keep):
+    by_name = {copy.name: copy for copy in copies}
+    assert all(is_counted(by_name[name]) for name in going(copies, keep))
+    assert all(is_counted(by_name[name], Method.VDI) for name in going(copies, keep, method=Method.VDI))
+
+
+@given(shelves(), st.integers(1, 8))
+def test_every_copy_gets_one_verdict_with_a_reason(copies, keep):
+    verdicts = judge(copies, US, Method.VM, keep)
+    assert sorted(verdict.copy.name for verdict in verdicts) == sorted(names(copies))
+    assert all(verdict.reason for verdict in verdicts)
+
+
+@given(shelves(), st.integers(1, 8), st.integers(0, 1000))
+def test_the_order_of_listing_does_not_matter(copies, keep, seed):
+    shuffled = random_module.Random(seed).sample(copies, len(copies))
+    assert judge(shuffled, US, Method.VM, keep) == judge(copies, US, Method.VM, keep)
+
+
+@given(shelves(), st.integers(1, 8))
+def test_judging_what_is_left_lets_nothing_go(copies, keep):
+    gone = going(copies, keep)
+    assert going([copy for copy in copies if copy.name not in gone], keep) == []
+
+
+@given(shelves(), st.integers(1, 8))
+def test_failed_copies_around_them_change_nothing_for_good_ones(copies, keep):
+    assert going([copy for copy in copies if copy.is_good], keep) == going(copies, keep)
+
+
+def test_the_copies_beyond_the_number_to_keep_go_and_the_reason_says_why():
+    verdicts = judge([a_copy(night) for night in range(1, 6)], US, Method.VM, 3)
+    assert [verdict.keep for verdict in verdicts] == [False, False, True, True, True]
+    assert verdicts[0].reason.startswith('4 good copies') and verdicts[1].reason.startswith('3 good copies')
+
+
+def test_one_newer_copy_is_said_in_the_singular():
+    verdict = judge([a_copy(1), a_copy(2)], US, Method.VM, 1)[0]
+    assert verdict.reason.startswith('1 good copy of this VM is newer')
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+def test_our_copies_stand_by_their_sequence_number_whatever_the_clock_said():
+    copies = [a_copy(9, sequence=1), a_copy(2, sequence=2), a_copy(5, sequence=3)]
+    assert in_order(reversed(copies)) == copies
+
+
+def test_a_copy_of_the_older_program_stands_before_our_first_with_a_later_stamp():
+    old, ours = [a_copy(night, is_old=True) for night in (1, 3, 9)], [a_copy(2), a_copy(4), a_copy(5)]
+    assert in_order(old + ours) == [old[0], ours[0], old[1], ours[1], ours[2], old[2]]
+
+
+def test_an_old_copy_with_the_stamp_of_ours_is_the_newer_one():
+    old, ours = a_copy(2, is_old=True), a_copy(2)
+    assert in_order([old, ours, a_copy(3)]) == [ours, old, a_copy(3)]
+
+
+def test_after_a_clock_that_went_back_an_old_copy_stands_before_the_first_of_ours_in_sequence():
+    ours = [a_copy(8, sequence=1), a_copy(2, sequence=2), a_copy(3, sequence=3)]
+    assert in_order([a_copy(5, is_old=True)] + ours)[0] == a_copy(5, is_old=True)
+
+
+@given(shelves())
+def test_no_copy_is_lost_or_doubled_by_ordering(copies):
+    assert sorted(names(in_order(copies))) == sorted(names(copies))
+
+
+@given(shelves())
+def test_old_copies_stand_among_ours_as_the_contract_says(copies):
+    ordered = in_order(copies)
+    ours = [copy for copy in ordered if not copy.is_old]
+    for position, copy in enumerate(ordered):
+        if copy.is_old:
+            later = [one for one in ours if one.taken_at > copy.taken_at]
+            behind = [one for one in ordered[position:] if not one.is_old]
+            assert behind[:1] == later[:1]
+
+
+@given(shelves())
+def test_the_next_copy_is_the_last_in_order_among_ours(copies):
+    new = a_copy(0, taken_at=NIGHT - timedelta(days=1), sequence=next_sequence(copies))
+    assert [copy for copy in in_order(copies + [new]) if not copy.is_old][-1] == new
+
+
+# --- the clock -------------------------------------------------------------------------------------------------------
+
+def utc(night, **more):
+    return (NIGHT + timedelta(days=night, **more)).replace(tzinfo=timezone.utc)
+
+
+@pytest.mark.parametrize('now, went_back', [(utc(3, seconds=1), False), (utc(3), True), (utc(2), True), (utc(30), False)])
+def test_a_clock_that_is_not_later_than_the_newest_copy_went_back(now, went_back):
+    assert bool(clock_went_back([a_copy(1), a_copy(3), a_copy(2)], now)) is went_back
+
+
+def test_the_copy_with_the_highest_sequence_number_is_the_newest_whatever_its_time():
+    copies = [a_copy(9, sequence=1), a_copy(2, sequence=2)]
+    assert clock_went_back(copies, utc(5)) is None
+    assert clock_went_back(copies, utc(1))
+
+
+def test_copies_of_the_older_program_and_damaged_ones_tell_nothing_about_the_clock():
+    assert clock_went_back([a_copy(9, is_old=True), a_copy(8, written_at=None)], utc(5)) is None
+    assert clock_went_back([], utc(5)) is None
+
+
+# --- whose an old copy is ----------------------------------------------------------------------------------------------
+
+OLD = a_copy(1, is_old=True, uuid='')
+
+
+@pytest.mark.parametrize('others, is_unique, is_plain, inherits', [
+    ([], True, True, True), ([a_copy(2)], True, True, True), ([a_copy(2, uuid=OTHERS)], True, True, False),
+    ([a_copy(2, is_old=True, uuid=OTHERS)], True, True, False), ([a_copy(2, uuid=OTHERS, problem='x')], True, True, False),
+    ([], False, True, False), ([], True, False, False)])
+def test_an_old_copy_without_a_uuid_is_the_vms_only_if_it_can_be_nobody_elses(others, is_unique, is_plain, inherits):
+    copies = with_inherited_uuid([OLD] + others, US, 'web', is_unique, is_plain)
+    assert copies[0].uuid == (US if inherits else '')
+    assert copies[1:] == others
+
+
+def test_a_copy_of_ours_without_a_readable_uuid_is_never_given_to_a_vm():
+    damaged = a_copy(1, uuid='', problem='backup.json is damaged')
+    assert with_inherited_uuid([damaged], US, 'web', True, True) == [damaged]

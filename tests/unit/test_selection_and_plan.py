@@ -1,0 +1,217 @@
+"""Which VM is backed up, how, and how many copies are kept; and why the others are not."""
+
+import itertools
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.values import a_host, a_vm, an_inventory, configured, jobs_of, planned, problems_of, uuid_of, vms
+from VmBackup import Severity, make_plan
+
+
+def chosen(text, *names):
+    """The names of the VMs that a vm-export of that text selects."""
+    return sorted(jobs_of(planned('vm-export=%s\n' % text, *vms(*names))))
+
+
+def sentences(plan, severity):
+    return ['%s: %s' % (finding.subject, finding.sentence) for finding in plan.findings if finding.severity is severity]
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('text, names', [
+    ('web', ['web']), ('"web 2"', ['web 2']), ('web 2', ['web 2']), ('web*', ['web', 'web 2', 'web-db-1']),
+    ('*-db-*', ['PRD-db-1', 'web-db-1']), ('*', ['PRD-db-1', 'WEB', 'web', 'web 2', 'web-db-1', 'a/b', 'x:y', '[x]', 'q"r']),
+    ('[Ww]*b', ['web']), ('we?', ['web']), ('"*"', []), ('/web/', ['web']), ('/web.*/', ['web', 'web 2', 'web-db-1']),
+    ('/(?i)web/', ['WEB', 'web']), ('/a/b/', ['a/b']), ('a/b', ['a/b']), ('"x:y"', ['x:y']), ('"q\\"r"', ['q"r']),
+    ('[x]', ['[x]']), ('"[x]"', ['[x]']), ('uuid:' + uuid_of(1), ['PRD-db-1']), ('uuid:' + uuid_of(1).upper(), ['PRD-db-1']),
+    ('tag:gold', ['web']), ('tag:silver: 1', ['web 2'])])
+def test_a_selector_selects_what_it_says_and_no_more(text, names):
+    machines = vms('PRD-db-1', 'WEB', 'web', 'web 2', 'web-db-1', 'a/b', 'x:y', '[x]', 'q"r')
+    machines[2] = machines[2]._replace(tags=('gold', 'old'))
+    machines[3] = machines[3]._replace(tags=('silver: 1',))
+    assert sorted(jobs_of(planned('vm-export=%s\n' % text, *machines))) == sorted(names)
+
+
+def test_case_counts():
+    assert chosen('Web', 'web', 'WEB') == []
+
+
+@pytest.mark.parametrize('text', ['web[z-a]', 'web[', 'web[]', 'web[!]', '[[a]*', '[a--b]', 'a[\\', '[^a]', '*[&&x]'])
+def test_a_wildcard_with_odd_brackets_selects_or_is_refused_and_never_stops_the_run(text):
+    if not problems_of('vm-export=%s\n' % text):
+        assert text in chosen(text, 'web', text, 'x')
+
+
+@given(st.text(min_size=1).filter(lambda text: text == text.strip() and not re.search('[\0\r\n]', text)))
+def test_a_wildcard_also_selects_the_vm_that_bears_exactly_that_text(name):
+    text = 'vm-export=%s\n' % name
+    if not problems_of(text) and not name.startswith(('"', '/', 'uuid:', 'tag:')) and ':' not in name:
+        assert name in jobs_of(planned(text, *vms(name)))
+
+
+@pytest.mark.parametrize('text, keep', [('web', 4), ('web:1', 1), ('"web":12', 12), ('web*:3', 3), ('/w.*/:2', 2),
+                                        ('uuid:%s:5' % uuid_of(1), 5), ('tag:gold:6', 6)])
+def test_the_number_behind_a_selector_is_the_copies_to_keep(text, keep):
+    plan = planned('vm-export=%s\n' % text, a_vm('web', tags=('gold',)))
+    assert jobs_of(plan) == {'web': ('vm-export', keep)}
+
+
+@pytest.mark.parametrize('text', [
+    'web:', 'web:0', 'web:-1', 'web:x', 'web:2.5', 'web:2x', ':2', ':', 'a:b:0', '"web', '"web\\"', '""', '"web":0', '"web":x',
+    '"web"2', '"web" x', '/web', '/', '/web/x', '/web/:0', '/(/', '/*/', 'uuid:', 'tag:', 'uuid:%s:0' % uuid_of(1), 'tag:gold:0'])
+def test_a_selector_that_says_nothing_clear_is_refused(text):
+    for key in ('vm-export', 'vdi-export', 'exclude'):
+        (problem,) = problems_of('pool_db_backup=1\n%s=%s\n' % (key, text))
+        assert problem.startswith('weekend.cfg:2: %s: ' % key)
+
+
+def test_an_empty_selector_says_to_write_an_asterisk():
+    (problem,) = problems_of('vm-export=\n')
+    assert 'write *' in problem
+
+
+@pytest.mark.parametrize('text', ['web:x', 'a:b', 'web:0'])
+def test_a_colon_that_belongs_to_the_name_is_told_to_be_quoted(text):
+    (problem,) = problems_of('vm-export=%s\n' % text)
+    assert '"%s"' % text in problem
+
+
+@pytest.mark.parametrize('key', ['vm-export', 'vdi-export', 'exclude'])
+def test_a_number_that_may_belong_to_the_name_of_a_vm_is_an_error_that_says_to_quote_it(key):
+    plan = planned('vm-export=db\n%s=web:2\n' % key, *vms('web', 'web:2', 'db'))
+    assert len(sentences(plan, Severity.ERROR)) == 1 and 'quotes' in sentences(plan, Severity.ERROR)[0]
+    assert [machine.name for machine, _ in plan.excluded] == []
+    assert 'web' not in jobs_of(plan)
+
+
+# --- wildcards=regex, as versions 3.1 to 3.25 read selectors ---------------------------------------------------------
+
+@pytest.mark.parametrize('text, names', [
+    ('web', ['web']), ('web-1', ['web-1']), ('web_1 x', ['web_1 x']), ('web.*', ['web', 'web-1', 'web-10', 'web_1 x', 'webx1']),
+    ('web.1', ['web-1', 'web-10', 'web_1 x', 'webx1']), ('"web.1"', []), ('.*x1', ['webx1']), ('/web.1/', ['web-1', 'webx1'])])
+def test_an_old_config_selects_what_it_did(text, names):
+    plan = planned('wildcards=regex\nvm-export=%s\n' % text, *vms('web', 'web-1', 'web-10', 'webx1', 'web_1 x', 'my web'))
+    assert sorted(jobs_of(plan)) == sorted(names)
+
+
+def test_a_selector_that_matches_nothing_but_would_as_a_regex_says_so():
+    (warning,) = sentences(planned('vm-export=PROD.*\n', *vms('PROD-1', 'PROD-2')), Severity.WARNING)
+    assert 'PROD*' in warning and 'wildcards=regex' in warning and '2 VMs' in warning
+    (error,) = sentences(planned('vm-export=web.1\n', *vms('web-1')), Severity.ERROR)
+    assert 'wildcards=regex' in error
+
+
+# --- which selector decides --------------------------------------------------------------------------------------------
+
+LINES = {'uuid': 'uuid:' + uuid_of(1), 'name': 'web', 'quoted': '"web"', 'wildcard': 'w*', 'regex': '/w.*/', 'tag': 'tag:gold'}
+PRECISION = {'uuid': 3, 'name': 2, 'quoted': 2, 'wildcard': 1, 'regex': 1, 'tag': 1}
+
+
+@pytest.mark.parametrize('one, other', list(itertools.permutations(LINES, 2)))
+@pytest.mark.parametrize('kinds', [('vm', 'vm'), ('vm', 'vdi'), ('vdi', 'vm'), ('vdi', 'vdi')])
+def test_the_most_precise_wins_then_vdi_then_the_later_line(one, other, kinds):
+    text = '%s-export=%s:1\n%s-export=%s:2\n' % (kinds[0], LINES[one], kinds[1], LINES[other])
+    if PRECISION[one] != PRECISION[other]:
+        winner = 0 if PRECISION[one] > PRECISION[other] else 1
+    elif kinds[0] != kinds[1]:
+        winner = kinds.index('vdi')
+    else:
+        winner = 1
+    plan = planned(text, a_vm('web', tags=('gold',)))
+    assert jobs_of(plan) == {'web': (kinds[winner] + '-export', winner + 1)}
+    assert 'weekend.cfg:%d' % (winner + 1) in plan.jobs[0].chosen_by
+
+
+@pytest.mark.parametrize('text', sorted(LINES.values()))
+@pytest.mark.parametrize('place', [0, 1, 2])
+def test_an_exclude_wins_wherever_it_stands(text, place):
+    lines = ['vm-export=uuid:' + uuid_of(1), 'vdi-export="web"']
+    lines.insert(place, 'exclude=' + text)
+    plan = planned('\n'.join(lines), a_vm('web', tags=('gold',)))
+    assert plan.jobs == ()
+    ((machine, line),) = plan.excluded
+    assert machine.name == 'web' and 'weekend.cfg:%d' % (place + 1) in line
+
+
+# --- what is not there -------------------------------------------------------------------------------------------------
+
+def test_a_literal_that_matches_nothing_is_an_error_and_the_others_still_run():
+    plan = planned('vm-export=web\nvm-export=gone\nvdi-export=uuid:%s\n' % uuid_of(9), *vms('web'))
+    assert jobs_of(plan) == {'web': ('vm-export', 4)}
+    assert len(sentences(plan, Severity.ERROR)) == len(plan.missing) == 2
+    assert [text for _, text in plan.missing] == ['gone', uuid_of(9)]
+
+
+@pytest.mark.parametrize('text', ['x*', '/x/', 'tag:none'])
+def test_what_stands_for_many_and_matches_none_is_a_warning(text):
+    plan = planned('vm-export=%s\nvm-export=web\n' % text, *vms('web'))
+    assert len(sentences(plan, Severity.WARNING)) == 1 and not sentences(plan, Severity.ERROR)
+
+
+def test_vms_of_one_name_are_all_backed_up_with_a_warning():
+    plan = planned('vm-export=web\n', a_vm('web', 1), a_vm('web', 2), a_vm('db', 3))
+    assert [job.machine.uuid for job in plan.jobs] == [uuid_of(1), uuid_of(2)]
+    (warning,) = sentences(plan, Severity.WARNING)
+    assert uuid_of(1) in warning and uuid_of(2) in warning
+
+
+def test_one_name_twice_is_no_matter_where_it_is_not_backed_up():
+    assert planned('vm-export=db\n', a_vm('web', 1), a_vm('web', 2), a_vm('db', 3)).findings == ()
+
+
+@pytest.mark.parametrize('version, is_error', [((6, 2, 0), True), ((6, 5, 0), False), ((8, 3, 0), False), ((10, 0), False)])
+def test_vdi_export_on_a_server_that_has_none_is_an_error_of_that_entry(version, is_error):
+    plan = planned('vdi-export=web\nvm-export=db\n', *vms('web', 'db'), host=a_host(product_version=version))
+    assert bool(sentences(plan, Severity.ERROR)) is is_error
+    assert ('web' in jobs_of(plan)) is not is_error and 'db' in jobs_of(plan)
+
+
+# --- for any pool and config -------------------------------------------------------------------------------------------
+
+SELECTORS = st.one_of(
+    st.sampled_from(['*', 'a*', '?', '[ab]*', '/a.*/', '/.*b/', 'tag:t', 'tag:u', 'none', 'z*']), st.sampled_from('ab c'.split()),
+    st.sampled_from(['"a"', '"a b"', '"*"']), st.integers(1, 9).map(lambda number: 'uuid:' + uuid_of(number)))
+LINE = st.tuples(st.sampled_from(['vm-export', 'vdi-export', 'exclude']), SELECTORS, st.sampled_from(['', ':1', ':2', ':7'])).map(
+    lambda parts: '%s=%s%s' % (parts[0], parts[1], parts[2] if parts[0] != 'exclude' else ''))
+POOLS = st.lists(st.tuples(st.sampled_from(['a', 'b', 'c', 'ab', 'a b', '*', 'ba']), st.sampled_from([(), ('t',), ('t', 'u')])),
+                 max_size=9).map(lambda rows: tuple(a_vm(name, number, tags=tags) for number, (name, tags) in enumerate(rows, 1)))
+
+
+def plan_of(lines, machines):
+    return make_plan(configured('\n'.join(lines)), an_inventory(*machines))
+
+
+@given(st.lists(LINE, max_size=6), POOLS)
+def test_every_vm_is_in_exactly_one_of_jobs_excluded_and_unselected(lines, machines):
+    plan = plan_of(lines, machines)
+    named = ([job.machine.uuid for job in plan.jobs] + [machine.uuid for machine, _ in plan.excluded]
+             + [machine.uuid for machine in plan.unselected])
+    assert sorted(named) == [machine.uuid for machine in machines]
+
+
+@given(st.lists(LINE, max_size=6), POOLS, st.randoms(use_true_random=False))
+def test_the_order_of_lines_changes_nothing_but_which_of_equals_decides(lines, machines, random):
+    # Two selectors of one kind and precision with one :N are one another's equal, so :N is left out of what is compared.
+    shuffled = random.sample(lines, len(lines))
+    before, after = plan_of(lines, machines), plan_of(shuffled, machines)
+    assert [(job.machine.uuid, job.method) for job in before.jobs] == [(job.machine.uuid, job.method) for job in after.jobs]
+    assert [machine for machine, _ in before.excluded] == [machine for machine, _ in after.excluded]
+    assert before.unselected == after.unselected
+    assert sorted(text for _, text in before.missing) == sorted(text for _, text in after.missing)
+
+
+@given(st.lists(LINE, max_size=6), POOLS)
+def test_every_decision_names_a_line_of_the_config_that_says_so(lines, machines):
+    plan = plan_of(lines, machines)
+    for text in [job.chosen_by for job in plan.jobs] + [line for _, line in plan.excluded]:
+        number = int(re.search(r'weekend\.cfg:([0-9]+)', text).group(1))
+        assert text.startswith(lines[number - 1])
+
+
+@given(st.lists(LINE, max_size=6), POOLS)
+def test_every_job_keeps_at_least_one_copy(lines, machines):
+    assert all(job.keep >= 1 for job in plan_of(lines, machines).jobs)
