@@ -219,7 +219,7 @@ class Interrupted(BaseException):
 # Reasons that pass by themselves: the VM is tried once more at the end of the queue.
 PASSING_FAILURES = frozenset((
     "OTHER_OPERATION_IN_PROGRESS", "SR_BACKEND_FAILURE_46", "SR_BACKEND_FAILURE_47",
-    "SESSION_INVALID", "HOST_STILL_BOOTING", "CANNOT_CONTACT_HOST", "TASK_CANCELLED"))
+    "SESSION_INVALID", "HOST_STILL_BOOTING", "CANNOT_CONTACT_HOST"))
 
 # What an administrator can do about the failures that backups meet (codes: ocaml/idl/datamodel_errors.ml).
 FAILURE_ADVICE = {
@@ -436,7 +436,7 @@ def counted(number: int, noun: str) -> str:
 # --- names of directories -----------------------------------------------------
 
 SAFE_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ._-()+@,")
-WINDOWS_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)")
+WINDOWS_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9]) *(\.|$)")
 NEWCOMER_SUFFIX = re.compile(r"(?i)--[0-9a-f]{8}$")
 SAFE_NAME_BYTES = 220          # leaves room in 255 bytes for `--uuid`, `.xva.zst` and `.partial`
 EMPTY_NAME = "%00"             # no VM's name can hold a NUL
@@ -511,6 +511,13 @@ def parse_copy_name(name: str) -> Optional[Tuple[datetime, bool]]:
     return None
 
 
+def is_unfinished_name(name: str) -> bool:
+    """Is it a copy of ours that was begun, or any copy on its way out?"""
+    if name.endswith(PARTIAL):
+        return STAMP.fullmatch(name[:-len(PARTIAL)]) is not None
+    return name.endswith(DELETING) and parse_copy_name(name[:-len(DELETING)]) is not None
+
+
 def device_name(userdevice: str) -> str:
     """The device that a userdevice number becomes in a guest: 0 is xvda, 26 is xvdaa; a word stays."""
     if not re.fullmatch(r"[0-9]+", userdevice):
@@ -548,13 +555,14 @@ def cfg_text(pairs: Iterable[Tuple[str, Any]]) -> str:
     return "".join(lines)
 
 
-def parse_cfg(text: str) -> Dict[str, str]:
-    """What cfg_text wrote; lines without `=` are passed over (the older program did not escape newlines)."""
+def parse_cfg(text: str, escaped: bool = True) -> Dict[str, str]:
+    """What cfg_text wrote; `escaped` false: what the older program wrote, which escaped nothing, so that the second
+    line of a value is passed over."""
     values = {}
     for line in text.split("\n"):
         key, equals, value = line.partition("=")
-        if equals:
-            values[key] = re.sub(r"\\([nr\\])",
+        if equals and key not in values:
+            values[key] = value if not escaped else re.sub(r"\\([nr\\])",
                                  lambda m: {"n": "\n", "r": "\r", "\\": "\\"}[m.group(1)], value)
     return values
 
@@ -669,7 +677,7 @@ OPTIONS = (
            example="/etc/ssl/pool.pem"),
     Option("ca_fingerprint", "fingerprint", "", "Which pool",
            "Accepts only the pool's TLS certificate with this SHA-256 fingerprint.",
-           example="AB:CD:...:EF"),
+           example=":".join(["AB"] * 32)),
     Option("xe_path", "path", "", "Which pool",
            "Names the xe program; without it, xe on the PATH, else " + XE_FALLBACK + ".",
            example="/usr/bin/xe"),
@@ -788,11 +796,12 @@ def read_settings(raw: bytes, source: str) -> Tuple[List[Setting], List[str]]:
 
 
 def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Setting],
-                        source: str, problems: Sequence[str] = ()) -> Configuration:
+                        source: str, problems: Sequence[str] = (), needs_work: bool = False) -> Configuration:
     """The configuration that the file's settings make, command-line arguments winning.
 
-    Raises ConfigurationError with every problem, the given ones first. A
-    repeatable key on the command line replaces all of the file's.
+    Raises ConfigurationError with every problem, the given ones too, in the
+    order of their lines. A repeatable key on the command line replaces all of
+    the file's. `needs_work`: selecting nothing is a problem.
     """
     found = list(problems)
     ignore_extra = _ignores_extra_keys(list(file_settings) + list(arguments))
@@ -822,9 +831,23 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
                 values[option.name] = parse_value(option, setting.value)
         except ValueError as problem:
             found.append("%s: %s: %s" % (setting.place, setting.name, problem))
+    if needs_work and not any(setting.name in ("vm-export", "vdi-export", "pool_db_backup") for setting in chosen):
+        found.append(NOTHING_TO_DO % source)
+    configuration = Configuration(values, places, extra if ignore_extra else (), source)
+    if needs_work and not found and not configuration.has_work:
+        found.append(NOTHING_TO_DO % source)
     if found:
-        raise ConfigurationError(found)
-    return Configuration(values, places, extra if ignore_extra else (), source)
+        raise ConfigurationError(sorted(found, key=_line_number))
+    return configuration
+
+
+NOTHING_TO_DO = "%s: there is nothing to do: no vm-export, no vdi-export and no pool_db_backup."
+
+
+def _line_number(problem: str) -> int:
+    """The line that a problem is about, for sorting; those about none come last."""
+    match = re.match(r".*?:([0-9]+): ", problem)
+    return int(match.group(1)) if match else 1 << 30
 
 
 def _ignores_extra_keys(settings: Sequence[Setting]) -> bool:
@@ -907,7 +930,7 @@ def parse_selector(setting: Setting, wildcards: str) -> Selector:
         form, (pattern, rest), bare = "regex", _split_slashes(text), False
     elif text.startswith("uuid:") or text.startswith("tag:"):
         form, _, pattern = text.partition(":")
-        match = re.fullmatch(r"(.+)(:[0-9]+)", pattern, re.DOTALL)
+        match = re.fullmatch(r"(.*?)(:[0-9]+)", pattern, re.DOTALL)
         pattern, rest = match.groups() if match else (pattern, "")
         bare = False
         if form == "uuid":
@@ -932,7 +955,9 @@ def _bare_selector(text: str, wildcards: str) -> Tuple[str, Tuple[str, str], boo
         pattern, number = text, ""
     elif not re.fullmatch(r"[0-9]+", number) or int(number) < 1:
         raise ValueError('what follows the last ":" must be a whole number from 1, the copies to keep; if the '
-                         'colon belongs to the name, write it in quotes: "%s".' % one_line(text.replace('"', '\\"')))
+                         'colon belongs to the name, write it in quotes, and a regex between slashes: "%s" or /%s/.'
+                         % (one_line(text.replace('"', '\\"')), one_line(text)))
+    pattern = pattern.rstrip()
     if not pattern:
         raise ValueError("there is no name before the colon.")
     rest = ":" + number if number else ""
@@ -959,6 +984,8 @@ def _split_slashes(text: str) -> Tuple[str, str]:
     end = text.rfind("/")
     if end == 0:
         raise ValueError("a regex stands between two slashes: /REGEX/.")
+    if end == 1:
+        raise ValueError("there is nothing between the slashes: /.*/ is every VM.")
     return text[1:end], text[end + 1:]
 
 
@@ -1150,8 +1177,10 @@ def _regex_hint(selector: Selector, names: Set[str]) -> str:
         return ""
     if not matching:
         return ""
-    return (" As a regex it would match %s: did you mean %s, or wildcards=regex?"
-            % (counted(len(matching), "VM"), selector.pattern.replace(".*", "*")))
+    wildcard = selector.pattern.replace(".*", "*")
+    return " As a regex it would match %s: did you mean %swildcards=regex?" % (
+        counted(len(matching), "VM"), wildcard + ", or " if wildcard != selector.pattern
+        else "/%s/, or " % selector.pattern)
 
 
 def _duplicate_names(jobs: Sequence[Job]) -> List[Finding]:
@@ -1233,8 +1262,9 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int) -> List[
     for copy in ordered:
         if copy.name in going:
             newer = len(counted_ones) - going[copy.name]
-            verdicts.append(Verdict(copy, False, "%s of this VM are newer, and %d are kept"
-                                    % (counted(newer, "good copy"), keep)))
+            verdicts.append(Verdict(copy, False, "of this VM %s newer, and %s" % (
+                "1 good copy is" if newer == 1 else "%d good copies are" % newer,
+                "1 is kept" if keep == 1 else "%d are kept" % keep)))
         elif not copy.is_good:
             verdicts.append(Verdict(copy, True, "not a good copy, so neither counted nor removed: " + copy.problem))
         elif copy.uuid != uuid:
@@ -1334,8 +1364,12 @@ class Log:
         self._progress = False
 
     def keep_secret(self, password: str) -> None:
-        """From now on the password never appears in a line, whatever a message quotes."""
+        """From now on the password is struck out of what a bug's traceback quotes; our own sentences never hold it."""
         self._secret = password
+
+    def bug(self, text: str) -> None:
+        """An unexpected exception, with all that is known of it."""
+        self.error(text.replace(self._secret, "***") if self._secret else text)
 
     def info(self, sentence: str) -> None:
         """Something happened as it should."""
@@ -1375,8 +1409,6 @@ class Log:
             self._write(stream, "%s - %s\n" % (stamp, line))
 
     def _write(self, stream: Any, text: str) -> None:
-        if self._secret and len(self._secret) >= 4:
-            text = text.replace(self._secret, "***")
         if self._progress and not text.startswith("\r"):
             text = "\r" + " " * 100 + "\r" + text
             self._progress = False
@@ -1547,8 +1579,10 @@ class XeProgram(NamedTuple):
         try:
             os.write(write_end, ("root\n%s\n" % self.password).encode("utf-8", "surrogateescape"))
             os.close(write_end)
-            options = ("-s", self.address.host, "-p", str(self.address.port), "-u", "root",
-                       "-pwf", "/dev/fd/%d" % read_end)
+            options = ("-s", self.address.host, "-u", "root", "-pwf", "/dev/fd/%d" % read_end)
+            if self.address.host != "127.0.0.1" or self.address.scheme == "http":
+                # to 127.0.0.1 xe never speaks TLS (newcli.ml with_open_tcp), so a TLS port would be wrong there
+                options += ("-p", str(self.address.port))
             if self.address.scheme == "http":
                 options += ("--nossl",)
             return Program((self.path,) + arguments[:1] + options + arguments[1:], stdin=stdin,
@@ -3877,16 +3911,15 @@ class Catalog:
                 if folder is None:
                     return Folder(name, (), (), ())
                 for item in folder.names():
-                    base = item
-                    for suffix in (PARTIAL, DELETING):
-                        base = base[:-len(suffix)] if base.endswith(suffix) else base
-                    parsed = parse_copy_name(base)
-                    if parsed is None or not folder.is_directory(item):
+                    parsed = parse_copy_name(item)
+                    if not folder.is_directory(item):
                         strangers.append(item)
-                    elif base != item:
+                    elif parsed is not None:
+                        copies.append(read_copy(folder, name, item, *parsed))
+                    elif is_unfinished_name(item):
                         unfinished.append(item)
                     else:
-                        copies.append(read_copy(folder, name, item, *parsed))
+                        strangers.append(item)
         except CatalogError as error:
             if self.root.is_directory(name):
                 raise
@@ -3908,7 +3941,7 @@ class Catalog:
     def has_unfinished(self, name: str) -> bool:
         """Is there a .partial or .deleting in that VM's directory? CatalogError if it can't be listed."""
         with storage_errors("listing %s/%s" % (self.path, name)), self._child_if_there(name) as folder:
-            return folder is not None and any(item.endswith((PARTIAL, DELETING)) for item in folder.names())
+            return folder is not None and any(is_unfinished_name(item) for item in folder.names())
 
     # --- making ------------------------------------------------------------------------
 
@@ -3966,7 +3999,7 @@ class Catalog:
     def remove_unfinished(self, folder_name: str, name: str) -> None:
         """A .partial or .deleting directory is gone."""
         with storage_errors("removing %s/%s" % (folder_name, name)), self.root.child(folder_name) as folder:
-            if not name.endswith((PARTIAL, DELETING)):
+            if not is_unfinished_name(name):
                 raise CatalogError("%s/%s is not an unfinished copy; it is left." % (folder_name, name))
             folder.remove_tree(name)
             folder.sync()
@@ -4010,8 +4043,8 @@ def is_whole_dump(folder: Directory, name: str) -> bool:
 
 
 def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime, is_old: bool) -> Copy:
-    """The copy in that directory, as far as it can be read; what can't be read is its `problem`. Never raises OSError
-    for what is wrong in it."""
+    """The copy in that directory, as far as it can be read; what can't be read is its `problem`. OSError only for
+    storage that misbehaves."""
     blank = Copy(folder_name, name, taken_at, is_old, None, "", "", 0, None, None, "", 0, "")
     try:
         with parent.child(name) as inside:
@@ -4021,6 +4054,8 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
                 return _read_old_copy(inside, blank)
             return blank._replace(uuid=_old_uuid(inside), problem="it has no " + MANIFEST)
     except OSError as error:
+        if error.errno in MISBEHAVIOUR:            # the storage is what is wrong, not the copy
+            raise
         return blank._replace(problem="it can't be read: %s" % os_reason(error))
 
 
@@ -4068,7 +4103,9 @@ def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
     """A copy that the older program wrote: known by its marker and its image."""
     names = inside.names()
     images = [name for name in names if IMAGE_NAME.fullmatch(name)]
-    sizes = {name: inside.status(name).st_size for name in images}
+    statuses = {name: inside.status(name) for name in images}
+    sizes = {name: status.st_size for name, status in statuses.items() if status and stat.S_ISREG(status.st_mode)}
+    images = sorted(sizes)
     image = max(images, key=lambda name: sizes[name]) if images else ""
     method = None
     if image:
@@ -4125,7 +4162,7 @@ def parse_manifest(content: bytes) -> Dict[str, Any]:
         if not isinstance(manifest[group].get(key), kind):
             raise ValueError("%s.%s is missing or of the wrong kind" % (group, key))
     name = manifest["image"]["name"]
-    if not IMAGE_NAME.fullmatch(name) or "/" in name:
+    if not IMAGE_NAME.fullmatch(name) or "/" in name or "\0" in name or re.search("[\ud800-\udfff]", name):
         raise ValueError("image.name is not the name of an image")
     Method(manifest["kind"])
     parse_utc(manifest["taken_at"])
@@ -5036,9 +5073,9 @@ class Verifier:
             if not name.startswith("DISK-") or not inside.is_directory(name):
                 continue
             with inside.child(name) as disk, contextlib.suppress(OSError, ValueError, KeyError):
-                vbd = parse_cfg(disk.read("vbd.cfg").decode("utf-8", "replace"))
+                vbd = parse_cfg(disk.read("vbd.cfg").decode("utf-8", "replace"), False)
                 if vbd["userdevice"] in ("0", "xvda", "hda"):
-                    size = int(parse_cfg(disk.read("vdi.cfg").decode("utf-8", "replace"))["virtual_size"])
+                    size = int(parse_cfg(disk.read("vdi.cfg").decode("utf-8", "replace"), False)["virtual_size"])
         return RawCheck(size) if re.search(r"\.raw(\.gz|\.zst)?$", copy.image) else VhdCheck(size)
 
     # --- the flow -------------------------------------------------------------------------
@@ -5207,7 +5244,7 @@ class Placement:
 
     def _owned(self, machine: VirtualMachine) -> Optional[str]:
         """The directory whose copies bear the VM's uuid."""
-        for name in (safe_name(machine.name), newcomer_name(machine.name, machine.uuid)):
+        for name in self._own_names(machine):
             if any(copy.uuid == machine.uuid for copy in self._catalog.folder(name).copies):
                 return name
         if self._renamed is None:          # only a VM that is new here, or was renamed, costs this
@@ -5218,6 +5255,14 @@ class Placement:
                         if copy.uuid:
                             self._renamed[copy.uuid] = name
         return self._renamed.get(machine.uuid)
+
+    @staticmethod
+    def _own_names(machine: VirtualMachine) -> Tuple[str, ...]:
+        """The directories that are the VM's by name: as we write it, as a newcomer, and as the older program wrote it."""
+        names = (safe_name(machine.name), newcomer_name(machine.name, machine.uuid))
+        if machine.name not in ("", ".", "..") and not re.search("[/\0]", machine.name) and machine.name[0] != ".":
+            names += (machine.name,)
+        return names
 
     def _free_plain(self, machine: VirtualMachine) -> Optional[str]:
         """The VM's plain directory if no other VM has it."""
@@ -5230,12 +5275,16 @@ class Placement:
             copies = self.own_view(self._catalog.folder(name), machine)
             if any(copy.uuid != machine.uuid for copy in copies):
                 return None
+        raw = self._own_names(machine)[-1]
+        if any(copy.uuid == machine.uuid for copy in self.own_view(self._catalog.folder(raw), machine)):
+            return raw                     # old copies without a uuid under a name that we would write otherwise
         return plain
 
     def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
         """The copies of the directory as that VM sees them: old ones without a uuid are its own if nobody else's."""
         return with_inherited_uuid(folder.copies, machine.uuid, machine.name,
-                                   self._names.count(machine.name) == 1, folder.name == safe_name(machine.name))
+                                   self._names.count(machine.name) == 1,
+                                   folder.name in (safe_name(machine.name), machine.name))
 
 
 class BackupRun:
@@ -5262,6 +5311,7 @@ class BackupRun:
         self._pool_database_error = None   # type: Optional[str]
         self._storage_problem = ""         # once set, nothing is pruned
         self.storage_hangs = False       # nothing of it is waited for any more
+        self._clock_went_back = False      # nor then
         self._had_bug = False
 
     # --- the story ------------------------------------------------------------------
@@ -5274,9 +5324,10 @@ class BackupRun:
             for finding in self._findings:
                 self._log.finding(finding)
             self._clear_leftovers()
+            self._placement.claim_all(job.machine for job in self._plan.jobs)
+            self._check_clock()
             if self._configuration.pool_db_backup:
                 self._dump_pool_database()
-            self._placement.claim_all(job.machine for job in self._plan.jobs)
             self._do_jobs()
             self._note_low_space()
         except BackupError as error:
@@ -5342,6 +5393,16 @@ class BackupRun:
             self._log.info("%s/%s: left by a run that died; removing it." % (folder.name, name))
             self._catalog.remove_unfinished(folder.name, name)
 
+    def _check_clock(self) -> None:
+        """A clock that went back since any of these VMs' newest copies is a warning, and nothing is pruned tonight."""
+        for job in self._plan.jobs:
+            with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
+                copies = self._catalog.folder(self._placement.folder_name(job.machine)).copies
+                problem = clock_went_back(copies, self._clock.utc())
+                if problem:
+                    self._clock_went_back = True
+                    self._add_finding(Severity.WARNING, job.machine.title, problem)
+
     def _do_jobs(self) -> None:
         """Every job was tried, those that failed for a passing reason a second time."""
         again = []                         # type: List[Job]
@@ -5377,7 +5438,7 @@ class BackupRun:
             outcome = self._failed(job, str(error), error.status_word or "EXPORT-FAIL", second_try)
         except Exception as bug:
             self._had_bug = True
-            self._log.error("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
+            self._log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
             outcome = self._failed(job, "a bug in VmBackup: %s" % bug, "BUG", second_try)
         return self._record(job, outcome, began_s)
 
@@ -5423,14 +5484,11 @@ class BackupRun:
         with self._own_folder(job.machine) as folder:
             self._clear_unfinished(folder)
             copies = self._placement.own_view(folder, job.machine)
-            clock_problem = clock_went_back(folder.copies, self._clock.utc())
-            if clock_problem:
-                self._add_finding(Severity.WARNING, job.machine.title, clock_problem)
-            if self._configuration.pre_clean and not clock_problem:
+            if self._configuration.pre_clean:
                 self._prune(job, copies, job.keep - 1, "to make room")
             outcome = self._make_copy(job, folder)
             try:
-                kept = self._retain(job, folder.name, clock_problem)
+                kept = self._retain(job, folder.name)
             except TakenOver:
                 raise
             except CatalogError as error:          # the new copy is sealed and good all the same
@@ -5622,7 +5680,7 @@ class BackupRun:
 
     # --- retention -------------------------------------------------------------------------
 
-    def _retain(self, job: Job, folder_name: str, clock_problem: Optional[str]) -> int:
+    def _retain(self, job: Job, folder_name: str) -> int:
         """Older copies beyond the number to keep are gone; the number of good ones that are there."""
         folder = self._catalog.folder(folder_name)
         copies = self._placement.own_view(folder, job.machine)
@@ -5631,7 +5689,7 @@ class BackupRun:
                 self._log.info("%s/%s is not a good copy and is left: %s." % (folder_name, copy.name, copy.problem))
         for name in folder.strangers:
             self._log.info("%s/%s is not ours and is left." % (folder_name, one_line(name)))
-        removed = 0 if clock_problem else self._prune(job, copies, job.keep, "retention")
+        removed = self._prune(job, copies, job.keep, "retention")
         return sum(1 for copy in copies if copy.is_good and copy.uuid == job.machine.uuid
                    and copy.method is job.method) - removed
 
@@ -5641,8 +5699,10 @@ class BackupRun:
         for verdict in judge(copies, job.machine.uuid, job.method, keep):
             if verdict.keep:
                 continue
-            if self._storage_problem:
-                self._log.info("%s: nothing is pruned, as the storage misbehaved in this run." % job.machine.title)
+            if self._storage_problem or self._clock_went_back:
+                self._log.info("%s: nothing is pruned, as %s." % (
+                    job.machine.title, "the storage misbehaved in this run" if self._storage_problem
+                    else "the clock went back"))
                 return removed
             try:
                 self._check_alive()
@@ -5680,8 +5740,12 @@ class BackupRun:
             self._catalog.check_in_place()
             name = self._catalog.new_pool_dump(folder, self._clock.local(), self._exporter.pool_database)
             self._log.info("pool database: %s/%s is complete." % (folder, name))
-            self._check_alive()
-            for old in self._catalog.pool_dumps(folder)[:-self._configuration.max_backups]:
+            dumps = self._catalog.pool_dumps(folder)
+            if self._clock_went_back or dumps[-1:] != [name]:
+                self._log.info("pool database: nothing is pruned, as the clock went back.")
+                return
+            for old in dumps[:-self._configuration.max_backups]:
+                self._check_alive()
                 self._catalog.remove_pool_dump(folder, old)
                 self._log.info("pool database: removed %s/%s: %s are kept." % (
                     folder, old, counted(self._configuration.max_backups, "dump")))
@@ -6170,8 +6234,10 @@ def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]
     return lines
 
 
-def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime) -> List[Verdict]:
+def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool) -> List[Verdict]:
     """What retention will say once this job has made its copy; the new copy itself is left out."""
+    if clock_is_wrong:
+        return [Verdict(copy, True, "the clock went back, so nothing is pruned") for copy in in_order(copies)]
     new = Copy("", "", now, False, job.method, job.machine.uuid, job.machine.name, next_sequence(copies), None,
                job.keep, "", 0, "")
     return [verdict for verdict in judge(list(copies) + [new], job.machine.uuid, job.method, job.keep)
@@ -6234,6 +6300,10 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     if len(words) < 2:
         raise UsageError("TARGET is missing: a config file or a selector.\n\n" + usage_text())
     password, target = words[0], words[1]
+    name, equals, _ = target.partition("=")
+    if equals and name not in ("vm-export", "vdi-export") and (name in OPTION_NAMES or name == "vm"):
+        raise UsageError("TARGET is missing before %s: a config file or a selector.\n\n%s" % (one_line(target),
+                                                                                              usage_text()))
     plain = [word for word in words[2:] if "=" not in word]
     action_word = plain.pop(0) if plain else "backup"
     if action_word not in ACTION_NAMES:
@@ -6291,11 +6361,18 @@ def load_configuration(arguments: Arguments) -> Configuration:
         if not (equals and name in ("vm-export", "vdi-export")):
             name, value = "vm-export", arguments.target
         settings.insert(0, Setting(name, value.strip(), "command line"))
-    configuration = parse_configuration(file_settings, settings, source, problems)
-    if arguments.action.needs_work and not configuration.has_work:
-        raise ConfigurationError(["%s: there is nothing to do: no vm-export, no vdi-export and no pool_db_backup."
-                                  % source])
-    return configuration
+    problems += missing_backup_dir(file_settings, settings)
+    return parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
+
+
+def missing_backup_dir(file_settings: Sequence[Setting], arguments: Sequence[Setting]) -> List[str]:
+    """The problem of a backup_dir that is not there, as one of those that are told at once; [] if it is."""
+    wanted = [setting for setting in list(arguments) + list(file_settings) if setting.name == "backup_dir"]
+    path = wanted[0].value if wanted else OPTIONS[OPTION_NAMES.index("backup_dir")].default
+    if not path or os.path.isdir(fs_path(path)):
+        return []
+    return ["%s: backup_dir: %s is not there, or no directory: is the share mounted?" % (
+        wanted[0].place if wanted else "default", one_line(path))]
 
 
 def read_config_file(path: str) -> bytes:
@@ -6304,7 +6381,10 @@ def read_config_file(path: str) -> bytes:
         if os.path.isdir(fs_path(path)):
             raise UsageError("the config %s is a directory; a file is needed." % path)
         with open(fs_path(path), "rb") as file:
-            return file.read(MEBIBYTE)
+            content = file.read(MEBIBYTE + 1)
+        if len(content) > MEBIBYTE:
+            raise UsageError("the config %s is larger than 1 MiB: is it the right file?" % path)
+        return content
     except OSError as error:
         raise UsageError("the config %s can't be read: %s. Is the share mounted?" % (path, os_reason(error)))
 
@@ -6318,7 +6398,10 @@ def read_password(word: str) -> Optional[str]:
         return word
     try:
         with open(path, "rb") as file:
-            return base64.b64decode(b"".join(file.read(64 * KIBIBYTE).split()), validate=True).decode("utf-8")
+            raw = b"".join(file.read(64 * KIBIBYTE).split())
+        if not raw:
+            raise ValueError("it is empty")
+        return base64.b64decode(raw, validate=True).decode("utf-8", "surrogateescape")
     except (OSError, ValueError, binascii.Error):
         raise UsageError("%s is not a password file: make one with VmBackup.py PASSWORD create-password-file=FILE."
                          % word)
@@ -6450,7 +6533,8 @@ def command_preview(context: Context) -> int:
             plan = plan._replace(findings=plan.findings + (Finding(Severity.ERROR, job.machine.title, str(error)),))
             folder = Folder(safe_name(job.machine.name), (), (), ())
         futures[job.machine.uuid] = (folder.name, future_verdicts(
-            job, placement.own_view(folder, job.machine), context.clock.local()))
+            job, placement.own_view(folder, job.machine), context.clock.local(),
+            clock_went_back(folder.copies, context.clock.utc()) is not None))
     context.log.show(preview_text(context.configuration, inventory, plan, futures, catalog.free_bytes()))
     severities = {finding.severity for finding in plan.findings}
     if Severity.ERROR in severities:
@@ -6605,7 +6689,9 @@ def config_identity(arguments: Arguments) -> str:
     """What the config lock is named after: the config's path, or the selector."""
     if is_config_path(arguments.target):
         return fs_text(os.path.realpath(fs_path(arguments.target)))
-    return arguments.target
+    if re.match(r"(vm-export|vdi-export)=", arguments.target):
+        return arguments.target
+    return "vm-export=" + arguments.target
 
 
 def take_config_lock(context: Context, lock: LockFile, inventory: Inventory, locks_are_local: bool) -> str:
@@ -6613,7 +6699,7 @@ def take_config_lock(context: Context, lock: LockFile, inventory: Inventory, loc
 
     Raises LockHeld if another run of this config goes on.
     """
-    force = context.arguments.parameters.get("force", "").lower() in TRUE_WORDS
+    force = parse_flag(context.arguments, "force")
     with storage_errors("taking the lock of this config"):
         ours = lock.take()
         text = lock.text() if ours else settled_text(context, lock)
@@ -7098,7 +7184,7 @@ def main(argv: Sequence[str]) -> int:
         log.error("%s." % interrupted)
         return 128 + interrupted.number
     except Exception as bug:
-        log.error("a bug in VmBackup: %s\n%s" % (bug, bug_report()))
+        log.bug("a bug in VmBackup: %s\n%s" % (bug, bug_report()))
         return ExitStatus.BUG
 
 

@@ -93,8 +93,16 @@ class Replay:
         result = self.run_xe(recorded)
         if result.exit_status != recorded.exit_status:
             comparison.note('exit status', recorded.exit_status, result.exit_status)
+        if '--minimal' in recorded.words:
+            result = result._replace(stdout=self.in_order_of(recorded.stdout, result.stdout))
         self.output(recorded.stdout, self.recorded_paths(result.stdout), 'stdout', comparison)
         self.output(recorded.stderr, self.recorded_paths(result.stderr), 'stderr', comparison)
+
+    def in_order_of(self, recorded: str, simulated: str) -> str:
+        """The simulated list (`a,b,c`) as far as possible in the order of the recorded one."""
+        wanted = self.names.translate(recorded.strip()).split(',')
+        return ','.join(sorted(simulated.strip().split(','), key=lambda item: (item not in wanted, wanted.index(item)
+                                                                               if item in wanted else 0))) + '\n'
 
     def run_xe(self, recorded: Command) -> Run:
         words = list(recorded.words)
@@ -110,7 +118,7 @@ class Replay:
         return {'PATH': CRON_PATH}
 
     def simulated_paths(self, word: str) -> str:
-        return re.sub(r'=/(backups|mnt|small)\b', '=%s/\\1' % self.work_dir, word)
+        return re.sub(r'(^|=)/(backups|mnt|small)\b', r'\1%s/\2' % self.work_dir, word)
 
     def recorded_paths(self, text: str) -> str:
         return text.replace(self.work_dir, '')
@@ -125,11 +133,14 @@ class Replay:
             comparison.lines(recorded.split('\n'), simulated.split('\n'), path)
             return
         # Objects come in the order of the server's tables, which means nothing.
-        ours, theirs = sorted(ours, key=sort_key), sorted(theirs, key=sort_key)
         if len(ours) != len(theirs):
             comparison.note(path + ' (number of records)', len(ours), len(theirs))
             return
-        for left, right in zip(ours, theirs):
+        rest = sorted(theirs, key=sort_key)
+        for left in sorted(ours, key=lambda block: (self.names.translate(block[0]) == block[0], sort_key(block))):
+            first = self.names.translate(left[0])
+            right = next((block for block in rest if block[0] == first), rest[0])
+            rest.remove(right)
             compare_block(left, right, path, comparison)
 
     # --- HTTP ---
@@ -170,6 +181,8 @@ def stale_rows(replay: Replay) -> List[str]:
 def compare_block(recorded: List[str], simulated: List[str], path: str, comparison: Comparison) -> None:
     """One record as `xe` prints it, field by field; a set's members in any order."""
     ours, theirs = fields_of(recorded), fields_of(simulated)
+    names = [value for name, value in ours if name.endswith('name-label ( RW)')]
+    path = '%s.<%s>' % (path, names[0] if names else '')
     if [name for name, _ in ours] != [name for name, _ in theirs]:
         comparison.lines([name for name, _ in ours], [name for name, _ in theirs], path + ' (fields)')
     values = dict(theirs)
@@ -179,7 +192,8 @@ def compare_block(recorded: List[str], simulated: List[str], path: str, comparis
         left, right = value.split('; '), values[name].split('; ')
         place = '%s.%s' % (path, name.split(' (')[0].strip())
         if len(left) > 1 and len(left) == len(right):
-            for one, other in zip(sorted(left), sorted(right)):
+            known = comparison.names.translate
+            for one, other in zip(sorted(left, key=known), sorted(right)):
                 comparison.text(one, other, place)
         else:
             comparison.text(value, values[name], place)

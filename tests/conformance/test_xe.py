@@ -25,7 +25,10 @@ ORDER = '''
     * files
     noargs dashhelp version bad-port pwf-missing pwf-short conn-refused-ssl
     vm-snapshot-badvm vm-snapshot-baduuid export-noparam export-badvm export-running
-    snapshot-running vdi-list snapshot-list snapshot-list-all vif-list sr-list pbd-list network-list host-list pif-list
+    * nodefault
+    snapshot-running
+    * ids
+    snapshot-list snapshot-list-all vif-list pbd-list network-list host-list pif-list
     sm-list console-list subject-list task-list message-list vm-disk-list vm-param-list vmlist-params-all
     vm-param-get-ok vm-param-get-badname vm-param-get-baduuid vm-param-get-mapkey
     snapshot-template-param
@@ -34,9 +37,13 @@ ORDER = '''
     export-snapshot export-exists export-nodir export-gzip export-zstd export-compress-bad export-compress-false
     export-metadata export-metadata-nosnap export-snapparam
     vdi-export-raw-snap vdi-export-exists vdi-export-vhd-snap vdi-export-badformat vdi-export-baduuid vdi-export-nouuid
+    vdi-list sr-list
     pool-dump pool-dump-exists pool-dump-noparam host-backup
     import-nofile import-nosr import-metadata-dry import-metadata-force import-ok import-truncated
-    vdi-copy vdi-import-raw vdi-import-vhd
+    * disk 7ebfd6b3-9e07-4dff-ad6c-64183eb78822
+    vdi-copy
+    * disk 39b7ef17-2d7f-40a8-9e36-0533432edf4e
+    vdi-import-raw vdi-import-vhd
     vm-uninstall-noforce-noinput
     * snapshot s-c fdc1c8e0-cd33-bf1d-de39-261e4122e193
     vm-uninstall-snap-istemplate template-param-set vm-uninstall-snap-force
@@ -51,13 +58,13 @@ ORDER = '''
     * refs
     http/*
     * halted
-    vm-shutdown-halted export-multiple
+    vm-shutdown-halted
     * stopped
     no-xapi-localhost xapi-dead xapi-dead-remote xapi-dead-remote-nossl dashdashversion
 '''
 
 # These were made with a server at another address, or disturbed while they ran: tests of their own below.
-ELSEWHERE = ['auth-none', 'pwf-ok', 'export-sigint', 'export-sigterm', 'vdi-export-raw-snap-ioerror',
+ELSEWHERE = ['auth-none', 'pwf-ok', 'export-multiple', 'export-sigint', 'export-sigterm', 'vdi-export-raw-snap-ioerror',
              'vdi-export-vhd-snap-ioerror', 'export-vdimissing', 'vdiexport-vdimissing']
 
 
@@ -84,6 +91,37 @@ class Session(Replay):
     def prepare_snapshot(self, name: str, recorded_uuid: str) -> None:
         made = self.pool.xe('vm-snapshot', 'uuid=' + self.names.translate(WEB1), 'new-name-label=' + name)
         assert self.names.same(recorded_uuid, made.stdout.strip()), made
+
+    def prepare_nodefault(self) -> None:
+        """The recorded pool had no default SR."""
+        session = self.pool.session()
+        pool = session.xenapi.pool.get_all()[0]
+        session.xenapi.pool.set_default_SR(pool, 'OpaqueRef:NULL')
+        session.xenapi.pool.set_suspend_image_SR(pool, 'OpaqueRef:NULL')
+        session.xenapi.pool.set_crash_dump_SR(pool, 'OpaqueRef:NULL')
+
+    def prepare_ids(self) -> None:
+        """Who is who, where lists alone would not tell."""
+        api = self.pool.session().xenapi
+        found = {'66666666-7777-4888-9999-aaaaaaaaaaaa': [record['uuid'] for record in api.VM.get_all_records().values()
+                                                          if record['is_control_domain']],
+                 '876eb439-74eb-1b23-f37f-23e70f10701b': [api.pool.get_uuid(ref) for ref in api.pool.get_all()]}
+        for recorded, name, disk_of in (('8f84f7b4-50a9-0500-63e1-af9ca85527f7', 'snap1', '96abd448-f9d9-4800-9e46-8fab50858951'),
+                                        ('4ff3508b-1694-fe69-1ddc-2d1ca1b47456', 'run-snap', 'ca8a685f-607e-4566-bb22-b83873de9a73'),
+                                        (WEB1, 'web1', '0b627f5e-f472-4d95-b97e-f30035e679e1')):
+            ref = api.VM.get_by_name_label(name)[0]
+            found[recorded] = [api.VM.get_uuid(ref)]
+            found[disk_of] = [api.VDI.get_uuid(api.VBD.get_VDI(vbd)) for vbd in api.VM.get_VBDs(ref)]
+        for recorded, uuids in found.items():
+            assert len(uuids) == 1 and self.names.same(recorded, uuids[0]), (recorded, uuids)
+
+    def prepare_disk(self, recorded_uuid: str) -> None:
+        """A new disk of the size of web1's."""
+        api = self.pool.session().xenapi
+        ref = api.VDI.create({'SR': api.SR.get_by_name_label('Local storage')[0], 'virtual_size': '20971520',
+                              'type': 'user', 'sharable': False, 'read_only': False, 'other_config': {},
+                              'name_label': 'restored', 'name_description': ''})
+        assert self.names.same(recorded_uuid, api.VDI.get_uuid(ref))
 
     def prepare_refs(self) -> None:
         """The HTTP recordings name objects by refs, sessions and tasks, which no `xe` output shows."""
@@ -150,6 +188,16 @@ def test_another_host_wants_a_password(a_pool: Any, tmp_path: Any, name: str) ->
     expected = recorded_run(name)
     assert (result.exit_status, result.stderr) == (expected.exit_status, expected.stderr)
     assert result.stdout.count(',') == expected.stdout.count(','), 'the control domain and two VMs, or nothing'
+
+
+def test_a_second_file_is_refused_as_recorded(a_pool: Any, tmp_path: Any) -> None:
+    # Recorded was one running VM and one that could be exported; which comes first is the server's secret.
+    pool = a_pool(vm('one'), vm('two'))
+    result = pool.xe('vm-export', 'filename=%s' % (tmp_path / 'all.xva'), '--multiple')
+    expected = recorded_run('export-multiple')
+    assert result.exit_status == expected.exit_status
+    assert result.stderr == expected.stderr.replace('/backups', str(tmp_path))
+    assert os.listdir(str(tmp_path)) == ['all.xva']
 
 
 @pytest.mark.parametrize('name, number, status', [('export-sigint', signal.SIGINT, 1),

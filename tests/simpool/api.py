@@ -204,10 +204,6 @@ class Api:
                 return method.result, value.prepared(self.cache) if as_xml else value.plain()
         return method.result, value
 
-    def perform(self, host: str, name: str, given: List[Any]) -> Any:
-        """A call that a command of `xe` makes: it has a line in the journal already, and its own faults."""
-        return self._carry_out(host, True, name, given, False)[1]
-
     def call_within(self, host: str, session: str, name: str, given: List[Any]) -> Any:
         """A call that the server makes for an `xe` command: neither journalled nor touched by faults; its result as a value."""
         method, arguments, call = self._prepare(host, True, name, [session] + given)

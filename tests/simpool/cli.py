@@ -188,7 +188,7 @@ class Command:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """An API call with the command's session."""
-        return self.server.api.perform(self.request.host_ref, method, [self.session] + list(arguments))
+        return self.server.call_api(self.request, self.session, method, list(arguments))
 
     def ref(self, cls: str, uuid: str) -> str:
         with self.pool.lock:
@@ -201,7 +201,11 @@ class Command:
     # --- Choosing objects
 
     def rows(self, cls: str) -> List[Row]:
-        """All objects of a class, in the order in which the server lists them: by reference, backwards."""
+        """All objects of a class, in the order in which the server lists them: by reference, backwards; messages by age."""
+        if cls == 'message':
+            newest = sorted(enumerate(self.pool.tables[cls].items()),
+                            key=lambda item: (item[1][1]['timestamp'], item[0]), reverse=True)
+            return [Row(self.pool, cls, ref) for _, (ref, _) in newest]
         return [Row(self.pool, cls, ref) for ref in sorted(self.pool.tables[cls], reverse=True)]
 
     def choose_vms(self, ignored: Iterable[str] = (), with_templates: bool = False,
@@ -827,7 +831,7 @@ def vm_disk_list(command: Command) -> None:
     with command.pool.lock:
         for row in chosen:
             number = 0
-            for vbd in reversed(row.record['VBDs']):
+            for vbd in row.record['VBDs']:
                 record = command.pool.record('VBD', vbd)
                 if record['type'] != 'Disk':
                     continue

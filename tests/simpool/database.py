@@ -148,6 +148,9 @@ class Database:
         except KeyError:
             raise Failure("UUID_INVALID", cls, uuid)
 
+    def has_uuid(self, cls: str, uuid: str) -> bool:
+        return uuid in self._by_uuid[cls]
+
     def find(self, cls: str, ref_or_uuid: str) -> str:
         """The reference of an object that a client names by either; UUID_INVALID if there is none."""
         if ref_or_uuid in self.tables[cls]:

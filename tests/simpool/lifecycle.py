@@ -64,6 +64,8 @@ def allowed_together(operation: str, current: List[str]) -> bool:
     for group in (LONG_COPIES, SNAPSHOTS):
         if operation in group and all(other in group for other in current):
             return True
+    if operation in ("hard_shutdown", "hard_reboot") and current and set(current) <= {"snapshot"}:
+        return True  # recorded: a VM that is being snapshotted allows these
     return current == ["migrate_send"] and operation in AFTER_MIGRATE_SEND
 
 

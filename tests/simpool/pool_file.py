@@ -165,6 +165,12 @@ def check(given: Any) -> Dict[str, Any]:
         network["bridge"] = network["bridge"] or "xenbr%d" % number
     for number, vm in enumerate(pool["vms"]):
         _check_vm(vm, pool, "vms[%d]" % number)
+    parts = [part for vm in pool["vms"] for part in vm["disks"] + vm["snapshots"]]
+    described = pool["hosts"] + pool["srs"] + pool["networks"] + pool["templates"] + pool["vms"] + parts
+    given_uuids = [item["uuid"] for item in described if item["uuid"] is not None]
+    for uuid in given_uuids:
+        if given_uuids.count(uuid) > 1:
+            raise PoolFileError("the uuid %s is there twice" % uuid)
     return pool
 
 
@@ -258,6 +264,8 @@ class _Builder:
 
     def make(self, cls: str, uuid: str, fields: Dict[str, Any]) -> str:
         """A row with a given uuid and a ref that is derived from it."""
+        if self.pool.has_uuid(cls, uuid):
+            raise PoolFileError("the uuid %s is there twice (%s %r)" % (uuid, cls, fields.get("name_label", "")))
         return self.pool.create(cls, dict(fields, uuid=uuid), ref="OpaqueRef:" + _uuid("ref", cls, uuid))
 
     def build(self) -> None:
@@ -308,7 +316,6 @@ class _Builder:
         ref = self.make("host", uuid, {
             "name_label": host["name_label"], "name_description": host["name_description"], "hostname": host["hostname"],
             "address": "127.0.0.%d" % (number + 1), "metrics": metrics, "API_version_minor": str(minor), "enabled": host["live"],
-            "memory_overhead": "0",
             "other_config": {"agent_start_time": "%d." % (pool.fixed_time or 0), "boot_time": "%d." % (pool.fixed_time or 0)},
             "software_version": {
                 "product_version": product, "product_version_text": product.rpartition(".")[0],
@@ -498,8 +505,8 @@ BIOS_STRINGS = {
 
 def _hardware(memory: int, vcpus: int) -> Dict[str, Any]:
     """What the recorded VMs had."""
-    return {"memory_static_max": str(memory), "memory_dynamic_max": str(memory), "memory_dynamic_min": str(memory),
-            "memory_static_min": str(memory // 2), "memory_target": "0", "memory_overhead": "5242880",
+    return {"memory_static_max": str(memory), "memory_dynamic_max": str(memory),
+            "memory_dynamic_min": str(memory // 2), "memory_static_min": str(memory // 2), "memory_target": "0", "memory_overhead": "5242880",
             "VCPUs_max": str(vcpus), "VCPUs_at_startup": str(vcpus), "HVM_boot_policy": "BIOS order",
             "HVM_boot_params": {"order": "cdn"}, "platform": {"device-model": "qemu-upstream-compat"}, "domain_type": "hvm",
             "generation_id": "", "hardware_platform_version": "0", "has_vendor_device": False,
@@ -510,13 +517,7 @@ def _hardware(memory: int, vcpus: int) -> Dict[str, Any]:
 def _os_version(text: str) -> Dict[str, str]:
     if not text:
         return {}
-    found = {"name": text, "distro": text.split()[0].lower(), "uname": "5.10.0-9-amd64"}
-    match = re.search(r"(\d+)(?:\.(\d+))?", text)
-    if match:
-        found["major"] = match.group(1)
-        if match.group(2):
-            found["minor"] = match.group(2)
-    return found
+    return {"name": text, "uname": "6.1.0-13-amd64", "distro": text.split()[0].lower()}
 
 
 def _device_config(sr: Dict[str, Any]) -> Dict[str, str]:

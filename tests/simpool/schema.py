@@ -203,8 +203,7 @@ def database_text(value: Any) -> str:
     if value is False:
         return "false"
     if isinstance(value, float):
-        text = "%.12g" % value
-        return text if "." in text or "e" in text or "n" in text else text + "."
+        return "%.15g" % value
     if isinstance(value, list):
         return "(" + " ".join(_quoted(database_text(item)) for item in value) + ")"
     if isinstance(value, dict):

@@ -167,8 +167,6 @@ def connect_tls(host: str, port: int) -> socket.socket:
         raise
 
 
-
-
 class Program:
     """One run: where the server is, the command connection, what the arguments allow."""
 
@@ -431,10 +429,8 @@ def location_in_environment(socket_path: str, port: int) -> Tuple[str, int]:
     The real program finds these at fixed places of the host it runs on.
     """
     url, space, path = os.environ.get('VMBACKUP_POOL', '').partition(' ')
-    if not space:
-        return socket_path, port
     tail = url.rstrip('/').rpartition(':')[2]
-    return path, int(tail) if tail.isdigit() else port
+    return (path, int(tail)) if space and tail.isdigit() else (socket_path, port)
 
 
 def utf8_stream(descriptor: int) -> Any:

@@ -15,6 +15,9 @@ def uuid_of(number: int) -> str:
     return '%08x-0000-4000-8000-000000000000' % number
 
 
+US_UUID = uuid_of(1)                                         # whose copies a_copy() gives
+
+
 def a_disk(userdevice: str = '0', **facts: Any) -> VmBackup.Disk:
     values = dict(vbd_uuid=uuid_of(0xb0), userdevice=userdevice, device=VmBackup.device_name(userdevice), bootable=True,
                   mode='RW', type='Disk', unpluggable=True, vdi_ref='OpaqueRef:vdi', vdi_uuid=uuid_of(0xd0),

@@ -44,7 +44,10 @@ def exchange(address: Any, request: bytes) -> bytes:
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(TIME_LIMIT_S)
         connection.connect(address)
-        connection.sendall(request)
+        try:
+            connection.sendall(request)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has answered before it had read all
         pieces = []
         while True:
             try:

@@ -34,7 +34,7 @@ NUMBERS = ('int', 'percent')
 
 
 def value_of(option, text):
-    return getattr(configured('vm-export=*\n%s=%s\n' % (option.name, text)), option.field)
+    return getattr(configured('vm-export="web"\n%s=%s\n' % (option.name, text)), option.field)
 
 
 @pytest.mark.parametrize('option', [option for option in SCALARS if option.kind in GOOD], ids=lambda option: option.name)
@@ -46,7 +46,7 @@ def test_a_good_value_means_what_it_says(option):
 @pytest.mark.parametrize('option', [option for option in SCALARS if option.kind in BAD], ids=lambda option: option.name)
 def test_a_bad_value_is_refused_with_its_place_and_key(option):
     for text in BAD[option.kind]:
-        problems = problems_of('vm-export=*\n%s=%s\n' % (option.name, text))
+        problems = problems_of('vm-export="web"\n%s=%s\n' % (option.name, text))
         assert len(problems) == 1, text
         assert problems[0].startswith('weekend.cfg:2: %s: ' % option.name)
 
@@ -56,7 +56,7 @@ def test_a_number_is_taken_within_its_range_only(option):
     for number in (option.minimum, option.minimum + 1, option.maximum):
         assert value_of(option, str(number)) == number
     for text in ('', 'x', '-1', '1.5', '1e3', str(option.minimum - 1), str(option.maximum + 1), '9' * 5000, '0x10', '\u0663', '1 0'):
-        problems = problems_of('vm-export=*\n%s=%s\n' % (option.name, text))
+        problems = problems_of('vm-export="web"\n%s=%s\n' % (option.name, text))
         assert len(problems) == 1, text
         assert '%d to %d' % (option.minimum, option.maximum) in problems[0]
 
@@ -66,7 +66,7 @@ def test_a_choice_is_taken_in_any_case_and_the_choices_are_named_otherwise(optio
     for choice in option.choices:
         assert value_of(option, choice) == value_of(option, choice.upper()) == choice
     for text in ('', 'nonsense', ','.join(option.choices)):
-        (problem,) = problems_of('vm-export=*\n%s=%s\n' % (option.name, text))
+        (problem,) = problems_of('vm-export="web"\n%s=%s\n' % (option.name, text))
         assert ', '.join(option.choices) in problem
 
 

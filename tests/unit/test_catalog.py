@@ -1,0 +1,279 @@
+"""The backup directory: what lies in it is told apart, and only what is ours is removed."""
+
+import json
+import os
+from datetime import datetime
+
+import pytest
+
+from support.values import GIBIBYTE, NIGHT, US_UUID, a_copy
+from VmBackup import Catalog, CatalogError, Method, find_mount
+
+# Lines as Linux writes them (proc(5)): id, parent, major:minor, root, mount point, options, optional fields, "-", kind, source,
+# options of the super block.
+LINE = '%d 28 0:%d / %s rw,relatime shared:1 - %s %s %s\n'
+EXT4 = '28 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw,errors=remount-ro\n'
+NFS3 = 'rw,vers=3,rsize=1048576,namlen=255,hard,%sproto=tcp,timeo=600,sec=sys,mountaddr=192.0.2.1,local_lock=%s,addr=192.0.2.1'
+NFS4 = 'rw,vers=4.2,rsize=1048576,namlen=255,hard,proto=tcp,timeo=600,sec=sys,clientaddr=192.0.2.2,local_lock=none,addr=192.0.2.1'
+CIFS = 'rw,vers=3.1.1,cache=strict,username=backup,uid=0,noforceuid,addr=192.0.2.1,%sfile_mode=0755,dir_mode=0755'
+
+
+@pytest.mark.parametrize('kind, options, is_local', [
+    ('nfs', NFS3 % ('', 'none'), False), ('nfs', NFS3 % ('nolock,', 'all'), True), ('nfs', NFS3 % ('', 'all'), True),
+    ('nfs', NFS3 % ('', 'posix'), True), ('nfs4', NFS4, False), ('cifs', CIFS % '', False), ('cifs', CIFS % 'nobrl,', True),
+    ('ext4', 'rw,errors=remount-ro', False)])
+def test_mount_options_tell_whether_locks_reach_other_hosts(kind, options, is_local):
+    text = EXT4 + LINE % (40, 50, '/other', 'nfs', 'host:/x', NFS3 % ('nolock,', 'all')) + LINE % (41, 51, '/snapshots', kind, 'host:/y', options)
+    mount = find_mount(text, os.makedev(0, 51))
+    assert (mount.point, mount.kind, mount.locks_are_local) == ('/snapshots', kind, is_local)
+
+
+@pytest.mark.parametrize('text', ['', EXT4, 'nonsense\n', '41 28 0:51 / /snapshots rw shared:1\n', '41 28 0:511 / /x rw - nfs h:/x rw\n'])
+def test_a_mount_that_is_not_in_the_list_is_unknown(text):
+    assert find_mount(text, os.makedev(0, 51)) is None
+
+
+def test_this_machines_own_list_of_mounts_can_be_read(tmp_path):
+    assert Catalog(str(tmp_path)).locks_are_local in (True, False)
+
+
+# --- a VM's directory ------------------------------------------------------------------------------------------------
+
+MANIFEST = {'kind': 'vm-export', 'taken_at': '2016-04-14T00:10:00Z', 'sequence': 3, 'copies_to_keep': 4, 'files': {}, 'disks': [],
+            'vm': {'uuid': US_UUID, 'name': 'web'}, 'image': {'name': 'web.xva', 'size': 5, 'sha256': '0' * 64}}
+
+
+def make(root, path, **files):
+    """The directory with these files; a dot in a file's name is written as two underscores."""
+    folder = root.joinpath(*path.split('/'))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        folder.joinpath(name.replace('__', '.')).write_bytes(content)
+    return folder
+
+
+def make_own(root, path='web/backup-2016-04-14-001000', manifest=MANIFEST, **files):
+    kept = dict(dict(backup__json=json.dumps(manifest).encode(), web__xva=b'image', success=b''), **files)
+    return make(root, path, **{name: content for name, content in kept.items() if content is not None})
+
+
+def only_copy(root):
+    (copy,) = Catalog(str(root)).folder('web').copies
+    return copy
+
+
+def test_a_copy_of_ours_is_read_from_its_manifest(tmp_path):
+    make_own(tmp_path)
+    copy = only_copy(tmp_path)
+    assert copy.is_good and not copy.is_old
+    assert (copy.uuid, copy.vm_name, copy.method, copy.sequence, copy.image, copy.size_bytes, copy.taken_at) == (
+        US_UUID, 'web', Method.VM, 3, 'web.xva', 5, NIGHT)
+
+
+@pytest.mark.parametrize('files', [
+    dict(success=None), dict(web__xva=None), dict(web__xva=b''), dict(web__xva=b'imag'), dict(web__xva=b'images'),
+    dict(web__xva=None, web__xva__gz=b''), dict(web__xva=None, web__xva__gz=b'image'), dict(web__xva=b'x', web__xva__gz=b'\x1f\x8bx'),
+    dict(web__xva=None, web__xva__zst=b'\x1f\x8b'), dict(backup__json=None), dict(backup__json=b''), dict(backup__json=b'[]'),
+    dict(backup__json=b'{'), dict(backup__json=b'\xff'), dict(backup__json=b'[' * 100000), dict(backup__json=b'{"kind":"x"}')])
+def test_a_copy_that_is_not_whole_is_not_good_and_says_why(tmp_path, files):
+    make_own(tmp_path, **files)
+    assert only_copy(tmp_path).problem
+
+
+@pytest.mark.parametrize('group, key, value', [
+    (None, 'kind', 'other'), (None, 'kind', None), (None, 'taken_at', 'today'), (None, 'sequence', '3'), (None, 'disks', {}),
+    ('vm', 'uuid', None), ('vm', 'name', 7), ('image', 'size', '5'), ('image', 'name', '../web.xva'), ('image', 'name', '/web.xva'),
+    ('image', 'name', 'web.txt'), ('image', 'name', 'w\0.xva'), ('image', 'name', '\ud800.xva'), ('image', 'sha256', 1)])
+def test_a_damaged_manifest_makes_a_copy_not_good_whatever_is_damaged_in_it(tmp_path, group, key, value):
+    manifest = json.loads(json.dumps(MANIFEST))
+    (manifest[group] if group else manifest)[key] = value
+    make_own(tmp_path, manifest=manifest)
+    assert only_copy(tmp_path).problem
+
+
+@pytest.mark.parametrize('suffix, magic', [('gz', b'\x1f\x8b'), ('zst', b'\x28\xb5\x2f\xfd')])
+def test_an_image_that_the_storage_host_compressed_later_still_counts(tmp_path, suffix, magic):
+    make_own(tmp_path, **{'web__xva': None, 'web__xva__' + suffix: magic + b'...'})
+    copy = only_copy(tmp_path)
+    assert copy.is_good and copy.image == 'web.xva.' + suffix
+
+
+@pytest.mark.parametrize('marker', ['success', 'success_restore', 'success_compress', 'success_compressing'])
+@pytest.mark.parametrize('name, method', [('web.xva', Method.VM), ('web.xva.gz', Method.VM), ('web.raw', Method.VDI), ('web.vhd', Method.VDI)])
+def test_a_copy_of_the_older_program_is_known_by_its_marker_and_image(tmp_path, marker, name, method):
+    make(tmp_path, 'web/backup-2016-04-14-(00:10:00)', **{marker: b'', name.replace('.', '__'): b'x', 'vm__cfg': b'orig_uuid=%s\n' % US_UUID.encode()})
+    copy = only_copy(tmp_path)
+    assert copy.is_good and copy.is_old
+    assert (copy.method, copy.image, copy.uuid, copy.vm_name) == (method, name, US_UUID, 'web')
+
+
+@pytest.mark.parametrize('files', [dict(web__xva=b'x'), dict(success=b''), dict(success=b'', web__xva=b''), dict(success=b'', web__txt=b'x'), {}])
+def test_a_copy_of_the_older_program_that_is_not_whole_is_not_good(tmp_path, files):
+    make(tmp_path, 'web/backup-2016-04-14-(00:10:00)', **files)
+    assert only_copy(tmp_path).problem
+
+
+def test_an_old_directory_whose_only_image_is_a_directory_or_link_is_not_good(tmp_path):
+    folder = make(tmp_path, 'web/backup-2016-04-14-(00:10:00)', success=b'')
+    folder.joinpath('web.xva').mkdir()
+    folder.joinpath('b.xva').symlink_to('/etc/hostname')
+    assert only_copy(tmp_path).problem
+
+
+def test_what_lies_in_a_vms_directory_is_told_apart(tmp_path):
+    make_own(tmp_path)
+    for name in ('backup-2016-04-15-001000.partial', 'backup-2016-04-13-001000.deleting', 'backup-2016-04-12-(00:10:00).deleting'):
+        make(tmp_path, 'web/' + name)
+    strangers = ['backup-2016', 'backup-2016-04-14-001000.old', 'backup-2016-04-15-001000.deleting.partial',
+                 'backup-2016-04-15-001000.partial.deleting', 'backup-2016-04-15-(00:10:00).partial', 'mine', 'my.partial']
+    for name in strangers:
+        make(tmp_path, 'web/' + name)
+    tmp_path.joinpath('web', 'backup-2016-04-16-001000').write_bytes(b'a file')
+    tmp_path.joinpath('web', 'backup-2016-04-17-001000').symlink_to('backup-2016-04-14-001000')
+    folder = Catalog(str(tmp_path)).folder('web')
+    assert [copy.name for copy in folder.copies] == ['backup-2016-04-14-001000']
+    assert list(folder.unfinished) == ['backup-2016-04-12-(00:10:00).deleting', 'backup-2016-04-13-001000.deleting',
+                                       'backup-2016-04-15-001000.partial']
+    assert sorted(folder.strangers) == sorted(strangers + ['backup-2016-04-16-001000', 'backup-2016-04-17-001000'])
+
+
+def test_a_vm_without_a_directory_has_no_copies(tmp_path):
+    assert Catalog(str(tmp_path)).folder('web') == ('web', (), (), ())
+
+
+def test_our_own_state_and_metadata_and_files_and_links_are_no_vms_directories(tmp_path):
+    for name in ('.vmbackup', '.hidden', 'METADATA_xcp1', 'metadata_xcp2', 'web'):
+        make(tmp_path, name)
+    tmp_path.joinpath('notes.txt').write_bytes(b'')
+    tmp_path.joinpath('link').symlink_to('web')
+    assert Catalog(str(tmp_path)).folder_names() == ['web']
+
+
+# --- removing ----------------------------------------------------------------------------------------------------------
+
+def snapshot_of(root):
+    """Every name below with its kind and content."""
+    return sorted((os.path.relpath(os.path.join(folder, name), str(root)),
+                   os.readlink(os.path.join(folder, name)) if os.path.islink(os.path.join(folder, name)) else None)
+                  for folder, folders, files in os.walk(str(root)) for name in folders + files)
+
+
+def test_removing_a_copy_removes_it_and_nothing_else(tmp_path):
+    for stamp in ('2016-04-14-001000', '2016-04-15-001000'):
+        make_own(tmp_path, 'web/backup-' + stamp)
+    make(tmp_path, 'web/backup-2016-04-14-001000/DISK-xvda', vbd__cfg=b'')
+    make(tmp_path, 'web/mine', keep=b'')
+    before = snapshot_of(tmp_path)
+    catalog = Catalog(str(tmp_path))
+    catalog.remove_copy(catalog.folder('web').copies[0])
+    assert snapshot_of(tmp_path) == [row for row in before if not row[0].startswith('web/backup-2016-04-14')]
+
+
+def test_a_link_in_a_copy_is_removed_and_not_followed(tmp_path):
+    outside = make(tmp_path, 'outside', precious=b'x')
+    folder = make_own(tmp_path, 'store/web/backup-2016-04-14-001000')
+    folder.joinpath('link').symlink_to(str(outside))
+    catalog = Catalog(str(tmp_path / 'store'))
+    catalog.remove_copy(catalog.folder('web').copies[0])
+    assert outside.joinpath('precious').exists() and not folder.exists()
+
+
+@pytest.mark.parametrize('name', ['mine', 'backup-2016', '../web2/backup-2016-04-14-001000', 'backup-2016-04-17-001000', '.', '..'])
+def test_what_is_not_a_copys_directory_is_not_removed(tmp_path, name):
+    make_own(tmp_path)
+    make_own(tmp_path, 'web2/backup-2016-04-14-001000')
+    make(tmp_path, 'web/mine')
+    tmp_path.joinpath('web', 'backup-2016-04-17-001000').symlink_to('backup-2016-04-14-001000')
+    before = snapshot_of(tmp_path)
+    with pytest.raises(CatalogError):
+        Catalog(str(tmp_path)).remove_copy(a_copy(1)._replace(name=name))
+    assert snapshot_of(tmp_path) == before
+
+
+@pytest.mark.parametrize('name', ['mine', 'backup-2016-04-14-001000', '..', '.'])
+def test_what_is_finished_is_not_removed_as_unfinished(tmp_path, name):
+    make_own(tmp_path)
+    make(tmp_path, 'web/mine')
+    before = snapshot_of(tmp_path)
+    with pytest.raises(CatalogError):
+        Catalog(str(tmp_path)).remove_unfinished('web', name)
+    assert snapshot_of(tmp_path) == before
+
+
+def test_a_directory_that_is_not_empty_is_not_removed_as_empty(tmp_path):
+    make(tmp_path, 'web/mine')
+    make(tmp_path, 'empty')
+    catalog = Catalog(str(tmp_path))
+    for name in ('web', 'empty', 'never-was'):
+        catalog.remove_folder_if_empty(name)
+    assert [row[0] for row in snapshot_of(tmp_path)] == ['web', 'web/mine']
+
+
+def test_a_share_that_went_away_is_noticed(tmp_path):
+    store = make(tmp_path, 'store')
+    catalog = Catalog(str(store))
+    catalog.check_in_place()
+    store.rename(tmp_path / 'elsewhere')
+    with pytest.raises(CatalogError):
+        catalog.check_in_place()
+    store.mkdir()
+    with pytest.raises(CatalogError):
+        catalog.check_in_place()
+
+
+# --- a new copy ----------------------------------------------------------------------------------------------------------
+
+def test_a_new_copy_shows_only_when_it_is_sealed_and_then_whole(tmp_path):
+    catalog = Catalog(str(tmp_path))
+    copy = catalog.new_copy('web', datetime(2016, 4, 14, 0, 10))
+    copy.inside.write('web.xva', b'image')
+    copy.note_file('web.xva', 5, '0' * 64)
+    copy.write('DISK-xvda/vbd.cfg', b'userdevice=0\n')
+    copy.finish(dict(MANIFEST))
+    assert catalog.folder('web').copies == () and len(catalog.folder('web').unfinished) == 1
+    copy.seal()
+    copy.close()
+    assert only_copy(tmp_path).is_good
+    assert catalog.folder('web').unfinished == ()
+
+
+def test_the_checksums_name_every_file_but_themselves_and_the_marker(tmp_path):
+    copy = Catalog(str(tmp_path)).new_copy('web', datetime(2016, 4, 14, 0, 10))
+    copy.inside.write('web.xva', b'image')
+    copy.note_file('web.xva', 5, '0' * 64)
+    copy.write('VIFs/vif-0.cfg', b'')
+    copy.finish(dict(MANIFEST))
+    copy.seal()
+    copy.close()
+    folder = tmp_path / 'web' / 'backup-2016-04-14-001000'
+    listed = {line.split('  ', 1)[1] for line in folder.joinpath('SHA256SUMS').read_text().splitlines()}
+    found = {os.path.relpath(os.path.join(place, name), str(folder)) for place, _, files in os.walk(str(folder)) for name in files}
+    assert listed == found - {'SHA256SUMS', 'success'}
+
+
+def test_a_discarded_copy_leaves_nothing(tmp_path):
+    copy = Catalog(str(tmp_path)).new_copy('web', datetime(2016, 4, 14, 0, 10))
+    copy.write('DISK-xvda/vbd.cfg', b'userdevice=0\n')
+    copy.discard()
+    copy.close()
+    assert os.listdir(str(tmp_path / 'web')) == []
+
+
+def test_two_copies_begun_in_one_second_have_two_names(tmp_path):
+    catalog = Catalog(str(tmp_path))
+    first, second = [catalog.new_copy('web', datetime(2016, 4, 14, 0, 10)) for _ in range(2)]
+    assert (first.name, second.name) == ('backup-2016-04-14-001000', 'backup-2016-04-14-001001')
+    first.close()
+    second.close()
+
+
+def test_sealing_never_replaces_what_is_there(tmp_path):
+    copy = Catalog(str(tmp_path)).new_copy('web', datetime(2016, 4, 14, 0, 10))
+    make(tmp_path, 'web/backup-2016-04-14-001000')
+    with pytest.raises(OSError):
+        copy.seal()
+    copy.close()
+
+
+def test_the_free_space_is_told_in_bytes(tmp_path):
+    assert 0 < Catalog(str(tmp_path)).free_bytes() < (1 << 30) * GIBIBYTE

@@ -1,0 +1,139 @@
+"""Which directory belongs to which VM: a VM is its uuid, and names are for people."""
+
+from typing import Dict, List
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.values import a_copy, a_vm, an_inventory, uuid_of
+from VmBackup import Copy, Folder, Placement, folded, safe_name
+
+
+class Store:
+    """What Placement asks of a catalog: directories with copies, in memory. On CIFS names differ in more than case."""
+
+    def __init__(self, folders: Dict[str, List[Copy]]) -> None:
+        self.folders = folders
+
+    def folder_names(self) -> List[str]:
+        return sorted(self.folders)
+
+    def folder(self, name: str) -> Folder:
+        return Folder(name, tuple(self.folders.get(name, ())), (), ())
+
+
+def places(store, *machines, run=None):
+    """The directory of each VM of the run, by its number; all VMs of the pool run unless said otherwise."""
+    placement = Placement(Store(store), an_inventory(*machines))
+    chosen = machines if run is None else run
+    placement.claim_all(chosen)
+    return [placement.folder_name(machine) for machine in chosen]
+
+
+def of(number, night=1, **facts):
+    return a_copy(night, uuid=uuid_of(number) if number else '', **facts)
+
+
+WEB, WEB2, DB = a_vm('web', 1), a_vm('web', 2), a_vm('db', 3)
+
+
+def test_a_vm_that_is_new_takes_the_directory_of_its_name():
+    assert places({}, WEB, DB) == ['web', 'db']
+
+
+def test_a_vm_keeps_the_directory_whose_copies_bear_its_uuid():
+    assert places({'web': [of(1)]}, WEB) == ['web']
+    assert places({'web--00000001': [of(1)], 'web': [of(9)]}, WEB) == ['web--00000001']
+
+
+def test_after_a_rename_new_copies_go_on_in_the_old_directory():
+    assert places({'old name': [of(3)], 'other': [of(9)]}, WEB, DB) == ['web', 'old name']
+
+
+def test_a_newcomer_of_the_same_name_gets_a_directory_of_its_own():
+    assert places({'web': [of(9)]}, WEB) == ['web--00000001']
+
+
+def test_a_newcomer_never_takes_the_directory_of_a_vm_that_was_renamed_away():
+    renamed = a_vm('web-old', 2)
+    assert places({'web': [of(2)]}, WEB, renamed) == ['web--00000001', 'web']
+    assert places({'web': [of(2)]}, WEB, renamed, run=[WEB]) == ['web--00000001']
+
+
+@pytest.mark.parametrize('machines', [(WEB, WEB2), (WEB2, WEB)])
+def test_among_new_vms_of_one_name_the_lowest_uuid_takes_the_plain_one(machines):
+    assert dict(zip((machine.uuid for machine in machines), places({}, *machines))) == {
+        uuid_of(1): 'web', uuid_of(2): 'web--00000002'}
+
+
+def test_a_vm_of_the_same_name_that_has_copies_goes_before_a_lower_uuid():
+    assert places({'web': [of(2)]}, WEB, WEB2) == ['web--00000001', 'web']
+
+
+def test_names_that_differ_in_case_only_do_not_share_a_directory_on_a_windows_share():
+    upper, lower = places({}, a_vm('Web', 1), a_vm('web', 2))
+    assert (upper, lower) == ('Web', 'web--00000002')
+    assert places({'WEB': [of(9)]}, WEB) == ['web--00000001']
+
+
+@pytest.mark.parametrize('copies, names, folder', [
+    ([of(0, is_old=True)], ['web'], 'web'), ([of(0, is_old=True), of(1, 2)], ['web'], 'web'),
+    ([of(0, is_old=True), of(9, 2)], ['web'], 'web--00000001'), ([of(0, is_old=True)], ['web', 'web'], 'web--00000001'),
+    ([of(0, problem='backup.json is damaged')], ['web'], 'web--00000001')])
+def test_old_copies_without_a_uuid_are_the_vms_of_that_name_only_if_they_can_be_nobody_elses(copies, names, folder):
+    machines = [a_vm(name, number) for number, name in enumerate(names, 1)]
+    assert places({'web': copies}, *machines)[0] == folder
+
+
+def test_a_directory_without_copies_belongs_to_whoever_comes_first():
+    assert places({'web': []}, WEB) == ['web']
+
+
+def test_asking_again_gives_the_same_answer():
+    placement = Placement(Store({'web': [of(9)]}), an_inventory(WEB, WEB2, DB))
+    first = [placement.folder_name(machine) for machine in (WEB, WEB2, DB)]
+    assert [placement.folder_name(machine) for machine in (WEB, WEB2, DB)] == first
+
+
+def test_what_another_run_did_meanwhile_is_seen_when_the_lock_is_ours():
+    store = {}
+    placement = Placement(Store(store), an_inventory(WEB))
+    assert placement.folder_name(WEB) == 'web'
+    store['web'] = [of(9)]
+    assert placement.folder_name(WEB) == 'web--00000001'
+
+
+NAMES = st.sampled_from(['web', 'Web', 'db', 'd\xfc', 'D\xdc', 'a/b', '.', 'con'])
+STORES = st.dictionaries(st.sampled_from(['web', 'Web', 'db', 'other', 'web--00000002', 'con']),
+                         st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=4).map(
+                             lambda rows: [of(number, night, is_old=is_old and not number) for night, (number, is_old)
+                                           in enumerate(rows, 1)]), max_size=4)
+
+
+@given(STORES, st.lists(NAMES, max_size=5))
+def test_no_vm_gets_a_directory_with_copies_of_another_alone(store, names):
+    machines = [a_vm(name, number) for number, name in enumerate(names, 1)]
+    for machine, place in zip(machines, places(store, *machines)):
+        bearers = {copy.uuid for copy in store.get(place, ()) if copy.uuid}
+        assert not bearers or machine.uuid in bearers
+
+
+@given(STORES, st.lists(NAMES, max_size=5))
+def test_two_vms_share_a_directory_only_if_it_holds_copies_of_both(store, names):
+    machines = [a_vm(name, number) for number, name in enumerate(names, 1)]
+    by_place = {}
+    for machine, place in zip(machines, places(store, *machines)):
+        by_place.setdefault(folded(place), []).append((machine, place))
+    for rows in by_place.values():
+        if len(rows) > 1:
+            for machine, place in rows:
+                assert machine.uuid in {copy.uuid for copy in store.get(place, ())}
+
+
+@given(STORES, st.lists(NAMES, max_size=5))
+def test_a_directory_is_named_after_the_vm_or_is_there_already(store, names):
+    machines = [a_vm(name, number) for number, name in enumerate(names, 1)]
+    for machine, place in zip(machines, places(store, *machines)):
+        plain = safe_name(machine.name)
+        assert place in store or place in (plain, plain + '--' + machine.uuid[:8])
