@@ -1262,9 +1262,8 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int) -> List[
     for copy in ordered:
         if copy.name in going:
             newer = len(counted_ones) - going[copy.name]
-            verdicts.append(Verdict(copy, False, "of this VM %s newer, and %s" % (
-                "1 good copy is" if newer == 1 else "%d good copies are" % newer,
-                "1 is kept" if keep == 1 else "%d are kept" % keep)))
+            verdicts.append(Verdict(copy, False, "%s of this VM %s newer, and %d %s kept" % (
+                counted(newer, "good copy"), "is" if newer == 1 else "are", keep, "is" if keep == 1 else "are")))
         elif not copy.is_good:
             verdicts.append(Verdict(copy, True, "not a good copy, so neither counted nor removed: " + copy.problem))
         elif copy.uuid != uuid:

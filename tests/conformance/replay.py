@@ -101,6 +101,8 @@ class Replay:
     def in_order_of(self, recorded: str, simulated: str) -> str:
         """The simulated list (`a,b,c`) as far as possible in the order of the recorded one."""
         wanted = self.names.translate(recorded.strip()).split(',')
+        if not simulated.strip():
+            return simulated
         return ','.join(sorted(simulated.strip().split(','), key=lambda item: (item not in wanted, wanted.index(item)
                                                                                if item in wanted else 0))) + '\n'
 

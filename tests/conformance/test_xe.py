@@ -28,10 +28,10 @@ ORDER = '''
     * nodefault
     snapshot-running
     * ids
-    snapshot-list snapshot-list-all vif-list pbd-list network-list host-list pif-list
+    snapshot-list vif-list pbd-list network-list host-list pif-list
     sm-list console-list subject-list task-list message-list vm-disk-list vm-param-list vmlist-params-all
     vm-param-get-ok vm-param-get-badname vm-param-get-baduuid vm-param-get-mapkey
-    snapshot-template-param
+    snapshot-template-param snapshot-list-all
     vmlist vmlist-multi vmlist-minimal vmlist-params vmlist-params-minimal vmlist-none vmlist-none-minimal
     vmlist-badfilter vmlist-badparam vmlist-tagsfilter vmlist-otherconfigfilter
     export-snapshot export-exists export-nodir export-gzip export-zstd export-compress-bad export-compress-false
@@ -39,7 +39,8 @@ ORDER = '''
     vdi-export-raw-snap vdi-export-exists vdi-export-vhd-snap vdi-export-badformat vdi-export-baduuid vdi-export-nouuid
     vdi-list sr-list
     pool-dump pool-dump-exists pool-dump-noparam host-backup
-    import-nofile import-nosr import-metadata-dry import-metadata-force import-ok import-truncated
+    * truncated
+    import-nofile import-nosr import-metadata-force import-ok import-truncated
     * disk 7ebfd6b3-9e07-4dff-ad6c-64183eb78822
     vdi-copy
     * disk 39b7ef17-2d7f-40a8-9e36-0533432edf4e
@@ -55,6 +56,7 @@ ORDER = '''
     vm-destroy-snap vm-uninstall-gone vm-uninstall-nomatch
     vm-start-running vm-suspend vm-checkpoint
     vm-param-set-bad vm-param-set-ro vm-param-set-tags vm-param-set-oc vm-param-add-tags pool-param-set-defaultsr
+    import-metadata-dry
     * refs
     http/*
     * halted
@@ -114,6 +116,11 @@ class Session(Replay):
             found[disk_of] = [api.VDI.get_uuid(api.VBD.get_VDI(vbd)) for vbd in api.VM.get_VBDs(ref)]
         for recorded, uuids in found.items():
             assert len(uuids) == 1 and self.names.same(recorded, uuids[0]), (recorded, uuids)
+
+    def prepare_truncated(self) -> None:
+        with open(os.path.join(self.work_dir, 'backups', 'web1-snap.xva'), 'rb') as whole:
+            with open(os.path.join(self.work_dir, 'mnt', 'trunc.xva'), 'wb') as file:
+                file.write(whole.read(2 * MEBIBYTE))
 
     def prepare_disk(self, recorded_uuid: str) -> None:
         """A new disk of the size of web1's."""

@@ -324,6 +324,7 @@ last-software-update            RO  last_software_update
 latest-synced-updates-applied   RO  latest_synced_updates_applied
 pending-guidances-recommended   RO  pending_guidances_recommended
 pending-guidances-full          RO  pending_guidances_full
+last-update-hash                RO  last_update_hash
 '''
 
 POOL = '''
@@ -415,6 +416,14 @@ managed                         RO  managed
 currently-attached              RO  currently_attached
 MTU                             RO  MTU
 VLAN                            RO  VLAN
+vlan-master-of                  RO  uuid:VLAN_master_of
+vlan-slave-of                   RO  uuids:VLAN_slave_of
+bond-master-of                  RO  uuids:bond_master_of
+bond-slave-of                   RO  uuid:bond_slave_of
+sriov-physical-PIF-of           RO  uuids:sriov_physical_PIF_of
+sriov-logical-PIF-of            RO  uuids:sriov_logical_PIF_of
+tunnel-access-PIF-of            RO  uuids:tunnel_access_PIF_of
+tunnel-transport-PIF-of         RO  uuids:tunnel_transport_PIF_of
 management                      RO  management
 network-uuid                    RO  uuid:network
 network-name-label              RO  name:network
@@ -424,8 +433,26 @@ IP-configuration-mode           RO  ip_configuration_mode
 IP                              RO  IP
 netmask                         RO  netmask
 gateway                         RO  gateway
+IPv6-configuration-mode         RO  ipv6_configuration_mode
+IPv6                            RO  IPv6
+IPv6-gateway                    RO  ipv6_gateway
+primary-address-type            RO  primary_address_type
 DNS                             RO  DNS
+properties                      MRO properties
+capabilities                    SRO capabilities
+io_read_kbs                     RO  @unknown expensive
+io_write_kbs                    RO  @unknown expensive
+carrier                         RO  pif-metrics:carrier
+vendor-id                       RO  pif-metrics:vendor_id
+vendor-name                     RO  pif-metrics:vendor_name
+device-id                       RO  pif-metrics:device_id
+device-name                     RO  pif-metrics:device_name
+speed                           RO  @link_speed
+duplex                          RO  @link_duplex
+disallow-unplug                 RW  disallow_unplug
+pci-bus-path                    RO  pif-metrics:pci_bus_path
 other-config                    MRW other_config
+igmp-snooping-status            RO  igmp_snooping_status
 '''
 
 SM = '''
@@ -529,8 +556,9 @@ class Field:
                         'guest': ('VM_guest_metrics', record.get('guest_metrics'))}[self.show]
             record = row.other(cls, ref) or {}
             return record.get(self.field, NOT_IN_DATABASE)
-        if self.show == 'host-metrics':
-            metrics = row.pool.tables.get('host_metrics', {}).get(record.get('metrics'), {})
+        if self.show in ('host-metrics', 'pif-metrics'):
+            cls = {'host-metrics': 'host_metrics', 'pif-metrics': 'PIF_metrics'}[self.show]
+            metrics = row.pool.tables.get(cls, {}).get(record.get('metrics'), {})
             return metrics.get(self.field, NOT_IN_DATABASE)
         value = record.get(self.field, '')
         if self.show == 'uuid':
@@ -617,6 +645,18 @@ def _with_class(operation: str, prefixes: Tuple[str, ...]) -> str:
 
 def _unknown(row: Row) -> str:
     return '<unknown>'
+
+
+def _link_speed(row: Row) -> str:
+    metrics = row.other('PIF_metrics', row.record['metrics']) or {}
+    return metrics.get('speed', '0') + ' Mbit/s'
+
+
+def _link_duplex(row: Row) -> str:
+    metrics = row.other('PIF_metrics', row.record['metrics']) or {}
+    if not metrics.get('carrier'):
+        return 'unknown'
+    return 'full' if metrics.get('duplex') else 'half'
 
 
 def _yes(row: Row) -> bool:

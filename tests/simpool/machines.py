@@ -560,9 +560,12 @@ class Machines:
 
 
 def mac_of(seed: str, device: str) -> str:
-    """The MAC that belongs to a mac_seed and a device number: local, not multicast."""
-    octets = bytearray(hashlib.md5(("%s-%s" % (seed, device)).encode("ascii", "replace")).digest()[:6])
-    octets[0] = octets[0] & 0xfc | 0x02
+    """The MAC that belongs to a mac_seed and a device number: local, not multicast (xapi_vif_helpers.ml gen_mac)."""
+    first = seed.encode("ascii", "replace")
+    for _ in range(2 * int(device if device.isdigit() else 0) + 1):
+        first = hashlib.md5(first).digest()
+    octets = bytearray(first[:4] + hashlib.md5(first).digest()[1:3])
+    octets[0] = octets[0] & 0xfe | 0x02
     return ":".join("%02x" % octet for octet in octets)
 
 

@@ -321,7 +321,7 @@ class _Builder:
                 "product_version": product, "product_version_text": product.rpartition(".")[0],
                 "product_version_text_short": product.rpartition(".")[0], "platform_name": "XCP", "platform_version": "3.4.0",
                 "product_brand": brand, "build_number": "cloud", "git_id": "0", "hostname": "localhost",
-                "date": "20250319T04:16:24Z", "dbv": "0.0.1", "xapi": xapi, "xapi_build": self.description["xapi_version"],
+                "date": "20250319T04:16:24Z", "xapi": xapi, "xapi_build": self.description["xapi_version"],
                 "xen": "4.17.4", "linux": "4.19.0+1", "xencenter_min": "2.%d" % minor, "xencenter_max": "2.%d" % minor,
                 "network_backend": "openvswitch", "db_schema": "5.779"}})
         self.hosts[host["name_label"]] = ref
@@ -505,8 +505,8 @@ BIOS_STRINGS = {
 
 def _hardware(memory: int, vcpus: int) -> Dict[str, Any]:
     """What the recorded VMs had."""
-    return {"memory_static_max": str(memory), "memory_dynamic_max": str(memory),
-            "memory_dynamic_min": str(memory // 2), "memory_static_min": str(memory // 2), "memory_target": "0", "memory_overhead": "5242880",
+    return {"memory_static_max": str(memory), "memory_dynamic_max": str(memory), "memory_dynamic_min": str(memory // 2),
+            "memory_static_min": str(memory // 2), "memory_target": "0", "memory_overhead": "5242880",
             "VCPUs_max": str(vcpus), "VCPUs_at_startup": str(vcpus), "HVM_boot_policy": "BIOS order",
             "HVM_boot_params": {"order": "cdn"}, "platform": {"device-model": "qemu-upstream-compat"}, "domain_type": "hvm",
             "generation_id": "", "hardware_platform_version": "0", "has_vendor_device": False,

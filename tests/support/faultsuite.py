@@ -142,6 +142,7 @@ class Place:
         self.pool = Pool(POOL, faults)
         self.pool.first_snapshots = []
         self.home = self.pool.home
+        self.seen = 0
         self.store = os.path.join(self.home, 'store')
         self.config = os.path.join(self.home, 'weekend.cfg')
         self.password_file = os.path.join(self.home, 'pw')
@@ -189,6 +190,12 @@ class Place:
                                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         stdout, stderr = process.communicate(timeout=RUN_LIMIT_S)
         return Run(process.returncode, text_of(stdout), text_of(stderr))
+
+    def new_journal(self) -> List[Dict[str, Any]]:
+        """What the pool was asked since this was called last."""
+        journal = self.pool.journal()
+        new, self.seen = journal[self.seen:], len(journal)
+        return new
 
     def remove(self) -> None:
         self.pool.remove()
@@ -341,6 +348,7 @@ class Aftermath:
         self.dumps_before = dumps_before
         self.is_clean = is_clean
         self.was_killed = case.kills and not is_clean
+        self.journal = place.new_journal()
         self.copies = contents.shown_copies(place.store)
         self.dumps = contents.shown_dumps(place.store)
         self.damaged = {(name, copy): problem for name, copy in self.copies for problem in [self.problem_of(name, copy)]
@@ -452,18 +460,10 @@ class Aftermath:
         if self.was_killed or not self.is_clean and self.case.deeds & {'logout', 'master', 'lose', 'hang', 'drop', 'fail'} \
                 and any('session' in fault['on'] or self.case.deeds & {'logout', 'master', 'lose'} for fault in self.case.faults):
             return []
-        journal = self.this_journal()
-        logins = [entry for entry in journal if entry['call'] == 'session.login_with_password' and entry['result'] == 'ok'
+        logins = [entry for entry in self.journal if entry['call'] == 'session.login_with_password' and entry['result'] == 'ok'
                   and entry['args'][-1] == 'VmBackup']
-        logouts = [entry for entry in journal if entry['call'] == 'session.logout' and entry['result'] == 'ok']
+        logouts = [entry for entry in self.journal if entry['call'] == 'session.logout' and entry['result'] == 'ok']
         return ['%d logins, %d logouts' % (len(logins), len(logouts))] if len(logins) != len(logouts) else []
-
-    def this_journal(self) -> List[Dict[str, Any]]:
-        journal = self.place.pool.journal()
-        if not self.is_clean:
-            self.place.journal_length = len(journal)
-            return journal
-        return journal[self.place.journal_length:]
 
     # --- what it said ---
 
