@@ -2931,6 +2931,7 @@ READ_TIMEOUT_S = 120
 LOGIN_TRIES = 3
 LOGIN_PAUSE_S = 2
 IDLE_CONNECTION_S = 5
+SAME_SESSION_PAUSE_S = 2
 ORIGINATOR = "VmBackup"
 KEY_PREFIX = "vmbackup:"
 
@@ -3089,17 +3090,21 @@ class Pool:
                 self._signals.sleep(LOGIN_PAUSE_S)
 
     def _login(self, xenapi: Any) -> None:
-        """Logged in at the address, or at the master that it names."""
+        """Logged in at the address, or at the master that it names; without a session nothing stays open."""
         try:
-            self._login_at(xenapi, self._master or self._address)
-        except ApiFailure as failure:
-            if failure.code != "HOST_IS_SLAVE" or not failure.parameters:
-                raise PoolError(self._refusal_text(failure))
-            self._master = self._address_of_master(failure.parameters[0])
             try:
+                self._login_at(xenapi, self._master or self._address)
+            except ApiFailure as failure:
+                if failure.code != "HOST_IS_SLAVE" or not failure.parameters:
+                    raise
+                self._master = self._address_of_master(failure.parameters[0])
                 self._login_at(xenapi, self._master)
-            except ApiFailure as second:
-                raise PoolError(self._refusal_text(second))
+        except ApiFailure as failure:
+            self._forget_session()
+            raise PoolError(self._refusal_text(failure))
+        except PoolError:
+            self._forget_session()
+            raise
 
     def _address_of_master(self, host: str) -> PoolAddress:
         """Where the master that HOST_IS_SLAVE names listens."""
@@ -3188,14 +3193,13 @@ class Pool:
         while True:
             self._signals.check()
             try:
-                if self._session is None:
-                    self._reconnect()
                 return self.call(doing, method, *arguments, **options)
             except AnswerLost as error:
                 if time.monotonic() + pause_s > give_up_at:
                     raise PoolError("%s The pool has not answered for %s." % (error, format_duration(self._patience_s)))
                 self._log.info("%s Trying again." % error)
-                self._forget_session()
+                if pause_s > SAME_SESSION_PAUSE_S:         # the master may be another one now
+                    self._forget_session()
             except ApiFailure as failure:
                 if failure.code not in STARTING_UP or time.monotonic() + pause_s > give_up_at:
                     raise
@@ -3231,7 +3235,7 @@ class Pool:
             details = [str(item) for item in failure.details]
             raise ApiFailure(details[0], details[1:], doing)
         except (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError) as error:
-            self._forget_session()
+            self._transport.close()            # the session itself may be alive: the next call tries it again
             raise AnswerLost("%s got no answer from the pool: %s." % (doing, connection_reason(error)))
 
     # --- reading ----------------------------------------------------------------
@@ -3239,7 +3243,7 @@ class Pool:
     def inventory(self) -> Inventory:
         """The whole pool in eight calls, whatever the number of VMs."""
         doing = "reading the pool"
-        this_host = self.ask(doing, "session.get_this_host", self._session.handle)
+        this_host = self._this_host(doing)
         pool = list(self.ask(doing, "pool.get_all_records").values())[0]
         hosts = self.ask(doing, "host.get_all_records")
         machines = self.ask(doing, "VM.get_all_records")
@@ -3253,6 +3257,16 @@ class Pool:
                 if is_real_machine(record)]
         real.sort(key=lambda machine: (machine.name, machine.uuid))
         return Inventory(pool["uuid"], pool["name_label"], host, master, tuple(real))
+
+    def _this_host(self, doing: str) -> str:
+        """The ref of the host that took the login. The session is an argument here: one that was made anew by the
+        XenAPI module meanwhile is asked about again."""
+        try:
+            return self.ask(doing, "session.get_this_host", self._session.handle)
+        except ApiFailure as failure:
+            if failure.code not in ("HANDLE_INVALID", "SESSION_INVALID"):
+                raise
+        return self.ask(doing, "session.get_this_host", self._session.handle)
 
     def _machine(self, ref: str, record: Dict[str, Any], vbds: Dict[str, Any],
                  vdis: Dict[str, Any]) -> VirtualMachine:

@@ -256,7 +256,7 @@ class Import:
             if seed is None or other['other_config'].get('mac_seed') != seed:
                 continue
             original = self.pool.tables['VM'].get(other['snapshot_of'], {})
-            mine = {other['uuid'], original.get('uuid')}
+            mine = {other['uuid'], original.get('uuid')} - {None}
             if record['uuid'] in mine or self.records.get(record['snapshot_of'], {}).get('uuid') in mine:
                 continue
             if self.pool.checks_mac_seed():

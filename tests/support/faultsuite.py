@@ -396,7 +396,7 @@ class Aftermath:
     def holds_verify_says_the_same(self) -> List[str]:
         """`verify` finds every copy good, and as many as there are."""
         verdict = self.place.verify()
-        lines = [line for line in verdict.stdout.splitlines() if re.search(r'backup-\S+', line) and ' good' in line]
+        lines = [line for line in verdict.stdout.splitlines() if line.startswith('good ')]
         if verdict.exit_status != 0 or len(lines) != len(self.copies):
             return ['verify found %d of %d copies good, exit status %d: %s' % (
                 len(lines), len(self.copies), verdict.exit_status, verdict.output)]
@@ -457,13 +457,18 @@ class Aftermath:
 
     def holds_sessions_are_closed(self) -> List[str]:
         """Every login of the program had its logout, unless it was killed or the trouble took the session."""
-        if self.was_killed or not self.is_clean and self.case.deeds & {'logout', 'master', 'lose', 'hang', 'drop', 'fail'} \
-                and any('session' in fault['on'] or self.case.deeds & {'logout', 'master', 'lose'} for fault in self.case.faults):
+        if self.was_killed or not self.is_clean and self.session_was_taken():
             return []
         logins = [entry for entry in self.journal if entry['call'] == 'session.login_with_password' and entry['result'] == 'ok'
                   and entry['args'][-1] == 'VmBackup']
         logouts = [entry for entry in self.journal if entry['call'] == 'session.logout' and entry['result'] == 'ok']
         return ['%d logins, %d logouts' % (len(logins), len(logouts))] if len(logins) != len(logouts) else []
+
+    def session_was_taken(self) -> bool:
+        """Did the trouble end the session, or hit the login or logout itself?"""
+        return bool(self.case.deeds & {'logout', 'master', 'lose'}
+                    or any('session.log' in fault['on'] or fault['do'].get('fail', [''])[0] == 'SESSION_INVALID'
+                           for fault in self.case.faults))
 
     # --- what it said ---
 
@@ -494,7 +499,9 @@ class Aftermath:
         if status in (2, 4) or status < 0:
             return [] if status < 0 or self.run.stderr.strip() else ['nothing was said']
         if self.last_line is None:
-            if status > 128 and 'stopped' in self.run.stderr or status > 128 and not self.run.stdout.strip():
+            if not self.is_clean and not self.new and ' - error: ' in self.run.stderr:
+                return []                       # it ended before it began, and said why
+            if status > 128 and (status == 128 + signal.SIGTERM):
                 return []
             return ['the last line is %r' % self.run.stdout.rstrip('\n').rpartition('\n')[2]]
         facts = self.last_line.groupdict()

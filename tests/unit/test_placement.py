@@ -105,7 +105,7 @@ def test_what_another_run_did_meanwhile_is_seen_when_the_lock_is_ours():
 
 
 NAMES = st.sampled_from(['web', 'Web', 'db', 'd\xfc', 'D\xdc', 'a/b', '.', 'con'])
-STORES = st.dictionaries(st.sampled_from(['web', 'Web', 'db', 'other', 'web--00000002', 'con']),
+STORES = st.dictionaries(st.sampled_from(['web', 'Web', 'db', 'other', 'web--00000009', 'con']),
                          st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=4).map(
                              lambda rows: [of(number, night, is_old=is_old and not number) for night, (number, is_old)
                                            in enumerate(rows, 1)]), max_size=4)
