@@ -190,6 +190,11 @@ class StorageMisbehaved(CatalogError):
     """The storage under backup_dir gave an error that no full disk explains: nothing is pruned."""
 
 
+class StorageStalled(StorageMisbehaved):
+    """The storage hangs in the kernel: nothing that needs it can be waited for."""
+    passing = False
+
+
 class TakenOver(StorageMisbehaved):
     """Another run took this one for dead: nothing more may be sealed, deleted or swept."""
 
@@ -1206,7 +1211,8 @@ class Copy(NamedTuple):
 
     `taken_at` is the local time in its name, naive; `written_at` the UTC time
     of the manifest. `uuid` is the VM's, "" if unreadable. `problem` says why
-    it does not count as good, "" if it does.
+    it does not count as good, "" if it does. `disks` are those in the image, in
+    words.
     """
     folder: str
     name: str
@@ -1221,6 +1227,7 @@ class Copy(NamedTuple):
     image: str
     size_bytes: int
     problem: str
+    disks: Tuple[str, ...] = ()
 
     @property
     def is_good(self) -> bool:
@@ -3666,6 +3673,7 @@ class RunJournal:
         self._folder = folder
         self.name = name
         self._fd = fd
+        self.is_mute = False
         self.entries = []             # type: List[OpenEntry]
         self.header = {}              # type: Dict[str, Any]
         self._read()
@@ -3733,7 +3741,9 @@ class RunJournal:
             os.write(self._fd, b"\n")
 
     def append(self, facts: Dict[str, Any]) -> None:
-        """A line more, on disk."""
+        """A line more, on disk; nothing once the store hangs, for the clean-up in the pool must not wait for it."""
+        if self.is_mute:
+            return
         os.write(self._fd, (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8"))
         os.fsync(self._fd)
 
@@ -4082,7 +4092,8 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
     copy = blank._replace(
         is_old=False, method=Method(manifest["kind"]), uuid=manifest["vm"]["uuid"], vm_name=manifest["vm"]["name"],
         sequence=manifest["sequence"], written_at=parse_utc(manifest["taken_at"]),
-        keep=manifest["copies_to_keep"], image=image["name"], size_bytes=image["size"])
+        keep=manifest["copies_to_keep"], image=image["name"], size_bytes=image["size"],
+        disks=tuple("%s %s" % (disk["device"], format_size(disk["virtual_size"])) for disk in manifest["disks"]))
     stored, problem = find_stored_image(inside, image["name"], image["size"])
     if inside.status(SUCCESS) is None:
         problem = "the marker `%s` is not there" % SUCCESS
@@ -4170,6 +4181,10 @@ def parse_manifest(content: bytes) -> Dict[str, Any]:
     for key, kind in MANIFEST_SHAPE:
         if not isinstance(manifest.get(key), kind):
             raise ValueError("%s is missing or of the wrong kind" % key)
+    for disk in manifest["disks"]:
+        if not (isinstance(disk, dict) and isinstance(disk.get("device"), str)
+                and isinstance(disk.get("virtual_size"), int) and isinstance(disk.get("snapshot_uuid"), str)):
+            raise ValueError("disks is of the wrong kind")
     for group, key, kind in (("vm", "uuid", str), ("vm", "name", str), ("image", "name", str),
                              ("image", "size", int), ("image", "sha256", str)):
         if not isinstance(manifest[group].get(key), kind):
@@ -4295,6 +4310,9 @@ class Snapshots:
             # a snapshot is a template too, and would be imported as one (ocaml/xapi/export.ml, v26.17.0)
             self._pool.ask("preparing " + doing, "VM.set_is_a_template", ref, False)
             yield snapshot
+        except StorageStalled:
+            self._journal.is_mute = True
+            raise
         finally:
             self.remove(entry)
 
@@ -4318,6 +4336,9 @@ class Snapshots:
             self._pool.ask("marking " + doing, "VDI.remove_from_other_config", disk.vdi_ref, key)
             entry.note(key_removed=True)
             yield disk._replace(vdi_ref=ref, vdi_uuid=record["uuid"], virtual_size=int(record["virtual_size"]))
+        except StorageStalled:
+            self._journal.is_mute = True
+            raise
         finally:
             self.remove(entry)
 
@@ -4602,7 +4623,7 @@ XE_ENDING_S = 120              # how long xe may take to end after its last byte
 XE_REASON_S = 5
 TASK_CANCEL_S = 30
 TASK_POLL_S = 20
-SR_POLL_S = 30
+SR_POLL_S = 10
 SILENCE_BEFORE_POLL_S = 5
 COMPRESSORS = {"gzip": ("pigz", "gzip"), "zstd": ("zstd",)}
 COMPRESSOR_OPTIONS = {"pigz": ("-c", "-n"), "gzip": ("-c", "-n"), "zstd": ("-q", "-c", "-T0")}
@@ -4716,7 +4737,7 @@ class Exporter:
         """xe's output through digest, check and compressor to a file; see design of the flow in section 10."""
         compression = self._configuration.compress
         name = "%s.%s%s" % (base, file_format, COMPRESSED_SUFFIX[compression])
-        with storage_errors(doing), contextlib.ExitStack() as stack:
+        with storage_errors(doing), closing_unless_stalled() as stack:
             blocks = BlocksFile(inside.create(BLOCKS))
             stack.callback(blocks.close)
             check, plain = new_check(BlockRecorder(blocks)), Digest()
@@ -4780,6 +4801,17 @@ class Exporter:
                                passing=bool(XE_PASSING.search(xe.said)))
         if xe.said:
             self._log.info("%s: xe said: %s" % (doing, one_line(xe.said[-400:])))
+
+
+@contextlib.contextmanager
+def closing_unless_stalled() -> Iterator[contextlib.ExitStack]:
+    """A stack whose files are closed at the end, unless the store hangs: closing would wait for it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            yield stack
+        except StorageStalled:
+            stack.pop_all()
+            raise
 
 
 class Tail:
@@ -4897,11 +4929,6 @@ class Watch:
                     self._pool.call("cancelling " + self._doing, "task.cancel", task)
                     self.program.wait(TASK_CANCEL_S)
         raise StreamStalled("%s from the server. It was cancelled and its snapshot removed." % stalled)
-
-
-class StorageStalled(StorageMisbehaved):
-    """The storage hangs in the kernel: nothing that needs it can be waited for."""
-    passing = False
 
 
 def check_sr_space(srs: Sequence[StorageRepository], min_free_percent: int, consequence: str) -> None:
@@ -5143,10 +5170,7 @@ def compression_of(name: str) -> str:
 
 def new_image_check(manifest: Dict[str, Any], blocks: Any, block_digests: str) -> Any:
     """The check for the image that the manifest describes."""
-    sizes = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]
-             if isinstance(disk, dict) and "snapshot_uuid" in disk and isinstance(disk.get("virtual_size"), int)}
-    if len(sizes) != len(manifest["disks"]):
-        raise VerificationError("%s is damaged: disks" % MANIFEST)
+    sizes = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
     file_format = manifest["image"].get("format")
     if file_format == "xva":
         return XvaCheck(sizes, blocks, block_digests)
@@ -6991,7 +7015,7 @@ def list_row(stored: StoredVm, configuration: Configuration, store: VerdictStore
         copies.append({
             "name": copy.name, "taken_at": copy.taken_at.strftime("%Y-%m-%d %H:%M:%S"),
             "age_s": max(0, int((now - copy.taken_at).total_seconds())), "size": copy.size_bytes,
-            "good": copy.is_good, "problem": copy.problem, "of_older_program": copy.is_old, "image": copy.image,
+            "disks": list(copy.disks), "good": copy.is_good, "problem": copy.problem, "of_older_program": copy.is_old, "image": copy.image,
             "verified_at": recalled.get("verified_at"), "verdict": recalled.get("verdict"),
             "drilled_at": recalled.get("drilled_at"), "drill": recalled.get("drill"),
             "fate": "kept: " + rule if verdict is None else
@@ -7016,8 +7040,10 @@ def list_text(row: Dict[str, Any]) -> str:
             checked = "%s, verified %s" % (copy["verdict"], copy["verified_at"][:10])
         if copy["drilled_at"]:
             checked += ", %s on %s" % (copy["drill"], copy["drilled_at"][:10])
-        lines.append("  %s  %s old  %s  %s  %s  %s" % (
-            copy["name"], format_duration(copy["age_s"]), format_size(copy["size"]), state, checked, copy["fate"]))
+        disks = " (%s)" % ", ".join(copy["disks"]) if copy["disks"] else ""
+        lines.append("  %s  %s old  %s%s  %s  %s  %s" % (
+            copy["name"], format_duration(copy["age_s"]), format_size(copy["size"]), disks, state, checked,
+            copy["fate"]))
     return "\n".join(lines)
 
 

@@ -176,8 +176,11 @@ def replayed(folder: str) -> List[str]:
     return [name for name in recordings.names(folder) if not exemptions.not_replayed(name)]
 
 
-def stale_rows(replay: Replay) -> List[str]:
-    return ['%s | %s' % (row.recordings, row.path) for row in replay.exemptions.stale()]
+def demand_no_stale_rows(replay: Replay) -> None:
+    """Every row of differences.txt for these recordings excused something."""
+    stale = ['%s | %s' % (row.recordings, row.path) for row in replay.exemptions.stale()]
+    if stale:
+        pytest.fail('rows of differences.txt that excuse nothing:\n' + '\n'.join(stale), pytrace=False)
 
 
 def compare_block(recorded: List[str], simulated: List[str], path: str, comparison: Comparison) -> None:

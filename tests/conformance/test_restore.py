@@ -6,7 +6,7 @@ from typing import Any, Iterator
 import pytest
 
 import recordings
-from replay import Replay, replayed, stale_rows
+from replay import Replay, demand_no_stale_rows, replayed
 
 
 @pytest.fixture(scope='module')
@@ -28,4 +28,4 @@ def test_the_simulated_pool_answers_as_recorded(restore: Replay, name: str) -> N
 
 @pytest.mark.needs_zstd
 def test_every_listed_difference_is_still_there(restore: Replay) -> None:
-    assert stale_rows(restore) == []
+    demand_no_stale_rows(restore)

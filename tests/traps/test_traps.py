@@ -18,7 +18,7 @@ import XenAPI
 
 from support.archive import read_tar
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import Pool, Run
+from support.process import Pool, Run, run
 from support.wire import BASIC, Answer, Background, ask, eventually, exchange
 
 NULL = 'OpaqueRef:NULL'
@@ -244,12 +244,17 @@ def test_trap_06_only_the_task_tells_whether_an_export_is_whole(a_pool: Any) -> 
 
 
 def test_trap_07_exit_status_0_does_not_mean_that_there_is_an_export(a_pool: Any, tmp_path: Any) -> None:
-    pool = a_pool(vm('web'), vm('busy', power_state='Running'), vm('idle'),
-                  faults=[at('http:/export', object='web', drops=True)])
-    # No handler took the task, so it has no error that xe could raise (download_file in cli_operations.ml).
-    result = pool.xe('vm-export', 'vm=web', 'filename=%s' % (tmp_path / 'web.xva'))
-    assert (result.exit_status, result.stderr) == (0, 'Export failed, unknown error\n')
-    assert not (tmp_path / 'web.xva').exists()
+    pool = a_pool(vm('web'), vm('busy', power_state='Running'), faults=[at('http:/export', object='web', drops=True)])
+    # The command goes over the unix socket; the port for the data is one that nobody listens at. So no handler takes
+    # the task, and it has no error that xe could raise (download_file in cli_operations.ml).
+    nobody = dict(pool.environment(), VMBACKUP_POOL='http://127.0.0.1:1 ' + pool.socket_of())
+    path = tmp_path / 'web.xva'
+    result = run([os.path.join(pool.dir, 'bin', 'xe'), 'vm-export', 'vm=web', 'filename=%s' % path], nobody)
+    assert (result.exit_status, result.stderr.splitlines()[-1]) == (0, 'Export failed, unknown error')
+    assert not path.exists()
+    # A connection that breaks when the handler has taken over is an error of the task.
+    result = pool.xe('vm-export', 'vm=web', 'filename=%s' % path)
+    assert result.exit_status == 1 and result.stderr.startswith('Error code: CLIENT_ERROR\n') and not path.exists()
 
     session = pool.session()
     uuid = uuid_of(session, 'VM', ref_of(session, 'busy'))
