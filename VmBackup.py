@@ -3644,13 +3644,15 @@ class OpenEntry:
         self.facts = facts
 
     def note(self, **facts: Any) -> None:
-        """The facts are on disk."""
-        self._journal.append(dict(facts, entry=self.number))
+        """The facts are remembered and on disk; CatalogError if they are only remembered."""
         self.facts.update(facts)
+        with storage_errors("writing the journal %s" % self._journal.name):
+            self._journal.append(dict(facts, entry=self.number))
 
     def close(self, reason: str) -> None:
-        """Nothing of it is left in the pool."""
-        self.note(closed=reason)
+        """Nothing of it is left in the pool. If that can't be written, the next run finds nothing and closes it."""
+        with contextlib.suppress(CatalogError):
+            self.note(closed=reason)
 
     @property
     def is_open(self) -> bool:
@@ -3750,8 +3752,7 @@ class RunJournal:
     def open_entry(self, **facts: Any) -> OpenEntry:
         """A new entry, on disk: call this before the deed."""
         entry = OpenEntry(self, len(self.entries) + 1, {})
-        with storage_errors("writing the journal of this run"):
-            entry.note(**facts)
+        entry.note(**facts)
         self.entries.append(entry)
         return entry
 
@@ -3797,6 +3798,8 @@ class RunJournal:
 
 
 TAKEN = ".taken"
+RESERVE = "reserve"
+RESERVE_BYTES = MEBIBYTE
 RUN_SUFFIX = ".run"
 
 
@@ -3892,7 +3895,20 @@ class Catalog:
     def begin_run(self, name: str, header: Dict[str, Any]) -> RunJournal:
         """The journal of this run, locked."""
         with storage_errors("beginning the journal of this run in %s" % self.path):
-            return RunJournal.begin(self.state("runs"), name + RUN_SUFFIX, header)
+            folder = self.state("runs")
+            try:
+                return RunJournal.begin(folder, name + RUN_SUFFIX, header)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+            folder.remove_file(RESERVE)            # so that a run can begin on a full store, and pre_clean make room
+            return RunJournal.begin(folder, name + RUN_SUFFIX, header)
+
+    def keep_reserve(self) -> None:
+        """A little space is set aside for the journal of a run that begins on a full store."""
+        with contextlib.suppress(OSError), self.state("runs") as folder:
+            if folder.status(RESERVE) is None:
+                folder.write(RESERVE, bytes(RESERVE_BYTES))
 
     def dead_runs(self, own: RunJournal, pool_uuid: str, now_s: float) -> List[RunJournal]:
         """The journals of dead runs of that pool, locked by us and marked as taken.
@@ -4482,7 +4498,8 @@ class Snapshots:
         doing = "removing the snapshot of " + entry.title
         if found and "disks" not in entry.facts:
             snapshot = self._pool.machine(found[0], doing)
-            entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
+            with contextlib.suppress(CatalogError):            # a full store: what is remembered is enough for now
+                entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
         for uuid in entry.facts.get("disks", ()):
             if not self._destroy_disk(entry, uuid, found, doing):
                 return
@@ -5382,6 +5399,8 @@ class BackupRun:
 
     def finish(self) -> None:
         """The journals are put away: those with nothing open are removed."""
+        if not self.storage_hangs:
+            self._catalog.keep_reserve()
         for journal in self._snapshots.inherited + [self._journal]:
             if self.storage_hangs:
                 return
@@ -5571,7 +5590,7 @@ class BackupRun:
                 self._log.info("%s is in use by another run (%s); waiting." % (name, holder_text(lock.text())))
                 told = True
             self._signals.sleep(1)
-        with storage_errors("locking %s" % name):
+        with contextlib.suppress(OSError):         # the text is for people; a full store must not cost the lock
             lock.write_text(self._signature())
 
     def _signature(self) -> Dict[str, Any]:
