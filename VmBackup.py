@@ -1484,6 +1484,15 @@ class Signals:
             time.sleep(min(left, 0.5))
 
 
+def read_text_file(path: str) -> str:
+    """The text of a system file, "" if it is not there."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
 # =============================================================================
 # 9. Programs
 # =============================================================================
@@ -3250,7 +3259,7 @@ class Pool:
     def inventory(self) -> Inventory:
         """The whole pool in eight calls, whatever the number of VMs."""
         doing = "reading the pool"
-        this_host = self._this_host(doing)
+        session_host = self._session_host(doing)
         pool = list(self.ask(doing, "pool.get_all_records").values())[0]
         hosts = self.ask(doing, "host.get_all_records")
         machines = self.ask(doing, "VM.get_all_records")
@@ -3259,13 +3268,17 @@ class Pool:
         srs = self.ask(doing, "SR.get_all_records")
         self._sr_uuids = {ref: record["uuid"] for ref, record in srs.items()}
         master = _host(pool["master"], hosts[pool["master"]])
-        host = _host(this_host, hosts[this_host]) if this_host in hosts else master
+        values = [_host(ref, record) for ref, record in hosts.items()]
+        host = next((value for value in values if value.ref == session_host), master)
+        if self._address is None and self._master is not None:     # sent on: the session is the master's, we are not
+            host = own_host(values, read_text_file(INVENTORY_FILE), self._doorway.plain_address().host,
+                            socket.gethostname()) or host
         real = [self._machine(ref, record, vbds, vdis) for ref, record in machines.items()
                 if is_real_machine(record)]
         real.sort(key=lambda machine: (machine.name, machine.uuid))
         return Inventory(pool["uuid"], pool["name_label"], host, master, tuple(real))
 
-    def _this_host(self, doing: str) -> str:
+    def _session_host(self, doing: str) -> str:
         """The ref of the host that took the login. The session is an argument here: one that was made anew by the
         XenAPI module meanwhile is asked about again."""
         try:
@@ -3365,6 +3378,19 @@ def _host(ref: str, record: Dict[str, Any]) -> Host:
     return Host(ref, record["uuid"], record["hostname"].split(".")[0], record["address"],
                 tuple(int(part) for part in re.findall(r"[0-9]+", version)),
                 (int(record["API_version_major"]), int(record["API_version_minor"])))
+
+
+def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname: str) -> Optional[Host]:
+    """The host that this program runs on: by INSTALLATION_UUID of the host's own inventory file, which is its uuid
+    (ocaml/libs/xapi-inventory/lib/inventory.ml), else by address, else by hostname; None if none fits."""
+    match = re.search(r"^INSTALLATION_UUID='([^']*)'", inventory_text, re.MULTILINE)
+    for fits in (lambda host: match is not None and host.uuid == match.group(1),
+                 lambda host: host.address == address,
+                 lambda host: host.short_name == hostname.split(".")[0]):
+        for host in hosts:
+            if fits(host):
+                return host
+    return None
 
 
 def is_real_machine(record: Dict[str, Any]) -> bool:
@@ -4057,15 +4083,6 @@ class Catalog:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
                 raise storage_error("removing the empty directory %s" % name, error)
-
-
-def read_text_file(path: str) -> str:
-    """The text of a system file, "" if it is not there."""
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 def is_whole_dump(folder: Directory, name: str) -> bool:
