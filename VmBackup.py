@@ -268,6 +268,13 @@ def one_line(text: str) -> str:
                    for char in text)
 
 
+def quote_name(name: str) -> str:
+    """The name as it is if it is plain; else in double quotes with control characters shown."""
+    if re.fullmatch(r"[\w.+@()-]+( [\w.+@()-]+)*", name):
+        return name
+    return '"%s"' % one_line(name).replace('"', '\\"')
+
+
 # =============================================================================
 # 3. Values
 # =============================================================================
@@ -421,13 +428,6 @@ def format_utc(at: datetime) -> str:
 def parse_utc(text: str) -> datetime:
     """The time that format_utc wrote; ValueError if it is not one."""
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
-
-
-def quote_name(name: str) -> str:
-    """The name as it is if it is plain; else in double quotes with control characters shown."""
-    if re.fullmatch(r"[\w.+@()-]+( [\w.+@()-]+)*", name):
-        return name
-    return '"%s"' % one_line(name).replace('"', '\\"')
 
 
 def counted(number: int, noun: str) -> str:
@@ -3250,7 +3250,14 @@ class Pool:
         except self._failure as failure:
             details = [str(item) for item in failure.details]
             raise ApiFailure(details[0], details[1:], doing)
-        except (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError) as error:
+        except (OSError, ValueError, http.client.HTTPException, xmlrpc.client.Error,
+                xml.parsers.expat.ExpatError) as error:
+            if is_certificate_refusal(error):
+                raise PoolError("the pool's TLS certificate is not vouched for by ca_file=%s: %s. Nothing was sent. Put "
+                                "the host's own certificate into that file, or use ca_fingerprint." % (
+                                    self._trust.ca_file, getattr(error, "verify_message", "") or error))
+            if isinstance(error, ValueError) and not isinstance(error, ssl.CertificateError):
+                raise
             self._transport.close()            # the session itself may be alive: the next call tries it again
             raise AnswerLost("%s got no answer from the pool: %s." % (doing, connection_reason(error)))
 
@@ -3397,6 +3404,12 @@ def is_real_machine(record: Dict[str, Any]) -> bool:
     """Neither template, snapshot nor control domain. A snapshot whose is_a_template was cleared looks like a VM
     but for is_a_snapshot (ocaml/xapi/xapi_vm_clone.ml, v26.17.0)."""
     return not (record["is_a_template"] or record["is_a_snapshot"] or record["is_control_domain"])
+
+
+def is_certificate_refusal(error: Exception) -> bool:
+    """Was it our own check that refused the server's certificate? (Python 3.6 has no class of its own for that.)"""
+    return isinstance(error, ssl.CertificateError) or (
+        isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in (error.reason or ""))
 
 
 def connection_reason(error: Exception) -> str:
@@ -3547,6 +3560,10 @@ class Directory:
             raise FileExistsError(errno.EEXIST, "the name is taken", fs_path(new))
         os.rename(fs_path(old), fs_path(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
         self.sync()
+
+    def replace(self, old: str, new: str) -> None:
+        """Renamed; a file of the new name is gone."""
+        os.replace(fs_path(old), fs_path(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def remove_file(self, name: str) -> None:
         """The file or link of that name is gone."""
@@ -4359,7 +4376,8 @@ class Snapshots:
             called_at=format_utc(self._clock.utc()))
         try:
             doing = "the snapshot of disk %s of %s" % (disk.device, machine.title)
-            self._mark_disk(disk.vdi_ref, key, doing)
+            with self._not_called_yet(entry):
+                self._mark_disk(disk.vdi_ref, key, doing)
             ref = self._make(entry, doing, "VDI.snapshot", (disk.vdi_ref, {}),
                              lambda: self._find_disk_snapshots(entry),
                              lambda: self._is_snapshotting("VDI", disk.vdi_ref))
@@ -4383,10 +4401,21 @@ class Snapshots:
             if failure.code != "MAP_DUPLICATE_KEY":        # a repeated call whose first answer was lost
                 raise
 
+    @contextlib.contextmanager
+    def _not_called_yet(self, entry: OpenEntry) -> Iterator[None]:
+        """What ends the block proves that the snapshot call was never made, so that nothing has to be looked for."""
+        try:
+            yield
+        except (BackupError, Interrupted):
+            with contextlib.suppress(CatalogError):
+                entry.note(answer="not called")
+            raise
+
     def _make(self, entry: OpenEntry, doing: str, method: str, arguments: Tuple[Any, ...],
               find: Callable[[], List[str]], is_at_work: Callable[[], bool]) -> str:
         """The ref of the new snapshot, also when the answer to the call was lost but the call did its work."""
-        self._signals.check()
+        with self._not_called_yet(entry):
+            self._signals.check()
         try:
             return self._pool.call(doing, method, *arguments, timeout_s=self._patience_s)
         except ApiFailure as failure:
@@ -5246,7 +5275,7 @@ class VerdictStore:
             temporary = "%s.%d.new" % (name, os.getpid())
             folder.remove_file(temporary)
             folder.write(temporary, (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
-            os.replace(fs_path(temporary), fs_path(name), src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+            folder.replace(temporary, name)
 
     def forget_removed(self, copies: Iterable[Copy]) -> None:
         """Verdicts on copies that are no longer there are gone."""
@@ -7224,6 +7253,8 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 # =============================================================================
 # 19. main
 # =============================================================================
+# From argv to an exit status: help, arguments, config, the action, and one
+# place that turns errors into what people and cron are told.
 
 
 def main(argv: Sequence[str]) -> int:

@@ -46,7 +46,7 @@ status_log={home}/status.log
 max_backups={copies}
 pool_db_backup=1
 require_mount=no
-stall_timeout=1
+stall_timeout=15
 vm-export=web
 vdi-export=db
 '''
@@ -233,7 +233,7 @@ def all_cases(base: Base) -> List[Case]:
                             for key, value in sorted(do.items()))
             name = '%s-%s %s #%d %s %s' % (on.split(':')[0], sorted(do)[-1] if 'stderr' not in do else 'exit', on, nth,
                                            when or 'before', word)
-            trouble = {'minute_s': 1} if 'hang' in do or 'rate' in do else None
+            trouble = {'hurried': True} if 'hang' in do or 'rate' in do else None
             cases.append(Case(name, (fault,), trouble, None, 1 + (nth + size) % 2))
     for number in (signal.SIGKILL, signal.SIGTERM):
         for wait_ms in range(0, base.run_ms * 3 // 2, STEP_MS):
@@ -250,7 +250,7 @@ def all_cases(base: Base) -> List[Case]:
                     trouble={'step': step, 'do': word, 'stays': stays}, copies=1 + step % 2))
         if line.startswith(('write', 'fsync')):
             cases.append(Case('storage-hang at step %d of %d (%s)' % (step, len(base.steps), line),
-                              trouble={'step': step, 'do': 'hang', 'minute_s': 1}))
+                              trouble={'step': step, 'do': 'hang', 'hurried': True}))
     return cases
 
 
@@ -452,8 +452,8 @@ class Aftermath:
             if self.is_clean and self.open_journals() and not lost_answer else []
 
     def was_lost(self) -> bool:
-        return any('.snapshot' in fault['on'] and set(fault['do']) & {'drop', 'hang', 'lose', 'fail', 'master'}
-                   for fault in self.case.faults)
+        return any('.snapshot' in fault['on'] and set(fault['do']) & {'drop', 'hang', 'fail', 'master'}
+                   or 'lose' in fault['do'] for fault in self.case.faults)
 
     def holds_sessions_are_closed(self) -> List[str]:
         """Every login of the program had its logout, unless it was killed or the trouble took the session."""
