@@ -46,6 +46,7 @@ NEEDS: str = "VmBackup needs Python 3.6 or newer: write /usr/bin/python3 in the 
 
 import base64
 import binascii
+import collections
 import contextlib
 import email.message
 import email.policy
@@ -1191,8 +1192,10 @@ def _regex_hint(selector: Selector, names: Set[str]) -> str:
 def _duplicate_names(jobs: Sequence[Job]) -> List[Finding]:
     """A warning for each name that more than one chosen VM bears."""
     findings = []
-    for name in sorted({job.machine.name for job in jobs}):
-        bearers = [job.machine.uuid for job in jobs if job.machine.name == name]
+    by_name = {}                           # type: Dict[str, List[str]]
+    for job in jobs:
+        by_name.setdefault(job.machine.name, []).append(job.machine.uuid)
+    for name, bearers in sorted(by_name.items()):
         if len(bearers) > 1:
             findings.append(Finding(Severity.WARNING, quote_name(name), "%d VMs bear this name, and each is backed "
                                     "up in a directory of its own: %s." % (len(bearers), ", ".join(bearers))))
@@ -5326,7 +5329,7 @@ class Placement:
 
     def __init__(self, catalog: Catalog, inventory: Inventory) -> None:
         self._catalog = catalog
-        self._names = [machine.name for machine in inventory.machines]
+        self._names = collections.Counter(machine.name for machine in inventory.machines)
         self._claims = {}                  # type: Dict[str, str]
         self._renamed = None               # type: Optional[Dict[str, str]]
 
@@ -5383,7 +5386,7 @@ class Placement:
     def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
         """The copies of the directory as that VM sees them: old ones without a uuid are its own if nobody else's."""
         return with_inherited_uuid(folder.copies, machine.uuid, machine.name,
-                                   self._names.count(machine.name) == 1,
+                                   self._names[machine.name] == 1,
                                    folder.name in (safe_name(machine.name), machine.name))
 
 

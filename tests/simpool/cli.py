@@ -607,8 +607,9 @@ def vm_export(command: Command) -> None:
     def export_one(row: Row) -> None:
         if not count[0]:
             command.begin(row.ref)
+        export_vm(command, row, filename + (str(count[0] + 1) if count[0] else ''))
+        # One that failed leaves its file name to the next.
         count[0] += 1
-        export_vm(command, row, filename + (str(count[0]) if count[0] > 1 else ''))
     command.on_vms(export_one, ['filename', 'metadata', 'compress', 'preserve-power-state', 'include-snapshots',
                                 'excluded-device-types'])
 

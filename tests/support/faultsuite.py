@@ -443,7 +443,8 @@ class Aftermath:
 
     def open_journals(self) -> List[str]:
         folder = os.path.join(self.place.store, '.vmbackup', 'runs')
-        return os.listdir(folder) if os.path.isdir(folder) else []
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        return [name for name in names if name.endswith(('.run', '.run.taken'))]
 
     def holds_no_journal_is_left_open(self) -> List[str]:
         """After the clean run no journal is left, but that of a snapshot call whose answer was lost."""

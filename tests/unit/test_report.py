@@ -1,0 +1,224 @@
+"""A run becomes words: numbers, exit status, summary, status lines, preview."""
+
+from datetime import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.values import (GIBIBYTE, a_copy, a_disk, a_run, a_vm, an_inventory, an_outcome, configured, planned, vms)
+from VmBackup import (ExitStatus, Finding, Method, Severity, StatusLog, exit_status_of, first_disk, future_verdicts, preview_text,
+                      summary_text, tally)
+
+WARNING = Finding(Severity.WARNING, 'web', 'something worth a look.')
+INFO = Finding(Severity.INFO, 'web', 'nothing to worry about.')
+
+
+def status_of(plan, run):
+    return exit_status_of(tally(plan, run), run)
+
+
+def plan_of(number=2):
+    return planned('vm-export=*\n', *vms(*['web', 'db', 'mail'][:number]))
+
+
+def all_good(plan):
+    return [an_outcome(job) for job in plan.jobs]
+
+
+# --- exit status -----------------------------------------------------------------------------------------------------
+
+def test_all_done_is_0():
+    plan = plan_of()
+    assert status_of(plan, a_run(*all_good(plan), findings=(INFO,))) == ExitStatus.OK
+    assert tally(plan, a_run(*all_good(plan))) == (2, 0, 0, 0)
+
+
+def test_a_vm_that_failed_is_1_whatever_else_went_well():
+    plan = plan_of()
+    run = a_run(an_outcome(plan.jobs[0], 'no space left'), an_outcome(plan.jobs[1]), findings=(WARNING,))
+    assert status_of(plan, run) == ExitStatus.FAILED
+    assert tally(plan, run) == (1, 1, 1, 0)
+
+
+def test_a_vm_that_the_run_did_not_come_to_is_an_error():
+    plan = plan_of(3)
+    run = a_run(an_outcome(plan.jobs[0]), ended_by='the pool went away')
+    assert tally(plan, run) == (1, 0, 2, 2)
+    assert status_of(plan, run) == ExitStatus.FAILED
+
+
+def test_a_selected_vm_that_is_not_in_the_pool_is_an_error():
+    plan = planned('vm-export=web\nvm-export=gone\n', *vms('web'))
+    run = a_run(*all_good(plan), findings=plan.findings)
+    assert status_of(plan, run) == ExitStatus.FAILED
+    assert 'gone' in summary_text(plan, run, tally(plan, run), 1)
+
+
+def test_a_pool_database_that_was_not_dumped_is_an_error():
+    plan = plan_of()
+    run = a_run(*all_good(plan), pool_database_error='no space left')
+    assert status_of(plan, run) == ExitStatus.FAILED
+    assert 'pool database' in summary_text(plan, run, tally(plan, run), 1)
+
+
+def test_a_run_that_ended_early_is_never_0():
+    for plan in (plan_of(), planned('pool_db_backup=1\n')):
+        assert status_of(plan, a_run(*all_good(plan), ended_by='the share went away')) == ExitStatus.FAILED
+
+
+def test_all_done_with_a_warning_is_3():
+    plan = plan_of()
+    assert status_of(plan, a_run(*all_good(plan), findings=(WARNING, INFO))) == ExitStatus.WARNING
+
+
+def test_a_bug_is_70_even_if_all_is_done():
+    plan = plan_of()
+    assert status_of(plan, a_run(*all_good(plan), had_bug=True)) == ExitStatus.BUG
+
+
+@given(st.lists(st.sampled_from(['good', 'bad', 'untried'])), st.lists(st.sampled_from([WARNING, INFO])), st.booleans())
+def test_the_exit_status_is_0_exactly_if_every_job_succeeded_without_a_warning(ends, findings, has_dump_error):
+    plan = planned('vm-export=*\n', *[a_vm('vm%d' % number, number) for number in range(1, len(ends) + 1)])
+    outcomes = [an_outcome(job, None if end == 'good' else 'it broke') for job, end in zip(plan.jobs, ends) if end != 'untried']
+    run = a_run(*outcomes, findings=tuple(findings), pool_database_error='no space' if has_dump_error else None)
+    is_clean = set(ends) <= {'good'} and WARNING not in findings and not has_dump_error
+    assert (status_of(plan, run) == ExitStatus.OK) is is_clean
+    numbers = tally(plan, run)
+    assert numbers.successes + numbers.errors == len(ends) + has_dump_error
+    assert numbers.word == {0: 'SUCCESS', 1: 'ERROR', 3: 'WARNING'}[status_of(plan, run)]
+
+
+def test_the_exit_statuses_are_those_that_the_help_promises():
+    assert {status.name: int(status) for status in ExitStatus} == {
+        'OK': 0, 'FAILED': 1, 'USAGE': 2, 'WARNING': 3, 'POOL': 4, 'LOCKED': 5, 'BUG': 70}
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+def test_the_summary_is_one_line_that_names_what_is_missing_and_the_exit_status():
+    plan = plan_of(3)
+    run = a_run(an_outcome(plan.jobs[0]), an_outcome(plan.jobs[1], 'no space left\non the share'), findings=(WARNING,))
+    text = summary_text(plan, run, tally(plan, run), 1)
+    assert text.startswith('ERROR: 1 VM backed up (2.0 GiB in 1 h 0 min); 2 not: db, mail; 1 warning')
+    assert text.endswith('exit status 1.') and '\n' not in text
+
+
+def test_the_summary_of_a_good_run_says_success():
+    plan = plan_of()
+    run = a_run(*all_good(plan))
+    assert summary_text(plan, run, tally(plan, run), 0) == 'SUCCESS: 2 VMs backed up (2.0 GiB in 1 h 0 min); exit status 0.'
+
+
+# --- the status log --------------------------------------------------------------------------------------------------
+
+class Clock:
+    def local(self):
+        return datetime(2016, 1, 29, 10, 33, 49)
+
+
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def info(self, sentence):
+        self.lines.append(sentence)
+
+
+def written(path, deed):
+    status_log = StatusLog(str(path), 'xcp1', Clock(), Log())
+    status_log.open()
+    deed(status_log)
+    return path.read_text(encoding='utf-8')
+
+
+def test_the_status_lines_are_those_of_the_older_program(tmp_path):
+    def deed(status_log):
+        status_log.begin('vmbackup.py')
+        status_log.begin('vm-export', 'web')
+        status_log.success('vm-export', 'web', 754.2, 5 * GIBIBYTE + 1)
+        status_log.begin('vdi-export', 'File server 1')
+        status_log.end('vdi-export', 'SNAPSHOT-FAIL', 'File server 1')
+        status_log.end_run('ERROR', 1, 0, 1)
+    assert written(tmp_path / 'status.log', deed).splitlines() == [
+        '2016/01/29 10:33:49,vmbackup.py,xcp1,begin',
+        '2016/01/29 10:33:49,vm-export,xcp1,begin,web',
+        '2016/01/29 10:33:49,vm-export,xcp1,end,SUCCESS web,elapse:12 size:5G',
+        '2016/01/29 10:33:49,vdi-export,xcp1,begin,File server 1',
+        '2016/01/29 10:33:49,vdi-export,xcp1,end,SNAPSHOT-FAIL File server 1',
+        '2016/01/29 10:33:49,vmbackup.py,xcp1,end,ERROR,S:1 W:0 E:1']
+
+
+def test_status_lines_are_appended(tmp_path):
+    path = tmp_path / 'status.log'
+    path.write_text('earlier\n')
+    assert written(path, lambda status_log: status_log.begin('vmbackup.py')).startswith('earlier\n2016/')
+
+
+@given(st.text(st.characters(blacklist_categories=('Cs',))))
+def test_a_name_never_breaks_a_status_line(name):
+    lines = []
+    status_log = StatusLog('/nowhere', 'xcp1', Clock(), Log())
+    status_log._line = lambda what, rest: lines.append('%s,%s' % (what, rest))
+    status_log.begin('vm-export', name)
+    status_log.success('vm-export', name, 1.0, 1)
+    status_log.end('vm-export', 'VM-EXPORT-FAIL', name)
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_status_log_without_a_directory_is_said_once_and_stops_nothing(tmp_path):
+    log = Log()
+    status_log = StatusLog(str(tmp_path / 'missing' / 'status.log'), 'xcp1', Clock(), log)
+    status_log.open()
+    status_log.begin('vmbackup.py')
+    status_log.end_run('SUCCESS', 1, 0, 0)
+    assert len(log.lines) == 1 and 'status.log' in log.lines[0]
+
+
+# --- preview -----------------------------------------------------------------------------------------------------------
+
+def test_a_preview_shows_every_vm_with_what_is_done_to_it_and_why():
+    text = 'vm-export=web\nvdi-export=d*:2\nexclude=*-test\nvm-export=gone\n'
+    machines = vms('web', 'db', 'x-test', 'lonely')
+    plan = planned(text, *machines)
+    futures = {}
+    for job in plan.jobs:
+        copies = [a_copy(night, uuid=job.machine.uuid, method=job.method) for night in range(1, 6)]
+        futures[job.machine.uuid] = (job.machine.name, future_verdicts(job, copies, datetime(2016, 5, 1), False))
+    shown = preview_text(configured(text), an_inventory(*machines), plan, futures, 7 * GIBIBYTE)
+    for words in ('web (00000001): vm-export, 4 copies kept', 'chosen by vm-export=web (weekend.cfg:1)', '8.0 GiB', '7.0 GiB free',
+                  'db (00000002): vdi-export, 2 copies kept', 'chosen by vdi-export=d*:2 (weekend.cfg:2)',
+                  'x-test (00000003) by exclude=*-test (weekend.cfg:3)', 'lonely (00000004)', 'gone'):
+        assert words in shown
+    removed = [line.strip() for line in shown.splitlines() if line.strip().startswith('then removes')]
+    # Of 5 copies and the new one, 4 and 2 stay.
+    assert [line.split(' ')[2][:-1] for line in removed] == ['backup-2016-04-%d-001000' % day for day in (15, 16, 15, 16, 17, 18)]
+
+
+@given(st.integers(0, 8), st.integers(1, 8))
+def test_a_preview_lets_go_what_retention_will_let_go_after_the_copy(number, keep):
+    plan = planned('vm-export=web:%d\n' % keep, a_vm('web', 1))
+    copies = [a_copy(night) for night in range(1, number + 1)]
+    verdicts = future_verdicts(plan.jobs[0], copies, datetime(2016, 5, 1), False)
+    assert [verdict.copy for verdict in verdicts] == copies
+    assert [verdict.copy for verdict in verdicts if not verdict.keep] == copies[:max(0, number + 1 - keep)]
+
+
+def test_a_preview_lets_nothing_go_when_the_clock_went_back():
+    plan = planned('vm-export=web:1\n', a_vm('web', 1))
+    copies = [a_copy(night) for night in range(1, 4)]
+    assert all(verdict.keep for verdict in future_verdicts(plan.jobs[0], copies, datetime(2016, 4, 1), True))
+
+
+def test_a_vdi_export_without_disk_0_shows_in_the_preview():
+    machine = a_vm('web', 1, disks=(a_disk('1'),))
+    plan = planned('vdi-export=web\n', machine)
+    assert plan.jobs[0].method is Method.VDI
+    shown = preview_text(configured('vdi-export=web\n'), an_inventory(machine), plan, {machine.uuid: ('web', [])}, 0)
+    assert 'no Disk 0' in shown
+
+
+@pytest.mark.parametrize('disks, chosen', [(('1', '0'), '0'), (('xvdb', 'xvda'), 'xvda'), (('hda', '1'), 'hda'), (('hda', 'xvda'), 'xvda'),
+                                           (('xvda', '0'), '0')])
+def test_disk_0_is_the_one_at_userdevice_0_or_xvda_or_hda(disks, chosen):
+    assert first_disk(a_vm('web', 1, disks=tuple(a_disk(userdevice) for userdevice in disks))).userdevice == chosen
