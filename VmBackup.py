@@ -4557,6 +4557,7 @@ class Snapshots:
             self._remove_message(entry)
             entry.close("removed")
         elif "uuid" in entry.facts or self._may_forget(entry, "VM", entry.facts["vm_uuid"]):
+            self._remove_message(entry)
             entry.close("not there")
 
     def _remove_disk_snapshot(self, entry: OpenEntry) -> None:
@@ -4634,15 +4635,18 @@ class Snapshots:
                     return
                 raise
             except AnswerLost:
+                if not self._exists(class_name, ref, doing):
+                    return
                 if self._clock.monotonic() > give_up_at:
                     raise
-            try:
-                self._pool.ask(doing, class_name + ".get_uuid", ref)
-            except ApiFailure as failure:
-                if failure.code in GONE:
-                    return
-                raise
             self._signals.sleep(1)
+
+    def _exists(self, class_name: str, ref: str, doing: str) -> bool:
+        """Is the object still there?"""
+        with self._unless_gone():
+            self._pool.ask(doing, class_name + ".get_uuid", ref)
+            return True
+        return False
 
     def _remove_message(self, entry: OpenEntry) -> None:
         """The event message of our own snapshot is gone, so that nights don't pile up in the event list."""
@@ -5845,19 +5849,31 @@ class BackupRun:
             self._catalog.check_in_place()
             name = self._catalog.new_pool_dump(folder, self._clock.local(), self._exporter.pool_database)
             self._log.info("pool database: %s/%s is complete." % (folder, name))
-            dumps = self._catalog.pool_dumps(folder)
-            if self._clock_went_back or dumps[-1:] != [name]:
-                self._log.info("pool database: nothing is pruned, as the clock went back.")
-                return
-            for old in dumps[:-self._configuration.max_backups]:
-                self._check_alive()
-                self._catalog.remove_pool_dump(folder, old)
-                self._log.info("pool database: removed %s/%s: %s are kept." % (
-                    folder, old, counted(self._configuration.max_backups, "dump")))
         except BackupError as error:
             self._note_storage(error)
             self._pool_database_error = str(error)
             self._log.error("pool database: %s" % error)
+            return
+        try:
+            self._prune_pool_dumps(folder, name)
+        except TakenOver:
+            raise
+        except CatalogError as error:              # the new dump is there all the same
+            self._note_storage(error)
+            self._add_finding(Severity.WARNING, "pool database", "older dumps were not pruned: %s" % error)
+
+    def _prune_pool_dumps(self, folder: str, newest: str) -> None:
+        """Older dumps beyond the number to keep are gone."""
+        dumps = self._catalog.pool_dumps(folder)
+        if self._storage_problem or self._clock_went_back or dumps[-1:] != [newest]:
+            self._log.info("pool database: nothing is pruned, as %s." % (
+                "the storage misbehaved in this run" if self._storage_problem else "the clock went back"))
+            return
+        for old in dumps[:-self._configuration.max_backups]:
+            self._check_alive()
+            self._catalog.remove_pool_dump(folder, old)
+            self._log.info("pool database: removed %s/%s: %s are kept." % (
+                folder, old, counted(self._configuration.max_backups, "dump")))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,10 @@ import recordings
 from replay import Replay, demand_no_stale_rows, replayed
 
 
+# One worker does the whole replay.
+pytestmark = pytest.mark.xdist_group('flow')
+
+
 @pytest.fixture(scope='module')
 def flow(tmp_path_factory: Any) -> Iterator[Replay]:
     replay = Replay('flow', 'pool.json', str(tmp_path_factory.mktemp('flow')))

@@ -9,6 +9,10 @@ import recordings
 from replay import Replay, demand_no_stale_rows, replayed
 
 
+# One worker does the whole replay.
+pytestmark = pytest.mark.xdist_group('restore')
+
+
 @pytest.fixture(scope='module')
 def restore(tmp_path_factory: Any) -> Iterator[Replay]:
     replay = Replay('restore', 'pool.json', str(tmp_path_factory.mktemp('restore')))

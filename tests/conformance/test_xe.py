@@ -17,6 +17,9 @@ from support.language import MEBIBYTE, at, disk, vm
 from support.process import CRON_PATH, Run, run, text_of
 from support.wire import eventually
 
+# One worker does the whole replay.
+pytestmark = pytest.mark.xdist_group('xe')
+
 # The VM that was backed up, a running one; the second snapshot of it was made in recording snapshot-running.
 WEB1 = 'c42b97c1-4356-c29d-9f94-edb20e106682'
 

@@ -7,6 +7,7 @@ once more without. INVARIANTS are checked after both. tests/soak does all cases,
 
 import json
 import os
+import py_compile
 import re
 import shutil
 import signal
@@ -92,9 +93,11 @@ class Result(NamedTuple):
 class Base:
     """A pool and a store in which one good copy of each VM stands, and the record of one more run."""
 
-    def __init__(self, program: str = PROGRAM) -> None:
-        self.program = program
+    def __init__(self) -> None:
         self.home = tempfile.mkdtemp(prefix='faults-')
+        # As it is now, whoever edits it meanwhile; compiled once, since reading it takes longer than a whole backup here.
+        self.source = shutil.copy(PROGRAM, self.home)
+        self.program = py_compile.compile(self.source, os.path.join(self.home, 'VmBackup.pyc'), doraise=True)
         self.pool_dir = os.path.join(self.home, 'd')
         first = Place(self, None, COPIES)
         try:
@@ -169,7 +172,7 @@ class Place:
         if trouble is not None:
             write_json(os.path.join(self.home, 'TROUBLE.json'), dict(trouble, store=self.store)
                        if 'step' in trouble else trouble)
-            command[3:3] = [TROUBLED, os.path.join(self.home, 'TROUBLE.json')]
+            command[3:4] = [TROUBLED, os.path.join(self.home, 'TROUBLE.json'), self.base.source]
         process = subprocess.Popen(command, env=self.pool.environment(), cwd='/', stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
         if signal_at is not None:

@@ -307,7 +307,8 @@ class Shelf:
 
     def journals(self) -> List[str]:
         """The journals of runs that are not closed."""
-        return sorted(path for path in self.tree() if path.startswith(STATE + '/runs/'))
+        return sorted(path for path in self.tree()
+                      if path.startswith(STATE + '/runs/') and path.endswith(('.run', '.taken')))
 
     def holds_no_trace_of(self, secret: str) -> bool:
         """In no file on or beside the shelf, nor in any name."""

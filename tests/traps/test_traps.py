@@ -356,7 +356,7 @@ def test_trap_10_refs_die(a_pool: Any) -> None:
 def test_trap_11_names_are_anything_and_not_unique(a_pool: Any) -> None:
     names = ['web', 'web', 'two words', 'a "quoted" one', "it's", 'a,b', 'a\\b', 'a=b', 'line\nbreak', 'a/b', '$(reboot)',
              'Bücher ☃', '-rf', '']
-    pool = a_pool(*[vm(name) for name in names])
+    pool = a_pool(*[vm(name, uuid='00000000-0000-4000-8000-%012d' % number) for number, name in enumerate(names)])
     session = pool.session()
 
     records = session.xenapi.VM.get_all_records().values()

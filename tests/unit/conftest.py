@@ -2,6 +2,6 @@
 
 from hypothesis import HealthCheck, settings
 
-settings.register_profile('unit', derandomize=True, database=None, deadline=None,
+settings.register_profile('unit', max_examples=60, derandomize=True, database=None, deadline=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('unit')

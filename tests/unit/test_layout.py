@@ -17,6 +17,7 @@ with open(PATH, 'rb') as file:
     RAW = file.read()
 LINES = RAW.decode('utf-8').splitlines()
 TREE = ast.parse(RAW, PATH)
+NODES = list(ast.walk(TREE))
 RULE = '# ' + '=' * 77
 
 
@@ -121,7 +122,7 @@ def uses() -> List[Tuple[str, int, bool]]:
 
 def attribute_uses(module: str) -> Iterator[Tuple[str, int]]:
     """Each `module.name` of the file with its line."""
-    for node in ast.walk(TREE):
+    for node in NODES:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module:
             yield node.attr, node.lineno
 
@@ -169,16 +170,16 @@ def test_every_name_of_the_module_is_defined_once():
 
 def test_every_name_that_is_used_is_defined_somewhere():
     known = set(DEFINED) | set(dir(builtins)) | {'__name__', '__file__', '__doc__'}
-    bound = {node.id for node in ast.walk(TREE) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    bound |= {node.arg for node in ast.walk(TREE) if isinstance(node, ast.arg)}
-    bound |= {node.name for node in ast.walk(TREE)
+    bound = {node.id for node in NODES if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    bound |= {node.arg for node in NODES if isinstance(node, ast.arg)}
+    bound |= {node.name for node in NODES
               if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)) and node.name}
-    bound |= {name for node in ast.walk(TREE) if isinstance(node, (ast.Import, ast.ImportFrom)) for name in targets(node)}
-    assert sorted({node.id for node in ast.walk(TREE) if isinstance(node, ast.Name)} - known - bound) == []
+    bound |= {name for node in NODES if isinstance(node, (ast.Import, ast.ImportFrom)) for name in targets(node)}
+    assert sorted({node.id for node in NODES if isinstance(node, ast.Name)} - known - bound) == []
 
 
 def test_nothing_is_imported_or_defined_in_vain():
-    used = {node.id for node in ast.walk(TREE) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used = {node.id for node in NODES if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     used.update(re.findall(r'\w+', ' '.join(re.findall(r'# type: (.*)', '\n'.join(LINES)))))
     used.update(re.findall(r'"(\w+)"', '\n'.join(LINES)))                  # annotations that name what stands below
     assert sorted(set(DEFINED) - used - {'NEEDS'}) == []
@@ -191,13 +192,13 @@ def test_programs_are_started_in_their_section_only_and_never_through_a_shell():
     doors += [(name, line) for name, line in attribute_uses('os')
               if re.match(r'system\Z|popen\Z|fork|exec|spawn|posix_spawn', name)]
     assert not places([row for row in doors if section_of(row[1]) != number_of('Programs')])
-    shells = [keyword for node in ast.walk(TREE) if isinstance(node, ast.Call) for keyword in node.keywords
+    shells = [keyword for node in NODES if isinstance(node, ast.Call) for keyword in node.keywords
               if keyword.arg == 'shell']
     assert not shells
 
 
 def test_the_pool_is_spoken_to_in_its_section_only():
-    lines = [node.lineno for node in ast.walk(TREE)
+    lines = [node.lineno for node in NODES
              if isinstance(node, ast.Import) and any(alias.name == 'XenAPI' for alias in node.names)
              or isinstance(node, ast.ImportFrom) and node.module == 'XenAPI'
              or isinstance(node, ast.Name) and node.id == 'XenAPI']
@@ -206,7 +207,7 @@ def test_the_pool_is_spoken_to_in_its_section_only():
 
 
 def test_nothing_is_printed_but_by_the_log():
-    assert not [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id == 'print']
+    assert not [node.lineno for node in NODES if isinstance(node, ast.Name) and node.id == 'print']
     written = [row for row in attribute_uses('sys') if row[0] in ('stdout', 'stderr')]
     assert not places([row for row in written if section_of(row[1]) not in (number_of('Run environment'), number_of('main'))])
 
@@ -235,7 +236,7 @@ def test_pure_sections_touch_nothing():
     outside = ('os', 'sys', 'time', 'socket', 'shutil', 'subprocess', 'signal', 'fcntl', 'select', 'threading')
     touched = [(module + '.' + name, line) for module in outside for name, line in attribute_uses(module)
                if section_of(line) in pure and name not in ('fsdecode', 'fsencode')]
-    touched += [(node.id, node.lineno) for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id == 'open'
+    touched += [(node.id, node.lineno) for node in NODES if isinstance(node, ast.Name) and node.id == 'open'
                 and section_of(node.lineno) in pure]
     assert not places(touched)
 
