@@ -48,6 +48,8 @@ import base64
 import binascii
 import collections
 import contextlib
+import email.charset
+import email.header
 import email.message
 import email.policy
 import email.utils
@@ -1485,6 +1487,31 @@ class Signals:
             if left <= 0:
                 return
             time.sleep(min(left, 0.5))
+
+
+def within(limit_s: float, doing: str, work: Callable[[], Any]) -> Any:
+    """What the work gives, done in a thread of its own; StorageStalled if it takes longer than that.
+
+    For what touches the store while a snapshot stands: a share that hangs in
+    the kernel must not keep the clean-up in the pool waiting.
+    """
+    answers = queue.Queue()                # type: Any
+
+    def run() -> None:
+        try:
+            answers.put((work(), None))
+        except BaseException as error:     # whatever it is, it is raised where the work was asked for
+            answers.put((None, error))
+
+    threading.Thread(target=run, name=doing, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=limit_s)
+    except queue.Empty:
+        raise StorageStalled("%s hangs: the backup storage gave no answer for %s. Is the share still reachable?"
+                             % (doing, format_duration(limit_s)))
+    if error is not None:
+        raise error
+    return answer
 
 
 def read_text_file(path: str) -> str:
@@ -3639,6 +3666,10 @@ class LockFile:
         os.ftruncate(self.fd, len(content))
         os.fsync(self.fd)
 
+    def abandon(self) -> None:
+        """Left to end with this process: the store hangs, and asking it for anything would wait for it."""
+        self.is_held = False
+
     def release(self) -> None:
         """Free for others; the file stays."""
         if self.is_held:
@@ -3722,6 +3753,7 @@ class RunJournal:
         self.name = name
         self._fd = fd
         self.is_mute = False
+        self.limit_s = float(JOURNAL_LIMIT_S)
         self.entries = []             # type: List[OpenEntry]
         self.header = {}              # type: Dict[str, Any]
         self._read()
@@ -3792,8 +3824,17 @@ class RunJournal:
         """A line more, on disk; nothing once the store hangs, for the clean-up in the pool must not wait for it."""
         if self.is_mute:
             return
-        os.write(self._fd, (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8"))
-        os.fsync(self._fd)
+        line = (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8")
+
+        def write() -> None:
+            os.write(self._fd, line)
+            os.fsync(self._fd)
+
+        try:
+            within(self.limit_s, "writing the journal", write)
+        except StorageStalled:
+            self.is_mute = True
+            raise
 
     def open_entry(self, **facts: Any) -> OpenEntry:
         """A new entry, on disk: call this before the deed."""
@@ -3843,6 +3884,7 @@ class RunJournal:
         self.leave()
 
 
+JOURNAL_LIMIT_S = 15 * MINUTE_S        # until the run sets it to its stall_timeout
 TAKEN = ".taken"
 RESERVE = "reserve"
 RESERVE_BYTES = MEBIBYTE
@@ -3952,7 +3994,7 @@ class Catalog:
 
     def keep_reserve(self) -> None:
         """A little space is set aside for the journal of a run that begins on a full store."""
-        with contextlib.suppress(OSError), self.state("runs") as folder:
+        with contextlib.suppress(OSError, CatalogError), self.state("runs") as folder:
             if folder.status(RESERVE) is None:
                 folder.write(RESERVE, bytes(RESERVE_BYTES))
 
@@ -4734,13 +4776,12 @@ class BlocksFile:
         return self._file.write(piece)
 
     def flush(self) -> None:
-        """What is in the buffer is with the system."""
-        self._file.flush()
-
-    def finish(self) -> str:
-        """All is on disk; the digest."""
+        """All is on disk. Called by the check at the end of the stream, in its thread, as a store can hang here."""
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def hexdigest(self) -> str:
+        """The digest of all that was written."""
         return self._sha256.hexdigest()
 
     def close(self) -> None:
@@ -4808,10 +4849,11 @@ class Exporter:
         compression = self._configuration.compress
         name = "%s.%s%s" % (base, file_format, COMPRESSED_SUFFIX[compression])
         with storage_errors(doing), closing_unless_stalled() as stack:
-            blocks = BlocksFile(inside.create(BLOCKS))
+            limit_s = self._configuration.stall_timeout * MINUTE_S
+            blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
             stack.callback(blocks.close)
             check, plain = new_check(BlockRecorder(blocks)), Digest()
-            writer = FileWriter(inside.create(name))
+            writer = FileWriter(within(limit_s, doing, lambda: inside.create(name)))
             stack.callback(writer.close)
             if compression == "none":
                 stored = plain
@@ -4821,10 +4863,10 @@ class Exporter:
                 self._run_xe(doing, [plain, check], watch, *command, compression=compression,
                              after=[stored, writer])
             report = check.report
-            blocks_sha256 = blocks.finish()
             return ImageReport(name, file_format, compression, stored.total_bytes, stored.hexdigest(),
                                plain.total_bytes, plain.hexdigest(), report.digest_kind, report.digests_checked,
-                               sum(disk.blocks for disk in report.disks), blocks_sha256, disk_reports(disks, report))
+                               sum(disk.blocks for disk in report.disks), blocks.hexdigest(),
+                               disk_reports(disks, report))
 
     # --- the flow -----------------------------------------------------------------------
 
@@ -4990,7 +5032,7 @@ class Watch:
     def _give_up(self, waiting_for: str) -> None:
         """The task is cancelled and xe killed; raises StreamStalled or, if it is our storage, StorageMisbehaved."""
         stalled = "%s stalled: no sign of life for %s" % (self._doing, format_duration(self._stall_s))
-        if waiting_for == FileWriter.name:
+        if waiting_for != "xe":            # the image's writer, the list of blocks, or a compressor before them
             raise StorageStalled("%s while waiting for the %s. It was given up and its snapshot removed; is the "
                                  "share still reachable?" % (stalled, waiting_for))
         with self._signals.shielded(), contextlib.suppress(ApiFailure, AnswerLost):
@@ -5411,6 +5453,7 @@ class BackupRun:
         self._clock = clock
         self._log = log
         self._signals = signals
+        journal.limit_s = configuration.stall_timeout * MINUTE_S
         self._snapshots = Snapshots(pool, journal, clock, log, signals, configuration.stall_timeout * MINUTE_S)
         self._placement = Placement(catalog, inventory)
         self._findings = list(plan.findings)
@@ -6055,8 +6098,10 @@ def summary_text(plan: Plan, run: RunOutcome, numbers: Tally, status: int) -> st
 
 MAIL_FOLDER = "mail"
 MAIL_TRY_LIMIT_S = 30
-MAIL_PAUSES_S = (5, 20)            # before the second and third try: greylisting and restarts pass
-MAIL_KEPT_MOST = 50
+MAIL_PAUSES_S = (5, 20)            # before the second and third try: restarts and short greylisting pass
+MAIL_GOODBYE_S = 2
+MAIL_KEPT_MOST = 50                # of one config
+MAIL_NAME_MOST = 40                # characters of a VM's name in a subject
 SMTP_PORTS = {"none": 25, "starttls": 587, "tls": 465}
 
 
@@ -6067,70 +6112,126 @@ class MailReport(NamedTuple):
 
 
 class NewestCopy(NamedTuple):
-    """The newest good copy of a VM in the store; `age_s` is None if it has none."""
+    """A VM and kind of the store: its good copies, and the age of the newest of them, None if it has none."""
+    uuid: str
     name: str
-    folder: str
-    method: str
+    title: str
+    good: int
     age_s: Optional[float]
+
+
+class StoreFacts(NamedTuple):
+    """What a mail tells about the store. `problem` says why the copies are not known, "" if they are."""
+    path: str
+    newest: Tuple[NewestCopy, ...]
+    free_bytes: Optional[int]
+    problem: str
+
+
+class Refusal(NamedTuple):
+    """Why a mail is not with the server; `is_final` if another try would be useless."""
+    reason: str
+    is_final: bool
 
 
 def mail_subject(plan: Plan, run: RunOutcome, numbers: Tally, place: str) -> str:
     """What matters of the run, in one line."""
     failed = failed_names(plan, run)
     whole = len(plan.jobs) + len(plan.missing)
+    duration = format_duration((run.ended_at - run.began_at).total_seconds())
     if failed:
         text = "ERROR: %d of %s not backed up: %s" % (len(failed), counted(whole, "VM"), shortened(failed, 5))
-    elif numbers.errors and run.pool_database_error:
+    elif run.pool_database_error:
         text = "ERROR: the pool database was not dumped"
+    elif run.ended_by:
+        text = "ERROR: the run ended early: %s" % cut(one_line(run.ended_by), 100)
     elif numbers.errors:
-        text = "ERROR: the run ended early"
+        text = "ERROR: %s backed up, but %s" % (counted(numbers.successes, "VM"), counted(numbers.errors, "error"))
     elif numbers.warnings:
         text = "WARNING: %s backed up, %s" % (counted(numbers.successes, "VM"), counted(numbers.warnings, "warning"))
+    elif not whole:
+        text = "OK: pool database dumped in %s" % duration
     else:
         size = sum(outcome.size_bytes for outcome in run.outcomes)
-        text = "OK: %s, %s in %s" % (counted(numbers.successes, "VM"), format_size(size),
-                                     format_duration((run.ended_at - run.began_at).total_seconds()))
+        text = "OK: %s, %s in %s" % (counted(numbers.successes, "VM"), format_size(size), duration)
     return "%s (%s)" % (text, place)
 
 
 def shortened(names: Sequence[str], most: int) -> str:
-    """The names, the first of them if there are many."""
+    """The names, each cut if it is long, and only the first of them if there are many."""
     more = len(names) - most
-    return ", ".join(names[:most]) + (" and %d more" % more if more > 0 else "")
+    return ", ".join(cut(name, MAIL_NAME_MOST) for name in names[:most]) + (" and %d more" % more if more > 0 else "")
 
 
-def mail_body(plan: Plan, run: RunOutcome, newest: Sequence[NewestCopy], free_bytes: Optional[int], place: str,
-              source: str) -> str:
+def cut(text: str, most: int) -> str:
+    """The text, its end left out if it is longer than that."""
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def mail_body(plan: Plan, run: RunOutcome, store: StoreFacts, headline: str, with_database: bool) -> str:
     """The mail's text: what failed first, then warnings, the VMs, the newest copies and the free space."""
-    blocks = ["VmBackup on %s, %s, began %s and ended %s." % (
-        place, source, format_local(run.began_at), format_local(run.ended_at))]
-    errors = ["%s: %s" % (outcome.job.machine.title, outcome.error) for outcome in run.outcomes
-              if outcome.error is not None]
-    errors += ["%s: %s" % (finding.subject, finding.sentence) for finding in plan.findings
-               if finding.severity is Severity.ERROR]
-    if run.pool_database_error:
-        errors.append("Pool database: %s" % run.pool_database_error)
-    if run.ended_by:
-        errors.append("The run ended early: %s" % run.ended_by)
-    tried = {outcome.job.machine.uuid for outcome in run.outcomes}
-    errors += ["%s: not tried, as the run ended before." % job.machine.title for job in plan.jobs
-               if job.machine.uuid not in tried]
+    blocks = [headline]
+    errors = mail_errors(plan, run, store)
     if errors:
-        blocks.append("\n".join(["NOT DONE"] + ["* " + error for error in errors]
-                                + ["Earlier copies of these VMs were left as they are."]))
+        blocks.append(mail_block("NOT BACKED UP" if failed_names(plan, run) else "ERRORS", errors)
+                      + "\nThe next run tries again. To run sooner, repeat the crontab line by hand; the log of this run "
+                        "tells each step.")
     warnings = ["%s: %s" % (finding.subject, finding.sentence) for finding in run.findings
                 if finding.severity is Severity.WARNING]
     if warnings:
-        blocks.append("\n".join(["WARNINGS"] + ["* " + warning for warning in warnings]))
-    done = [outcome for outcome in run.outcomes if outcome.error is None]
+        blocks.append(mail_block("WARNINGS", warnings))
+    done = [mail_line(outcome) for outcome in run.outcomes if outcome.error is None]
+    if with_database and not run.pool_database_error and not run.ended_by:
+        done.append("The pool database.")
     if done:
-        blocks.append("\n".join(["BACKED UP"] + ["* " + mail_line(outcome) for outcome in done]))
-    if newest:
-        blocks.append("\n".join(["NEWEST GOOD COPY OF EACH VM IN THE STORE"] + ["* " + newest_line(one)
-                                                                              for one in newest]))
-    if free_bytes is not None:
-        blocks.append("%s are free in the backup directory." % format_size(free_bytes))
+        blocks.append(mail_block("BACKED UP", done))
+    if store.newest:
+        blocks.append(mail_block("AGE OF THE NEWEST GOOD COPY OF EACH VM IN %s" % store.path,
+                                 [newest_line(one) for one in store.newest]))
+    if store.problem:
+        blocks.append("The copies in %s are not listed here: %s" % (store.path, store.problem))
+    if store.free_bytes is not None:
+        blocks.append("FREE SPACE\n%s in %s." % (format_size(store.free_bytes), store.path))
     return "\n\n".join(blocks) + "\n"
+
+
+def mail_block(title: str, items: Sequence[str]) -> str:
+    """A titled list. Each item keeps to its line, whatever a name in it holds."""
+    return "\n".join([title] + ["* " + "\n  ".join(one_line(line) for line in item.split("\n")) for item in items])
+
+
+def mail_errors(plan: Plan, run: RunOutcome, store: StoreFacts) -> List[str]:
+    """What was not done, why, and what is left of each VM, an item each."""
+    errors = ["%s: %s\n%s" % (outcome.job.machine.title, " ".join(mail_reason(outcome).split("\n")),
+                              left_text(outcome.job.machine, store))
+              for outcome in run.outcomes if outcome.error is not None]
+    errors += ["%s: %s" % (finding.subject, finding.sentence) for finding in plan.findings
+               if finding.severity is Severity.ERROR]
+    if run.pool_database_error:
+        errors.append("The pool database: %s" % run.pool_database_error)
+    if run.ended_by:
+        errors.append("The run ended early: %s" % run.ended_by.rstrip(".") + ".")
+    tried = {outcome.job.machine.uuid for outcome in run.outcomes}
+    return errors + ["%s: not backed up, as the run ended before it was done.\n%s" % (
+        job.machine.title, left_text(job.machine, store)) for job in plan.jobs if job.machine.uuid not in tried]
+
+
+def mail_reason(outcome: Outcome) -> str:
+    """Why the VM was not backed up. What a bug says may hold anything, so that stays in the log."""
+    return "a bug in VmBackup; the log of this run has the traceback." if outcome.status_word == "BUG" \
+        else str(outcome.error)
+
+
+def left_text(machine: VirtualMachine, store: StoreFacts) -> str:
+    """What the store holds of a VM that was not backed up, in a sentence."""
+    if store.problem:
+        return "What the store holds of it is not known from here."
+    own = [one for one in store.newest
+           if one.good and (one.uuid == machine.uuid or not one.uuid and one.name == machine.name)]
+    if not own:
+        return "The store holds NO good copy of it."
+    return "The store still holds %s of it, the newest %s old." % (
+        counted(sum(one.good for one in own), "good copy"), format_duration(min(max(0, one.age_s) for one in own)))
 
 
 def mail_line(outcome: Outcome) -> str:
@@ -6139,13 +6240,12 @@ def mail_line(outcome: Outcome) -> str:
     return "%s: %s, %s in %s%s, %s kept" % (
         outcome.job.machine.title, outcome.job.method.value, format_size(outcome.size_bytes),
         format_duration(outcome.seconds), " (%.0f MB/s)" % rate if rate else "",
-        counted(outcome.kept, "good copy"))
+        counted(outcome.kept, "good copy") if outcome.kept else "all earlier copies")
 
 
 def newest_line(newest: NewestCopy) -> str:
     """One VM of the store and the age of its newest good copy."""
-    age = "none" if newest.age_s is None else format_duration(max(0, newest.age_s)) + " old"
-    return "%s, %s: %s" % (quote_name(newest.name), newest.method, age)
+    return "%s: %s" % (newest.title, "NO good copy" if newest.age_s is None else format_duration(max(0, newest.age_s)))
 
 
 def format_local(at: datetime) -> str:
@@ -6153,150 +6253,360 @@ def format_local(at: datetime) -> str:
     return at.astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def early_end_report(error: BaseException, source: str, host: str) -> MailReport:
-    """The mail of a run that ended before it had a plan."""
-    what = "stopped" if isinstance(error, Interrupted) else "nothing was backed up"
-    reason = one_line(str(error).split("\n")[0])
-    return MailReport("ERROR: %s: %s (%s)" % (what, reason if len(reason) < 120 else reason[:117] + "...", host),
-                      "VmBackup on %s, %s:\n\nNOT DONE\n* %s\n\nNo VM was touched, and earlier copies are left as they "
-                      "are.\n" % (host, source, str(error)))
+def early_end_report(error: BaseException, source: str, host: str, now: datetime) -> MailReport:
+    """The mail of a run that ended before it could report."""
+    if isinstance(error, Interrupted):
+        what, item = "nothing was backed up: the run was %s" % error, "The run was %s before it began." % error
+    elif isinstance(error, BackupError):
+        what, item = "nothing was backed up: %s" % error, str(error)
+    else:
+        return MailReport(
+            "ERROR: a bug in VmBackup ended the run (%s)" % host,
+            "The backup of %s on host %s ended at %s by a bug in VmBackup (%s).\n\nIts log has the traceback, and tells "
+            "which VMs were backed up before. What the run left in the pool or in the backup directory, the next run "
+            "removes. If the next run ends in the same way, report the traceback to whoever maintains VmBackup.\n"
+            % (source, host, format_local(now), type(error).__name__))
+    first = what.split("\n")[0].rstrip(".")
+    return MailReport(
+        "ERROR: %s (%s)" % (cut(first, 120), host),
+        "The backup of %s on host %s ended at %s before it began.\n\n%s\nNo VM and no earlier copy was touched. The next "
+        "run tries again. To run sooner, repeat the crontab line by hand.\n"
+        % (source, host, format_local(now), mail_block("NOTHING WAS BACKED UP", [item])))
 
 
-def compose_mail(report: MailReport, configuration: Configuration, host: str, now: datetime) -> bytes:
-    """The message as it is sent: headers that keep it out of spam folders and loops, lines no longer than allowed."""
-    message = email.message.EmailMessage(email.policy.SMTP)
-    sender = configuration.mail_from or "root@" + host
+def compose_mail(report: MailReport, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
+    """The message as it is sent, with the headers that keep it out of spam folders and loops."""
+    charset = email.charset.Charset("utf-8")
+    charset.body_encoding = email.charset.QP
+    message = email.message.Message()
     message["From"] = sender
-    message["To"] = ", ".join(configuration.mail_to)
-    message["Subject"] = one_line(report.subject)
+    message["To"] = ", ".join(recipients)
+    message["Subject"] = subject_header(report.subject)
     message["Date"] = email.utils.format_datetime(now)
     message["Message-ID"] = email.utils.make_msgid(domain=sender.rpartition("@")[2])
     message["Auto-Submitted"] = "auto-generated"
-    text = "\n".join(one_line(line) for line in report.body.split("\n"))
-    message.set_content(text.encode("utf-8", "replace").decode("utf-8"), cte="quoted-printable")
-    return message.as_bytes()
+    message.set_payload("\n".join(one_line(line) for line in report.body.split("\n")), charset)
+    return message.as_bytes(policy=email.policy.compat32.clone(linesep="\r\n"))
+
+
+def subject_header(text: str) -> Union[str, email.header.Header]:
+    """The text as a header's value. One that looks encoded already (=?...?=) would be decoded, so it is encoded too."""
+    text = one_line(text)
+    is_plain = text.isprintable() and all(char < "\x7f" for char in text) and "=?" not in text \
+        and max(map(len, text.split(" "))) <= 60
+    return text if is_plain else email.header.Header(text, "utf-8", header_name="Subject")
+
+
+def this_host() -> str:
+    """This host's full name; its plain one where the resolver only says localhost."""
+    name = socket.getfqdn()
+    return socket.gethostname() if name.split(".")[0] == "localhost" else name
+
+
+class Outbox:
+    """The mails of one config that could not be sent, in the state folder, until a run of that config gets them out."""
+
+    def __init__(self, catalog: Catalog, owner: str) -> None:
+        self._catalog = catalog
+        self._prefix = hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:12] + "-"
+
+    def keep(self, message: bytes, now: datetime) -> None:
+        """The message is there, on disk; of too many the oldest are gone."""
+        with self._catalog.state(MAIL_FOLDER) as folder:
+            for name in self._names(folder)[:1 - MAIL_KEPT_MOST]:
+                folder.remove_file(name)
+            name = "%s%s-%s.eml" % (self._prefix, now.strftime("%Y%m%dT%H%M%SZ"), secrets.token_hex(3))
+            folder.write(name + ".new", message)
+            folder.replace(name + ".new", name)
+
+    def names(self) -> List[str]:
+        """What is kept, oldest first."""
+        folder = self._catalog.state_if_there(MAIL_FOLDER)
+        if folder is None:
+            return []
+        with folder:
+            return self._names(folder)
+
+    def read(self, name: str) -> bytes:
+        """The message of that name."""
+        with self._catalog.state(MAIL_FOLDER) as folder:
+            return folder.read(name)
+
+    def remove(self, name: str) -> None:
+        """It is gone."""
+        with self._catalog.state(MAIL_FOLDER) as folder:
+            folder.remove_file(name)
+
+    def _names(self, folder: Directory) -> List[str]:
+        return [name for name in folder.names() if name.startswith(self._prefix) and name.endswith(".eml")]
 
 
 class Mailer:
-    """Sends mail; what can't be sent is kept in the state folder and goes out with the next run's."""
+    """Sends mail; what can't be sent goes into the outbox, and out with the next run's."""
 
-    def __init__(self, configuration: Configuration, catalog: Optional[Catalog], clock: Clock, log: Log) -> None:
+    def __init__(self, configuration: Configuration, outbox: Optional[Outbox], clock: Clock, log: Log,
+                 signals: Signals) -> None:
         self._configuration = configuration
-        self._catalog = catalog
+        self._outbox = outbox
         self._clock = clock
         self._log = log
+        self._signals = signals
+        self._recipients = tuple(collections.OrderedDict.fromkeys(configuration.mail_to))
+        self._host = this_host()
+        self._sender = configuration.mail_from or "root@" + self._host
+        self._port = configuration.smtp_port or SMTP_PORTS[configuration.smtp_security]
+        self._server_title = "%s:%d" % (configuration.smtp_server, self._port)
+        self._context = None               # type: Optional[ssl.SSLContext]
+        self._passwords = ()               # type: Tuple[str, ...]
 
     def send(self, report: MailReport) -> bool:
-        """True if the mail, and those kept from earlier runs, are with the server."""
-        message = compose_mail(report, self._configuration, self._host(), self._clock.utc())
-        try:
-            self._deliver_kept()
-            self._deliver(message)
-            return True
-        except (OSError, smtplib.SMTPException, BackupError) as error:
-            kept = self._keep(message)
-            self._log.warning("the mail to %s could not be sent: %s. %s" % (
-                ", ".join(self._configuration.mail_to), smtp_reason(error),
-                "It is kept and goes out with the next run's." if kept else "It could not be kept either."))
-            return False
-
-    def _host(self) -> str:
-        return socket.getfqdn()
-
-    def _deliver(self, message: bytes) -> None:
-        """The message is with the server, at the third try at the latest."""
-        for pause_s in MAIL_PAUSES_S + (None,):
-            try:
-                self._deliver_once(message)
-                return
-            except (OSError, smtplib.SMTPException) as error:
-                if pause_s is None or is_final_refusal(error):
-                    raise
-                self._log.info("the mail could not be sent yet (%s); trying again in %s."
-                               % (smtp_reason(error), format_duration(pause_s)))
-                time.sleep(pause_s)
-
-    def _deliver_once(self, message: bytes) -> None:
-        """The message is with the server."""
-        settings = self._configuration
-        port = settings.smtp_port or SMTP_PORTS[settings.smtp_security]
-        context = ssl.create_default_context(cafile=fs_path(settings.smtp_ca_file) if settings.smtp_ca_file else None)
-        host = self._host()
-        if settings.smtp_security == "tls":
-            server = smtplib.SMTP_SSL(settings.smtp_server, port, host, timeout=MAIL_TRY_LIMIT_S, context=context)
+        """True if the mail is with the server for every recipient; those kept from earlier runs have followed it."""
+        now = self._clock.utc()
+        message = compose_mail(report, self._sender, self._recipients, now)
+        refused = self._deliver(message, MAIL_PAUSES_S)
+        if not refused:
+            return self.send_kept()
+        if len(refused) == len(self._recipients):
+            advice = self._keep(message, now)
         else:
-            server = smtplib.SMTP(settings.smtp_server, port, host, timeout=MAIL_TRY_LIMIT_S)
-        with server:
-            if settings.smtp_security == "starttls":
-                server.starttls(context=context)
-            if settings.smtp_user:
-                server.login(settings.smtp_user, read_smtp_password(settings.smtp_password_file))
-            refused = server.sendmail(settings.mail_from or "root@" + host, list(settings.mail_to), message)
-        for address, (code, text) in refused.items():
-            self._log.warning("the mail server refused the recipient %s: %d %s" % (address, code,
-                                                                                   one_line(text.decode("utf-8", "replace"))))
+            advice = "The other recipients have it."
+        self._log.warning("%s %s" % (self._failure_text(refused), advice))
+        return False
 
-    def _deliver_kept(self) -> None:
-        """The mails of earlier runs are with the server, oldest first."""
-        folder = self._catalog.state_if_there(MAIL_FOLDER) if self._catalog else None
-        if folder is None:
-            return
-        with folder:
-            for name in folder.names():
-                if name.endswith(".eml"):
-                    self._deliver(folder.read(name))
-                    folder.remove_file(name)
+    def send_test(self, report: MailReport) -> None:
+        """The mail is with the server; BackupError if it is not, and nothing is kept."""
+        refused = self._deliver(compose_mail(report, self._sender, self._recipients, self._clock.utc()),
+                                MAIL_PAUSES_S)
+        if refused:
+            raise BackupError(self._failure_text(refused))
+        self._log.show("%s has taken the mail for %s." % (self._server_title, ", ".join(self._recipients)))
 
-    def _keep(self, message: bytes) -> bool:
-        """True if the message is in the state folder."""
-        if self._catalog is None:
-            return False
+    def send_kept(self) -> bool:
+        """The mails that earlier runs could not send are with the server, unless it takes none now. False if one had to
+        be given up."""
+        all_well = True
         try:
-            with self._catalog.state(MAIL_FOLDER) as folder:
-                kept = [name for name in folder.names() if name.endswith(".eml")]
-                for name in kept[:-MAIL_KEPT_MOST]:
-                    folder.remove_file(name)
-                folder.write("%s-%s.eml" % (self._clock.utc().strftime("%Y%m%dT%H%M%SZ"), secrets.token_hex(3)),
-                             message)
-            return True
-        except (OSError, BackupError):
-            return False
+            for name in self._outbox.names() if self._outbox else []:
+                refused = self._deliver(self._outbox.read(name), ())
+                if refused and not all(refusal.is_final for refusal in refused.values()):
+                    self._log.info("%s Mails of earlier runs are still kept." % self._failure_text(refused))
+                    break
+                self._outbox.remove(name)
+                if refused:
+                    all_well = False
+                    self._log.warning("%s It is one of an earlier run, and is given up." % self._failure_text(refused))
+                else:
+                    self._log.info("a mail that an earlier run could not send was sent.")
+        except (OSError, BackupError) as error:
+            self._log.info("mails that earlier runs could not send are not in reach: %s" % os_reason(error))
+        return all_well
+
+    def _failure_text(self, refused: Dict[str, Refusal]) -> str:
+        reasons = sorted({refusal.reason for refusal in refused.values()})
+        return "the mail to %s was not sent: %s: %s." % (", ".join(refused), self._server_title, "; ".join(reasons))
+
+    def _keep(self, message: bytes, now: datetime) -> str:
+        """The message is in the outbox, or it can't be: the sentence that says which."""
+        try:
+            if self._outbox is None:
+                raise BackupError("the backup directory is out of reach.")
+            self._outbox.keep(message, now)
+            return "It is kept and goes out with the next run's."
+        except (OSError, BackupError) as error:
+            return "It could not be kept either: %s" % os_reason(error)
+
+    def _deliver(self, message: bytes, pauses_s: Tuple[int, ...]) -> Dict[str, Refusal]:
+        """The recipients whose mail is not with the server after all tries, and why; none if all is well."""
+        try:
+            self._prepare()
+        except BackupError as error:
+            return {address: Refusal(str(error).rstrip("."), True) for address in self._recipients}
+        refused = {}                       # type: Dict[str, Refusal]
+        waiting = list(self._recipients)
+        for pause_s in (0,) + pauses_s:
+            if pause_s:
+                self._log.info("%s Trying again in %s." % (
+                    self._failure_text({address: refused[address] for address in waiting}), format_duration(pause_s)))
+                self._signals.sleep(pause_s)
+            for address in waiting:
+                refused.pop(address, None)
+            refused.update(self._try_once(waiting, message))
+            waiting = [address for address, refusal in refused.items() if not refusal.is_final]
+            if not waiting:
+                break
+        return refused
+
+    def _prepare(self) -> None:
+        """What the settings name is read; BackupError if it can't be used."""
+        settings = self._configuration
+        if settings.smtp_security != "none" and self._context is None:
+            try:
+                self._context = ssl.create_default_context(
+                    cafile=fs_path(settings.smtp_ca_file) if settings.smtp_ca_file else None)
+            except OSError as error:
+                raise BackupError("smtp_ca_file %s can't be used: %s" % (settings.smtp_ca_file, os_reason(error)))
+        if settings.smtp_user and not self._passwords:
+            self._passwords = read_smtp_passwords(settings.smtp_password_file)
+
+    def _try_once(self, recipients: Sequence[str], message: bytes) -> Dict[str, Refusal]:
+        """The recipients whose mail is not with the server after one try, and why.
+
+        A thread of its own talks to the server, so that neither a resolver that
+        hangs nor a server that sends a byte a minute can make the try longer.
+        """
+        answers = queue.Queue()            # type: queue.Queue
+        talk = SmtpTalk(self._configuration, self._port, self._host, self._context, self._passwords)
+        thread = threading.Thread(target=talk.hold, args=(self._sender, list(recipients), message, answers), daemon=True)
+        thread.start()
+        give_up_at = self._clock.monotonic() + MAIL_TRY_LIMIT_S
+        while True:
+            try:
+                answer = answers.get(timeout=0.25)
+                break
+            except queue.Empty:
+                self._signals.check()
+            if self._clock.monotonic() > give_up_at:
+                talk.break_off()
+                reason = "it had not taken the mail after %s" % format_duration(MAIL_TRY_LIMIT_S)
+                return {address: Refusal(reason, False) for address in recipients}
+        thread.join(MAIL_GOODBYE_S)
+        if isinstance(answer, (OSError, smtplib.SMTPException, ValueError)):
+            refusal = Refusal(self._struck_out(smtp_reason(answer)), is_final_refusal(answer))
+            return {address: refusal for address in recipients}
+        if isinstance(answer, Exception):
+            raise answer
+        return {address: Refusal(self._struck_out(answer_text(code, text)), code >= 500)
+                for address, (code, text) in answer.items()}
+
+    def _struck_out(self, text: str) -> str:
+        """The text without the password, which a server may repeat as it was sent."""
+        for password in self._passwords:
+            raw = password.encode("utf-8", "surrogateescape")
+            for secret in (base64.b64encode(("\0%s\0" % self._configuration.smtp_user).encode("utf-8") + raw),
+                           base64.b64encode(raw), raw):
+                if secret:
+                    text = text.replace(secret.decode("utf-8", "surrogateescape"), "***")
+        return text
+
+
+class SmtpTalk:
+    """One conversation with the mail server, held by a thread of its own."""
+
+    def __init__(self, configuration: Configuration, port: int, host: str, context: Optional[ssl.SSLContext],
+                 passwords: Sequence[str]) -> None:
+        self._settings = configuration
+        self._port = port
+        self._host = host
+        self._context = context
+        self._passwords = passwords
+        self._is_over = False
+        self._server = None                # type: Optional[smtplib.SMTP]
+
+    def hold(self, sender: str, recipients: List[str], message: bytes, answers: queue.Queue) -> None:
+        """In `answers`: the recipients that the server refused and its words, or the exception that ended it."""
+        try:
+            server = self._server = self._connected()
+            try:
+                if self._is_over:
+                    return
+                if self._settings.smtp_security == "starttls":
+                    server.starttls(context=self._context)
+                if self._passwords:
+                    self._log_in(server)
+                try:
+                    answers.put(server.sendmail(sender, recipients, message))
+                except smtplib.SMTPRecipientsRefused as error:
+                    answers.put(error.recipients)
+                with contextlib.suppress(OSError, smtplib.SMTPException):      # the mail is taken, or is not, already
+                    server.quit()
+            finally:
+                server.close()
+        except Exception as error:         # raised again by the thread that waits for the answer
+            answers.put(error)
+
+    def break_off(self) -> None:
+        """The conversation ends where it is, from another thread."""
+        self._is_over = True
+        with contextlib.suppress(OSError, AttributeError):
+            self._server.sock.shutdown(socket.SHUT_RDWR)
+
+    def _connected(self) -> smtplib.SMTP:
+        """The server has greeted us."""
+        limit_s = 2 * MAIL_TRY_LIMIT_S     # the one who waits has the shorter limit
+        if self._settings.smtp_security == "tls":
+            return smtplib.SMTP_SSL(self._settings.smtp_server, self._port, self._host, timeout=limit_s,
+                                    context=self._context)
+        return smtplib.SMTP(self._settings.smtp_server, self._port, self._host, timeout=limit_s)
+
+    def _log_in(self, server: smtplib.SMTP) -> None:
+        """The server knows us, by one of the passwords that the file can mean."""
+        for password in self._passwords[:-1]:
+            with contextlib.suppress(smtplib.SMTPAuthenticationError):
+                server.login(self._settings.smtp_user, password)
+                return
+        server.login(self._settings.smtp_user, self._passwords[-1])
 
 
 def is_final_refusal(error: Exception) -> bool:
-    """Did the server say no for good (5xx), so that another try is useless?"""
-    if isinstance(error, smtplib.SMTPRecipientsRefused):
-        return all(code >= 500 for code, _ in error.recipients.values())
-    return isinstance(error, smtplib.SMTPResponseException) and error.smtp_code >= 500
+    """Is another try useless: a no for good (5xx), a certificate, something the server can't do, a wrong setting?"""
+    if isinstance(error, smtplib.SMTPResponseException):
+        return error.smtp_code >= 500
+    return isinstance(error, (smtplib.SMTPNotSupportedError, ValueError)) or is_certificate_error(error)
+
+
+def is_certificate_error(error: Exception) -> bool:
+    """Was the server's certificate not accepted?"""
+    return isinstance(error, ssl.CertificateError) or getattr(error, "reason", None) == "CERTIFICATE_VERIFY_FAILED"
 
 
 def smtp_reason(error: Exception) -> str:
     """Why a mail was not sent, in words; never what we sent."""
-    if isinstance(error, smtplib.SMTPRecipientsRefused):
-        return "; ".join("%s: %d %s" % (address, code, one_line(text.decode("utf-8", "replace")))
-                         for address, (code, text) in error.recipients.items())
+    if isinstance(error, smtplib.SMTPAuthenticationError):
+        return "the login was refused: %s; look at smtp_user and smtp_password_file" % answer_text(error.smtp_code,
+                                                                                                error.smtp_error)
     if isinstance(error, smtplib.SMTPResponseException):
-        text = error.smtp_error
-        return "%d %s" % (error.smtp_code, one_line(text.decode("utf-8", "replace") if isinstance(text, bytes)
-                                                    else str(text)))
-    if isinstance(error, socket.timeout):
-        return "the server said nothing for %s" % format_duration(MAIL_TRY_LIMIT_S)
-    return os_reason(error)
+        return answer_text(error.smtp_code, error.smtp_error)
+    if isinstance(error, smtplib.SMTPServerDisconnected):
+        return "it closed the connection before it had taken the mail"
+    if is_certificate_error(error):
+        return ("its certificate was not accepted (%s): smtp_ca_file must hold the CA that signed it, and smtp_server "
+                "the name that it is made out to" % (getattr(error, "verify_message", "") or one_line(str(error))))
+    if isinstance(error, ssl.SSLError):
+        return "no TLS: %s; is smtp_security right for this port?" % one_line(error.reason or str(error))
+    if isinstance(error, UnicodeError):
+        return "an address, a name or the password holds characters other than ASCII, which mail servers do not all take"
+    return one_line(os_reason(error)).rstrip(".")
 
 
-def read_smtp_password(path: str) -> str:
-    """The password in that file, as create-password-file writes it or plain; BackupError unless only its owner can
-    read it."""
+def answer_text(code: int, text: Union[bytes, str]) -> str:
+    """What a mail server answered, in one line."""
+    said = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    return cut("%d %s" % (code, one_line(" ".join(said.split()))), 300).rstrip(".")
+
+
+def read_smtp_passwords(path: str) -> Tuple[str, ...]:
+    """What the password in that file can be, likeliest first: as create-password-file writes it, or plain.
+
+    BackupError unless only its owner can read the file.
+    """
+    if not path:
+        raise BackupError("smtp_user is set, but smtp_password_file is not.")
     try:
         with open(fs_path(path), "rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise BackupError("smtp_password_file %s can be read by others: chmod 600 it." % path)
+                raise BackupError("smtp_password_file %s can be read by others: chmod 600 it, and change the password."
+                                  % path)
             raw = file.read(64 * KIBIBYTE)
     except OSError as error:
-        raise BackupError("smtp_password_file %s can't be read: %s" % (path, os_reason(error)))
+        raise BackupError("smtp_password_file %s can't be read: %s." % (path, os_reason(error)))
+    plain = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
+    if not plain:
+        raise BackupError("smtp_password_file %s is empty." % path)
     with contextlib.suppress(ValueError):
-        return base64.b64decode(b"".join(raw.split()), validate=True).decode("utf-8")
-    return raw.decode("utf-8", "replace").rstrip("\r\n")
+        decoded = base64.b64decode(b"".join(raw.split()), validate=True).decode("utf-8")
+        if decoded.isprintable() and decoded:
+            return decoded, plain
+    return (plain,)
 
 
 # --- preview --------------------------------------------------------------------------
@@ -6667,12 +6977,9 @@ def command_backup(context: Context) -> int:
     """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
     try:
         return backup(context)
-    except Exception as error:
-        mail_early_end(context, error)
-        raise
-    except Interrupted as interrupted:
+    except (Exception, Interrupted) as error:
         with context.signals.shielded():
-            mail_early_end(context, interrupted)
+            mail_early_end(context, error)
         raise
 
 
@@ -6683,11 +6990,14 @@ def mail_early_end(context: Context, error: BaseException) -> None:
     catalog = None                         # type: Optional[Catalog]
     with contextlib.suppress(OSError):                          # no store is what such a mail is often about
         catalog = Catalog(context.configuration.backup_dir)
-    host = socket.getfqdn()
-    if not isinstance(error, (BackupError, Interrupted)):
-        error = BackupError("a bug in VmBackup: %s" % error)
-    Mailer(context.configuration, catalog, context.clock, context.log).send(
-        early_end_report(error, context.configuration.source, host.split(".")[0]))
+    make_mailer(context, catalog).send(early_end_report(error, context.configuration.source,
+                                                        socket.gethostname().split(".")[0], context.clock.utc()))
+
+
+def make_mailer(context: Context, catalog: Optional[Catalog]) -> Mailer:
+    """What sends this config's mail, and keeps in that store what can't be sent."""
+    outbox = Outbox(catalog, config_identity(context.arguments)) if catalog is not None else None
+    return Mailer(context.configuration, outbox, context.clock, context.log, context.signals)
 
 
 def backup(context: Context) -> int:
@@ -6709,16 +7019,18 @@ def backup(context: Context) -> int:
             return ExitStatus.OK
         status = ExitStatus.BUG            # for the text of the lock, if even the report fails
         try:
-            status = run_backup(context, inventory, plan, pool, catalog)
+            status = run_backup(context, inventory, plan, pool, catalog, lock)
             return status
         finally:
-            end_config_lock(lock, int(status), context)
+            if lock.is_held:
+                end_config_lock(lock, int(status), context)
     finally:
         with context.signals.shielded():
             pool.close()
 
 
-def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, catalog: Catalog) -> int:
+def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, catalog: Catalog,
+               lock: LockFile) -> int:
     """The run and its report; raises Interrupted after both if a signal ended it."""
     configuration, clock, log = context.configuration, context.clock, context.log
     host = inventory.host.short_name
@@ -6749,6 +7061,10 @@ def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, c
         if not mail_run(context, inventory, catalog, plan, outcome, numbers, run.storage_hangs):
             numbers = numbers._replace(warnings=numbers.warnings + 1)
         status = 128 + run.interrupted.number if run.interrupted else int(exit_status_of(numbers, outcome))
+        if run.storage_hangs:
+            lock.abandon()
+        else:
+            end_config_lock(lock, status, context)
         status_log.end_run(numbers.word, numbers.successes, numbers.warnings, numbers.errors)
         log.info(summary_text(plan, outcome, numbers, status))
     return status
@@ -6764,26 +7080,42 @@ def mail_run(context: Context, inventory: Inventory, catalog: Catalog, plan: Pla
              numbers: Tally, storage_hangs: bool) -> bool:
     """True unless a mail about the run was wanted and could not be sent."""
     configuration = context.configuration
-    if not mail_is_wanted(configuration, numbers.word):
+    if not configuration.mail_to or configuration.mail_when == "never":
         return True
+    mailer = make_mailer(context, None if storage_hangs else catalog)
+    if not mail_is_wanted(configuration, numbers.word):
+        return mailer.send_kept()
     place = "pool %s, %s" % (inventory.pool_title, inventory.host.short_name)
-    newest, free_bytes = [], None          # type: List[NewestCopy], Optional[int]
-    if not storage_hangs:
-        with contextlib.suppress(OSError, BackupError):         # the mail goes out whatever the store does
-            newest, free_bytes = newest_copies(catalog, context.clock.local()), catalog.free_bytes()
-    report = MailReport(mail_subject(plan, outcome, numbers, place),
-                        mail_body(plan, outcome, newest, free_bytes, place, configuration.source))
-    return Mailer(configuration, None if storage_hangs else catalog, context.clock, context.log).send(report)
+    headline = "The backup of %s on host %s of pool %s began at %s and ended at %s." % (
+        configuration.source, inventory.host.short_name, inventory.pool_title, format_local(outcome.began_at),
+        format_local(outcome.ended_at))
+    facts = StoreFacts(configuration.backup_dir, (), None, "the backup storage hangs.") if storage_hangs \
+        else store_facts(catalog, context.clock.local())
+    told = outcome._replace(findings=outcome.findings + tuple(
+        Finding(Severity.WARNING, "Config", warning) for warning in configuration.warnings))
+    return mailer.send(MailReport(mail_subject(plan, outcome, numbers, place),
+                                  mail_body(plan, told, facts, headline, bool(configuration.pool_db_backup))))
 
 
-def newest_copies(catalog: Catalog, now: datetime) -> List[NewestCopy]:
+def store_facts(catalog: Catalog, now: datetime) -> StoreFacts:
+    """What a mail tells about the store; a store in trouble costs no mail."""
+    newest, free_bytes, problem = (), None, ""     # type: Tuple[NewestCopy, ...], Optional[int], str
+    try:
+        free_bytes = catalog.free_bytes()
+        newest = newest_copies(catalog, now)
+    except (OSError, BackupError) as error:
+        problem = os_reason(error)
+    return StoreFacts(catalog.path, newest, free_bytes, problem)
+
+
+def newest_copies(catalog: Catalog, now: datetime) -> Tuple[NewestCopy, ...]:
     """The newest good copy of each VM and kind of the store."""
     found = []
     for stored in stored_vms(catalog):
         good = [copy for copy in stored.copies if copy.is_good]
-        found.append(NewestCopy(stored.name, stored.folder, stored.method.value if stored.method else "kind unknown",
+        found.append(NewestCopy(stored.uuid, stored.name, stored.title, len(good),
                                 (now - good[-1].taken_at).total_seconds() if good else None))
-    return found
+    return tuple(found)
 
 
 def command_test_mail(context: Context) -> int:
@@ -6791,18 +7123,14 @@ def command_test_mail(context: Context) -> int:
     configuration = context.configuration
     if not configuration.mail_to:
         raise UsageError("mail_to is not set, so there is nobody to write to.")
-    host = socket.getfqdn()
-    report = MailReport("OK: test mail (%s)" % host.split(".")[0],
-                        "This is the mail that was asked for by `VmBackup.py ... test-mail` with %s on %s.\n"
-                        "If you can read it, reports of backup runs will reach you too.\n"
-                        % (configuration.source, host))
-    try:
-        catalog = Catalog(configuration.backup_dir)             # type: Optional[Catalog]
-    except OSError:
-        catalog = None
-    if not Mailer(configuration, catalog, context.clock, context.log).send(report):
-        return ExitStatus.FAILED
-    context.log.show("The mail to %s is with %s." % (", ".join(configuration.mail_to), configuration.smtp_server))
+    host = socket.gethostname().split(".")[0]
+    make_mailer(context, None).send_test(MailReport(
+        "OK: test mail (%s)" % host,
+        "Somebody asked for this mail with `VmBackup.py ... test-mail` on host %s.\n\nAs you can read it, the mail "
+        "settings of %s work, and %s will reach you.\n" % (
+            host, configuration.source,
+            {"always": "a report of every backup run", "problems": "a report of every backup run that had problems",
+             "never": "nothing else, as mail_when=never is set: no report of a backup run"}[configuration.mail_when])))
     return ExitStatus.OK
 
 

@@ -87,6 +87,15 @@ class Storage:
         raise OSError(number, os.strerror(number))
 
 
+def exists(path: Any, dir_fd: Optional[int]) -> bool:
+    """What is there already is found without any step of the storage."""
+    try:
+        os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        return True
+    except OSError:
+        return False
+
+
 def install(storage: Storage) -> None:
     """From now on every step passes the Storage first."""
 
@@ -100,12 +109,13 @@ def install(storage: Storage) -> None:
     def on_path(kind: str, name: str) -> Callable[..., Any]:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
             dir_fd = options.get('dir_fd', options.get('src_dir_fd'))
-            storage.pass_step(kind, storage.place(path, dir_fd))
+            if kind != 'mkdir' or not exists(path, dir_fd):
+                storage.pass_step(kind, storage.place(path, dir_fd))
             return REAL[name](path, *arguments, **options)
         return call
 
     def troubled_os_open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: Optional[int] = None) -> int:
-        if flags & os.O_CREAT:
+        if flags & os.O_CREAT and not exists(path, dir_fd):
             storage.pass_step('create', storage.place(path, dir_fd))
         return REAL['open'](path, flags, mode, dir_fd=dir_fd)
 

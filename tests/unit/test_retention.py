@@ -53,6 +53,12 @@ def test_as_many_good_copies_stay_as_are_to_be_kept(copies, keep):
     assert len(good) - len(going(copies, keep)) == min(keep, len(good))
 
 
+@pytest.mark.parametrize('keep', [1, 0, -1])
+def test_where_fewer_than_one_is_to_be_kept_one_is_kept(keep):
+    copies = [a_copy(night) for night in range(1, 4)]
+    assert going(copies, keep) == names(copies[:2])
+
+
 @given(shelves(), st.integers(1, 8))
 def test_the_oldest_go_first(copies, keep):
     good = [copy.name for copy in in_order(copies) if is_counted(copy)]

@@ -1,0 +1,139 @@
+"""The backup directory and what happens to it: not there, not writable, gone in the middle, full."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from typing import Any, Iterator
+
+import pytest
+
+from support.deeds import backup, beginning, objects
+from support.language import MEBIBYTE, at, disk, vm
+from support.process import PROGRAM, TIME_LIMIT_S, Run, text_of
+from support.shelf import complete
+from support.wire import eventually
+
+BIG = [disk(size=8 * MEBIBYTE, used=8)]
+
+
+def mount(*arguments: str) -> None:
+    """Mounted; the test is skipped where we may not."""
+    if os.geteuid() != 0 or shutil.which('mount') is None:
+        pytest.skip('only root can mount')
+    done = subprocess.run(['mount'] + list(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if done.returncode:
+        pytest.skip('mount is not possible here: %s' % text_of(done.stderr).strip())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Any) -> Iterator[str]:
+    """A file system with room for 12 MiB."""
+    path = str(tmp_path)
+    mount('-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', path)
+    yield path
+    subprocess.run(['umount', '-l', path], check=True)
+
+
+@pytest.fixture
+def read_only_disk(tmp_path: Any) -> Iterator[str]:
+    path = str(tmp_path)
+    mount('-t', 'tmpfs', '-o', 'size=1m,ro', 'tmpfs', path)
+    yield path
+    subprocess.run(['umount', '-l', path], check=True)
+
+
+def test_a_read_only_backup_dir_is_refused_before_anything_starts(a_pool: Any, a_shelf: Any, read_only_disk: str) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(path=read_only_disk)
+    run = backup(pool, shelf, 'vm-export=web')
+    assert run.exit_status == 2 and 'backup_dir' in run.stderr and 'not writable' in run.stderr
+    assert read_only_disk in run.stderr and pool.journal() == []
+
+
+def test_a_backup_dir_on_a_mount_of_its_own_is_used_where_a_mount_is_required(a_pool: Any, a_shelf: Any,
+                                                                             small_disk: str) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(path=small_disk)
+    run = backup(pool, shelf, 'vm-export=web', 'require_mount=yes')
+    assert run.exit_status in (0, 3) and shelf.has('web', complete=1)
+
+
+@pytest.mark.parametrize('compress', ['none', 'gzip'])
+def test_a_full_disk_is_that_vms_failure_and_the_next_vm_is_tried(a_pool: Any, a_shelf: Any, small_disk: str,
+                                                                  compress: str) -> None:
+    noise = [disk(size=24 * MEBIBYTE, used=24)]
+    pool = a_pool(vm('db'), vm('web', disks=noise), vm('zeta'))
+    shelf = a_shelf(complete('web'), path=small_disk)
+    run = backup(pool, shelf, 'vm-export=*', 'compress=' + compress)
+    if compress == 'gzip':
+        assert run.exit_status == 0, 'the blocks repeat, so they fit'
+        return
+    assert run.exit_status == 1
+    assert 'no space left on the backup storage' in run.stderr and 'error: web' in run.stderr, run
+    assert shelf.has('db', complete=1) and shelf.has('zeta', complete=1)
+    assert shelf.still_holds('web') and shelf.has('web', complete=1)
+    assert shelf.unfinished() == [] and pool.has_no_snapshots_of_ours()
+
+
+def test_a_limit_of_the_file_size_is_a_failure_like_a_full_disk(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('db'), vm('web', disks=BIG)), a_shelf(complete('web'))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * MEBIBYTE, 5 * MEBIBYTE))
+    done = subprocess.run([sys.executable, '-W', 'error', PROGRAM, '-', shelf.config('vm-export=*')], preexec_fn=limit,
+                          env=pool.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          timeout=TIME_LIMIT_S)
+    run = Run(done.returncode, text_of(done.stdout), text_of(done.stderr))
+    assert run.exit_status == 1 and 'error: web' in run.stderr, run
+    assert shelf.has('db', complete=1) and shelf.still_holds('web') and shelf.unfinished() == []
+    assert pool.has_no_snapshots_of_ours()
+
+
+@pytest.mark.parametrize('then', ['gone', 'another directory in its place'])
+def test_a_backup_dir_that_goes_away_in_the_middle_is_not_filled_under(a_pool: Any, a_shelf: Any, then: str) -> None:
+    pool = a_pool(vm('web', disks=BIG), vm('zeta'), faults=[at('http:/export', object='web', runs_at=8 * MEBIBYTE)])
+    shelf = a_shelf(complete('web', days_ago=2), complete('web', days_ago=1))
+    before = objects(pool)
+    with beginning(pool, shelf, 'vm-export=*', 'max_backups=1') as process:
+        assert eventually(shelf.unfinished)
+        os.rename(shelf.path, shelf.path + '.away')
+        if then != 'gone':
+            os.mkdir(shelf.path)
+        run = process.ending()
+    assert run.exit_status == 1 and shelf.path in run.stderr, run
+    assert not os.path.exists(shelf.path) or os.listdir(shelf.path) == []
+    assert objects(pool) == before
+    os.path.isdir(shelf.path) and os.rmdir(shelf.path)
+    os.rename(shelf.path + '.away', shelf.path)
+    assert shelf.has('web', complete=2) and shelf.still_holds(*['web/' + name for name in shelf.copies('web')])
+
+
+def test_a_status_log_without_a_directory_is_said_and_costs_no_backup(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    run = backup(pool, shelf, 'vm-export=web', 'status_log=/no/such/place/status.log')
+    assert run.exit_status == 0 and run.says('/no/such/place/status.log') and run.stderr == ''
+
+
+def test_space_that_runs_low_is_a_warning(a_pool: Any, a_shelf: Any, small_disk: str) -> None:
+    pool, shelf = a_pool(vm('web', disks=BIG)), a_shelf(path=small_disk)
+    run = backup(pool, shelf, 'vm-export=web')
+    assert run.exit_status == 3 and 'are free' in run.stderr, run
+    assert shelf.has('web', complete=1)
+
+
+def test_an_sr_that_is_nearly_full_gets_no_snapshot(a_pool: Any, a_shelf: Any) -> None:
+    small = {'name_label': 'small', 'type': 'nfs', 'shared': True, 'size': 20 * MEBIBYTE}
+    big = {'name_label': 'big', 'type': 'nfs', 'shared': True}
+    pool = a_pool(vm('web', disks=[disk(size=32 * MEBIBYTE, used=19, sr='small')]), vm('db', disks=[disk(sr='big')]),
+                  srs=[big, small])
+    shelf = a_shelf()
+    run = backup(pool, shelf, 'vm-export=*', 'min_sr_free=20%')
+    assert run.exit_status == 1 and 'small' in run.stderr and 'min_sr_free' in run.stderr, run
+    assert len(pool.calls('api:VM.snapshot')) == 1 and shelf.has('db', complete=1)
+
+
+def test_an_image_is_read_back_and_compared_where_that_is_asked_for(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    run = backup(pool, shelf, 'vm-export=web', 'verify_after=yes')
+    assert run.exit_status == 0 and run.says('back from storage')
+    assert shelf.manifest('web', shelf.newest('web'))['verified']['read_back'] is True
