@@ -6174,7 +6174,7 @@ def mail_body(plan: Plan, run: RunOutcome, store: StoreFacts, headline: str, wit
     errors = mail_errors(plan, run, store)
     if errors:
         blocks.append(mail_block("NOT BACKED UP" if failed_names(plan, run) else "ERRORS", errors)
-                      + "\nThe next run tries again. To run sooner, repeat the crontab line by hand; the log of this run "
+                      + "\nThe next run tries again. To run sooner, repeat the crontab line by hand. The log of this run "
                         "tells each step.")
     warnings = ["%s: %s" % (finding.subject, finding.sentence) for finding in run.findings
                 if finding.severity is Severity.WARNING]
@@ -6184,7 +6184,7 @@ def mail_body(plan: Plan, run: RunOutcome, store: StoreFacts, headline: str, wit
     if with_database and not run.pool_database_error and not run.ended_by:
         done.append("The pool database.")
     if done:
-        blocks.append(mail_block("BACKED UP", done))
+        blocks.append(mail_block("BACKED UP (vm-export: the whole VM; vdi-export: its OS disk only)", done))
     if store.newest:
         blocks.append(mail_block("AGE OF THE NEWEST GOOD COPY OF EACH VM IN %s" % store.path,
                                  [newest_line(one) for one in store.newest]))
@@ -6262,16 +6262,16 @@ def early_end_report(error: BaseException, source: str, host: str, now: datetime
     else:
         return MailReport(
             "ERROR: a bug in VmBackup ended the run (%s)" % host,
-            "The backup of %s on host %s ended at %s by a bug in VmBackup (%s).\n\nIts log has the traceback, and tells "
-            "which VMs were backed up before. What the run left in the pool or in the backup directory, the next run "
-            "removes. If the next run ends in the same way, report the traceback to whoever maintains VmBackup.\n"
-            % (source, host, format_local(now), type(error).__name__))
+            "VmBackup was started on host %s with %s, and a bug in it (%s) ended the run at %s.\n\nThe log of this run has "
+            "the traceback, and tells which VMs were backed up before. What the run may have left in the pool or in the "
+            "backup directory, the next run removes. If that one ends in the same way, report the traceback to whoever "
+            "maintains VmBackup.\n" % (host, source, type(error).__name__, format_local(now)))
     first = what.split("\n")[0].rstrip(".")
     return MailReport(
         "ERROR: %s (%s)" % (cut(first, 120), host),
-        "The backup of %s on host %s ended at %s before it began.\n\n%s\nNo VM and no earlier copy was touched. The next "
-        "run tries again. To run sooner, repeat the crontab line by hand.\n"
-        % (source, host, format_local(now), mail_block("NOTHING WAS BACKED UP", [item])))
+        "VmBackup was started on host %s with %s, and ended at %s before the first VM.\n\n%s\nNo VM and no earlier copy "
+        "was touched. The next run tries again. To run sooner, repeat the crontab line by hand.\n"
+        % (host, source, format_local(now), mail_block("NOTHING WAS BACKED UP", [item])))
 
 
 def compose_mail(report: MailReport, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
@@ -6802,7 +6802,7 @@ def missing_backup_dir(file_settings: Sequence[Setting], arguments: Sequence[Set
     path = wanted[0].value if wanted else OPTIONS[OPTION_NAMES.index("backup_dir")].default
     if not path or os.path.isdir(fs_path(path)):
         return []
-    return ["%s: backup_dir: %s is not there, or no directory: is the share mounted?" % (
+    return ["%s: backup_dir: %s is not there, or no directory. Is the share mounted?" % (
         wanted[0].place if wanted else "default", one_line(path))]
 
 
@@ -7086,13 +7086,13 @@ def mail_run(context: Context, inventory: Inventory, catalog: Catalog, plan: Pla
     if not mail_is_wanted(configuration, numbers.word):
         return mailer.send_kept()
     place = "pool %s, %s" % (inventory.pool_title, inventory.host.short_name)
-    headline = "The backup of %s on host %s of pool %s began at %s and ended at %s." % (
-        configuration.source, inventory.host.short_name, inventory.pool_title, format_local(outcome.began_at),
+    headline = "VmBackup ran on host %s of pool %s with %s, from %s to %s." % (
+        inventory.host.short_name, inventory.pool_title, configuration.source, format_local(outcome.began_at),
         format_local(outcome.ended_at))
     facts = StoreFacts(configuration.backup_dir, (), None, "the backup storage hangs.") if storage_hangs \
         else store_facts(catalog, context.clock.local())
     told = outcome._replace(findings=outcome.findings + tuple(
-        Finding(Severity.WARNING, "Config", warning) for warning in configuration.warnings))
+        Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in configuration.warnings))
     return mailer.send(MailReport(mail_subject(plan, outcome, numbers, place),
                                   mail_body(plan, told, facts, headline, bool(configuration.pool_db_backup))))
 
@@ -7126,11 +7126,12 @@ def command_test_mail(context: Context) -> int:
     host = socket.gethostname().split(".")[0]
     make_mailer(context, None).send_test(MailReport(
         "OK: test mail (%s)" % host,
-        "Somebody asked for this mail with `VmBackup.py ... test-mail` on host %s.\n\nAs you can read it, the mail "
-        "settings of %s work, and %s will reach you.\n" % (
+        "Somebody asked for this mail with `VmBackup.py ... test-mail` on host %s. As you can read it, the mail settings "
+        "of %s work. %s\n" % (
             host, configuration.source,
-            {"always": "a report of every backup run", "problems": "a report of every backup run that had problems",
-             "never": "nothing else, as mail_when=never is set: no report of a backup run"}[configuration.mail_when])))
+            {"always": "Every backup run will send a report to this address.",
+             "problems": "Backup runs will send a report to this address when they had problems.",
+             "never": "But mail_when=never is set, so no backup run will send a report."}[configuration.mail_when])))
     return ExitStatus.OK
 
 
@@ -7203,6 +7204,7 @@ def end_config_lock(lock: LockFile, status: int, context: Context) -> None:
         lock.write_text(dict(lock.text(), state="finished", exit=status))
         lock.release()
     except OSError as error:
+        lock.abandon()
         context.log.info("the lock of this config could not be given back in order (%s); it ends with this process."
                          % os_reason(error))
 

@@ -1,12 +1,12 @@
 """Bad input: each gets its exit status and a sentence that says what is wrong, and nothing is started."""
 
 import os
-from typing import Any, Sequence, Tuple
+from typing import Any, Iterator, Sequence
 
 import pytest
 
 from support.deeds import backup
-from support.language import vm
+from support.language import described, vm
 from support.process import Pool, Run, run_program
 from support.shelf import Shelf, complete
 
@@ -59,9 +59,8 @@ BAD_LINES = [
 
 
 @pytest.fixture(scope='module')
-def one_pool(request: Any) -> Any:
+def one_pool() -> Iterator[Pool]:
     """One pool for all bad input: nothing ever reaches it."""
-    from support.language import described
     pool = Pool(described([vm('web'), vm('db')], {})).start()
     yield pool
     pool.remove()

@@ -10,23 +10,16 @@ import pytest
 
 from support.deeds import backup, beginning, objects, preview
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import PASSWORD, SIMPOOL, Pool, run_program
+from support.process import PASSWORD, Pool
 from support.shelf import Shelf
 from support.wire import eventually
 
 TWO_HOSTS = [{'name_label': 'xcp1', 'master': True}, {'name_label': 'xcp2'}]
-SECRET = 'password'
-
-
-def tls_address(pool: Pool, host: int = 1) -> str:
-    """HOST:PORT of the TLS port of that host."""
-    port = int(pool.url_of(host).rsplit(':', 1)[1])
-    return '127.0.0.%d:%d' % (host, port + 1)
 
 
 def certificate(pool: Pool) -> str:
     """The PEM text of the certificate that the pool shows."""
-    host, port = tls_address(pool).split(':')
+    host, port = pool.tls_address_of().split(':')
     return ssl.get_server_certificate((host, int(port)))
 
 
@@ -59,18 +52,12 @@ def test_a_password_logs_in_over_tcp_where_the_server_checks_it(a_pool: Any, a_s
 @pytest.mark.parametrize('where', ['this host', 'a member', 'https', 'http'])
 def test_a_wrong_password_is_exit_4_and_touches_no_vm(a_pool: Any, a_shelf: Any, where: str) -> None:
     pool, shelf = a_pool(vm('web'), hosts=TWO_HOSTS), a_shelf()
-    lines = {'https': ['pool=' + tls_address(pool)], 'http': ['pool=' + pool.url]}.get(where, [])
+    lines = {'https': ['pool=' + pool.tls_address_of()], 'http': ['pool=' + pool.url]}.get(where, [])
     for words in ([], ['preview']):
         run = backup(pool, shelf, 'vm-export=web', *lines, password='a wrong one', words=words,
                      host=2 if where == 'a member' else 1)
         assert run.exit_status == 4 and 'password is wrong' in run.stderr and run.never_says('a wrong one')
     assert shelf.is_unchanged() and pool.never_saw('api:VM.*') and pool.never_saw('xe:*')
-
-
-def test_a_password_that_is_dash_is_not_taken_for_a_file(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web')), a_shelf()
-    run = run_program('-', shelf.config('vm-export=web'), 'preview', environment=pool.environment())
-    assert run.exit_status == 0
 
 
 # --- A pool that is not there ----------------------------------------------------------------------------------------
@@ -109,7 +96,7 @@ def elsewhere(pool: Pool) -> Any:
 @pytest.mark.parametrize('host', [1, 2], ids=['the master', 'a member'])
 def test_another_pool_is_backed_up_over_the_network(a_pool: Any, a_shelf: Any, scheme: str, host: int) -> None:
     pool, shelf = a_pool(vm('web'), vm('db'), hosts=TWO_HOSTS), a_shelf()
-    address = {'https by default': tls_address(pool, host), 'https': 'https://' + tls_address(pool, host),
+    address = {'https by default': pool.tls_address_of(host), 'https': 'https://' + pool.tls_address_of(host),
                'http': pool.url_of(host)}[scheme]
     run = backup(pool, shelf, 'vm-export=web', 'vdi-export=db', 'pool_db_backup=1', 'pool=' + address, password=PASSWORD,
                  environment=elsewhere(pool))
@@ -123,7 +110,7 @@ def test_the_servers_certificate_is_checked_against_ca_file(a_pool: Any, a_shelf
     good, other = os.path.join(shelf.home, 'good.pem'), os.path.join(shelf.home, 'missing.pem')
     with open(good, 'w') as file:
         file.write(certificate(pool))
-    lines = ['vm-export=web', 'pool=' + tls_address(pool)]
+    lines = ['vm-export=web', 'pool=' + pool.tls_address_of()]
 
     missing = backup(pool, shelf, *(lines + ['ca_file=' + other]), password=PASSWORD)
     assert missing.exit_status == 2 and other in missing.stderr and shelf.is_unchanged()
@@ -140,14 +127,14 @@ def test_a_certificate_that_ca_file_does_not_vouch_for_is_refused_before_the_pas
     ours = ssl.get_default_verify_paths().cafile or '/etc/ssl/certs/ca-certificates.crt'
     if not os.path.isfile(ours):
         pytest.skip('this machine has no file of public CA certificates')
-    run = backup(pool, shelf, 'vm-export=web', 'pool=' + tls_address(pool), 'ca_file=' + ours, password=PASSWORD)
+    run = backup(pool, shelf, 'vm-export=web', 'pool=' + pool.tls_address_of(), 'ca_file=' + ours, password=PASSWORD)
     assert run.exit_status == 4 and 'TLS' in run.stderr, run
     assert pool.never_saw('api:*') and shelf.is_unchanged()
 
 
 def test_only_the_certificate_with_the_given_fingerprint_is_accepted(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(vm('web')), a_shelf()
-    lines = ['vm-export=web', 'pool=' + tls_address(pool)]
+    lines = ['vm-export=web', 'pool=' + pool.tls_address_of()]
 
     wrong = backup(pool, shelf, *(lines + ['ca_fingerprint=' + 'ab' * 32]), password=PASSWORD)
     assert wrong.exit_status == 4 and 'fingerprint' in wrong.stderr
@@ -183,42 +170,21 @@ def test_a_master_that_moves_during_the_run_is_followed(a_pool: Any, a_shelf: An
     pool = a_pool(vm('web'), vm('db'), hosts=TWO_HOSTS, faults=[at(moment, nth=1, master='xcp2')])
     shelf = a_shelf()
     run = backup(pool, shelf, 'vm-export=*', password=PASSWORD)
-    assert run.exit_status in (0, 1, 3), run
-    assert pool.has_no_snapshots_of_ours(), run
-    again = backup(pool, shelf, 'vm-export=*', password=PASSWORD)
-    assert again.exit_status == 0, again
-    assert shelf.has('web', complete=3 - run.exit_status // 1 * (run.exit_status == 1) - 1) or shelf.copies('web')
+    assert run.exit_status in (0, 3), run
+    assert shelf.has('web', complete=1) and shelf.has('db', complete=1)
     assert pool.has_no_snapshots_of_ours()
 
 
 def test_a_pool_that_restarts_in_the_middle_is_waited_for(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(vm('db'), vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]),
                   faults=[at('http:/export', object='db', runs_at=2 * MEBIBYTE)])
-    shelf, port = a_shelf(), None
-    port = pool.url.rstrip('/').rsplit(':', 1)[1]
+    shelf, port = a_shelf(), pool.port
     with beginning(pool, shelf, 'vm-export=*') as process:
         assert eventually(lambda: pool.calls('api:VM.set_is_a_template'))
         pool.stop()
         pool.set_faults([])
-        restart_on_port(pool, port)
+        pool.start(port)
         run = process.ending()
     assert run.exit_status == 3, 'the VM that was cut off had its second try\n%s' % run.output
     assert shelf.has('web', complete=1) and shelf.has('db', complete=1)
     assert pool.has_no_snapshots_of_ours() and shelf.unfinished() == []
-
-
-def restart_on_port(pool: Pool, port: str) -> None:
-    """The pool serves again where it did before."""
-    import support.process as process
-    assert os.path.isdir(SIMPOOL)
-    original = process.SIMPOOL
-    popen = process.subprocess.Popen
-
-    def on_port(command: Any, **how: Any) -> Any:
-        return popen(list(command) + ['--port', port], **how)
-    process.subprocess.Popen = on_port  # type: ignore
-    try:
-        pool.start()
-    finally:
-        process.subprocess.Popen = popen  # type: ignore
-        process.SIMPOOL = original

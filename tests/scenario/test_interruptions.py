@@ -1,7 +1,5 @@
 """Runs that are cut off: by a signal, by SIGKILL at several points, by a server that gives out. Nothing of ours stays."""
 
-import json
-import os
 import signal
 from typing import Any
 
@@ -289,6 +287,3 @@ def test_leftovers_on_the_shelf_alone_are_removed_and_said_and_the_exit_status_s
     run = backup(pool, shelf, 'vm-export=web')
     assert run.exit_status == 0 and run.stdout.count('left by a run that died') == 2 and run.stderr == ''
     assert shelf.unfinished() == [] and shelf.has('web', complete=2)
-
-
-_ = (json, os)

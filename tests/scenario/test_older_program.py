@@ -1,12 +1,15 @@
 """What the older program got wrong: one test for each, named after it. Then what it left behind and we have to live with."""
 
 import os
-import signal
+import shutil
+import tempfile
 from typing import Any
+
+import pytest
 
 from support.deeds import backup, beginning, objects, preview
 from support.language import MEBIBYTE, at, disk, uuid_of, vm
-from support.process import PROGRAM, run
+from support.process import PROGRAM, Pool, Run, run_program
 from support.shelf import complete, disk_content, foreign, of_old_program, old, unfinished
 from support.wire import eventually
 
@@ -52,7 +55,7 @@ def test_pre_clean_never_deletes_the_last_good_copy_before_the_new_one_exists(a_
     shelf = a_shelf(complete('web', days_ago=2))
     run = backup(pool, shelf, 'vm-export=web:1', 'pre_clean=True')
     assert run.exit_status == 1
-    assert shelf.is_unchanged() or shelf.still_holds('web')
+    assert shelf.still_holds('web') and shelf.has('web', complete=1)
 
 
 def test_the_exit_status_is_1_when_a_vm_failed(a_pool: Any, a_shelf: Any) -> None:
@@ -98,7 +101,7 @@ def test_duplicate_names_do_not_stop_the_run(a_pool: Any, a_shelf: Any) -> None:
     one, two = '00000000-0000-4000-8000-000000000001', '00000000-0000-4000-8000-000000000002'
     pool, shelf = a_pool(vm('web', uuid=two), vm('web', uuid=one), vm('db')), a_shelf()
     run = backup(pool, shelf, 'vm-export=*')
-    assert run.exit_status == 3 and 'warning: "web"' in run.stderr or 'warning: web' in run.stderr
+    assert run.exit_status == 3 and 'warning: web' in run.stderr
     assert shelf.names() == ['db', 'web', 'web--00000000']
     assert shelf.manifest('web', shelf.newest('web'))['vm']['uuid'] == one
     assert shelf.manifest('web--00000000', shelf.newest('web--00000000'))['vm']['uuid'] == two
@@ -116,20 +119,17 @@ def test_a_truncated_export_is_no_success_although_xe_exits_0(a_pool: Any, a_she
 
 
 def test_a_backup_dir_on_the_root_disk_is_refused_where_a_mount_is_required(a_pool: Any, a_shelf: Any) -> None:
-    shelf = a_shelf()
-    if os.stat(shelf.path).st_dev != os.stat('/').st_dev:
-        shelf = a_shelf(path=root_directory(shelf))
-    pool = a_pool(vm('web'))
-    run = backup(pool, shelf, 'vm-export=web', 'require_mount=yes')
-    assert run.exit_status == 2
-    assert 'root file system' in run.stderr and 'is the share mounted?' in run.stderr
-    assert shelf.is_unchanged() and pool.journal() == []
-
-
-def root_directory(shelf: Any) -> str:
-    """A directory on the root file system, for machines whose /tmp is another one."""
-    import tempfile
-    return tempfile.mkdtemp(dir='/var/tmp')
+    place = tempfile.mkdtemp(dir='/var/tmp')
+    try:
+        if os.stat(place).st_dev != os.stat('/').st_dev:
+            pytest.skip('/var/tmp is not on the root file system')
+        pool, shelf = a_pool(vm('web')), a_shelf(path=place)
+        run = backup(pool, shelf, 'vm-export=web', 'require_mount=yes')
+        assert run.exit_status == 2
+        assert 'root file system' in run.stderr and 'is the share mounted?' in run.stderr
+        assert shelf.is_unchanged() and pool.journal() == []
+    finally:
+        shutil.rmtree(place)
 
 
 def test_no_directory_or_file_that_we_make_has_a_colon_in_its_name(a_pool: Any, a_shelf: Any) -> None:
@@ -162,8 +162,7 @@ def a_config(shelf: Any, name: str, *lines: str) -> str:
     return path
 
 
-def run_other(pool: Any, config: str) -> Any:
-    from support.process import run_program
+def run_other(pool: Pool, config: str) -> Run:
     return run_program('-', config, environment=pool.environment())
 
 
@@ -284,6 +283,3 @@ def test_the_older_command_line_words_still_work(a_pool: Any, a_shelf: Any) -> N
                  password='password')
     assert run.exit_status == 0
     assert shelf.image('web', shelf.newest('web')) == 'web.xva.gz'
-
-
-_ = (run, signal)

@@ -1,8 +1,8 @@
 """What is kept, what goes, and what is nobody's business: retention per VM and kind."""
 
+import gzip
 import json
 import os
-from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -128,7 +128,6 @@ def test_an_older_programs_copy_stands_before_the_first_of_ours_with_a_later_sta
 
 
 def test_a_copy_that_the_storage_host_compressed_later_still_counts(a_pool: Any, a_shelf: Any) -> None:
-    import gzip
     shelf = a_shelf(complete('web', days_ago=3), complete('web', days_ago=2), complete('web', days_ago=1))
     one, two, three = shelf.copies('web')
     for name, content in ((one, gzip.compress(b'image')), (two, b'this is not gzip')):
@@ -191,6 +190,3 @@ def test_preview_tells_what_retention_would_remove_and_the_run_removes_just_that
     told = [name for name in given if 'removes ' + name in shown]
     assert shelf.is_unchanged() and backup(pool, shelf, 'vm-export=web:%d' % keep).exit_status == 0
     assert told == [name for name in given if name not in shelf.names('web')] == given[:4 - keep]
-
-
-_ = (datetime, timedelta, timezone)

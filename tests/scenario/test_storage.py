@@ -58,16 +58,10 @@ def test_a_backup_dir_on_a_mount_of_its_own_is_used_where_a_mount_is_required(a_
     assert run.exit_status in (0, 3) and shelf.has('web', complete=1)
 
 
-@pytest.mark.parametrize('compress', ['none', 'gzip'])
-def test_a_full_disk_is_that_vms_failure_and_the_next_vm_is_tried(a_pool: Any, a_shelf: Any, small_disk: str,
-                                                                  compress: str) -> None:
-    noise = [disk(size=24 * MEBIBYTE, used=24)]
-    pool = a_pool(vm('db'), vm('web', disks=noise), vm('zeta'))
+def test_a_full_disk_is_that_vms_failure_and_the_next_vm_is_tried(a_pool: Any, a_shelf: Any, small_disk: str) -> None:
+    pool = a_pool(vm('db'), vm('web', disks=[disk(size=24 * MEBIBYTE, used=24)]), vm('zeta'))
     shelf = a_shelf(complete('web'), path=small_disk)
-    run = backup(pool, shelf, 'vm-export=*', 'compress=' + compress)
-    if compress == 'gzip':
-        assert run.exit_status == 0, 'the blocks repeat, so they fit'
-        return
+    run = backup(pool, shelf, 'vm-export=*')
     assert run.exit_status == 1
     assert 'no space left on the backup storage' in run.stderr and 'error: web' in run.stderr, run
     assert shelf.has('db', complete=1) and shelf.has('zeta', complete=1)
@@ -103,7 +97,8 @@ def test_a_backup_dir_that_goes_away_in_the_middle_is_not_filled_under(a_pool: A
     assert run.exit_status == 1 and shelf.path in run.stderr, run
     assert not os.path.exists(shelf.path) or os.listdir(shelf.path) == []
     assert objects(pool) == before
-    os.path.isdir(shelf.path) and os.rmdir(shelf.path)
+    if then != 'gone':
+        os.rmdir(shelf.path)
     os.rename(shelf.path + '.away', shelf.path)
     assert shelf.has('web', complete=2) and shelf.still_holds(*['web/' + name for name in shelf.copies('web')])
 

@@ -2,7 +2,7 @@
 
 import glob
 import os
-import stat
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Set
 
 import pytest
 
-from support.deeds import Process, backup, beginning, preview
+from support.deeds import Process, backup, beginning, children_of, preview
 from support.language import MEBIBYTE, at, disk, vm
 from support.process import PROGRAM, Pool, run_program, text_of
 from support.shelf import path_of
@@ -93,7 +93,6 @@ def test_a_reader_of_the_log_that_went_away_costs_no_backup(a_pool: Any, a_shelf
 
 def test_it_leaves_no_process_behind(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
-    import signal
     with beginning(pool, shelf, 'vm-export=web', 'compress=gzip') as process:
         assert eventually(lambda: running_under(pool.dir + '/bin/xe'))
         process.signal(signal.SIGTERM)
@@ -103,8 +102,7 @@ def test_it_leaves_no_process_behind(a_pool: Any, a_shelf: Any) -> None:
 
 def running_under(word: str) -> List[str]:
     """The command lines of all processes that hold the word."""
-    return [line for line in command_lines() if word in line and 'simpool' + os.sep + ' serve' not in line
-            and ' serve ' not in line and ' dump ' not in line]
+    return [line for line in command_lines() if word in line and ' serve ' not in line and ' dump ' not in line]
 
 
 def command_lines() -> Set[str]:
@@ -134,18 +132,16 @@ def environments_with(secret: str, pids: List[int]) -> List[int]:
 
 @pytest.mark.parametrize('scheme', ['https', 'http'])
 def test_the_password_is_in_no_argv_no_output_no_file_and_no_environment(a_pool: Any, a_shelf: Any, scheme: str) -> None:
-    from support.deeds import children_of
     pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=6 * MEBIBYTE)])
     shelf = a_shelf()
-    port = int(pool.url.rstrip('/').rsplit(':', 1)[1]) + (scheme == 'https')
     file = os.path.join(shelf.home, 'pw')
     assert run_program(SECRET, 'create-password-file=' + file).exit_status == 0
-    config = shelf.config('vm-export=web', 'pool=%s://127.0.0.1:%d' % (scheme, port), 'compress=gzip')
+    config = shelf.config('vm-export=web', 'pool=' + (pool.url if scheme == 'http' else 'https://' + pool.tls_address_of()), 'compress=gzip')
     process = Process([file, config], pool.environment())
     seen: Set[str] = set()
     leaks: List[int] = []
     while not process.is_over():
-        children = children_of(process._process.pid)
+        children = children_of(process.pid)
         leaks += environments_with(SECRET, children)
         for pid in children:
             try:
@@ -185,6 +181,3 @@ def test_a_preview_of_5000_vms_costs_at_most_12_calls(a_pool: Any, a_shelf: Any)
     assert run.exit_status == 0, run
     assert run.says('100 VMs to back up') and len(run.stdout.splitlines()) > 5000
     assert len(pool.calls('api:*')) <= 12
-
-
-_ = stat

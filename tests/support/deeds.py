@@ -12,13 +12,11 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 from support.process import PROGRAM, TIME_LIMIT_S, Pool, Run, run_program, text_of
 from support.shelf import Shelf
 from support.wire import eventually
-
-EARLIER = 'earlier'
 
 
 def backup(pool: Pool, shelf: Shelf, *lines: str, password: str = '-', host: int = 1, words: Sequence[str] = (),
@@ -59,6 +57,10 @@ class Process:
     def says(self, text: str) -> bool:
         """It says so, now or soon."""
         return bool(eventually(lambda: text in self.output or self.is_over())) and text in self.output
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def is_over(self) -> bool:
         return self._process.poll() is not None
@@ -103,12 +105,6 @@ def children_of(pid: int) -> List[int]:
                 child = int(text.split()[0])
                 found += [child] + children_of(child)
     return found
-
-
-def is_exporting(pool: Pool) -> Callable[[], bool]:
-    """Has an `xe` begun to export an image?"""
-    return lambda: bool([entry for pattern in ('http:/export', 'http:/export_raw_vdi', 'xe:vdi-export')
-                         for entry in pool.calls(pattern)])
 
 
 def objects(pool: Pool) -> Dict[str, Dict[str, Any]]:

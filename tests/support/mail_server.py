@@ -15,6 +15,7 @@ may hold
     "starttls"     "offered" or "demanded"
     "login"        [user, password]: demanded, and compared
     "echo"         a refused login is answered with what was sent
+    "name"         answers are counted anew for each mood of another name
 """
 
 import asyncio
@@ -66,7 +67,7 @@ class Handler:
             return json.load(file)
 
     def answer(self, server: SMTP, key: str, answers: List[str]) -> str:
-        """The next of these answers, 250 after the last; each connection that asks is written down."""
+        """The next of these answers, 250 after the last."""
         number = self.used.get(key, 0)
         self.used[key] = number + 1
         if self.mood.get('stays'):
@@ -91,8 +92,8 @@ class Handler:
             self.taken += 1
             path = os.path.join(self.directory, '%03d.json' % self.taken)
             with open(path + '.new', 'w', encoding='utf-8') as file:
-                json.dump({'sender': envelope.mail_from, 'recipients': envelope.rcpt_tos, 'tls': bool(session.ssl),
-                           'login': session.login_data.decode() if session.login_data else '',
+                json.dump({'sender': envelope.mail_from, 'recipients': envelope.rcpt_tos, 'tls': server.transport.get_extra_info('ssl_object') is not None,
+                           'login': session.auth_data.login.decode() if session.auth_data else '',
                            'content': envelope.original_content.decode('latin-1')}, file)
             os.rename(path + '.new', path)
         return text
@@ -106,7 +107,7 @@ def login(mood: Dict[str, Any]) -> Any:
     def judge(_server: SMTP, _session: Any, _envelope: Any, mechanism: str, data: Any) -> AuthResult:
         sent = [data.login.decode(), data.password.decode()]
         if sent == mood['login']:
-            return AuthResult(success=True, auth_data=data.login)
+            return AuthResult(success=True, auth_data=data)
         if mood.get('echo'):
             plain = '\0%s\0%s' % tuple(sent)
             return AuthResult(success=False, handled=False, message='535 5.7.8 I do not like %s nor %s' % (

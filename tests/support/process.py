@@ -95,10 +95,11 @@ class Pool:
         """The faults from the next `start` on."""
         write_json(os.path.join(self.home, 'FAULTS.json'), list(faults))
 
-    def start(self) -> 'Pool':
-        """The pool answers."""
+    def start(self, port: int = 0) -> 'Pool':
+        """The pool answers, on the port it is told, as one that restarts does."""
         command = [sys.executable, '-W', 'error', SIMPOOL, 'serve', '--dir', self.dir,
                    '--pool', os.path.join(self.home, 'POOL.json'), '--faults', os.path.join(self.home, 'FAULTS.json')]
+        command += ['--port', str(port)] if port else []
         self.log = open(os.path.join(self.home, 'stderr'), 'ab')
         self.process = subprocess.Popen(command, env={'PATH': CRON_PATH}, stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, stderr=self.log)
@@ -142,8 +143,16 @@ class Pool:
 
     def url_of(self, host: int = 1) -> str:
         """The plain HTTP address of host n of POOL.json, from 1."""
-        port = self.url.rstrip('/').rsplit(':', 1)[1]
-        return 'http://127.0.0.%d:%s' % (host, port)
+        return 'http://127.0.0.%d:%d' % (host, self.port)
+
+    def tls_address_of(self, host: int = 1) -> str:
+        """HOST:PORT of its TLS port."""
+        return '127.0.0.%d:%d' % (host, self.port + 1)
+
+    @property
+    def port(self) -> int:
+        """Of plain HTTP; TLS has the next one."""
+        return int(self.url.rstrip('/').rsplit(':', 1)[1])
 
     def socket_of(self, host: int = 1) -> str:
         return os.path.join(self.dir, 'sockets', 'xapi-%d' % host)

@@ -23,7 +23,6 @@ from support.language import uuid_of
 from support.process import TESTS
 
 RECORDED_STORE = os.path.join(TESTS, 'conformance', 'recorded', 'files', 'old-store.tar.gz')
-RECORDED_UUID_FILE = 'vm-metadata.xml'
 OUR_NAME = re.compile(r'backup-\d{4}-\d\d-\d\d-\d{6}')
 OLD_NAME = re.compile(r'backup-\d{4}-\d\d-\d\d-\(\d\d:\d\d:\d\d\)')
 DUMP_NAME = re.compile(r'pool_db_\d{8}-\d{6}\.dump')
@@ -269,7 +268,7 @@ class Shelf:
 
     def unfinished(self) -> List[str]:
         """Every .partial and .deleting on the shelf."""
-        return sorted(path for path in self.tree() if path.endswith(('.partial', '.deleting')))
+        return sorted(path for path in self.tree() if path.count('/') == 1 and path.endswith(('.partial', '.deleting')))
 
     def has(self, folder: str, complete: Optional[int] = None, vm_exports: Optional[int] = None,
             vdi_exports: Optional[int] = None) -> bool:
