@@ -1879,6 +1879,7 @@ LONGEST_LINE_BYTES = 256
 
 
 class Block(NamedTuple):
+    """A block of an image: the disk's name there, the block's number and its digest."""
     disk: str
     number: int
     digest: str
@@ -4328,11 +4329,19 @@ class NewCopy:
         self.inside.sync()
 
     def seal(self) -> None:
-        """Visible under its own name, in one step."""
-        self._parent.rename(self.name + PARTIAL, self.name)
+        """Visible under its own name, in one step. If only the sync behind it fails, the copy stands all the same."""
+        try:
+            self._parent.rename(self.name + PARTIAL, self.name)
+        except OSError as error:
+            if self._parent.status(self.name) is None:
+                raise
+            raise StorageMisbehaved("%s is in its place and complete, but the storage did not confirm that it will stay "
+                                    "(%s): verify it. Nothing is pruned in this run." % (self.name, os_reason(error)))
 
     def discard(self) -> None:
-        """Nothing of it is left."""
+        """Nothing of it is left, unless it is sealed already."""
+        if self._parent.status(self.name + PARTIAL) is None:
+            return
         self._parent.remove_tree(self.name + PARTIAL)
         self._parent.sync()
 
@@ -5409,8 +5418,9 @@ class Placement:
     def _own_names(machine: VirtualMachine) -> Tuple[str, ...]:
         """The directories that are the VM's by name: as we write it, as a newcomer, and as the older program wrote it."""
         names = (safe_name(machine.name), newcomer_name(machine.name, machine.uuid))
-        if machine.name not in ("", ".", "..") and not re.search("[/\0]", machine.name) and machine.name[0] != ".":
-            names += (machine.name,)
+        raw = machine.name
+        if raw and raw[0] != "." and not re.search("[/\0]", raw) and len(raw.encode("utf-8", "replace")) <= 255:
+            names += (raw,)
         return names
 
     def _free_plain(self, machine: VirtualMachine) -> Optional[str]:
@@ -5727,7 +5737,7 @@ class BackupRun:
         """What was written of a copy that failed is gone, unless the storage is what failed."""
         if isinstance(error, BackupError):
             self._note_storage(error)
-        if self.storage_hangs:
+        if self.storage_hangs or isinstance(error, TakenOver):
             return
         with self._signals.shielded():
             try:
@@ -6266,7 +6276,7 @@ def early_end_report(error: BaseException, source: str, host: str, now: datetime
             "the traceback, and tells which VMs were backed up before. What the run may have left in the pool or in the "
             "backup directory, the next run removes. If that one ends in the same way, report the traceback to whoever "
             "maintains VmBackup.\n" % (host, source, type(error).__name__, format_local(now)))
-    first = what.split("\n")[0].rstrip(".")
+    first = what.replace(source, os.path.basename(source)).split("\n")[0].partition(". ")[0].rstrip(".")
     return MailReport(
         "ERROR: %s (%s)" % (cut(first, 120), host),
         "VmBackup was started on host %s with %s, and ended at %s before the first VM.\n\n%s\nNo VM and no earlier copy "
@@ -7606,8 +7616,18 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 # place that turns errors into what people and cron are told.
 
 
+def open_standard_descriptors() -> None:
+    """0, 1 and 2 lead somewhere: closed ones would be given to the first files that are opened, and to our children."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)         # the lowest free number: this one
+
+
 def main(argv: Sequence[str]) -> int:
     """The exit status of that command line."""
+    open_standard_descriptors()
     os.umask(0o077)                        # images hold whole disks, dumps hold secrets
     clock = Clock()
     log = Log(clock)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from support import contents
@@ -275,7 +276,7 @@ def all_cases(base: Base) -> List[Case]:
                             for key, value in sorted(do.items()))
             name = '%s-%s %s #%d %s %s' % (on.split(':')[0], sorted(do)[-1] if 'stderr' not in do else 'exit', on, nth,
                                            when or 'before', word)
-            trouble = {'hurried': True} if 'hang' in do or 'rate' in do else None
+            trouble = {'hurried': True} if set(do) & {'hang', 'rate', 'master'} else None
             cases.append(Case(name, (fault,), trouble, None, 1 + (nth + size) % 2))
     for number in (signal.SIGKILL, signal.SIGTERM):
         for wait_ms in range(0, base.run_ms * 3 // 2, STEP_MS):
@@ -340,7 +341,14 @@ def spread(cases: Sequence[Case], count: int) -> List[Case]:
 # --- one case ---------------------------------------------------------------------------------------------------------
 
 def run_case(base: Base, case: Case) -> Result:
-    """The run with its trouble, then a clean one; the invariants after each."""
+    """The run with its trouble, then a clean one; the invariants after each. What breaks the suite itself is a problem too."""
+    try:
+        return judge_case(base, case)
+    except Exception:
+        return Result(case, 0, ['the suite broke: ' + traceback.format_exc()], '')
+
+
+def judge_case(base: Base, case: Case) -> Result:
     place = Place(base, base, case.copies, case.faults, case.free_bytes)
     try:
         place.serve()

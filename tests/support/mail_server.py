@@ -70,7 +70,7 @@ class Handler:
         """The next of these answers, 250 after the last."""
         number = self.used.get(key, 0)
         self.used[key] = number + 1
-        if self.mood.get('stays'):
+        if answers and self.mood.get('stays'):
             number = min(number, len(answers) - 1)
         text = answers[number] if number < len(answers) else '250 OK'
         if text == 'drop':
