@@ -1934,18 +1934,6 @@ def _parse_block(line: bytes) -> Optional[Block]:
     return match and Block(match.group("disk").decode(), int(match.group("number")), match.group("digest").decode())
 
 
-def read_blocks(file: io.BufferedIOBase) -> Iterator[Block]:
-    """The recorded blocks in the image's order, one at a time: there may be millions."""
-    number = 0
-    for line in iter(lambda: file.readline(LONGEST_LINE_BYTES), b""):
-        number += 1
-        block = _parse_block(line)
-        if block is not None:
-            yield block
-        elif not line.startswith(b"#"):
-            raise VerificationError("blocks:{}: not a block: {}".format(number, _excerpt(line)))
-
-
 def _excerpt(piece: bytes) -> str:
     """The beginning of what stands there, fit for a sentence: often it is the server's own error text."""
     return ascii(bytes(piece[:60]).decode("latin-1"))

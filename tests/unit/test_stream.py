@@ -141,6 +141,18 @@ def real(name):
     return gzip.decompress(data) if name.endswith(".gz") else data
 
 
+def read_blocks(file):
+    """The recorded blocks in the image's order, one at a time: there may be millions."""
+    number = 0
+    for line in iter(lambda: file.readline(stream.LONGEST_LINE_BYTES), b""):
+        number += 1
+        block = stream._parse_block(line)
+        if block is not None:
+            yield block
+        elif not line.startswith(b"#"):
+            raise VerificationError("blocks:{}: not a block: {}".format(number, stream._excerpt(line)))
+
+
 # ---- digests ---------------------------------------------------------------------------------------------------------
 
 HASHERS = [stream.LibraryXxh64, stream.ModuleXxh64, stream.PureXxh64]
@@ -161,6 +173,8 @@ def test_every_xxh64_knows_the_known_vectors(new):
 def test_all_xxh64_agree_in_pieces_too(message, cut):
     digests = set()
     for new in HASHERS:
+        if hasattr(new, "load"):
+            new.load()
         for data in (message, bytearray(message)):
             hasher = new()
             hasher.update(memoryview(data)[:cut])
@@ -200,7 +214,7 @@ def test_the_real_archive_passes(step):
     assert report.virtual_size == 16777216 and report.ova_xml.startswith(b"<value>") and len(report.ova_xml) == 30238
     assert check.ova["version"]["product_version"] == "8.3.0"
     lines.seek(0)
-    assert [(b.disk, b.number) for b in stream.read_blocks(lines)][:5] == [("Ref:64", n) for n in (0, 1, 2, 8, 9)]
+    assert [(b.disk, b.number) for b in read_blocks(lines)][:5] == [("Ref:64", n) for n in (0, 1, 2, 8, 9)]
 
 
 @pytest.mark.parametrize("member", ["store/PROD-web/backup-2026-11-23-(19:50:42)/PROD-web.xva"])
@@ -545,11 +559,11 @@ def test_a_block_lost_in_the_middle_is_found_by_its_record():
 
 def test_the_record_is_read_as_a_stream():
     lines = recorded(stream.RawCheck, content(1, 2 * MIB + 5))
-    found = list(stream.read_blocks(io.BytesIO(lines)))
+    found = list(read_blocks(io.BytesIO(lines)))
     assert found[0] == ("image", 0, "%08x" % zlib.crc32(content(1, 2 * MIB + 5)[:MIB])) and len(found) == 3
     for junk in (b"x\n", b"a 1\n", b"a 1 12345678", b"\n", b"x" * 10000, b"a -1 12345678\n", b"\xff 1 12345678\n"):
         with pytest.raises(VerificationError):
-            list(stream.read_blocks(io.BytesIO(lines + junk)))
+            list(read_blocks(io.BytesIO(lines + junk)))
 
 
 # ---- gzip ------------------------------------------------------------------------------------------------------------
