@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import os
-import re
 import struct
 import subprocess
 import sys
