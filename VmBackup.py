@@ -845,14 +845,14 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
     if needs_work and not found and not configuration.has_work:
         found.append(NOTHING_TO_DO % source)
     if found:
-        raise ConfigurationError(sorted(found, key=_line_number))
+        raise ConfigurationError(sorted(found, key=line_number))
     return configuration
 
 
 NOTHING_TO_DO = "%s: there is nothing to do: no vm-export, no vdi-export and no pool_db_backup."
 
 
-def _line_number(problem: str) -> int:
+def line_number(problem: str) -> int:
     """The line that a problem is about, for sorting; those about none come last."""
     match = re.match(r".*?:([0-9]+): ", problem)
     return int(match.group(1)) if match else 1 << 30
@@ -1162,7 +1162,7 @@ def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Find
         hint = _regex_hint(selector, names)
     if selector.is_literal:
         return Finding(Severity.ERROR, selector.line, "no VM of the pool %s bears this %s, so it is not being "
-                       "backed up.%s" % (inventory.pool_title,
+                       "backed up.%s Correct the line, or remove it if the VM is gone for good." % (inventory.pool_title,
                                          "name" if selector.form == "name" else "uuid", hint))
     return Finding(Severity.WARNING, selector.line, "matches no VM of the pool.%s" % hint)
 
@@ -1380,7 +1380,11 @@ class Log:
 
     def bug(self, text: str) -> None:
         """An unexpected exception, with all that is known of it."""
-        self.error(text.replace(self._secret, "***") if self._secret else text)
+        self.error(self.struck(text))
+
+    def struck(self, text: str) -> str:
+        """The text with the password struck out."""
+        return text.replace(self._secret, "***") if self._secret else text
 
     def info(self, sentence: str) -> None:
         """Something happened as it should."""
@@ -4363,6 +4367,11 @@ STILL_BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
 MOST_LEFT_SNAPSHOTS = 2
 
 
+def is_gone(failure: ApiFailure, *class_names: str) -> bool:
+    """Does the failure say that an object of these classes no longer exists? (Both codes name the class first.)"""
+    return failure.code in GONE and bool(failure.parameters) and failure.parameters[0] in class_names
+
+
 class Snapshots:
     """The snapshots that this run makes, and those that dead runs left."""
 
@@ -4489,7 +4498,7 @@ class Snapshots:
         try:
             operations = self._pool.ask("asking what the pool is doing", class_name + ".get_current_operations", ref)
         except ApiFailure as failure:
-            if failure.code in GONE:
+            if is_gone(failure, class_name):
                 return False
             raise
         return "snapshot" in operations.values()
@@ -4504,7 +4513,7 @@ class Snapshots:
                  if ref not in refs]
         found = []
         for ref in refs:
-            with self._unless_gone():
+            with self._unless_gone("VM"):
                 if self._pool.ask(doing, "VM.get_is_a_snapshot", ref):
                     found.append(ref)
         return found
@@ -4526,24 +4535,24 @@ class Snapshots:
     def _by_uuid(self, class_name: str, uuid: Optional[str], doing: str) -> List[str]:
         """The ref of that object, [] if it is gone or was never known."""
         if uuid:
-            with self._unless_gone():
+            with self._unless_gone(class_name):
                 return [self._pool.ask(doing, class_name + ".get_by_uuid", uuid)]
         return []
 
     @contextlib.contextmanager
-    def _unless_gone(self) -> Iterator[None]:
-        """Inside, an object that no longer exists ends the block."""
+    def _unless_gone(self, *class_names: str) -> Iterator[None]:
+        """Inside, an object of these classes that no longer exists ends the block."""
         try:
             yield
         except ApiFailure as failure:
-            if failure.code not in GONE:
+            if not is_gone(failure, *class_names):
                 raise
 
     def _strangers_on(self, record: Dict[str, Any], own: Sequence[str], doing: str) -> List[str]:
         """The refs of VMs that the disk hangs on, other than ours and control domains."""
         strangers = []
         for vbd in record["VBDs"]:
-            with self._unless_gone():
+            with self._unless_gone("VBD", "VM"):
                 machine = self._pool.ask(doing, "VBD.get_VM", vbd)
                 if machine not in own and not self._pool.ask(doing, "VM.get_is_control_domain", machine):
                     strangers.append(machine)
@@ -4607,7 +4616,7 @@ class Snapshots:
             return
         doing = "removing the disk snapshot of " + entry.title
         for ref in found:
-            with self._unless_gone():
+            with self._unless_gone("VDI"):
                 if not self._destroy_disk(entry, self._pool.ask(doing, "VDI.get_uuid", ref), (), doing):
                     return
         forgettable = (bool(found) or "uuid" in entry.facts
@@ -4616,7 +4625,7 @@ class Snapshots:
             for disk in self._by_uuid("VDI", entry.facts["disk"], doing):
                 if self._is_snapshotting("VDI", disk):
                     return
-                with self._unless_gone():
+                with self._unless_gone("VDI"):
                     self._pool.ask(doing, "VDI.remove_from_other_config", disk, KEY_PREFIX + entry.facts["token"])
         if forgettable:
             entry.close("removed" if found else "not there")
@@ -4640,7 +4649,7 @@ class Snapshots:
             refs = self._by_uuid("VDI", uuid, doing)
             if not refs:
                 return True
-            with self._unless_gone():
+            with self._unless_gone("VDI"):
                 record = self._pool.ask(doing, "VDI.get_record", refs[0])
                 if not record["is_a_snapshot"]:
                     self._report_left(entry, "has a disk, %s, that is no snapshot any more, so it was left." % uuid)
@@ -4670,7 +4679,7 @@ class Snapshots:
                 self._pool.call(doing, class_name + ".destroy", ref, timeout_s=self._patience_s)
                 return
             except ApiFailure as failure:
-                if failure.code in GONE:
+                if is_gone(failure, class_name):
                     return
                 raise
             except AnswerLost:
@@ -4682,7 +4691,7 @@ class Snapshots:
 
     def _exists(self, class_name: str, ref: str, doing: str) -> bool:
         """Is the object still there?"""
-        with self._unless_gone():
+        with self._unless_gone(class_name):
             self._pool.ask(doing, class_name + ".get_uuid", ref)
             return True
         return False
@@ -5589,7 +5598,7 @@ class BackupRun:
         except Exception as bug:
             self._had_bug = True
             self._log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
-            outcome = self._failed(job, "a bug in VmBackup: %s" % bug, "BUG", second_try)
+            outcome = self._failed(job, self._log.struck("a bug in VmBackup: %s" % bug), "BUG", second_try)
         return self._record(job, outcome, began_s)
 
     def _postpone(self, job: Job, error: BackupError) -> None:
@@ -5747,7 +5756,7 @@ class BackupRun:
             try:
                 machine = self._pool.real_machine(planned)
             except ApiFailure as failure:
-                if failure.code in GONE:
+                if is_gone(failure, "VM"):
                     raise BackupError("%s is no longer in the pool, so it was not backed up. Its earlier copies are "
                                       "left as they are." % planned.title)
                 raise
@@ -6790,8 +6799,14 @@ def load_configuration(arguments: Arguments) -> Configuration:
         if not (equals and name in ("vm-export", "vdi-export")):
             name, value = "vm-export", arguments.target
         settings.insert(0, Setting(name, value.strip(), "command line"))
-    problems += missing_backup_dir(file_settings, settings)
-    return parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
+    missing = [] if arguments.action.name == "test-mail" else missing_backup_dir(file_settings, settings)
+    try:
+        configuration = parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
+    except ConfigurationError as error:
+        raise ConfigurationError(sorted(list(error.problems) + missing, key=line_number))
+    if missing and arguments.action.name != "backup":          # a backup tells it later, so that a mail goes out
+        raise ConfigurationError(missing)
+    return configuration
 
 
 def missing_backup_dir(file_settings: Sequence[Setting], arguments: Sequence[Setting]) -> List[str]:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 from support.process import PROGRAM, TIME_LIMIT_S, Pool, Run, run_program, text_of
 from support.shelf import Shelf
@@ -105,6 +105,11 @@ def children_of(pid: int) -> List[int]:
                 child = int(text.split()[0])
                 found += [child] + children_of(child)
     return found
+
+
+def is_exporting(pool: Pool) -> Callable[[], bool]:
+    """Has an `xe` begun to export an image?"""
+    return lambda: any(pool.calls(pattern) for pattern in ('http:/export', 'http:/export_raw_vdi'))
 
 
 def objects(pool: Pool) -> Dict[str, Dict[str, Any]]:

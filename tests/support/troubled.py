@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs VmBackup.py on a machine in trouble: its storage fails at one step, or its clock runs so fast that minutes are seconds.
+"""Runs VmBackup.py on a machine in trouble: its storage fails at one step, or its minutes last half a second.
 
     troubled.py TROUBLE.json VmBackup.py ARGUMENT ...
 
