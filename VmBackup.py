@@ -1629,8 +1629,10 @@ class XeProgram(NamedTuple):
             os.write(write_end, ("root\n%s\n" % self.password).encode("utf-8", "surrogateescape"))
             os.close(write_end)
             options = ("-s", self.address.host, "-u", "root", "-pwf", "/dev/fd/%d" % read_end)
-            if self.address.host != "127.0.0.1" or self.address.scheme == "http":
-                # to 127.0.0.1 xe never speaks TLS (newcli.ml with_open_tcp), so a TLS port would be wrong there
+            # A port that is given counts for TLS and plain alike, also where the server sends xe on to another host
+            # (newcli.ml get_xapiport), and to 127.0.0.1 xe never speaks TLS: so only one that is unusual is given.
+            is_usual = self.address.port == (80 if self.address.scheme == "http" else 443)
+            if not is_usual and (self.address.host != "127.0.0.1" or self.address.scheme == "http"):
                 options += ("-p", str(self.address.port))
             if self.address.scheme == "http":
                 options += ("--nossl",)
@@ -3108,6 +3110,7 @@ class Pool:
         self._sr_uuids = {}                # type: Dict[str, str]
         self._failure = Exception          # the module's Failure, once it is imported
         self.changes_allowed = True        # a preview switches it off
+        self.was_shaken = False            # a connection or session was lost: the server may have restarted
 
     # --- connecting -----------------------------------------------------------
 
@@ -3263,6 +3266,7 @@ class Pool:
         answer = self._guarded(doing, lambda: function(*arguments))
         if self._session.handle != self._handle:
             self._handle = self._session.handle
+            self.was_shaken = True
             self._log.info("the session with the pool was lost; logged in again.")
         return answer
 
@@ -3281,6 +3285,7 @@ class Pool:
                                     self._trust.ca_file, getattr(error, "verify_message", "") or error))
             if isinstance(error, ValueError) and not isinstance(error, ssl.CertificateError):
                 raise
+            self.was_shaken = True
             self._transport.close()            # the session itself may be alive: the next call tries it again
             raise AnswerLost("%s got no answer from the pool: %s." % (doing, connection_reason(error)))
 
@@ -4602,11 +4607,10 @@ class Snapshots:
                 return
         if found:
             self._destroy("VM", found[0], doing)
-            self._remove_message(entry)
-            entry.close("removed")
-        elif "uuid" in entry.facts or self._may_forget(entry, "VM", entry.facts["vm_uuid"]):
-            self._remove_message(entry)
-            entry.close("not there")
+        elif "uuid" not in entry.facts and not self._may_forget(entry, "VM", entry.facts["vm_uuid"]):
+            return
+        if self._remove_message(entry) or self._is_old(entry):
+            entry.close("removed" if found else "not there")
 
     def _remove_disk_snapshot(self, entry: OpenEntry) -> None:
         """The disk's snapshot first, then the key on the disk itself."""
@@ -4639,6 +4643,10 @@ class Snapshots:
         if entry.facts.get("answer", "lost") != "lost":
             refs = self._by_uuid(class_name, uuid, "asking for " + entry.title)
             return not (refs and self._is_snapshotting(class_name, refs[0]))
+        return self._is_old(entry)
+
+    def _is_old(self, entry: OpenEntry) -> bool:
+        """Is the call so long ago that nothing of it can appear any more?"""
         age = self._clock.utc() - parse_utc(entry.facts["called_at"])
         return age.total_seconds() > LOST_ENTRY_LIFE_S
 
@@ -4696,8 +4704,8 @@ class Snapshots:
             return True
         return False
 
-    def _remove_message(self, entry: OpenEntry) -> None:
-        """The event message of our own snapshot is gone, so that nights don't pile up in the event list."""
+    def _remove_message(self, entry: OpenEntry) -> bool:
+        """True if the event message of our own snapshot is gone, so that nights don't pile up in the event list."""
         doing = "removing the event message of the snapshot of " + entry.title
         since = parse_utc(entry.facts["called_at"]) - timedelta(days=1)       # clocks differ
         try:
@@ -4706,8 +4714,10 @@ class Snapshots:
             for ref, record in messages.items():
                 if record["name"] == "VM_SNAPSHOTTED" and TOKEN_MARK + entry.facts["token"] in record["body"]:
                     self._pool.call(doing, "message.destroy", ref)
+            return True
         except BackupError as error:
-            self._log.info("%s It can stay: it is only a line in the event list." % error)
+            self._log.info("%s It is only a line in the event list; the next run tries again." % error)
+            return False
 
     # --- what others left --------------------------------------------------------------
 
@@ -4718,6 +4728,14 @@ class Snapshots:
             for entry in journal.open_entries():
                 self._log.info("%s: a run on %s that began %s left a snapshot, or may have; removing it." % (
                     entry.title, journal.header.get("host", "another host"), journal.header.get("since", "earlier")))
+                self.remove(entry)
+
+    def look_again(self) -> None:
+        """What this run removed is really gone, also where the server restarted and forgot its last seconds."""
+        for entry in self._journal.entries:
+            if not entry.is_open:
+                del entry.facts["closed"]
+                entry.facts.pop("key_removed", None)
                 self.remove(entry)
 
     def check_none_left(self, machine: VirtualMachine) -> None:
@@ -5486,6 +5504,8 @@ class BackupRun:
             if self._configuration.pool_db_backup:
                 self._dump_pool_database()
             self._do_jobs()
+            if self._pool.was_shaken:
+                self._snapshots.look_again()
             self._note_low_space()
         except BackupError as error:
             ended_by = str(error)
@@ -7668,5 +7688,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     status = int(main(sys.argv[1:]))
-    sys.stdout.flush()
     os._exit(status)        # a thread that hangs in the kernel on a dead share must not keep the process

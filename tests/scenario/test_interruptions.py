@@ -11,34 +11,22 @@ from support.shelf import complete, unfinished
 from support.wire import eventually
 
 BIG = [disk(size=8 * MEBIBYTE, used=8)]
-HANGS = {'hangs': True}
 
-# Where a run is killed: the fault that holds it there, and what shows that it has come so far. `hold` faults are for
-# the first run only.
+# Where a run is killed: the call that holds it there by never answering, before it has done its work or after.
 POINTS = {
-    'while it reads the pool': ('api:SR.get_all_records', ''),
     'before the snapshot': ('api:VM.snapshot', ''),
     'after the snapshot, before its answer': ('api:VM.snapshot', 'after'),
     'before the snapshot has lost its token': ('api:VM.set_name_label', ''),
-    'when the snapshot has just lost its token': ('api:VM.set_name_label', 'after'),
-    'before the export': ('api:VM.set_is_a_template', ''),
     'in the export': ('http:/export', ''),
-    'before the first disk of the snapshot is destroyed': ('api:VDI.destroy', ''),
     'when the first disk of the snapshot is destroyed': ('api:VDI.destroy', 'after'),
-    'before the snapshot is destroyed': ('api:VM.destroy', ''),
     'when the snapshot is destroyed': ('api:VM.destroy', 'after'),
-    'before the message is removed': ('api:message.get', ''),
     'before the copy is sealed': ('api:VIF.get_all_records_where', ''),
 }
 DISK_POINTS = {
-    'before the disk is marked': ('api:VDI.add_to_other_config', ''),
     'when the disk is marked': ('api:VDI.add_to_other_config', 'after'),
-    'before the disk snapshot': ('api:VDI.snapshot', ''),
     'after the disk snapshot, before its answer': ('api:VDI.snapshot', 'after'),
-    'before the mark is removed': ('api:VDI.remove_from_other_config', ''),
     'when the mark of the snapshot is removed': ('api:VDI.remove_from_other_config', 'after'),
     'in the export': ('http:/export_raw_vdi', ''),
-    'before the disk snapshot is destroyed': ('api:VDI.destroy', ''),
     'when the disk snapshot is destroyed': ('api:VDI.destroy', 'after'),
 }
 
@@ -143,8 +131,8 @@ def test_a_snapshot_that_a_user_has_made_use_of_is_reported_and_not_destroyed(a_
 
 # --- Signals ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kind', ['vm-export', 'vdi-export'])
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize('kind, number', [('vm-export', signal.SIGTERM), ('vdi-export', signal.SIGTERM),
+                                          ('vm-export', signal.SIGINT), ('vdi-export', signal.SIGHUP)])
 def test_a_signal_in_mid_export_ends_the_run_with_128_and_its_number_and_leaves_nothing(a_pool: Any, a_shelf: Any,
                                                                                        kind: str, number: int) -> None:
     request = 'http:/export' if kind == 'vm-export' else 'http:/export_raw_vdi'

@@ -181,7 +181,8 @@ class Program:
             complain('Port number must be an integer (0-65535)')
             raise Usage()
         # 80 and 443 mean the simulated pool's ports; any other port is taken as it is.
-        chosen = None if given in (None, '80', '443') else int(given or 0)
+        is_default = given in (None, '80', '443') or (self.is_plain and given == str(port))
+        chosen = None if is_default else int(given or 0)
         self.place = Place(self.server, chosen or port, chosen or port + 1)
         # The host whose unix socket this is tells its own address (the real one is 127.0.0.1).
         self.local_host = LOCAL
