@@ -30,9 +30,12 @@ The sections below stand in reading order; each uses only those above it.
     14. Export methods
     15. Verification of stored copies
     16. Backup run
-    17. Report
-    18. Commands
-    19. main
+    17. Restore
+    18. Extract
+    19. Drill
+    20. Report
+    21. Commands
+    22. main
 
 Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
 """
@@ -1947,7 +1950,7 @@ def _excerpt(piece: bytes) -> str:
 
 # ---- ova.xml ---------------------------------------------------------------------------------------------------------
 
-NO_REFERENCE = "OpaqueRef:NULL"
+NULL_REF = "OpaqueRef:NULL"
 OVA_LIMIT_BYTES = 64 * MEBIBYTE         # real ones: 30 KB for a plain VM, some MB for one with hundreds of snapshots
 DISK_ID = re.compile(r"[A-Za-z0-9:_.-]{1,80}")
 MALFORMED = (xml.parsers.expat.ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError, AttributeError)
@@ -1961,11 +1964,20 @@ class ExportedDisk(NamedTuple):
     virtual_size: int
 
 
+class OvaDate(str):
+    """A time as it stands in ova.xml: text, but with a tag of its own."""
+
+
 class _OvaReader(xmlrpc.client.Unmarshaller):
     """XML-RPC as xapi writes it into ova.xml; times stay the text they are."""
 
     dispatch = dict(xmlrpc.client.Unmarshaller.dispatch)
-    dispatch["dateTime.iso8601"] = xmlrpc.client.Unmarshaller.end_string
+
+    def end_date(self, data: str) -> None:
+        self.append(OvaDate(data))
+        self._value = 0
+
+    dispatch["dateTime.iso8601"] = end_date
 
 
 def parse_ova(text: bytes) -> Dict[str, Any]:
@@ -2243,14 +2255,16 @@ class XvaCheck(StreamCheck):
 
     `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's list holds in
     any case. `block_digests`: "auto", "yes" (XXH64 in Python alone where there is nothing faster) or "no". With
-    `holds_disks` false it is a metadata export: ova.xml alone. `report` stands after `finish`.
+    `holds_disks` false it is a metadata export: ova.xml alone. `sink` is shown the disks' contents: `at(disk, offset)`
+    gives what takes the pieces from there. `report` stands after `finish`.
     """
 
     image = "the archive"
 
     def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None, block_digests: str = "auto",
-                 holds_disks: bool = True) -> None:
+                 holds_disks: bool = True, sink: Any = None) -> None:
         super().__init__()
+        self._sink = sink
         self.ova: Dict[str, Any] = {}
         self.report: Optional[StreamReport] = None
         self._ova_xml = b""
@@ -2322,7 +2336,10 @@ class XvaCheck(StreamCheck):
         disk.advance(number, member.size, member)
         # The digest and its kind come after the block: of the first block both kinds are computed.
         hashers = {suffix: new() for suffix, new in self._hashers.items() if self._suffix in ("", suffix)}
-        yield from self._body(member, *[hasher.update for hasher in hashers.values()])
+        watchers = [hasher.update for hasher in hashers.values()]
+        if self._sink:
+            watchers.append(self._sink.at(disk.disk.id, disk.position - member.size))
+        yield from self._body(member, *watchers)
         suffix, digest = yield from self._read_digest(member)
         self._compare_digest(member, digest, hashers.get(suffix))
         if self._blocks:
@@ -2389,8 +2406,9 @@ class DiskImageCheck(StreamCheck):
 
     image = "the image"
 
-    def __init__(self, virtual_size: Optional[int] = None, blocks: Any = None) -> None:
+    def __init__(self, virtual_size: Optional[int] = None, blocks: Any = None, sink: Any = None) -> None:
         super().__init__()
+        self._sink = sink
         self.report: Optional[StreamReport] = None
         self._virtual_size = virtual_size
         self._blocks = blocks
@@ -2417,6 +2435,10 @@ class DiskImageCheck(StreamCheck):
         self._blocks.line(b"image %d %08x\n" % (self._number, self._crc))
         self._number, self._filled, self._crc = self._number + 1, 0, 0
 
+    def _watchers(self, offset: int) -> List[Callable[[memoryview], Any]]:
+        """What is shown the disk's contents from that offset on."""
+        return [self._sink.at("image", offset)] if self._sink else []
+
     def _conclude(self, virtual_size: int, blocks: int, stored_bytes: int) -> None:
         if self._blocks:
             if self._filled:
@@ -2430,11 +2452,15 @@ class RawCheck(DiskImageCheck):
     """A raw image: as many bytes as the disk has, no more and no less. Its `blocks` are MiB."""
 
     def _parse(self) -> Reading:
+        watchers = self._watchers(0)
         if self._virtual_size is None:
-            while len((yield MEBIBYTE)):
-                pass
+            piece = yield MEBIBYTE
+            while len(piece):
+                for watch in watchers:
+                    watch(piece)
+                piece = yield MEBIBYTE
         else:
-            yield from self._pass(self._virtual_size, "a disk of {} bytes".format(self._virtual_size))
+            yield from self._pass(self._virtual_size, "a disk of {} bytes".format(self._virtual_size), *watchers)
             yield from self._end()
         self._conclude(self.offset, -(-self.offset // MEBIBYTE), self.offset)
 
@@ -2459,13 +2485,13 @@ class VhdCheck(DiskImageCheck):
         entries, block_bytes = self._read_header(header, size)
         yield from self._zeros(SECTOR_BYTES, "the empty sector after its header")
         present = yield from self._read_bat(entries, block_bytes)
-        for _ in range(present):
-            yield from self._read_block(block_bytes)
+        for number in present:
+            yield from self._read_block(block_bytes, number)
         at = self.offset
         if (yield from self._take(SECTOR_BYTES, "its footer")) != footer:
             raise VerificationError("the image's footer at byte {} differs from its copy at byte 0".format(at))
         yield from self._end()
-        self._conclude(size, present, present * block_bytes)
+        self._conclude(size, len(present), len(present) * block_bytes)
 
     def _read_footer(self, footer: bytes) -> int:
         """The virtual size."""
@@ -2496,7 +2522,7 @@ class VhdCheck(DiskImageCheck):
         return entries, block_bytes
 
     def _read_bat(self, entries: int, block_bytes: int) -> Reading:
-        """How many blocks follow: each must lie right behind the one before."""
+        """The numbers of the blocks that follow: each must lie right behind the one before."""
         table = yield from self._take(4 * entries, "its block table")
         padding = yield from self._take(-len(table) % SECTOR_BYTES, "the padding of its block table")
         if padding.strip(b"\xff") and padding.strip(b"\0"):
@@ -2504,23 +2530,23 @@ class VhdCheck(DiskImageCheck):
         sectors = memoryview(_byteswapped(table))
         first = self.offset // SECTOR_BYTES
         step = (_bitmap_bytes(block_bytes) + block_bytes) // SECTOR_BYTES
-        present = 0
+        present = array("L")
         for number, sector in enumerate(sectors):
             if sector == VHD_NOT_PRESENT:
                 continue
-            if sector != first + present * step:
+            if sector != first + len(present) * step:
                 raise VerificationError("the image's block table puts block {} at sector {}, not {}".format(
-                    number, sector, first + present * step))
-            present += 1
+                    number, sector, first + len(present) * step))
+            present.append(number)
         return present
 
-    def _read_block(self, block_bytes: int) -> Reading:
+    def _read_block(self, block_bytes: int, number: int) -> Reading:
         at = self.offset
         bitmap = yield from self._take(_bitmap_bytes(block_bytes), "the bitmap of a block")
         used = block_bytes // SECTOR_BYTES // 8
         if bitmap[:used].count(0xFF) != used:
             raise VerificationError("the image's bitmap at byte {} leaves sectors out, which xapi never does".format(at))
-        yield from self._pass(block_bytes, "a block")
+        yield from self._pass(block_bytes, "a block", *self._watchers(number * block_bytes))
 
 
 def _bitmap_bytes(block_bytes: int) -> int:
@@ -2542,6 +2568,111 @@ def _check_vhd_sum(structure: bytes, field: int, what: str) -> None:
     if stored != computed:
         raise VerificationError("the image's {} is damaged: its checksum is {:08x}, not {:08x}".format(
             what, computed, stored))
+
+
+# ---- Sinks: what is done with the contents of disks ----------------------------------------------------------------------
+#
+# A check shows its sink the contents of the disks that pass: `at(disk, offset)` gives what takes the pieces from there.
+# What was left out of an image is zeros and is not shown. `finish` comes behind the check's, `close` last in every case.
+
+ZERO_MEBIBYTE = bytes(MEBIBYTE)
+
+
+class MebibyteSink:
+    """Puts the pieces together to MiBs, and has `mebibyte` do something with each that is not all zeros, in order."""
+
+    def __init__(self) -> None:
+        self._chunk = bytearray(MEBIBYTE)
+        self._disk, self._number = "", 0
+
+    def at(self, disk: str, offset: int) -> Callable[[memoryview], None]:
+        position = [offset]
+
+        def take(view: memoryview) -> None:
+            self._take(disk, position[0], view)
+            position[0] += len(view)
+        return take
+
+    def _take(self, disk: str, offset: int, view: memoryview) -> None:
+        while len(view):
+            number, begin = divmod(offset, MEBIBYTE)
+            if (disk, number) != (self._disk, self._number):
+                self._flush()
+                self._disk, self._number = disk, number
+            piece = view[:MEBIBYTE - begin]
+            self._chunk[begin:begin + len(piece)] = piece
+            offset += len(piece)
+            view = view[len(piece):]
+
+    def _flush(self) -> None:
+        if self._chunk != ZERO_MEBIBYTE:
+            self.mebibyte(self._disk, self._number, memoryview(self._chunk))
+            self._chunk[:] = ZERO_MEBIBYTE
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        self._flush()
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class ContentDigests(MebibyteSink):
+    """The first 64 bits of the SHA-1 of each MiB, by disk: enough to see damage, and 8 MiB for a disk of a TiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disks: Dict[str, array] = {}
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        digests = self.disks.setdefault(disk, array("Q"))
+        if number >= len(digests):
+            digests.extend(array("Q", bytes(8 * (number + 1 - len(digests)))))
+        digests[number] = int.from_bytes(hashlib.sha1(content).digest()[:8], "big")
+
+
+class Sinks:
+    """Several sinks as one."""
+
+    def __init__(self, *sinks: Any) -> None:
+        self._sinks = sinks
+
+    def at(self, disk: str, offset: int) -> Callable[[memoryview], None]:
+        takers = [sink.at(disk, offset) for sink in self._sinks]
+
+        def take(view: memoryview) -> None:
+            for taker in takers:
+                taker(view)
+        return take
+
+    def finish(self) -> None:
+        for sink in self._sinks:
+            sink.finish()
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class CheckedFeed:
+    """A consumer: a check, and behind its end that of its sink."""
+
+    def __init__(self, check: Any, sink: Any = None) -> None:
+        self._check, self._sink = check, sink
+        self.name = check.name
+        self.feed = check.feed
+
+    def finish(self) -> None:
+        self._check.finish()
+        if self._sink:
+            self._sink.finish()
+
+    def close(self) -> None:
+        self._check.close()
+        if self._sink:
+            self._sink.close()
 
 
 # ---- Other consumers -------------------------------------------------------------------------------------------------
@@ -2967,7 +3098,6 @@ class _Lane:
 # for a pool that restarts; one that makes or destroys something goes through
 # call(), once: whoever gets AnswerLost asks the pool what became of it.
 
-NULL_REF = "OpaqueRef:NULL"
 READ_TIMEOUT_S = 120
 LOGIN_TRIES = 3
 LOGIN_PAUSE_S = 2
@@ -4348,6 +4478,36 @@ class NewCopy:
         self._parent.close()
 
 
+class NewFile:
+    """A file outside the store that is being written, beside its place, and stands there only once it is complete."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError, FileExistsError among them, if it can't be begun."""
+        self._path, self._partial = fs_path(path), fs_path(path + PARTIAL)
+        if os.path.lexists(self._path):
+            raise FileExistsError(errno.EEXIST, "it exists already and was left as it is", self._path)
+        self.fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def __enter__(self) -> "NewFile":
+        return self
+
+    def complete(self) -> None:
+        """All is on disk, under its own name; a file that came there meanwhile is never replaced."""
+        os.fsync(self.fd)
+        try:
+            os.link(self._partial, self._path)
+        except OSError as error:
+            if error.errno == errno.EEXIST or os.path.lexists(self._path):
+                raise
+            os.rename(self._partial, self._path)         # a file system without hard links: FAT, some shares
+            self._partial = ""
+
+    def __exit__(self, *_: Any) -> None:
+        os.close(self.fd)
+        if self._partial:
+            os.unlink(self._partial)
+
+
 def checksum_line(digest: str, name: str) -> str:
     """A line that `sha256sum -c` reads, odd names escaped as it wants them."""
     if "\\" in name or "\n" in name:
@@ -4370,6 +4530,8 @@ LOST_ENTRY_LIFE_S = DAY_S
 GONE = ("HANDLE_INVALID", "UUID_INVALID")
 STILL_BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
 MOST_LEFT_SNAPSHOTS = 2
+IMPORT_KINDS = ("restore", "drill")
+IMPORT_END_PATIENCE_S = 180    # how long an import that was broken off is waited for: the server takes back what it made
 
 
 def is_gone(failure: ApiFailure, *class_names: str) -> bool:
@@ -4575,6 +4737,8 @@ class Snapshots:
             try:
                 if entry.facts["kind"] == "vm-snapshot":
                     self._remove_vm_snapshot(entry)
+                elif entry.facts["kind"] in IMPORT_KINDS:
+                    self._remove_imports(entry)
                 else:
                     self._remove_disk_snapshot(entry)
             except (BackupError, OSError) as error:
@@ -4582,6 +4746,14 @@ class Snapshots:
 
     def _report_left(self, entry: OpenEntry, what: str) -> None:
         """A finding about something of ours that stays in the pool."""
+        if entry.facts["kind"] in IMPORT_KINDS:
+            uuids = entry.facts.get("uuids", ())
+            self.findings.append(Finding(
+                Severity.WARNING, entry.title, "the VM that a %s made of it, %s, %s The next run tries again%s." % (
+                    entry.facts["kind"], ", ".join(uuids) or "named " + entry.facts["names"][0], what,
+                    "; by hand: " + " and ".join("xe vm-uninstall uuid=%s" % uuid for uuid in uuids) if uuids else "")))
+            self._log.finding(self.findings[-1])
+            return
         uuid = entry.facts.get("uuid")
         word = "snapshot" if entry.facts["kind"] == "vm-snapshot" else "vdi"
         command = ("xe snapshot-uninstall uuid=%s" % uuid if word == "snapshot" else "xe vdi-destroy uuid=%s" % uuid)
@@ -4650,8 +4822,8 @@ class Snapshots:
         age = self._clock.utc() - parse_utc(entry.facts["called_at"])
         return age.total_seconds() > LOST_ENTRY_LIFE_S
 
-    def _destroy_disk(self, entry: OpenEntry, uuid: str, own: Sequence[str], doing: str) -> bool:
-        """True if that disk snapshot is gone; False, with a finding, if it must stay."""
+    def _destroy_disk(self, entry: OpenEntry, uuid: str, own: Sequence[str], doing: str, snapshot: bool = True) -> bool:
+        """True if that disk (a snapshot, unless told otherwise) is gone; False, with a finding, if it must stay."""
         give_up_at = self._clock.monotonic() + BUSY_PATIENCE_S
         while True:
             refs = self._by_uuid("VDI", uuid, doing)
@@ -4659,7 +4831,7 @@ class Snapshots:
                 return True
             with self._unless_gone("VDI"):
                 record = self._pool.ask(doing, "VDI.get_record", refs[0])
-                if not record["is_a_snapshot"]:
+                if snapshot and not record["is_a_snapshot"]:
                     self._report_left(entry, "has a disk, %s, that is no snapshot any more, so it was left." % uuid)
                     return False
                 strangers = self._strangers_on(record, own, doing)
@@ -4719,6 +4891,140 @@ class Snapshots:
             self._log.info("%s It is only a line in the event list; the next run tries again." % error)
             return False
 
+    # --- what restore and drill make ------------------------------------------------------
+    #
+    # An entry of kind `restore` or `drill`: token, vm_uuid, vm_name, names (the provisional names of the VMs that
+    # imports make), tasks (their refs, noted before an import starts), called_at, suspended, then uuids (of the VMs)
+    # and disks (uuids). Ours is a VM whose uuid was noted, or, when an answer was lost, one with a provisional name whose
+    # import_task is a noted task; and a disk that was noted, or whose sm_config bears such a task: the importer writes
+    # the task there before it writes the first block (ocaml/xapi/import.ml@v26.17.0; recorded on 24.19.2). What is made
+    # by API calls has the key `vmbackup:TOKEN` in its other_config instead.
+
+    def _remove_imports(self, entry: OpenEntry) -> None:
+        """Disks first, VMs last, tasks behind them; only what the entry proves, and never a VM that is in use."""
+        doing = "removing what was made for " + entry.title
+        tasks = self._import_tasks(entry, doing)
+        if not self._imports_have_ended(entry, tasks, doing):
+            self._report_left(entry, "is still being imported; it was left.")
+            return
+        machines = self._find_imports(entry, doing)
+        refusal = self._refusal_to_remove(entry, machines, doing)
+        if refusal:
+            self._report_left(entry, refusal)
+            return
+        disks = set(entry.facts.get("disks", ())) | self._disks_of_tasks(entry, doing)
+        if machines or disks:
+            with contextlib.suppress(CatalogError):            # a full store: what is remembered is enough for now
+                entry.note(uuids=[record["uuid"] for record in machines.values()], disks=sorted(disks))
+        for uuid in sorted(disks):
+            if not self._destroy_disk(entry, uuid, list(machines), doing, snapshot=False):
+                return
+        for ref in machines:
+            self._destroy("VM", ref, doing)
+        self.forget_tasks(entry, doing)
+        entry.close("removed" if machines or disks else "not there")
+
+    def _import_tasks(self, entry: OpenEntry, doing: str) -> List[str]:
+        """The refs of the entry's tasks that still exist; one that was made but not noted bears a provisional name."""
+        tasks = list(entry.facts.get("tasks", ()))
+        for name in entry.facts["names"]:
+            tasks += [ref for ref in self._pool.ask(doing, "task.get_by_name_label", name) if ref not in tasks]
+        alive = []
+        for ref in tasks:
+            with self._unless_gone("task"):
+                self._pool.ask(doing, "task.get_status", ref)
+                alive.append(ref)
+        return alive
+
+    def _imports_have_ended(self, entry: OpenEntry, tasks: Sequence[str], doing: str) -> bool:
+        """True when no import of the tasks goes on any more; those that do are asked to stop and waited for.
+
+        A task that no import has taken stays pending for ever: when nothing of it
+        was seen for a while it is ended, so that none takes it later.
+        """
+        quiet_until = self._clock.monotonic() + LOST_ANSWER_PATIENCE_S
+        give_up_at = self._clock.monotonic() + IMPORT_END_PATIENCE_S
+        while True:
+            states = {ref: self._import_state(entry, ref, doing) for ref in tasks}
+            for ref, state in states.items():
+                if state == "at work":
+                    with contextlib.suppress(ApiFailure):      # OPERATION_NOT_ALLOWED: not at this point
+                        self._pool.ask(doing, "task.cancel", ref)
+                elif state == "not taken" and self._clock.monotonic() > quiet_until:
+                    self._end_task(ref, doing)
+                    states[ref] = ""
+            if not any(states.values()):
+                return True
+            if self._clock.monotonic() > give_up_at:
+                return False
+            self._signals.sleep(0.5)
+
+    def _import_state(self, entry: OpenEntry, task: str, doing: str) -> str:
+        """What is seen of the import of that task: `at work`, `not taken` (yet), "" when it has ended."""
+        for name in entry.facts["names"]:
+            for ref in self._pool.ask(doing, "VM.get_by_name_label", name):
+                with self._unless_gone("VM"):
+                    if task in self._pool.ask(doing, "VM.get_current_operations", ref):
+                        return "at work"
+        with self._unless_gone("task"):
+            if self._pool.ask(doing, "task.get_status", task) == "pending":
+                return "at work" if float(self._pool.ask(doing, "task.get_progress", task)) > 0 else "not taken"
+        return ""
+
+    def _end_task(self, task: str, doing: str) -> None:
+        """The task is pending no more; a pending one would only be marked by task.destroy
+        (ocaml/xapi/xapi_task.ml@v26.17.0)."""
+        with contextlib.suppress(ApiFailure):
+            if self._pool.ask(doing, "task.get_status", task) == "pending":
+                self._pool.ask(doing, "task.set_status", task, "cancelled")
+
+    def _find_imports(self, entry: OpenEntry, doing: str) -> Dict[str, Dict[str, Any]]:
+        """The records, by ref, of the VMs that the entry proves to be ours."""
+        refs = [ref for uuid in entry.facts.get("uuids", ()) for ref in self._by_uuid("VM", uuid, doing)]
+        found = {}
+        for ref in refs:
+            with self._unless_gone("VM"):
+                found[ref] = self._pool.ask(doing, "VM.get_record", ref)
+        tasks, key = entry.facts.get("tasks", ()), KEY_PREFIX + entry.facts["token"]
+        for name in entry.facts["names"]:
+            for ref in self._pool.ask(doing, "VM.get_by_name_label", name):
+                with self._unless_gone("VM"):
+                    record = self._pool.ask(doing, "VM.get_record", ref)
+                    if (record["other_config"].get("import_task") in tasks or key in record["other_config"]) \
+                            and not record["is_a_snapshot"] and not record["is_a_template"]:
+                        found[ref] = record
+        return found
+
+    def _refusal_to_remove(self, entry: OpenEntry, machines: Dict[str, Dict[str, Any]], doing: str) -> str:
+        """Why those VMs must stay, "" if they may go; a drill's own VM that runs is switched off."""
+        if len(machines) > len(entry.facts["names"]):
+            return "can't be told from others: %d VMs bear its marks, so none was removed." % len(machines)
+        for ref, record in machines.items():
+            if record["name_label"] not in entry.facts["names"] or record["is_a_snapshot"] or record["is_a_template"]:
+                return "was taken over by somebody (its name is now %s), so it was left." % quote_name(
+                    record["name_label"])
+            state = record["power_state"]
+            if state == "Halted" or state == "Suspended" and entry.facts.get("suspended"):
+                continue
+            if entry.facts["kind"] != "drill":
+                return "is %s, so it was left." % state.lower()
+            self._pool.call(doing, "VM.hard_shutdown", ref, timeout_s=self._patience_s)
+        return ""
+
+    def _disks_of_tasks(self, entry: OpenEntry, doing: str) -> Set[str]:
+        """The uuids of the disks that the entry's imports made, whether or not a VM has them."""
+        tasks, key = entry.facts.get("tasks", ()), KEY_PREFIX + entry.facts["token"]
+        records = self._pool.ask(doing, "VDI.get_all_records").values()
+        return {record["uuid"] for record in records if not record["is_a_snapshot"]
+                and (record["sm_config"].get("import_task") in tasks or key in record["other_config"])}
+
+    def forget_tasks(self, entry: OpenEntry, doing: str) -> None:
+        """The entry's tasks are gone from the pool's list, where they would stay for hours."""
+        for ref in self._import_tasks(entry, doing):
+            self._end_task(ref, doing)
+            with contextlib.suppress(ApiFailure):
+                self._pool.ask(doing, "task.destroy", ref)
+
     # --- what others left --------------------------------------------------------------
 
     def sweep(self, journals: Sequence[RunJournal]) -> None:
@@ -4726,8 +5032,9 @@ class Snapshots:
         self.inherited.extend(journals)
         for journal in journals:
             for entry in journal.open_entries():
-                self._log.info("%s: a run on %s that began %s left a snapshot, or may have; removing it." % (
-                    entry.title, journal.header.get("host", "another host"), journal.header.get("since", "earlier")))
+                self._log.info("%s: a run on %s that began %s left %s, or may have; removing it." % (
+                    entry.title, journal.header.get("host", "another host"), journal.header.get("since", "earlier"),
+                    "a VM of a " + entry.facts["kind"] if entry.facts["kind"] in IMPORT_KINDS else "a snapshot"))
                 self.remove(entry)
 
     def look_again(self) -> None:
@@ -4891,6 +5198,12 @@ class Exporter:
                                plain.total_bytes, plain.hexdigest(), report.digest_kind, report.digests_checked,
                                sum(disk.blocks for disk in report.disks), blocks.hexdigest(),
                                disk_reports(disks, report))
+
+    def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str, sink: Any) -> None:
+        """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never written."""
+        check = (RawCheck if file_format == "raw" else VhdCheck)(virtual_size, None, sink)
+        self._run_xe(doing, [CheckedFeed(check, sink)], self._watch(doing, None, (), virtual_size), "vdi-export",
+                     "uuid=" + vdi_uuid, "filename=", "format=" + file_format)
 
     # --- the flow -----------------------------------------------------------------------
 
@@ -5212,15 +5525,9 @@ class Verifier:
             check = new_image_check(manifest, BlockComparer(blocks), self._block_digests) if check_it else None
             inner = [plain] + ([check] if check else [])
             self._stream(inside, copy, compression_of(copy.image), [stored], inner)
-        if recompressed:
-            expected, found, what = image["sha256"], plain.hexdigest(), "its decompressed bytes differ"
-        else:
-            expected, found, what = image["sha256"], stored.hexdigest(), "its SHA-256 differs"
-        if found != expected:
-            raise VerificationError("the image %s is not what was written: %s" % (copy.image, what))
-        if check and image.get("plain_sha256") != plain.hexdigest():
-            raise VerificationError("the image %s, decompressed, is not what was exported: its SHA-256 differs"
-                                    % copy.image)
+        problem = digest_problem(copy, image, stored, plain)
+        if problem:
+            raise VerificationError(problem)
         return CopyState.GOOD, "digest, structure and %s" % self._blocks_text(check, copy)
 
     def _blocks_text(self, check: Any, copy: Copy) -> str:
@@ -5236,23 +5543,9 @@ class Verifier:
 
     def _judge_old(self, copy: Copy, inside: Directory) -> Tuple[CopyState, str]:
         """The image of an older copy has the structure that its kind has."""
-        check = self._old_check(copy, inside)
+        check = old_image_check(copy, inside, self._block_digests)
         self._stream(inside, copy, compression_of(copy.image), [], [check])
         return CopyState.UNPROVEN, "the older program recorded no digests; the structure is whole"
-
-    def _old_check(self, copy: Copy, inside: Directory) -> Any:
-        """The check for an image of the older program, with the size that its metadata give."""
-        if copy.method is Method.VM:
-            return XvaCheck(None, None, self._block_digests)
-        size = None
-        for name in inside.names():
-            if not name.startswith("DISK-") or not inside.is_directory(name):
-                continue
-            with inside.child(name) as disk, contextlib.suppress(OSError, ValueError, KeyError):
-                vbd = parse_cfg(disk.read("vbd.cfg").decode("utf-8", "replace"), False)
-                if vbd["userdevice"] in ("0", "xvda", "hda"):
-                    size = int(parse_cfg(disk.read("vdi.cfg").decode("utf-8", "replace"), False)["virtual_size"])
-        return RawCheck(size) if re.search(r"\.raw(\.gz|\.zst)?$", copy.image) else VhdCheck(size)
 
     # --- the flow -------------------------------------------------------------------------
 
@@ -5304,14 +5597,44 @@ def compression_of(name: str) -> str:
     return "gzip" if name.endswith(".gz") else "zstd" if name.endswith(".zst") else "none"
 
 
-def new_image_check(manifest: Dict[str, Any], blocks: Any, block_digests: str) -> Any:
+def new_image_check(manifest: Dict[str, Any], blocks: Any, block_digests: str, sink: Any = None) -> Any:
     """The check for the image that the manifest describes."""
     sizes = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
     file_format = manifest["image"].get("format")
     if file_format == "xva":
-        return XvaCheck(sizes, blocks, block_digests)
+        return XvaCheck(sizes, blocks, block_digests, sink=sink)
     size = list(sizes.values())[0] if len(sizes) == 1 else None
-    return RawCheck(size, blocks) if file_format == "raw" else VhdCheck(size, blocks)
+    return RawCheck(size, blocks, sink) if file_format == "raw" else VhdCheck(size, blocks, sink)
+
+
+def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Digest) -> str:
+    """Why an image that was read whole is not the one of the manifest, "" if it is."""
+    if copy.image != image["name"]:
+        if plain.hexdigest() != image["sha256"]:
+            return "the image %s is not what was written: its decompressed bytes differ" % copy.image
+        if image.get("compression") != "none":
+            return ""
+    elif stored.hexdigest() != image["sha256"]:
+        return "the image %s is not what was written: its SHA-256 differs" % copy.image
+    if image.get("plain_sha256") != plain.hexdigest():
+        return "the image %s, decompressed, is not what was exported: its SHA-256 differs" % copy.image
+    return ""
+
+
+def old_image_check(copy: Copy, inside: Directory, block_digests: str, sink: Any = None) -> Any:
+    """The check for an image of the older program, with the size that its metadata give."""
+    if copy.method is Method.VM:
+        return XvaCheck(None, None, block_digests, sink=sink)
+    size = None
+    for name in inside.names():
+        if not name.startswith("DISK-") or not inside.is_directory(name):
+            continue
+        with inside.child(name) as disk, contextlib.suppress(OSError, ValueError, KeyError):
+            vbd = parse_cfg(disk.read("vbd.cfg").decode("utf-8", "replace"))
+            if vbd["userdevice"] in ("0", "xvda", "hda"):
+                size = int(parse_cfg(disk.read("vdi.cfg").decode("utf-8", "replace"))["virtual_size"])
+    check = RawCheck if re.search(r"\.raw(\.gz|\.zst)?$", copy.image) else VhdCheck
+    return check(size, None, sink)
 
 
 # --- verdicts on record -----------------------------------------------------------------------
@@ -6013,7 +6336,1458 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
 
 
 # =============================================================================
-# 17. Report
+# 17. Restore
+# =============================================================================
+# The way back. What an image holds (Source) and what the pool has (PoolView) are
+# read; plan_restore, which is pure, says what will be made and why, or why not;
+# Importer makes it, journal first, and takes everything back unless all matched.
+#
+# Everything comes in through `xe vm-import`: it keeps all fields of a VM, it leaves
+# empty space empty, and it refuses a damaged block. An archive's ova.xml is rewritten
+# as it streams in. A raw or VHD image becomes an archive on the way, with the VM's own
+# ova.xml from vm-metadata.xml: so VHD needs no file (`xe vdi-import format=vhd` can't
+# read a pipe), and a disk of which little is used costs little. As one import has one
+# SR, an archive whose disks belong on several is cut into parts, each imported on its
+# own; the disks are then hung on the VM of the first.
+
+XVA_END = bytes(2 * SECTOR_BYTES)
+THICK_SR_TYPES = ("lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")      # a disk takes its whole size there
+ISO_SR_TYPES = ("iso", "udev")
+ORIGINAL_FIELDS = ("name_description", "tags", "other_config", "user_version", "start_delay", "shutdown_delay",
+                          "order", "ha_restart_priority")         # a snapshot resets some of them, its name all
+OLD_EXPORT_NAME = re.compile(r"(?s)RESTORE_(.*)|(.*) \(backup [0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8}\)(?: vmbackup-[0-9a-f]+)?")
+NEW_VM_NAME = "%s (being restored) " + TOKEN_MARK + "%s"
+DRILL_VM_NAME = "VmBackup drill of %s " + TOKEN_MARK + "%s"
+
+
+# --- what an image holds ---------------------------------------------------------------
+
+
+class SourceDisk(NamedTuple):
+    """A disk of the VM as the copy knows it. `id`: its name inside ova.xml; `stored_bytes` -1 if that is not known."""
+    id: str
+    device: str
+    userdevice: str
+    name: str
+    virtual_size: int
+    vdi_uuid: str
+    sr_uuid: str
+    sr_name: str
+    stored_bytes: int
+
+    @property
+    def title(self) -> str:
+        """The disk in a few words."""
+        return "%s %s (%s)" % (self.device, quote_name(self.name), format_size(self.virtual_size))
+
+
+class Source(NamedTuple):
+    """An image to bring back, and what is known of it.
+
+    `path`: its directory. `ova`: the archive's own, or vm-metadata.xml for an image
+    of one disk; {} if there is none. `original`: the VM's own record, {} if unknown.
+    `disks` are in the image, `lacking` are the VM's others.
+    """
+    path: str
+    copy: Copy
+    manifest: Dict[str, Any]
+    file_format: str
+    ova: Dict[str, Any]
+    vm_id: str
+    original: Dict[str, Any]
+    disks: Tuple[SourceDisk, ...]
+    lacking: Tuple[SourceDisk, ...]
+
+    @property
+    def vm_name(self) -> str:
+        """The VM's own name."""
+        if self.original.get("name_label"):
+            return self.original["name_label"]
+        if self.manifest:
+            return self.manifest["vm"]["name"]
+        match = OLD_EXPORT_NAME.fullmatch(self.record.get("name_label", ""))
+        return (match.group(1) or match.group(2)) if match else self.record.get("name_label") or self.copy.vm_name
+
+    @property
+    def vm_uuid(self) -> str:
+        """The VM's own uuid; of an archive alone that of the snapshot that it was made of."""
+        return self.original.get("uuid") or self.copy.uuid or self.record.get("uuid", "")
+
+    @property
+    def record(self) -> Dict[str, Any]:
+        """The VM's record in `ova`."""
+        return ova_objects(self.ova, "VM").get(self.vm_id, {}) if self.ova else {}
+
+    @property
+    def title(self) -> str:
+        """The copy for a line."""
+        return self.path + "/" + self.copy.image
+
+    @property
+    def has_only_cfg_files(self) -> bool:
+        """Is the VM known by its cfg files alone, which hold a part of its fields?"""
+        return not self.ova["version"]
+
+
+class _Enough(Exception):
+    """The part of a stream that was wanted has passed."""
+
+
+class FirstMember(StreamCheck):
+    """Takes ova.xml, the first member of an archive, and ends the pump with _Enough."""
+
+    image = "the archive"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = b""
+
+    def _parse(self) -> Reading:
+        member = parse_tar_header((yield from self._take(SECTOR_BYTES, "the header of ova.xml")), 0)
+        if member.name != "ova.xml" or member.size > OVA_LIMIT_BYTES:
+            raise VerificationError("the archive begins with {} of {} bytes, not with ova.xml".format(
+                ascii(member.name), member.size))
+        self.text = yield from self._take(member.size, "ova.xml")
+        raise _Enough
+
+
+def read_first_member(inside: Directory, image: str) -> bytes:
+    """The ova.xml of an archive; VerificationError if it does not begin as one, or, uncompressed, does not end as one."""
+    first = FirstMember()
+    fd = inside.open_file(image)
+    if compression_of(image) == "none":
+        size = os.fstat(fd).st_size
+        if size % SECTOR_BYTES or os.pread(fd, len(XVA_END), max(0, size - len(XVA_END))) != XVA_END:
+            os.close(fd)
+            raise VerificationError("the archive does not end with two zero blocks: it was cut off or overwritten")
+    with contextlib.ExitStack() as stack, contextlib.suppress(_Enough):
+        pump(decompressing_flows(stack, fd, compression_of(image), [], [first]), lambda progress: None)
+    if not first.text:
+        raise VerificationError("the archive holds no ova.xml")
+    return first.text
+
+
+def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
+    """Id and record of the VM itself in an ova.xml that may hold its snapshots too."""
+    machines = ova_objects(ova, "VM")
+    for wanted in (lambda record: uuid and record.get("uuid") == uuid, lambda record: not record.get("is_a_snapshot"),
+                   lambda record: True):
+        for key, record in machines.items():
+            if wanted(record):
+                return key, record
+    raise VerificationError("ova.xml holds no VM")
+
+
+def disks_of_ova(ova: Dict[str, Any], vm_id: str) -> List[SourceDisk]:
+    """The disks of that VM in ova.xml, in order of their device."""
+    vdis, srs = ova_objects(ova, "VDI"), ova_objects(ova, "SR")
+    found = []
+    for vbd in ova_objects(ova, "VBD").values():
+        vdi = vdis.get(vbd.get("VDI"))
+        if vbd.get("VM") != vm_id or vbd.get("type") == "CD" or vdi is None or _content_type(srs, vdi) == "iso":
+            continue
+        found.append(_source_disk(vbd["VDI"], vdi, vbd, srs.get(vdi.get("SR"), {})))
+    machine = ova_objects(ova, "VM")[vm_id]
+    if machine.get("power_state") == "Suspended" and machine.get("suspend_VDI") in vdis:
+        vdi = vdis[machine["suspend_VDI"]]
+        found.append(_source_disk(machine["suspend_VDI"], vdi, {"device": "memory"}, srs.get(vdi.get("SR"), {})))
+    return sorted(found, key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
+
+
+def _source_disk(disk_id: str, vdi: Dict[str, Any], vbd: Dict[str, Any], sr: Dict[str, Any]) -> SourceDisk:
+    """The disk that those records of an ova.xml make."""
+    size = _exported_disk(disk_id, vdi).virtual_size
+    userdevice = str(vbd.get("userdevice", ""))
+    return SourceDisk(disk_id, vbd.get("device") or device_name(userdevice), userdevice, str(vdi.get("name_label", "")),
+                      size, str(vdi.get("uuid", "")), str(sr.get("uuid", "")), str(sr.get("name_label", "")), -1)
+
+
+def read_source(inside: Directory, copy: Copy) -> Source:
+    """What that copy's directory holds. VerificationError or OSError if its image can't be what it should be."""
+    manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
+    plain_name = re.sub(r"\.(gz|zst)$", "", copy.image)
+    file_format = plain_name.rpartition(".")[2]
+    metadata = parse_ova(inside.read(VM_METADATA)) if inside.status(VM_METADATA) is not None \
+        else ova_of_cfg_files(inside, not copy.is_old)
+    original = own_vm(metadata, copy.uuid)[1] if metadata else {}
+    if file_format == "xva":
+        ova = parse_ova(read_first_member(inside, copy.image))
+        vm_id = own_vm(ova)[0]
+        disks = _with_manifest(disks_of_ova(ova, vm_id), manifest)
+        source = Source(inside.shown, copy, manifest, file_format, ova, vm_id, original, tuple(disks), ())
+        return source._replace(lacking=_lacking(source, metadata))
+    if not metadata:
+        raise VerificationError("it is the image of a disk without its VM: neither %s nor vm.cfg stands beside it. `extract` "
+                                "makes a raw image of it, and `xe vdi-import` puts that into a disk" % VM_METADATA)
+    vm_id = own_vm(metadata, copy.uuid)[0]
+    every = disks_of_ova(metadata, vm_id)
+    disk = _imaged_disk(every, manifest, inside, copy)
+    return Source(inside.shown, copy, manifest, file_format, metadata, vm_id, original, (disk,),
+                  tuple(other for other in every if other.id != disk.id))
+
+
+def _with_manifest(disks: Sequence[SourceDisk], manifest: Dict[str, Any]) -> List[SourceDisk]:
+    """The disks, with what the manifest knows better: where each really lay, and how much of it was stored."""
+    rows = {row.get("archive_id"): row for row in manifest.get("disks", ()) if isinstance(row, dict)}
+    known = []
+    for disk in disks:
+        row = rows.get(disk.id, {})
+        known.append(disk._replace(device=row.get("device") or disk.device, sr_uuid=row.get("sr_uuid") or disk.sr_uuid,
+                                   stored_bytes=row["blocks"] * MEBIBYTE if isinstance(row.get("blocks"), int) else -1))
+    return known
+
+
+def _lacking(source: Source, metadata: Dict[str, Any]) -> Tuple[SourceDisk, ...]:
+    """The disks that the VM had by its metadata and the archive has not."""
+    if not metadata:
+        return ()
+    there = {disk.userdevice for disk in source.disks}
+    return tuple(disk for disk in disks_of_ova(metadata, own_vm(metadata, source.copy.uuid)[0])
+                 if disk.userdevice not in there and disk.device != "memory")
+
+
+def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], inside: Directory, copy: Copy) -> SourceDisk:
+    """The one of the VM's disks that an image of one disk holds: Disk 0, with the size that the image has."""
+    rows = [row for row in manifest.get("disks", ()) if row.get("archive_id")] or manifest.get("disks", ())
+    wanted = [str(row.get("userdevice")) for row in rows] if len(rows) == 1 else ["0", "xvda", "hda"]
+    for userdevice in wanted:
+        for disk in disks:
+            if disk.userdevice == userdevice:
+                size = rows[0]["virtual_size"] if len(rows) == 1 else plain_image_size(inside, copy)
+                return disk._replace(virtual_size=size or disk.virtual_size)
+    raise VerificationError("%s names no disk %s, which the image should be of" % (VM_METADATA, " or ".join(wanted)))
+
+
+def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
+    """What the cfg files tell of the VM, in the form of an ova.xml, its version left empty; {} if there is no vm.cfg."""
+    if inside.status("vm.cfg") is None:
+        return {}
+    objects = []                           # type: List[Dict[str, Any]]
+
+    def add(class_name: str, key: str, **fields: Any) -> None:
+        objects.append({"class": class_name, "id": key, "snapshot": fields})
+
+    def read(folder: Directory, name: str) -> Dict[str, str]:
+        return parse_cfg(folder.read(name).decode("utf-8", "replace"), escaped)
+
+    machine = read(inside, "vm.cfg")
+    add("VM", "vm", uuid=machine.get("orig_uuid", ""), other_config={}, tags=[], power_state="Halted",
+        **{field: machine.get(field, "") for field in CFG_VM_FIELDS})
+    for name in inside.names():
+        if not inside.is_directory(name) or not (name.startswith("DISK-") or name == "VIFs"):
+            continue
+        with inside.child(name) as folder:
+            if name == "VIFs":
+                for file in folder.names():
+                    vif = read(folder, file)
+                    add("VIF", file, VM="vm", network="network " + file, other_config={}, qos_algorithm_type="",
+                        qos_algorithm_params={}, device=vif.get("device", "0"), MAC=vif.get("MAC", ""),
+                        MTU=vif.get("MTU", "1500"))
+                    add("network", "network " + file, name_label=vif.get("network_name_label", ""))
+                continue
+            vbd, vdi = read(folder, "vbd.cfg"), read(folder, "vdi.cfg")
+            add("VBD", "vbd " + name, VM="vm", VDI=name, userdevice=vbd["userdevice"], device=name[len("DISK-"):],
+                bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"), type=vbd.get("type", "Disk"),
+                unpluggable=vbd.get("unpluggable") == "True", empty=False, other_config={"owner": ""},
+                qos_algorithm_type="", qos_algorithm_params={})
+            add("VDI", name, uuid=vdi.get("orig_uuid", ""), SR="sr " + name, other_config={},
+                virtual_size=vdi.get("virtual_size", "0"), type=vdi.get("type", "user"),
+                name_label=vdi.get("name_label", ""), name_description=vdi.get("name_description", ""))
+            add("SR", "sr " + name, uuid=vdi.get("orig_sr_uuid", ""), name_label="", content_type="user")
+    return {"version": {}, "objects": objects}
+
+
+CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
+
+
+def plain_image_size(inside: Directory, copy: Copy) -> int:
+    """The size of an uncompressed raw image; 0 for any other."""
+    return inside.status(copy.image).st_size if copy.image.endswith(".raw") else 0
+
+
+# --- what the pool has -------------------------------------------------------------------
+
+
+class TargetSr(NamedTuple):
+    """An SR that disks could go to; `free_bytes` -1 if it does not tell."""
+    ref: str
+    uuid: str
+    name: str
+    type: str
+    is_usable: bool
+    free_bytes: int
+
+    @property
+    def title(self) -> str:
+        """The SR for a sentence."""
+        return "%s (%s)" % (quote_name(self.name), self.uuid[:8])
+
+
+class PoolView(NamedTuple):
+    """The pool as a restore sees it: records by ref, as the API gives them."""
+    srs: Tuple[TargetSr, ...]
+    default_sr: str
+    networks: Dict[str, Dict[str, Any]]
+    machines: Dict[str, Dict[str, Any]]
+    interfaces: Dict[str, Dict[str, Any]]
+    vdis: Dict[str, Dict[str, Any]]
+    vbds: Dict[str, Dict[str, Any]]
+    api_version: Tuple[int, int]
+
+    def real_names(self) -> Set[str]:
+        """The names of real VMs."""
+        return {record["name_label"] for record in self.machines.values() if is_real_machine(record)}
+
+
+def read_pool_view(pool: Pool, inventory: Inventory) -> PoolView:
+    """The pool as it is now, in seven calls."""
+    doing = "reading the pool"
+    plugged = {record["SR"] for record in pool.ask(doing, "PBD.get_all_records").values() if record["currently_attached"]}
+    srs = [_target_sr(ref, record, ref in plugged) for ref, record in pool.ask(doing, "SR.get_all_records").items()]
+    default_sr = [record["default_SR"] for record in pool.ask(doing, "pool.get_all_records").values()][0]
+    return PoolView(tuple(srs), default_sr, pool.ask(doing, "network.get_all_records"),
+                    pool.ask(doing, "VM.get_all_records"), pool.ask(doing, "VIF.get_all_records"),
+                    pool.ask(doing, "VDI.get_all_records"), pool.ask(doing, "VBD.get_all_records"),
+                    inventory.master.api_version)
+
+
+def _target_sr(ref: str, record: Dict[str, Any], is_plugged: bool) -> TargetSr:
+    """The SR's value."""
+    size = int(record["physical_size"])
+    usable = is_plugged and record["content_type"] != "iso" and record["type"] not in ISO_SR_TYPES
+    return TargetSr(ref, record["uuid"], record["name_label"], record["type"], usable,
+                    max(0, size - int(record["physical_utilisation"])) if size > 0 else -1)
+
+
+# --- the plan ------------------------------------------------------------------------------
+
+
+class Wishes(NamedTuple):
+    """What the person asked for. `network`, `sr`, `to`: "" if not given; `mark`: what a name that is taken gets."""
+    to: str
+    sr: str
+    network: str
+    preserve: bool
+    start: bool
+    attach_existing: bool
+    is_drill: bool
+    mark: str
+
+
+class PlannedDisk(NamedTuple):
+    """A disk that will be made, where, and why there."""
+    disk: SourceDisk
+    sr: TargetSr
+    reason: str
+
+
+class PlannedInterface(NamedTuple):
+    """A VIF that will be made; `mac` "" for a new one. `fields`: the rest of its record."""
+    device: str
+    network_ref: str
+    network_name: str
+    mac: str
+    fields: Dict[str, Any]
+
+
+class ExistingDisk(NamedTuple):
+    """A disk of the VM that the copy lacks. `vdi_ref`: the one in the pool that will be attached, "" if none; `reason`."""
+    disk: SourceDisk
+    vdi_ref: str
+    reason: str
+
+
+class RestorePlan(NamedTuple):
+    """What a restore will make, with reasons; nothing is made if there are `problems`.
+
+    `uuid`: the one that the VM is to keep, "" for a new one. `parts`: disk ids in the
+    order of the archive, a part for each import. `new_mac_seed`: a kept one would clash.
+    """
+    source: Source
+    name: str
+    uuid: str
+    new_mac_seed: bool
+    disks: Tuple[PlannedDisk, ...]
+    parts: Tuple[Tuple[str, ...], ...]
+    home: Optional[TargetSr]
+    interfaces: Tuple[PlannedInterface, ...]
+    existing: Tuple[ExistingDisk, ...]
+    start: bool
+    notes: Tuple[str, ...]
+    problems: Tuple[str, ...]
+
+    def sr_of(self, part: int) -> TargetSr:
+        """The SR of that part."""
+        ids = self.parts[part]
+        return next((planned.sr for planned in self.disks if planned.disk.id in ids), self.home)
+
+
+def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
+    """What will be made of that copy in that pool. UsageError for an SR or network of the command line that is not there."""
+    problems, notes = [], []               # type: List[str], List[str]
+    disks = _plan_disks(source, view, wishes, problems)
+    _check_space(source, disks, notes, problems)
+    interfaces = [] if wishes.is_drill else _plan_interfaces(source, view, wishes, notes, problems)
+    name = "" if wishes.is_drill else _plan_name(source, view, wishes, notes, problems)
+    uuid, new_mac_seed = _plan_identity(source, view, wishes, interfaces, notes, problems)
+    home = find_sr(view, wishes.sr) if wishes.sr else _home_sr(disks, view)
+    if home is None:
+        problems.append("no SR of the pool can take its records: name one with sr=.")
+    existing = [] if wishes.is_drill else [_plan_existing(disk, view, wishes.attach_existing) for disk in source.lacking]
+    record = source.original or source.record
+    if source.has_only_cfg_files:
+        notes.append("this copy has no vm-metadata.xml, so how the VM boots is not on record: it is made as an HVM guest "
+                     "that boots from its disk. Look at its settings before it is started.")
+    if not wishes.is_drill and record.get("other_config", {}).get("auto_poweron") == "true" and name != source.vm_name:
+        notes.append("its other_config has auto_poweron=true, as the VM's had: it starts with its host beside the VM "
+                     "that bears its name; `xe vm-param-remove param-name=other-config param-key=auto_poweron` stops that.")
+    return RestorePlan(source, name, uuid, new_mac_seed, tuple(disks), _cut_into_parts(source, disks), home,
+                       tuple(interfaces), tuple(existing), wishes.start, tuple(notes), tuple(problems))
+
+
+def _plan_disks(source: Source, view: PoolView, wishes: Wishes, problems: List[str]) -> List[PlannedDisk]:
+    """Each disk on the SR that was named, else on the one that it came from."""
+    named = find_sr(view, wishes.sr) if wishes.sr else None
+    planned = []
+    for disk in source.disks:
+        own = next((sr for sr in view.srs if sr.uuid == disk.sr_uuid), None)
+        alike = [sr for sr in view.srs if sr.name and sr.name == disk.sr_name and sr.is_usable]
+        if named is not None:
+            planned.append(PlannedDisk(disk, named, "named by sr="))
+        elif own is not None and own.is_usable:
+            planned.append(PlannedDisk(disk, own, "where it came from"))
+        elif own is None and len(alike) == 1:
+            planned.append(PlannedDisk(disk, alike[0], "it came from an SR of this name"))
+        else:
+            problems.append("disk %s came from SR %s (%s), which %s: name one with sr=. %s" % (
+                disk.title, quote_name(disk.sr_name or "of unknown name"), disk.sr_uuid or "uuid unknown",
+                "is not in this pool" if own is None else "is not plugged on any host", _sr_choice(view)))
+    suspended = any(disk.device == "memory" for disk in source.disks)
+    if suspended and planned:          # a suspended VM's memory must come with the VM itself
+        planned = [item._replace(sr=planned[0].sr, reason="with the memory of the suspended VM") for item in planned]
+    return planned
+
+
+def _home_sr(disks: Sequence[PlannedDisk], view: PoolView) -> Optional[TargetSr]:
+    """The SR that an import without a disk of its own is told: any usable one does."""
+    candidates = [planned.sr for planned in disks] + [sr for sr in view.srs if sr.ref == view.default_sr and sr.is_usable]
+    return (candidates + [sr for sr in view.srs if sr.is_usable] + [None])[0]
+
+
+def find_sr(view: PoolView, word: str) -> TargetSr:
+    """The SR that `sr=` means, by uuid or name; UsageError if it is not one that disks can go to."""
+    found = [sr for sr in view.srs if word in (sr.uuid, "uuid:" + sr.uuid)] or [sr for sr in view.srs if sr.name == word]
+    if len(found) > 1:
+        raise UsageError("sr=%s stands for %d SRs: give one's uuid (%s). Nothing was started." % (
+            one_line(word), len(found), ", ".join(sr.uuid for sr in found)))
+    if not found:
+        raise UsageError("sr=%s: the pool has no such SR. %s Nothing was started." % (one_line(word), _sr_choice(view)))
+    if not found[0].is_usable:
+        raise UsageError("sr=%s: disks can't be put there: it is for ISOs, or plugged on no host. %s Nothing was started."
+                         % (one_line(word), _sr_choice(view)))
+    return found[0]
+
+
+def _sr_choice(view: PoolView) -> str:
+    """The SRs to choose from, in a sentence."""
+    usable = ["%s, %s free" % (sr.title, format_size(sr.free_bytes) if sr.free_bytes >= 0 else "? bytes")
+              for sr in view.srs if sr.is_usable]
+    return "There are: %s." % "; ".join(usable) if usable else "There is none that could take it."
+
+
+def _check_space(source: Source, disks: Sequence[PlannedDisk], notes: List[str], problems: List[str]) -> None:
+    """Problems for SRs that can't hold what comes, notes for those that may not."""
+    for sr in sorted({planned.sr for planned in disks}):
+        here = [planned.disk for planned in disks if planned.sr == sr]
+        least = most = sum(disk.virtual_size for disk in here)
+        if sr.type not in THICK_SR_TYPES:
+            least = sum(max(0, disk.stored_bytes) for disk in here)
+            if source.file_format == "raw":         # all of it is stored; how much is zeros is not known
+                least = 0
+        if 0 <= sr.free_bytes < least:
+            problems.append("SR %s has %s free, and what goes there needs at least %s: free space on it, or name another "
+                            "with sr=." % (sr.title, format_size(sr.free_bytes), format_size(least)))
+        elif 0 <= sr.free_bytes < most:
+            notes.append("SR %s has %s free, less than the full size of what goes there (%s)." % (
+                sr.title, format_size(sr.free_bytes), format_size(most)))
+
+
+def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List[str],
+                     problems: List[str]) -> List[PlannedInterface]:
+    """Each VIF on the network that was named, else on the one of its own network's name; none is ever created."""
+    named = find_network(view, wishes.network) if wishes.network else None
+    networks = ova_objects(source.ova, "network") if source.ova else {}
+    planned = []
+    for vif in (ova_objects(source.ova, "VIF") if source.ova else {}).values():
+        if vif.get("VM") != source.vm_id:
+            continue
+        own = networks.get(vif.get("network"), {})
+        ref = named or _network_like(view, own)
+        if ref is None:
+            problems.append("its interface %s was on network %s, which is not in this pool, or more than once: name one "
+                            "with network=. There are: %s." % (
+                                vif.get("device"), quote_name(str(own.get("name_label", "of unknown name"))),
+                                ", ".join(sorted({quote_name(one["name_label"]) for one in view.networks.values()}))))
+            continue
+        planned.append(PlannedInterface(str(vif["device"]), ref, view.networks[ref]["name_label"],
+                                        str(vif.get("MAC", "")) if wishes.preserve else "", vif))
+    return sorted(planned, key=lambda item: (userdevice_number(item.device), item.device))
+
+
+def find_network(view: PoolView, word: str) -> str:
+    """The ref of the network that `network=` means, by uuid or name; UsageError if it does not mean one."""
+    found = [ref for ref, record in view.networks.items() if record["uuid"] == word] or \
+        [ref for ref, record in view.networks.items() if record["name_label"] == word]
+    if len(found) != 1:
+        raise UsageError("network=%s: the pool has %s. There are: %s. Nothing was started." % (
+            one_line(word), "no such network" if not found else "%d networks of that name: give a uuid" % len(found),
+            ", ".join(sorted("%s (%s)" % (quote_name(record["name_label"]), record["uuid"])
+                             for record in view.networks.values()))))
+    return found[0]
+
+
+def _network_like(view: PoolView, own: Dict[str, Any]) -> Optional[str]:
+    """The ref of the pool's network that is that network, or the only one of its name."""
+    alike = [ref for ref, record in view.networks.items() if record["name_label"] == own.get("name_label")]
+    same = [ref for ref in alike if view.networks[ref]["uuid"] == own.get("uuid")]
+    return (same or alike)[0] if same or len(alike) == 1 else None
+
+
+def _plan_name(source: Source, view: PoolView, wishes: Wishes, notes: List[str], problems: List[str]) -> str:
+    """The name that the VM will have: no real VM of the pool has it."""
+    taken = view.real_names()
+    if wishes.to:
+        if wishes.to in taken:
+            problems.append("a VM named %s is there already: give another to=." % quote_name(wishes.to))
+        return wishes.to
+    if source.vm_name not in taken:
+        return source.vm_name
+    marked = name = "%s (restored %s)" % (source.vm_name, wishes.mark)
+    number = 1
+    while name in taken:
+        number += 1
+        name = "%s %d" % (marked, number)
+    notes.append("a VM named %s is there: it is left as it is, and the new one is named %s." % (
+        quote_name(source.vm_name), quote_name(name)))
+    return name
+
+
+def _plan_identity(source: Source, view: PoolView, wishes: Wishes, interfaces: Sequence[PlannedInterface],
+                   notes: List[str], problems: List[str]) -> Tuple[str, bool]:
+    """The uuid to keep ("" for a new one), and whether its mac_seed has to be a new one all the same."""
+    if not wishes.preserve:
+        return "", True
+    for record in view.machines.values():
+        if record["uuid"] == source.vm_uuid:
+            problems.append("preserve=yes can't be done: the VM with this uuid, %s (%s), is still in the pool, and it is "
+                            "never touched. Restore without preserve=yes, or remove that VM first." % (
+                                quote_name(record["name_label"]), source.vm_uuid))
+    macs = {item.mac.lower() for item in interfaces if item.mac}
+    for vif in view.interfaces.values():
+        holder = view.machines.get(vif["VM"])
+        if vif["MAC"].lower() in macs and holder is not None and is_real_machine(holder) \
+                and holder["uuid"] != source.vm_uuid:
+            problems.append("preserve=yes can't be done: %s has the MAC address %s." % (
+                quote_name(holder["name_label"]), vif["MAC"]))
+    seed = (source.original or source.record).get("other_config", {}).get("mac_seed")
+    clash = [record["name_label"] for record in view.machines.values()
+             if seed and record["other_config"].get("mac_seed") == seed]
+    if clash and not problems:
+        notes.append("its mac_seed is also that of %s, so it gets a new one; the MAC addresses are kept." % (
+            ", ".join(quote_name(one) for one in sorted(clash))))
+    return source.vm_uuid, bool(clash) or not seed
+
+
+def _plan_existing(disk: SourceDisk, view: PoolView, attach: bool) -> ExistingDisk:
+    """What becomes of a disk that the copy lacks: attached if it is there, nobody has it, and it is asked for."""
+    found = [ref for ref, record in view.vdis.items() if record["uuid"] == disk.vdi_uuid]
+    if not found:
+        return ExistingDisk(disk, "", "it is no longer in the pool")
+    holders = [view.machines.get(vbd["VM"]) for vbd in view.vbds.values() if vbd["VDI"] == found[0]]
+    names = sorted({quote_name(one["name_label"]) if one else "a VM that is gone" for one in holders
+                    if not (one and one["is_control_domain"])})
+    if view.vdis[found[0]]["is_a_snapshot"]:
+        return ExistingDisk(disk, "", "what has its uuid now is a snapshot")
+    if names:
+        return ExistingDisk(disk, "", "it hangs on %s" % ", ".join(names))
+    if not attach:
+        return ExistingDisk(disk, "", "it is in the pool (uuid %s) and on no VM: attach_existing_disks=yes attaches it"
+                            % disk.vdi_uuid)
+    return ExistingDisk(disk, found[0], "it is in the pool and on no VM")
+
+
+def _cut_into_parts(source: Source, disks: Sequence[PlannedDisk]) -> Tuple[Tuple[str, ...], ...]:
+    """The disks in the order of the archive (string order of ids: ocaml/xapi/stream_vdi.ml@v26.17.0), cut where the SR changes."""
+    parts = []                             # type: List[List[str]]
+    last = None                            # type: Optional[TargetSr]
+    for planned in sorted(disks, key=lambda item: item.disk.id):
+        if last is None or planned.sr != last:
+            parts.append([])
+        parts[-1].append(planned.disk.id)
+        last = planned.sr
+    return tuple(tuple(part) for part in parts) or ((),)
+
+
+def plan_text(plan: RestorePlan) -> str:
+    """The plan in lines for people: what a preview shows, and what a restore says first."""
+    source = plan.source
+    lines = ["%s (%s) from %s" % (quote_name(source.vm_name), source.vm_uuid or "uuid unknown", source.title),
+             "  a %s copy%s, %s" % (
+                 "vm-export" if source.file_format == "xva" else "vdi-export (one disk, %s)" % source.file_format,
+                 " of the older program (no digests recorded)" if not source.manifest else "",
+                 "taken " + source.copy.taken_at.strftime("%Y-%m-%d %H:%M:%S")),
+             "  becomes VM %s, %s" % (quote_name(plan.name), "uuid %s kept" % plan.uuid if plan.uuid else "with a new uuid")]
+    lines += ["  disk %s on SR %s: %s" % (item.disk.title, item.sr.title, item.reason) for item in plan.disks]
+    lines += ["  interface %s on network %s, MAC %s" % (item.device, quote_name(item.network_name), item.mac or "new")
+              for item in plan.interfaces]
+    lines += ["  disk %s is not in this copy: %s%s" % (item.disk.title, item.reason,
+                                                        "; it will be attached" if item.vdi_ref else "")
+              for item in plan.existing]
+    lines += ["  note: " + note for note in plan.notes]
+    lines += ["  PROBLEM: " + problem for problem in plan.problems]
+    lines.append("  it will %sbe started" % ("" if plan.start else "not "))
+    return "\n".join(lines)
+
+
+# --- ova.xml as it goes in --------------------------------------------------------------------
+
+
+def ova_text(ova: Dict[str, Any]) -> bytes:
+    """What parse_ova read, written as xapi writes it (ocaml-rpc src/lib/xmlrpc.ml): whole numbers and strings without a tag."""
+    parts = []                             # type: List[str]
+    _write_value(ova, parts)
+    return "".join(parts).encode("utf-8")
+
+
+def _write_value(value: Any, parts: List[str]) -> None:
+    """The value as XML, appended."""
+    if isinstance(value, dict):
+        parts.append("<value><struct>")
+        for key, item in value.items():
+            parts.append("<member><name>%s</name>" % _escaped(key))
+            _write_value(item, parts)
+            parts.append("</member>")
+        parts.append("</struct></value>")
+    elif isinstance(value, (list, tuple)):
+        parts.append("<value><array><data>")
+        for item in value:
+            _write_value(item, parts)
+        parts.append("</data></array></value>")
+    elif isinstance(value, bool):
+        parts.append("<value><boolean>%d</boolean></value>" % value)
+    elif isinstance(value, float):
+        parts.append("<value><double>%.16g</double></value>" % value)
+    elif isinstance(value, OvaDate):
+        parts.append("<value><dateTime.iso8601>%s</dateTime.iso8601></value>" % _escaped(value))
+    else:
+        parts.append("<value>%s</value>" % _escaped(str(value)))
+
+
+def _escaped(text: str) -> str:
+    """Text between tags; a carriage return by its number, as a parser would make it a newline."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;").replace("\r", "&#13;")
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """A header as xapi writes it: V7, no magic, type NUL, mode 0400 (ocaml-tar's default level)."""
+    header = bytearray(SECTOR_BYTES)
+    encoded = name.encode("ascii")
+    header[:len(encoded)] = encoded
+    header[100:148] = b"0000400\0" b"0000000\0" b"0000000\0" + b"%011o\0%011o\0" % (size, 0)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%07o\0" % sum(header)
+    return bytes(header)
+
+
+def tar_member(name: str, content: Any) -> bytes:
+    """A whole member: header, content, padding."""
+    return tar_header(name, len(content)) + bytes(content) + bytes(-len(content) % SECTOR_BYTES)
+
+
+def own_other_config(other_config: Dict[str, str]) -> Dict[str, str]:
+    """The other_config without what backups and imports put there."""
+    return {key: value for key, value in other_config.items() if not key.startswith(KEY_PREFIX) and key != "import_task"}
+
+
+def rewritten_ova(plan: RestorePlan, part: int, name: str, is_drill: bool) -> bytes:
+    """The ova.xml of that part's import: one VM of that name with the part's disks, and neither VIF nor network.
+
+    Part 0 is the VM itself; a further part is a VM that only carries disks. An import
+    without networks creates none (tried on a real server).
+    """
+    source = plan.source
+    disks = set(plan.parts[part])
+    srs = ova_objects(source.ova, "SR")
+    vdis = ova_objects(source.ova, "VDI")
+    sizes = {planned.disk.id: planned.disk.virtual_size for planned in plan.disks}
+    # With preserve=true an import re-uses an object that has the uuid: so none is to have it. The key `owner` lets
+    # `xe vm-uninstall` remove a disk with its VM; a snapshot's drives have it, the original's may not.
+    vbds = {key: dict(vbd, uuid=new_uuid(), currently_attached=False,
+                      other_config=dict({} if vbd.get("type") == "CD" else {"owner": ""}, **own_other_config(vbd["other_config"])))
+            for key, vbd in ova_objects(source.ova, "VBD").items() if vbd.get("VM") == source.vm_id
+            and (vbd.get("VDI") in disks if vbd.get("type") != "CD" else part == 0)}
+    kept_vdis = disks | {vbd["VDI"] for vbd in vbds.values()}
+    objects = []
+    for entry in source.ova["objects"]:
+        key, record = entry["id"], entry["snapshot"]
+        if entry["class"] == "VM" and key == source.vm_id:
+            record = _rewritten_vm(plan, part, name, list(vbds), is_drill)
+        elif entry["class"] == "VBD" and key in vbds:
+            record = vbds[key]
+        elif entry["class"] == "VDI" and key in kept_vdis and key in vdis:
+            record = dict(record, other_config=own_other_config(record["other_config"]), is_a_snapshot=False,
+                          snapshot_of=NULL_REF, snapshots=[], VBDs=[vbd for vbd in record["VBDs"] if vbd in vbds],
+                          virtual_size=str(sizes.get(key, record["virtual_size"])))
+        elif entry["class"] not in ("SR", "host") and (part or entry["class"] in OBJECTS_LEFT_OUT):
+            continue
+        elif entry["class"] in ("VM", "VBD", "VDI"):
+            continue
+        objects.append(dict(entry, snapshot=record))
+    text = ova_text({"version": source.ova["version"], "objects": objects})
+    wanted = {key for key in disks if _content_type(srs, vdis[key]) != "iso"}
+    if parse_ova(text)["objects"] != objects or set(exported_disks(parse_ova(text))) != wanted:
+        raise VerificationError("the rewritten ova.xml of %s does not say what it should; nothing was created" % name)
+    return text
+
+
+OBJECTS_LEFT_OUT = ("VIF", "network")
+
+
+def new_uuid() -> str:
+    """A random uuid (RFC 4122, version 4)."""
+    token = secrets.token_hex(16)
+    return "-".join((token[:8], token[8:12], "4" + token[13:16], "a" + token[17:20], token[20:]))
+
+
+def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str], is_drill: bool) -> Dict[str, Any]:
+    """The VM's record of that part: halted, under its provisional name, no template, and nothing that acts by itself."""
+    source = plan.source
+    record = dict(source.record)
+    original = source.original or record
+    record.update({field: original[field] for field in ORIGINAL_FIELDS if field in original})
+    record["other_config"] = own_other_config(record["other_config"])
+    is_suspended = record.get("power_state") == "Suspended" and any(disk.device == "memory" for disk in source.disks) \
+        and source.file_format == "xva"
+    if not is_suspended:
+        record.update(power_state="Halted", suspend_VDI=NULL_REF)
+    record.update(name_label=name, is_a_template=False, is_a_snapshot=False, snapshot_of=NULL_REF, snapshots=[],
+                  snapshot_info={}, parent=NULL_REF, VIFs=[], VBDs=list(vbds), ha_always_run=False,
+                  blocked_operations={}, current_operations={}, allowed_operations=[], resident_on=NULL_REF,
+                  uuid=plan.uuid or record["uuid"])
+    if "children" in record:
+        record["children"] = []
+    if plan.new_mac_seed or part or is_drill:
+        record["other_config"].pop("mac_seed", None)
+        if plan.uuid:
+            record["other_config"]["mac_seed"] = new_uuid()
+    if part or is_drill:
+        record.update(tags=[], ha_restart_priority="")
+        record["other_config"].pop("auto_poweron", None)
+    if part:
+        record["guest_metrics"] = NULL_REF
+    return record
+
+
+# --- feeding imports ------------------------------------------------------------------------------
+
+
+class PartPipe:
+    """The stdin of one part's import; the import starts when the first byte comes."""
+
+    def __init__(self, start: Callable[[], int]) -> None:
+        self._start = start
+        self._fd = None                    # type: Optional[int]
+        self._is_over = False
+
+    def write(self, view: Any) -> None:
+        """The bytes are with the import; BrokenPipeError if it has ended."""
+        if self._fd is None:
+            self._fd = self._start()
+            widen_pipe(self._fd)
+        _write_all(self._fd, memoryview(view))
+
+    def close(self) -> None:
+        """No more is coming."""
+        if self._fd is not None and not self._is_over:
+            self._is_over = True
+            os.close(self._fd)
+
+
+class ArchiveFeed(StreamCheck):
+    """Feeds an archive to its parts' imports: each gets an ova.xml of its own and the members of its disks, as they are."""
+
+    image = "the archive"
+    name = "import"
+
+    def __init__(self, pipes: Sequence[PartPipe], ovas: Sequence[bytes], parts: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        self._pipes, self._ovas = pipes, ovas
+        self._part_of = {disk: number for number, part in enumerate(parts) for disk in part}
+        self._part = 0
+
+    def _parse(self) -> Reading:
+        member = parse_tar_header((yield from self._take(SECTOR_BYTES, "the header of ova.xml")), 0)
+        yield from self._pass(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, "ova.xml")
+        self._pipes[0].write(tar_member("ova.xml", self._ovas[0]))
+        header = yield from self._take(SECTOR_BYTES, "the header of a block")
+        while any(header):
+            member = parse_tar_header(header, self.offset - SECTOR_BYTES)
+            write = self._writer(member.name.partition("/")[0])
+            write(header)
+            yield from self._pass(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, member.name, write)
+            header = yield from self._take(SECTOR_BYTES, "the header of a block")
+        self._pipes[self._part].write(XVA_END)
+        piece = yield MEBIBYTE
+        while len(piece):                  # what may stand here is the check's to judge
+            piece = yield MEBIBYTE
+
+    def _writer(self, disk: str) -> Callable[[Any], Any]:
+        """What takes the members of that disk; a disk of no part (a snapshot's) goes nowhere."""
+        part = self._part_of.get(disk)
+        if part is None:
+            return lambda piece: None
+        if part != self._part:
+            self._pipes[self._part].write(XVA_END)
+            self._pipes[self._part].close()
+            self._part = part
+            self._pipes[part].write(tar_member("ova.xml", self._ovas[part]))
+        return self._pipes[part].write
+
+    def finish(self) -> None:
+        super().finish()
+        self.close()
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+
+
+class WholeArchiveFeed(ArchiveFeed):
+    """The same for an archive of one part, all of whose disks are wanted: behind ova.xml, buffers pass as they come."""
+
+    def _parse(self) -> Reading:
+        member = parse_tar_header((yield from self._take(SECTOR_BYTES, "the header of ova.xml")), 0)
+        yield from self._pass(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, "ova.xml")
+        self._pipes[0].write(tar_member("ova.xml", self._ovas[0]))
+        piece = yield BUFFER_BYTES
+        while len(piece):
+            self._pipes[0].write(piece)
+            piece = yield BUFFER_BYTES
+
+
+class ImageFeed(MebibyteSink):
+    """The sink of an image's check that makes an archive of its one disk, for the import.
+
+    A block for each MiB with SHA-1, which all versions of the importer know; MiBs of zeros
+    are left out but for the first and the last (stream_vdi.ml@v26.17.0).
+    """
+
+    def __init__(self, pipe: PartPipe, ova: bytes, disk: SourceDisk) -> None:
+        super().__init__()
+        self._pipe, self._ova, self._id, self._size = pipe, ova, disk.id, disk.virtual_size
+        self._last = max(0, -(-disk.virtual_size // MEBIBYTE) - 1)
+        self._next = -1                    # the number that comes next; -1 before ova.xml
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        """That block is in the archive."""
+        if self._next < 0:
+            self._pipe.write(tar_member("ova.xml", self._ova))
+            self._next = 0
+        if number > self._last:
+            raise VerificationError("the image has data behind the end of the disk, in its MiB {}".format(number))
+        if number and not self._next:
+            self._write(0, memoryview(ZERO_MEBIBYTE))
+        self._write(number, content)
+
+    def _write(self, number: int, content: memoryview) -> None:
+        content = content[:self._size - number * MEBIBYTE]
+        name = "%s/%08d" % (self._id, number)
+        self._pipe.write(tar_header(name, len(content)))
+        self._pipe.write(content)
+        self._pipe.write(bytes(-len(content) % SECTOR_BYTES)
+                         + tar_member(name + ".checksum", hashlib.sha1(content).hexdigest().encode("ascii")))
+        self._next = number + 1
+
+    def finish(self) -> None:
+        """The archive is complete: call it when the image has ended well."""
+        super().finish()
+        if self._next <= self._last:
+            self.mebibyte(self._id, self._last, memoryview(ZERO_MEBIBYTE))
+        self._pipe.write(XVA_END)
+        self._pipe.close()
+
+    def close(self) -> None:
+        """No more is coming."""
+        self._pipe.close()
+
+
+class RawFeed(MebibyteSink):
+    """The sink of an image's check that gives a disk's whole contents, zeros too, to `xe vdi-import format=raw`."""
+
+    def __init__(self, pipe: PartPipe, virtual_size: int) -> None:
+        super().__init__()
+        self._pipe, self._size, self._next = pipe, virtual_size, 0
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        """All up to that MiB is with xe."""
+        for _ in range(self._next, number):
+            self._pipe.write(ZERO_MEBIBYTE)
+        self._pipe.write(content[:max(0, self._size - number * MEBIBYTE)])
+        self._next = number + 1
+
+    def finish(self) -> None:
+        """All is with xe: call it when the image has ended well."""
+        super().finish()
+        while self._next * MEBIBYTE < self._size:
+            self._pipe.write(ZERO_MEBIBYTE[:self._size - self._next * MEBIBYTE])
+            self._next += 1
+        self._pipe.close()
+
+    def close(self) -> None:
+        """No more is coming."""
+        self._pipe.close()
+
+
+NEW_HVM_FIELDS = {
+    "user_version": "1", "is_a_template": False, "affinity": NULL_REF, "memory_static_min": "16777216", "VCPUs_params": {},
+    "actions_after_shutdown": "destroy", "actions_after_reboot": "restart", "actions_after_crash": "restart",
+    "PV_bootloader": "", "PV_kernel": "", "PV_ramdisk": "", "PV_args": "", "PV_bootloader_args": "", "PV_legacy_args": "",
+    "HVM_boot_policy": "BIOS order", "HVM_boot_params": {"order": "cdn"}, "PCI_bus": "", "recommendations": "",
+    "platform": {"acpi": "1", "apic": "true", "pae": "true", "nx": "true", "viridian": "true", "device-model":
+                 "qemu-upstream-compat", "videoram": "8"}}
+
+
+# --- doing it ----------------------------------------------------------------------------------------
+
+
+class ImportedVm(NamedTuple):
+    """A VM that was imported and proven. `vdis`: the ref of each disk by its id in ova.xml."""
+    entry: OpenEntry
+    ref: str
+    uuid: str
+    vdis: Dict[str, str]
+    problem: str                  # with force=yes: what is wrong with the copy
+
+
+class ImportWatch(Watch):
+    """The watch over an import: the tasks are ours, and their progress is a sign of life."""
+
+    def __init__(self, doing: str, size_bytes: int, tasks: Sequence[str], pool: Pool, configuration: Configuration,
+                 log: Log, signals: Signals) -> None:
+        super().__init__(doing, tasks[0] if tasks else None, (), size_bytes, pool, configuration, log, signals)
+        self._own_tasks = tasks
+        self.size_bytes = size_bytes
+
+    def _tasks(self) -> List[str]:
+        """The refs of the import's tasks."""
+        return list(self._own_tasks)
+
+    def _give_up(self, waiting_for: str) -> None:
+        """Raises StreamStalled; what was made is removed by whoever opened the entry, who cancels the task first."""
+        raise StreamStalled("%s stalled: no sign of life for %s while waiting for the %s. It was given up." % (
+            self._doing, format_duration(self._stall_s), waiting_for))
+
+
+class Importer:
+    """Makes VMs of copies, journal first; everything is taken back unless the entry is closed."""
+
+    def __init__(self, pool: Pool, xe: XeProgram, configuration: Configuration, journal: RunJournal,
+                 snapshots: Snapshots, clock: Clock, log: Log, signals: Signals) -> None:
+        self._pool = pool
+        self._xe = xe
+        self._configuration = configuration
+        self._journal = journal
+        self._snapshots = snapshots
+        self._clock = clock
+        self._log = log
+        self._signals = signals
+
+    @contextlib.contextmanager
+    def imported(self, plan: RestorePlan, inside: Directory, kind: str, force: bool = False,
+                 sink: Any = None) -> Iterator[ImportedVm]:
+        """The VM of the plan with its own disks only, proven, under a provisional name; removed on every way out unless
+        its entry was closed. `sink` is shown the disks' contents as they go in."""
+        token = secrets.token_hex(8)
+        pattern = DRILL_VM_NAME if kind == "drill" else NEW_VM_NAME
+        name = pattern % (plan.source.vm_name if kind == "drill" else plan.name, token)
+        names = [name] + ["%s part %d" % (name, part + 1) for part in range(1, len(plan.parts))]
+        entry = self._journal.open_entry(
+            kind=kind, token=token, vm_uuid=plan.source.vm_uuid, vm_name=plan.source.vm_name, names=names, tasks=[],
+            suspended=any(disk.device == "memory" for disk in plan.source.disks), called_at=format_utc(self._clock.utc()))
+        try:
+            if plan.source.has_only_cfg_files:
+                problem = self._create(entry, plan, inside, sink)
+            else:
+                problem = self._import(entry, plan, inside, force, sink)
+            yield self._take_stock(entry, plan, problem)
+        finally:
+            if entry.is_open:
+                self._snapshots.remove(entry)
+
+    def _import(self, entry: OpenEntry, plan: RestorePlan, inside: Directory, force: bool, sink: Any) -> str:
+        """The data are in the pool; "" or, with force, what is wrong with them. Raises what went wrong first."""
+        doing = "the import of %s" % entry.title
+        ovas = [rewritten_ova(plan, part, name, entry.facts["kind"] == "drill")
+                for part, name in enumerate(entry.facts["names"])]
+        tasks = []                         # type: List[str]
+        for name in entry.facts["names"]:
+            tasks.append(self._pool.call("making the task of " + doing, "task.create", name, "VmBackup " + VERSION))
+            entry.note(tasks=list(tasks))
+        uuids = [self._pool.ask(doing, "task.get_uuid", ref) for ref in tasks]
+        size = inside.status(plan.source.copy.image).st_size
+        watch = ImportWatch(doing, size, tasks, self._pool, self._configuration, self._log, self._signals)
+        try:
+            with contextlib.ExitStack() as stack:
+                imports = _Imports(self._xe, stack, [self._command(plan, part, uuids[part], force)
+                                                     for part in range(len(ovas))])
+                self._stream(doing, plan, inside, imports, ovas, watch, sink, force)
+                self._await_imports(doing, imports, watch, tasks)
+        except (VerificationError, ProgramError) as error:
+            if not force:
+                raise
+            self._log.warning("%s: %s It is kept, as force=yes asks for." % (entry.title, error))
+            return str(error)
+        return ""
+
+    def _create(self, entry: OpenEntry, plan: RestorePlan, inside: Directory, sink: Any) -> str:
+        """The VM of a copy that has cfg files only is made by API and its disk filled; the marks are in the calls."""
+        doing = "the rebuilding of %s" % entry.title
+        disk, key = plan.source.disks[0], KEY_PREFIX + entry.facts["token"]
+        record = plan.source.record
+        vdi = ova_objects(plan.source.ova, "VDI")[disk.id]
+        vbd = next(one for one in ova_objects(plan.source.ova, "VBD").values() if one["VDI"] == disk.id)
+        machine = self._pool.call(doing, "VM.create", dict(
+            NEW_HVM_FIELDS, name_label=entry.facts["names"][0], name_description=record["name_description"],
+            memory_static_max=record["memory_dynamic_max"], memory_dynamic_max=record["memory_dynamic_max"],
+            memory_dynamic_min=record["memory_dynamic_max"], VCPUs_max=record["VCPUs_max"],
+            VCPUs_at_startup=record["VCPUs_at_startup"], other_config={key: ""}))
+        entry.note(uuids=[self._pool.ask(doing, "VM.get_uuid", machine)])
+        new_disk = self._pool.call(doing, "VDI.create", {
+            "SR": plan.disks[0].sr.ref, "virtual_size": str(disk.virtual_size), "type": vdi["type"], "sharable": False,
+            "read_only": False, "other_config": {key: ""}, "name_label": vdi["name_label"],
+            "name_description": vdi["name_description"]})
+        uuid = self._pool.ask(doing, "VDI.get_uuid", new_disk)
+        entry.note(disks=[uuid])
+        self._pool.call(doing, "VBD.create", vbd_fields(dict(vbd, VDI=new_disk), machine))
+        watch = ImportWatch(doing, inside.status(plan.source.copy.image).st_size, (), self._pool, self._configuration,
+                            self._log, self._signals)
+        with contextlib.ExitStack() as stack:
+            imports = _Imports(self._xe, stack, [("vdi-import", "uuid=" + uuid, "filename=/dev/stdin", "format=raw")])
+            feed = RawFeed(PartPipe(lambda: imports.start(0)),
+                           int(self._pool.ask(doing, "VDI.get_virtual_size", new_disk)))
+            self._feed(doing, plan.source, inside, imports, Sinks(feed, sink) if sink else feed, watch)
+            self._await_imports(doing, imports, watch, ())
+        self._pool.ask(doing, "VDI.remove_from_other_config", new_disk, key)
+        return ""
+
+    def _feed(self, doing: str, source: Source, inside: Directory, imports: "_Imports", sink: Any, watch: ImportWatch,
+              more: Sequence[Any] = (), check_it: bool = True) -> None:
+        """The image went through; what xe said goes before what followed from it."""
+        try:
+            stream_image(source, inside, sink, more, watch, check_it)
+        except VerificationError as error:
+            imports.raise_failure(doing)
+            raise VerificationError("%s: the copy is damaged: %s. %s" % (doing, str(error).rstrip("."), VERIFY_ADVICE))
+        except BrokenPipeError:
+            imports.raise_failure(doing)
+            raise ProgramError("%s: xe closed its input and said nothing." % doing)
+
+    @staticmethod
+    def _command(plan: RestorePlan, part: int, task_uuid: str, force: bool) -> Tuple[str, ...]:
+        """The xe command of that part."""
+        words = ("vm-import", "filename=/dev/stdin", "sr-uuid=" + plan.sr_of(part).uuid, "task-uuid=" + task_uuid)
+        words += ("preserve=true",) if plan.uuid and not part else ()
+        return words + (("force=true",) if force else ())
+
+    def _stream(self, doing: str, plan: RestorePlan, inside: Directory, imports: "_Imports", ovas: Sequence[bytes],
+                watch: ImportWatch, sink: Any, force: bool) -> None:
+        """The image went into the imports, and was what it should be. One pass: digests, structure, blocks, import."""
+        source = plan.source
+        pipes = [PartPipe(lambda number=number: imports.start(number)) for number in range(len(ovas))]
+        if source.file_format != "xva":
+            feed = ImageFeed(pipes[0], ovas[0], source.disks[0])
+            self._feed(doing, source, inside, imports, Sinks(feed, sink) if sink else feed, watch)
+            return
+        whole = len(ovas) == 1 and set(exported_disks(source.ova)) == set(plan.parts[0])
+        feed_class = WholeArchiveFeed if whole else ArchiveFeed
+        self._feed(doing, source, inside, imports, sink, watch, [feed_class(pipes, ovas, plan.parts)], not force)
+
+    def _await_imports(self, doing: str, imports: "_Imports", watch: ImportWatch, tasks: Sequence[str]) -> None:
+        """All imports have ended well. An xe that lost its connection proves nothing: then the task tells."""
+        began_s = self._clock.monotonic()
+        for number, program in enumerate(imports.programs):
+            while program.wait(TICK_S) is None:
+                watch(Progress(watch.size_bytes, self._clock.monotonic() - began_s, "server"))
+            problem = xe_problem(program.wait(0), program.said)
+            if problem and not (tasks and self._has_succeeded(tasks[number])):
+                raise ProgramError("%s failed: %s." % (doing, problem.rstrip(".")))
+
+    def _has_succeeded(self, task: str) -> bool:
+        """Does the pool say that the import of that task is done?"""
+        try:
+            return self._pool.ask("asking what became of an import", "task.get_status", task) == "success"
+        except ApiFailure as failure:
+            if is_gone(failure, "task"):
+                return False
+            raise
+
+    def _take_stock(self, entry: OpenEntry, plan: RestorePlan, problem: str) -> ImportedVm:
+        """What was imported is journalled, whole, and the disks of further parts hang on the VM itself."""
+        doing = "reading what was imported of " + entry.title
+        found = {}                         # type: Dict[str, str]
+        for name in entry.facts["names"]:
+            refs = self._pool.ask(doing, "VM.get_by_name_label", name)
+            if len(refs) == 1:
+                found[name] = refs[0]
+        missing = [name for name in entry.facts["names"] if name not in found]
+        if missing:
+            raise BackupError("%s: xe reported no failure, but there is no VM named %s.%s" % (
+                entry.title, missing[0], " " + problem if problem else ""))
+        machines = [self._pool.ask(doing, "VM.get_record", found[name]) for name in entry.facts["names"]]
+        vbds = [{vbd["userdevice"]: vbd for vbd in self._pool.ask(doing, "VBD.get_all_records_where",
+                                                                  'field "VM" = "%s"' % found[name]).values()
+                 if vbd["type"] != "CD"} for name in entry.facts["names"]]
+        disks = [vbd["VDI"] for part in vbds for vbd in part.values() if vbd["VDI"] != NULL_REF]
+        disks += [machine["suspend_VDI"] for machine in machines if machine["suspend_VDI"] != NULL_REF]
+        records = {ref: self._pool.ask(doing, "VDI.get_record", ref) for ref in disks}
+        entry.note(uuids=[machine["uuid"] for machine in machines],
+                   disks=sorted(record["uuid"] for record in records.values()))
+        vdis = {}
+        for part, ids in enumerate(plan.parts):
+            for disk in plan.source.disks:
+                if disk.id in ids and disk.userdevice in vbds[part]:
+                    vdis[disk.id] = vbds[part][disk.userdevice]["VDI"]
+        self._check_disks(entry, plan, vdis, records)
+        main = found[entry.facts["names"][0]]
+        self._join_parts(entry, main, [found[name] for name in entry.facts["names"][1:]], vbds[1:])
+        return ImportedVm(entry, main, machines[0]["uuid"], vdis, problem)
+
+    @staticmethod
+    def _check_disks(entry: OpenEntry, plan: RestorePlan, vdis: Dict[str, str], records: Dict[str, Any]) -> None:
+        """Raises VerificationError unless every disk of the plan was made, in its size and on its SR."""
+        for planned in plan.disks:
+            if planned.disk.device == "memory":
+                continue
+            record = records.get(vdis.get(planned.disk.id, ""))
+            if record is None:
+                raise VerificationError("%s: the pool made no disk %s." % (entry.title, planned.disk.title))
+            if int(record["virtual_size"]) < planned.disk.virtual_size or record["SR"] != planned.sr.ref:
+                raise VerificationError("%s: the pool made disk %s with %s bytes, or not on SR %s." % (
+                    entry.title, planned.disk.title, record["virtual_size"], planned.sr.title))
+
+    def _join_parts(self, entry: OpenEntry, main: str, helpers: Sequence[str],
+                    vbds: Sequence[Dict[str, Dict[str, Any]]]) -> None:
+        """The disks of the helpers hang on the VM itself, and the helpers are gone, their disks left."""
+        doing = "putting together the disks of " + entry.title
+        for helper, part in zip(helpers, vbds):
+            for vbd in part.values():
+                self._pool.call(doing, "VBD.create", vbd_fields(vbd, main))
+            self._pool.call(doing, "VM.destroy", helper)
+
+    # --- from an imported VM to the person's own -------------------------------------------------------
+
+    def finish(self, plan: RestorePlan, imported: ImportedVm) -> None:
+        """VIFs, existing disks, then the entry is closed, and only then name and start: dying in between leaves a whole
+        VM with a provisional name, never a deleted one."""
+        doing = "finishing %s" % imported.entry.title
+        for interface in plan.interfaces:
+            self._pool.call(doing, "VIF.create", vif_fields(interface, imported.ref))
+        vbds = ova_objects(plan.source.ova, "VBD")
+        for existing in plan.existing:
+            if existing.vdi_ref:
+                vbd = next(vbd for vbd in vbds.values() if vbd.get("VDI") == existing.disk.id)
+                fields = vbd_fields(dict(vbd, VDI=existing.vdi_ref), imported.ref)
+                fields["other_config"] = {key: value for key, value in fields["other_config"].items() if key != "owner"}
+                self._pool.call(doing, "VBD.create", fields)
+        self._signals.check()
+        with self._signals.shielded():
+            imported.entry.close("restored")
+            self._give_back(plan, imported, doing)
+
+    def _give_back(self, plan: RestorePlan, imported: ImportedVm, doing: str) -> None:
+        """The VM has its own other_config, blocked operations and name."""
+        ask = self._pool.ask
+        ask(doing, "VM.remove_from_other_config", imported.ref, "import_task")
+        ask(doing, "VM.remove_from_other_config", imported.ref, KEY_PREFIX + imported.entry.facts["token"])
+        name = plan.name + " (DAMAGED)" if imported.problem else plan.name
+        ask(doing, "VM.set_name_label", imported.ref, name)
+        blocked = plan.source.original.get("blocked_operations")
+        if blocked:
+            ask(doing, "VM.set_blocked_operations", imported.ref, blocked)
+        self._snapshots.forget_tasks(imported.entry, doing)
+
+
+class _Imports:
+    """The xe programs of a restore, each started when its first byte is there, all ended with the stack."""
+
+    def __init__(self, xe: XeProgram, stack: contextlib.ExitStack, commands: Sequence[Sequence[str]]) -> None:
+        self._xe, self._stack, self._commands = xe, stack, commands
+        self._lock = threading.Lock()
+        self._is_over = False
+        self.programs = []                 # type: List[Program]
+        stack.callback(self._end)
+
+    def start(self, number: int) -> int:
+        """xe runs; the descriptor to feed it with. Called in the thread of the consumer that feeds."""
+        with self._lock:
+            if self._is_over:
+                raise BrokenPipeError(errno.EPIPE, "the restore was given up")
+            program = self._xe.start(*self._commands[number], stdin=subprocess.PIPE)
+            self.programs.append(program)
+        fd = os.dup(program.stdin_fd)
+        program.close_stdin()
+        return fd
+
+    def raise_failure(self, doing: str) -> None:
+        """Raises ProgramError if one of them has ended badly: that is the reason for what followed."""
+        for program in self.programs:
+            status = program.wait(XE_REASON_S)
+            problem = xe_problem(status, program.said) if status is not None else None
+            if problem:
+                raise ProgramError("%s failed: %s." % (doing, problem.rstrip(".")))
+
+    def _end(self) -> None:
+        """None of them runs any more."""
+        with self._lock:
+            self._is_over = True
+        for program in self.programs:
+            program.__exit__()
+
+
+def stream_image(source: Source, inside: Directory, sink: Any, more: Sequence[Any], on_tick: Callable[[Progress], Any],
+                 check_it: bool = True) -> Any:
+    """The whole image passed through its check (whose sink is shown the disks' contents) and through `more`, and its
+    digests are those on record; the check. VerificationError if anything is not as it was at the export."""
+    plain, compression = Digest(), compression_of(source.copy.image)
+    stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
+    with contextlib.ExitStack() as stack:
+        check = image_check(source, inside, stack, sink)
+        consumers = [plain] + ([CheckedFeed(check, sink)] if check_it or sink else []) + list(more)
+        flows = decompressing_flows(stack, inside.open_file(source.copy.image), compression,
+                                    [] if stored is plain else [stored], consumers)
+        pump(flows, on_tick)
+    if source.manifest:
+        problem = digest_problem(source.copy, source.manifest["image"], stored, plain)
+        if problem:
+            raise VerificationError(problem)
+    return check
+
+
+VERIFY_ADVICE = ("Nothing of it stays in the pool. `verify` judges all copies; from=STAMP takes an older one, force=yes "
+                 "keeps what this one gives.")
+
+
+def image_check(source: Source, inside: Directory, stack: contextlib.ExitStack, sink: Any) -> Any:
+    """The check of that image; where the manifest has a digest of every block, they are compared too."""
+    image = source.manifest.get("image", {})
+    if not source.manifest:
+        return old_image_check(source.copy, inside, "auto", sink)
+    if source.copy.image != image["name"] and image.get("compression") != "none":
+        raise VerificationError("%s was compressed a second time: decompress it once" % source.copy.image)
+    comparer = None
+    if inside.status(BLOCKS) is not None:
+        comparer = BlockComparer(stack.enter_context(open(inside.open_file(BLOCKS), "rb")))
+    return new_image_check(source.manifest, comparer, "auto", sink)
+
+
+def vbd_fields(vbd: Dict[str, Any], machine: str) -> Dict[str, Any]:
+    """The argument of VBD.create for a disk like that one on that VM."""
+    fields = {field: vbd[field] for field in ("VDI", "userdevice", "bootable", "mode", "type", "empty", "unpluggable",
+                                              "qos_algorithm_type", "qos_algorithm_params") if field in vbd}
+    return dict(fields, VM=machine, other_config=own_other_config(vbd["other_config"]))
+
+
+def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
+    """The argument of VIF.create for that interface of that VM."""
+    vif = interface.fields
+    fields = {field: vif[field] for field in ("MTU", "qos_algorithm_type", "qos_algorithm_params", "locking_mode",
+                                              "ipv4_allowed", "ipv6_allowed") if field in vif}
+    return dict(fields, device=interface.device, network=interface.network_ref, VM=machine, MAC=interface.mac,
+                other_config=own_other_config(vif["other_config"]))
+
+
+# =============================================================================
+# 18. Extract
+# =============================================================================
+# One disk of a copy as a sparse raw image, on any machine: no pool, no xe, no
+# XenAPI. The whole image is proven while it is read; the file gets its name last.
+
+
+class SparseImage(MebibyteSink):
+    """The sink that writes one disk into a file, leaving out MiBs of zeros; the descriptor stays the caller's."""
+
+    def __init__(self, fd: int, disk: str) -> None:
+        super().__init__()
+        self._fd, self._wanted = fd, disk
+        self.written_bytes = 0
+
+    def at(self, disk: str, offset: int) -> Callable[[memoryview], None]:
+        """What takes the pieces from that offset on; those of other disks are only checked."""
+        return super().at(disk, offset) if disk == self._wanted else lambda view: None
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        """That MiB is in the file."""
+        at = number * MEBIBYTE
+        while len(content):
+            count = os.pwrite(self._fd, content, at)
+            self.written_bytes += count
+            at, content = at + count, content[count:]
+
+
+def wanted_disk(source: Source, word: str) -> SourceDisk:
+    """The disk of the image that `disk=` means: a device, a userdevice, a uuid or a name; the only one if it is empty."""
+    found = [disk for disk in source.disks if word in (disk.device, disk.userdevice, disk.vdi_uuid)] or \
+        [disk for disk in source.disks if word == disk.name]
+    if not word:
+        found = list(source.disks)
+    if len(found) == 1:
+        return found[0]
+    lacking = [disk.title for disk in source.lacking if word in (disk.device, disk.userdevice, disk.vdi_uuid, disk.name)]
+    raise UsageError("%s: %s. This copy holds %s%s." % (
+        source.title, "disk %s is not in it" % lacking[0] if lacking else
+        "it holds no disk %s" % one_line(word) if word and not found else "say which disk with disk=",
+        ", ".join(disk.title for disk in source.disks) or "no disk",
+        "; the VM had also " + ", ".join(disk.title for disk in source.lacking) if source.lacking else ""))
+
+
+def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str,
+                 on_tick: Callable[[Progress], Any]) -> Tuple[int, Any]:
+    """The disk is a sparse raw image at that path; the bytes written and the check. Nothing stands there otherwise."""
+    with NewFile(path) as file:
+        sink = SparseImage(file.fd, "image" if source.file_format != "xva" else disk.id)
+        check = stream_image(source, inside, sink, [], on_tick)
+        os.ftruncate(file.fd, disk.virtual_size)
+        file.complete()
+    return sink.written_bytes, check
+
+
+# =============================================================================
+# 19. Drill
+# =============================================================================
+# Proves that a copy comes back: it is imported under a name of its own with no
+# network, its disks are read back and compared with what the image held when its
+# digests matched, it is booted if asked, and everything is removed again.
+
+VHD_SR_TYPES = ("ext", "nfs", "smb", "lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")     # VHD there leaves out what is empty
+VHD_EXPORT_LIMIT_BYTES = VHD_LARGEST_BYTES
+BOOT_POLL_S = 2
+
+
+class DrillOutcome(NamedTuple):
+    """What a drill found of a copy: `error` None if it came back whole. Sizes in bytes."""
+    copy: Copy
+    error: Optional[str]
+    said: str
+    size_bytes: int
+    seconds: float
+
+
+class Drill:
+    """Imports copies for a while and looks at them."""
+
+    def __init__(self, importer: Importer, exporter: Exporter, pool: Pool, clock: Clock, log: Log, signals: Signals) -> None:
+        self._importer = importer
+        self._exporter = exporter
+        self._pool = pool
+        self._clock = clock
+        self._log = log
+        self._signals = signals
+
+    def run(self, plan: RestorePlan, inside: Directory, boot_s: float) -> str:
+        """What was proven, in words; raises what went wrong. Nothing of it is left in the pool, or a finding says so."""
+        expected = ContentDigests()
+        with self._importer.imported(plan, inside, "drill", sink=expected) as imported:
+            for planned in plan.disks:
+                self._compare(plan, imported, planned, expected)
+            if boot_s:
+                return "restored, compared and booted: " + self._boot(imported, boot_s)
+        return "restored and compared"
+
+    def _compare(self, plan: RestorePlan, imported: ImportedVm, planned: PlannedDisk, expected: ContentDigests) -> None:
+        """Raises VerificationError unless the disk in the pool holds what the image held."""
+        if planned.disk.id not in imported.vdis:         # the memory of a suspended VM
+            return
+        doing = "reading back disk %s of %s" % (planned.disk.device, imported.entry.title)
+        record = self._pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
+        size = int(record["virtual_size"])
+        is_sparse = planned.sr.type in VHD_SR_TYPES and size <= VHD_EXPORT_LIMIT_BYTES
+        found = ContentDigests()
+        self._log.info("%s, %s." % (doing, format_size(size)))
+        self._exporter.disk_contents(doing, record["uuid"], size, "vhd" if is_sparse else "raw", found)
+        name = "image" if plan.source.file_format != "xva" else planned.disk.id
+        difference = first_difference(expected.disks.get(name, array("Q")), found.disks.get("image", array("Q")))
+        if difference >= 0:
+            raise VerificationError("%s: disk %s came back different: its MiB %d on SR %s is not what the copy holds. The copy "
+                                    "itself matched its digests: look at the SR." % (
+                                        imported.entry.title, planned.disk.title, difference, planned.sr.title))
+
+    def _boot(self, imported: ImportedVm, boot_s: float) -> str:
+        """How it did; raises BackupError if it did not start or did not stay up."""
+        doing = "starting %s" % imported.entry.title
+        metrics = self._guest_metrics(imported.ref, doing)
+        self._pool.call(doing, "VM.start", imported.ref, False, False)
+        began_s = self._clock.monotonic()
+        while True:
+            record = self._pool.ask(doing, "VM.get_record", imported.ref)
+            after_s = self._clock.monotonic() - began_s
+            if record["power_state"] != "Running":
+                raise BackupError("%s: it started, and was %s after %s." % (
+                    imported.entry.title, record["power_state"].lower(), format_duration(after_s)))
+            now = self._guest_metrics(imported.ref, doing)
+            if now and now != metrics:
+                return "the guest's tools answered after %s" % format_duration(after_s)
+            if after_s >= boot_s:
+                return "running after %s, no guest tools seen" % format_duration(after_s)
+            self._signals.sleep(BOOT_POLL_S)
+
+    def _guest_metrics(self, ref: str, doing: str) -> str:
+        """What changes when the guest's tools report; "" if they never did."""
+        metrics = self._pool.ask(doing, "VM.get_guest_metrics", ref)
+        if metrics == NULL_REF:
+            return ""
+        try:
+            record = self._pool.ask(doing, "VM_guest_metrics.get_record", metrics)
+        except ApiFailure as failure:
+            if is_gone(failure, "VM_guest_metrics"):
+                return ""
+            raise
+        return "%s %s" % (metrics, record["last_updated"])
+
+
+def first_difference(expected: array, found: array) -> int:
+    """The number of the first MiB that differs, -1 if none does; what one of them does not reach to is zeros."""
+    for number in range(max(len(expected), len(found))):
+        if (expected[number] if number < len(expected) else 0) != (found[number] if number < len(found) else 0):
+            return number
+    return -1
+
+
+def longest_not_drilled(copies: Sequence[Copy], store: VerdictStore, number: int) -> List[Copy]:
+    """So many of the copies, those first whose VM was never drilled, or longest ago."""
+    def drilled_at(copy: Copy) -> str:
+        return store.recall(copy).get("drilled_at") or ""
+    return sorted(copies, key=drilled_at)[:number]
+
+
+def drill_subject(outcomes: Sequence[DrillOutcome], place: str) -> str:
+    """What matters of a drill, in one line."""
+    failed = [outcome.copy.vm_name for outcome in outcomes if outcome.error is not None]
+    if failed:
+        return "ERROR: drill: %d of %s did not come back: %s (%s)" % (
+            len(failed), counted(len(outcomes), "copy"), ", ".join(failed[:5]), place)
+    return "OK: drill: %s came back (%s)" % (counted(len(outcomes), "copy"), place)
+
+
+def drill_body(outcomes: Sequence[DrillOutcome], findings: Sequence[Finding]) -> str:
+    """The text of the mail about a drill."""
+    lines = ["* %s/%s: %s" % (outcome.copy.folder, outcome.copy.name, outcome.error or outcome.said)
+             for outcome in sorted(outcomes, key=lambda one: one.error is None)]
+    lines += ["* %s: %s" % (finding.subject, finding.sentence) for finding in findings]
+    return "\n".join(lines) + "\n"
+
+
+# =============================================================================
+# 20. Report
 # =============================================================================
 # Outcomes become words: status log, summary, exit status. Whether a run was a
 # success is decided by its outcomes, never by what was logged.
@@ -6703,16 +8477,17 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
 
 
 # =============================================================================
-# 18. Commands
+# 21. Commands
 # =============================================================================
 # One function per action: the only place that shows things, and reads config
 # and password files.
 
 
 class Parameter(NamedTuple):
-    """A NAME=VALUE that belongs to one action."""
+    """A NAME=VALUE that belongs to one action; `is_word`: its bare name will do."""
     name: str
     help: str
+    is_word: bool = False
 
 
 class Action(NamedTuple):
@@ -6735,6 +8510,31 @@ ACTIONS = (
         Parameter("block_digests", "yes: computes XXH64 in pure Python where there is no library (slow)."))),
     Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.", True, False, False, (
         Parameter("format", "text or json."),)),
+    Action("restore", "Brings a VM back from a copy, as a new VM; with the word preview it only shows what would be made.",
+           True, False, True, (
+               Parameter("from", "latest: the newest good copy (the default); a stamp; or the path of an image or of a copy's "
+                         "directory, for which no store is needed."),
+               Parameter("to", "The name of the new VM; without it, the VM's own, or NAME (restored DATE) if that is taken."),
+               Parameter("sr", "Puts all disks on this SR (name or uuid); without it, each goes where it came from."),
+               Parameter("network", "Puts all interfaces on this network (name or uuid); without it, each on the one of its "
+                         "network's name."),
+               Parameter("preserve", "yes: keeps the VM's uuid and MAC addresses; refused while they are in use."),
+               Parameter("attach_existing_disks", "yes: attaches those disks that the copy lacks, where they are in the pool "
+                         "and on no VM."),
+               Parameter("start", "yes: starts the VM when all is proven."),
+               Parameter("verify_first", "yes: reads the whole copy once before anything is made."),
+               Parameter("force", "yes: takes a copy that is not good, and keeps what a damaged one gave."))),
+    Action("extract", "Writes a disk of a copy into a sparse raw image; needs no pool, no password, no xe.", True, False, False, (
+        Parameter("disk", "Which disk: device (xvda), userdevice (0), uuid or name; needed if there are several."),
+        Parameter("to", "The file to write, which must not exist."),
+        Parameter("from", "latest (the default), a stamp, or a path, as with restore."),
+        Parameter("metadata", "Writes the VM's metadata (ova.xml) instead of a disk, to stdout unless to= is given.", True))),
+    Action("drill", "Imports copies for a while, compares their disks, and removes everything again. VM: a VM, or "
+           "newest-of-each.", True, False, True, (
+               Parameter("sample", "Takes so many VMs, those that were longest not drilled."),
+               Parameter("sr", "Puts all disks on this SR; without it, each goes where it came from."),
+               Parameter("boot", "yes: boots the VM, without network, and waits up to 5 minutes for its tools; or so many "
+                         "minutes."))),
     Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
     Action("prune", "Applies retention without a backup and without a pool; with the word preview it only shows.",
            True, False, True, ()),
@@ -6793,6 +8593,10 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     vm = parameters.pop("vm", "")
     if plain and action.takes_vm and not vm:
         vm = plain.pop(0)
+    for parameter in action.parameters:
+        if parameter.is_word and parameter.name in plain:
+            plain.remove(parameter.name)
+            parameters[parameter.name] = "yes"
     if plain:
         raise UsageError('"%s" is one word too many: %s takes %s.' % (
             one_line(plain[0]), action.name, "one VM" if action.takes_vm else "only NAME=VALUE words"))
@@ -6819,7 +8623,9 @@ def load_configuration(arguments: Arguments) -> Configuration:
         if not (equals and name in ("vm-export", "vdi-export")):
             name, value = "vm-export", arguments.target
         settings.insert(0, Setting(name, value.strip(), "command line"))
-    missing = [] if arguments.action.name == "test-mail" else missing_backup_dir(file_settings, settings)
+    # a copy that is named by its path needs no store
+    needs_none = arguments.action.name == "test-mail" or "/" in arguments.parameters.get("from", "")
+    missing = [] if needs_none else missing_backup_dir(file_settings, settings)
     try:
         configuration = parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
     except ConfigurationError as error:
@@ -7062,6 +8868,16 @@ def backup(context: Context) -> int:
             pool.close()
 
 
+def begin_journal(context: Context, catalog: Catalog, inventory: Inventory) -> RunJournal:
+    """The journal of this run, locked."""
+    now = context.clock.utc()
+    host = inventory.host.short_name
+    return catalog.begin_run("%s-%s-%d-%s" % (now.strftime("%Y%m%dT%H%M%SZ"), safe_name(host), os.getpid(),
+                                              secrets.token_hex(3)),
+                             {"pool": inventory.pool_uuid, "host": host, "pid": os.getpid(),
+                              "since": format_utc(now), "config": context.configuration.source})
+
+
 def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, catalog: Catalog,
                lock: LockFile) -> int:
     """The run and its report; raises Interrupted after both if a signal ended it."""
@@ -7074,11 +8890,7 @@ def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, c
         log.warning(warning)
     status_log = StatusLog(configuration.status_log, host, clock, log)
     status_log.open()
-    now = clock.utc()
-    journal = catalog.begin_run("%s-%s-%d-%s" % (now.strftime("%Y%m%dT%H%M%SZ"), safe_name(host), os.getpid(),
-                                                 secrets.token_hex(3)),
-                                {"pool": inventory.pool_uuid, "host": host, "pid": os.getpid(),
-                                 "since": format_utc(now), "config": configuration.source})
+    journal = begin_journal(context, catalog, inventory)
     status_log.begin("vmbackup.py")
     log.info("VmBackup %s: %s of %s in pool %s; %s." % (
         VERSION, counted(len(plan.jobs), "VM"), configuration.source,
@@ -7570,8 +9382,476 @@ def prune_one(context: Context, catalog: Catalog, stored: StoredVm, keep: int) -
             lock.release()
 
 
+# --- restore, extract and drill ---------------------------------------------------------------------
+
+BOOT_MINUTES = 5
+
+
+class Chosen(NamedTuple):
+    """A copy that was chosen, its open directory, and the store (None: the copy was named by its path)."""
+    copy: Copy
+    inside: Directory
+    catalog: Optional[Catalog]
+
+
+@contextlib.contextmanager
+def chosen_copy(context: Context, force: bool) -> Iterator[Chosen]:
+    """The copy that VM and from= mean, open. UsageError if they mean none or several, BackupError if it is not good."""
+    arguments = context.arguments
+    wanted = arguments.parameters.get("from", "latest")
+    if "/" in wanted:
+        copy, inside, catalog = copy_at_path(wanted), Directory.open_path(copy_directory(wanted)), None
+    elif not arguments.vm:
+        raise UsageError("%s of what? Name a VM, or a copy with from=PATH." % arguments.action.name)
+    else:
+        catalog = open_store(context)
+        copy = choose_copy(catalog, arguments.vm, wanted, context.log)
+        inside = catalog.root.child(copy.folder).child(copy.name)
+    with inside:
+        if copy.problem and not (force and copy.image):
+            raise BackupError("%s is not a good copy: %s. %s" % (
+                inside.shown, copy.problem, "force=yes takes it all the same." if copy.image else "Choose another with from=."))
+        yield Chosen(copy, inside, catalog)
+
+
+def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
+    """The copy of that VM that `wanted` (latest, or a stamp) means, of whichever kind."""
+    found = chosen_vms(catalog, vm)
+    if len({stored.uuid for stored in found}) > 1:
+        raise UsageError("%s stands for %d VMs in the store: name one. %s" % (
+            quote_name(vm), len({stored.uuid for stored in found}), "; ".join(sorted({
+                "vm=uuid:%s is %s in %s/" % (stored.uuid or "?", quote_name(stored.name), stored.folder)
+                for stored in found}))))
+    copies = in_order(copy for stored in found for copy in stored.copies)
+    if len({stored.folder for stored in found}) > 1:
+        copies.sort(key=lambda copy: copy.taken_at)
+    if wanted != "latest":
+        chosen = [copy for copy in copies if wanted in (copy.name, copy.name[len("backup-"):])]
+        if len(chosen) != 1:
+            raise UsageError("there is no copy %s of %s; there are: %s." % (
+                one_line(wanted), quote_name(vm), ", ".join(copy.name for copy in copies)))
+        return chosen[0]
+    for copy in reversed(copies):
+        if copy.is_good and copy.method is not None:
+            return copy
+        log.warning("%s/%s is passed over: %s." % (copy.folder, copy.name, copy.problem or "its kind can't be read"))
+    raise BackupError("there is no good copy of %s; `list` shows what there is, and from=STAMP with force=yes takes one all "
+                      "the same." % quote_name(vm))
+
+
+def copy_directory(path: str) -> str:
+    """The directory that holds the image that the path means."""
+    return path if os.path.isdir(fs_path(path)) else os.path.dirname(path.rstrip("/")) or "/"
+
+
+def copy_at_path(path: str) -> Copy:
+    """The copy at that path: a copy's directory, the image in one, or an image alone. UsageError if there is none."""
+    place, is_file = copy_directory(path), not os.path.isdir(fs_path(path))
+    try:
+        absolute = fs_text(os.path.realpath(fs_path(place)))
+        folder, name = os.path.basename(os.path.dirname(absolute)), os.path.basename(absolute)
+        with Directory.open_path(place) as inside, Directory.open_path(place + "/..") as parent:
+            parsed = parse_copy_name(name) or (datetime.fromtimestamp(int(os.fstat(inside.fd).st_mtime)), True)
+            copy = read_copy(parent, folder, name, *parsed)
+            is_copy = not copy.is_old or parse_copy_name(name) is not None
+            if not is_file or is_copy and copy.image == os.path.basename(path):
+                return copy
+            image = os.path.basename(path)
+            status = inside.status(image)
+            if status is None or not IMAGE_NAME.fullmatch(image):
+                raise UsageError("%s is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is or with .gz or .zst."
+                                 % path if status else "%s is not there." % path)
+            kind = Method.VM if re.search(r"\.xva(\.gz|\.zst)?$", image) else Method.VDI
+            return Copy(folder, name, datetime.fromtimestamp(int(status.st_mtime)), True, kind, _old_uuid(inside),
+                        re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image), 0, None, None, image, status.st_size, "")
+    except OSError as error:
+        raise UsageError("%s can't be read: %s." % (path, os_reason(error)))
+
+
+def opened_source(chosen: Chosen) -> Source:
+    """What the chosen copy holds; BackupError with what is wrong with it."""
+    try:
+        return read_source(chosen.inside, chosen.copy)
+    except (VerificationError, ValueError) as error:
+        raise BackupError("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
+    except OSError as error:
+        raise BackupError("%s can't be read: %s. Nothing was started." % (chosen.inside.shown, os_reason(error)))
+
+
+def reading_progress(context: Context, title: str, size_bytes: int) -> Callable[[Progress], None]:
+    """What is done once a second while an image is only read."""
+    began_at = context.clock.monotonic()
+
+    def on_tick(progress: Progress) -> None:
+        context.signals.check()
+        context.log.progress(progress_text(title, progress.bytes_read, size_bytes, context.clock.monotonic() - began_at))
+    return on_tick
+
+
+def restore_wishes(context: Context, chosen: Chosen) -> Wishes:
+    """What the command line of a restore asks for."""
+    given = context.arguments.parameters
+    return Wishes(given.get("to", ""), given.get("sr", ""), given.get("network", ""),
+                  parse_flag(context.arguments, "preserve"), parse_flag(context.arguments, "start"),
+                  parse_flag(context.arguments, "attach_existing_disks"), False,
+                  chosen.copy.taken_at.strftime("%Y-%m-%d"))
+
+
+def command_restore(context: Context) -> int:
+    """A VM is back as a new VM, proven, or nothing of it is left and the person knows why."""
+    force, verify_first = parse_flag(context.arguments, "force"), parse_flag(context.arguments, "verify_first")
+    with chosen_copy(context, force) as chosen:
+        wishes = restore_wishes(context, chosen)
+        source = opened_source(chosen)
+        find_xe(context.configuration)
+        pool = make_pool(context)
+        pool.connect()
+        try:
+            pool.changes_allowed = not context.arguments.preview
+            inventory = pool.inventory()
+            plan = plan_restore(source, read_pool_view(pool, inventory), wishes)
+            if context.arguments.preview:
+                context.log.show(plan_text(plan))
+                return ExitStatus.FAILED if plan.problems else ExitStatus.OK
+            if plan.problems:
+                raise BackupError("%s is not restored:\n%s\nNothing was started." % (
+                    quote_name(source.vm_name), "\n".join("* " + problem for problem in plan.problems)))
+            context.log.info(plan_text(plan))
+            if verify_first:
+                read_once(context, source, chosen.inside)
+            return restore(context, pool, inventory, plan, chosen, force)
+        finally:
+            with context.signals.shielded():
+                pool.close()
+
+
+def read_once(context: Context, source: Source, inside: Directory) -> None:
+    """The whole image was read and is what it should be; BackupError if not."""
+    title = "verifying " + source.title
+    context.log.info(title)
+    try:
+        stream_image(source, inside, None, [], reading_progress(context, title, source.copy.size_bytes))
+    except VerificationError as error:
+        raise BackupError("%s is damaged: %s. Nothing was started." % (source.title, str(error).rstrip(".")))
+
+
+@contextlib.contextmanager
+def making_run(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog) -> Iterator[Tuple[Importer, Snapshots]]:
+    """A journal is begun, what dead runs left is cleared, and in the end the journals are put away."""
+    journal = begin_journal(context, catalog, inventory)
+    configuration, clock, log, signals = context.configuration, context.clock, context.log, context.signals
+    snapshots = Snapshots(pool, journal, clock, log, signals, configuration.stall_timeout * MINUTE_S)
+    try:
+        with storage_errors("reading the journals of earlier runs"):
+            journals = catalog.dead_runs(journal, inventory.pool_uuid, clock.utc().timestamp())
+        snapshots.sweep(journals)
+        yield Importer(pool, make_xe(context, pool), configuration, journal, snapshots, clock, log, signals), snapshots
+    finally:
+        with signals.shielded():
+            for one in snapshots.inherited + [journal]:
+                try:
+                    one.finish()
+                except OSError as error:
+                    log.info("the journal %s could not be put away (%s); the next run does it." % (one.name, os_reason(error)))
+
+
+@contextlib.contextmanager
+def kept_from_pruning(context: Context, catalog: Catalog, copy: Copy) -> Iterator[None]:
+    """The lock of the copy's directory is ours, so that no retention removes the copy while it is read."""
+    lock = catalog.folder_lock(copy.folder)
+    give_up_at = context.clock.monotonic() + context.configuration.lock_wait * MINUTE_S
+    if not lock.take():
+        context.log.info("%s is in use by another run (%s); waiting." % (copy.folder, holder_text(lock.text())))
+        while not lock.take():
+            if context.clock.monotonic() > give_up_at:
+                raise BackupError("%s is in use by another run (%s). Nothing was started." % (
+                    copy.folder, holder_text(lock.text())))
+            context.signals.sleep(1)
+    try:
+        with storage_errors("locking %s" % copy.folder):
+            lock.write_text({"host": socket.gethostname(), "pid": os.getpid(), "since": format_utc(context.clock.utc())})
+        yield
+    finally:
+        lock.release()
+
+
+def journal_catalog(context: Context, chosen: Chosen) -> Catalog:
+    """The directory whose .vmbackup holds the journal: backup_dir, or where the copy itself lies."""
+    if chosen.catalog is not None:
+        candidates = [chosen.catalog.path]
+    else:
+        above = os.path.dirname(os.path.dirname(os.path.abspath(fs_path(chosen.inside.shown))))
+        candidates = [context.configuration.backup_dir, chosen.inside.shown]
+        if parse_copy_name(os.path.basename(chosen.inside.shown.rstrip("/"))):
+            candidates.insert(1, fs_text(above))
+    for path in candidates:
+        with contextlib.suppress(OSError):
+            catalog = Catalog(path)
+            if catalog.is_writable():
+                return catalog
+    raise UsageError("none of %s can be written to, and a journal of what is made in the pool has to be kept: name a "
+                     "directory for it with backup_dir=. Nothing was started." % ", ".join(candidates))
+
+
+def restore(context: Context, pool: Pool, inventory: Inventory, plan: RestorePlan, chosen: Chosen, force: bool) -> int:
+    """The plan was carried out; the exit status. Raises what went wrong, when nothing of it is left."""
+    catalog = journal_catalog(context, chosen)
+    began_s = context.clock.monotonic()
+    with contextlib.ExitStack() as stack:
+        if chosen.catalog is not None:
+            stack.enter_context(kept_from_pruning(context, catalog, chosen.copy))
+        importer, snapshots = stack.enter_context(making_run(context, pool, inventory, catalog))
+        context.log.info("%s: importing %s." % (quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes)))
+        with importer.imported(plan, chosen.inside, "restore", force) as imported:
+            importer.finish(plan, imported)
+        seconds = context.clock.monotonic() - began_s
+        context.log.info("%s: the import is proven: %s in %s." % (
+            quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes), format_duration(seconds)))
+        status = started_status(context, pool, plan, imported)
+        context.log.show(restored_text(pool, plan, imported, status))
+        if imported.problem:
+            return ExitStatus.WARNING
+        return status if status != ExitStatus.OK or not snapshots.findings else ExitStatus.WARNING
+
+
+def started_status(context: Context, pool: Pool, plan: RestorePlan, imported: ImportedVm) -> int:
+    """The VM was started if that was asked for; FAILED if it could not be."""
+    if not plan.start or imported.problem:
+        return ExitStatus.OK
+    try:
+        pool.call("starting %s" % quote_name(plan.name), "VM.start", imported.ref, False, False)
+        return ExitStatus.OK
+    except BackupError as error:
+        context.log.error("%s The VM itself is whole; start it when that is settled." % error)
+        return ExitStatus.FAILED
+
+
+def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: int) -> str:
+    """What is there now, in lines for people."""
+    doing = "reading %s" % quote_name(plan.name)
+    record = pool.ask(doing, "VM.get_record", imported.ref)
+    machine = pool.machine(imported.ref, doing, record)
+    lines = ["%s is back as VM %s, uuid %s, %s." % (quote_name(plan.source.vm_name), quote_name(record["name_label"]),
+                                                    record["uuid"], record["power_state"].lower())]
+    if imported.problem:
+        lines.append("  IT IS DAMAGED: " + imported.problem)
+    srs = {planned.sr.uuid: planned.sr.name for planned in plan.disks}
+    lines += ["  disk %s %s, %s, uuid %s, on SR %s" % (
+        disk.device, quote_name(disk.name), format_size(disk.virtual_size), disk.vdi_uuid,
+        quote_name(srs.get(disk.sr_uuid, disk.sr_uuid))) for disk in machine.disks]
+    lines += ["  interface %s on network %s, MAC %s" % (vif.device, quote_name(vif.network_name), vif.mac)
+              for vif in pool.interfaces(machine)]
+    lines += ["  not in this copy, and not attached: disk %s: %s" % (item.disk.title, item.reason)
+              for item in plan.existing if not item.vdi_ref]
+    if status == ExitStatus.OK and record["power_state"] == "Halted":
+        lines.append("  To start it: xe vm-start uuid=%s" % record["uuid"])
+    return "\n".join(lines)
+
+
+def command_extract(context: Context) -> int:
+    """A disk of a copy, or its metadata, is in a file."""
+    given = context.arguments.parameters
+    path = given.get("to", "")
+    if path and os.path.lexists(fs_path(path)):
+        raise UsageError("to=%s exists already and was left as it is." % path)
+    with chosen_copy(context, False) as chosen:
+        source = opened_source(chosen)
+        if "metadata" in given:
+            return extract_metadata(context, source, chosen.inside, path)
+        disk = wanted_disk(source, given.get("disk", ""))
+        if not path:
+            raise UsageError("say with to= which file to write.")
+        title = "extracting disk %s of %s" % (disk.device, source.title)
+        context.log.info(title)
+        try:
+            written, check = extract_disk(source, chosen.inside, disk, path,
+                                          reading_progress(context, title, source.copy.size_bytes))
+        except VerificationError as error:
+            raise BackupError("%s is damaged: %s. No file was left." % (source.title, str(error).rstrip(".")))
+        except OSError as error:
+            raise BackupError("%s to %s: %s. No file was left." % (title, path, os_reason(error)))
+    proven = "its digests match" if source.manifest else "the older program recorded no digests" + (
+        "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked else
+        "; the structure is whole")
+    context.log.show("%s: disk %s of %s (%s), %s, of which %s are not zeros; %s." % (
+        path, disk.title, quote_name(source.vm_name), source.copy.name, format_size(disk.virtual_size), format_size(written),
+        proven))
+    return ExitStatus.OK
+
+
+def extract_metadata(context: Context, source: Source, inside: Directory, path: str) -> int:
+    """The VM's ova.xml is in the file, or on stdout."""
+    text = inside.read(VM_METADATA) if inside.status(VM_METADATA) is not None else ova_text(source.ova)
+    if not path:
+        context.log.show(text.decode("utf-8", "replace"))
+        return ExitStatus.OK
+    try:
+        with NewFile(path) as file:
+            os.write(file.fd, text)
+            file.complete()
+    except OSError as error:
+        raise BackupError("to=%s can't be written: %s." % (path, os_reason(error)))
+    context.log.show("%s: the metadata of %s (%s)." % (path, quote_name(source.vm_name), source.copy.name))
+    return ExitStatus.OK
+
+
+def parse_boot(arguments: Arguments) -> float:
+    """How long a drill's VM is watched, in seconds; 0 if it is not booted."""
+    word = arguments.parameters.get("boot", "no").lower()
+    if word in FALSE_WORDS:
+        return 0
+    if word in TRUE_WORDS and word != "1":
+        return BOOT_MINUTES * MINUTE_S
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,2})?", word):
+        raise UsageError("boot=%s is neither yes nor no nor a number of minutes." % one_line(word))
+    return float(word) * MINUTE_S
+
+
+def drill_copies(context: Context, catalog: Catalog, store: VerdictStore) -> List[Copy]:
+    """The newest good copy of each VM that the drill is to try. UsageError if the command line does not say which."""
+    vm, sample = context.arguments.vm, context.arguments.parameters.get("sample")
+    if sample is not None and (vm or not re.fullmatch(r"[1-9][0-9]{0,5}", sample)):
+        raise UsageError("sample= takes a whole number from 1, and no VM beside it.")
+    if not vm and sample is None:
+        raise UsageError("drill needs a VM, or newest-of-each, or sample=N.")
+    if vm and vm != NEWEST_OF_EACH:
+        return [choose_copy(catalog, vm, "latest", context.log)]
+    newest = {}                            # type: Dict[str, Copy]
+    for stored in stored_vms(catalog):
+        good = [copy for copy in stored.copies if copy.is_good and copy.method is not None]
+        if not good:
+            continue
+        rival = newest.get(stored.uuid or stored.folder)
+        if rival is None or rival.taken_at < good[-1].taken_at:
+            newest[stored.uuid or stored.folder] = good[-1]
+    copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
+    return copies if sample is None else longest_not_drilled(copies, store, int(sample))
+
+
+NEWEST_OF_EACH = "newest-of-each"
+
+
+def command_drill(context: Context) -> int:
+    """The chosen copies were imported, compared and removed again; verdicts, report and exit status tell how it went."""
+    boot_s = parse_boot(context.arguments)
+    catalog = open_store(context)
+    store = VerdictStore(catalog)
+    copies = drill_copies(context, catalog, store)
+    if not copies:
+        raise BackupError("%s holds no good copy to drill." % catalog.path)
+    find_xe(context.configuration)
+    pool = make_pool(context)
+    pool.connect()
+    try:
+        inventory = pool.inventory()
+        if context.arguments.preview:
+            pool.changes_allowed = False
+            return preview_drill(context, pool, inventory, catalog, copies)
+        return run_drill(context, pool, inventory, catalog, copies, boot_s)
+    finally:
+        with context.signals.shielded():
+            pool.close()
+
+
+def drill_plan(context: Context, pool: Pool, inventory: Inventory, chosen: Chosen) -> RestorePlan:
+    """What a drill of that copy makes; BackupError if it can't be made."""
+    wishes = Wishes("", context.arguments.parameters.get("sr", ""), "", False, False, False, True, "")
+    plan = plan_restore(opened_source(chosen), read_pool_view(pool, inventory), wishes)
+    if plan.problems:
+        raise BackupError(" ".join(plan.problems))
+    return plan
+
+
+def preview_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog, copies: Sequence[Copy]) -> int:
+    """Shown: what a drill would try."""
+    status = ExitStatus.OK
+    for copy in copies:
+        with catalog.root.child(copy.folder).child(copy.name) as inside:
+            try:
+                plan = drill_plan(context, pool, inventory, Chosen(copy, inside, catalog))
+                text = ", ".join("disk %s on SR %s" % (item.disk.title, item.sr.title) for item in plan.disks) or "no disk"
+            except BackupError as error:
+                status, text = ExitStatus.FAILED, "can't be drilled: %s" % error
+        context.log.show("%s/%s: %s" % (copy.folder, copy.name, text))
+    return status
+
+
+def run_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog, copies: Sequence[Copy],
+              boot_s: float) -> int:
+    """The exit status of a drill, after its report."""
+    status_log = StatusLog(context.configuration.status_log, inventory.host.short_name, context.clock, context.log)
+    status_log.open()
+    status_log.begin("vmbackup.py")
+    outcomes, interrupted = [], None       # type: List[DrillOutcome], Optional[Interrupted]
+    with making_run(context, pool, inventory, catalog) as (importer, snapshots):
+        exporter = Exporter(pool, make_xe(context, pool), context.configuration, context.log, context.signals)
+        drill = Drill(importer, exporter, pool, context.clock, context.log, context.signals)
+        try:
+            for copy in copies:
+                context.signals.check()
+                status_log.begin("drill", copy.vm_name)
+                outcome = drill_one(context, pool, inventory, catalog, drill, copy, boot_s)
+                outcomes.append(outcome)
+                if outcome.error is None:
+                    status_log.success("drill", copy.vm_name, outcome.seconds, outcome.size_bytes)
+                else:
+                    status_log.end("drill", "DRILL-FAIL", copy.vm_name)
+        except Interrupted as stop:
+            interrupted = stop
+    with context.signals.shielded():
+        return report_drill(context, inventory, catalog, status_log, outcomes, snapshots.findings, interrupted)
+
+
+def drill_one(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog, drill: Drill, copy: Copy,
+              boot_s: float) -> DrillOutcome:
+    """What the drill of that copy found; its verdict is on record."""
+    began_s = context.clock.monotonic()
+    title = "%s/%s" % (copy.folder, copy.name)
+    try:
+        with kept_from_pruning(context, catalog, copy), catalog.root.child(copy.folder).child(copy.name) as inside:
+            context.log.info("%s: drill of %s." % (title, format_size(copy.size_bytes)))
+            said, error = drill.run(drill_plan(context, pool, inventory, Chosen(copy, inside, catalog)), inside, boot_s), None
+            context.log.info("%s: %s." % (title, said))
+    except BackupError as problem:
+        said, error = "NOT RESTORABLE", str(problem)
+        context.log.error("%s: %s" % (title, error))
+    try:
+        VerdictStore(catalog).record(copy, drilled_at=format_utc(context.clock.utc()), drill=said, drill_reason=error or "")
+    except (BackupError, OSError) as problem:
+        context.log.info("the verdict is not recorded: %s" % problem)
+    return DrillOutcome(copy, error, said, copy.size_bytes, context.clock.monotonic() - began_s)
+
+
+def report_drill(context: Context, inventory: Inventory, catalog: Catalog, status_log: StatusLog,
+                 outcomes: Sequence[DrillOutcome], findings: Sequence[Finding], interrupted: Optional[Interrupted]) -> int:
+    """The exit status, after status log, mail and summary."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    errors = len(failed) + (1 if interrupted else 0)
+    word = "ERROR" if errors else "WARNING" if findings else "SUCCESS"
+    status = 128 + interrupted.number if interrupted else int(
+        ExitStatus.FAILED if failed else ExitStatus.WARNING if findings else ExitStatus.OK)
+    place = "pool %s, %s" % (inventory.pool_title, inventory.host.short_name)
+    if not mail_drill(context, catalog, word, MailReport(drill_subject(outcomes, place), drill_body(outcomes, findings))) \
+            and status == ExitStatus.OK:
+        status = int(ExitStatus.WARNING)
+    status_log.end_run(word, len(outcomes) - len(failed), len(findings), errors)
+    context.log.info("drill %s: %d of %s came back%s." % (
+        word, len(outcomes) - len(failed), counted(len(outcomes), "copy"), ", stopped by a signal" if interrupted else ""))
+    return status
+
+
+def mail_drill(context: Context, catalog: Catalog, word: str, report: MailReport) -> bool:
+    """True unless a mail about the drill was wanted and could not be sent."""
+    configuration = context.configuration
+    if not configuration.mail_to or configuration.mail_when == "never":
+        return True
+    mailer = make_mailer(context, catalog)
+    return mailer.send(report) if mail_is_wanted(configuration, word) else mailer.send_kept()
+
+
 COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify, "list": command_list,
-            "prune": command_prune, "test-mail": command_test_mail}
+            "prune": command_prune, "test-mail": command_test_mail, "restore": command_restore,
+            "extract": command_extract, "drill": command_drill}
 
 
 # --- help --------------------------------------------------------------------------------------
@@ -7607,7 +9887,8 @@ def action_help_text(action: Action) -> str:
     """`VmBackup.py help ACTION`."""
     lines = ["VmBackup.py PASSWORD TARGET %s%s [NAME=VALUE ...]" % (action.name, " [VM]" if action.takes_vm else ""),
              "", action.help]
-    lines += ["  %s=  %s" % parameter for parameter in action.parameters]
+    lines += ["  %s%s  %s" % (parameter.name, "" if parameter.is_word else "=", parameter.help)
+              for parameter in action.parameters]
     return "\n".join(lines)
 
 
@@ -7633,7 +9914,7 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 
 
 # =============================================================================
-# 19. main
+# 22. main
 # =============================================================================
 # From argv to an exit status: help, arguments, config, the action, and one
 # place that turns errors into what people and cron are told.

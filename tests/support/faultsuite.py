@@ -464,8 +464,8 @@ class Aftermath:
 
     def holds_retention(self) -> List[str]:
         """After a run that did everything, no more copies are kept than asked for."""
-        if self.run.exit_status not in (0, 3):
-            return []
+        if self.run.exit_status not in (0, 3) or self.may_doubt():
+            return []                           # nothing is pruned on storage that misbehaves
         problems = []
         for name in DISKS:
             count = len([one for folder, one in self.copies if folder == name])

@@ -1,0 +1,164 @@
+"""The drill: a copy is imported for a while, compared, and nothing of it stays, whatever happens."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from support.deeds import backup
+from support.language import MEBIBYTE, at, disk, vm
+from support.recovery import drill, objects, serving, stopped_at
+from support.shelf import of_old_program
+
+ROOT = disk(size=10 * MEBIBYTE, used=[[0, 3], [8, 1]], seed=11)
+DATA = disk(size=6 * MEBIBYTE, used=[[1, 2]], seed=12)
+VIF = {'device': '0'}
+ZSTD = pytest.param(('vm-export=*', 'compress=zstd'), marks=pytest.mark.needs_zstd)
+
+
+def backed_up(pool: Any, shelf: Any, *lines: str) -> None:
+    run = backup(pool, shelf, *(lines or ('vm-export=*',)))
+    assert run.exit_status == 0, run
+
+
+def listed(pool: Any, shelf: Any) -> str:
+    return backup(pool, shelf, 'vm-export=*', words=['list']).output
+
+
+def is_as_before(pool: Any, before: Any) -> bool:
+    after = objects(pool)
+    return all(after[kind] == before[kind] for kind in ('VM', 'VDI', 'VBD', 'VIF', 'network', 'task', 'session'))
+
+
+@pytest.mark.parametrize('lines', [('vm-export=*',), ('vm-export=*', 'compress=gzip'), ZSTD, ('vdi-export=*',),
+                                   ('vdi-export=*', 'vdi_export_format=vhd', 'compress=gzip')])
+def test_a_good_copy_comes_back_and_goes_again(a_pool: Any, a_shelf: Any, lines: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA], vifs=[VIF], power_state='Running', tags=['x'])), a_shelf()
+    backed_up(pool, shelf, *lines)
+    before = objects(pool)
+    run = drill(pool, shelf, 'web', lines=lines)
+    assert run.exit_status == 0 and run.says('restored and compared'), run
+    assert is_as_before(pool, before) and shelf.journals() == []
+    assert 'restored and compared on 20' in listed(pool, shelf)
+    assert [line.split(',', 1)[1].split(',')[0] for line in shelf.status_lines()[-4:]] == [
+        'vmbackup.py', 'drill', 'drill', 'vmbackup.py']
+
+
+def test_no_interface_is_ever_made(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', vifs=[VIF])), a_shelf()
+    backed_up(pool, shelf)
+    assert drill(pool, shelf, 'web').exit_status == 0
+    assert pool.never_saw('api:VIF.create') and not [record for record in pool.dump()['VM'].values() if 'drill' in
+                                                     record['name_label']]
+
+
+def test_newest_of_each_takes_every_vm_once_and_sample_those_longest_not_drilled(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(*[vm(name, disks=[disk(seed=number)]) for number, name in enumerate(['a', 'b', 'c'])]), a_shelf()
+    backed_up(pool, shelf)
+    backed_up(pool, shelf)
+    run = drill(pool, shelf, 'newest-of-each')
+    assert run.exit_status == 0 and run.says('3 of 3 copies came back') and len(pool.calls('xe:vm-import')) == 3
+    os.unlink(shelf.at('b', shelf.newest('b'), 'success'))
+    run = drill(pool, shelf, 'sample=1')
+    assert run.exit_status == 0 and run.says('b/' + shelf.newest('b')), run
+
+
+@pytest.mark.parametrize('words', [[], ['sample=0'], ['sample=x'], ['web', 'sample=1'], ['nobody'], ['web', 'boot=perhaps'],
+                                   ['web', 'sr=none']])
+def test_a_drill_that_is_not_asked_for_properly_starts_nothing(a_pool: Any, a_shelf: Any, words: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    backed_up(pool, shelf)
+    run = drill(pool, shelf, *words)
+    assert run.exit_status in (1, 2) and pool.never_saw('xe:vm-import'), run
+
+
+def test_an_old_copy_can_be_drilled(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('db'), srs=[{'name_label': 'here'}]), a_shelf(of_old_program())
+    before = objects(pool)
+    assert drill(pool, shelf, 'PROD-web', 'sr=here').exit_status == 0
+    assert is_as_before(pool, before)
+
+
+def test_a_damaged_copy_fails_the_drill_and_says_so_everywhere(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT]), vm('db')), a_shelf()
+    backed_up(pool, shelf)
+    path = shelf.at('web', shelf.newest('web'), 'web.xva')
+    with open(path, 'r+b') as file:
+        file.seek(os.path.getsize(path) // 2)
+        file.write(b'\xff')
+    before = objects(pool)
+    run = drill(pool, shelf, 'newest-of-each')
+    assert run.exit_status == 1 and run.says('1 of 2 copies came back'), run
+    assert is_as_before(pool, before)
+    assert 'NOT RESTORABLE on 20' in listed(pool, shelf) and 'DRILL-FAIL web' in ''.join(shelf.status_lines())
+
+
+def test_an_sr_that_gives_back_other_bytes_is_found_out(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
+    backed_up(pool, shelf)
+    serving(pool, at('http:/export_raw_vdi', flips=-5 * MEBIBYTE))
+    run = drill(pool, shelf, 'web')
+    assert run.exit_status == 1 and run.says('came back different'), run
+
+
+def test_it_boots_where_that_is_asked_for(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT], power_state='Running', os_version='CentOS 7')), a_shelf()
+    backed_up(pool, shelf)
+    before = objects(pool)
+    run = drill(pool, shelf, 'web', 'boot=0.05')
+    assert run.exit_status == 0 and run.says('booted'), run
+    assert is_as_before(pool, before)
+
+
+def test_a_vm_that_does_not_start_fails_the_drill(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
+    backed_up(pool, shelf)
+    serving(pool, at('api:VM.start', fails=['NO_HOSTS_AVAILABLE']))
+    before = objects(pool)
+    run = drill(pool, shelf, 'web', 'boot=yes')
+    assert run.exit_status == 1 and run.says('NO_HOSTS_AVAILABLE') and is_as_before(pool, before), run
+
+
+FAULTS = [at('http:/import', breaks_off_after=MEBIBYTE), at('http:/import', drop=True), at('xe:vm-import', kill='xe'),
+          at('http:/export_raw_vdi', breaks_off_after=MEBIBYTE), at('xe:vdi-export', kill='xe'),
+          at('xe:vdi-export', exit=1, stderr='x'), at('api:VDI.get_record', drop=True, nth=1),
+          at('api:VDI.destroy', drop=True, when='after', nth=1), at('api:VM.destroy', drop=True, when='after', nth=1)]
+
+
+@pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: '%s %s' % (fault['on'], sorted(fault['do'])[0] + fault.get('when', '')))
+def test_nothing_stays_after_any_fault(a_pool: Any, a_shelf: Any, fault: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
+    backed_up(pool, shelf)
+    before = objects(pool)
+    serving(pool, fault)
+    run = drill(pool, shelf, 'web')
+    assert run.exit_status in (0, 1, 3), run
+    assert is_as_before(pool, before) and shelf.journals() == [], run
+
+
+@pytest.mark.parametrize('occasion,when', [('http:/import', ''), ('xe:vm-import', 'after'), ('http:/export_raw_vdi', ''),
+                                           ('api:VM.start', 'after'), ('api:VDI.destroy', ''), ('api:VM.destroy', 'after')])
+def test_what_a_killed_drill_left_is_gone_after_the_next_run(a_pool: Any, a_shelf: Any, occasion: str, when: str) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
+    backed_up(pool, shelf)
+    before = objects(pool)
+    with stopped_at(pool, shelf, at(occasion, when=when, nth=1, hangs=True), 'drill', 'web', 'boot=yes') as process:
+        assert not process.is_over(), process.output
+        process.kill()
+    serving(pool)
+    run = drill(pool, shelf, 'web')
+    assert run.exit_status == 0, run
+    after = objects(pool)
+    assert all(set(after[kind]) == set(before[kind]) for kind in ('VM', 'VDI', 'VBD', 'VIF', 'network', 'task')), run
+    assert shelf.journals() == []
+
+
+def test_a_signal_ends_a_drill_cleanly(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
+    backed_up(pool, shelf)
+    before = objects(pool)
+    with stopped_at(pool, shelf, at('http:/import', sleeps=3), 'drill', 'web') as process:
+        process.signal(signal.SIGTERM)
+        run = process.ending()
+    assert run.exit_status == 128 + signal.SIGTERM and is_as_before(pool, before) and shelf.journals() == [], run

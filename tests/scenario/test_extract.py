@@ -1,0 +1,100 @@
+"""Single disks without a pool: every format, proven while they are written, nothing left where they are not good."""
+
+import os
+from typing import Any
+
+import pytest
+
+from support.deeds import backup
+from support.language import GIBIBYTE, MEBIBYTE, disk, vm
+from support.recovery import extract
+from support.shelf import disk_content, of_old_program
+
+ROOT = disk(size=9 * MEBIBYTE + 512, used=[[0, 3], [8, 2]], seed=11, name_label='root')
+DATA = disk(size=6 * MEBIBYTE, used=[[1, 2]], seed=12, name_label='data')
+KINDS = [('vm-export=*',), ('vm-export=*', 'compress=gzip'), pytest.param(('vm-export=*', 'compress=zstd'),
+                                                                           marks=pytest.mark.needs_zstd),
+         ('vdi-export=*',), ('vdi-export=*', 'vdi_export_format=vhd'), ('vdi-export=*', 'vdi_export_format=vhd', 'compress=gzip')]
+
+
+def content(path: Any) -> bytes:
+    with open(str(path), 'rb') as file:
+        return file.read()
+
+
+@pytest.mark.parametrize('lines', KINDS)
+def test_a_disk_comes_out_of_every_format(a_pool: Any, a_shelf: Any, tmp_path: Any, lines: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
+    assert backup(pool, shelf, *lines).exit_status == 0
+    pool.stop()
+    path = tmp_path / 'disk.raw'
+    run = extract(shelf, 'web', 'disk=xvda', 'to=%s' % path)
+    assert run.exit_status == 0 and run.says('its digests match'), run
+    assert content(path)[:ROOT['size']] == disk_content(ROOT) and not content(path)[ROOT['size']:].strip(b'\0')
+    assert os.listdir(str(tmp_path)) == ['disk.raw']
+    if lines[0].startswith('vm'):
+        assert extract(shelf, 'web', 'disk=data', 'to=%s' % (tmp_path / 'data')).exit_status == 0
+        assert content(tmp_path / 'data') == disk_content(DATA)
+    else:
+        run = extract(shelf, 'web', 'disk=xvdb', 'to=%s' % (tmp_path / 'data'))
+        assert run.exit_status == 2 and run.says('disk xvdb data (6.0 MiB) is not in it'), run
+
+
+def test_a_sparse_disk_stays_sparse(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None:
+    large = disk(size=20 * GIBIBYTE, used=[[5, 1], [15000, 1]])
+    pool, shelf = a_pool(vm('web', disks=[large])), a_shelf()
+    assert backup(pool, shelf, 'vm-export=*').exit_status == 0
+    path = tmp_path / 'disk.raw'
+    assert extract(shelf, 'web', 'to=%s' % path).exit_status == 0
+    status = os.stat(str(path))
+    assert status.st_size == large['size'] and status.st_blocks * 512 < 4 * MEBIBYTE
+
+
+def test_old_copies_give_their_disks(a_shelf: Any, tmp_path: Any) -> None:
+    shelf = a_shelf(of_old_program())
+    names = sorted(name for name in os.listdir(shelf.at('PROD-web')) if name.startswith('backup-'))
+    expected = disk_content(disk(size=10 * MEBIBYTE, used=[[0, 3], [8, 1]], seed=11))
+    for number, name in enumerate(names):
+        path = tmp_path / str(number)
+        run = extract(shelf, 'PROD-web', 'disk=0', 'from=' + name, 'to=%s' % path)
+        assert run.exit_status == 0 and content(path) == expected and run.says('recorded no digests'), run
+
+
+@pytest.mark.parametrize('lines', KINDS)
+def test_damage_leaves_no_file(a_pool: Any, a_shelf: Any, tmp_path: Any, lines: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
+    assert backup(pool, shelf, *lines).exit_status == 0
+    image = shelf.manifest('web', shelf.newest('web'))['image']['name']
+    path = shelf.at('web', shelf.newest('web'), image)
+    with open(path, 'r+b') as file:
+        file.seek(os.path.getsize(path) * 3 // 4)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 4]))
+    run = extract(shelf, 'web', 'to=%s' % (tmp_path / 'disk.raw'))
+    assert run.exit_status == 1 and run.says('is damaged'), run
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_a_file_that_is_there_is_never_replaced(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
+    assert backup(pool, shelf, 'vm-export=*').exit_status == 0
+    path = tmp_path / 'disk.raw'
+    path.write_bytes(b'precious')
+    assert extract(shelf, 'web', 'disk=xvda', 'to=%s' % path).exit_status == 2
+    assert path.read_bytes() == b'precious'
+    assert extract(shelf, 'web', 'to=%s' % (tmp_path / 'x')).says('say which disk with disk=')
+    assert extract(shelf, 'web', 'disk=xvda').says('say with to=')
+    assert extract(shelf, 'web', 'disk=xvdq', 'to=%s' % (tmp_path / 'x')).says('it holds no disk xvdq')
+    assert extract(shelf, 'nobody', 'to=%s' % (tmp_path / 'x')).exit_status == 2
+    run = extract(shelf, 'web', 'disk=xvda', 'to=%s' % (tmp_path / 'no' / 'x'))
+    assert run.exit_status == 1 and run.says('No such file or directory')
+
+
+def test_metadata_come_out_too(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
+    assert backup(pool, shelf, 'vm-export=*').exit_status == 0
+    run = extract(shelf, 'web', 'metadata')
+    assert run.exit_status == 0 and run.stdout.startswith('<value>') and '<name>VCPUs_max</name>' in run.stdout
+    assert extract(shelf, 'web', 'metadata', 'to=%s' % (tmp_path / 'm.xml')).exit_status == 0
+    assert content(tmp_path / 'm.xml').decode('utf-8') == run.stdout.rstrip('\n')
