@@ -3862,7 +3862,7 @@ class OpenEntry:
     @property
     def is_open(self) -> bool:
         """May something of it still be in the pool?"""
-        return "closed" not in self.facts
+        return not self.facts.get("closed")
 
     @property
     def title(self) -> str:
@@ -5041,8 +5041,8 @@ class Snapshots:
         """What this run removed is really gone, also where the server restarted and forgot its last seconds."""
         for entry in self._journal.entries:
             if not entry.is_open:
-                del entry.facts["closed"]
-                entry.facts.pop("key_removed", None)
+                with contextlib.suppress(CatalogError):
+                    entry.note(closed="", key_removed=False)
                 self.remove(entry)
 
     def check_none_left(self, machine: VirtualMachine) -> None:
@@ -6511,7 +6511,10 @@ def read_source(inside: Directory, copy: Copy) -> Source:
         else ova_of_cfg_files(inside, not copy.is_old)
     original = own_vm(metadata, copy.uuid)[1] if metadata else {}
     if file_format == "xva":
-        ova = parse_ova(read_first_member(inside, copy.image))
+        try:
+            ova = parse_ova(read_first_member(inside, copy.image))
+        except VerificationError as error:
+            raise VerificationError("the image %s is damaged: %s" % (copy.image, error))
         vm_id = own_vm(ova)[0]
         disks = _with_manifest(disks_of_ova(ova, vm_id), manifest)
         source = Source(inside.shown, copy, manifest, file_format, ova, vm_id, original, tuple(disks), ())
@@ -9604,11 +9607,12 @@ def restore(context: Context, pool: Pool, inventory: Inventory, plan: RestorePla
         context.log.info("%s: importing %s." % (quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes)))
         with importer.imported(plan, chosen.inside, "restore", force) as imported:
             importer.finish(plan, imported)
-        seconds = context.clock.monotonic() - began_s
-        context.log.info("%s: the import is proven: %s in %s." % (
-            quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes), format_duration(seconds)))
-        status = started_status(context, pool, plan, imported)
-        context.log.show(restored_text(pool, plan, imported, status))
+        with context.signals.shielded():                   # a signal that comes now comes too late: the VM is there
+            context.log.info("%s: the import is proven: %s in %s." % (
+                quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes),
+                format_duration(context.clock.monotonic() - began_s)))
+            status = started_status(context, pool, plan, imported)
+            context.log.show(restored_text(pool, plan, imported, status))
         if imported.problem:
             return ExitStatus.WARNING
         return status if status != ExitStatus.OK or not snapshots.findings else ExitStatus.WARNING

@@ -8,7 +8,7 @@ from typing import Any, Sequence
 
 import pytest
 
-from support.deeds import backup
+from support.deeds import backup, beginning
 from support.language import GIBIBYTE, MEBIBYTE, at, disk, uuid_of, vm
 from support.process import Run
 from support.recovery import (destroy, differences, disks_of, drill, has_machine, holds, interfaces_of, machine, objects,
@@ -589,7 +589,9 @@ def test_a_signal_in_the_import_leaves_nothing(a_pool: Any, a_shelf: Any, number
     pool, shelf = a_pool(vm('web', disks=[big])), a_shelf()
     backed_up(pool, shelf)
     before = objects(pool)
-    with stopped_at(pool, shelf, at('http:/import', sleeps=3), 'restore', 'web', 'to=back') as process:
+    serving(pool, at('http:/import', sleeps=3))
+    with beginning(pool, shelf, 'vm-export=*', words=['restore', 'web', 'to=back']) as process:
+        assert process.says(': importing 60 MiB'), process.output
         process.signal(number)
         run = process.ending()
     assert run.exit_status == 128 + number, run
