@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from support.deeds import backup
+from support.deeds import backup, beginning
 from support.language import MEBIBYTE, at, disk, vm
 from support.recovery import drill, objects, serving, stopped_at
 from support.shelf import of_old_program
@@ -158,7 +158,9 @@ def test_a_signal_ends_a_drill_cleanly(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
     backed_up(pool, shelf)
     before = objects(pool)
-    with stopped_at(pool, shelf, at('http:/import', sleeps=3), 'drill', 'web') as process:
+    serving(pool, at('http:/import', sleeps=3))
+    with beginning(pool, shelf, 'vm-export=*', words=['drill', 'web']) as process:
+        assert process.says(': drill of'), process.output
         process.signal(signal.SIGTERM)
         run = process.ending()
     assert run.exit_status == 128 + signal.SIGTERM and is_as_before(pool, before) and shelf.journals() == [], run
