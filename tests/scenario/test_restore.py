@@ -591,7 +591,7 @@ def test_a_signal_in_the_import_leaves_nothing(a_pool: Any, a_shelf: Any, number
     before = objects(pool)
     serving(pool, at('http:/import', sleeps=3))
     with beginning(pool, shelf, 'vm-export=*', words=['restore', 'web', 'to=back']) as process:
-        assert process.says(': importing 60 MiB'), process.output
+        assert process.says(': importing '), process.output
         process.signal(number)
         run = process.ending()
     assert run.exit_status == 128 + number, run
