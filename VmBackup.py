@@ -4460,7 +4460,7 @@ class NewCopy:
         try:
             self._parent.rename(self.name + PARTIAL, self.name)
         except OSError as error:
-            if self._parent.status(self.name) is None:
+            if self._parent.status(self.name + PARTIAL) is not None:
                 raise
             raise StorageMisbehaved("%s is in its place and complete, but the storage did not confirm that it will stay "
                                     "(%s): verify it. Nothing is pruned in this run." % (self.name, os_reason(error)))

@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import shutil
+import zlib
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import pytest
@@ -38,12 +39,35 @@ def a_shelf() -> Iterator[Callable[..., Shelf]]:
         shelf.remove()
 
 
+# These scenarios depend on the Python that runs them: both run them whole.
+ON_EVERY_PYTHON = ('test_surroundings.py', 'test_names.py')
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption('--share', default='1/1', help='N/M: of the scenarios that do not depend on the Python, the Nth of M shares')
+
+
 def pytest_configure(config: Any) -> None:
     config.addinivalue_line('markers', 'needs_zstd: left out where there is no zstd program')
 
 
-def pytest_collection_modifyitems(items: List[Any]) -> None:
+def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
     if shutil.which('zstd') is None:
         for item in items:
             if item.get_closest_marker('needs_zstd'):
                 item.add_marker(pytest.mark.skip(reason='zstd was not found'))
+    number, of = (int(word) for word in config.getoption('--share').split('/'))
+    left = [item for item in items if is_shared(item) and share_of(item, of) != number]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
+def is_shared(item: Any) -> bool:
+    """Is it a scenario that says nothing about the Python it runs on?"""
+    return 'scenario' in item.nodeid.split('/') and item.nodeid.split('::')[0].split('/')[-1] not in ON_EVERY_PYTHON
+
+
+def share_of(item: Any, of: int) -> int:
+    """The share that the test belongs to, the same in every run and on every Python."""
+    return zlib.crc32(item.nodeid.encode('utf-8')) % of + 1
