@@ -196,7 +196,7 @@ def test_a_run_that_a_signal_ends_is_told_by_mail(a_pool: Any, a_shelf: Any, a_m
     pool = a_pool(vm('web', disks=BIG), vm('db'), faults=[at('http:/export', **SLOWLY)])
     shelf, server = a_shelf(complete('web', 7)), a_mail_server()
     with beginning(pool, shelf, 'vm-export=*', *server.lines()) as process:
-        assert process.says(': vm-export into web/'), process.output
+        assert process.says(': vm-export into db/'), process.output
         process.signal(signal.SIGTERM)
         assert process.ending().exit_status == 128 + signal.SIGTERM
     text = as_told(server.mail(), shelf)
