@@ -3422,7 +3422,7 @@ class Pool:
     # --- reading ----------------------------------------------------------------
 
     def inventory(self) -> Inventory:
-        """The whole pool in eight calls, whatever the number of VMs."""
+        """The whole pool in seven calls, whatever the number of VMs."""
         doing = "reading the pool"
         session_host = self._session_host(doing)
         pool = list(self.ask(doing, "pool.get_all_records").values())[0]
