@@ -149,6 +149,11 @@ class Occasion:
             self._entry.result = result
             self._entry.close()
 
+    @property
+    def bends_streams(self) -> bool:
+        """Is there a fault that acts on the data, not on the call?"""
+        return any(fault.kind in ("truncate", "flip", "rate") for fault in self._matched)
+
     def stream(self, send: Callable[[bytes], Any]) -> "Stream":
         """`send`, with this occasion's faults on the way. Call `end` on it when all is sent."""
         return Stream(send, self._matched)

@@ -71,6 +71,36 @@ class Attachment:
         self.bytes = 0
 
 
+class Incoming(formats.Source):
+    """What a client sends, as far as streams of faults let it through and as they change it."""
+
+    def __init__(self, stream: Any, limit: Optional[int], makers: Iterable[Callable[[Callable[[Any], None]], Any]]) -> None:
+        super().__init__(stream, limit)
+        self._passed = []       # type: List[bytes]
+        self._streams = []      # type: List[Any]
+        for make in makers:
+            self._streams.insert(0, make(self._streams[0] if self._streams else self._passed.append))
+        self._ready = b''
+        self._is_over = False
+
+    def some(self, size: int) -> bytes:
+        while not self._ready and not self._is_over:
+            content = super().some(size)
+            self._is_over = not content
+            try:
+                if content:
+                    self._streams[0](content)
+                else:
+                    for stream in self._streams:
+                        stream.end()
+            except faults.SilentEnd:
+                self._is_over = True
+            self._ready = b''.join(self._passed)
+            del self._passed[:]
+        piece, self._ready = self._ready[:size], self._ready[size:]
+        return piece
+
+
 #: Task -> what the command that made the task attached to it.
 ATTACHED = {}   # type: Dict[str, Attachment]
 
@@ -289,8 +319,11 @@ class Transfer:
         return any(one.occasion.keepalive for one in self._attached)
 
     def body(self) -> formats.Source:
+        """What the client sends, through the faults that apply to it. Ask for it once the faults are known."""
         length = self.request.headers.get('content-length')
-        return formats.Source(self.request.rfile, int(length) if length and length.isdigit() else None)
+        limit = int(length) if length and length.isdigit() else None
+        bending = [one.occasion.stream for one in self._attached if one.occasion.bends_streams]
+        return Incoming(self.request.rfile, limit, bending) if bending else formats.Source(self.request.rfile, limit)
 
     # --- Running --------------------------------------------------------------------------------
 
