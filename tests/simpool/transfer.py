@@ -84,7 +84,7 @@ class Incoming(formats.Source):
         self._is_over = False
 
     def some(self, size: int) -> bytes:
-        while not self._ready and not self._is_over:
+        while size and not self._ready and not self._is_over:
             content = super().some(size)
             self._is_over = not content
             try:
