@@ -8059,25 +8059,25 @@ def format_local(at: datetime) -> str:
     return at.astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def early_end_report(error: BaseException, source: str, host: str, now: datetime) -> MailReport:
-    """The mail of a run that ended before it could report."""
+def early_end_report(error: BaseException, source: str, host: str, now: datetime, done: str) -> MailReport:
+    """The mail of a run that ended before it could report; `done`: what it should have done with VMs."""
     if isinstance(error, Interrupted):
-        what, item = "nothing was backed up: the run was %s" % error, "The run was %s before it began." % error
+        what, item = "nothing was %s: the run was %s" % (done, error), "The run was %s before it began." % error
     elif isinstance(error, BackupError):
-        what, item = "nothing was backed up: %s" % error, str(error)
+        what, item = "nothing was %s: %s" % (done, error), str(error)
     else:
         return MailReport(
             "ERROR: a bug in VmBackup ended the run (%s)" % host,
             "VmBackup was started on host %s with %s, and a bug in it (%s) ended the run at %s.\n\nThe log of this run has "
-            "the traceback, and tells which VMs were backed up before. What the run may have left in the pool or in the "
+            "the traceback, and tells which VMs were %s before. What the run may have left in the pool or in the "
             "backup directory, the next run removes. If that one ends in the same way, report the traceback to whoever "
-            "maintains VmBackup.\n" % (host, source, type(error).__name__, format_local(now)))
+            "maintains VmBackup.\n" % (host, source, type(error).__name__, format_local(now), done))
     first = what.replace(source, os.path.basename(source)).split("\n")[0].partition(". ")[0].rstrip(".")
     return MailReport(
         "ERROR: %s (%s)" % (cut(first, 120), host),
         "VmBackup was started on host %s with %s, and ended at %s before the first VM.\n\n%s\nNo VM and no earlier copy "
         "was touched. The next run tries again. To run sooner, repeat the crontab line by hand.\n"
-        % (host, source, format_local(now), mail_block("NOTHING WAS BACKED UP", [item])))
+        % (host, source, format_local(now), mail_block("NOTHING WAS " + done.upper(), [item])))
 
 
 def compose_mail(report: MailReport, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
@@ -8819,23 +8819,25 @@ def command_preview(context: Context) -> int:
 
 def command_backup(context: Context) -> int:
     """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
-    try:
+    with early_end_mailed(context, "backed up"):
         return backup(context)
+
+
+@contextlib.contextmanager
+def early_end_mailed(context: Context, done: str) -> Iterator[None]:
+    """A mail is out about a run that ended before it could report what it has done; the error itself is told by main."""
+    try:
+        yield
     except (Exception, Interrupted) as error:
         with context.signals.shielded():
-            mail_early_end(context, error)
+            if mail_is_wanted(context.configuration, "ERROR") and not context.arguments.preview:
+                catalog = None                         # type: Optional[Catalog]
+                with contextlib.suppress(OSError):                  # no store is what such a mail is often about
+                    catalog = Catalog(context.configuration.backup_dir)
+                host = socket.gethostname().split(".")[0]
+                make_mailer(context, catalog).send(early_end_report(
+                    error, context.configuration.source, host, context.clock.utc(), done))
         raise
-
-
-def mail_early_end(context: Context, error: BaseException) -> None:
-    """A mail is out about a run that ended before it could report; the error itself is told by main."""
-    if not mail_is_wanted(context.configuration, "ERROR"):
-        return
-    catalog = None                         # type: Optional[Catalog]
-    with contextlib.suppress(OSError):                          # no store is what such a mail is often about
-        catalog = Catalog(context.configuration.backup_dir)
-    make_mailer(context, catalog).send(early_end_report(error, context.configuration.source,
-                                                        socket.gethostname().split(".")[0], context.clock.utc()))
 
 
 def make_mailer(context: Context, catalog: Optional[Catalog]) -> Mailer:
@@ -9713,25 +9715,37 @@ def parse_boot(arguments: Arguments) -> float:
     return float(word) * MINUTE_S
 
 
-def drill_copies(context: Context, catalog: Catalog, store: VerdictStore) -> List[Copy]:
-    """The newest good copy of each VM that the drill is to try. UsageError if the command line does not say which."""
-    vm, sample = context.arguments.vm, context.arguments.parameters.get("sample")
+def check_drill_words(arguments: Arguments) -> None:
+    """UsageError unless the command line says what to drill."""
+    vm, sample = arguments.vm, arguments.parameters.get("sample")
     if sample is not None and (vm or not re.fullmatch(r"[1-9][0-9]{0,5}", sample)):
         raise UsageError("sample= takes a whole number from 1, and no VM beside it.")
     if not vm and sample is None:
         raise UsageError("drill needs a VM, or newest-of-each, or sample=N.")
+
+
+def drill_copies(context: Context, catalog: Catalog) -> Tuple[List[Copy], List[Finding]]:
+    """The newest good copy of each VM that the drill is to try, and what was passed over for it.
+
+    A VM that has none gives the newest of its others, whose drill fails. UsageError if the store has no such VM.
+    """
+    vm, sample = context.arguments.vm, context.arguments.parameters.get("sample")
     if vm and vm != NEWEST_OF_EACH:
-        return [choose_copy(catalog, vm, "latest", context.log)]
-    newest = {}                            # type: Dict[str, Copy]
+        return [choose_copy(catalog, vm, "latest", context.log)], []
+    newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
     for stored in stored_vms(catalog):
         good = [copy for copy in stored.copies if copy.is_good and copy.method is not None]
-        if not good:
-            continue
+        best = (good or stored.copies)[-1]
+        for copy in stored.copies[stored.copies.index(best) + 1:]:
+            findings.append(Finding(Severity.WARNING, "%s/%s" % (copy.folder, copy.name), "passed over: %s." % (
+                copy.problem or "its kind can't be read")))
         rival = newest.get(stored.uuid or stored.folder)
-        if rival is None or rival.taken_at < good[-1].taken_at:
-            newest[stored.uuid or stored.folder] = good[-1]
+        if rival is None or (rival.is_good, rival.taken_at) < (best.is_good, best.taken_at):
+            newest[stored.uuid or stored.folder] = best
+    for finding in findings:
+        context.log.warning("%s: %s" % (finding.subject, finding.sentence))
     copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
-    return copies if sample is None else longest_not_drilled(copies, store, int(sample))
+    return copies if sample is None else longest_not_drilled(copies, VerdictStore(catalog), int(sample)), findings
 
 
 NEWEST_OF_EACH = "newest-of-each"
@@ -9740,27 +9754,30 @@ NEWEST_OF_EACH = "newest-of-each"
 def command_drill(context: Context) -> int:
     """The chosen copies were imported, compared and removed again; verdicts, report and exit status tell how it went."""
     boot_s = parse_boot(context.arguments)
-    catalog = open_store(context)
-    store = VerdictStore(catalog)
-    copies = drill_copies(context, catalog, store)
-    if not copies:
-        raise BackupError("%s holds no good copy to drill." % catalog.path)
-    find_xe(context.configuration)
-    pool = make_pool(context)
-    pool.connect()
-    try:
-        inventory = pool.inventory()
-        if context.arguments.preview:
-            pool.changes_allowed = False
-            return preview_drill(context, pool, inventory, catalog, copies)
-        return run_drill(context, pool, inventory, catalog, copies, boot_s)
-    finally:
-        with context.signals.shielded():
-            pool.close()
+    check_drill_words(context.arguments)
+    with early_end_mailed(context, "drilled"):
+        catalog = open_store(context)
+        copies, findings = drill_copies(context, catalog)
+        if not copies:
+            raise BackupError("%s holds no good copy to drill." % catalog.path)
+        find_xe(context.configuration)
+        pool = make_pool(context)
+        pool.connect()
+        try:
+            inventory = pool.inventory()
+            if context.arguments.preview:
+                pool.changes_allowed = False
+                return preview_drill(context, pool, inventory, catalog, copies)
+            return run_drill(context, pool, inventory, catalog, copies, findings, boot_s)
+        finally:
+            with context.signals.shielded():
+                pool.close()
 
 
 def drill_plan(context: Context, pool: Pool, inventory: Inventory, chosen: Chosen) -> RestorePlan:
     """What a drill of that copy makes; BackupError if it can't be made."""
+    if not chosen.copy.is_good:
+        raise BackupError("it is no good copy (%s), and there is no good one of this VM." % chosen.copy.problem)
     wishes = Wishes("", context.arguments.parameters.get("sr", ""), "", False, False, False, True, "")
     plan = plan_restore(opened_source(chosen), read_pool_view(pool, inventory), wishes)
     if plan.problems:
@@ -9783,7 +9800,7 @@ def preview_drill(context: Context, pool: Pool, inventory: Inventory, catalog: C
 
 
 def run_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog, copies: Sequence[Copy],
-              boot_s: float) -> int:
+              findings: Sequence[Finding], boot_s: float) -> int:
     """The exit status of a drill, after its report."""
     status_log = StatusLog(context.configuration.status_log, inventory.host.short_name, context.clock, context.log)
     status_log.open()
@@ -9805,7 +9822,8 @@ def run_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catal
         except Interrupted as stop:
             interrupted = stop
     with context.signals.shielded():
-        return report_drill(context, inventory, catalog, status_log, outcomes, snapshots.findings, interrupted)
+        return report_drill(context, inventory, catalog, status_log, outcomes, list(findings) + snapshots.findings,
+                            interrupted)
 
 
 def drill_one(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog, drill: Drill, copy: Copy,

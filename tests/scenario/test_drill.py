@@ -61,7 +61,7 @@ def test_newest_of_each_takes_every_vm_once_and_sample_those_longest_not_drilled
     assert run.exit_status == 0 and run.says('3 of 3 copies came back') and len(pool.calls('xe:vm-import')) == 3
     os.unlink(shelf.at('b', shelf.newest('b'), 'success'))
     run = drill(pool, shelf, 'sample=1')
-    assert run.exit_status == 0 and run.says('b/' + shelf.newest('b')), run
+    assert run.exit_status == 3 and run.says('passed over: ') and run.says('b/' + shelf.newest('b')), run
 
 
 @pytest.mark.parametrize('words', [[], ['sample=0'], ['sample=x'], ['web', 'sample=1'], ['nobody'], ['web', 'boot=perhaps'],
@@ -71,6 +71,14 @@ def test_a_drill_that_is_not_asked_for_properly_starts_nothing(a_pool: Any, a_sh
     backed_up(pool, shelf)
     run = drill(pool, shelf, *words)
     assert run.exit_status in (1, 2) and pool.never_saw('xe:vm-import'), run
+
+
+def test_a_vm_that_has_no_good_copy_fails_the_drill(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web'), vm('db')), a_shelf()
+    backed_up(pool, shelf)
+    os.truncate(shelf.at('web', shelf.newest('web'), 'web.xva'), MEBIBYTE)
+    run = drill(pool, shelf, 'newest-of-each')
+    assert run.exit_status == 1 and run.says('there is no good one of this VM') and run.says('1 of 2 copies came back'), run
 
 
 def test_an_old_copy_can_be_drilled(a_pool: Any, a_shelf: Any) -> None:

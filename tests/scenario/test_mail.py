@@ -535,6 +535,38 @@ def test_of_kept_mails_the_newest_fifty_stay(a_pool: Any, a_shelf: Any, a_mail_s
     assert len(kept(shelf)) == 50 and first in os.listdir(folder)
 
 
+# --- A drill -----------------------------------------------------------------------------------------------------------
+
+def hasty_drill(pool: Pool, shelf: Shelf, *lines: str) -> Run:
+    return hasty_run(shelf, '-', shelf.config('vm-export=*', *lines), 'drill', 'newest-of-each', environment=pool.environment())
+
+
+def test_a_drill_is_mailed_like_a_backup(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
+    pool, shelf, server = a_pool(vm('web'), vm('db')), a_shelf(), a_mail_server()
+    assert backup(pool, shelf, 'vm-export=*').exit_status == 0
+    assert hasty_drill(pool, shelf, *server.lines()).exit_status == 0
+    assert server.mail().subject.startswith('OK: drill: 2 copies came back (pool ')
+    copy = shelf.newest('web')
+    os.truncate(shelf.at('web', copy, 'web.xva'), MEBIBYTE)
+    server.forget()
+    assert hasty_drill(pool, shelf, *server.lines('mail_when=problems')).exit_status == 1
+    mail = server.mail()
+    assert mail.subject.startswith('ERROR: drill: 1 of 2 copies did not come back: web (pool '), mail.subject
+    assert mail.text.startswith('* web/' + copy) and 'restored and compared' in mail.text, mail.text
+
+
+def test_a_drill_that_ends_early_is_mailed_too_but_not_its_preview(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
+    pool, shelf, server = a_pool(vm('web')), a_shelf(), a_mail_server()
+    assert backup(pool, shelf, 'vm-export=*').exit_status == 0
+    pool.stop()
+    words = ['-', shelf.config('vm-export=*', *server.lines('mail_when=problems')), 'drill', 'web']
+    assert hasty_run(shelf, *words + ['preview'], environment=pool.environment()).exit_status == 4
+    assert server.mails() == []
+    assert hasty_run(shelf, *words, environment=pool.environment()).exit_status == 4
+    mail = server.mail()
+    assert mail.subject.startswith('ERROR: nothing was drilled: ') and 'NOTHING WAS DRILLED' in mail.text, mail
+
+
 # --- Keys ------------------------------------------------------------------------------------------------------------
 
 def test_the_keys_have_the_defaults_that_help_tells() -> None:
