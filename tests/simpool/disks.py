@@ -61,20 +61,22 @@ class Disks:
     # --- who holds a disk
 
     def holders(self, vdi: str) -> List[str]:
-        """The VBDs that hold the disk: attached, or reserved for a suspended VM."""
-        holding = []
-        for ref in self.record("VDI", vdi)["VBDs"]:
-            vbd = self.tables["VBD"][ref]
-            vm = self.tables["VM"].get(vbd["VM"])
-            if vbd["currently_attached"] or (vm is not None and vm["power_state"] == "Suspended"):
-                holding.append(ref)
-        return holding
+        """The VBDs that hold the disk: those that are attached, which a suspended VM's stay (xapi_vm_lifecycle.ml
+        force_state_reset_keep_current_operations)."""
+        return [ref for ref in self.record("VDI", vdi)["VBDs"] if self.tables["VBD"][ref]["currently_attached"]]
+
+    def is_of_a_suspended_vm(self, vbd: str) -> bool:
+        vm = self.tables["VM"].get(self.tables["VBD"][vbd]["VM"])
+        return vm is not None and vm["power_state"] == "Suspended"
 
     def attached_modes(self, vdi: str) -> List[str]:
         return [self.tables["VBD"][ref]["mode"] for ref in self.holders(vdi)]
 
     def assert_attachable(self, vdi: str, mode: str, besides: str = "") -> None:
-        """VDI_IN_USE if a new attachment in this mode would clash with one that is there (xapi_vbd_helpers.ml, v26.17.0)."""
+        """VDI_IN_USE if a new attachment in this mode would clash with one that is there.
+
+        A suspended VM's do not count: its disks are really offline, so it can be exported (xapi_vbd_helpers.ml, v26.17.0).
+        """
         record = self.record("VDI", vdi)
         if record["missing"]:
             raise Failure("VDI_MISSING", record["SR"], vdi)
@@ -86,7 +88,8 @@ class Disks:
             raise Failure("VDI_READONLY", vdi)
         if record["sharable"]:
             return
-        others = [self.tables["VBD"][ref]["mode"] for ref in self.holders(vdi) if ref != besides]
+        others = [self.tables["VBD"][ref]["mode"] for ref in self.holders(vdi)
+                  if ref != besides and not self.is_of_a_suspended_vm(ref)]
         if "RW" in others or (others and mode == "RW"):
             # one parameter only, unlike VDI.destroy's
             raise Failure("VDI_IN_USE", vdi)

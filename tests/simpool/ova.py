@@ -166,6 +166,11 @@ def version_of(pool: Any) -> Dict[str, str]:
 Objects = List[Tuple[str, str, Dict[str, Any]]]
 
 
+def missing(ident: str) -> Failure:
+    """The refusal of a file that names an object which it does not hold."""
+    return Failure('IMPORT_ERROR_FAILED_TO_FIND_OBJECT', ident)
+
+
 def assert_compatible(pool: Any, version: Dict[str, str]) -> None:
     """IMPORT_INCOMPATIBLE_VERSION for an archive of a newer product (importexport.ml assert_compatible)."""
     try:
@@ -209,17 +214,16 @@ class Import:
                 self._assert_seed_is_free(record)
                 self._existing_vm(record)
         if self.sr is None:
-            for ident, record in self._disk_objects():
+            for ident, record in self._vdi_objects():
                 self._existing_vdi(ident, record)
 
     def create(self) -> None:
         """Makes all objects; `disks` says what is still to be streamed."""
         self.check()
-        if self.sr is None:
-            for ident, record in self._disk_objects():
+        for ident, record in self._vdi_objects():
+            if self.sr is None:
                 self.made[ident] = self._existing_vdi(ident, record)
-        else:
-            for ident, record in self._disk_objects():
+            else:
                 self._create_vdi(ident, record)
         for ident, record in self.by_class.get('VM', []):
             self._create_vm(ident, record)
@@ -232,6 +236,8 @@ class Import:
         for vm in self.vms:
             self.pool.update_allowed_operations('VM', vm)
         self.pool.set_key('task', self.task, 'other_config', 'object_creation', 'complete')
+        if self.sr is not None:
+            self.disks = [(ident, int(self.records[ident]['virtual_size']), self.made[ident]) for ident in self._streamed()]
 
     def roll_back(self) -> None:
         """Takes away everything that was made, unless force was asked for (import.ml cleanup)."""
@@ -292,12 +298,16 @@ class Import:
         other_config.pop('import_task', None)
         other_config = dict({'import_task': self.task}, **other_config)
         affinity = self.records.get(record['affinity'], {}).get('uuid', '')
-        suspended = record['power_state'] == 'Suspended' and record['suspend_VDI'] in self.made
+        suspended = record['power_state'] == 'Suspended'
+        if suspended and record['suspend_VDI'] not in self.made:
+            if not self.force:
+                raise missing(record['suspend_VDI'])
+            suspended = False
         fields.update(
             uuid=record['uuid'] if self.restore else new_uuid(), other_config=other_config,
             power_state='Suspended' if suspended else 'Halted', allowed_operations=[],
-            current_operations={self.task: 'import'} if self.sr else {},
-            suspend_VDI=self.made.get(record['suspend_VDI'], NULL), resident_on=NULL, scheduled_to_be_resident_on=NULL,
+            current_operations={self.task: 'import'} if self.sr and not self.force else {},
+            suspend_VDI=self.made[record['suspend_VDI']] if suspended else NULL, resident_on=NULL, scheduled_to_be_resident_on=NULL,
             affinity=pool.ref_of('host', affinity) if affinity in {h['uuid'] for h in pool.tables['host'].values()}
             else NULL,
             version=str(int(record['version']) + 1) if self.restore else '0', snapshot_metadata='',
@@ -321,12 +331,24 @@ class Import:
 
     # --- Disks
 
-    def _disk_objects(self) -> List[Tuple[str, Dict[str, Any]]]:
-        """The VDIs of disks, in the order of the file; CDs and what lies on ISO SRs are not among them."""
-        on_disks = {vbd['VDI'] for _, vbd in self.by_class.get('VBD', []) if vbd['type'] != 'CD'}
-        on_disks |= {vm['suspend_VDI'] for _, vm in self.by_class.get('VM', []) if vm['power_state'] == 'Suspended'}
+    def _content_type_of(self, ident: str) -> str:
+        """That of the SR that the VDI lay on; whatever is named has to be in the file (import.ml find_in_export)."""
+        for needed in (ident, self.records.get(ident, {}).get('SR', '')):
+            if needed not in self.records:
+                raise missing(needed)
+        return self.records[self.records[ident]['SR']]['content_type']
+
+    def _vdi_objects(self) -> List[Tuple[str, Dict[str, Any]]]:
+        """Every VDI that lay on no ISO SR, in the order of the file: a disk is made of it, also if no drive has it."""
         return [(ident, record) for ident, record in self.by_class.get('VDI', [])
-                if ident in on_disks and self.records.get(record['SR'], {}).get('content_type') != 'iso']
+                if self._content_type_of(ident) != 'iso']
+
+    def _streamed(self) -> List[str]:
+        """The VDIs whose contents follow: those of drives that are no CD drives, and every one of type `suspend`,
+        whatever the VM's power state (import.ml non_cdrom_vdis)."""
+        on_disks = {vbd['VDI'] for _, vbd in self.by_class.get('VBD', []) if vbd['type'] != 'CD'}
+        on_disks = {ident for ident in sorted(on_disks) if self._content_type_of(ident) != 'iso'}
+        return [ident for ident, record in self._vdi_objects() if ident in on_disks or record['type'] == 'suspend']
 
     def _create_vdi(self, ident: str, record: Dict[str, Any]) -> None:
         other_config = {key: value for key, value in record['other_config'].items() if key != 'content_id'}
@@ -336,7 +358,6 @@ class Import:
             'name_description': record['name_description'], 'xenstore_data': record['xenstore_data'],
             'sm_config': {'import_task': self.task}, 'tags': record['tags']})
         self.made[ident] = vdi
-        self.disks.append((ident, int(record['virtual_size']), vdi))
         self.undo.append(lambda: self.pool.vdi_destroy(vdi))
 
     def _existing_vdi(self, ident: str, record: Dict[str, Any]) -> str:
@@ -366,10 +387,13 @@ class Import:
         vdi = self.made.get(record['VDI'])
         if record['type'] == 'CD':
             vdi = self._find_iso(record['VDI'])
-        elif vdi is None:
-            return      # an ISO attached as a disk: dropped with no more than a line in the log
         if record['VM'] not in self.made:
             return
+        if vdi is None and record['currently_attached'] and not (
+                record['type'] == 'CD' and self.records[record['VM']]['HVM_boot_policy']):
+            raise Failure('IMPORT_ERROR_ATTACHED_DISKS_NOT_FOUND')
+        if vdi is None and record['type'] != 'CD':
+            return      # an ISO attached as a disk: dropped with no more than a line in the log
         uuid = record['uuid'] if self.restore else new_uuid()
         if self.restore and self._already_there('VBD', uuid):
             return
@@ -378,7 +402,7 @@ class Import:
             'userdevice': record['userdevice'], 'bootable': record['bootable'], 'mode': record['mode'],
             'type': record['type'], 'unpluggable': record['unpluggable'], 'other_config': record['other_config'],
             'qos_algorithm_type': record['qos_algorithm_type'], 'qos_algorithm_params': record['qos_algorithm_params'],
-            'metrics': 'OpaqueRef:' + new_uuid()})
+            'currently_attached': record['currently_attached'], 'metrics': 'OpaqueRef:' + new_uuid()})
         pool.update_allowed_operations('VBD', vbd)
         if vdi is not None:
             pool.update_allowed_operations('VDI', vdi)
@@ -423,5 +447,6 @@ class Import:
         fields.update(uuid=uuid, VM=vm, network=self.made[record['network']],
                       MAC=record['MAC'] if keeps_mac else mac_of(seed, record['device']),
                       MAC_autogenerated=record['MAC_autogenerated'] if keeps_mac else True,
+                      currently_attached=pool.record('VM', vm)['power_state'] != 'Halted' and record['currently_attached'],
                       metrics='OpaqueRef:' + new_uuid())
         pool.update_allowed_operations('VIF', pool.create('VIF', fields))

@@ -425,6 +425,7 @@ class _Builder:
             with identities.derived_from("suspend image of " + uuid):
                 image = pool._new_memory_image(ref)
                 pool.set_fields("VM", ref, {"power_state": "Suspended", "suspend_VDI": image})
+            pool.plug_devices(ref, True)
         pool.update_allowed_operations("VM", ref)
         for number, snapshot in enumerate(vm["snapshots"]):
             self.snapshots.append((ref, snapshot, number))

@@ -720,3 +720,76 @@ def test_trap_23_messages_pile_up_and_marks_are_copied(a_pool: Any) -> None:
     for message in messages:
         session.xenapi.message.destroy(message)
     assert session.xenapi.message.get('VM', uuid, session.xenapi.VM.get_snapshot_time(web)) == {}
+
+
+def test_trap_24_the_memory_of_a_suspended_vm_travels_only_where_it_is_asked_for(a_pool: Any) -> None:
+    pool = a_pool(vm('web', disks=[disk(seed=1)], memory=8 * MEBIBYTE, power_state='Suspended', vifs=[{'device': '0'}]))
+    session = pool.session()
+    api = session.xenapi
+    web = ref_of(session, 'web')
+    (root,), image = disks_of(session, web), api.VM.get_suspend_VDI(web)
+    memory = pool.read(uuid_of(session, 'VDI', image))
+    assert len(memory) == 8 * MEBIBYTE and memory.strip(b'\0')
+
+    # xapi_vm_lifecycle.ml: only a halted VM's drives and interfaces are detached; xapi_vdi.ml: so its disks stay.
+    assert all(api.VBD.get_currently_attached(vbd) for vbd in api.VM.get_VBDs(web))
+    assert all(api.VIF.get_currently_attached(vif) for vif in api.VM.get_VIFs(web))
+    assert refused(api.VDI.destroy, root) == ['VDI_IN_USE', root, 'destroy']
+    # xapi_vm_clone.ml: a snapshot is halted and has no memory, a checkpoint has a copy of it.
+    snapshot, checkpoint = api.VM.snapshot(web, 'a snapshot'), api.VM.checkpoint(web, 'a checkpoint')
+    assert [api.VM.get_power_state(snapshot), api.VM.get_suspend_VDI(snapshot)] == ['Halted', NULL]
+    assert not any(api.VBD.get_currently_attached(vbd) for vbd in api.VM.get_VBDs(snapshot))
+    assert pool.read(uuid_of(session, 'VDI', api.VM.get_suspend_VDI(checkpoint))) == memory
+
+    # xapi_vbd_helpers.ml: its disks count as offline when they are to be attached elsewhere, so it can be exported.
+    plain = get(pool, '/export', ref=web).body
+    assert len(suspended_parts(plain)) == 0 and vm_fields(ova_of(plain), 'power_state') == ['Halted']
+    halted = api.VM.get_record(imported(pool, session, plain))
+    assert [halted['power_state'], halted['suspend_VDI']] == ['Halted', NULL]
+    api.VM.set_is_a_template(checkpoint, False)
+    for ref in (web, checkpoint):
+        archive = get(pool, '/export', ref=ref, preserve_power_state='true').body
+        assert len(suspended_parts(archive)) == 1
+        back = imported(pool, session, archive)
+        assert api.VM.get_power_state(back) == 'Suspended'
+        copy = api.VM.get_suspend_VDI(back)
+        assert pool.read(uuid_of(session, 'VDI', copy)) == memory and 'import_task' in api.VDI.get_sm_config(copy)
+        # A resume gives the guest only the drives that are attached (xapi_xenops.ml create_metadata): import.ml keeps that.
+        assert all(api.VBD.get_currently_attached(vbd) for vbd in api.VM.get_VBDs(back))
+        assert all(api.VIF.get_currently_attached(vif) for vif in api.VM.get_VIFs(back))
+        api.VM.hard_shutdown(back)
+        assert refused(api.VDI.get_record, copy)[0] == 'HANDLE_INVALID', 'a shutdown drops the memory'
+        api.VDI.destroy(disks_of(session, back)[0])
+
+    # import.ml: every VDI of type `suspend` is made and filled, also if the VM in the file is halted.
+    unhung = with_ova(archive, '<name>power_state</name><value>Suspended<', '<name>power_state</name><value>Halted<')
+    _answer, task = import_of(pool, session, unhung)
+    assert task['error_info'][0] == 'VDI_IN_USE', 'a drive that is attached, of a VM that is not suspended'
+    attached = '<name>currently_attached</name><value><boolean>%d</boolean>'
+    made = imported(pool, session, with_ova(unhung, attached % 1, attached % 0))
+    assert [api.VM.get_power_state(made), api.VM.get_suspend_VDI(made)] == ['Halted', NULL]
+    orphans = [record for record in api.VDI.get_all_records().values() if record['type'] == 'suspend'
+               and record['sm_config'].get('import_task') == api.VM.get_other_config(made)['import_task']]
+    assert len(orphans) == 1 and pool.read(orphans[0]['uuid']) == memory
+    before = set(api.VDI.get_all()), set(api.VM.get_all())
+    ident, = suspended_parts(archive)
+    field = '<name>suspend_VDI</name><value>%s</value>'
+    _answer, task = import_of(pool, session, with_ova(archive, field % ident, field % 'Ref'))
+    assert task['error_info'] == ['IMPORT_ERROR_FAILED_TO_FIND_OBJECT', 'Ref']
+    assert (set(api.VDI.get_all()), set(api.VM.get_all())) == before, 'what was made is gone'
+
+
+def suspended_parts(archive: bytes) -> List[str]:
+    """The ids of the memory images whose blocks are in the archive."""
+    ova = ova_of(archive)
+    idents = re.findall('<name>suspend_VDI</name><value>(Ref:[0-9]+)</value>', ova)
+    return [ident for ident in idents if any(member.name == ident + '/00000000' for member in read_tar(archive)[0])]
+
+
+def with_ova(archive: bytes, old: str, new: str) -> bytes:
+    """The archive with that in its ova.xml; what gets shorter is filled up with spaces behind the text."""
+    text = ova_of(archive)
+    assert old in text
+    changed = text.replace(old, new).ljust(len(text)).encode('utf-8')
+    assert len(changed) == len(text.encode('utf-8'))
+    return archive[:512] + changed + archive[512 + len(changed):]
