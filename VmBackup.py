@@ -4895,14 +4895,18 @@ class Snapshots:
     #
     # An entry of kind `restore` or `drill`: token, vm_uuid, vm_name, names (the provisional names of the VMs that
     # imports make), tasks (their refs, noted before an import starts), called_at, suspended, then uuids (of the VMs)
-    # and disks (uuids). Ours is a VM whose uuid was noted, or, when an answer was lost, one with a provisional name whose
-    # import_task is a noted task; and a disk that was noted, or whose sm_config bears such a task: the importer writes
-    # the task there before it writes the first block (ocaml/xapi/import.ml@v26.17.0; recorded on 24.19.2). What is made
-    # by API calls has the key `vmbackup:TOKEN` in its other_config instead.
+    # and disks (uuids), and `restored` once it is whole and the person's. Ours is a VM whose uuid was noted, or, when
+    # an answer was lost, one with a provisional name whose import_task is a noted task; and a disk that was noted, or
+    # whose sm_config bears such a task: the importer writes the task there before it writes the first block
+    # (ocaml/xapi/import.ml@v26.17.0; recorded on 24.19.2). What is made by API calls has the key `vmbackup:TOKEN` in
+    # its other_config instead.
 
     def _remove_imports(self, entry: OpenEntry) -> None:
         """Disks first, VMs last, tasks behind them; only what the entry proves, and never a VM that is in use."""
         doing = "removing what was made for " + entry.title
+        if entry.facts.get("restored"):
+            self._finish_restored(entry, doing)
+            return
         tasks = self._import_tasks(entry, doing)
         if not self._imports_have_ended(entry, tasks, doing):
             self._report_left(entry, "is still being imported; it was left.")
@@ -4923,6 +4927,19 @@ class Snapshots:
             self._destroy("VM", ref, doing)
         self.forget_tasks(entry, doing)
         entry.close("removed" if machines or disks else "not there")
+
+    def _finish_restored(self, entry: OpenEntry, doing: str) -> None:
+        """A VM that came back whole is the person's: only its tasks go. They are told if it has not got its name; of this
+        run's own they know."""
+        is_own = entry in self._journal.entries
+        for ref in [] if is_own else self._by_uuid("VM", entry.facts["uuids"][0], doing):
+            with self._unless_gone("VM"):
+                name = self._pool.ask(doing, "VM.get_name_label", ref)
+                if name in entry.facts["names"]:
+                    self.findings.append(Finding(Severity.WARNING, entry.title, unnamed_text(entry)))
+                    self._log.finding(self.findings[-1])
+        self.forget_tasks(entry, doing)
+        entry.close("restored")
 
     def _import_tasks(self, entry: OpenEntry, doing: str) -> List[str]:
         """The refs of the entry's tasks that still exist; one that was made but not noted bears a provisional name."""
@@ -4974,7 +4991,7 @@ class Snapshots:
     def _end_task(self, task: str, doing: str) -> None:
         """The task is pending no more; a pending one would only be marked by task.destroy
         (ocaml/xapi/xapi_task.ml@v26.17.0)."""
-        with contextlib.suppress(ApiFailure):
+        with self._unless_gone("task"):
             if self._pool.ask(doing, "task.get_status", task) == "pending":
                 self._pool.ask(doing, "task.set_status", task, "cancelled")
 
@@ -5022,7 +5039,7 @@ class Snapshots:
         """The entry's tasks are gone from the pool's list, where they would stay for hours."""
         for ref in self._import_tasks(entry, doing):
             self._end_task(ref, doing)
-            with contextlib.suppress(ApiFailure):
+            with self._unless_gone("task"):
                 self._pool.ask(doing, "task.destroy", ref)
 
     # --- what others left --------------------------------------------------------------
@@ -5032,9 +5049,11 @@ class Snapshots:
         self.inherited.extend(journals)
         for journal in journals:
             for entry in journal.open_entries():
-                self._log.info("%s: a run on %s that began %s left %s, or may have; removing it." % (
+                left = "a VM of a " + entry.facts["kind"] if entry.facts["kind"] in IMPORT_KINDS else "a snapshot"
+                self._log.info("%s: a run on %s that began %s %s." % (
                     entry.title, journal.header.get("host", "another host"), journal.header.get("since", "earlier"),
-                    "a VM of a " + entry.facts["kind"] if entry.facts["kind"] in IMPORT_KINDS else "a snapshot"))
+                    "restored it and ended before its last steps; doing them" if entry.facts.get("restored")
+                    else "left %s, or may have; removing it" % left))
                 self.remove(entry)
 
     def look_again(self) -> None:
@@ -5054,6 +5073,12 @@ class Snapshots:
             raise BackupError("%s still has %d snapshots of earlier backups that could not be removed: %s. No further "
                               "one is made. Remove them by hand (xe snapshot-uninstall, or xe vdi-destroy), then run "
                               "again." % (machine.title, len(left), ", ".join(left)))
+
+
+def unnamed_text(entry: OpenEntry) -> str:
+    """What to tell of a restored VM that has not got its name."""
+    return ("the restored VM %s is whole, but is still named %s. Name it: xe vm-param-set uuid=%s name-label=..." % (
+        entry.facts["uuids"][0], quote_name(entry.facts["names"][0]), entry.facts["uuids"][0]))
 
 
 # =============================================================================
@@ -7492,8 +7517,8 @@ class Importer:
     # --- from an imported VM to the person's own -------------------------------------------------------
 
     def finish(self, plan: RestorePlan, imported: ImportedVm) -> None:
-        """VIFs, existing disks, then the entry is closed, and only then name and start: dying in between leaves a whole
-        VM with a provisional name, never a deleted one."""
+        """VIFs and existing disks; then it is on record that the VM is the person's, and only then it gets its name: dying
+        in between leaves a whole VM with a provisional name, never a deleted one."""
         doing = "finishing %s" % imported.entry.title
         for interface in plan.interfaces:
             self._pool.call(doing, "VIF.create", vif_fields(interface, imported.ref))
@@ -7506,20 +7531,22 @@ class Importer:
                 self._pool.call(doing, "VBD.create", fields)
         self._signals.check()
         with self._signals.shielded():
-            imported.entry.close("restored")
-            self._give_back(plan, imported, doing)
+            with contextlib.suppress(CatalogError):            # a full store: then the new name alone says that it is theirs
+                imported.entry.note(restored=True)
+            try:
+                self._give_back(plan, imported, doing)
+            except BackupError as error:
+                raise BackupError("%s: %s (%s)" % (imported.entry.title, unnamed_text(imported.entry), error))
 
     def _give_back(self, plan: RestorePlan, imported: ImportedVm, doing: str) -> None:
         """The VM has its own other_config, blocked operations and name."""
         ask = self._pool.ask
         ask(doing, "VM.remove_from_other_config", imported.ref, "import_task")
         ask(doing, "VM.remove_from_other_config", imported.ref, KEY_PREFIX + imported.entry.facts["token"])
-        name = plan.name + " (DAMAGED)" if imported.problem else plan.name
-        ask(doing, "VM.set_name_label", imported.ref, name)
         blocked = plan.source.original.get("blocked_operations")
         if blocked:
             ask(doing, "VM.set_blocked_operations", imported.ref, blocked)
-        self._snapshots.forget_tasks(imported.entry, doing)
+        ask(doing, "VM.set_name_label", imported.ref, plan.name + " (DAMAGED)" if imported.problem else plan.name)
 
 
 class _Imports:
@@ -9553,6 +9580,8 @@ def making_run(context: Context, pool: Pool, inventory: Inventory, catalog: Cata
             journals = catalog.dead_runs(journal, inventory.pool_uuid, clock.utc().timestamp())
         snapshots.sweep(journals)
         yield Importer(pool, make_xe(context, pool), configuration, journal, snapshots, clock, log, signals), snapshots
+        if pool.was_shaken:
+            snapshots.look_again()
     finally:
         with signals.shielded():
             for one in snapshots.inherited + [journal]:

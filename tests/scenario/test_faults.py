@@ -27,7 +27,7 @@ def base() -> Iterator[Base]:
 @pytest.mark.parametrize('kind, number', CHOICES, ids=['%s-%d' % choice for choice in CHOICES])
 def test_no_trouble_costs_a_copy_or_leaves_anything_behind(base: Base, kind: str, number: int) -> None:
     """Each is one place of the recorded run; together they are spread over all of it."""
-    cases = [case for case in faultsuite.all_cases(base) if case.kind == kind]
+    cases = [case for case in base.all_cases() if case.kind == kind]
     result = faultsuite.run_case(base, faultsuite.spread(cases, SAMPLE[kind])[number])
     assert not result.problems, '%s\n%s\n%s\n%s' % (result.case.name, result.case.reproduction,
                                                     '\n'.join(result.problems), result.printed)

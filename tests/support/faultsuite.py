@@ -97,12 +97,22 @@ class Result(NamedTuple):
 class Base:
     """A pool and a store in which one good copy of each VM stands, and the record of one more run."""
 
+    description = POOL
+
     def __init__(self) -> None:
         self.home = tempfile.mkdtemp(prefix='faults-')
         # As it is now, whoever edits it meanwhile; compiled once, since reading it takes longer than a whole backup here.
         self.source = shutil.copy(PROGRAM, self.home)
         self.program = py_compile.compile(self.source, os.path.join(self.home, 'VmBackup.pyc'), doraise=True)
         self.pool_dir = os.path.join(self.home, 'd')
+        try:
+            self.record()
+        except BaseException:
+            self.remove()
+            raise
+
+    def record(self) -> None:
+        """What a run does is on record, and a pool and a store stand as it found them."""
         first = Place(self, None, COPIES)
         try:
             first.serve()
@@ -131,11 +141,35 @@ class Base:
             assert run.exit_status == 0, run.output
             with open(trace, encoding='utf-8', errors='surrogateescape') as file:
                 self.steps = file.read().splitlines()
-        except BaseException:
-            self.remove()
-            raise
         finally:
             first.remove()
+
+    def all_cases(self) -> List[Case]:
+        """Every trouble at every place of the recorded run."""
+        cases = cases_of(self.journal, self.steps, self.run_ms)
+        if can_mount():
+            for free_kib in list(range(4, 96, 8)) + list(range(96, 13 * 1024, 512)):
+                cases.append(Case('full with %d KiB free' % free_kib, copies=1 + free_kib // 512 % 2,
+                                  free_bytes=free_kib * 1024))
+        return cases
+
+    def judge(self, case: Case) -> Result:
+        """The run with its trouble, then a clean one; the invariants after each."""
+        place = Place(self, self, case.copies, case.faults, case.free_bytes)
+        try:
+            place.serve()
+            run = place.back_up(case.trouble, case.signal_at)
+            after = Aftermath(self, case, place, run, set(self.copies), set(self.dumps), False)
+            held, problems = after.judge()
+            if case.free_bytes:
+                place.resize(64 * MEBIBYTE)
+            place.serve_without_faults()
+            clean = place.back_up()
+            later = Aftermath(self, case, place, clean, after.good_copies, after.dumps, True)
+            more_held, more_problems = later.judge()
+            return result_of(case, held + more_held, problems, more_problems, run, clean)
+        finally:
+            place.remove()
 
     def remove(self) -> None:
         shutil.rmtree(self.home, ignore_errors=True)
@@ -147,7 +181,7 @@ class Place:
     def __init__(self, base: Base, source: Optional[Base], copies: int, faults: Sequence[Dict[str, Any]] = (),
                  free_bytes: int = 0) -> None:
         self.base = base
-        self.pool = Pool(POOL, faults)
+        self.pool = Pool(base.description, faults)
         self.pool.first_snapshots = []
         self.home = self.pool.home
         self.seen = 0
@@ -172,13 +206,22 @@ class Place:
     def serve(self) -> None:
         self.pool.start()
 
+    def serve_without_faults(self) -> None:
+        self.pool.stop()
+        self.pool.set_faults([])
+        self.serve()
+
     def command(self, *action: str) -> List[str]:
         return [sys.executable, '-W', 'error', self.base.program, self.password_file, self.config] + list(action)
 
-    def back_up(self, trouble: Optional[Dict[str, Any]] = None,
-                signal_at: Optional[Tuple[int, int]] = None) -> Run:
-        """A backup has ended, also by a signal so many milliseconds after its start."""
-        command = self.command()
+    def back_up(self, trouble: Optional[Dict[str, Any]] = None, signal_at: Optional[Tuple[int, int]] = None) -> Run:
+        """A backup has ended."""
+        return self.do((), trouble, signal_at)
+
+    def do(self, words: Sequence[str], trouble: Optional[Dict[str, Any]] = None,
+           signal_at: Optional[Tuple[int, int]] = None) -> Run:
+        """The action of these words has ended, also by a signal so many milliseconds after its start."""
+        command = self.command(*words)
         if trouble is not None:
             write_json(os.path.join(self.home, 'TROUBLE.json'), dict(trouble, store=self.store)
                        if 'step' in trouble else trouble)
@@ -266,10 +309,10 @@ def occasions(journal: Sequence[Dict[str, Any]]) -> List[Tuple[str, int, int]]:
     return found
 
 
-def all_cases(base: Base) -> List[Case]:
-    """Every trouble at every place of the recorded run."""
+def cases_of(journal: Sequence[Dict[str, Any]], steps: Sequence[str], run_ms: int) -> List[Case]:
+    """Every trouble at every call and every step of the storage, and the signals at every moment."""
     cases = []
-    for on, nth, size in occasions(base.journal):
+    for on, nth, size in occasions(journal):
         for when, do in deeds(on, size):
             fault = at(on, nth=nth, when=when, **do)
             word = ' '.join('%s=%s' % (key, value[0] if isinstance(value, tuple) else value)
@@ -279,27 +322,23 @@ def all_cases(base: Base) -> List[Case]:
             trouble = {'hurried': True} if set(do) & {'hang', 'rate', 'master'} else None
             cases.append(Case(name, (fault,), trouble, None, 1 + (nth + size) % 2))
     for number in (signal.SIGKILL, signal.SIGTERM):
-        for wait_ms in range(0, base.run_ms * 3 // 2, STEP_MS):
+        for wait_ms in range(0, run_ms * 3 // 2, STEP_MS):
             name = signal.Signals(number).name
             cases.append(Case('%s after %d ms' % (name, wait_ms), signal_at=(number, wait_ms),
                               copies=1 + wait_ms // STEP_MS % 2))
-    for step, line in enumerate(base.steps, 1):
+    for step, line in enumerate(steps, 1):
         line = re.sub(r'\d{4}-\d\d-\d\d-\d{6}|\d{8}-\d{6}|\d{8}T\S+(?=\.run)|(?<=-)[0-9a-f]{16}', '*', line)
         for word in TROUBLE_WORDS:
             if word == 'short' and not line.startswith('write'):
                 continue
             for stays in (False, True) if word in ('ENOSPC', 'EIO') else (False,):
                 cases.append(Case('storage-%s at step %d of %d (%s)%s' % (
-                    word, step, len(base.steps), line.split(' ')[0] + ' ' + os.path.basename(line),
+                    word, step, len(steps), line.split(' ')[0] + ' ' + os.path.basename(line),
                     ' and from then on' if stays else ''),
                     trouble={'step': step, 'do': word, 'stays': stays}, copies=1 + step % 2))
         if line.startswith(('write', 'fsync')):
-            cases.append(Case('storage-hang at step %d of %d (%s)' % (step, len(base.steps), line),
+            cases.append(Case('storage-hang at step %d of %d (%s)' % (step, len(steps), line),
                               trouble={'step': step, 'do': 'hang', 'hurried': True}))
-    if can_mount():
-        for free_kib in list(range(4, 96, 8)) + list(range(96, 13 * 1024, 512)):
-            cases.append(Case('full with %d KiB free' % free_kib, copies=1 + free_kib // 512 % 2,
-                              free_bytes=free_kib * 1024))
     return cases
 
 
@@ -342,34 +381,19 @@ def spread(cases: Sequence[Case], count: int) -> List[Case]:
 # --- one case ---------------------------------------------------------------------------------------------------------
 
 def run_case(base: Base, case: Case) -> Result:
-    """The run with its trouble, then a clean one; the invariants after each. A suite that breaks is a problem too."""
+    """What became of it. A suite that breaks is a problem too."""
     try:
-        return judge_case(base, case)
+        return base.judge(case)
     except Exception:
         return Result(case, 0, ['the suite broke: ' + traceback.format_exc()], '')
 
 
-def judge_case(base: Base, case: Case) -> Result:
-    place = Place(base, base, case.copies, case.faults, case.free_bytes)
-    try:
-        place.serve()
-        run = place.back_up(case.trouble, case.signal_at)
-        after = Aftermath(base, case, place, run, set(base.copies), set(base.dumps), False)
-        held, problems = after.judge()
-        if case.free_bytes:
-            place.resize(64 * MEBIBYTE)
-        place.pool.set_faults([])
-        place.pool.stop()
-        place.serve()
-        clean = place.back_up()
-        later = Aftermath(base, case, place, clean, after.good_copies, after.dumps, True)
-        more_held, more_problems = later.judge()
-        return Result(case, held + more_held, ['after the run: ' + text for text in problems]
-                      + ['after the clean run: ' + text for text in more_problems],
-                      '--- the run (exit status %d)\n%s--- the clean run (exit status %d)\n%s' % (
-                          run.exit_status, run.output, clean.exit_status, clean.output))
-    finally:
-        place.remove()
+def result_of(case: Case, held: int, problems: Sequence[str], later_problems: Sequence[str], run: Run, clean: Run) -> Result:
+    """What is to be told of a case."""
+    return Result(case, held, ['after the run: ' + text for text in problems]
+                  + ['after the clean run: ' + text for text in later_problems],
+                  '--- the run (exit status %d)\n%s--- the clean run (exit status %d)\n%s' % (
+                      run.exit_status, run.output, clean.exit_status, clean.output))
 
 
 def objects_of(pool: Pool) -> Dict[str, Any]:
@@ -392,23 +416,99 @@ LAST_LINE = re.compile(r'\S+ - (?P<word>SUCCESS|WARNING|ERROR): (?P<number>\d+) 
                        r'(?:; (?P<warnings>\d+) warnings?)?(?P<rest>.*); exit status (?P<status>\d+)\.')
 
 
-class Aftermath:
-    """What is there after a run, held against what was there before it. Each method whose name begins with `holds_` gives
-    the sentences of what is wrong; its docstring is the invariant."""
+class Judge:
+    """What is there after a run of whatever action. Each method whose name begins with `holds_` gives the sentences of what
+    is wrong; its docstring is the invariant."""
 
-    def __init__(self, base: Base, case: Case, place: Place, run: Run, good_before: Set[Tuple[str, str]],
-                 dumps_before: Set[Tuple[str, str]], is_clean: bool) -> None:
+    def __init__(self, base: Base, case: Case, place: Place, run: Run, is_clean: bool) -> None:
         self.base = base
         self.case = case
         self.place = place
         self.run = run
-        self.good_before = good_before
-        self.dumps_before = dumps_before
         self.is_clean = is_clean
         #: On storage that hangs a run may wait for ever, but not with a snapshot in the pool.
         self.hung = bool(case.trouble and case.trouble.get('do') == 'hang' and not is_clean)
         self.was_killed = not is_clean and (case.kills or self.hung and run.exit_status == -signal.SIGKILL)
         self.journal = place.new_journal()
+
+    def judge(self) -> Tuple[int, List[str]]:
+        held, problems = 0, []
+        for invariant in sorted(name for name in dir(self) if name.startswith('holds_')):
+            found = getattr(self, invariant)()
+            held += not found
+            problems += ['%s: %s' % (invariant[len('holds_'):], sentence) for sentence in found]
+        return held, problems
+
+    def open_journals(self) -> List[str]:
+        folder = os.path.join(self.place.store, '.vmbackup', 'runs')
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        return [name for name in names if name.endswith(('.run', '.run.taken'))]
+
+    def session_was_taken(self) -> bool:
+        """Did the trouble end the session, or hit the login or logout itself?"""
+        return bool(self.case.deeds & {'logout', 'master', 'lose'}
+                    or any('session.log' in fault['on'] or fault['do'].get('fail', [''])[0] == 'SESSION_INVALID'
+                           for fault in self.case.faults))
+
+    def may_doubt(self) -> bool:
+        """Did storage say of something that it failed? A copy that was named, but whose name may not be on disk, need not be
+        called good."""
+        return not self.is_clean and bool(self.case.trouble and str(self.case.trouble.get('do'))[0] == 'E')
+
+    def holds_no_journal_is_left_open(self) -> List[str]:
+        """After the clean run no journal is left, but that of a snapshot call whose answer was lost."""
+        lost_answer = self.was_lost() or self.case.kills or self.case.signal_at is not None or self.case.trouble is not None
+        return ['the journals %s are left' % self.open_journals()] \
+            if self.is_clean and self.open_journals() and not lost_answer else []
+
+    def holds_sessions_are_closed(self) -> List[str]:
+        """Every login of the program had its logout, unless it was killed or the trouble took the session."""
+        if self.was_killed or not self.is_clean and self.session_was_taken():
+            return []
+        calls = [entry for entry in self.journal if entry['result'] == 'ok']
+        logins = [entry for entry in calls if entry['call'] == 'session.login_with_password'
+                  and entry['args'][-1] == 'VmBackup']
+        logouts = [entry for entry in calls if entry['call'] == 'session.logout']
+        return ['%d logins, %d logouts' % (len(logins), len(logouts))] if len(logins) != len(logouts) else []
+
+    def holds_no_traceback(self) -> List[str]:
+        """Trouble is never a bug of the program, nor one of the simulated pool."""
+        problems = ['the program has a bug: %s' % self.run.output] if 'Traceback' in self.run.output else []
+        complaints = self.place.pool.complaints()
+        return problems + (['the simulated pool has a bug: %s' % complaints] if complaints else [])
+
+    def holds_the_password_is_nowhere(self) -> List[str]:
+        """Neither printed nor written."""
+        problems = ['it is printed'] if PASSWORD in self.run.output else []
+        for folder, _, files in os.walk(self.place.store):
+            for name in files:
+                if not name.endswith(('.dump', '.xva', '.raw', '.partial')) and name != 'vm-metadata.xml':
+                    if PASSWORD.encode() in contents.content_of(os.path.join(folder, name)):
+                        problems.append('it is in %s/%s' % (folder, name))
+        return problems
+
+    def holds_no_process_is_left(self) -> List[str]:
+        """Everything that it started has ended."""
+        give_up_at = time.monotonic() + (10 if self.was_killed else 3)
+        while True:
+            left = processes_with(self.place.pool.socket_of())
+            if not left or time.monotonic() > give_up_at:
+                return left
+            time.sleep(0.1)
+
+    def was_lost(self) -> bool:
+        """May an answer have been lost that would have told what was made?"""
+        raise NotImplementedError
+
+
+class Aftermath(Judge):
+    """What is there after a backup, held against what was there before it."""
+
+    def __init__(self, base: Base, case: Case, place: Place, run: Run, good_before: Set[Tuple[str, str]],
+                 dumps_before: Set[Tuple[str, str]], is_clean: bool) -> None:
+        super().__init__(base, case, place, run, is_clean)
+        self.good_before = good_before
+        self.dumps_before = dumps_before
         self.copies = contents.shown_copies(place.store)
         self.dumps = contents.shown_dumps(place.store)
         self.damaged = {(name, copy): problem for name, copy in self.copies for problem in [self.problem_of(name, copy)]
@@ -424,14 +524,6 @@ class Aftermath:
         is_first = (name, copy) in self.base.copies
         return contents.copy_problem(os.path.join(self.place.store, name, copy), DISKS[name],
                                      {} if is_first else WRITES[name])
-
-    def judge(self) -> Tuple[int, List[str]]:
-        held, problems = 0, []
-        for invariant in sorted(name for name in dir(self) if name.startswith('holds_')):
-            found = getattr(self, invariant)()
-            held += not found
-            problems += ['%s: %s' % (invariant[len('holds_'):], sentence) for sentence in found]
-        return held, problems
 
     # --- the store ---
 
@@ -507,43 +599,11 @@ class Aftermath:
                   if not name.startswith('vmbackup:')}
         return dict(record, other_config=config) == self.base.objects[key]
 
-    def open_journals(self) -> List[str]:
-        folder = os.path.join(self.place.store, '.vmbackup', 'runs')
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        return [name for name in names if name.endswith(('.run', '.run.taken'))]
-
-    def holds_no_journal_is_left_open(self) -> List[str]:
-        """After the clean run no journal is left, but that of a snapshot call whose answer was lost."""
-        lost_answer = self.was_lost() or self.case.kills or self.case.signal_at is not None or self.case.trouble is not None
-        return ['the journals %s are left' % self.open_journals()] \
-            if self.is_clean and self.open_journals() and not lost_answer else []
-
     def was_lost(self) -> bool:
         return any('.snapshot' in fault['on'] and set(fault['do']) & {'drop', 'hang', 'fail', 'master'}
                    or 'lose' in fault['do'] for fault in self.case.faults)
 
-    def holds_sessions_are_closed(self) -> List[str]:
-        """Every login of the program had its logout, unless it was killed or the trouble took the session."""
-        if self.was_killed or not self.is_clean and self.session_was_taken():
-            return []
-        calls = [entry for entry in self.journal if entry['result'] == 'ok']
-        logins = [entry for entry in calls if entry['call'] == 'session.login_with_password'
-                  and entry['args'][-1] == 'VmBackup']
-        logouts = [entry for entry in calls if entry['call'] == 'session.logout']
-        return ['%d logins, %d logouts' % (len(logins), len(logouts))] if len(logins) != len(logouts) else []
-
-    def session_was_taken(self) -> bool:
-        """Did the trouble end the session, or hit the login or logout itself?"""
-        return bool(self.case.deeds & {'logout', 'master', 'lose'}
-                    or any('session.log' in fault['on'] or fault['do'].get('fail', [''])[0] == 'SESSION_INVALID'
-                           for fault in self.case.faults))
-
     # --- what it said ---
-
-    def may_doubt(self) -> bool:
-        """Did storage say of something that it failed? A copy that was named, but whose name may not be on disk, need not be
-        called good."""
-        return not self.is_clean and bool(self.case.trouble and str(self.case.trouble.get('do'))[0] == 'E')
 
     def holds_the_exit_status_is_true(self) -> List[str]:
         """0 and 3 mean that everything is there; 1 that something is missing; the clean run ends with 0 (after `lose` with 3,
@@ -608,32 +668,6 @@ class Aftermath:
         if successes != self.new:
             return ['it says SUCCESS of %s' % sorted(successes)]
         return [] if ',end,%s,S:%d ' % (self.last_line.group('word'), len(self.new)) in lines[-1] else [lines[-1]]
-
-    def holds_no_traceback(self) -> List[str]:
-        """Trouble is never a bug of the program, nor one of the simulated pool."""
-        problems = ['the program has a bug: %s' % self.run.output] if 'Traceback' in self.run.output else []
-        complaints = self.place.pool.complaints()
-        return problems + (['the simulated pool has a bug: %s' % complaints] if complaints else [])
-
-    def holds_the_password_is_nowhere(self) -> List[str]:
-        """Neither printed nor written."""
-        problems = ['it is printed'] if PASSWORD in self.run.output else []
-        for folder, _, files in os.walk(self.place.store):
-            for name in files:
-                if not name.endswith(('.dump', '.xva', '.raw', '.partial')) and name != 'vm-metadata.xml':
-                    if PASSWORD.encode() in contents.content_of(os.path.join(folder, name)):
-                        problems.append('it is in %s/%s' % (folder, name))
-        return problems
-
-    def holds_no_process_is_left(self) -> List[str]:
-        """Everything that it started has ended."""
-        give_up_at = time.monotonic() + (10 if self.was_killed else 3)
-        while True:
-            left = processes_with(self.place.pool.socket_of())
-            if not left or time.monotonic() > give_up_at:
-                return left
-            time.sleep(0.1)
-
 
 def processes_with(word: str) -> List[str]:
     """The command lines of all processes that have the word in their environment."""
