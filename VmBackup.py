@@ -4894,7 +4894,7 @@ class Snapshots:
     # --- what restore and drill make ------------------------------------------------------
     #
     # An entry of kind `restore` or `drill`: token, vm_uuid, vm_name, names (the provisional names of the VMs that
-    # imports make), tasks (their refs, noted before an import starts), called_at, suspended, then uuids (of the VMs)
+    # imports make), tasks (their refs, noted before an import starts), called_at, then uuids (of the VMs)
     # and disks (uuids), and `restored` once it is whole and the person's. Ours is a VM whose uuid was noted, or, when
     # an answer was lost, one with a provisional name whose import_task is a noted task; and a disk that was noted, or
     # whose sm_config bears such a task: the importer writes the task there before it writes the first block
@@ -5020,11 +5020,10 @@ class Snapshots:
             if record["name_label"] not in entry.facts["names"] or record["is_a_snapshot"] or record["is_a_template"]:
                 return "was taken over by somebody (its name is now %s), so it was left." % quote_name(
                     record["name_label"])
-            state = record["power_state"]
-            if state == "Halted" or state == "Suspended" and entry.facts.get("suspended"):
+            if record["power_state"] == "Halted":
                 continue
             if entry.facts["kind"] != "drill":
-                return "is %s, so it was left." % state.lower()
+                return "is %s, so it was left." % record["power_state"].lower()
             self._pool.call(doing, "VM.hard_shutdown", ref, timeout_s=self._patience_s)
         return ""
 
@@ -6134,6 +6133,8 @@ class BackupRun:
             if before != now:
                 self._log.info("%s: its %s changed since the run was planned: %s, before %s." % (
                     planned.title, what, one_line(now) or "none", one_line(before) or "none"))
+        if machine.power_state == "Suspended":             # a snapshot of it is halted (tried on a real server)
+            self._log.info("%s is suspended: the copy holds its disks, but not its memory." % machine.title)
         return machine
 
     def _export(self, job: Job, machine: VirtualMachine, copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
@@ -6381,6 +6382,7 @@ ISO_SR_TYPES = ("iso", "udev")
 ORIGINAL_FIELDS = ("name_description", "tags", "other_config", "user_version", "start_delay", "shutdown_delay",
                           "order", "ha_restart_priority")         # a snapshot resets some of them, its name all
 OLD_EXPORT_NAME = re.compile(r"(?s)RESTORE_(.*)|(.*) \(backup [0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8}\)(?: vmbackup-[0-9a-f]+)?")
+MEMORY_DEVICE = "memory"
 NEW_VM_NAME = "%s (being restored) " + TOKEN_MARK + "%s"
 DRILL_VM_NAME = "VmBackup drill of %s " + TOKEN_MARK + "%s"
 
@@ -6404,6 +6406,11 @@ class SourceDisk(NamedTuple):
     def title(self) -> str:
         """The disk in a few words."""
         return "%s %s (%s)" % (self.device, quote_name(self.name), format_size(self.virtual_size))
+
+    @property
+    def is_memory(self) -> bool:
+        """Is it the memory of a suspended VM, which hangs on no drive?"""
+        return self.device == MEMORY_DEVICE
 
 
 class Source(NamedTuple):
@@ -6515,7 +6522,7 @@ def disks_of_ova(ova: Dict[str, Any], vm_id: str) -> List[SourceDisk]:
     machine = ova_objects(ova, "VM")[vm_id]
     if machine.get("power_state") == "Suspended" and machine.get("suspend_VDI") in vdis:
         vdi = vdis[machine["suspend_VDI"]]
-        found.append(_source_disk(machine["suspend_VDI"], vdi, {"device": "memory"}, srs.get(vdi.get("SR"), {})))
+        found.append(_source_disk(machine["suspend_VDI"], vdi, {"device": MEMORY_DEVICE}, srs.get(vdi.get("SR"), {})))
     return sorted(found, key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
 
 
@@ -6551,7 +6558,7 @@ def read_source(inside: Directory, copy: Copy) -> Source:
     every = disks_of_ova(metadata, vm_id)
     disk = _imaged_disk(every, manifest, inside, copy)
     return Source(inside.shown, copy, manifest, file_format, metadata, vm_id, original, (disk,),
-                  tuple(other for other in every if other.id != disk.id))
+                  tuple(other for other in every if other.id != disk.id and not other.is_memory))
 
 
 def _with_manifest(disks: Sequence[SourceDisk], manifest: Dict[str, Any]) -> List[SourceDisk]:
@@ -6571,7 +6578,7 @@ def _lacking(source: Source, metadata: Dict[str, Any]) -> Tuple[SourceDisk, ...]
         return ()
     there = {disk.userdevice for disk in source.disks}
     return tuple(disk for disk in disks_of_ova(metadata, own_vm(metadata, source.copy.uuid)[0])
-                 if disk.userdevice not in there and disk.device != "memory")
+                 if disk.userdevice not in there and not disk.is_memory)
 
 
 def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], inside: Directory, copy: Copy) -> SourceDisk:
@@ -6763,6 +6770,8 @@ def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
         problems.append("no SR of the pool can take its records: name one with sr=.")
     existing = [] if wishes.is_drill else [_plan_existing(disk, view, wishes.attach_existing) for disk in source.lacking]
     record = source.original or source.record
+    if lost_memory(source):
+        notes.append(lost_memory(source))
     if source.has_only_cfg_files:
         notes.append("this copy has no vm-metadata.xml, so how the VM boots is not on record: it is made as an HVM guest "
                      "that boots from its disk. Look at its settings before it is started.")
@@ -6777,7 +6786,7 @@ def _plan_disks(source: Source, view: PoolView, wishes: Wishes, problems: List[s
     """Each disk on the SR that was named, else on the one that it came from."""
     named = find_sr(view, wishes.sr) if wishes.sr else None
     planned = []
-    for disk in source.disks:
+    for disk in (one for one in source.disks if not one.is_memory):
         own = next((sr for sr in view.srs if sr.uuid == disk.sr_uuid), None)
         alike = [sr for sr in view.srs if sr.name and sr.name == disk.sr_name and sr.is_usable]
         if named is not None:
@@ -6790,10 +6799,23 @@ def _plan_disks(source: Source, view: PoolView, wishes: Wishes, problems: List[s
             problems.append("disk %s came from SR %s (%s), which %s: name one with sr=. %s" % (
                 disk.title, quote_name(disk.sr_name or "of unknown name"), disk.sr_uuid or "uuid unknown",
                 "is not in this pool" if own is None else "is not plugged on any host", _sr_choice(view)))
-    suspended = any(disk.device == "memory" for disk in source.disks)
-    if suspended and planned:          # a suspended VM's memory must come with the VM itself
-        planned = [item._replace(sr=planned[0].sr, reason="with the memory of the suspended VM") for item in planned]
     return planned
+
+
+def lost_memory(source: Source) -> str:
+    """What becomes of the memory of a VM that was suspended, in a sentence; "" if it was not.
+
+    A backup never has it, as a snapshot has none (ocaml/xapi/xapi_vm_clone.ml@v26.17.0). What a hand-made export
+    has is left out: it fits only the interfaces, drives and hosts that the VM had.
+    """
+    image = next((disk for disk in source.disks if disk.is_memory), None)
+    if image is not None:
+        return "it was suspended, and its memory (%s) is left out: it comes back halted, and starts as after a power cut. " \
+            "`xe vm-import` of the archive brings it back suspended." % format_size(image.virtual_size)
+    if (source.original or source.record).get("power_state") == "Suspended":
+        return "it was suspended when it was backed up, and a backup holds no memory: it comes back halted, and starts as " \
+            "after a power cut."
+    return ""
 
 
 def _home_sr(disks: Sequence[PlannedDisk], view: PoolView) -> Optional[TargetSr]:
@@ -7094,12 +7116,8 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str], 
     original = source.original or record
     record.update({field: original[field] for field in ORIGINAL_FIELDS if field in original})
     record["other_config"] = own_other_config(record["other_config"])
-    is_suspended = record.get("power_state") == "Suspended" and any(disk.device == "memory" for disk in source.disks) \
-        and source.file_format == "xva"
-    if not is_suspended:
-        record.update(power_state="Halted", suspend_VDI=NULL_REF)
-    record.update(name_label=name, is_a_template=False, is_a_snapshot=False, snapshot_of=NULL_REF, snapshots=[],
-                  snapshot_info={}, parent=NULL_REF, VIFs=[], VBDs=list(vbds), ha_always_run=False,
+    record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False, is_a_snapshot=False,
+                  snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF, VIFs=[], VBDs=list(vbds), ha_always_run=False,
                   blocked_operations={}, current_operations={}, allowed_operations=[], resident_on=NULL_REF,
                   uuid=plan.uuid or record["uuid"])
     if "children" in record:
@@ -7341,7 +7359,7 @@ class Importer:
         names = [name] + ["%s part %d" % (name, part + 1) for part in range(1, len(plan.parts))]
         entry = self._journal.open_entry(
             kind=kind, token=token, vm_uuid=plan.source.vm_uuid, vm_name=plan.source.vm_name, names=names, tasks=[],
-            suspended=any(disk.device == "memory" for disk in plan.source.disks), called_at=format_utc(self._clock.utc()))
+            called_at=format_utc(self._clock.utc()))
         try:
             if plan.source.has_only_cfg_files:
                 problem = self._create(entry, plan, inside, sink)
@@ -7478,7 +7496,6 @@ class Importer:
                                                                   'field "VM" = "%s"' % found[name]).values()
                  if vbd["type"] != "CD"} for name in entry.facts["names"]]
         disks = [vbd["VDI"] for part in vbds for vbd in part.values() if vbd["VDI"] != NULL_REF]
-        disks += [machine["suspend_VDI"] for machine in machines if machine["suspend_VDI"] != NULL_REF]
         records = {ref: self._pool.ask(doing, "VDI.get_record", ref) for ref in disks}
         entry.note(uuids=[machine["uuid"] for machine in machines],
                    disks=sorted(record["uuid"] for record in records.values()))
@@ -7496,8 +7513,6 @@ class Importer:
     def _check_disks(entry: OpenEntry, plan: RestorePlan, vdis: Dict[str, str], records: Dict[str, Any]) -> None:
         """Raises VerificationError unless every disk of the plan was made, in its size and on its SR."""
         for planned in plan.disks:
-            if planned.disk.device == "memory":
-                continue
             record = records.get(vdis.get(planned.disk.id, ""))
             if record is None:
                 raise VerificationError("%s: the pool made no disk %s." % (entry.title, planned.disk.title))
@@ -7671,7 +7686,7 @@ def wanted_disk(source: Source, word: str) -> SourceDisk:
     found = [disk for disk in source.disks if word in (disk.device, disk.userdevice, disk.vdi_uuid)] or \
         [disk for disk in source.disks if word == disk.name]
     if not word:
-        found = list(source.disks)
+        found = [disk for disk in source.disks if not disk.is_memory]
     if len(found) == 1:
         return found[0]
     lacking = [disk.title for disk in source.lacking if word in (disk.device, disk.userdevice, disk.vdi_uuid, disk.name)]
@@ -7737,8 +7752,6 @@ class Drill:
 
     def _compare(self, plan: RestorePlan, imported: ImportedVm, planned: PlannedDisk, expected: ContentDigests) -> None:
         """Raises VerificationError unless the disk in the pool holds what the image held."""
-        if planned.disk.id not in imported.vdis:         # the memory of a suspended VM
-            return
         doing = "reading back disk %s of %s" % (planned.disk.device, imported.entry.title)
         record = self._pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
         size = int(record["virtual_size"])
@@ -8486,6 +8499,8 @@ def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]
         job.machine.title, job.method.value, counted(job.keep, "copy"), job.machine.power_state.lower(),
         "%s of %s" % (counted(len(disks), "disk"), format_size(sum(disk.virtual_size for disk in disks))),
         job.chosen_by)]
+    if job.machine.power_state == "Suspended":
+        lines.append("      it is suspended: the copy will hold its disks, but not its memory")
     if job.method is Method.VDI and not disks:
         lines.append("      it has no Disk 0, so vdi-export will fail")
     good = sum(1 for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == job.machine.uuid)
@@ -9680,6 +9695,8 @@ def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: i
               for vif in pool.interfaces(machine)]
     lines += ["  not in this copy, and not attached: disk %s: %s" % (item.disk.title, item.reason)
               for item in plan.existing if not item.vdi_ref]
+    if lost_memory(plan.source):
+        lines.append("  note: " + lost_memory(plan.source))
     if status == ExitStatus.OK and record["power_state"] == "Halted":
         lines.append("  To start it: xe vm-start uuid=%s" % record["uuid"])
     return "\n".join(lines)
