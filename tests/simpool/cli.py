@@ -320,6 +320,7 @@ class Command:
                 record = self.pool.record('task', task)
                 if record['status'] not in ('pending', 'cancelling') or self.pool.stopping:
                     return dict(record)
+                self.pool.resolve_session(self.session)        # asking for the task takes a valid one
                 self.pool.changed.wait(0.5)
 
     def download(self, task: str, url: str, name: str, label: str) -> None:
@@ -351,7 +352,7 @@ class Command:
         """Has the client move data and waits for the task's end; the result (track_http_operation).
 
         A task that no handler takes is waited for without end, as there; but a client that goes
-        away ends it.
+        away ends it, and so does the end of the session, with which the task is asked for.
         """
         self.conversation.order(**order)
         answers = []        # type: List[Optional[bool]]
@@ -369,6 +370,7 @@ class Command:
             while self.pool.record('task', task)['status'] in ('pending', 'cancelling'):
                 if answers == [None] or self.pool.stopping:
                     raise ClientGone()
+                self.pool.resolve_session(self.session)
                 self.pool.changed.wait(0.5)
         listener.join()
         if answers == [None]:
