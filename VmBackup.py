@@ -3332,11 +3332,10 @@ class Pool:
         """Logged out, if the pool still answers."""
         if self._session is None:
             return
-        try:
+        # A session that can't be closed is no news for anyone: the pool drops it after a day without a call.
+        with contextlib.suppress(BackupError):
             self._transport.timeout_s = LOGOUT_TIMEOUT_S
             self._guarded("the logout", self._session.xenapi.session.logout)
-        except BackupError as error:
-            self._log.info("the session could not be closed; the pool drops it after a day: %s" % error)
         self._forget_session()
 
     # --- calling ----------------------------------------------------------------
