@@ -14,7 +14,7 @@ import sys
 import threading
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
-from support.process import PROGRAM, TIME_LIMIT_S, Pool, Run, run_program, text_of
+from support.process import TIME_LIMIT_S, Pool, Run, compiled_program, run_program, text_of
 from support.shelf import Shelf
 from support.wire import eventually
 
@@ -34,7 +34,7 @@ class Process:
     """VmBackup.py while it runs."""
 
     def __init__(self, arguments: Sequence[str], environment: Dict[str, str]) -> None:
-        self._process = subprocess.Popen([sys.executable, '-W', 'error', PROGRAM] + list(arguments), env=environment,
+        self._process = subprocess.Popen([sys.executable, '-W', 'error', compiled_program()] + list(arguments), env=environment,
                                          cwd='/', stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                          stderr=subprocess.PIPE, start_new_session=True)
         self._told: List[List[bytes]] = [[], []]
