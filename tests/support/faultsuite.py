@@ -143,6 +143,7 @@ class Base:
                 self.steps = file.read().splitlines()
         finally:
             first.remove()
+        self.cases = self.all_cases()
 
     def all_cases(self) -> List[Case]:
         """Every trouble at every place of the recorded run."""

@@ -58,6 +58,7 @@ class RecoveryBase(Base):
             self.files = files_of(first.store)
         finally:
             first.remove()
+        self.cases = self.all_cases()
 
     def all_cases(self) -> List[Case]:
         return [case for way in WAYS.values() for case in self.recorded_cases(way)]
