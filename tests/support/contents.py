@@ -110,11 +110,7 @@ def archive_problem(stored: bytes, disks: Dict[str, Dict[str, Any]], writes: Dic
         return 'the archive ends with %d bytes that are not its end' % len(rest)
     if members[0].name != 'ova.xml':
         return 'the archive begins with %s' % members[0].name
-    blocks = {}  # type: Dict[Tuple[str, int], bytes]
-    for member in members[1:]:
-        name, _, number = member.name.partition('/')
-        if number.isdigit() and member.content:
-            blocks[name, int(number)] = member.content
+    blocks = blocks_of_archive(members[1:])
     devices = archive_devices(members[0].content)
     if set(devices) != set(disks):
         return 'the archive has the disks %s' % sorted(devices)
@@ -123,6 +119,20 @@ def archive_problem(stored: bytes, disks: Dict[str, Dict[str, Any]], writes: Dic
             if blocks.pop((devices[device], number), bytes(len(block))) != block:
                 return 'block %d of disk %s is not what the disk held' % (number, device)
     return 'the archive has blocks of no disk: %s' % sorted(blocks) if blocks else ''
+
+
+def blocks_of_archive(members: Any) -> Dict[Tuple[str, int], bytes]:
+    """What the archive holds, by disk and MiB. An empty block, which xapi sends when a disk is slow, takes a number and no
+    room: those behind it stand a MiB earlier than their numbers say."""
+    blocks = {}  # type: Dict[Tuple[str, int], bytes]
+    empty = {}   # type: Dict[str, int]
+    for member in members:
+        name, _, number = member.name.partition('/')
+        if number.isdigit() and member.content:
+            blocks[name, int(number) - empty.get(name, 0)] = member.content
+        elif number.isdigit():
+            empty[name] = empty.get(name, 0) + 1
+    return blocks
 
 
 def archive_devices(ova: bytes) -> Dict[str, str]:

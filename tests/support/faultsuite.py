@@ -371,7 +371,8 @@ def deeds(on: str, size: int) -> Iterator[Tuple[str, Dict[str, Any]]]:
                 if not on.endswith(('dbdump', 'raw_vdi')):
                     yield '', {'flip': place}
         yield '', {'rate': max(1000, size // 2)}
-        yield '', {'keepalive': True}
+        if on == 'http:/export':
+            yield '', {'keepalive': True}
 
 
 def spread(cases: Sequence[Case], count: int) -> List[Case]:

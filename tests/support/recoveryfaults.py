@@ -85,8 +85,7 @@ class RecoveryBase(Base):
         finally:
             place.remove()
         for case in cases_of(journal, steps, run_ms):
-            if 'keepalive' not in case.deeds:              # which is for exports
-                yield case._replace(name='%s-%s' % (way.name, case.name))
+            yield case._replace(name='%s-%s' % (way.name, case.name))
 
     def judge(self, case: Case) -> Result:
         way = WAYS[case.kind.split('-')[0]]
