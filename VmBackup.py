@@ -5543,11 +5543,12 @@ class Verifier:
         image = manifest["image"]
         recompressed = copy.image != image["name"]
         check_it = not recompressed or image.get("compression") == "none"
-        stored, plain = Digest("SHA-256 of the stored bytes"), Digest()
+        plain, compression = Digest(), compression_of(copy.image)
+        stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
         with open(inside.open_file(BLOCKS), "rb") as blocks:
             check = new_image_check(manifest, BlockComparer(blocks), self._block_digests) if check_it else None
             inner = [plain] + ([check] if check else [])
-            self._stream(inside, copy, compression_of(copy.image), [stored], inner)
+            self._stream(inside, copy, compression, [] if stored is plain else [stored], inner)
         problem = digest_problem(copy, image, stored, plain)
         if problem:
             raise VerificationError(problem)
@@ -6880,7 +6881,22 @@ def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List
             continue
         planned.append(PlannedInterface(str(vif["device"]), ref, view.networks[ref]["name_label"],
                                         str(vif.get("MAC", "")) if wishes.preserve else "", vif))
+        fixed = fixed_addresses(vif)
+        if fixed:
+            notes.append("its interface %s had been given %s through the pool, which no import brings back: "
+                         "`xe vif-configure-ipv4` and `xe vif-configure-ipv6` do." % (vif["device"], fixed))
     return sorted(planned, key=lambda item: (userdevice_number(item.device), item.device))
+
+
+def fixed_addresses(vif: Dict[str, Any]) -> str:
+    """The addresses that VIF.configure_ipv4 and configure_ipv6 gave it, in words. An import loses them, as VIF.create
+    sets none (ocaml/xapi/xapi_vif.ml@v26.17.0), and what comes back beside the VM must not take its address."""
+    said = []
+    for family in ("ipv4", "ipv6"):
+        if vif.get(family + "_configuration_mode") == "Static":
+            gateway = vif.get(family + "_gateway")
+            said += [address + (", gateway %s" % gateway if gateway else "") for address in vif.get(family + "_addresses", ())]
+    return " and ".join(said)
 
 
 def find_network(view: PoolView, word: str) -> str:
@@ -7535,7 +7551,7 @@ class Importer:
         in between leaves a whole VM with a provisional name, never a deleted one."""
         doing = "finishing %s" % imported.entry.title
         for interface in plan.interfaces:
-            self._pool.call(doing, "VIF.create", vif_fields(interface, imported.ref))
+            self._make_interface(interface, imported, doing)
         vbds = ova_objects(plan.source.ova, "VBD")
         for existing in plan.existing:
             if existing.vdi_ref:
@@ -7551,6 +7567,24 @@ class Importer:
                 self._give_back(plan, imported, doing)
             except BackupError as error:
                 raise BackupError("%s: %s (%s)" % (imported.entry.title, unnamed_text(imported.entry), error))
+
+    def _make_interface(self, interface: PlannedInterface, imported: ImportedVm, doing: str) -> None:
+        """The VM has that VIF. Where the pool has no licence for VIF locking it is made without, as the server's own
+        import does (ocaml/xapi/import.ml@v26.17.0), and that is told."""
+        fields = vif_fields(interface, imported.ref)
+        try:
+            self._pool.call(doing, "VIF.create", fields)
+        except ApiFailure as failure:
+            if failure.code != "LICENCE_RESTRICTION":
+                raise
+            mode = fields["locking_mode"]
+            self._pool.call(doing, "VIF.create", dict(fields, ipv4_allowed=[], ipv6_allowed=[],
+                                                      locking_mode="network_default" if mode == "locked" else mode))
+            self._snapshots.findings.append(Finding(
+                Severity.WARNING, imported.entry.title, "its interface %s was restricted (locking_mode %s, addresses allowed: "
+                "%s), for which this pool has no licence: it was made WITHOUT that restriction." % (
+                    interface.device, mode, ", ".join(fields["ipv4_allowed"] + fields["ipv6_allowed"]) or "none")))
+            self._log.finding(self._snapshots.findings[-1])
 
     def _give_back(self, plan: RestorePlan, imported: ImportedVm, doing: str) -> None:
         """The VM has its own other_config, blocked operations and name."""
