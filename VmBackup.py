@@ -6810,11 +6810,11 @@ def lost_memory(source: Source) -> str:
     """
     image = next((disk for disk in source.disks if disk.is_memory), None)
     if image is not None:
-        return "it was suspended, and its memory (%s) is left out: it comes back halted, and starts as after a power cut. " \
-            "`xe vm-import` of the archive brings it back suspended." % format_size(image.virtual_size)
+        return "it was suspended, and its memory (%s) is left out: it comes back halted, and starts as after a power " \
+            "cut. `xe vm-import` of the archive brings it back suspended." % format_size(image.virtual_size)
     if (source.original or source.record).get("power_state") == "Suspended":
-        return "it was suspended when it was backed up, and a backup holds no memory: it comes back halted, and starts as " \
-            "after a power cut."
+        return "it was suspended when it was backed up, and a backup holds no memory: it comes back halted, and " \
+            "starts as after a power cut."
     return ""
 
 
@@ -6895,7 +6895,8 @@ def fixed_addresses(vif: Dict[str, Any]) -> str:
     for family in ("ipv4", "ipv6"):
         if vif.get(family + "_configuration_mode") == "Static":
             gateway = vif.get(family + "_gateway")
-            said += [address + (", gateway %s" % gateway if gateway else "") for address in vif.get(family + "_addresses", ())]
+            said += [address + (", gateway %s" % gateway if gateway else "")
+                     for address in vif.get(family + "_addresses", ())]
     return " and ".join(said)
 
 
@@ -7132,7 +7133,8 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str], 
     record.update({field: original[field] for field in ORIGINAL_FIELDS if field in original})
     record["other_config"] = own_other_config(record["other_config"])
     record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False, is_a_snapshot=False,
-                  snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF, VIFs=[], VBDs=list(vbds), ha_always_run=False,
+                  snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF, VIFs=[], VBDs=list(vbds),
+                  ha_always_run=False,
                   blocked_operations={}, current_operations={}, allowed_operations=[], resident_on=NULL_REF,
                   uuid=plan.uuid or record["uuid"])
     if "children" in record:
@@ -7575,15 +7577,15 @@ class Importer:
         try:
             self._pool.call(doing, "VIF.create", fields)
         except ApiFailure as failure:
-            if failure.code != "LICENCE_RESTRICTION":
+            if failure.code != "LICENCE_RESTRICTION" or "locking_mode" not in fields:
                 raise
-            mode = fields["locking_mode"]
+            mode, allowed = fields["locking_mode"], fields.get("ipv4_allowed", []) + fields.get("ipv6_allowed", [])
             self._pool.call(doing, "VIF.create", dict(fields, ipv4_allowed=[], ipv6_allowed=[],
                                                       locking_mode="network_default" if mode == "locked" else mode))
             self._snapshots.findings.append(Finding(
-                Severity.WARNING, imported.entry.title, "its interface %s was restricted (locking_mode %s, addresses allowed: "
-                "%s), for which this pool has no licence: it was made WITHOUT that restriction." % (
-                    interface.device, mode, ", ".join(fields["ipv4_allowed"] + fields["ipv6_allowed"]) or "none")))
+                Severity.WARNING, imported.entry.title, "its interface %s was restricted (locking_mode %s, addresses "
+                "allowed: %s), for which this pool has no licence: it was made WITHOUT that restriction." % (
+                    interface.device, mode, ", ".join(allowed) or "none")))
             self._log.finding(self._snapshots.findings[-1])
 
     def _give_back(self, plan: RestorePlan, imported: ImportedVm, doing: str) -> None:

@@ -27,21 +27,22 @@ def mount(*arguments: str) -> None:
         pytest.skip('mount is not possible here: %s' % text_of(done.stderr).strip())
 
 
+def mounted(path: str, options: str) -> Iterator[str]:
+    """A file system of its own, for as long as a test needs it."""
+    mount('-t', 'tmpfs', '-o', options, 'tmpfs', path)
+    yield path
+    subprocess.run(['umount', '-l', path], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Any) -> Iterator[str]:
     """A file system with room for 12 MiB."""
-    path = str(tmp_path)
-    mount('-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', path)
-    yield path
-    subprocess.run(['umount', '-l', path], check=True)
+    yield from mounted(str(tmp_path), 'size=12m')
 
 
 @pytest.fixture
 def read_only_disk(tmp_path: Any) -> Iterator[str]:
-    path = str(tmp_path)
-    mount('-t', 'tmpfs', '-o', 'size=1m,ro', 'tmpfs', path)
-    yield path
-    subprocess.run(['umount', '-l', path], check=True)
+    yield from mounted(str(tmp_path), 'size=1m,ro')
 
 
 def test_a_read_only_backup_dir_is_refused_before_anything_starts(a_pool: Any, a_shelf: Any, read_only_disk: str) -> None:

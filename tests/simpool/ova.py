@@ -440,6 +440,7 @@ class Import:
         if self.restore and self._already_there('VIF', uuid):
             return
         keeps_mac = self.restore
+        # What is static about its addresses is lost: VIF.create sets none (xapi_vif.ml create).
         fields = {name: record[name] for name in ('device', 'MTU', 'other_config', 'qos_algorithm_type',
                                                   'qos_algorithm_params', 'locking_mode', 'ipv4_allowed', 'ipv6_allowed')
                   if name in record}

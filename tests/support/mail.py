@@ -16,14 +16,13 @@ import os
 import py_compile
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from typing import Any, Dict, List
 
-from support.process import CRON_PATH, PROGRAM, START_LIMIT_S, STOP_LIMIT_S, TESTS, Run, first_line, run
+from support.process import CRON_PATH, PROGRAM, START_LIMIT_S, TESTS, Run, end, first_line, run
 from support.shelf import Shelf
 
 PROGRAM_OF_SERVER = os.path.join(TESTS, 'support', 'mail_server.py')
@@ -83,14 +82,7 @@ class MailServer:
                 os.remove(os.path.join(self.home, name))
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self.process.stdout.close()
+        end(self.process)
         self.log.close()
         shutil.rmtree(self.home, ignore_errors=True)
 

@@ -134,13 +134,7 @@ class Pool:
         self.sessions.clear()
         if self.process is None:
             return
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
+        end(self.process)
         self.log.close()
         self.process = None
 
@@ -230,6 +224,17 @@ class Pool:
     def has_no_snapshots_of_ours(self) -> bool:
         """All snapshots there are were in POOL.json."""
         return set(self.snapshots()) <= set(self.first_snapshots)
+
+
+def end(process: subprocess.Popen) -> None:
+    """The server has ended, as it is asked to or killed."""
+    process.terminate()
+    try:
+        process.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
 
 
 def first_line(process: subprocess.Popen, time_limit_s: float) -> str:
