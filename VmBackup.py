@@ -7134,9 +7134,8 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str], 
     record["other_config"] = own_other_config(record["other_config"])
     record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False, is_a_snapshot=False,
                   snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF, VIFs=[], VBDs=list(vbds),
-                  ha_always_run=False,
-                  blocked_operations={}, current_operations={}, allowed_operations=[], resident_on=NULL_REF,
-                  uuid=plan.uuid or record["uuid"])
+                  ha_always_run=False, blocked_operations={}, current_operations={}, allowed_operations=[],
+                  resident_on=NULL_REF, uuid=plan.uuid or record["uuid"])
     if "children" in record:
         record["children"] = []
     if plan.new_mac_seed or part or is_drill:
