@@ -554,6 +554,20 @@ def userdevice_number(userdevice: str) -> int:
     return number - 1
 
 
+# --- names of what is being made in a pool ----------------------------------------
+
+TOKEN_MARK = "vmbackup-"       # a random token follows
+NEW_VM_NAME = "%s (being restored) " + TOKEN_MARK + "%s"
+DRILL_VM_NAME = "VmBackup drill of %s " + TOKEN_MARK + "%s"
+PART_NAME = "%s part %d"       # a VM that only carries disks for one of these
+PROVISIONAL_NAME = re.compile(r"(?s)(.* \(being restored\)|VmBackup drill of .*) vmbackup-[0-9a-f]{16}( part [0-9]+)?")
+
+
+def is_provisional(name: str) -> bool:
+    """Does a VM bear such a name while a restore or drill makes it?"""
+    return PROVISIONAL_NAME.fullmatch(name) is not None
+
+
 # --- cfg files ----------------------------------------------------------------
 
 
@@ -1101,13 +1115,14 @@ class Plan(NamedTuple):
     unselected: Tuple[VirtualMachine, ...]
     findings: Tuple[Finding, ...]
     missing: Tuple[Tuple[Method, str], ...]      # literal entries without a VM: (method, text)
+    provisional: Tuple[VirtualMachine, ...]      # those that a restore or drill is still making
 
 
 OLDEST_VDI_EXPORT = (6, 5)        # xe vdi-export: XenServer 6.5
 
 
 def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
-    """The plan for that pool; every VM is in exactly one of jobs, excluded and unselected."""
+    """The plan for that pool; every VM is in exactly one of jobs, excluded, provisional and unselected."""
     selectors = configuration.vm_export + configuration.vdi_export
     findings, missing = [], []                  # type: List[Finding], List[Tuple[Method, str]]
     usable = []
@@ -1128,7 +1143,7 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
         excludes.append(selector)
         if not any(selector.matches(machine) for machine in inventory.machines):
             findings.append(Finding(Severity.WARNING, selector.line, "excludes no VM of the pool."))
-    jobs, excluded, unselected = [], [], []
+    jobs, excluded, provisional, unselected = [], [], [], []
     for machine in inventory.machines:
         exclude = next((selector for selector in excludes if selector.matches(machine)), None)
         chosen = choose_selector(machine, usable)
@@ -1136,17 +1151,25 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
             excluded.append((machine, exclude.line))
         elif chosen:
             jobs.append(Job(machine, chosen.method, chosen.keep or configuration.max_backups, chosen.line))
+        elif is_provisional(machine.name) and any(selector.matches(machine) for selector in selectors):
+            provisional.append(machine)
         else:
             unselected.append(machine)
     findings.extend(_duplicate_names(jobs))
-    return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing))
+    return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing), tuple(provisional))
 
 
 def choose_selector(machine: VirtualMachine, selectors: Sequence[Selector]) -> Optional[Selector]:
     """The selector that decides about the VM: the most precise; then vdi-export; then the later line."""
     matching = [(selector.precision, selector.method is Method.VDI, index, selector)
-                for index, selector in enumerate(selectors) if selector.matches(machine)]
+                for index, selector in enumerate(selectors) if selects(selector, machine)]
     return max(matching)[3] if matching else None
+
+
+def selects(selector: Selector, machine: VirtualMachine) -> bool:
+    """Does it choose that VM for a backup? One that is still being made, perhaps without some of its disks, perhaps
+    under the uuid that it is to keep, is chosen by its full name only."""
+    return selector.matches(machine) and (selector.form == "name" or not is_provisional(machine.name))
 
 
 def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Finding]:
@@ -1158,8 +1181,12 @@ def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Find
     if problem is not None:
         return problem
     names = {machine.name for machine in inventory.machines}
-    if any(selector.matches(machine) for machine in inventory.machines):
+    if any(selects(selector, machine) for machine in inventory.machines):
         return None
+    found = [machine for machine in inventory.machines if selector.matches(machine)]
+    if found:
+        return Finding(Severity.ERROR if selector.is_literal else Severity.WARNING, selector.line, "is not backed up: %s"
+                       % provisional_text(found[0]))
     hint = ""
     if selector.bare and selector.form in ("name", "wildcard"):
         hint = _regex_hint(selector, names)
@@ -1168,6 +1195,12 @@ def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Find
                        "backed up.%s Correct the line, or remove it if the VM is gone for good." % (inventory.pool_title,
                                          "name" if selector.form == "name" else "uuid", hint))
     return Finding(Severity.WARNING, selector.line, "matches no VM of the pool.%s" % hint)
+
+
+def provisional_text(machine: VirtualMachine) -> str:
+    """Why a VM that is still being made is not backed up."""
+    return "%s bears the name of a VM that a restore or drill is still making. If none is, give it another name." % (
+        machine.title)
 
 
 def _quote_it(selector: Selector, inventory: Inventory) -> Optional[Finding]:
@@ -4521,7 +4554,6 @@ def checksum_line(digest: str, name: str) -> str:
 # a journal proves: by the uuid noted when the answer came, or by the token that
 # the snapshot was born with. A name without the token proves nothing.
 
-TOKEN_MARK = "vmbackup-"
 BUSY_PATIENCE_S = 180          # how long a disk that is still attached to a control domain is waited for
 BUSY_PAUSE_S = 2
 LOST_ANSWER_PATIENCE_S = 10    # a snapshot whose maker's connection died can appear some seconds later
@@ -6383,8 +6415,6 @@ ORIGINAL_FIELDS = ("name_description", "tags", "other_config", "user_version", "
                           "order", "ha_restart_priority")         # a snapshot resets some of them, its name all
 OLD_EXPORT_NAME = re.compile(r"(?s)RESTORE_(.*)|(.*) \(backup [0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8}\)(?: vmbackup-[0-9a-f]+)?")
 MEMORY_DEVICE = "memory"
-NEW_VM_NAME = "%s (being restored) " + TOKEN_MARK + "%s"
-DRILL_VM_NAME = "VmBackup drill of %s " + TOKEN_MARK + "%s"
 
 
 # --- what an image holds ---------------------------------------------------------------
@@ -7372,7 +7402,7 @@ class Importer:
         token = secrets.token_hex(8)
         pattern = DRILL_VM_NAME if kind == "drill" else NEW_VM_NAME
         name = pattern % (plan.source.vm_name if kind == "drill" else plan.name, token)
-        names = [name] + ["%s part %d" % (name, part + 1) for part in range(1, len(plan.parts))]
+        names = [name] + [PART_NAME % (name, part + 1) for part in range(1, len(plan.parts))]
         entry = self._journal.open_entry(
             kind=kind, token=token, vm_uuid=plan.source.vm_uuid, vm_name=plan.source.vm_name, names=names, tasks=[],
             called_at=format_utc(self._clock.utc()))
@@ -8511,6 +8541,9 @@ def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
                         ("in no backup of this config", [(machine, "") for machine in plan.unselected])):
         lines.append("%s %s%s" % (counted(len(rows), "VM"), title, ":" if rows else "."))
         lines += ["  %s%s" % (machine.title, tail) for machine, tail in rows]
+    if plan.provisional:
+        lines.append("%s left out as still being made:" % counted(len(plan.provisional), "VM"))
+        lines += ["  " + provisional_text(machine) for machine in plan.provisional]
     for finding in plan.findings:
         lines.append("%s: %s: %s" % ("Error" if finding.severity is Severity.ERROR else "Warning",
                                      finding.subject, finding.sentence))
@@ -8978,6 +9011,8 @@ def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, c
     log.info("VmBackup %s: %s of %s in pool %s; %s." % (
         VERSION, counted(len(plan.jobs), "VM"), configuration.source,
         inventory.pool_title, "host " + host))
+    for machine in plan.provisional:
+        log.info("left out: " + provisional_text(machine))
     exporter = Exporter(pool, make_xe(context, pool), configuration, log, context.signals)
     run = BackupRun(configuration, inventory, plan, pool, catalog, journal, exporter, status_log, clock, log,
                     context.signals)

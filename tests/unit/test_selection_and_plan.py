@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import VmBackup
 from support.values import a_host, a_vm, an_inventory, configured, jobs_of, planned, problems_of, uuid_of, vms
 from VmBackup import Severity, make_plan
 
@@ -170,6 +171,47 @@ def test_vdi_export_on_a_server_that_has_none_is_an_error_of_that_entry(version,
     assert ('web' in jobs_of(plan)) is not is_error and 'db' in jobs_of(plan)
 
 
+# --- what a restore or drill is still making ------------------------------------------------------------------------------
+
+TOKEN = '0123456789abcdef'
+PROVISIONAL = [pattern % ('web', TOKEN) + part for pattern in (VmBackup.NEW_VM_NAME, VmBackup.DRILL_VM_NAME) for part in ('', ' part 2')]
+
+
+@pytest.mark.parametrize('name', PROVISIONAL + ['web\nsite (being restored) vmbackup-' + TOKEN])
+@pytest.mark.parametrize('text', ['*', '*web*', '/(?s).*/', 'tag:gold'])
+def test_what_stands_for_many_leaves_out_a_vm_that_is_still_being_made(text, name):
+    plan = planned('vm-export=%s\n' % text, a_vm('web', 1, tags=('gold',)), a_vm(name, 2, tags=('gold',)))
+    assert list(jobs_of(plan)) == ['web'] and [machine.name for machine in plan.provisional] == [name]
+    assert plan.findings == () and plan.unselected == ()
+
+
+def test_a_uuid_that_a_restore_keeps_is_an_error_while_the_vm_is_being_made():
+    plan = planned('vm-export=web\nvm-export=uuid:%s\n' % uuid_of(2), a_vm('web', 1), a_vm(PROVISIONAL[0], 2))
+    (error,) = sentences(plan, Severity.ERROR)
+    assert 'a restore or drill is still making' in error and list(jobs_of(plan)) == ['web'] and len(plan.missing) == 1
+
+
+def test_a_wildcard_that_matches_nothing_else_says_why():
+    (warning,) = sentences(planned('vm-export=w*\nvm-export=db\n', a_vm(PROVISIONAL[0], 1), a_vm('db', 2)), Severity.WARNING)
+    assert 'a restore or drill is still making' in warning
+
+
+def test_a_vm_that_is_named_in_full_is_meant():
+    assert list(jobs_of(planned('vm-export="%s"\n' % PROVISIONAL[0], a_vm(PROVISIONAL[0])))) == [PROVISIONAL[0]]
+
+
+def test_a_vm_that_no_line_selects_is_told_as_any_other():
+    plan = planned('vm-export=db\n', a_vm('db', 1), a_vm(PROVISIONAL[0], 2))
+    assert plan.provisional == () and [machine.name for machine in plan.unselected] == [PROVISIONAL[0]]
+
+
+@pytest.mark.parametrize('name', ['web (being restored)', 'web (being restored) vmbackup-', 'web (being restored) vmbackup-' + TOKEN[1:],
+                                  'web (being restored) vmbackup-%sx' % TOKEN, 'VmBackup drill of web', 'web vmbackup-' + TOKEN,
+                                  'web (restored 2026-01-01)', 'web (DAMAGED)', 'web (being restored) vmbackup-' + TOKEN.upper()])
+def test_a_name_that_merely_looks_alike_is_selected(name):
+    assert chosen('*', name) == [name]
+
+
 # --- for any pool and config -------------------------------------------------------------------------------------------
 
 SELECTORS = st.one_of(
@@ -177,7 +219,7 @@ SELECTORS = st.one_of(
     st.sampled_from(['"a"', '"a b"', '"*"']), st.integers(1, 9).map(lambda number: 'uuid:' + uuid_of(number)))
 LINE = st.tuples(st.sampled_from(['vm-export', 'vdi-export', 'exclude']), SELECTORS, st.sampled_from(['', ':1', ':2', ':7'])).map(
     lambda parts: '%s=%s%s' % (parts[0], parts[1], parts[2] if parts[0] != 'exclude' else ''))
-POOLS = st.lists(st.tuples(st.sampled_from(['a', 'b', 'c', 'ab', 'a b', '*', 'ba']), st.sampled_from([(), ('t',), ('t', 'u')])),
+POOLS = st.lists(st.tuples(st.sampled_from(['a', 'b', 'c', 'ab', 'a b', '*', 'ba', PROVISIONAL[0]]), st.sampled_from([(), ('t',), ('t', 'u')])),
                  max_size=9).map(lambda rows: tuple(a_vm(name, number, tags=tags) for number, (name, tags) in enumerate(rows, 1)))
 
 
@@ -186,10 +228,10 @@ def plan_of(lines, machines):
 
 
 @given(st.lists(LINE, max_size=6), POOLS)
-def test_every_vm_is_in_exactly_one_of_jobs_excluded_and_unselected(lines, machines):
+def test_every_vm_is_in_exactly_one_of_jobs_excluded_provisional_and_unselected(lines, machines):
     plan = plan_of(lines, machines)
     named = ([job.machine.uuid for job in plan.jobs] + [machine.uuid for machine, _ in plan.excluded]
-             + [machine.uuid for machine in plan.unselected])
+             + [machine.uuid for machine in plan.provisional + plan.unselected])
     assert sorted(named) == [machine.uuid for machine in machines]
 
 
