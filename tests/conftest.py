@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import shutil
+import signal
 import zlib
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
@@ -38,6 +39,10 @@ def a_shelf() -> Iterator[Callable[..., Shelf]]:
     for shelf in shelves:
         shelf.remove()
 
+
+# A shell that starts us in the background makes us and all our children deaf to SIGINT, which tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # These scenarios depend on the Python that runs them: both run them whole.
 ON_EVERY_PYTHON = ('test_surroundings.py', 'test_names.py')
