@@ -570,9 +570,21 @@ def test_a_restore_killed_before_its_last_steps_left_a_whole_vm(a_pool: Any, a_s
     with stopped_at(pool, shelf, at('api:VM.set_name_label', hangs=True), 'restore', 'web') as process:
         process.kill()
     serving(pool)
-    assert backup(pool, shelf, 'vm-export=nobody*').exit_status == 3
+    run = backup(pool, shelf, 'vm-export=nobody*')
     name, = [record['name_label'] for record in pool.dump()['VM'].values() if PROVISIONAL in record['name_label']]
-    assert holds(pool, name, ROOT, DATA)
+    assert run.exit_status == 3 and run.says('is whole, but is still named ' + name), run
+    assert holds(pool, name, ROOT, DATA) and shelf.journals() == [] and not pool.dump()['task']
+
+
+def test_a_name_that_the_pool_refuses_leaves_a_whole_vm_and_says_how_to_name_it(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(web()), a_shelf()
+    backed_up(pool, shelf)
+    serving(pool, at('api:VM.set_name_label', fails=['INTERNAL_ERROR', 'x']))
+    run = restore(pool, shelf, 'web', 'to=back')
+    name, = [record['name_label'] for record in pool.dump()['VM'].values() if PROVISIONAL in record['name_label']]
+    assert run.exit_status == 1 and run.says('xe vm-param-set uuid=%s name-label=' % machine(pool, name)['uuid']), run
+    assert run.output.count('is whole, but is still named') == 1, run
+    assert holds(pool, name, ROOT, DATA) and shelf.journals() == [] and not pool.dump()['task']
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
