@@ -1484,6 +1484,7 @@ class Signals:
         self._noted = None          # type: Optional[int]
         self._untold = None         # type: Optional[int]
         self._shields = 0
+        self._is_over = False
 
     def install(self) -> None:
         """From now on the three signals are ours; one that is ignored (nohup) stays so."""
@@ -1493,8 +1494,14 @@ class Signals:
 
     def _note(self, number: int, _frame: Any) -> None:
         # nothing is written from here: the main thread may be in the middle of a line of the same log
-        self._noted = self._noted or number
-        self._untold = self._untold or (number if self._shields else None)
+        if not self._is_over:
+            self._noted = self._noted or number
+            self._untold = self._untold or (number if self._shields else None)
+
+    def come_too_late(self) -> None:
+        """From now on: all is done and about to be told, so a signal changes nothing and is no news."""
+        self._is_over = True
+        self._noted = self._untold = None
 
     def _tell(self) -> None:
         """A signal that waits for the end of the clean-up is said, once."""
@@ -2708,6 +2715,33 @@ class CheckedFeed:
             self._sink.close()
 
 
+class Forgiving:
+    """A consumer around another one, for what is wanted although it is damaged: what that one finds wrong is noted and
+    ends its work, `at_problem` being the last of it, and not the stream's."""
+
+    def __init__(self, consumer: Any, problems: List[str], at_problem: Optional[Callable[[], Any]] = None) -> None:
+        self.name = consumer.name
+        self.close = consumer.close
+        self._consumer, self._problems, self._at_problem = consumer, problems, at_problem or consumer.close
+        self._is_over = False
+
+    def feed(self, view: memoryview) -> None:
+        self._try(self._consumer.feed, view)
+
+    def finish(self) -> None:
+        self._try(self._consumer.finish)
+
+    def _try(self, step: Callable[..., Any], *arguments: Any) -> None:
+        if self._is_over:
+            return
+        try:
+            step(*arguments)
+        except VerificationError as error:
+            self._is_over = True
+            self._problems.append(str(error))
+            self._at_problem()
+
+
 # ---- Other consumers -------------------------------------------------------------------------------------------------
 #
 # A consumer has a `name` for people, `feed(view)` for each buffer in order, `finish()` at the end of a stream that ended
@@ -2799,6 +2833,20 @@ class PipeWriter:
             os.close(pipe_fd)
 
 
+class ProgramFeed(PipeWriter):
+    """Writes into a program's stdin. One that ends before it has read all gets no more: its exit status tells why."""
+
+    was_refused = False
+
+    def feed(self, view: memoryview) -> None:
+        if not self.was_refused:
+            try:
+                super().feed(view)
+            except BrokenPipeError:
+                self.was_refused = True
+                self.close()
+
+
 GZIP_INPUT_BYTES = 64 * 1024
 
 
@@ -2876,9 +2924,10 @@ class Flow(NamedTuple):
     at_end: Optional[Callable[[], None]] = None
 
 
-def through_program(stdin_fd: int, stdout_fd: int, name: str = "compressor") -> Tuple[PipeWriter, int]:
+def through_program(stdin_fd: int, stdout_fd: int, name: str = "compressor",
+                    feeder_class: Callable[[int, str], Any] = PipeWriter) -> Tuple[Any, int]:
     """A converter for `staged`: a running program's two ends."""
-    return PipeWriter(stdin_fd, name), stdout_fd
+    return feeder_class(stdin_fd, name), stdout_fd
 
 
 def through_gunzip() -> Tuple[Gunzip, int]:
@@ -5624,26 +5673,33 @@ class Verifier:
 
 
 def decompressing_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: List[Any],
-                        plain: List[Any]) -> List[Flow]:
+                        plain: List[Any], problems: Optional[List[str]] = None) -> List[Flow]:
     """Flows that bring the file's bytes to `stored` and its plain content to `plain`; a program that is needed
-    lives as long as the stack. ProgramError if it is not here; VerificationError arrives from the pump."""
+    lives as long as the stack. ProgramError if it is not here; VerificationError arrives from the pump, or, where
+    `problems` is given, is noted there, and the plain content ends."""
     if compression == "none":
         return staged(fd, stored, plain)
     if compression == "gzip":
-        return staged(fd, stored, plain, through_gunzip())
+        gunzip, plain_fd = through_gunzip()
+        return staged(fd, stored, plain, (gunzip if problems is None else Forgiving(gunzip, problems), plain_fd))
     path = find_program(("zstd",))
     if path is None:
         os.close(fd)
         raise ProgramError("the program zstd is not here, which this image needs")
     program = stack.enter_context(Program((path, "-q", "-d", "-c"), stdin=subprocess.PIPE))
 
+    feeder, plain_fd = through_program(os.dup(program.stdin_fd), os.dup(program.stdout_fd), "zstd", ProgramFeed)
+
     def check_ending() -> None:
         status = program.wait(XE_ENDING_S)
-        if status != 0:
-            raise VerificationError("the zstd file is damaged or cut short: %s" % one_line(program.said or "no reason "
-                                                                                           "given"))
+        if status == 0 and not feeder.was_refused:
+            return
+        problem = "the zstd file is damaged or cut short: %s" % one_line(program.said or "no reason given")
+        if problems is None:
+            raise VerificationError(problem)
+        problems.append(problem)
 
-    flows = staged(fd, stored, plain, through_program(os.dup(program.stdin_fd), os.dup(program.stdout_fd), "zstd"))
+    flows = staged(fd, stored, plain, (feeder, plain_fd))
     program.close_stdin()
     return [flows[0], flows[1]._replace(at_end=check_ending)]
 
@@ -6513,11 +6569,11 @@ class FirstMember(StreamCheck):
         raise _Enough
 
 
-def read_first_member(inside: Directory, image: str) -> bytes:
+def read_first_member(inside: Directory, image: str, with_end: bool = True) -> bytes:
     """The ova.xml of an archive; VerificationError if it does not begin as one, or, uncompressed, does not end as one."""
     first = FirstMember()
     fd = inside.open_file(image)
-    if compression_of(image) == "none":
+    if with_end and compression_of(image) == "none":
         size = os.fstat(fd).st_size
         if size % SECTOR_BYTES or os.pread(fd, len(XVA_END), max(0, size - len(XVA_END))) != XVA_END:
             os.close(fd)
@@ -6564,8 +6620,9 @@ def _source_disk(disk_id: str, vdi: Dict[str, Any], vbd: Dict[str, Any], sr: Dic
                       size, str(vdi.get("uuid", "")), str(sr.get("uuid", "")), str(sr.get("name_label", "")), -1)
 
 
-def read_source(inside: Directory, copy: Copy) -> Source:
-    """What that copy's directory holds. VerificationError or OSError if its image can't be what it should be."""
+def read_source(inside: Directory, copy: Copy, force: bool = False) -> Source:
+    """What that copy's directory holds. VerificationError or OSError if its image can't be what it should be; with
+    `force` it may lack its end."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
     plain_name = re.sub(r"\.(gz|zst)$", "", copy.image)
     file_format = plain_name.rpartition(".")[2]
@@ -6574,7 +6631,7 @@ def read_source(inside: Directory, copy: Copy) -> Source:
     original = own_vm(metadata, copy.uuid)[1] if metadata else {}
     if file_format == "xva":
         try:
-            ova = parse_ova(read_first_member(inside, copy.image))
+            ova = parse_ova(read_first_member(inside, copy.image, not force))
         except VerificationError as error:
             raise VerificationError("the image %s is damaged: %s" % (copy.image, error))
         vm_id = own_vm(ova)[0]
@@ -7300,6 +7357,12 @@ class ImageFeed(MebibyteSink):
                          + tar_member(name + ".checksum", hashlib.sha1(content).hexdigest().encode("ascii")))
         self._next = number + 1
 
+    def salvage(self) -> None:
+        """The archive is complete with what came up to here, the rest zeros; none is made if nothing came."""
+        self._flush()
+        if self._next >= 0:
+            self.finish()
+
     def finish(self) -> None:
         """The archive is complete: call it when the image has ended well."""
         super().finish()
@@ -7326,6 +7389,12 @@ class RawFeed(MebibyteSink):
             self._pipe.write(ZERO_MEBIBYTE)
         self._pipe.write(content[:max(0, self._size - number * MEBIBYTE)])
         self._next = number + 1
+
+    def salvage(self) -> None:
+        """What came up to here is with xe, the rest zeros; xe is not started if nothing came."""
+        self._flush()
+        if self._next:
+            self.finish()
 
     def finish(self) -> None:
         """All is with xe: call it when the image has ended well."""
@@ -7408,7 +7477,7 @@ class Importer:
             called_at=format_utc(self._clock.utc()))
         try:
             if plan.source.has_only_cfg_files:
-                problem = self._create(entry, plan, inside, sink)
+                problem = self._create(entry, plan, inside, force, sink)
             else:
                 problem = self._import(entry, plan, inside, force, sink)
             yield self._take_stock(entry, plan, problem)
@@ -7428,21 +7497,22 @@ class Importer:
         uuids = [self._pool.ask(doing, "task.get_uuid", ref) for ref in tasks]
         size = inside.status(plan.source.copy.image).st_size
         watch = ImportWatch(doing, size, tasks, self._pool, self._configuration, self._log, self._signals)
+        problem = ""
         try:
             with contextlib.ExitStack() as stack:
                 imports = _Imports(self._xe, stack, [self._command(plan, part, uuids[part], force)
                                                      for part in range(len(ovas))])
-                self._stream(doing, plan, inside, imports, ovas, watch, sink, force)
+                problem = self._stream(doing, plan, inside, imports, ovas, watch, sink, force)
                 self._await_imports(doing, imports, watch, tasks)
         except (VerificationError, ProgramError) as error:
             if not force:
                 raise
-            self._log.warning("%s: %s It is kept, as force=yes asks for." % (entry.title, error))
-            return str(error)
-        return ""
+            problem = problem or str(error)
+        return problem
 
-    def _create(self, entry: OpenEntry, plan: RestorePlan, inside: Directory, sink: Any) -> str:
-        """The VM of a copy that has cfg files only is made by API and its disk filled; the marks are in the calls."""
+    def _create(self, entry: OpenEntry, plan: RestorePlan, inside: Directory, force: bool, sink: Any) -> str:
+        """The VM of a copy that has cfg files only is made by API and its disk filled; the marks are in the calls.
+        Returns and raises as _import does."""
         doing = "the rebuilding of %s" % entry.title
         disk, key = plan.source.disks[0], KEY_PREFIX + entry.facts["token"]
         record = plan.source.record
@@ -7463,26 +7533,40 @@ class Importer:
         self._pool.call(doing, "VBD.create", vbd_fields(dict(vbd, VDI=new_disk), machine))
         watch = ImportWatch(doing, inside.status(plan.source.copy.image).st_size, (), self._pool, self._configuration,
                             self._log, self._signals)
-        with contextlib.ExitStack() as stack:
-            imports = _Imports(self._xe, stack, [("vdi-import", "uuid=" + uuid, "filename=/dev/stdin", "format=raw")])
-            feed = RawFeed(PartPipe(lambda: imports.start(0)),
-                           int(self._pool.ask(doing, "VDI.get_virtual_size", new_disk)))
-            self._feed(doing, plan.source, inside, imports, Sinks(feed, sink) if sink else feed, watch)
-            self._await_imports(doing, imports, watch, ())
+        problem = ""
+        try:
+            with contextlib.ExitStack() as stack:
+                imports = _Imports(self._xe, stack, [("vdi-import", "uuid=" + uuid, "filename=/dev/stdin",
+                                                      "format=raw")])
+                feed = RawFeed(PartPipe(lambda: imports.start(0)),
+                               int(self._pool.ask(doing, "VDI.get_virtual_size", new_disk)))
+                problem = self._feed(doing, plan.source, inside, imports, Sinks(feed, sink) if sink else feed, watch,
+                                     force=force)
+                if not imports.programs:
+                    raise BackupError("%s: nothing of it can be brought back. %s" % (entry.title, problem))
+                self._await_imports(doing, imports, watch, ())
+        except (VerificationError, ProgramError) as error:
+            if not force:
+                raise
+            problem = problem or str(error)
         self._pool.ask(doing, "VDI.remove_from_other_config", new_disk, key)
-        return ""
+        return problem
 
     def _feed(self, doing: str, source: Source, inside: Directory, imports: "_Imports", sink: Any, watch: ImportWatch,
-              more: Sequence[Any] = (), check_it: bool = True) -> None:
-        """The image went through; what xe said goes before what followed from it."""
+              more: Sequence[Any] = (), check_it: bool = True, force: bool = False) -> str:
+        """The image went through; "" or, with force, what is wrong with it. What is wrong with the copy goes before
+        what xe said of it, and what xe said before what followed from that."""
+        problems = [] if force else None   # type: Optional[List[str]]
         try:
-            stream_image(source, inside, sink, more, watch, check_it)
+            stream_image(source, inside, sink, more, watch, check_it, problems)
         except VerificationError as error:
-            imports.raise_failure(doing)
-            raise VerificationError("%s: the copy is damaged: %s. %s" % (doing, str(error).rstrip("."), VERIFY_ADVICE))
+            imports.let_end()
+            raise VerificationError("%s: the copy is damaged: %s.%s" % (doing, str(error).rstrip("."),
+                                                                       "" if force else " " + VERIFY_ADVICE))
         except BrokenPipeError:
             imports.raise_failure(doing)
             raise ProgramError("%s: xe closed its input and said nothing." % doing)
+        return "%s: the copy is damaged: %s." % (doing, problems[0].rstrip(".")) if problems else ""
 
     @staticmethod
     def _command(plan: RestorePlan, part: int, task_uuid: str, force: bool) -> Tuple[str, ...]:
@@ -7492,19 +7576,19 @@ class Importer:
         return words + (("force=true",) if force else ())
 
     def _stream(self, doing: str, plan: RestorePlan, inside: Directory, imports: "_Imports", ovas: Sequence[bytes],
-                watch: ImportWatch, sink: Any, force: bool) -> None:
-        """The image went into the imports, and was what it should be. One pass: digests, structure, blocks, import."""
+                watch: ImportWatch, sink: Any, force: bool) -> str:
+        """The image went into the imports, and was what it should be ("", or, with force, what is wrong with it).
+        One pass: digests, structure, blocks, import."""
         source = plan.source
         pipes = [PartPipe(lambda number=number: imports.start(number)) for number in range(len(ovas))]
         if source.file_format != "xva":
             feed = ImageFeed(pipes[0], ovas[0], source.disks[0])
-            self._feed(doing, source, inside, imports, Sinks(feed, sink) if sink else feed, watch)
-            return
+            return self._feed(doing, source, inside, imports, Sinks(feed, sink) if sink else feed, watch, force=force)
         whole = len(ovas) == 1 and set(exported_disks(source.ova)) == set(plan.parts[0])
         feed_class = WholeArchiveFeed if whole else ArchiveFeed
         # The digest of bytes that were proven once says all that their structure could say again, at half the cost.
-        check_it = not force and not source.manifest
-        self._feed(doing, source, inside, imports, sink, watch, [feed_class(pipes, ovas, plan.parts)], check_it)
+        return self._feed(doing, source, inside, imports, sink, watch, [feed_class(pipes, ovas, plan.parts)],
+                          not source.manifest, force)
 
     def _await_imports(self, doing: str, imports: "_Imports", watch: ImportWatch, tasks: Sequence[str]) -> None:
         """All imports have ended well. An xe that lost its connection proves nothing: then the task tells."""
@@ -7514,7 +7598,7 @@ class Importer:
                 watch(Progress(watch.size_bytes, self._clock.monotonic() - began_s, "server"))
             problem = xe_problem(program.wait(0), program.said)
             if problem and not (tasks and self._has_succeeded(tasks[number])):
-                raise ProgramError("%s failed: %s." % (doing, problem.rstrip(".")))
+                raise import_failure(doing, problem)
 
     def _has_succeeded(self, task: str) -> bool:
         """Does the pool say that the import of that task is done?"""
@@ -7534,25 +7618,33 @@ class Importer:
             if len(refs) == 1:
                 found[name] = refs[0]
         missing = [name for name in entry.facts["names"] if name not in found]
-        if missing:
-            raise BackupError("%s: xe reported no failure, but there is no VM named %s.%s" % (
-                entry.title, missing[0], " " + problem if problem else ""))
-        machines = [self._pool.ask(doing, "VM.get_record", found[name]) for name in entry.facts["names"]]
+        if problem and missing == entry.facts["names"]:
+            raise BackupError("%s: nothing of it can be brought back. %s" % (entry.title, problem))
+        if missing and not problem:
+            raise BackupError("%s: xe reported no failure, but there is no VM named %s." % (entry.title, missing[0]))
+        names = [name for name in entry.facts["names"] if name in found]     # of a damaged copy the last may be lost
+        machines = [self._pool.ask(doing, "VM.get_record", found[name]) for name in names]
         vbds = [{vbd["userdevice"]: vbd for vbd in self._pool.ask(doing, "VBD.get_all_records_where",
                                                                   'field "VM" = "%s"' % found[name]).values()
-                 if vbd["type"] != "CD"} for name in entry.facts["names"]]
+                 if vbd["type"] != "CD"} for name in names]
         disks = [vbd["VDI"] for part in vbds for vbd in part.values() if vbd["VDI"] != NULL_REF]
         records = {ref: self._pool.ask(doing, "VDI.get_record", ref) for ref in disks}
         entry.note(uuids=[machine["uuid"] for machine in machines],
                    disks=sorted(record["uuid"] for record in records.values()))
         vdis = {}
-        for part, ids in enumerate(plan.parts):
+        for ids, part in zip(plan.parts, vbds):
             for disk in plan.source.disks:
-                if disk.id in ids and disk.userdevice in vbds[part]:
-                    vdis[disk.id] = vbds[part][disk.userdevice]["VDI"]
-        self._check_disks(entry, plan, vdis, records)
-        main = found[entry.facts["names"][0]]
-        self._join_parts(entry, main, [found[name] for name in entry.facts["names"][1:]], vbds[1:])
+                if disk.id in ids and disk.userdevice in part:
+                    vdis[disk.id] = part[disk.userdevice]["VDI"]
+        if missing:
+            problem += " Of its disks nothing is there of: %s." % ", ".join(
+                planned.disk.title for planned in plan.disks if planned.disk.id not in vdis)
+        else:
+            self._check_disks(entry, plan, vdis, records)
+        if problem:
+            self._log.warning("%s: %s It is kept, as force=yes asks for." % (entry.title, problem))
+        main = found[names[0]]
+        self._join_parts(entry, main, [found[name] for name in names[1:]], vbds[1:])
         return ImportedVm(entry, main, machines[0]["uuid"], vdis, problem)
 
     @staticmethod
@@ -7649,13 +7741,18 @@ class _Imports:
         program.close_stdin()
         return fd
 
+    def let_end(self) -> None:
+        """They had time to end by themselves, as their input is over."""
+        for program in self.programs:
+            program.wait(XE_REASON_S)
+
     def raise_failure(self, doing: str) -> None:
         """Raises ProgramError if one of them has ended badly: that is the reason for what followed."""
         for program in self.programs:
             status = program.wait(XE_REASON_S)
             problem = xe_problem(status, program.said) if status is not None else None
             if problem:
-                raise ProgramError("%s failed: %s." % (doing, problem.rstrip(".")))
+                raise import_failure(doing, problem)
 
     def _end(self) -> None:
         """None of them runs any more."""
@@ -7666,29 +7763,43 @@ class _Imports:
 
 
 def stream_image(source: Source, inside: Directory, sink: Any, more: Sequence[Any], on_tick: Callable[[Progress], Any],
-                 check_it: bool = True) -> Any:
+                 check_it: bool = True, problems: Optional[List[str]] = None) -> Any:
     """The whole image passed through its check (whose sink is shown the disks' contents) and through `more`, and its
-    digests are those on record; the check. VerificationError if anything is not as it was at the export."""
+    digests are those on record; the check. VerificationError if anything is not as it was at the export; where
+    `problems` is given that is noted there, and as much passes as can be read."""
     plain, compression = Digest(), compression_of(source.copy.image)
     stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
     with contextlib.ExitStack() as stack:
-        check = image_check(source, inside, stack, sink)
-        consumers = [plain] + ([CheckedFeed(check, sink)] if check_it or sink else []) + list(more)
+        check = image_check(source, inside, stack, sink, problems is None)
+        checked, passed = ([CheckedFeed(check, sink)] if check_it or sink else []), list(more)      # type: Any, Any
+        if problems is not None:
+            checked = [Forgiving(one, problems, sink.salvage if sink else check.close) for one in checked]
+            passed = [Forgiving(one, problems) for one in passed]
         flows = decompressing_flows(stack, inside.open_file(source.copy.image), compression,
-                                    [] if stored is plain else [stored], consumers)
+                                    [] if stored is plain else [stored], [plain] + checked + passed, problems)
         pump(flows, on_tick)
-    if source.manifest:
-        problem = digest_problem(source.copy, source.manifest["image"], stored, plain)
-        if problem:
-            raise VerificationError(problem)
+    problem = digest_problem(source.copy, source.manifest["image"], stored, plain) if source.manifest else ""
+    if problem and problems is None:
+        raise VerificationError(problem)
+    if problem and problems is not None:
+        problems.append(problem)
     return check
 
 
 VERIFY_ADVICE = ("Nothing of it stays in the pool. `verify` judges all copies; from=STAMP takes an older one, force=yes "
                  "keeps what this one gives.")
+CHECKSUM_WORDS = "checksum failed"     # of a block of the archive (ocaml/xapi/stream_vdi.ml@v26.17.0)
 
 
-def image_check(source: Source, inside: Directory, stack: contextlib.ExitStack, sink: Any) -> Any:
+def import_failure(doing: str, problem: str) -> BackupError:
+    """What an xe that ended badly means: the copy is damaged, or something else went wrong."""
+    problem = problem.rstrip(".")
+    if CHECKSUM_WORDS in problem:
+        return VerificationError("%s: the copy is damaged: %s. %s" % (doing, problem, VERIFY_ADVICE))
+    return ProgramError("%s failed: %s." % (doing, problem))
+
+
+def image_check(source: Source, inside: Directory, stack: contextlib.ExitStack, sink: Any, compare: bool = True) -> Any:
     """The check of that image; where the manifest has a digest of every block, they are compared too."""
     image = source.manifest.get("image", {})
     if not source.manifest:
@@ -7696,7 +7807,7 @@ def image_check(source: Source, inside: Directory, stack: contextlib.ExitStack, 
     if source.copy.image != image["name"] and image.get("compression") != "none":
         raise VerificationError("%s was compressed a second time: decompress it once" % source.copy.image)
     comparer = None
-    if inside.status(BLOCKS) is not None:
+    if compare and inside.status(BLOCKS) is not None:
         comparer = BlockComparer(stack.enter_context(open(inside.open_file(BLOCKS), "rb")))
     return new_image_check(source.manifest, comparer, "auto", sink)
 
@@ -9029,6 +9140,7 @@ def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, c
         else:
             end_config_lock(lock, status, context)
         status_log.end_run(numbers.word, numbers.successes, numbers.warnings, numbers.errors)
+        context.signals.come_too_late()
         log.info(summary_text(plan, outcome, numbers, status))
     return status
 
@@ -9586,10 +9698,10 @@ def copy_at_path(path: str) -> Copy:
         raise UsageError("%s can't be read: %s." % (path, os_reason(error)))
 
 
-def opened_source(chosen: Chosen) -> Source:
+def opened_source(chosen: Chosen, force: bool = False) -> Source:
     """What the chosen copy holds; BackupError with what is wrong with it."""
     try:
-        return read_source(chosen.inside, chosen.copy)
+        return read_source(chosen.inside, chosen.copy, force)
     except (VerificationError, ValueError) as error:
         raise BackupError("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
     except OSError as error:
@@ -9620,7 +9732,7 @@ def command_restore(context: Context) -> int:
     force, verify_first = parse_flag(context.arguments, "force"), parse_flag(context.arguments, "verify_first")
     with chosen_copy(context, force) as chosen:
         wishes = restore_wishes(context, chosen)
-        source = opened_source(chosen)
+        source = opened_source(chosen, force)
         find_xe(context.configuration)
         pool = make_pool(context)
         pool.connect()
@@ -9724,12 +9836,12 @@ def restore(context: Context, pool: Pool, inventory: Inventory, plan: RestorePla
         context.log.info("%s: importing %s." % (quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes)))
         with importer.imported(plan, chosen.inside, "restore", force) as imported:
             importer.finish(plan, imported)
-        with context.signals.shielded():                   # a signal that comes now comes too late: the VM is there
-            context.log.info("%s: the import is proven: %s in %s." % (
-                quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes),
-                format_duration(context.clock.monotonic() - began_s)))
-            status = started_status(context, pool, plan, imported)
-            context.log.show(restored_text(pool, plan, imported, status))
+        context.signals.come_too_late()                    # the VM is there
+        context.log.info("%s: the import is proven: %s in %s." % (
+            quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes),
+            format_duration(context.clock.monotonic() - began_s)))
+        status = started_status(context, pool, plan, imported)
+        context.log.show(restored_text(pool, plan, imported, status))
         if imported.problem:
             return ExitStatus.WARNING
         return status if status != ExitStatus.OK or not snapshots.findings else ExitStatus.WARNING
@@ -9974,6 +10086,7 @@ def report_drill(context: Context, inventory: Inventory, catalog: Catalog, statu
             and status == ExitStatus.OK:
         status = int(ExitStatus.WARNING)
     status_log.end_run(word, len(outcomes) - len(failed), len(findings), errors)
+    context.signals.come_too_late()
     context.log.info("drill %s: %d of %s came back%s." % (
         word, len(outcomes) - len(failed), counted(len(outcomes), "copy"), ", stopped by a signal" if interrupted else ""))
     return status
