@@ -4777,7 +4777,7 @@ class Snapshots:
         key = KEY_PREFIX + entry.facts["token"]
         return [ref for ref, record in records.items()
                 if record["is_a_snapshot"] and key in record["other_config"]
-                and not self._strangers_on(record, (), doing)]
+                and not self.strangers_on(record, (), doing)]
 
     def _by_uuid(self, class_name: str, uuid: Optional[str], doing: str) -> List[str]:
         """The ref of that object, [] if it is gone or was never known."""
@@ -4795,7 +4795,7 @@ class Snapshots:
             if not is_gone(failure, *class_names):
                 raise
 
-    def _strangers_on(self, record: Dict[str, Any], own: Sequence[str], doing: str) -> List[str]:
+    def strangers_on(self, record: Dict[str, Any], own: Sequence[str], doing: str) -> List[str]:
         """The refs of VMs that the disk hangs on, other than ours and control domains."""
         strangers = []
         for vbd in record["VBDs"]:
@@ -4826,6 +4826,12 @@ class Snapshots:
 
     def _report_left(self, entry: OpenEntry, what: str) -> None:
         """A finding about something of ours that stays in the pool."""
+        if entry.facts.get("restored"):
+            self.findings.append(Finding(
+                Severity.WARNING, entry.title, "the restored VM is whole; only the record of its import in the pool's list of "
+                "tasks %s" % what))
+            self._log.finding(self.findings[-1])
+            return
         if entry.facts["kind"] in IMPORT_KINDS:
             uuids = entry.facts.get("uuids", ())
             self.findings.append(Finding(
@@ -4858,7 +4864,7 @@ class Snapshots:
             if not self._destroy_disk(entry, uuid, found, doing):
                 return
         if found:
-            self._destroy("VM", found[0], doing)
+            self.destroy("VM", found[0], doing)
         elif "uuid" not in entry.facts and not self._may_forget(entry, "VM", entry.facts["vm_uuid"]):
             return
         if self._remove_message(entry) or self._is_old(entry):
@@ -4914,13 +4920,13 @@ class Snapshots:
                 if snapshot and not record["is_a_snapshot"]:
                     self._report_left(entry, "has a disk, %s, that is no snapshot any more, so it was left." % uuid)
                     return False
-                strangers = self._strangers_on(record, own, doing)
+                strangers = self.strangers_on(record, own, doing)
                 if strangers:
                     self._report_left(entry, "has a disk, %s, that hangs on another VM, %s, so it was left." % (
                         uuid, self._pool.ask(doing, "VM.get_name_label", strangers[0])))
                     return False
                 try:
-                    self._destroy("VDI", refs[0], doing)
+                    self.destroy("VDI", refs[0], doing)
                     return True
                 except ApiFailure as failure:
                     if failure.code not in STILL_BUSY:
@@ -4931,7 +4937,7 @@ class Snapshots:
                         return False
             self._signals.sleep(BUSY_PAUSE_S)
 
-    def _destroy(self, class_name: str, ref: str, doing: str) -> None:
+    def destroy(self, class_name: str, ref: str, doing: str) -> None:
         """The object is gone. A call without an answer is repeated only after the pool said that it still exists."""
         give_up_at = self._clock.monotonic() + self._patience_s
         while True:
@@ -5004,7 +5010,7 @@ class Snapshots:
             if not self._destroy_disk(entry, uuid, list(machines), doing, snapshot=False):
                 return
         for ref in machines:
-            self._destroy("VM", ref, doing)
+            self.destroy("VM", ref, doing)
         self.forget_tasks(entry, doing)
         entry.close("removed" if machines or disks else "not there")
 
@@ -5785,16 +5791,20 @@ class VerdictStore:
             folder.write(temporary, (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
             folder.replace(temporary, name)
 
-    def forget_removed(self, copies: Iterable[Copy]) -> None:
-        """Verdicts on copies that are no longer there are gone."""
+    def last_drills(self) -> Dict[str, str]:
+        """When a copy of each directory was last drilled; a copy that is gone since counts too."""
+        found = {}                         # type: Dict[str, str]
         folder = self._catalog.state_if_there(VERDICT_FOLDER)
         if folder is None:
-            return
-        wanted = {self._name(copy) for copy in copies}
-        with folder, storage_errors("clearing old verdicts"):
+            return found
+        with folder:
             for name in folder.names():
-                if re.fullmatch(r"[0-9a-f]{32}\.json", name) and name not in wanted:
-                    folder.remove_file(name)
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    facts = json.loads(folder.read(name, MEBIBYTE).decode("utf-8"))
+                    place, at = facts.get("folder"), facts.get("drilled_at")
+                    if isinstance(place, str) and isinstance(at, str):
+                        found[place] = max(at, found.get(place, ""))
+        return found
 
 
 # =============================================================================
@@ -6626,7 +6636,7 @@ def read_source(inside: Directory, copy: Copy, force: bool = False) -> Source:
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
     plain_name = re.sub(r"\.(gz|zst)$", "", copy.image)
     file_format = plain_name.rpartition(".")[2]
-    metadata = parse_ova(inside.read(VM_METADATA)) if inside.status(VM_METADATA) is not None \
+    metadata = parse_ova(_proven_metadata(inside, manifest, force)) if inside.status(VM_METADATA) is not None \
         else ova_of_cfg_files(inside, not copy.is_old)
     original = own_vm(metadata, copy.uuid)[1] if metadata else {}
     if file_format == "xva":
@@ -6634,7 +6644,9 @@ def read_source(inside: Directory, copy: Copy, force: bool = False) -> Source:
             ova = parse_ova(read_first_member(inside, copy.image, not force))
         except VerificationError as error:
             raise VerificationError("the image %s is damaged: %s" % (copy.image, error))
-        vm_id = own_vm(ova)[0]
+        vm_id, record = own_vm(ova)
+        if not manifest and _seed(original) != _seed(record) and _seed(original) and _seed(record):
+            metadata, original = {}, {}             # it only lies beside those of another VM
         disks = _with_manifest(disks_of_ova(ova, vm_id), manifest)
         source = Source(inside.shown, copy, manifest, file_format, ova, vm_id, original, tuple(disks), ())
         return source._replace(lacking=_lacking(source, metadata))
@@ -6646,6 +6658,20 @@ def read_source(inside: Directory, copy: Copy, force: bool = False) -> Source:
     disk = _imaged_disk(every, manifest, inside, copy)
     return Source(inside.shown, copy, manifest, file_format, metadata, vm_id, original, (disk,),
                   tuple(other for other in every if other.id != disk.id and not other.is_memory))
+
+
+def _proven_metadata(inside: Directory, manifest: Dict[str, Any], force: bool) -> bytes:
+    """vm-metadata.xml; VerificationError if it is not what was written, but for `force`."""
+    text = inside.read(VM_METADATA)
+    facts = manifest["files"].get(VM_METADATA) if manifest else None
+    if facts and not force and hashlib.sha256(text).hexdigest() != facts.get("sha256"):
+        raise VerificationError("%s is not what was written: its SHA-256 differs" % VM_METADATA)
+    return text
+
+
+def _seed(record: Dict[str, Any]) -> str:
+    """What MAC addresses are made of: a VM and its snapshots share it, two VMs do not."""
+    return record.get("other_config", {}).get("mac_seed", "")
 
 
 def _with_manifest(disks: Sequence[SourceDisk], manifest: Dict[str, Any]) -> List[SourceDisk]:
@@ -6939,6 +6965,8 @@ def _check_space(source: Source, disks: Sequence[PlannedDisk], notes: List[str],
         least = most = sum(disk.virtual_size for disk in here)
         if sr.type not in THICK_SR_TYPES:
             least = sum(max(0, disk.stored_bytes) for disk in here)
+            if any(disk.stored_bytes < 0 for disk in here) and len(here) == len(disks) and source.copy.image.endswith(".xva"):
+                least = source.copy.size_bytes // 100 * 99      # the rest are headers and digests
             if source.file_format == "raw":         # all of it is stored; how much is zeros is not known
                 least = 0
         if 0 <= sr.free_bytes < least:
@@ -7664,8 +7692,8 @@ class Importer:
         doing = "putting together the disks of " + entry.title
         for helper, part in zip(helpers, vbds):
             for vbd in part.values():
-                self._pool.call(doing, "VBD.create", vbd_fields(vbd, main))
-            self._pool.call(doing, "VM.destroy", helper)
+                self._create_once(doing, "VBD", "userdevice", vbd_fields(vbd, main))
+            self._snapshots.destroy("VM", helper, doing)
 
     # --- from an imported VM to the person's own -------------------------------------------------------
 
@@ -7675,13 +7703,9 @@ class Importer:
         doing = "finishing %s" % imported.entry.title
         for interface in plan.interfaces:
             self._make_interface(interface, imported, doing)
-        vbds = ova_objects(plan.source.ova, "VBD")
         for existing in plan.existing:
             if existing.vdi_ref:
-                vbd = next(vbd for vbd in vbds.values() if vbd.get("VDI") == existing.disk.id)
-                fields = vbd_fields(dict(vbd, VDI=existing.vdi_ref), imported.ref)
-                fields["other_config"] = {key: value for key, value in fields["other_config"].items() if key != "owner"}
-                self._pool.call(doing, "VBD.create", fields)
+                self._attach(existing, plan.source, imported, doing)
         self._signals.check()
         with self._signals.shielded():
             with contextlib.suppress(CatalogError):            # a full store: then the new name alone says that it is theirs
@@ -7691,18 +7715,47 @@ class Importer:
             except BackupError as error:
                 raise BackupError("%s: %s (%s)" % (imported.entry.title, unnamed_text(imported.entry), error))
 
+    def _attach(self, existing: ExistingDisk, source: Source, imported: ImportedVm, doing: str) -> None:
+        """That disk hangs on the VM too, unless somebody else has it by now: an import takes hours."""
+        record = self._pool.ask(doing, "VDI.get_record", existing.vdi_ref)
+        strangers = self._snapshots.strangers_on(record, (imported.ref,), doing)
+        if strangers:
+            self._snapshots.findings.append(Finding(
+                Severity.WARNING, imported.entry.title, "its disk %s hangs on another VM by now, %s, so it was not attached."
+                % (existing.disk.title, quote_name(self._pool.ask(doing, "VM.get_name_label", strangers[0])))))
+            self._log.finding(self._snapshots.findings[-1])
+            return
+        # An archive's own drives are those of its disks; one that it lacks is attached as a plain data disk.
+        vbds = ova_objects(source.ova, "VBD").values() if source.file_format != "xva" else ()
+        plain = {"userdevice": existing.disk.userdevice, "bootable": False, "mode": "RW", "type": "Disk", "empty": False,
+                 "unpluggable": True, "qos_algorithm_type": "", "qos_algorithm_params": {}, "other_config": {}}
+        vbd = next((vbd for vbd in vbds if vbd.get("VDI") == existing.disk.id), plain)
+        fields = vbd_fields(dict(vbd, VDI=existing.vdi_ref), imported.ref)
+        fields["other_config"] = {key: value for key, value in fields["other_config"].items() if key != "owner"}
+        self._create_once(doing, "VBD", "userdevice", fields)
+
+    def _create_once(self, doing: str, class_name: str, place: str, fields: Dict[str, Any]) -> None:
+        """The VM has that VIF or VBD. A call without an answer is repeated only if nothing stands in its place: an import
+        of hours must not be given up for it."""
+        try:
+            self._pool.call(doing, class_name + ".create", fields)
+        except AnswerLost:
+            there = self._pool.ask(doing, class_name + ".get_all_records_where", 'field "VM" = "%s"' % fields["VM"])
+            if not any(record[place] == fields[place] for record in there.values()):
+                self._pool.call(doing, class_name + ".create", fields)
+
     def _make_interface(self, interface: PlannedInterface, imported: ImportedVm, doing: str) -> None:
         """The VM has that VIF. Where the pool has no licence for VIF locking it is made without, as the server's own
         import does (ocaml/xapi/import.ml@v26.17.0), and that is told."""
         fields = vif_fields(interface, imported.ref)
         try:
-            self._pool.call(doing, "VIF.create", fields)
+            self._create_once(doing, "VIF", "device", fields)
         except ApiFailure as failure:
             if failure.code != "LICENCE_RESTRICTION" or "locking_mode" not in fields:
                 raise
             mode, allowed = fields["locking_mode"], fields.get("ipv4_allowed", []) + fields.get("ipv6_allowed", [])
-            self._pool.call(doing, "VIF.create", dict(fields, ipv4_allowed=[], ipv6_allowed=[],
-                                                      locking_mode="network_default" if mode == "locked" else mode))
+            self._create_once(doing, "VIF", "device", dict(
+                fields, ipv4_allowed=[], ipv6_allowed=[], locking_mode="network_default" if mode == "locked" else mode))
             self._snapshots.findings.append(Finding(
                 Severity.WARNING, imported.entry.title, "its interface %s was restricted (locking_mode %s, addresses "
                 "allowed: %s), for which this pool has no licence: it was made WITHOUT that restriction." % (
@@ -7982,11 +8035,9 @@ def first_difference(expected: array, found: array) -> int:
     return -1
 
 
-def longest_not_drilled(copies: Sequence[Copy], store: VerdictStore, number: int) -> List[Copy]:
+def longest_not_drilled(copies: Sequence[Copy], last_drills: Dict[str, str], number: int) -> List[Copy]:
     """So many of the copies, those first whose VM was never drilled, or longest ago."""
-    def drilled_at(copy: Copy) -> str:
-        return store.recall(copy).get("drilled_at") or ""
-    return sorted(copies, key=drilled_at)[:number]
+    return sorted(copies, key=lambda copy: last_drills.get(copy.folder, ""))[:number]
 
 
 def drill_subject(outcomes: Sequence[DrillOutcome], place: str) -> str:
@@ -9383,8 +9434,11 @@ def command_verify(context: Context) -> int:
     catalog = open_store(context)
     copies = [copy for stored in chosen_vms(catalog, context.arguments.vm)
               for copy in chosen_copies(stored, parameters.get("from", ""))]
-    if context.arguments.vm and not copies:
-        raise UsageError("there is no copy %s of %s." % (parameters["from"], quote_name(context.arguments.vm)))
+    if not copies and parameters.get("from"):
+        raise UsageError("there is no copy %s of %s." % (
+            one_line(parameters["from"]), quote_name(context.arguments.vm) if context.arguments.vm else "any VM"))
+    if not copies:
+        raise BackupError("%s holds no copy. Is it the right directory, and is the share mounted?" % catalog.path)
     store = VerdictStore(catalog)
     if minutes:                            # the copies that were longest not looked at come first
         copies.sort(key=lambda copy: store.recall(copy).get("verified_at", ""))
@@ -9663,6 +9717,10 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
         return chosen[0]
     for copy in reversed(copies):
         if copy.is_good and copy.method is not None:
+            full = [other.name for other in copies if other.is_good and other.method is Method.VM]
+            if copy.method is Method.VDI and full:
+                log.warning("%s/%s holds only the OS disk; the newest copy of the whole VM is from=%s." % (
+                    copy.folder, copy.name, full[-1]))
             return copy
         log.warning("%s/%s is passed over: %s." % (copy.folder, copy.name, copy.problem or "its kind can't be read"))
     raise BackupError("there is no good copy of %s; `list` shows what there is, and from=STAMP with force=yes takes one all "
@@ -9708,6 +9766,14 @@ def opened_source(chosen: Chosen, force: bool = False) -> Source:
         raise BackupError("%s can't be read: %s. Nothing was started." % (chosen.inside.shown, os_reason(error)))
 
 
+def check_vm_word(arguments: Arguments, chosen: Chosen, source: Source) -> None:
+    """UsageError if a VM was named and the copy at the path that was named is another's."""
+    names = (source.vm_name, chosen.copy.vm_name, source.vm_uuid, "uuid:" + source.vm_uuid)
+    if chosen.catalog is None and arguments.vm and arguments.vm not in names:
+        raise UsageError("%s is a copy of %s, not of %s: name that VM, or none." % (
+            source.title, quote_name(source.vm_name), quote_name(arguments.vm)))
+
+
 def reading_progress(context: Context, title: str, size_bytes: int) -> Callable[[Progress], None]:
     """What is done once a second while an image is only read."""
     began_at = context.clock.monotonic()
@@ -9733,6 +9799,7 @@ def command_restore(context: Context) -> int:
     with chosen_copy(context, force) as chosen:
         wishes = restore_wishes(context, chosen)
         source = opened_source(chosen, force)
+        check_vm_word(context.arguments, chosen, source)
         find_xe(context.configuration)
         pool = make_pool(context)
         pool.connect()
@@ -9837,8 +9904,8 @@ def restore(context: Context, pool: Pool, inventory: Inventory, plan: RestorePla
         with importer.imported(plan, chosen.inside, "restore", force) as imported:
             importer.finish(plan, imported)
         context.signals.come_too_late()                    # the VM is there
-        context.log.info("%s: the import is proven: %s in %s." % (
-            quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes),
+        context.log.info("%s: the import %s: %s in %s." % (
+            quote_name(plan.source.vm_name), "is over" if imported.problem else "is proven", format_size(chosen.copy.size_bytes),
             format_duration(context.clock.monotonic() - began_s)))
         status = started_status(context, pool, plan, imported)
         context.log.show(restored_text(pool, plan, imported, status))
@@ -9878,7 +9945,7 @@ def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: i
               for item in plan.existing if not item.vdi_ref]
     if lost_memory(plan.source):
         lines.append("  note: " + lost_memory(plan.source))
-    if status == ExitStatus.OK and record["power_state"] == "Halted":
+    if status == ExitStatus.OK and record["power_state"] == "Halted" and not imported.problem:
         lines.append("  To start it: xe vm-start uuid=%s" % record["uuid"])
     return "\n".join(lines)
 
@@ -9891,6 +9958,7 @@ def command_extract(context: Context) -> int:
         raise UsageError("to=%s exists already and was left as it is." % path)
     with chosen_copy(context, False) as chosen:
         source = opened_source(chosen)
+        check_vm_word(context.arguments, chosen, source)
         if "metadata" in given:
             return extract_metadata(context, source, chosen.inside, path)
         disk = wanted_disk(source, given.get("disk", ""))
@@ -9972,7 +10040,7 @@ def drill_copies(context: Context, catalog: Catalog) -> Tuple[List[Copy], List[F
     for finding in findings:
         context.log.warning("%s: %s" % (finding.subject, finding.sentence))
     copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
-    return copies if sample is None else longest_not_drilled(copies, VerdictStore(catalog), int(sample)), findings
+    return copies if sample is None else longest_not_drilled(copies, VerdictStore(catalog).last_drills(), int(sample)), findings
 
 
 NEWEST_OF_EACH = "newest-of-each"

@@ -587,6 +587,54 @@ def test_a_name_that_the_pool_refuses_leaves_a_whole_vm_and_says_how_to_name_it(
     assert holds(pool, name, ROOT, DATA) and shelf.journals() == [] and not pool.dump()['task']
 
 
+def test_a_task_that_can_not_be_removed_never_makes_it_advise_against_the_restored_vm(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(web()), a_shelf()
+    backed_up(pool, shelf)
+    serving(pool, at('api:task.destroy', fails=['INTERNAL_ERROR', 'x']))
+    run = restore(pool, shelf, 'web', 'to=back')
+    assert run.exit_status == 3 and run.says('is whole; only the record') and run.never_says('vm-uninstall'), run
+    assert holds(pool, 'back', ROOT, DATA)
+
+
+@pytest.mark.parametrize('fault', [at('api:VIF.create', drop=True, when='after'), at('api:VIF.create', drop=True, nth=1)],
+                         ids=['made', 'not made'])
+def test_a_lost_answer_behind_the_import_does_not_cost_the_import(a_pool: Any, a_shelf: Any, fault: Any) -> None:
+    pool, shelf = a_pool(web()), a_shelf()
+    backed_up(pool, shelf)
+    serving(pool, fault)
+    run = restore(pool, shelf, 'web', 'to=back')
+    assert run.exit_status == 0 and holds(pool, 'back', ROOT, DATA) and len(interfaces_of(pool, 'back')) == 1, run
+
+
+def test_metadata_that_were_changed_are_refused(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(web()), a_shelf()
+    backed_up(pool, shelf, 'vdi-export=*')
+    path = os.path.join(newest(shelf), 'vm-metadata.xml')
+    with open(path, 'rb') as file:
+        text = file.read()
+    with open(path, 'wb') as file:
+        file.write(text.replace(b'gold', b'lead'))
+    run = restore(pool, shelf, 'web', 'to=back')
+    assert run.exit_status == 1 and run.says('vm-metadata.xml is not what was written') and not has_machine(pool, 'back'), run
+
+
+def test_a_copy_of_another_vm_than_the_one_named_is_refused(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(web(), vm('db')), a_shelf()
+    backed_up(pool, shelf)
+    run = restore(pool, shelf, 'db', 'to=back', 'from=' + image_of(shelf))
+    assert run.exit_status == 2 and run.says('is a copy of web, not of db') and not has_machine(pool, 'back'), run
+
+
+def test_an_archive_beside_the_metadata_of_another_vm_is_known_by_its_own(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None:
+    pool, shelf = a_pool(web(), vm('db')), a_shelf()
+    backed_up(pool, shelf)
+    shutil.copy(image_of(shelf), str(tmp_path / 'web.xva'))
+    shutil.copy(os.path.join(newest(shelf, 'db'), 'vm-metadata.xml'), str(tmp_path))
+    destroy(pool, 'web')
+    run = restore(pool, shelf, 'web', 'from=' + str(tmp_path / 'web.xva'))
+    assert run.exit_status == 0 and holds(pool, 'web', ROOT, DATA), run
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_import_leaves_nothing(a_pool: Any, a_shelf: Any, number: int) -> None:
     big = disk(size=64 * MEBIBYTE, used=60, seed=3)
