@@ -6501,7 +6501,8 @@ class SourceDisk(NamedTuple):
     @property
     def title(self) -> str:
         """The disk in a few words."""
-        return "%s %s (%s)" % (self.device, quote_name(self.name), format_size(self.virtual_size))
+        size = " (%s)" % format_size(self.virtual_size) if self.virtual_size else ""
+        return "%s %s%s" % (self.device, quote_name(self.name), size)
 
     @property
     def is_memory(self) -> bool:
@@ -6630,9 +6631,9 @@ def _source_disk(disk_id: str, vdi: Dict[str, Any], vbd: Dict[str, Any], sr: Dic
                       size, str(vdi.get("uuid", "")), str(sr.get("uuid", "")), str(sr.get("name_label", "")), -1)
 
 
-def read_source(inside: Directory, copy: Copy, force: bool = False) -> Source:
+def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False) -> Source:
     """What that copy's directory holds. VerificationError or OSError if its image can't be what it should be; with
-    `force` it may lack its end."""
+    `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its size is then 0: not known)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
     plain_name = re.sub(r"\.(gz|zst)$", "", copy.image)
     file_format = plain_name.rpartition(".")[2]
@@ -6650,6 +6651,9 @@ def read_source(inside: Directory, copy: Copy, force: bool = False) -> Source:
         disks = _with_manifest(disks_of_ova(ova, vm_id), manifest)
         source = Source(inside.shown, copy, manifest, file_format, ova, vm_id, original, tuple(disks), ())
         return source._replace(lacking=_lacking(source, metadata))
+    if not metadata and without_vm:
+        alone = SourceDisk("", "xvda", "0", copy.image, 0, "", "", "", -1)
+        return Source(inside.shown, copy, manifest, file_format, {}, "", {}, (alone,), ())
     if not metadata:
         raise VerificationError("it is the image of a disk without its VM: neither %s nor vm.cfg stands beside it. `extract` "
                                 "makes a raw image of it, and `xe vdi-import` puts that into a disk" % VM_METADATA)
@@ -7931,7 +7935,7 @@ def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str,
     with NewFile(path) as file:
         sink = SparseImage(file.fd, "image" if source.file_format != "xva" else disk.id)
         check = stream_image(source, inside, sink, [], on_tick)
-        os.ftruncate(file.fd, disk.virtual_size)
+        os.ftruncate(file.fd, disk.virtual_size or check.report.virtual_size)
         file.complete()
     return sink.written_bytes, check
 
@@ -9756,10 +9760,10 @@ def copy_at_path(path: str) -> Copy:
         raise UsageError("%s can't be read: %s." % (path, os_reason(error)))
 
 
-def opened_source(chosen: Chosen, force: bool = False) -> Source:
+def opened_source(chosen: Chosen, force: bool = False, without_vm: bool = False) -> Source:
     """What the chosen copy holds; BackupError with what is wrong with it."""
     try:
-        return read_source(chosen.inside, chosen.copy, force)
+        return read_source(chosen.inside, chosen.copy, force, without_vm)
     except (VerificationError, ValueError) as error:
         raise BackupError("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
     except OSError as error:
@@ -9957,7 +9961,7 @@ def command_extract(context: Context) -> int:
     if path and os.path.lexists(fs_path(path)):
         raise UsageError("to=%s exists already and was left as it is." % path)
     with chosen_copy(context, False) as chosen:
-        source = opened_source(chosen)
+        source = opened_source(chosen, without_vm="metadata" not in given)
         check_vm_word(context.arguments, chosen, source)
         if "metadata" in given:
             return extract_metadata(context, source, chosen.inside, path)
@@ -9977,8 +9981,8 @@ def command_extract(context: Context) -> int:
         "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked else
         "; the structure is whole")
     context.log.show("%s: disk %s of %s (%s), %s, of which %s are not zeros; %s." % (
-        path, disk.title, quote_name(source.vm_name), source.copy.name, format_size(disk.virtual_size), format_size(written),
-        proven))
+        path, disk.title, quote_name(source.vm_name), source.copy.name,
+        format_size(disk.virtual_size or check.report.virtual_size), format_size(written), proven))
     return ExitStatus.OK
 
 

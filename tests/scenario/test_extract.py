@@ -1,6 +1,7 @@
 """Single disks without a pool: every format, proven while they are written, nothing left where they are not good."""
 
 import os
+import shutil
 from typing import Any
 
 import pytest
@@ -38,6 +39,20 @@ def test_a_disk_comes_out_of_every_format(a_pool: Any, a_shelf: Any, tmp_path: A
     else:
         run = extract(shelf, 'web', 'disk=xvdb', 'to=%s' % (tmp_path / 'data'))
         assert run.exit_status == 2 and run.says('disk xvdb data (6.0 MiB) is not in it'), run
+
+
+@pytest.mark.parametrize('lines', KINDS[3:] + [('vdi-export=*', 'compress=gzip')])
+def test_an_image_that_stands_alone_is_enough(a_pool: Any, a_shelf: Any, tmp_path: Any, lines: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
+    assert backup(pool, shelf, *lines).exit_status == 0
+    pool.stop()
+    name = shelf.manifest('web', shelf.newest('web'))['image']['name']
+    os.mkdir(str(tmp_path / 'usb'))
+    shutil.copy(shelf.at('web', shelf.newest('web'), name), str(tmp_path / 'usb'))
+    run = extract(shelf, 'from=%s' % (tmp_path / 'usb' / name), 'to=%s' % (tmp_path / 'disk.raw'))
+    assert run.exit_status == 0 and run.says('disk.raw: disk xvda ' + name), run
+    found = content(tmp_path / 'disk.raw')
+    assert found[:ROOT['size']] == disk_content(ROOT) and not found[ROOT['size']:].strip(b'\0')
 
 
 def test_a_sparse_disk_stays_sparse(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None:

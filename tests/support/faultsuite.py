@@ -261,7 +261,7 @@ class Place:
 
     def remove(self) -> None:
         if self.is_mounted:
-            subprocess.run(['umount', self.store], check=True, timeout=RUN_LIMIT_S)
+            subprocess.run(['umount', '-l', self.store], check=True, timeout=RUN_LIMIT_S)
         self.pool.remove()
 
 
