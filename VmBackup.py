@@ -8391,7 +8391,7 @@ class Outbox:
         with self._catalog.state(MAIL_FOLDER) as folder:
             for name in self._names(folder)[:1 - MAIL_KEPT_MOST]:
                 folder.remove_file(name)
-            name = "%s%s-%s.eml" % (self._prefix, now.strftime("%Y%m%dT%H%M%SZ"), secrets.token_hex(3))
+            name = "%s%s-%s.eml" % (self._prefix, now.strftime("%Y%m%dT%H%M%S.%fZ"), secrets.token_hex(3))
             folder.write(name + ".new", message)
             folder.replace(name + ".new", name)
 

@@ -40,9 +40,10 @@ def a_shelf() -> Iterator[Callable[..., Shelf]]:
         shelf.remove()
 
 
-# A shell that starts us in the background makes us and all our children deaf to SIGINT, which tests send.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Who is started in the background, or by nohup, is deaf to these signals, and so are all its children; tests send them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # These scenarios depend on the Python that runs them: both run them whole.
 ON_EVERY_PYTHON = ('test_surroundings.py', 'test_names.py')

@@ -528,7 +528,7 @@ def test_of_kept_mails_the_newest_fifty_stay(a_pool: Any, a_shelf: Any, a_mail_s
     folder = shelf.at('.vmbackup', 'mail')
     first = os.listdir(folder)[0]
     for number in range(60):
-        name = re.sub(r'-\d{8}T\d{6}Z-', '-20160101T0000%02dZ-' % number, first)
+        name = re.sub(r'-\d{8}T\d{6}\.\d{6}Z-', '-20160101T0000%02d.000000Z-' % number, first)
         with open(os.path.join(folder, name), 'w') as file:
             file.write('Subject: x\r\n\r\n')
     assert hasty_backup(pool, shelf, 'vm-export=web', *server.lines()).exit_status == 3
