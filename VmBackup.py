@@ -47,6 +47,7 @@ NEEDS: str = "VmBackup needs Python 3.6 or newer: write /usr/bin/python3 in the 
 # What the program is made of: imports, constants with their units, and the
 # exit statuses that cron and people see.
 
+import abc
 import base64
 import binascii
 import collections
@@ -1753,7 +1754,7 @@ MASK_64 = (1 << 64) - 1
 XXH64_VECTORS = ((b"", "EF46DB3751D8E999"), (bytes(range(101)), "E99038495F85381E"))
 
 
-class LibraryXxh64:
+class CtypesXxh64:
     """XXH64 by the host's libxxhash. ctypes lets other threads run during each call, which the xxhash module doesn't."""
 
     functions: Any = None       # (create, reset, update, digest, free), by `load`
@@ -1833,7 +1834,7 @@ class PureXxh64:
 @functools.lru_cache(maxsize=None)
 def block_hasher() -> Optional[Callable[[], Any]]:
     """The fastest XXH64 that works here, tried once against known digests; None if there is none."""
-    for hasher in (LibraryXxh64, ModuleXxh64):
+    for hasher in (CtypesXxh64, ModuleXxh64):
         try:
             hasher.load()
             if all(_digest_in_two(hasher, message) == digest for message, digest in XXH64_VECTORS):
@@ -2136,7 +2137,7 @@ def _servers_words(tail: bytes) -> str:
     return "; the server says: {}".format(ascii(" ".join(body.split())[:200])) if found else ""
 
 
-class StreamCheck:
+class StreamCheck(abc.ABC):
     """Reads a format in buffers as they come, by a generator that reads on as if from a file.
 
     `_parse` yields how many bytes it wants next and is sent a piece of them, as long as the buffer allows and not longer
@@ -2176,8 +2177,9 @@ class StreamCheck:
     def close(self) -> None:
         """Nothing is held open."""
 
+    @abc.abstractmethod
     def _parse(self) -> Reading:
-        raise NotImplementedError
+        """Reads the whole format, to the end of the stream."""
 
     def _pass(self, count: int, where: str, *watchers: Callable[[memoryview], Any]) -> Reading:
         """Let `count` bytes by, each piece shown to the watchers."""
@@ -2618,7 +2620,7 @@ def _check_vhd_sum(structure: bytes, field: int, what: str) -> None:
 ZERO_MEBIBYTE = bytes(MEBIBYTE)
 
 
-class MebibyteSink:
+class MebibyteSink(abc.ABC):
     """Puts the pieces together to MiBs, and has `mebibyte` do something with each that is not all zeros, in order."""
 
     def __init__(self) -> None:
@@ -2649,8 +2651,9 @@ class MebibyteSink:
             self.mebibyte(self._disk, self._number, memoryview(self._chunk))
             self._chunk[:] = ZERO_MEBIBYTE
 
+    @abc.abstractmethod
     def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        raise NotImplementedError
+        """Takes one MiB of a disk that is not all zeros; the content is gone with the call."""
 
     def finish(self) -> None:
         self._flush()
@@ -3252,7 +3255,7 @@ class Transport(xmlrpc.client.Transport):
                 self._connection[1].sock.settimeout(self.timeout_s)
         try:
             return self.single_request(host, handler, request_body, verbose)
-        except BaseException:
+        except BaseException:              # whatever ended it, half an answer may still be on its way: not for the next one
             self.close()
             raise
         finally:
@@ -3976,7 +3979,7 @@ class RunJournal:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             journal = cls(folder, name, fd)
             journal.append(header)
-        except BaseException:
+        except BaseException:              # whatever ended it, a journal without its first line must not stay
             os.unlink(fs_path(name), dir_fd=folder.fd)
             os.close(fd)
             raise
@@ -4303,7 +4306,7 @@ class Catalog:
                 try:
                     dump(folder.create(name + PARTIAL))
                     folder.rename(name + PARTIAL, name)
-                except BaseException:
+                except BaseException:      # whatever ended it, half a dump must not stay
                     folder.remove_file(name + PARTIAL)
                     raise
                 return name

@@ -58,6 +58,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
+    # tests/run says so too, and with --require-all it does not start without zstd.
     if shutil.which('zstd') is None:
         for item in items:
             if item.get_closest_marker('needs_zstd'):

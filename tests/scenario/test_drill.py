@@ -8,7 +8,7 @@ import pytest
 
 from support.deeds import backup, beginning
 from support.language import MEBIBYTE, at, disk, vm
-from support.recovery import drill, objects, serving, stopped_at
+from support.recovery import drill, objects, serving, killed_at
 from support.shelf import of_old_program
 
 ROOT = disk(size=10 * MEBIBYTE, used=[[0, 3], [8, 1]], seed=11)
@@ -161,10 +161,7 @@ def test_what_a_killed_drill_left_is_gone_after_the_next_run(a_pool: Any, a_shel
     pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
     backed_up(pool, shelf)
     before = objects(pool)
-    with stopped_at(pool, shelf, at(occasion, when=when, nth=1, hangs=True), 'drill', 'web', 'boot=yes') as process:
-        assert not process.is_over(), process.output
-        process.kill()
-    serving(pool)
+    killed_at(pool, shelf, occasion, when, 'drill', 'web', 'boot=yes')
     run = drill(pool, shelf, 'web')
     assert run.exit_status == 0, run
     after = objects(pool)

@@ -122,6 +122,7 @@ def test_a_backup_dir_on_the_root_disk_is_refused_where_a_mount_is_required(a_po
     place = tempfile.mkdtemp(dir='/var/tmp')
     try:
         if os.stat(place).st_dev != os.stat('/').st_dev:
+            # On such a machine nothing that a test may write to is known to lie there.
             pytest.skip('/var/tmp is not on the root file system')
         pool, shelf = a_pool(vm('web')), a_shelf(path=place)
         run = backup(pool, shelf, 'vm-export=web', 'require_mount=yes')

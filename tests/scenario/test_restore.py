@@ -12,7 +12,7 @@ from support.deeds import backup, beginning
 from support.language import GIBIBYTE, MEBIBYTE, at, disk, uuid_of, vm
 from support.process import Run
 from support.recovery import (destroy, differences, disks_of, drill, has_machine, holds, interfaces_of, machine, objects,
-                              restore, serving, stopped_at)
+                              restore, serving, killed_at)
 from support.shelf import of_old_program
 
 NETWORK = 'Pool-wide network associated with eth0'
@@ -551,10 +551,7 @@ def test_what_a_killed_restore_left_is_gone_after_the_next_run(a_pool: Any, a_sh
     backed_up(pool, shelf)
     before = objects(pool)
     occasion, when = POINTS[point]
-    with stopped_at(pool, shelf, at(occasion, when=when, nth=1, hangs=True), 'restore', 'web', 'to=back') as process:
-        assert not process.is_over(), process.output
-        process.kill()
-    serving(pool)
+    killed_at(pool, shelf, occasion, when, 'restore', 'web', 'to=back')
     run = backup(pool, shelf, 'vm-export=nobody*')
     assert run.exit_status == 3, run
     after = objects(pool)
@@ -567,9 +564,7 @@ def test_a_restore_killed_before_its_last_steps_left_a_whole_vm(a_pool: Any, a_s
     pool, shelf = a_pool(web()), a_shelf()
     backed_up(pool, shelf)
     destroy(pool, 'web')
-    with stopped_at(pool, shelf, at('api:VM.set_name_label', hangs=True), 'restore', 'web') as process:
-        process.kill()
-    serving(pool)
+    killed_at(pool, shelf, 'api:VM.set_name_label', '', 'restore', 'web')
     run = backup(pool, shelf, 'vm-export=nobody*')
     name, = [record['name_label'] for record in pool.dump()['VM'].values() if PROVISIONAL in record['name_label']]
     assert run.exit_status == 3 and run.says('is whole, but is still named ' + name), run
@@ -656,9 +651,7 @@ def test_a_signal_in_the_import_leaves_nothing(a_pool: Any, a_shelf: Any, number
 def test_a_vm_that_somebody_took_over_is_left_to_them(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(web()), a_shelf()
     backed_up(pool, shelf)
-    with stopped_at(pool, shelf, at('api:VIF.create', hangs=True), 'restore', 'web', 'to=back') as process:
-        process.kill()
-    serving(pool)
+    killed_at(pool, shelf, 'api:VIF.create', '', 'restore', 'web', 'to=back')
     session = pool.session()
     ref, = [ref for ref, record in session.xenapi.VM.get_all_records().items() if PROVISIONAL in record['name_label']]
     session.xenapi.VM.set_name_label(ref, 'rescued by hand')

@@ -19,7 +19,7 @@ BIG = [disk(size=8 * MEBIBYTE, used=8)]
 
 
 def mount(*arguments: str) -> None:
-    """Mounted; the test is skipped where we may not."""
+    """Mounted; the test is skipped where we may not, as a file system that is really full or read-only can't be had else."""
     if os.geteuid() != 0 or shutil.which('mount') is None:
         pytest.skip('only root can mount')
     done = subprocess.run(['mount'] + list(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)

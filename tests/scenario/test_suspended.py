@@ -7,7 +7,7 @@ import pytest
 
 from support.deeds import backup, preview
 from support.language import MEBIBYTE, at, disk, vm
-from support.recovery import disks_of, drill, extract, holds, interfaces_of, machine, objects, restore, serving, stopped_at
+from support.recovery import disks_of, drill, extract, holds, interfaces_of, machine, objects, restore, serving, killed_at
 from support.shelf import disk_content, old
 
 ROOT = disk(size=10 * MEBIBYTE, used=[[0, 3], [8, 1]], seed=11, bootable=True, name_label='root', sr='fast')
@@ -131,10 +131,7 @@ def test_a_killed_restore_leaves_neither_disks_nor_memory(a_pool: Any, a_shelf: 
     pool = a_suspended_vm(a_pool)
     shelf = a_shelf(old('web', image=content(exported_by_hand(pool, tmp_path))))
     before = of_each_kind(pool)
-    with stopped_at(pool, shelf, at(occasion, when=when, nth=1, hangs=True), 'restore', 'web', 'to=back') as process:
-        assert not process.is_over(), process.output
-        process.kill()
-    serving(pool)
+    killed_at(pool, shelf, occasion, when, 'restore', 'web', 'to=back')
     run = backup(pool, shelf, 'vm-export=nobody*')
     assert run.exit_status == 3 and of_each_kind(pool) == before and shelf.journals() == [], run
 

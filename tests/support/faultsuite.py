@@ -5,6 +5,7 @@ One backup is recorded. Each case then repeats it with one trouble, on a copy of
 once more without. INVARIANTS are checked after both. tests/soak does all cases, tests/scenario/test_faults.py a sample.
 """
 
+import abc
 import json
 import os
 import py_compile
@@ -418,7 +419,7 @@ LAST_LINE = re.compile(r'\S+ - (?P<word>SUCCESS|WARNING|ERROR): (?P<number>\d+) 
                        r'(?:; (?P<warnings>\d+) warnings?)?(?P<rest>.*); exit status (?P<status>\d+)\.')
 
 
-class Judge:
+class Judge(abc.ABC):
     """What is there after a run of whatever action. Each method whose name begins with `holds_` gives the sentences of what
     is wrong; its docstring is the invariant."""
 
@@ -498,9 +499,9 @@ class Judge:
                 return left
             time.sleep(0.1)
 
+    @abc.abstractmethod
     def was_lost(self) -> bool:
         """May an answer have been lost that would have told what was made?"""
-        raise NotImplementedError
 
 
 class Aftermath(Judge):

@@ -4,6 +4,7 @@ import contextlib
 from typing import Any, Dict, Iterator, List, Sequence
 
 from support.deeds import Process, backup, beginning
+from support.language import at
 from support.process import Pool, Run, run_program
 from support.shelf import Shelf, disk_content
 from support.wire import eventually
@@ -39,7 +40,15 @@ def stopped_at(pool: Pool, shelf: Shelf, fault: Dict[str, Any], *words: str) -> 
     seen = len(pool.calls(fault['on']))
     with beginning(pool, shelf, 'vm-export=*', words=list(words)) as process:
         assert eventually(lambda: len(pool.calls(fault['on'])) > seen or process.is_over()), process.output
+        assert not process.is_over(), process.output
         yield process
+
+
+def killed_at(pool: Pool, shelf: Shelf, occasion: str, when: str, *words: str) -> None:
+    """A run of these words was killed at the first such occasion; the pool serves again without faults."""
+    with stopped_at(pool, shelf, at(occasion, when=when, nth=1, hangs=True), *words) as process:
+        process.kill()
+    serving(pool)
 
 
 def extract(shelf: Shelf, *words: str) -> Run:
