@@ -4,6 +4,7 @@ Strict as the generated dispatcher of the real server (gen_server.ml, v26.17.0):
 of parameters must fit, then their types, then the session must be good. What is not modelled is an unknown method.
 """
 
+import ipaddress
 import json
 import threading
 import time
@@ -691,6 +692,8 @@ def _add_vm(api: Api) -> None:
     api.add("VM.checkpoint", parameters, "ref VM", lambda call, vm, new_name: pool.vm_checkpoint(vm, new_name, call.task),
             has_async=True)
     api.add("VM.clone", parameters, "ref VM", lambda call, vm, new_name: pool.vm_clone(vm, new_name, call.task), has_async=True)
+    api.add("VM.copy", parameters + ", sr: ref SR", "ref VM", lambda call, vm, new_name, sr: pool.vm_copy(
+        vm, new_name, sr, call.task), has_async=True)
     api.add("VM.revert", "snapshot: ref VM", "void", lambda call, snapshot: pool.vm_revert(snapshot, call.task), has_async=True)
     api.add("VM.provision", vm, "void", power_change(pool.vm_provision), has_async=True)
     api.add("VM.start", vm + ", start_paused: bool, force: bool", "void", start, has_async=True)
@@ -788,6 +791,22 @@ def _add_devices(api: Api) -> None:
                 pool.update_allowed_operations("VIF", self)
         return run
 
+    def configure(family: str) -> Callable[..., None]:
+        def run(call: Call, self: str, mode: str, address: str, gateway: str) -> None:
+            with pool.lock:
+                record = pool.record("VIF", self)
+                if mode == "Static":
+                    try:
+                        ipaddress.ip_interface(address if "/" in address else "")
+                    except ValueError:
+                        raise Failure("INVALID_CIDR_ADDRESS_SPECIFIED", "address")
+                metrics = pool.tables["VM_guest_metrics"].get(pool.record("VM", record["VM"])["guest_metrics"])
+                if metrics is None or metrics["other"].get("feature-static-ip-setting") != "1":
+                    raise Failure("VM_LACKS_FEATURE", record["VM"])
+                pool.set_fields("VIF", self, {family + "_configuration_mode": mode, family + "_addresses": [address],
+                                              family + "_gateway": gateway})
+        return run
+
     api.add("VBD.create", "args: struct", "ref VBD", lambda call, fields: pool.vbd_create(fields), constructs="VBD",
             has_async=True)
     api.add("VBD.destroy", "self: ref VBD", "void", lambda call, self: pool.vbd_destroy(self), has_async=True)
@@ -802,6 +821,9 @@ def _add_devices(api: Api) -> None:
     api.add("VIF.destroy", "self: ref VIF", "void", lambda call, self: pool.vif_destroy(self), has_async=True)
     api.add("VIF.plug", "self: ref VIF", "void", set_attached(True), has_async=True)
     api.add("VIF.unplug", "self: ref VIF", "void", set_attached(False), has_async=True)
+    for family in ("ipv4", "ipv6"):
+        api.add("VIF.configure_" + family, "self: ref VIF, mode: enum None Static, address: string = \"\", gateway: string = \"\"",
+                "void", configure(family), has_async=True)
 
 
 def _add_disks(api: Api) -> None:
@@ -817,6 +839,11 @@ def _add_disks(api: Api) -> None:
     api.add("VDI.forget", "vdi: ref VDI", "void", lambda call, vdi: pool.vdi_forget(vdi, call.task), has_async=True)
     api.add("SR.scan", "sr: ref SR", "void", lambda call, sr: pool.sr_scan(sr), has_async=True)
 
+    def sr_update(call: Call, sr: str) -> None:
+        with pool.lock:
+            pool.assert_pbd_is_plugged(sr)
+            pool.update_space(sr)
+
     def set_attached(attached: bool) -> Callable[..., None]:
         def run(call: Call, self: str) -> None:
             with pool.lock:
@@ -828,6 +855,7 @@ def _add_disks(api: Api) -> None:
                 pool.set_field("PBD", self, "currently_attached", attached)
         return run
 
+    api.add("SR.update", "sr: ref SR", "void", sr_update, has_async=True)
     api.add("PBD.plug", "self: ref PBD", "void", set_attached(True), has_async=True)
     api.add("PBD.unplug", "self: ref PBD", "void", set_attached(False), has_async=True)
 

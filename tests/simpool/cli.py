@@ -10,6 +10,7 @@ cli_util.ml, xapi_cli.ml; and what the real `xe` printed.
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import urllib.parse
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
+import cli_help
 import faults
 import formats
 import transfer
@@ -27,6 +29,7 @@ from schema import NULL, Failure
 Parameters = List[Tuple[str, str]]
 
 HELP_HINT = "For usage run: 'xe help'\n"
+NOT_FORCED = 'This operation is dangerous and may cause data loss. This operation must be forced (use --force).'
 # Words that are no filters wherever they stand (cli_operations.ml stdparams).
 STANDARD = {'server', 'password', 'port', 'username', 'minimal', 'force', 'multiple', 'all', 'message-priority', 'trace'}
 TRUE_WORDS = {'true', 't', 'yes', 'y', '1'}
@@ -197,6 +200,16 @@ class Command:
     def uuid(self, cls: str, ref: str) -> str:
         with self.pool.lock:
             return self.pool.record(cls, ref)['uuid']
+
+    def says_yes(self) -> bool:
+        """The person was asked and typed yes (cli_util.ml user_says_yes)."""
+        self.conversation.print("Type 'yes' to continue\n")
+        self.conversation.order(prompt='')
+        line = self.conversation.answer().get('line', '')
+        if line.strip().lower() != 'yes':
+            self.conversation.print("Aborted (you typed: '%s')\n" % line)
+            return False
+        return True
 
     # --- Choosing objects
 
@@ -712,12 +725,8 @@ def snapshot_by(method: str) -> Callable[[Command], None]:
             arguments = [row.ref, name]     # type: List[Any]
             if ignored is not None:
                 arguments.append([command.ref('VDI', uuid) for uuid in ignored.split(',') if uuid])
-            ref = command.call(method, *arguments)
-            description = command.get('new-name-description')
-            if description is not None:
-                command.call('VM.set_name_description', ref, description)
-            return command.uuid('VM', ref)
-        command.print_list(command.on_vms(act, ['new-name-label', 'new-name-description', 'ignore-vdi-uuids']))
+            return command.call(method, *arguments)
+        finish_copies(command, command.on_vms(act, ['new-name-label', 'new-name-description', 'ignore-vdi-uuids']))
     return snapshot
 
 
@@ -726,8 +735,9 @@ def vm_clone(command: Command) -> None:
 
     def act(row: Row) -> str:
         command.begin(row.ref)
-        return command.uuid('VM', command.call('VM.clone', row.ref, name))
-    command.print_list(command.on_vms(act, ['new-name-label', 'new-name-description'], with_templates=True))
+        return command.call('VM.clone', row.ref, name)
+    finish_copies(command, command.on_vms(act, ['new-name-label', 'new-name-description', 'ignore-vdi-uuids'],
+                                          with_templates=True))
 
 
 def power_by(choose: Callable[[Command], Tuple[str, List[Any]]], ignored: Iterable[str] = ()) -> Callable[[Command], None]:
@@ -754,26 +764,61 @@ def destroy_by(cls: str, *names: str) -> Callable[[Command], None]:
     return destroy
 
 
-def vm_uninstall(command: Command) -> None:
-    """Removes VMs with their snapshots, and every disk that a VBD marks as owned."""
-    def act(row: Row) -> None:
-        command.begin(row.ref)
-        with command.pool.lock:
-            vms = [row.ref] + list(row.record['snapshots'])
-        uninstall(command, vms)
-    command.on_vms(act)
-
-
-def snapshot_uninstall(command: Command) -> None:
-    uuid = command.get('uuid') or command.get('snapshot-uuid')
+def snapshot_of(command: Command) -> str:
+    """The snapshot that `snapshot-uuid` or `uuid` names (get_snapshotVM_by_uuid)."""
+    uuid = command.get('snapshot-uuid', command.get('uuid'))
     if uuid is None:
-        raise Refused('Required parameter not found: uuid')
+        raise CliFailure('Required parameter not found: snapshot-uuid or uuid.')
     ref = command.ref('VM', uuid)
     command.begin(ref)
     with command.pool.lock:
         if not command.pool.record('VM', ref)['is_a_snapshot']:
             raise CliFailure('This operation can only be performed on a VM snapshot. %s is not a VM snapshot.' % uuid)
-    uninstall(command, [ref])
+    return ref
+
+
+def snapshot_revert(command: Command) -> None:
+    command.call('VM.revert', snapshot_of(command))
+
+
+def snapshot_clone(command: Command) -> None:
+    name = command.required('new-name-label')
+    finish_copies(command, [command.call('VM.clone', snapshot_of(command), name)])
+
+
+def snapshot_destroy(command: Command) -> None:
+    halt_and_destroy(command, snapshot_of(command))
+
+
+def finish_copies(command: Command, copies: List[str]) -> None:
+    """The first copy is described as was wished, and all are named."""
+    description = command.get('new-name-description')
+    if description is not None:
+        command.call('VM.set_name_description', copies[0], description)
+    command.print_list([command.uuid('VM', ref) for ref in copies])
+
+
+def halt_and_destroy(command: Command, vm: str) -> None:
+    with command.pool.lock:
+        is_halted = command.pool.record('VM', vm)['power_state'] == 'Halted'
+    if not is_halted:
+        command.call('VM.hard_shutdown', vm)
+    command.call('VM.destroy', vm)
+
+
+def vm_uninstall(command: Command) -> None:
+    """Removes VMs with their snapshots, and every disk that a VBD marks as owned."""
+    def act(row: Row) -> str:
+        command.begin(row.ref)
+        return row.ref
+    vms = command.on_vms(act)
+    with command.pool.lock:
+        vms += [snapshot for vm in vms for snapshot in command.pool.record('VM', vm)['snapshots']]
+    uninstall(command, vms)
+
+
+def snapshot_uninstall(command: Command) -> None:
+    uninstall(command, [snapshot_of(command)])
 
 
 def template_uninstall(command: Command) -> None:
@@ -787,9 +832,10 @@ def template_uninstall(command: Command) -> None:
 
 
 def uninstall(command: Command, vms: List[str]) -> None:
-    """Names what will go, asks unless forced, removes VMs and then disks (vm_uninstall_common)."""
+    """Names what will go, asks unless forced, removes each VM and then its disks (vm_uninstall_common)."""
     tables = command.pool.tables
-    vdis = []       # type: List[str]
+    disks = {vm: [] for vm in vms}      # type: Dict[str, List[str]]
+    images = {}     # type: Dict[str, str]
     lines = ['The following items are about to be destroyed']
     with command.pool.lock:
         for vm in vms:
@@ -798,25 +844,137 @@ def uninstall(command: Command, vms: List[str]) -> None:
             for vbd in record['VBDs']:
                 vdi = tables['VBD'][vbd]['VDI']
                 if 'owner' in tables['VBD'][vbd]['other_config'] and vdi in tables['VDI']:
-                    vdis.append(vdi)
+                    disks[vm].append(vdi)
             if record['suspend_VDI'] in tables['VDI']:
-                vdis.append(record['suspend_VDI'])
-        for vdi in vdis:
-            record = tables['VDI'][vdi]
-            lines.append('VDI: %s (%s) %s' % (record['uuid'], record['name_label'], '' if len(record['VBDs']) <= 1
-                                              else ' ** WARNING: disk is shared by other VMs'))
+                images[vm] = record['suspend_VDI']
+            for vdi in disks[vm] + ([images[vm]] if vm in images else []):
+                about = tables['VDI'][vdi]
+                lines.append('VDI: %s (%s) %s' % (about['uuid'], about['name_label'], '' if len(about['VBDs']) <= 1
+                                                  else ' ** WARNING: disk is shared by other VMs'))
     command.conversation.print(''.join(line + '\n' for line in lines))
-    if not command.boolean('force'):
-        command.conversation.print("Type 'yes' to continue\n")
-        command.conversation.order(prompt='')
-        if command.conversation.answer().get('line', '').lower() != 'yes':
-            command.conversation.print('Operation aborted\n')
-            return
+    if not command.boolean('force') and not command.says_yes():
+        return
     for vm in vms:
-        command.call('VM.destroy', vm)
-    for vdi in vdis:
-        command.call('VDI.destroy', vdi)
+        halt_and_destroy(command, vm)
+        for vdi in disks[vm]:
+            command.call('VDI.destroy', vdi)
+        if vm in images:
+            try:
+                command.call('VDI.destroy', images[vm])
+            except Failure:
+                pass        # it went with the shutdown of a suspended VM; the real one looks no closer
     command.conversation.print('All objects destroyed\n')
+
+
+def vm_copy(command: Command) -> None:
+    """vm-copy: of one VM, with disks that share nothing, on one SR if it is named."""
+    name = command.required('new-name-label')
+    sr = command.ref('SR', command.required('sr-uuid')) if command.get('sr-uuid') is not None else NULL
+
+    def act(row: Row) -> str:
+        command.begin(row.ref)
+        return command.call('VM.copy', row.ref, name, sr)
+    finish_copies(command, command.on_vms(act, ['new-name-label', 'sr-uuid', 'new-name-description'], several=False,
+                                          with_templates=True))
+
+
+def vm_reset_powerstate(command: Command) -> None:
+    if not command.boolean('force'):
+        command.begin()
+        raise CliFailure(NOT_FORCED)
+
+    def act(row: Row) -> None:
+        command.begin(row.ref)
+        command.call('VM.power_state_reset', row.ref)
+    command.on_vms(act)
+
+
+def vm_memory_limits_set(command: Command) -> None:
+    names = ['static-min', 'static-max', 'dynamic-min', 'dynamic-max']
+    limits = [bytes_of(name, command.required(name)) for name in names]
+
+    def act(row: Row) -> None:
+        command.begin(row.ref)
+        command.call('VM.set_memory_limits', row.ref, *limits)
+    command.on_vms(act, names, with_templates=True, with_control_domains=True)
+
+
+def chosen_template(command: Command) -> str:
+    """The template that the command line means: a uuid, or the one template of that name (vm_install)."""
+    def by_name(name: str) -> str:
+        found = [row.ref for row in command.rows('VM') if row.record['name_label'] == name
+                 and row.record['is_a_template'] and not row.record['is_control_domain']]
+        if len(found) != 1:
+            raise CliFailure('More than one matching template found' if found else 'No templates matched')
+        return found[0]
+    with command.pool.lock:
+        if command.get('template-uuid') is not None:
+            try:
+                ref = command.pool.ref_of('VM', command.required('template-uuid'))
+            except Failure:
+                raise CliFailure('Cannot find template')
+        else:
+            name = command.get('template-name-label', command.get('template-name'))
+            word = command.get('template')
+            if name is None and word is None:
+                raise CliFailure("Template must be specified by parameter 'template-uuid', 'template-name', "
+                                 "'template-name-label' or 'template'")
+            try:
+                ref = by_name(name) if name is not None else command.pool.ref_of('VM', word)
+            except Failure:
+                ref = by_name(word)
+        if not command.pool.record('VM', ref)['is_a_template']:
+            raise CliFailure('Can only install from templates')
+        return ref
+
+
+def vm_install(command: Command) -> None:
+    """A new VM from a template: copied to the SR that is named, else cloned; provisioned, not started (vm_install_real)."""
+    template, name = chosen_template(command), command.required('new-name-label')
+    command.begin(template)
+    sr_uuid, sr_name = command.get('sr-uuid'), command.get('sr-name-label')
+    with command.pool.lock:
+        record = dict(command.pool.record('VM', template))
+        if record['is_a_snapshot'] and (sr_uuid or sr_name) is not None:
+            raise CliFailure('Do not use the sr-name-label or sr-uuid argument when installing from a snapshot. By default, it '
+                             'will install each new disk on the same SR as the corresponding snapshot disks.')
+        sr = command.pool.ref_of('SR', sr_uuid) if sr_uuid is not None else None
+        if sr_name is not None:
+            named = [row.ref for row in command.rows('SR') if row.record['name_label'] == sr_name]
+            if not named:
+                raise CliFailure('No SR with that name-label found')
+            if sr is not None and sr not in named:
+                raise CliFailure("SR specified via sr-uuid doesn't have the name specified via sr-name-label")
+            if sr is None and len(named) > 1:
+                raise CliFailure('Multiple SRs with that name-label found')
+            sr = sr or named[0]
+    vm = command.call('VM.copy', template, name, sr) if sr is not None else command.call('VM.clone', template, name)
+    try:
+        command.call('VM.set_name_description', vm, 'Installed via xe CLI')
+        command.call('VM.set_suspend_SR', vm, record['suspend_SR'] if sr is None else sr)
+        command.call('VM.provision', vm)
+    except Failure:
+        command.call('VM.destroy', vm)
+        raise
+    command.print_list([command.uuid('VM', vm)])
+
+
+def vm_vif_list(command: Command) -> None:
+    """The interfaces of the chosen VMs, a table for each VM; several VMs need no --multiple."""
+    command.parameters.insert(0, ('multiple', 'true'))
+    fields = fields_of('vif')
+    chosen = command.get('params')
+    wanted = ('uuid device MAC network-uuid network-name-label vm-name-label'.split() if chosen is None
+              else chosen.split(','))
+
+    def act(row: Row) -> None:
+        command.begin(row.ref)
+        with command.pool.lock:
+            table = [shown(Row(command.pool, 'VIF', vif), [field for field in fields if chosen == 'all'
+                                                           or field.name in wanted], False)
+                     for vif in row.record['VIFs']]
+        command.print_table(table)
+    command.on_vms(act, ['params'])
 
 
 def vm_disk_list(command: Command) -> None:
@@ -847,7 +1005,7 @@ def vm_disk_list(command: Command) -> None:
     command.conversation.print(minimal_text(minimal) if command.boolean('minimal') else text)
 
 
-# --- Disks, tasks, the pool ---------------------------------------------------------------------
+# --- Disks --------------------------------------------------------------------------------------
 
 def vdi_export(command: Command) -> None:
     uuid = command.required('uuid')
@@ -888,53 +1046,133 @@ def vdi_copy(command: Command) -> None:
     ref = command.ref('VDI', command.required('uuid'))
     sr = command.ref('SR', command.required('sr-uuid'))
     command.begin(ref)
-    with command.pool.lock:
-        record = command.pool.record('VDI', ref)
-        new = command.pool.vdi_create(dict(
-            {name: record[name] for name in ('virtual_size', 'type', 'sharable', 'name_label', 'name_description')},
-            SR=sr, read_only=False, other_config=dict(record['other_config'])))
-        old_disk, new_disk = command.pool.disk(ref), command.pool.disk(new)
-    block = old_disk.next_used(0)
-    while block is not None:
-        new_disk.write(block * formats.MIB, old_disk.block(block))
-        block = old_disk.next_used(block + 1)
-    with command.pool.lock:
-        command.pool.update_utilisation(new)
-    command.print_list([command.uuid('VDI', new)])
+    command.print_list([command.uuid('VDI', command.pool.vdi_copy(ref, sr))])
 
 
 def vdi_create(command: Command) -> None:
     sr = command.ref('SR', command.required('sr-uuid'))
     name = command.required('name-label')
-    size = bytes_of(command.required('virtual-size'))
+    size = bytes_of('virtual-size', command.required('virtual-size'))
+    kind = command.get('type', 'user')
     command.begin(sr)
+    if kind not in ('system', 'user', 'suspend', 'crashdump'):
+        raise CliFailure('Unknown vdi type: %s' % kind)
     ref = command.call('VDI.create', {
-        'SR': sr, 'name_label': name, 'name_description': '', 'virtual_size': size, 'type': command.get('type', 'user'),
-        'sharable': command.boolean('sharable'), 'read_only': command.boolean('read-only'),
-        'other_config': command.map_of('other-config'), 'xenstore_data': command.map_of('xenstore-data'),
+        'SR': sr, 'name_label': name, 'name_description': '', 'virtual_size': size, 'type': kind,
+        'sharable': command.boolean('sharable'), 'read_only': False, 'other_config': {}, 'xenstore_data': {},
         'sm_config': command.map_of('sm-config'), 'tags': []})
     command.print_list([command.uuid('VDI', ref)])
 
 
-def bytes_of(text: str) -> str:
+def bytes_of(name: str, text: str) -> str:
     """A size with an optional unit (record_util.ml bytes_of_string)."""
+    number, unit = re.match(r'([0-9]*)(.*)', text, re.DOTALL).groups()
     units = {'': 1, 'bytes': 1, 'KiB': 2 ** 10, 'MiB': 2 ** 20, 'GiB': 2 ** 30, 'TiB': 2 ** 40}
-    number = text.rstrip('bytesKMGTiB')
-    if not number.isdigit() or text[len(number):] not in units:
-        raise CliFailure("Failed to parse parameter 'virtual-size': expecting an integer with an optional unit")
-    return str(int(number) * units[text[len(number):]])
+    if not number:
+        raise CliFailure("Failed to parse field '%s': expecting an integer (possibly with suffix)" % name)
+    if unit not in units:
+        raise CliFailure("Failed to parse field '%s': Unknown suffix: '%s' (try KiB, MiB, GiB or TiB)" % (name, unit))
+    return str(int(number) * units[unit])
 
 
-def sr_scan(command: Command) -> None:
-    ref = command.ref('SR', command.required('uuid'))
+def on_object(cls: str, method: str, other: Tuple[str, str] = ('', '')) -> Callable[[Command], None]:
+    """A command that calls one method on the object of `uuid`; `other`: class and parameter of a second one."""
+    def act(command: Command) -> None:
+        ref = command.ref(cls, command.required('uuid'))
+        more = [command.ref(other[0], command.required(other[1]))] if other[0] else []
+        command.begin(ref)
+        command.call(method, ref, *more)
+    return act
+
+
+# --- Drives and interfaces ----------------------------------------------------------------------
+
+def vbd_create(command: Command) -> None:
+    vm = command.ref('VM', command.required('vm-uuid'))
+    vdi_uuid = command.get('vdi-uuid')
+    vdi = command.ref('VDI', vdi_uuid) if vdi_uuid is not None else NULL
+    mode, kind = (command.get('mode', 'RW') or '').upper(), (command.get('type', 'Disk') or '').lower()
+    command.begin(vm)
+    bootable, unpluggable = command.boolean('bootable'), command.boolean('unpluggable', True)
+    if mode not in ('RO', 'RW'):
+        raise CliFailure('Unknown mode: %s (should be "ro" or "rw"' % mode.lower())
+    kinds = {'cd': 'CD', 'disk': 'Disk', 'floppy': 'Floppy'}
+    if kind not in kinds:
+        raise CliFailure('"Unknown type: %s (should be "cd", "disk" or "floppy"' % kind)
+    if kind == 'disk' and vdi == NULL:
+        raise CliFailure('Empty VBDs can only be made for type=CD')
+    ref = command.call('VBD.create', {
+        'VM': vm, 'VDI': vdi, 'userdevice': command.required('device'), 'bootable': bootable, 'mode': mode,
+        'type': kinds[kind], 'unpluggable': unpluggable, 'empty': vdi == NULL, 'qos_algorithm_type': '',
+        'qos_algorithm_params': {}, 'other_config': {}})
+    command.print_list([command.uuid('VBD', ref)])
+
+
+def vbd_unplug(command: Command) -> None:
+    """With `timeout`, a guest that refuses is waited for."""
+    ref = command.ref('VBD', command.required('uuid'))
     command.begin(ref)
-    command.call('SR.scan', ref)
+    try:
+        limit = time.time() + float(command.get('timeout', '0') or '')
+    except ValueError:
+        raise CliFailure("Failed to parse parameter 'timeout': expecting a float")
+    try:
+        command.call('VBD.unplug_force' if command.boolean('force') else 'VBD.unplug', ref)
+    except Failure as failure:
+        if failure.code != 'DEVICE_DETACH_REJECTED':
+            raise
+        while time.time() < limit:
+            time.sleep(min(5.0, max(0.0, limit - time.time())))
+            with command.pool.lock:
+                if not command.pool.record('VBD', ref)['currently_attached']:
+                    return
+        raise
 
 
-def task_cancel(command: Command) -> None:
-    ref = command.ref('task', command.required('uuid'))
+def vif_create(command: Command) -> None:
+    vm = command.ref('VM', command.required('vm-uuid'))
+    network = command.ref('network', command.required('network-uuid'))
+    command.begin(vm)
+    mac = command.get('mac', '') or ''
+    if mac == 'random':
+        octet = os.urandom(1)[0]        # one for all six (record_util.ml random_mac_local)
+        mac = ':'.join('%02x' % one for one in [octet & 0xfe | 2] + [octet] * 5)
+    with command.pool.lock:
+        mtu = command.pool.record('network', network)['MTU']
+    ref = command.call('VIF.create', {
+        'VM': vm, 'network': network, 'device': command.required('device'), 'MAC': mac, 'MTU': mtu, 'other_config': {},
+        'qos_algorithm_type': '', 'qos_algorithm_params': {}, 'locking_mode': 'network_default', 'ipv4_allowed': [],
+        'ipv6_allowed': []})
+    command.print_list([command.uuid('VIF', ref)])
+
+
+def vif_configure(family: str) -> Callable[[Command], None]:
+    def configure(command: Command) -> None:
+        ref = command.ref('VIF', command.required('uuid'))
+        mode, address = command.required('mode'), command.get('address', '')
+        command.begin(ref)
+        if mode.lower() not in ('none', 'static'):
+            raise CliFailure("Expected 'none' or 'static', got %s" % mode.lower())
+        if mode.lower() == 'static' and not address:
+            raise CliFailure('Required parameter not found: address')
+        command.call('VIF.configure_' + family, ref, mode.capitalize(), address, command.get('gateway', ''))
+    return configure
+
+
+# --- Hosts, SRs, tasks, the pool ----------------------------------------------------------------
+
+def host_forget(command: Command) -> None:
+    ref = command.ref('host', command.required('uuid'))
     command.begin(ref)
-    command.call('task.cancel', ref)
+    if not command.boolean('force'):
+        command.conversation.print(
+            'WARNING: A host should only be forgotten if it is physically unrecoverable;\n'
+            "WARNING: if possible, Hosts should be 'ejected' from the Pool instead.\n"
+            'WARNING: Once a host has been forgotten it will have to be re-installed.\n'
+            'WARNING: This operation is irreversible.\n')
+        if not command.says_yes():
+            return
+    command.call('host.destroy', ref)
 
 
 def pool_dump_database(command: Command) -> None:
@@ -952,93 +1190,144 @@ def pool_dump_database(command: Command) -> None:
 def pool_restore_database(command: Command) -> None:
     filename = command.required('file-name')
     command.begin()
-    dry_run = command.boolean('dry-run')
-    if not dry_run and not command.boolean('force'):
-        raise CliFailure('This operation will restore the database backup to this host, making it the master. All other '
-                         'hosts in the pool must be repopulated. Use --force to continue')
+    dry_run = command.get('dry-run') is not None
+    if not dry_run and command.get('force') is None:
+        raise CliFailure('This operation will restore the database backup to this host, making it the master. All slave '
+                         'hosts are assumed dead and they will be forgotten. This operation must be forced (use --force).')
     with command.own_task('Restore database') as task:
         url = command.url('/pool/xmldbdump', task, dry_run=str(dry_run).lower())
         command.track(task, {'put': url, 'file': filename})
-    if dry_run:
-        command.conversation.print('Dry-run backup restore successful\n')
+    command.print_list(['Dry-run backup restore successful' if dry_run
+                        else 'Host will reboot with restored database in 30.000 seconds...'])
 
 
 def show_help(command: Command) -> None:
+    """`help`, and `help COMMAND ...` (rio_help)."""
     command.begin()
-    command.conversation.print('Usage: xe <command> [param=value ...]\n\nA full list of commands: %s\n'
-                               % ', '.join(sorted(COMMANDS)))
+    wanted = [name for name, _ in command.parameters
+              if name not in ('server', 'username', 'password', 'port', 'minimal', 'all')]
+    for name in wanted:
+        if name in COMMANDS:
+            about = COMMANDS[name]
+            command.print_table([cli_help.table(name, list(about.required), about.optional, about.sentence)])
+        else:
+            command.print_list(["Unknown command '%s'" % name])
+    if not wanted:
+        command.conversation.print('Usage: xe <command> [param=value ...]\n\nA full list of commands: %s\n'
+                                   % ', '.join(sorted(COMMANDS)))
 
 
 # --- The table of commands ----------------------------------------------------------------------
 
 class Entry(NamedTuple):
-    """A command: what must be given (checked before the login), and what it does."""
+    """A command: what must be given (checked before the login), what it does, and what the help says of it."""
     required: Tuple[str, ...]
     run: Callable[[Command], None]
+    optional: List[str]
+    sentence: str
 
 
 def _class_commands() -> Dict[str, Entry]:
+    """The commands that every class has, each with the help that is made for it (cli_operations.ml gen_frontend)."""
     commands = {}       # type: Dict[str, Entry]
 
-    def add(word: str, verb: str, required: Tuple[str, ...], act: Callable[[Command, str], None]) -> None:
-        commands['%s-%s' % (word, verb)] = Entry(required, lambda command: act(command, word))
-    for word in EMPTY_CLASSES:
-        add(word, 'list', (), list_objects)
+    def add(word: str, verb: str, required: Tuple[str, ...], act: Callable[[Command, str], None], optional: List[str],
+            sentence: str) -> None:
+        commands['%s-%s' % (word, verb)] = Entry(required, lambda command: act(command, word), optional, sentence)
+    for word in list(EMPTY_CLASSES) + list(CLASSES):
+        fields = fields_of(word) if word in CLASSES else []
+        add(word, 'list', (), list_objects,
+            ['params', 'database:'] + [field.name for field in fields]
+            + [field.name + ':contains' for field in fields if field.is_set],
+            "Lists all the %ss, filtering on the optional arguments. To filter on map parameters, use the syntax "
+            "'map-param:key=value'" % word)
     for word in CLASSES:
-        add(word, 'list', (), list_objects)
-        add(word, 'param-list', ('uuid',), list_parameters)
-        add(word, 'param-get', ('uuid', 'param-name'), get_parameter)
-        if any(field.is_writable for field in fields_of(word)):
-            add(word, 'param-set', ('uuid',), set_parameters)
-            add(word, 'param-clear', ('uuid', 'param-name'), clear_parameter)
-        if any(field.is_writable and (field.is_set or field.is_map) for field in fields_of(word)):
-            add(word, 'param-add', ('uuid', 'param-name'), add_to_parameter)
-            add(word, 'param-remove', ('uuid', 'param-name', 'param-key'), remove_from_parameter)
+        fields = fields_of(word)
+        writable = [field for field in fields if field.is_writable]
+        add(word, 'param-list', ('uuid',), list_parameters, ['database:'],
+            'Lists all the parameters of the object specified by the uuid.')
+        add(word, 'param-get', ('uuid', 'param-name'), get_parameter, ['param-key', 'database:'],
+            "Gets the parameter specified of the object. If the parameter is a map of key=value pairs, use "
+            "'param-key=<key>' to get the value associated with a particular key.")
+        if writable:
+            add(word, 'param-set', ('uuid',), set_parameters,
+                [field.name for field in writable if not field.is_set and not field.is_map]
+                + [field.name + ':' for field in writable if field.is_map],
+                "Sets the parameter specified. If param-value is not given, the parameter is set to a null value. To set a "
+                "(key,value) pair in a map parameter, use the syntax 'map-param:key=value'.")
+            add(word, 'param-clear', ('uuid', 'param-name'), clear_parameter, [],
+                'Clears the specified parameter (param-name can be %s).' % ','.join(
+                    field.name for field in fields if field.is_writable or field.is_set or field.is_map))
+        if any(field.is_set or field.is_map for field in writable):
+            add(word, 'param-add', ('uuid', 'param-name'), add_to_parameter, ['param-key'],
+                "Adds to a set or map parameter. If the parameter is a set, use param-key=<key to add>. If the parameter is "
+                "a map, pass the values to add as 'key=value' pairs.")
+            add(word, 'param-remove', ('uuid', 'param-name', 'param-key'), remove_from_parameter, [],
+                'Removes a member or a key,value pair from a set/map respectively.')
     return commands
 
 
 COMMANDS = _class_commands()
-COMMANDS.update({
-    'help': Entry((), show_help),
-    'vm-export': Entry(('filename',), vm_export),
-    'snapshot-export-to-template': Entry(('filename', 'snapshot-uuid'), snapshot_export),
-    'template-export': Entry(('filename', 'template-uuid'), template_export),
-    'vm-import': Entry((), vm_import),
-    'vm-snapshot': Entry(('new-name-label',), snapshot_by('VM.snapshot')),
-    'vm-snapshot-with-quiesce': Entry(('new-name-label',), snapshot_by('VM.snapshot_with_quiesce')),
-    'vm-checkpoint': Entry(('new-name-label',), snapshot_by('VM.checkpoint')),
-    'vm-clone': Entry(('new-name-label',), vm_clone),
-    'vm-start': Entry((), power_by(lambda c: ('VM.start', [c.boolean('paused'), c.boolean('force')]),
-                                   ['on', 'paused', 'progress'])),
-    'vm-shutdown': Entry((), power_by(lambda c: ('VM.hard_shutdown' if c.boolean('force') else 'VM.clean_shutdown', []),
-                                      ['progress', 'compress'])),
-    'vm-reboot': Entry((), power_by(lambda c: ('VM.hard_reboot' if c.boolean('force') else 'VM.clean_reboot', []),
-                                    ['progress'])),
-    'vm-suspend': Entry((), power_by(lambda c: ('VM.suspend', []), ['progress'])),
-    'vm-resume': Entry((), power_by(lambda c: ('VM.resume', [False, c.boolean('force')]), ['on', 'progress'])),
-    'vm-pause': Entry((), power_by(lambda c: ('VM.pause', []))),
-    'vm-unpause': Entry((), power_by(lambda c: ('VM.unpause', []))),
-    'vm-destroy': Entry(('uuid',), destroy_by('VM', 'uuid')),
-    'vm-uninstall': Entry((), vm_uninstall),
-    'vm-disk-list': Entry((), vm_disk_list),
-    'snapshot-destroy': Entry((), destroy_by('VM', 'uuid', 'snapshot-uuid')),
-    'snapshot-uninstall': Entry((), snapshot_uninstall),
-    'template-uninstall': Entry(('template-uuid',), template_uninstall),
-    'vdi-export': Entry(('uuid', 'filename'), vdi_export),
-    'vdi-import': Entry(('uuid', 'filename'), vdi_import),
-    'vdi-snapshot': Entry(('uuid',), vdi_snapshot),
-    'vdi-clone': Entry(('uuid',), vdi_clone),
-    'vdi-copy': Entry(('uuid', 'sr-uuid'), vdi_copy),
-    'vdi-create': Entry(('sr-uuid', 'name-label', 'virtual-size'), vdi_create),
-    'vdi-destroy': Entry(('uuid',), destroy_by('VDI', 'uuid')),
-    'vbd-destroy': Entry(('uuid',), destroy_by('VBD', 'uuid')),
-    'vif-destroy': Entry(('uuid',), destroy_by('VIF', 'uuid')),
-    'message-destroy': Entry(('uuid',), destroy_by('message', 'uuid')),
-    'sr-scan': Entry(('uuid',), sr_scan),
-    'task-cancel': Entry(('uuid',), task_cancel),
-    'pool-dump-database': Entry(('file-name',), pool_dump_database),
-    'pool-restore-database': Entry(('file-name',), pool_restore_database),
-})
+COMMANDS['help'] = Entry((), show_help, [], 'Show help about a command')
+COMMANDS.update((name, Entry(tuple(cli_help.HELP[name][0].split()), run, cli_help.HELP[name][1].split(),
+                             cli_help.HELP[name][2])) for name, run in {
+    'vm-export': vm_export,
+    'snapshot-export-to-template': snapshot_export,
+    'template-export': template_export,
+    'vm-import': vm_import,
+    'vm-install': vm_install,
+    'vm-snapshot': snapshot_by('VM.snapshot'),
+    'vm-snapshot-with-quiesce': snapshot_by('VM.snapshot_with_quiesce'),
+    'vm-checkpoint': snapshot_by('VM.checkpoint'),
+    'vm-clone': vm_clone,
+    'vm-copy': vm_copy,
+    'vm-start': power_by(lambda c: ('VM.start', [c.boolean('paused'), c.boolean('force')]), ['on', 'paused', 'progress']),
+    'vm-shutdown': power_by(lambda c: ('VM.hard_shutdown' if c.boolean('force') else 'VM.clean_shutdown', []),
+                            ['progress', 'compress']),
+    'vm-reboot': power_by(lambda c: ('VM.hard_reboot' if c.boolean('force') else 'VM.clean_reboot', []), ['progress']),
+    'vm-suspend': power_by(lambda c: ('VM.suspend', []), ['progress']),
+    'vm-resume': power_by(lambda c: ('VM.resume', [False, c.boolean('force')]), ['on', 'progress']),
+    'vm-pause': power_by(lambda c: ('VM.pause', [])),
+    'vm-unpause': power_by(lambda c: ('VM.unpause', [])),
+    'vm-reset-powerstate': vm_reset_powerstate,
+    'vm-memory-limits-set': vm_memory_limits_set,
+    'vm-destroy': destroy_by('VM', 'uuid'),
+    'vm-uninstall': vm_uninstall,
+    'vm-disk-list': vm_disk_list,
+    'vm-vif-list': vm_vif_list,
+    'snapshot-revert': snapshot_revert,
+    'snapshot-clone': snapshot_clone,
+    'snapshot-destroy': snapshot_destroy,
+    'snapshot-uninstall': snapshot_uninstall,
+    'template-uninstall': template_uninstall,
+    'vdi-export': vdi_export,
+    'vdi-import': vdi_import,
+    'vdi-snapshot': vdi_snapshot,
+    'vdi-clone': vdi_clone,
+    'vdi-copy': vdi_copy,
+    'vdi-create': vdi_create,
+    'vdi-destroy': destroy_by('VDI', 'uuid'),
+    'vbd-create': vbd_create,
+    'vbd-destroy': destroy_by('VBD', 'uuid'),
+    'vbd-plug': on_object('VBD', 'VBD.plug'),
+    'vbd-unplug': vbd_unplug,
+    'vif-create': vif_create,
+    'vif-destroy': destroy_by('VIF', 'uuid'),
+    'vif-plug': on_object('VIF', 'VIF.plug'),
+    'vif-unplug': on_object('VIF', 'VIF.unplug'),
+    'vif-move': on_object('VIF', 'VIF.move', ('network', 'network-uuid')),
+    'vif-configure-ipv4': vif_configure('ipv4'),
+    'vif-configure-ipv6': vif_configure('ipv6'),
+    'message-destroy': destroy_by('message', 'uuid'),
+    'sr-scan': on_object('SR', 'SR.scan'),
+    'sr-update': on_object('SR', 'SR.update'),
+    'pbd-plug': on_object('PBD', 'PBD.plug'),
+    'pbd-unplug': on_object('PBD', 'PBD.unplug'),
+    'task-cancel': on_object('task', 'task.cancel'),
+    'host-forget': host_forget,
+    'pool-dump-database': pool_dump_database,
+    'pool-restore-database': pool_restore_database,
+}.items())
 
 #: Commands that move data: the fault `kill` strikes when half of it has gone by.
 STREAMING = {'vm-export', 'snapshot-export-to-template', 'template-export', 'vm-import', 'vdi-export', 'vdi-import',

@@ -38,6 +38,10 @@ DOCUMENTED = {
     'NOT_IMPLEMENTED': (['function'], 'The function is not implemented'),
     'MEMORY_CONSTRAINT_VIOLATION_ORDER': ([], 'The dynamic memory range violates constraint static_min <= dynamic_min '
                                           '<= dynamic_max <= static_max.'),
+    'MEMORY_CONSTRAINT_VIOLATION': (['constraint'], 'The dynamic memory range does not satisfy the following '
+                                    'constraint.'),
+    'MEMORY_CONSTRAINT_VIOLATION_MAXPIN': (['reason'], 'The dynamic memory range violates constraint static_min = '
+                                           'dynamic_min = dynamic_max = static_max.'),
     'SESSION_AUTHENTICATION_FAILED': ([], 'The credentials given by the user are incorrect, so access has been '
                                       'denied, and you have not been issued a session handle.'),
     'SESSION_INVALID': (['handle'], 'You gave an invalid session reference. It may have been invalidated by a server '
@@ -51,6 +55,12 @@ DOCUMENTED = {
     'HOST_OFFLINE': (['host'], 'You attempted an operation which involves a host which could not be contacted.'),
     'HOST_DISABLED': (['host'], 'The specified server is disabled.'),
     'HOST_NOT_LIVE': ([], 'This operation cannot be completed as the server is not live.'),
+    'HOST_IS_LIVE': (['host'], 'This operation cannot be completed because the server is still live.'),
+    'HOST_HAS_RESIDENT_VMS': (['host'], 'This server cannot be forgotten because there are user VMs still running.'),
+    'HOST_CANNOT_DESTROY_SELF': (['host'], 'The pool coordinator host cannot be removed.'),
+    'DOMAIN_EXISTS': (['vm', 'domid'], 'The operation could not be performed because a domain still exists for the '
+                      'specified VM.'),
+    'CANNOT_RESET_CONTROL_DOMAIN': (['vm'], 'The power-state of a control domain cannot be reset.'),
     'CANNOT_CONTACT_HOST': (['host'], 'Cannot forward messages because the server cannot be contacted. The server may '
                             'be switched off or there may be network connectivity problems.'),
     'NO_HOSTS_AVAILABLE': ([], 'There were no servers available to complete the specified operation.'),
@@ -97,6 +107,13 @@ DOCUMENTED = {
     'DEVICE_ALREADY_EXISTS': (['device'], 'A device with the name given already exists on the selected VM'),
     'DEVICE_ALREADY_ATTACHED': (['device'], 'The device is already attached to a VM'),
     'DEVICE_ALREADY_DETACHED': (['device'], 'The device is not currently attached'),
+    'DEVICE_NOT_ATTACHED': (['VBD'], 'The operation could not be performed because the VBD was not connected to the VM.'),
+    'DEVICE_DETACH_REJECTED': (['type', 'ref', 'msg'], 'The VM rejected the attempt to detach the device.'),
+    'DEVICE_DETACH_TIMEOUT': (['type', 'ref'], 'A timeout happened while attempting to detach a device from a VM.'),
+    'INVALID_CIDR_ADDRESS_SPECIFIED': (['parameter'], 'A required parameter contained an invalid CIDR address '
+                                       '(<addr>/<prefix length>)'),
+    'VBD_NOT_EMPTY': (['vbd'], 'Operation could not be performed because the drive is not empty'),
+    'VDI_IS_NOT_ISO': (['vdi', 'type'], 'This operation can only be performed on CD VDIs (iso files or CDROM drives)'),
     'INVALID_DEVICE': (['device'], 'The device name is invalid'),
     'MAC_INVALID': (['MAC'], 'The MAC address specified is not valid.'),
     'SR_BACKEND_FAILURE': (['status', 'stdout', 'stderr'], 'There was an SR backend failure.'),
@@ -136,6 +153,7 @@ DOCUMENTED = {
                                               'found.'),
     'IMPORT_ERROR_UNEXPECTED_FILE': (['filename_expected', 'filename_found'], 'The VM could not be imported because '
                                      'the XVA file is invalid: an unexpected file was encountered.'),
+    'IMPORT_ERROR_SOME_CHECKSUMS_FAILED': ([], 'Some data checksums were incorrect; the VM may be corrupt.'),
     'RESTORE_INCOMPATIBLE_VERSION': ([], 'The restore could not be performed because this backup has been created by '
                                      'a different (incompatible) product version'),
 }   # type: Dict[str, Tuple[List[str], str]]

@@ -368,6 +368,16 @@ client-certificate-auth-name    RO  client_certificate_auth_name
 repositories                    SRW uuids:repositories
 repository-proxy-url            RO  repository_proxy_url
 repository-proxy-username       RO  repository_proxy_username
+https-only                      RW  @https_only
+migration-compression           RW  migration_compression
+coordinator-bias                RW  coordinator_bias
+telemetry-frequency             RO  telemetry_frequency
+telemetry-next-collection       RO  telemetry_next_collection
+last-update-sync                RO  last_update_sync
+update-sync-frequency           RO  update_sync_frequency
+update-sync-day                 RO  update_sync_day
+update-sync-enabled             RO  update_sync_enabled
+recommendations                 MRO recommendations
 '''
 
 TASK = '''
@@ -703,6 +713,10 @@ def _host_of_sr(row: Row) -> str:
 
 def _sr_types(row: Row) -> str:
     return '; '.join(sorted({sm['type'] for sm in row.pool.tables.get('SM', {}).values()}))
+
+
+def _https_only(row: Row) -> bool:
+    return all(host['https_only'] for host in row.pool.tables['host'].values())
 
 
 def _license_state(row: Row) -> str:

@@ -162,6 +162,19 @@ class Disks:
                 with self.lock:
                     return self._duplicate(vdi, self._fields_to_copy(vdi), snapshot=False)
 
+    def vdi_copy(self, vdi: str, sr: str) -> str:
+        """VDI.copy: a new disk on this SR with the same contents, sharing nothing."""
+        with self.lock:
+            record = self.record("VDI", vdi)
+            names = ("virtual_size", "type", "sharable", "name_label", "name_description", "other_config")
+            new = self.vdi_create(dict({name: _copied(record[name]) for name in names}, SR=sr, read_only=False))
+            source, target = self.disk(vdi), self.disk(new)
+        for block in source.used_blocks():
+            target.write(block * storage.MIB, source.block(block))
+        with self.lock:
+            self.update_utilisation(new)
+        return new
+
     def _fields_to_copy(self, vdi: str) -> Dict[str, Any]:
         record = self.record("VDI", vdi)
         names = ("name_label", "name_description", "tags", "other_config", "type", "sharable", "read_only", "on_boot",

@@ -98,7 +98,7 @@ def vm_refusal(record: Dict[str, Any], ref: str, operation: str, four_parameters
     if operation == "provision" and not record["is_a_template"]:
         return Failure("PROVISION_ONLY_ALLOWED_ON_TEMPLATE")
     if operation == "revert" and not record["is_a_snapshot"]:
-        return Failure("ONLY_REVERT_SNAPSHOT")
+        return Failure("REVERT_ONLY_ALLOWED_ON_SNAPSHOT")
     if record["is_control_domain"] and operation not in ON_CONTROL_DOMAINS:
         return Failure("OPERATION_NOT_ALLOWED", "Operations on domain 0 are not allowed")
     if not has_drivers and record["power_state"] == RUNNING and operation in (

@@ -118,10 +118,16 @@ class Machines:
         """VM.clone: a VM of its own, with other MAC addresses, on writable copies of the disks."""
         return self._copy_machine("clone", vm, new_name, set(), task)
 
-    def _copy_machine(self, operation: str, vm: str, new_name: str, ignored: set, task: Optional[str]) -> str:
+    def vm_copy(self, vm: str, new_name: str, sr: str, task: Optional[str] = None) -> str:
+        """VM.copy: as a clone, but the disks share nothing with the original's and lie on this SR, if one is named."""
+        return self._copy_machine("copy", vm, new_name, set(), task, sr)
+
+    def _copy_machine(self, operation: str, vm: str, new_name: str, ignored: set, task: Optional[str], sr: str = NULL) -> str:
         with self.own_task("VM." + operation, task) as mine:
             with self.operation("VM", vm, operation, mine):
                 with self.lock:
+                    if sr != NULL:
+                        self.record("SR", sr)
                     self.choose_host(self.srs_of_vm(vm))
                     if operation == "checkpoint":
                         self._assert_can_suspend(vm)
@@ -130,7 +136,7 @@ class Machines:
                 disk_of = {}  # type: Dict[str, str]
                 try:
                     for vbd in vbds:
-                        disk_of[vbd] = self._copy_disk_of(vbd, operation, made)
+                        disk_of[vbd] = self._copy_disk_of(vbd, operation, made, sr)
                     with self.lock:
                         return self._copy_rows(operation, vm, new_name, mine, disk_of)
                 except Failure:
@@ -139,7 +145,7 @@ class Machines:
                         self.vdi_destroy(disk)
                     raise
 
-    def _copy_disk_of(self, vbd: str, operation: str, made: List[str]) -> str:
+    def _copy_disk_of(self, vbd: str, operation: str, made: List[str], sr: str = NULL) -> str:
         with self.lock:
             record = self.record("VBD", vbd)
             if record["empty"]:
@@ -147,14 +153,18 @@ class Machines:
             if record["type"] == "CD":
                 return record["VDI"]  # an ISO is not copied, both use the one
             disk = record["VDI"]
-        new = self.vdi_clone(disk, {}) if operation == "clone" else self.vdi_snapshot(disk, {})
+            sr = self.record("VDI", disk)["SR"] if sr == NULL else sr
+        if operation == "copy":
+            new = self.vdi_copy(disk, sr)
+        else:
+            new = self.vdi_clone(disk, {}) if operation == "clone" else self.vdi_snapshot(disk, {})
         made.append(new)
         return new
 
     def _copy_rows(self, operation: str, vm: str, new_name: str, task: str, disk_of: Dict[str, str]) -> str:
         """The new VM's row, its VBDs and VIFs. The row is copied now, at the end of the call: what changed meanwhile is in it."""
         original = self.record("VM", vm)
-        is_snapshot = operation != "clone"
+        is_snapshot = operation not in ("clone", "copy")
         fields = {name: _copied(value) for name, value in original.items()}
         fields.update({name: _copied(value) for name, value in RESET_IN_COPIES.items()})
         other_config = {key: value for key, value in original["other_config"].items()
@@ -165,7 +175,7 @@ class Machines:
                 other_config.setdefault("base_template_name", original["name_label"])
         state = original["power_state"]
         suspended = (operation == "checkpoint" and state in ("Running", "Suspended")) or \
-                    (operation == "clone" and state == "Suspended")
+                    (not is_snapshot and state == "Suspended")
         fields.update(
             uuid=new_uuid(), name_label=new_name, allowed_operations=[], other_config=other_config,
             power_state="Suspended" if suspended else "Halted", is_a_snapshot=is_snapshot,

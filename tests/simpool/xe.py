@@ -44,6 +44,10 @@ class ClientFailure(Exception):
     """A file on this side cannot be used; ends the program."""
 
 
+class UnknownHost(OSError):
+    """There is no address for this host. Only without TLS is it told: else stunnel looks it up."""
+
+
 class Usage(Exception):
     """The arguments make no sense: the usage text, exit status 0."""
 
@@ -141,9 +145,7 @@ def connect_tcp(host: str, port: int) -> socket.socket:
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
-        complain('No addrinfo found for host: %s' % host)
-        complain("Host '%s' not found." % host)
-        raise Exit(1)
+        raise UnknownHost(host)
     connection = socket.socket(*address[:3])
     try:
         connection.connect(address[4])
@@ -198,7 +200,12 @@ class Program:
                 connection.close()
             return connect_tcp(self.place.host, self.place.plain_port)
         if self.is_plain:
-            return connect_tcp(self.place.host, self.place.plain_port)
+            try:
+                return connect_tcp(self.place.host, self.place.plain_port)
+            except UnknownHost as unknown:
+                complain("No addrinfo found for host: %s, port: %sHost '%s' not found." % (
+                    unknown, self.settings.get('port', '80'), unknown))
+                raise Exit(1)
         try:
             return connect_tls(self.place.host, self.place.tls_port)
         except OSError:
