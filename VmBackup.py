@@ -618,7 +618,7 @@ def fs_text(path: str) -> str:
 
 class Option(NamedTuple):
     """A config key. `kind` is one of: bool, int, percent, choice, text, path, pool, fingerprint, address, addresses,
-    selector."""
+    selector. `decides`: which copies arise and stay depends on it, so that it is part of what a config is."""
     name: str
     kind: str
     default: Any
@@ -628,6 +628,7 @@ class Option(NamedTuple):
     minimum: int = 0
     maximum: int = 1000000
     example: str = ""
+    decides: bool = False
 
     @property
     def field(self) -> str:
@@ -637,33 +638,35 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option("vm-export", "selector", (), "What to back up",
-           "Selects VMs for a full backup (repeatable).", example='PROD*'),
+           "Selects VMs for a full backup (repeatable).", example='PROD*', decides=True),
     Option("vdi-export", "selector", (), "What to back up",
            "Selects VMs of which only Disk 0, the OS disk, is backed up (repeatable).",
-           example='"File server 1":2'),
+           example='"File server 1":2', decides=True),
     Option("exclude", "selector", (), "What to back up",
-           "Leaves VMs out, whatever selects them (repeatable, anywhere in the file).", example='*-test'),
+           "Leaves VMs out, whatever selects them (repeatable, anywhere in the file).", example='*-test',
+           decides=True),
     Option("pool_db_backup", "bool", False, "What to back up",
-           "Dumps the pool database into METADATA_<host> at the start of the run."),
+           "Dumps the pool database into METADATA_<host> at the start of the run.", decides=True),
     Option("wildcards", "choice", "shell", "What to back up",
            "Reads bare selectors as shell wildcards, or as the regexes of versions 3.1 to 3.25.",
            choices=("shell", "regex")),
     Option("backup_dir", "path", "/snapshots/BACKUPS", "Where to",
-           "Names the directory that holds all backups: it must exist and be writable."),
+           "Names the directory that holds all backups: it must exist and be writable.", decides=True),
     Option("require_mount", "choice", "auto", "Where to",
            "Refuses a backup_dir on the root file system: always (yes), never (no), or on a host of a pool only (auto).",
            choices=("auto", "yes", "no")),
     Option("status_log", "path", "/snapshots/NAUbackup/status.log", "Where to",
            "Names the file that gets the status lines; a backup never fails for it."),
     Option("max_backups", "int", 4, "How many to keep",
-           "Keeps so many good copies of each VM and kind, where a selector gives no :N.", minimum=1),
+           "Keeps so many good copies of each VM and kind, where a selector gives no :N.", minimum=1,
+           decides=True),
     Option("pre_clean", "bool", False, "How many to keep",
-           "Frees space before the export: down to one copy fewer, never the last good one."),
+           "Frees space before the export: down to one copy fewer, never the last good one.", decides=True),
     Option("vdi_export_format", "choice", "raw", "How",
-           "Chooses the format of vdi-export images.", choices=("raw", "vhd")),
+           "Chooses the format of vdi-export images.", choices=("raw", "vhd"), decides=True),
     Option("compress", "choice", "none", "How",
            "Compresses the images on this host: gzip (or True), zstd, none (or False).",
-           choices=("none", "gzip", "zstd")),
+           choices=("none", "gzip", "zstd"), decides=True),
     Option("verify_after", "bool", False, "How",
            "Reads each image back from storage and compares it before the copy counts."),
     Option("min_sr_free", "percent", 5, "How",
@@ -796,6 +799,18 @@ class Configuration:
     def has_work(self) -> bool:
         """Does it ask for anything to be backed up?"""
         return bool(self.vm_export or self.vdi_export or self.pool_db_backup)
+
+    @property
+    def decisions(self) -> str:
+        """A digest of what decides which copies arise and stay, as parsed: however it was written, and wherever."""
+        decided = []
+        for option in OPTIONS:
+            value = getattr(self, option.field)
+            if option.kind == "selector":
+                value = [(selector.form, selector.pattern, selector.keep) for selector in value]
+            if option.decides:
+                decided.append((option.name, value))
+        return hashlib.sha256(json.dumps(decided).encode("ascii")).hexdigest()[:16]
 
 
 def read_settings(raw: bytes, source: str) -> Tuple[List[Setting], List[str]]:
@@ -9120,7 +9135,7 @@ def early_end_mailed(context: Context, done: str) -> Iterator[None]:
 
 def make_mailer(context: Context, catalog: Optional[Catalog]) -> Mailer:
     """What sends this config's mail, and keeps in that store what can't be sent."""
-    outbox = Outbox(catalog, config_identity(context.arguments)) if catalog is not None else None
+    outbox = Outbox(catalog, config_place(context.arguments)) if catalog is not None else None
     return Mailer(context.configuration, outbox, context.clock, context.log, context.signals)
 
 
@@ -9136,7 +9151,7 @@ def backup(context: Context) -> int:
         inventory = pool.inventory()
         plan = make_plan(configuration, inventory)
         check_server_can_import(configuration, plan, inventory)
-        lock = catalog.lock_file("config", config_identity(context.arguments))
+        lock = catalog.lock_file("config", config_identity(context, inventory))
         neighbour = take_config_lock(context, lock, inventory, catalog.locks_are_local)
         if neighbour:
             context.log.info(neighbour)
@@ -9268,13 +9283,19 @@ def command_test_mail(context: Context) -> int:
     return ExitStatus.OK
 
 
-def config_identity(arguments: Arguments) -> str:
-    """What the config lock is named after: the config's path, or the selector."""
+def config_place(arguments: Arguments) -> str:
+    """The config's path, or the selector: what its kept mails belong to, whichever pool or settings a run has."""
     if is_config_path(arguments.target):
         return fs_text(os.path.realpath(fs_path(arguments.target)))
     if re.match(r"(vm-export|vdi-export)=", arguments.target):
         return arguments.target
     return "vm-export=" + arguments.target
+
+
+def config_identity(context: Context, inventory: Inventory) -> str:
+    """What a config is, and its lock is named after: the pool, what decides about copies, and the config's place. Two
+    pools with one path, hosts with different files there, and other selectors by hand are different configs."""
+    return "%s/%s/%s" % (inventory.pool_uuid, context.configuration.decisions, config_place(context.arguments))
 
 
 def take_config_lock(context: Context, lock: LockFile, inventory: Inventory, locks_are_local: bool) -> str:
@@ -9324,11 +9345,11 @@ def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, ma
     except (ValueError, TypeError):
         return ""
     state = text.get("state")
-    good_end = state == "finished" and text.get("exit") in (ExitStatus.OK, ExitStatus.WARNING)
-    if not -NEWEST_NEIGHBOUR_S < age_s < NEWEST_NEIGHBOUR_S or not (good_end or state == "running" and may_be_running):
+    has_ended = state == "finished" and text.get("exit") in (ExitStatus.OK, ExitStatus.FAILED, ExitStatus.WARNING)
+    if not -NEWEST_NEIGHBOUR_S < age_s < NEWEST_NEIGHBOUR_S or not (has_ended or state == "running" and may_be_running):
         return ""
     return ("%s of the same pool began this config's backup at %s and %s: left to it. force=yes runs all the same."
-            % (host, text["since"], "ended with exit status %d" % text["exit"] if good_end else "is running"))
+            % (host, text["since"], "ended with exit status %d" % text["exit"] if has_ended else "is running"))
 
 
 def end_config_lock(lock: LockFile, status: int, context: Context) -> None:

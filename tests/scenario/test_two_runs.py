@@ -121,13 +121,56 @@ def test_the_same_host_may_run_again_at_once(a_pool: Any, a_shelf: Any) -> None:
     assert shelf.has('web', complete=2)
 
 
-def test_a_run_that_failed_on_one_host_is_tried_by_the_next(a_pool: Any, a_shelf: Any) -> None:
+def test_a_run_that_one_host_finished_with_a_failed_vm_is_not_done_again_by_the_next(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(vm('web'), hosts=TWO_HOSTS,
                   faults=[at('api:VM.snapshot', nth=1, fails=['SR_BACKEND_FAILURE_44', '', 'full', ''])])
     shelf = a_shelf()
     assert backup(pool, shelf, 'vm-export=web', host=1).exit_status == 1
-    assert backup(pool, shelf, 'vm-export=web', host=2).exit_status == 0
+    second = backup(pool, shelf, 'vm-export=web', host=2)
+    assert second.exit_status == 0 and second.says('ended with exit status 1') and second.says('left to it')
+    assert shelf.has('web', complete=0)
+    assert backup(pool, shelf, 'vm-export=web', host=2, words=['force=yes']).exit_status == 0
     assert shelf.has('web', complete=1)
+
+
+def test_two_hosts_with_different_files_at_one_path_do_not_stand_for_each_other(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web'), vm('db'), hosts=TWO_HOSTS), a_shelf()
+    assert backup(pool, shelf, 'vm-export=web', host=1).exit_status == 0
+    assert backup(pool, shelf, 'vm-export=db', host=2).exit_status == 0
+    assert shelf.has('web', complete=1) and shelf.has('db', complete=1)
+
+
+@pytest.mark.parametrize('words, is_the_same', [(['vm-export=web'], False), (['max_backups=9'], False), (['compress=gzip'], False),
+                                                (['mail_when=never', 'lock_wait=3'], True)])
+def test_a_run_by_hand_with_other_settings_stands_for_the_other_hosts_run_only_if_its_copies_are_the_same(
+        a_pool: Any, a_shelf: Any, words: Any, is_the_same: bool) -> None:
+    pool, shelf = a_pool(vm('web'), vm('db'), hosts=TWO_HOSTS), a_shelf()
+    assert backup(pool, shelf, 'vm-export=*', host=1, words=words).exit_status == 0
+    run = backup(pool, shelf, 'vm-export=*', host=2)
+    assert run.exit_status == 0 and run.says('left to it') is is_the_same
+    assert shelf.copies('db')
+
+
+def test_a_comment_in_one_hosts_file_makes_no_other_config(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web'), hosts=TWO_HOSTS), a_shelf()
+    assert backup(pool, shelf, 'vm-export=web', host=1).exit_status == 0
+    assert backup(pool, shelf, '# on the second host', 'vm-export="web"', 'lock_wait=5', host=2).says('left to it')
+    assert shelf.has('web', complete=1)
+
+
+def test_two_pools_back_up_at_once_with_one_path_to_their_config(a_shelf: Any) -> None:
+    shelf = a_shelf()
+    pools = [Pool({'vms': [vm(name, disks=BIG)], 'hosts': [{'name_label': 'host-' + name}]},
+                  [at('http:/export', **SLOWLY)]).start() for name in ('web', 'db')]
+    try:
+        with beginning(pools[0], shelf, 'vm-export=*') as first:
+            assert eventually(shelf.unfinished)
+            assert backup(pools[1], shelf, 'vm-export=*').exit_status == 0
+            assert first.ending().exit_status == 0
+    finally:
+        for pool in pools:
+            pool.remove()
+    assert shelf.has('web', complete=1) and shelf.has('db', complete=1)
 
 
 def test_a_run_of_more_than_an_hour_ago_does_not_stand_for_todays(a_pool: Any, a_shelf: Any) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from support.values import POOL_UUID, a_host, an_inventory
 from VmBackup import (ACTIONS, EXIT_STATUS_HELP, OPTIONS, BackupError, ConfigurationError, ExitStatus, UsageError, asked_help,
-                      config_identity, create_password_file, format_utc, is_config_path, load_configuration, neighbour_text,
+                      config_place, create_password_file, format_utc, is_config_path, load_configuration, neighbour_text,
                       parse_arguments, read_password)
 
 
@@ -145,12 +145,12 @@ def test_what_only_reads_the_store_needs_no_selector(tmp_path, action):
     assert not configuration_of(tmp_path, 'backup_dir=STORE\n', action.name).has_work
 
 
-def test_one_selection_has_one_lock_however_it_is_written(tmp_path, monkeypatch):
+def test_one_selection_has_one_place_however_it_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(str(tmp_path))
-    assert config_identity(parsed('- web')) == config_identity(parsed('- vm-export=web')) != config_identity(parsed('- vdi-export=web'))
+    assert config_place(parsed('- web')) == config_place(parsed('- vm-export=web')) != config_place(parsed('- vdi-export=web'))
     tmp_path.joinpath('weekend.cfg').write_text('')
     tmp_path.joinpath('link.cfg').symlink_to('weekend.cfg')
-    assert len({config_identity(parsed('- ' + path)) for path in ('weekend.cfg', './weekend.cfg', str(tmp_path / 'link.cfg'))}) == 1
+    assert len({config_place(parsed('- ' + path)) for path in ('weekend.cfg', './weekend.cfg', str(tmp_path / 'link.cfg'))}) == 1
 
 
 # --- passwords ---------------------------------------------------------------------------------------------------------
@@ -236,14 +236,14 @@ def neighbour(may_be_running=True, minutes_ago=10, **facts):
     return neighbour_text(dict(text, **facts), an_inventory(host=a_host('xcp1')), NOW, may_be_running)
 
 
-@pytest.mark.parametrize('facts', [dict(state='running'), dict(state='finished', exit=0), dict(state='finished', exit=3)])
+@pytest.mark.parametrize('facts', [dict(state='running')] + [dict(state='finished', exit=status) for status in (0, 1, 3)])
 def test_a_run_that_another_host_of_the_pool_has_begun_is_left_to_it(facts):
     sentence = neighbour(**facts)
     assert 'xcp2' in sentence and '2016-04-14T00:30:00Z' in sentence and 'force=yes' in sentence
 
 
 @pytest.mark.parametrize('facts', [
-    dict(host='xcp1'), dict(pool='another'), dict(minutes_ago=60), dict(minutes_ago=600), dict(state='finished', exit=1),
+    dict(host='xcp1'), dict(pool='another'), dict(minutes_ago=60), dict(minutes_ago=600), dict(state='finished', exit=2),
     dict(state='finished', exit=4), dict(state='finished', exit=70), dict(state='finished', exit=143), dict(state='finished'),
     dict(state='odd'), dict(host=None), dict(host=''), dict(since='yesterday'), dict(since=None), dict(since=7), dict(exit='0', state='finished')])
 def test_any_other_run_is_no_reason_to_do_nothing(facts):

@@ -245,6 +245,34 @@ def test_the_help_names_every_key_with_its_meaning_and_default():
             assert '[%s]' % option.default in text
 
 
+# --- what decides which copies arise and stay -----------------------------------------------------------------------------
+
+SAME = 'vm-export="web":2\nvm-export=db*\nexclude=db-test\nmax_backups=4\n'
+
+
+@pytest.mark.parametrize('text', [
+    '# a comment\n\n' + SAME, SAME.replace('"web":2', '"web" : 2'), SAME.replace('max_backups=4\n', ''), SAME + 'compress=False\n',
+    SAME + 'mail_to=a@example.org\n', SAME + 'lock_wait=3\n', SAME + 'status_log=/tmp/x\n', SAME + 'stall_timeout=3\n',
+    'pool_db_backup=no\n' + SAME.replace('\n', '\r\n')])
+def test_comments_and_settings_that_make_no_other_copies_leave_a_config_what_it_is(text):
+    assert configured(text).decisions == configured(SAME).decisions
+
+
+@pytest.mark.parametrize('text', [
+    SAME.replace('web', 'Web'), SAME.replace('vm-export=db', 'vdi-export=db'), SAME.replace(':2', ':3'), SAME.replace('exclude=db-test\n', ''),
+    SAME.replace('"web":2', '"web"'), SAME.replace('db*', '"db*"'), SAME.replace('=4', '=5'), SAME + 'wildcards=regex\n'] + [
+    SAME + line + '\n' for line in ('pool_db_backup=1', 'compress=gzip', 'vdi_export_format=vhd', 'pre_clean=yes', 'backup_dir=/other',
+                                   'vm-export=tag:x', 'exclude=uuid:1')])
+def test_whatever_makes_or_keeps_other_copies_is_another_config(text):
+    assert configured(text).decisions != configured(SAME).decisions
+
+
+def test_what_the_command_line_decides_is_part_of_the_config():
+    assert configured(SAME, 'max_backups=7').decisions != configured(SAME).decisions
+    assert configured(SAME, 'vm-export=web').decisions != configured(SAME).decisions
+    assert configured(SAME, 'mail_when=never').decisions == configured(SAME).decisions
+
+
 def test_no_two_keys_share_a_name_or_a_field():
     assert len({option.name for option in OPTIONS}) == len({option.field for option in OPTIONS}) == len(OPTIONS)
 
