@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import storage
 from database import new_uuid, new_uuid4
-from schema import Failure
+from schema import NULL, Failure
 
 #: SM drivers write sizes in whole VHD blocks (VDI.create rounds up, recorded from a file-backed SR of xapi 24.19.2).
 SIZE_UNIT = 2 * storage.MIB
@@ -72,10 +72,14 @@ class Disks:
     def attached_modes(self, vdi: str) -> List[str]:
         return [self.tables["VBD"][ref]["mode"] for ref in self.holders(vdi)]
 
-    def assert_attachable(self, vdi: str, mode: str, besides: str = "") -> None:
-        """VDI_IN_USE if a new attachment in this mode would clash with one that is there.
+    def assert_attachable(self, vdi: str, mode: str, vm: str, besides: str = "") -> None:
+        """Refuse an attachment in this mode, to this VM, that would clash with one that is there.
 
-        A suspended VM's do not count: its disks are really offline, so it can be exported (xapi_vbd_helpers.ml, v26.17.0).
+        Of guests, one writes or many read: VDI_IN_USE. A suspended VM does not count, its disk is really offline. System
+        domains are left out on both sides, so an export reads a running VM's own disk (xapi_vbd_helpers.ml
+        valid_operations, v24.19.2). Then the storage layer has its say: what is open for reading can't be opened for
+        writing beside it (storage/vdi_automaton.ml, v24.19.2: Illegal_transition). Stricter than there: a control domain
+        that wants to write, an import, is refused whoever holds the disk, and so is a guest beside an import.
         """
         record = self.record("VDI", vdi)
         if record["missing"]:
@@ -88,19 +92,27 @@ class Disks:
             raise Failure("VDI_READONLY", vdi)
         if record["sharable"]:
             return
-        others = [self.tables["VBD"][ref]["mode"] for ref in self.holders(vdi)
+        others = [self.tables["VBD"][ref] for ref in self.holders(vdi)
                   if ref != besides and not self.is_of_a_suspended_vm(ref)]
-        if "RW" in others or (others and mode == "RW"):
+        guests = [other for other in others if not _is_system_domain(self.record("VM", other["VM"]))]
+        if _is_system_domain(self.record("VM", vm)):
+            in_use = mode == "RW" and bool(others)
+        else:
+            in_use = any(other["mode"] == "RW" for other in others) or (mode == "RW" and bool(guests))
+        if in_use:
             # one parameter only, unlike VDI.destroy's
             raise Failure("VDI_IN_USE", vdi)
+        if mode == "RW" and others:
+            raise Failure("INTERNAL_ERROR", "xenopsd internal error: Storage_error ([S(Illegal_transition);"
+                                            "[[S(Activated);S(RO)];[S(Activated);S(RW)]]])")
 
     @contextmanager
     def attach_to_dom0(self, vdi: str, host: str, mode: str = "RO", task: str = "") -> Iterator[str]:
         """The disk is attached to the host's control domain by a VBD while the block runs (attach_helpers.ml, sm_fs_ops.ml)."""
         with self.lock:
-            self.assert_attachable(vdi, mode)
-            self.assert_pbd_is_plugged(self.record("VDI", vdi)["SR"])
             domain = self.record("host", host)["control_domain"]
+            self.assert_attachable(vdi, mode, domain)
+            self.assert_pbd_is_plugged(self.record("VDI", vdi)["SR"])
             taken = {self.tables["VBD"][ref]["userdevice"] for ref in self.record("VM", domain)["VBDs"]}
             number = next(number for number in range(len(taken) + 1) if str(number) not in taken)
             vbd = self.create("VBD", {
@@ -110,10 +122,15 @@ class Disks:
                 "other_config": {"task_id": task} if task else {}, "unpluggable": True})
             self.update_allowed_operations("VBD", vbd)
             self.update_allowed_operations("VDI", vdi)
+            self.open_devices.add(vbd)
+            life = self.lives
         try:
             yield vbd
         finally:
             with self.lock:
+                if life != self.lives:
+                    return  # the server that would clean up is gone: the VBD stays attached
+                self.open_devices.discard(vbd)
                 if vbd in self.tables["VBD"]:
                     self.destroy_row("VBD", vbd)
                 if vdi in self.tables["VDI"]:
@@ -162,18 +179,26 @@ class Disks:
                 with self.lock:
                     return self._duplicate(vdi, self._fields_to_copy(vdi), snapshot=False)
 
-    def vdi_copy(self, vdi: str, sr: str) -> str:
-        """VDI.copy: a new disk on this SR with the same contents, sharing nothing."""
-        with self.lock:
-            record = self.record("VDI", vdi)
-            names = ("virtual_size", "type", "sharable", "name_label", "name_description", "other_config")
-            new = self.vdi_create(dict({name: _copied(record[name]) for name in names}, SR=sr, read_only=False))
-            source, target = self.disk(vdi), self.disk(new)
-        for block in source.used_blocks():
-            target.write(block * storage.MIB, source.block(block))
-        with self.lock:
-            self.update_utilisation(new)
-        return new
+    def vdi_copy(self, vdi: str, sr: str, task: Optional[str] = None) -> str:
+        """VDI.copy: a full copy, in this SR or, if it is null, in the disk's own; it is nobody's snapshot."""
+        with self.own_task("VDI.copy", task) as mine:
+            with self.operation("VDI", vdi, "copy", mine):
+                with self.lock:
+                    record = self.record("VDI", vdi)
+                    names = ("name_label", "name_description", "type", "sharable", "virtual_size", "tags")
+                    new = self.vdi_create(dict({name: _copied(record[name]) for name in names}, read_only=False,
+                                               SR=record["SR"] if sr == NULL else sr,
+                                               other_config=dict(record["other_config"])))
+                    source, target = self.disk(vdi), self.disk(new)
+                try:
+                    for block in source.used_blocks():
+                        target.write(block * storage.MIB, source.block(block))
+                except Failure:
+                    self.vdi_destroy(new)
+                    raise
+                with self.lock:
+                    self.update_utilisation(new)
+                return new
 
     def _fields_to_copy(self, vdi: str) -> Dict[str, Any]:
         record = self.record("VDI", vdi)
@@ -260,6 +285,39 @@ class Disks:
                         self.set_field("VDI", vdi, "physical_utilisation", used)
             self.update_space(sr)
 
+    def pbd_plug(self, pbd: str) -> None:
+        """PBD.plug: the host attaches the SR; one that is attached is left as it is (xapi_pbd.ml plug, v24.19.2)."""
+        with self.lock:
+            record = self.record("PBD", pbd)
+            self.assert_can_be_asked(record["host"])
+            if record["currently_attached"]:
+                return
+            sr = self.record("SR", record["SR"])
+            for other in sr["PBDs"]:
+                if not sr["shared"] and self.tables["PBD"][other]["currently_attached"]:
+                    raise Failure("SR_NOT_SHARABLE", record["SR"], self.tables["PBD"][other]["host"])
+            self._set_plugged(pbd, True)
+            if self.is_master(record["host"]):
+                self.sr_scan(record["SR"])
+
+    def pbd_unplug(self, pbd: str) -> None:
+        """PBD.unplug: refused while a VM on that host has one of the SR's disks attached (xapi_pbd.ml unplug, v24.19.2)."""
+        with self.lock:
+            record = self.record("PBD", pbd)
+            self.assert_can_be_asked(record["host"])
+            if not record["currently_attached"]:
+                return
+            active = [vdi for vdi in self.record("SR", record["SR"])["VDIs"] for vbd in self.holders(vdi)
+                      if self.record("VM", self.tables["VBD"][vbd]["VM"])["resident_on"] == record["host"]]
+            if active:
+                raise Failure("VDI_IN_USE", *active)
+            self._set_plugged(pbd, False)
+
+    def _set_plugged(self, pbd: str, attached: bool) -> None:
+        self.set_field("PBD", pbd, "currently_attached", attached)
+        for vdi in self.record("SR", self.record("PBD", pbd)["SR"])["VDIs"]:
+            self.update_allowed_operations("VDI", vdi)
+
     # --- what a guest does
 
     def guest_write(self, vm: str, device: str, block: int) -> None:
@@ -291,6 +349,11 @@ def device_name(userdevice: str) -> str:
         number = number // 26 - 1
         letters = chr(ord("a") + number % 26) + letters
     return "xvd" + letters
+
+
+def _is_system_domain(vm: Dict[str, Any]) -> bool:
+    """A domain that serves others: a control domain, or one so marked (system_domains.ml is_system_domain, v24.19.2)."""
+    return vm["is_control_domain"] or vm["other_config"].get("is_system_domain") == "true"
 
 
 def _copied(value: Any) -> Any:

@@ -26,7 +26,8 @@ POWER_STATES = {
     "destroy": (HALTED, SUSPENDED), "export": (HALTED, SUSPENDED),
     "hard_reboot": (PAUSED, RUNNING),
     "checkpoint": (PAUSED, SUSPENDED, RUNNING), "hard_shutdown": (PAUSED, SUSPENDED, RUNNING),
-    "metadata_export": ALL_STATES, "power_state_reset": ALL_STATES, "revert": ALL_STATES, "snapshot": ALL_STATES,
+    "metadata_export": ALL_STATES, "power_state_reset": ALL_STATES, "revert": ALL_STATES, "reverting": ALL_STATES,
+    "snapshot": ALL_STATES,
 }  # type: Dict[str, Tuple[str, ...]]
 
 #: The order in which the server tries them; allowed_operations shows the reverse.
@@ -163,6 +164,31 @@ def vdi_allowed_operations(record: Dict[str, Any], sr: Dict[str, Any], attached:
         if vdi_refusal(record, "", operation, sr, attached, has_pbd, False) is None:
             allowed.insert(0, operation)
     return allowed
+
+
+def hotplug_refusal(cls: str, record: Dict[str, Any], ref: str, vm: Dict[str, Any], operation: str, has_drivers: bool,
+                    four_parameters: bool) -> Optional[Failure]:
+    """Why a VBD or VIF can't be plugged or unplugged now, or None (xapi_vbd_helpers.ml and xapi_vif_helpers.ml
+    valid_operations, v24.19.2; the checks stand in that order)."""
+    if record["current_operations"]:
+        return busy(cls, ref, record["current_operations"], four_parameters)
+    if cls == "VBD" and operation != "plug" and not record["unpluggable"]:
+        return Failure("VBD_NOT_UNPLUGGABLE", ref)
+    if cls == "VIF" and operation == "plug" and vm["is_control_domain"]:
+        return Failure("OPERATION_NOT_ALLOWED", "Control domain does not support hotplug")
+    if vm["power_state"] != RUNNING:
+        return Failure("VM_BAD_POWER_STATE", record["VM"], "running", vm["power_state"].lower())
+    if record["currently_attached"] == (operation == "plug"):
+        return Failure("DEVICE_ALREADY_ATTACHED" if operation == "plug" else "DEVICE_ALREADY_DETACHED", ref)
+    for current in vm["current_operations"].values():
+        if current in ("clean_shutdown", "hard_shutdown", "suspend", "pause"):
+            return Failure("OPERATION_NOT_ALLOWED", "Current operation on VM:%s is %s" % (record["VM"], current))
+    if vm["domain_type"] == "hvm":
+        if not has_drivers:
+            return Failure("VM_MISSING_PV_DRIVERS", record["VM"])
+        if cls == "VBD" and record["type"] == "CD":
+            return Failure("OPERATION_NOT_ALLOWED", "HVM CDROMs cannot be hotplugged/unplugged, only inserted or ejected")
+    return None
 
 
 def vbd_allowed_operations(record: Dict[str, Any], vm: Dict[str, Any]) -> List[str]:

@@ -4,9 +4,10 @@ import hashlib
 import re
 from typing import Any, Dict, Iterable, List, Optional
 
+import lifecycle
 from database import new_uuid
 from disks import device_name
-from schema import CLASSES, EPOCH, NULL, Failure, database_text
+from schema import CLASSES, CONSTRUCTORS, EPOCH, NULL, Failure, database_text, record_of_text
 
 #: A guest's drivers and features, as the recorded guests had them.
 GUEST_METRICS = {
@@ -25,6 +26,14 @@ RESET_IN_COPIES = {
     "transportable_snapshot_id": "", "is_snapshot_from_vmpp": False, "is_vmss_snapshot": False, "pending_guidances": [],
     "pending_guidances_recommended": [], "pending_guidances_full": [], "reference_label": "",
 }
+
+#: What VM.revert leaves as it is (xapi_vm_snapshot.ml do_not_copy, v24.19.2); the last line: its own lists, and what is set
+#: from other sources.
+NOT_REVERTED = frozenset((
+    "uuid suspend_VDI power_state parent current_operations allowed_operations metrics guest_metrics resident_on domid "
+    "protection_policy snapshot_schedule scheduled_to_be_resident_on snapshots tags affinity groups consoles VBDs VIFs VGPUs "
+    "VUSBs VTPMs attached_PCIs is_snapshot_from_vmpp "
+    "children crash_dumps").split())
 
 
 class Machines:
@@ -119,7 +128,10 @@ class Machines:
         return self._copy_machine("clone", vm, new_name, set(), task)
 
     def vm_copy(self, vm: str, new_name: str, sr: str, task: Optional[str] = None) -> str:
-        """VM.copy: as a clone, but the disks share nothing with the original's and lie on this SR, if one is named."""
+        """VM.copy: as a clone, but on full copies of the disks, in this SR, or each where its original is if it is null."""
+        if sr != NULL:
+            with self.lock:
+                self.record("SR", sr)
         return self._copy_machine("copy", vm, new_name, set(), task, sr)
 
     def _copy_machine(self, operation: str, vm: str, new_name: str, ignored: set, task: Optional[str], sr: str = NULL) -> str:
@@ -153,7 +165,6 @@ class Machines:
             if record["type"] == "CD":
                 return record["VDI"]  # an ISO is not copied, both use the one
             disk = record["VDI"]
-            sr = self.record("VDI", disk)["SR"] if sr == NULL else sr
         if operation == "copy":
             new = self.vdi_copy(disk, sr)
         else:
@@ -266,51 +277,127 @@ class Machines:
             self._suspend_sr(vm)
 
     def vm_revert(self, snapshot: str, task: Optional[str] = None) -> None:
-        """VM.revert: the VM gets the snapshot's settings and writable copies of its disks; its own disks go.
+        """VM.revert: the VM is as it was at the snapshot, but for tags and affinity, on writable copies of its disks.
 
-        Snapshots of a disk that goes become snapshots of the disk that takes its place (xapi_vm_snapshot.ml, v26.17.0).
+        Its disks go, those that the snapshot has a copy of; one that came later stays, with no VM. A VM that is gone is
+        made anew, with its old uuid. Snapshots of a disk that goes become snapshots of the disk that takes its place.
+        (message_forwarding.ml VM.revert, xapi_vm_snapshot.ml, v24.19.2)
         """
         with self.own_task("VM.revert", task) as mine:
-            with self.operation("VM", snapshot, "revert", mine):
+            with self.lock:
+                vm = self.record("VM", snapshot)["snapshot_of"]
+                if not self.record("VM", snapshot)["is_a_snapshot"]:
+                    raise Failure("ONLY_REVERT_SNAPSHOT")
+                if vm == snapshot:
+                    raise Failure("VM_REVERT_FAILED", snapshot, vm)
+                if vm not in self.tables["VM"]:
+                    vm = self._vm_from_snapshot(snapshot)
+            with self.operation("VM", snapshot, "revert", mine), self.operation("VM", vm, "reverting", mine):
                 with self.lock:
-                    vm = self.record("VM", snapshot)["snapshot_of"]
-                    if vm not in self.tables["VM"]:
-                        raise Failure("VM_REVERT_FAILED", vm, snapshot)
                     self.choose_host(self.srs_of_vm(snapshot))
                     if self.record("VM", vm)["power_state"] != "Halted":
                         self._stop(vm, "Halted")
-                    old_disks = [self.tables["VBD"][vbd]["VDI"] for vbd in self.vm_disks(vm)]
-                    source_vbds = list(self.record("VM", snapshot)["VBDs"])
-                made = {}  # type: Dict[str, str]
-                for vbd in reversed(source_vbds):
-                    made[vbd] = self._copy_disk_of(vbd, "clone", [])
-                with self.lock:
-                    for vbd in list(self.record("VM", vm)["VBDs"]):
-                        self.destroy_row("VBD", vbd)
-                    for vif in list(self.record("VM", vm)["VIFs"]):
-                        self.destroy_row("VIF", vif)
                     self._take_settings(snapshot, vm)
-                    for vbd, disk in made.items():
-                        self._copy_vbd(vbd, vm, disk)
-                        source = self.tables["VDI"].get(self.tables["VBD"][vbd]["VDI"])
-                        if source is not None and source["is_a_snapshot"]:
-                            for other in list(self.tables["VDI"].get(source["snapshot_of"], {}).get("snapshots", [])):
-                                self.set_field("VDI", other, "snapshot_of", disk)
-                    for vif in reversed(self.record("VM", snapshot)["VIFs"]):
-                        self._copy_vif(vif, vm, keep_mac=True)
-                    self.update_allowed_operations("VM", vm)
-                for disk in old_disks:
-                    self.vdi_destroy(disk)
+                try:
+                    self._take_devices(snapshot, vm)
+                except Failure as error:
+                    if error.code in ("SR_BACKEND_FAILURE_44", "SR_BACKEND_FAILURE_109", "VDI_INCOMPATIBLE_TYPE"):
+                        raise
+                    raise Failure("VM_REVERT_FAILED", snapshot, vm)
+            with self.lock:
+                self.update_allowed_operations("VM", vm)
+                record = self.record("VM", snapshot)
+                self._tell(vm, "VM_SNAPSHOT_REVERTED", "reverted to snapshot: %s (uuid %s)" % (
+                    record["name_label"], record["uuid"]))
+
+    def _vm_from_snapshot(self, snapshot: str) -> str:
+        """The VM of a snapshot that outlived it, without devices; the other snapshots are its own again."""
+        record = self.record("VM", snapshot)
+        old = record["snapshot_of"]
+        cells = record_of_text("VM", record["snapshot_metadata"])
+        if "uuid" not in cells or self.has_uuid("VM", cells["uuid"]):
+            raise Failure("VM_REVERT_FAILED", snapshot, old)
+        fields = {name: _copied(record[name]) for names in CONSTRUCTORS["VM"] for name in names}
+        vm = self.vm_create(dict(fields, power_state="Halted", suspend_VDI=NULL))
+        self.set_field("VM", vm, "uuid", cells["uuid"])
+        self._take_settings(snapshot, vm)
+        for other, row in list(self.tables["VM"].items()):
+            if row["snapshot_of"] == old:
+                self.set_field("VM", other, "snapshot_of", vm)
+        return vm
 
     def _take_settings(self, snapshot: str, vm: str) -> None:
-        kept = set(RESET_IN_COPIES) | {
-            "uuid", "allowed_operations", "current_operations", "name_label", "power_state", "is_a_snapshot", "is_a_template",
-            "snapshot_of", "snapshot_time", "snapshot_info", "snapshot_metadata", "parent", "metrics", "guest_metrics",
-            "generation_id"}
-        for name, value in self.record("VM", snapshot).items():
-            if name not in kept:
-                self.set_field("VM", vm, name, _copied(value))
-        self.set_field("VM", vm, "parent", snapshot)
+        """The VM's fields as snapshot_metadata has them (revert_vm_fields)."""
+        for name, value in record_of_text("VM", self.record("VM", snapshot)["snapshot_metadata"]).items():
+            if name not in NOT_REVERTED:
+                self.set_field("VM", vm, name, value)
+        self.set_field("VM", vm, "ha_always_run", False)
+
+    def _take_devices(self, snapshot: str, vm: str) -> None:
+        """Drives, disks, interfaces and memory image of the snapshot instead of the VM's (update_vifs_vbds_vgpus_and_vusbs)."""
+        with self.lock:
+            source_vbds = list(self.record("VM", snapshot)["VBDs"])
+            of = {self.tables["VDI"].get(self.tables["VBD"][vbd]["VDI"], {}).get("snapshot_of")
+                  for vbd in self.vm_disks(snapshot)}
+            going = [self.tables["VBD"][vbd]["VDI"] for vbd in self.vm_disks(vm) if self.tables["VBD"][vbd]["VDI"] in of]
+            going.insert(0, self.record("VM", vm)["suspend_VDI"])
+            for vbd in list(self.record("VM", vm)["VBDs"]):
+                self.vbd_destroy(vbd)
+        for disk in going:
+            if self.tables["SR"].get(self.tables["VDI"].get(disk, {}).get("SR"), {}).get("content_type", "iso") != "iso":
+                self.vdi_destroy(disk)
+        made = {}  # type: Dict[str, str]
+        for vbd in reversed(source_vbds):
+            made[vbd] = self._copy_disk_of(vbd, "clone", [])
+        with self.lock:
+            record = self.record("VM", snapshot)
+            for vbd, disk in made.items():
+                source = self.tables["VDI"].get(self.tables["VBD"][vbd]["VDI"])
+                if source is not None and source["is_a_snapshot"]:
+                    # not by the list of the disk that was it: that one is gone
+                    original = source["snapshot_of"]
+                    for other, row in list(self.tables["VDI"].items()):
+                        if row["snapshot_of"] == original:
+                            self.set_field("VDI", other, "snapshot_of", disk)
+            suspended = record["power_state"] == "Suspended"
+            image = record["suspend_VDI"]
+            if image in self.tables["VDI"]:
+                image = self._duplicate(image, self._fields_to_copy(image), snapshot=False)
+            self.set_field("VM", vm, "suspend_VDI", image)
+            for vbd, disk in made.items():
+                self._copy_vbd(vbd, vm, disk, suspended)
+            for vif in list(self.record("VM", vm)["VIFs"]):
+                self.destroy_row("VIF", vif)
+            for vif in reversed(record["VIFs"]):
+                self._copy_vif(vif, vm, keep_mac=True, suspended=suspended)
+            for field, cls in (("guest_metrics", "VM_guest_metrics"), ("metrics", "VM_metrics")):
+                old = self.record("VM", vm)[field]
+                if old in self.tables[cls]:
+                    self.destroy_row(cls, old)
+                self.set_field("VM", vm, field, self._copy_of(cls, record[field]))
+            self.set_fields("VM", vm, {"parent": snapshot, "power_state": record["power_state"],
+                                       "generation_id": _fresh_generation(self.record("VM", vm)["generation_id"])})
+
+    def vm_power_state_reset(self, vm: str) -> None:
+        """VM.power_state_reset: a VM whose host died is halted from now on (xapi_vm.ml, v24.19.2).
+
+        No operation is asked for: neither blocked_operations nor other operations stand in its way. Its devices are
+        detached; the memory image of a suspended VM stays.
+        """
+        with self.lock:
+            record = self.record("VM", vm)
+            if record["is_control_domain"]:
+                raise Failure("CANNOT_RESET_CONTROL_DOMAIN", vm)
+            host = record["resident_on"]
+            if record["power_state"] in ("Running", "Paused") and host in self.tables["host"]:
+                if self.is_master(host):
+                    if record["power_state"] == "Running":
+                        raise Failure("DOMAIN_EXISTS", vm)
+                elif self.is_live(host):
+                    raise Failure("HOST_IS_LIVE", host)
+            self.set_field("VM", vm, "current_operations", {})
+            self._stop(vm, "Halted")
+            self.update_allowed_operations("VM", vm)
 
     # --- VM: power
 
@@ -373,7 +460,7 @@ class Machines:
     def _boot(self, vm: str, host: str, paused: bool, message: str, text: str) -> None:
         record = self.record("VM", vm)
         for vbd in self.vm_disks(vm):
-            self.assert_attachable(self.tables["VBD"][vbd]["VDI"], self.tables["VBD"][vbd]["mode"], besides=vbd)
+            self.assert_attachable(self.tables["VBD"][vbd]["VDI"], self.tables["VBD"][vbd]["mode"], vm, besides=vbd)
         self.run_vm(vm, host, paused)
         metrics = record["metrics"]
         if metrics in self.tables["VM_metrics"]:
@@ -494,33 +581,55 @@ class Machines:
             self.destroy_row("VBD", vbd)
             self.update_allowed_operations("VDI", record["VDI"])
 
+    def _assert_hotplug(self, cls: str, ref: str, operation: str) -> Dict[str, Any]:
+        """The record of a VBD or VIF that can be plugged or unplugged now."""
+        record = self.record(cls, ref)
+        vm = self.record("VM", record["VM"])
+        failure = lifecycle.hotplug_refusal(cls, record, ref, vm, operation, self._has_drivers(vm),
+                                            self.busy_has_four_parameters())
+        if failure is not None:
+            raise failure
+        return record
+
     def vbd_plug(self, vbd: str) -> None:
         with self.lock:
-            record = self.record("VBD", vbd)
-            state = self.record("VM", record["VM"])["power_state"]
-            if state not in ("Running", "Paused"):
-                raise Failure("VM_BAD_POWER_STATE", record["VM"], "running", state.lower())
-            if record["currently_attached"]:
-                raise Failure("DEVICE_ALREADY_ATTACHED", vbd)
+            record = self._assert_hotplug("VBD", vbd, "plug")
             if record["empty"]:
                 raise Failure("VBD_IS_EMPTY", vbd)
-            self.assert_attachable(record["VDI"], record["mode"], besides=vbd)
-            self.set_fields("VBD", vbd, {"currently_attached": True,
-                                         "device": record["device"] or device_name(record["userdevice"])})
-            self.update_allowed_operations("VBD", vbd)
-            self.update_allowed_operations("VDI", record["VDI"])
+            if record["mode"] == "RO" and record["type"] != "CD" and self.record("VM", record["VM"])["domain_type"] == "hvm":
+                raise Failure("DISK_VBD_MUST_BE_READWRITE_FOR_HVM", vbd)
+            self.assert_attachable(record["VDI"], record["mode"], record["VM"], besides=vbd)
+            self._set_attached("VBD", vbd, True)
 
     def vbd_unplug(self, vbd: str) -> None:
+        """VBD.unplug, of a control domain's too; while an export or an import has the device open, it is rejected."""
         with self.lock:
-            record = self.record("VBD", vbd)
-            state = self.record("VM", record["VM"])["power_state"]
-            if state not in ("Running", "Paused"):
-                raise Failure("VM_BAD_POWER_STATE", record["VM"], "running", state.lower())
-            if not record["currently_attached"]:
-                raise Failure("DEVICE_ALREADY_DETACHED", vbd)
-            self.set_field("VBD", vbd, "currently_attached", False)
-            self.update_allowed_operations("VBD", vbd)
+            self._assert_hotplug("VBD", vbd, "unplug")
+            if vbd in self.open_devices:
+                raise Failure("DEVICE_DETACH_REJECTED", "VBD", vbd, "")
+            self._set_attached("VBD", vbd, False)
+
+    def _set_attached(self, cls: str, ref: str, attached: bool) -> None:
+        record = self.record(cls, ref)
+        if cls == "VBD" and attached:
+            self.set_field(cls, ref, "device", record["device"] or device_name(record["userdevice"]))
+        self.set_field(cls, ref, "currently_attached", attached)
+        self.update_allowed_operations(cls, ref)
+        if cls == "VBD":
             self.update_allowed_operations("VDI", record["VDI"])
+
+    def vif_plug(self, vif: str, attached: bool) -> None:
+        """VIF.plug and VIF.unplug."""
+        with self.lock:
+            self._assert_hotplug("VIF", vif, "plug" if attached else "unplug")
+            self._set_attached("VIF", vif, attached)
+
+    def vif_move(self, vif: str, network: str) -> None:
+        """VIF.move: to another network, in every power state (xapi_vif.ml move, v24.19.2)."""
+        with self.lock:
+            self.record("VIF", vif)
+            self.record("network", network)
+            self.set_field("VIF", vif, "network", network)
 
     def vbd_eject(self, vbd: str) -> None:
         with self.lock:

@@ -68,6 +68,10 @@ class Pool(Machines, Disks, Database):
         #: the time at which everything happens, while a pool is built from its description
         self.fixed_time = None  # type: Optional[float]
         self.last_domid = {}  # type: Dict[str, int]
+        #: the server's lives so far: one that died cleans nothing up
+        self.lives = 0
+        #: VBDs whose device an export or an import has open
+        self.open_devices = set()  # type: set
         #: disks that the SRs hold and the database forgot: {VDI uuid: SR uuid}; SR.scan finds them again
         self.strays = {}  # type: Dict[str, str]
 
@@ -158,6 +162,32 @@ class Pool(Machines, Disks, Database):
         wanted = set(sr_refs)
         return [ref for ref, record in self.tables["host"].items()
                 if record["enabled"] and self.is_live(ref) and self.sees_all(ref, wanted)]
+
+    def assert_can_be_asked(self, host_ref: str) -> None:
+        """HOST_OFFLINE for a host that a call would have to be forwarded to (message_forwarding.ml do_op_on)."""
+        if not self.is_live(host_ref):
+            raise Failure("HOST_OFFLINE", host_ref)
+
+    def host_destroy(self, host_ref: str) -> None:
+        """host.destroy: a dead host is forgotten, with its control domain; what hung on it goes in the next sweep.
+
+        See xapi_host.ml destroy and db_gc.ml, v24.19.2. VMs that it was running have to be reset before.
+        """
+        with self.lock:
+            record = self.record("host", host_ref)
+            if self.is_live(host_ref) or self.is_master(host_ref):
+                raise Failure("HOST_IS_LIVE", host_ref)
+            domains = [vm for vm in record["resident_VMs"] if self.record("VM", vm)["is_control_domain"]]
+            if len(domains) < len(record["resident_VMs"]):
+                raise Failure("HOST_HAS_RESIDENT_VMS", host_ref)
+            for vm in domains:
+                self.drop_vm_row(vm)
+            for cls in ("PBD", "PIF", "host_cpu"):
+                for ref in [ref for ref, row in self.tables[cls].items() if row["host"] == host_ref]:
+                    self.destroy_row(cls, ref)
+            if record["metrics"] in self.tables["host_metrics"]:
+                self.destroy_row("host_metrics", record["metrics"])
+            self.destroy_row("host", host_ref)
 
     def move_master(self, host_ref: str) -> None:
         """The master role goes to another host. All hosts restart their xapi, so sessions die."""

@@ -453,7 +453,8 @@ class _Builder:
             if not seeing:
                 raise PoolFileError("vm %r: no host sees all its disks" % pool.record("VM", ref)["name_label"])
             host = pool.master() if pool.master() in seeing else seeing[0]
-        if not pool.is_live(host) or not pool.sees_all(host, pool.srs_of_vm(ref)):
+        # a VM may have been running on a host that has died: the database goes on saying so
+        if not pool.sees_all(host, pool.srs_of_vm(ref)):
             raise PoolFileError("vm %r: host %r does not see all its disks" % (
                 pool.record("VM", ref)["name_label"], pool.record("host", host)["name_label"]))
         pool.run_vm(ref, host, paused=vm["power_state"] == "Paused")

@@ -216,6 +216,50 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+_PART = re.compile(r"\s*(?:(?P<sign>[()])|'(?P<text>(?:[^'\\]|\\.)*)')", re.DOTALL)
+
+
+def _parts(text: str) -> Any:
+    """Nested lists of strings from `('a' ('b' 'c'))`."""
+    stack = [[]]  # type: List[List[Any]]
+    at = 0
+    while at < len(text):
+        match = _PART.match(text, at)
+        if match is None:
+            raise ValueError("not database text: %s" % text[at:at + 40])
+        at = match.end()
+        if match.group("sign") == "(":
+            stack.append([])
+        elif match.group("sign") == ")":
+            inner = stack.pop()
+            stack[-1].append(inner)
+        else:
+            stack[-1].append(re.sub(r"\\(.)", r"\1", match.group("text"), flags=re.DOTALL))
+    return stack[0][0]
+
+
+def value_of_text(type_text: str, text: str) -> Any:
+    """The value of this type that the database holds as this text: what database_text wrote."""
+    kind, _, rest = type_text.partition(" ")
+    if kind == "bool":
+        return text == "true"
+    if kind == "float":
+        return float(text)
+    if kind == "set":
+        return [value_of_text(rest, item) for item in _parts(text)]
+    if kind == "map":
+        item_type = rest.split(" ", 2)[2] if rest.startswith("ref ") else rest.partition(" ")[2]
+        return {key: value_of_text(item_type, item) for key, item in _parts(text)}
+    return text
+
+
+def record_of_text(cls: str, text: str) -> Dict[str, Any]:
+    """The fields of a row that was written as text: a snapshot's snapshot_metadata. Columns that are no fields are left out."""
+    fields = CLASSES[cls]
+    return {fields.field_of_column[column_name]: value_of_text(fields.fields[fields.field_of_column[column_name]].type, cell)
+            for column_name, cell in (_parts(text) if text else []) if column_name in fields.field_of_column}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Filters: the little language of get_all_records_where (db_filter_lex.mll, db_filter_parse.mly, v26.17.0)
 

@@ -555,12 +555,20 @@ def test_trap_18_parameters_of_failures_differ_by_version_and_cause(a_pool: Any)
         assert refused(session.xenapi.VDI.destroy, vdi) == ['VDI_IN_USE', vdi, 'destroy']
         exporting.result()
 
-    running = a_pool(vm('busy', power_state='Running'))
+    running = a_pool(vm('busy', power_state='Running'), vm('other'))
     session = running.session()
+    api, other = session.xenapi, ref_of(session, 'other')
     busy_disk = disks_of(session, ref_of(session, 'busy'))[0]
+    vbd = api.VBD.create({'VM': other, 'VDI': busy_disk, 'userdevice': '5', 'bootable': False, 'mode': 'RW', 'type': 'Disk',
+                          'empty': False, 'other_config': {}, 'qos_algorithm_type': '', 'qos_algorithm_params': {}})
+    assert refused(api.VM.start, other, False, False) == ['VDI_IN_USE', busy_disk], 'one parameter only'
+    assert refused(api.VBD.assert_attachable, vbd) == ['VDI_IN_USE', busy_disk]
+    # xapi_vbd_helpers.ml valid_operations: a control domain is exempt, so an export reads a running VM's own disk ...
     answer = get(running, '/export_raw_vdi', vdi=busy_disk)
-    assert answer.status == 200, 'the headers go out before the disk is attached'
-    assert ('VDI_IN_USE: [ %s ]' % busy_disk).encode('ascii') in answer.body, 'one parameter only'
+    assert (answer.status, answer.body) == (200, running.read(uuid_of(session, 'VDI', busy_disk)))
+    # ... and one that would write, an import, is not.
+    answer = put(running, '/import_raw_vdi', bytes(MEBIBYTE), vdi=busy_disk, format='raw')
+    assert ('VDI_IN_USE: [ %s ]' % busy_disk).encode('ascii') in answer.body
 
 
 def test_trap_19_a_full_sr_has_a_code_of_its_own(a_pool: Any) -> None:
