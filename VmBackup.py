@@ -3617,6 +3617,10 @@ class Pool:
             raise
         return version.get("name", "")
 
+    def server_time(self, doing: str) -> datetime:
+        """What the clock of the host that we are logged in at says, to the second."""
+        return parse_server_time(self.ask(doing, "host.get_servertime", self._session_host(doing)))
+
     def storage_repositories(self, refs: Iterable[str]) -> List[StorageRepository]:
         """Those SRs, with their sizes of now."""
         found = []
@@ -3661,6 +3665,14 @@ def is_real_machine(record: Dict[str, Any]) -> bool:
     """Neither template, snapshot nor control domain. A snapshot whose is_a_template was cleared looks like a VM
     but for is_a_snapshot (ocaml/xapi/xapi_vm_clone.ml, v26.17.0)."""
     return not (record["is_a_template"] or record["is_a_snapshot"] or record["is_control_domain"])
+
+
+def parse_server_time(value: Any) -> datetime:
+    """A time of the server, which writes it with dashes or without; the epoch if it is none."""
+    try:
+        return datetime.strptime(re.sub(r"[-:Z]", "", str(value)), "%Y%m%dT%H%M%S").replace(tzinfo=timezone.utc)
+    except ValueError:
+        return datetime.fromtimestamp(0, timezone.utc)
 
 
 def is_certificate_refusal(error: Exception) -> bool:
@@ -3939,7 +3951,9 @@ class OpenEntry:
 
     `facts` is what was written so far. kind `vm-snapshot`: token, vm_uuid,
     vm_name, name, called_at, then uuid and disks (uuids). kind `vdi-snapshot`:
-    token, vm_uuid, vm_name, disk (uuid), called_at, then uuid.
+    token, vm_uuid, vm_name, disk (uuid), called_at; then, just before the call,
+    known (uuids of what bears the key by then) and calling_at (by the server's
+    clock); then uuid. Both: answer, if it was none or a failure.
     """
 
     def __init__(self, journal: "RunJournal", number: int, facts: Dict[str, Any]) -> None:
@@ -4627,6 +4641,10 @@ LOST_ANSWER_PATIENCE_S = 10    # a snapshot whose maker's connection died can ap
 LOST_ENTRY_LIFE_S = DAY_S
 GONE = ("HANDLE_INVALID", "UUID_INVALID")
 STILL_BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
+# Answers to VDI.snapshot behind which a snapshot may stand: the server writes other_config after the storage has made it
+# (ocaml/xapi/xapi_vdi.ml, snapshot, v26.17.0), so any other failure leaves none that bears our key.
+UNSURE_ANSWERS = ("lost", "INTERNAL_ERROR", "CANNOT_CONTACT_HOST", "HOST_OFFLINE", "TASK_CANCELLED")
+HOST_CLOCKS_DIFFER_S = 60      # snapshot_time is by the clock of the host that made it, the call's by that of the master
 MOST_LEFT_SNAPSHOTS = 2
 IMPORT_KINDS = ("restore", "drill")
 IMPORT_END_PATIENCE_S = 180    # how long an import that was broken off is waited for: the server takes back what it made
@@ -4694,6 +4712,8 @@ class Snapshots:
             doing = "the snapshot of disk %s of %s" % (disk.device, machine.title)
             with self._not_called_yet(entry):
                 self._mark_disk(disk.vdi_ref, key, doing)
+                entry.note(known=[record["uuid"] for record in self._bearers(entry, doing).values()],
+                           calling_at=format_utc(self._pool.server_time(doing)))
             ref = self._make(entry, doing, "VDI.snapshot", (disk.vdi_ref, {}),
                              lambda: self._find_disk_snapshots(entry),
                              lambda: self._is_snapshotting("VDI", disk.vdi_ref))
@@ -4701,7 +4721,6 @@ class Snapshots:
             entry.note(uuid=record["uuid"])
             self._pool.ask("marking " + doing, "VDI.remove_from_other_config", ref, key)
             self._pool.ask("marking " + doing, "VDI.remove_from_other_config", disk.vdi_ref, key)
-            entry.note(key_removed=True)
             yield disk._replace(vdi_ref=ref, vdi_uuid=record["uuid"], virtual_size=int(record["virtual_size"]))
         except StorageStalled:
             self._journal.is_mute = True
@@ -4740,21 +4759,26 @@ class Snapshots:
         except AnswerLost as lost:
             entry.note(answer="lost")
             self._log.info("%s Asking the pool what became of it." % lost)
-            ref = self._await_lost(find, is_at_work)
+            ref = self._await_lost(entry, find, is_at_work)
             if ref is None:
                 raise
             return ref
 
-    def _await_lost(self, find: Callable[[], List[str]], is_at_work: Callable[[], bool]) -> Optional[str]:
+    def _await_lost(self, entry: OpenEntry, find: Callable[[], List[str]],
+                    is_at_work: Callable[[], bool]) -> Optional[str]:
         """The one snapshot that a call without an answer made, None if none appears."""
         give_up_at = self._clock.monotonic() + self._patience_s
         quiet_until = self._clock.monotonic() + LOST_ANSWER_PATIENCE_S
         while self._clock.monotonic() < give_up_at:
+            at_work = is_at_work()
             found = find()
             if len(found) == 1:
                 return found[0]
-            if not is_at_work() and self._clock.monotonic() > quiet_until:
-                return None
+            if not at_work:
+                if not entry.facts.get("seen_idle"):
+                    entry.note(seen_idle=True)
+                if self._clock.monotonic() > quiet_until:
+                    return None
             self._signals.sleep(1)
         return None
 
@@ -4783,19 +4807,50 @@ class Snapshots:
                     found.append(ref)
         return found
 
-    def _find_disk_snapshots(self, entry: OpenEntry) -> List[str]:
-        """The refs of the disk snapshots that the entry proves to be ours."""
-        doing = "looking for the disk snapshot of " + entry.title
-        refs = self._by_uuid("VDI", entry.facts.get("uuid"), doing)
-        if refs:
-            return refs
-        disks = self._by_uuid("VDI", entry.facts["disk"], doing)
-        wanted = 'field "snapshot_of" = "%s"' % disks[0] if disks else 'field "is_a_snapshot" = "true"'
-        records = self._pool.ask(doing, "VDI.get_all_records_where", wanted)
+    def _bearers(self, entry: OpenEntry, doing: str) -> Dict[str, Dict[str, Any]]:
+        """The records, by ref, of all disks that bear the entry's key: the disk, and what was made of it meanwhile.
+
+        Our own run's key stands for moments, when only what lies on the same SR can
+        copy it; a dead run's may have stood for days, for any copy of the disk.
+        """
         key = KEY_PREFIX + entry.facts["token"]
-        return [ref for ref, record in records.items()
-                if record["is_a_snapshot"] and key in record["other_config"]
-                and not self.strangers_on(record, (), doing)]
+        records = {}                       # type: Dict[str, Dict[str, Any]]
+        disks = self._by_uuid("VDI", entry.facts["disk"], doing)
+        if disks and entry in self._journal.entries:
+            with self._unless_gone("VDI"):
+                sr = self._pool.ask(doing, "VDI.get_SR", disks[0])
+                records = self._pool.ask(doing, "VDI.get_all_records_where", 'field "SR" = "%s"' % sr)
+        else:
+            records = self._pool.ask(doing, "VDI.get_all_records")
+        return {ref: record for ref, record in records.items() if key in record["other_config"]}
+
+    def _find_disk_snapshots(self, entry: OpenEntry) -> List[str]:
+        """The ref of the disk snapshot that is proven to be ours, or none."""
+        doing = "looking for the disk snapshot of " + entry.title
+        return self._proven(entry, self._plausible(entry, self._bearers(entry, doing), doing))
+
+    def _plausible(self, entry: OpenEntry, bearers: Dict[str, Dict[str, Any]], doing: str) -> Dict[str, Dict[str, Any]]:
+        """Those bearers of the key that may be the snapshot that our call made: none if it was not made or was refused.
+
+        Another tool's snapshot copies the key too. What bore it before the call is not ours.
+        """
+        facts = entry.facts
+        if "calling_at" not in facts or facts.get("answer", "lost") not in UNSURE_ANSWERS:
+            return {}
+        disks = self._by_uuid("VDI", facts["disk"], doing)
+        return {ref: record for ref, record in bearers.items()
+                if record["is_a_snapshot"] and record["uuid"] not in facts["known"]
+                and (not disks or record["snapshot_of"] == disks[0]) and not self.strangers_on(record, (), doing)}
+
+    def _proven(self, entry: OpenEntry, plausible: Dict[str, Dict[str, Any]]) -> List[str]:
+        """The one of them that was made while our call can have been under way; [] if there is not exactly one."""
+        if entry.facts.get("seen_idle") or not plausible:
+            return []
+        called_at = parse_utc(entry.facts["calling_at"])
+        earliest, latest = called_at - timedelta(seconds=HOST_CLOCKS_DIFFER_S), called_at + timedelta(seconds=self._patience_s)
+        found = [ref for ref, record in plausible.items()
+                 if earliest <= parse_server_time(record["snapshot_time"]) <= latest]
+        return found if len(found) == 1 else []
 
     def _by_uuid(self, class_name: str, uuid: Optional[str], doing: str) -> List[str]:
         """The ref of that object, [] if it is gone or was never known."""
@@ -4842,30 +4897,28 @@ class Snapshots:
             except (BackupError, OSError) as error:
                 self._report_left(entry, "could not be removed now: %s" % error)
 
-    def _report_left(self, entry: OpenEntry, what: str) -> None:
-        """A finding about something of ours that stays in the pool."""
-        if entry.facts.get("restored"):
-            self.findings.append(Finding(
-                Severity.WARNING, entry.title, "the restored VM is whole; only the record of its import in the pool's list of "
-                "tasks %s" % what))
-            self._log.finding(self.findings[-1])
-            return
-        if entry.facts["kind"] in IMPORT_KINDS:
-            uuids = entry.facts.get("uuids", ())
-            self.findings.append(Finding(
-                Severity.WARNING, entry.title, "the VM that a %s made of it, %s, %s The next run tries again%s." % (
-                    entry.facts["kind"], ", ".join(uuids) or "named " + entry.facts["names"][0], what,
-                    "; by hand: " + " and ".join("xe vm-uninstall uuid=%s" % uuid for uuid in uuids) if uuids else "")))
-            self._log.finding(self.findings[-1])
-            return
-        uuid = entry.facts.get("uuid")
-        word = "snapshot" if entry.facts["kind"] == "vm-snapshot" else "vdi"
-        command = ("xe snapshot-uninstall uuid=%s" % uuid if word == "snapshot" else "xe vdi-destroy uuid=%s" % uuid)
-        self.findings.append(Finding(
-            Severity.WARNING, entry.title, "its %s %s %s The next run tries again%s." % (
-                "snapshot" if word == "snapshot" else "disk snapshot", uuid or "(uuid unknown)", what,
-                "; by hand: " + command if uuid else "")))
+    def _add_finding(self, entry: OpenEntry, sentence: str) -> None:
+        """A warning about what the entry is about, noted for the report, and told now."""
+        self.findings.append(Finding(Severity.WARNING, entry.title, sentence))
         self._log.finding(self.findings[-1])
+
+    def _report_left(self, entry: OpenEntry, what: str, by_hand: Sequence[str] = ()) -> None:
+        """A finding about something of ours that stays in the pool, with the commands that remove it."""
+        kind, uuid = entry.facts["kind"], entry.facts.get("uuid", "")
+        if entry.facts.get("restored"):
+            self._add_finding(entry, "the restored VM is whole; only the record of its import in the pool's list of tasks %s"
+                              % what)
+            return
+        if kind in IMPORT_KINDS:
+            uuids = entry.facts.get("uuids", ())
+            thing = "the VM that a %s made of it, %s," % (kind, ", ".join(uuids) or "named " + entry.facts["names"][0])
+            last = ["xe vm-uninstall uuid=%s" % uuid for uuid in uuids]
+        else:
+            word, command = ("snapshot", "snapshot-uninstall") if kind == "vm-snapshot" else ("disk snapshot", "vdi-destroy")
+            thing = "its %s %s" % (word, uuid or "(uuid unknown)")
+            last = ["xe %s uuid=%s" % (command, uuid)] if uuid else []
+        commands = "; then ".join(list(by_hand) or last)
+        self._add_finding(entry, "%s %s The next run tries again%s." % (thing, what, commands and "; by hand: " + commands))
 
     def _remove_vm_snapshot(self, entry: OpenEntry) -> None:
         """Disks first, the VM snapshot last: VM.destroy leaves disks behind, with nothing that tells whose they are."""
@@ -4889,34 +4942,46 @@ class Snapshots:
             entry.close("removed" if found else "not there")
 
     def _remove_disk_snapshot(self, entry: OpenEntry) -> None:
-        """The disk's snapshot first, then the key on the disk itself."""
-        found = self._find_disk_snapshots(entry)
-        if len(found) > 1:
-            self._report_left(entry, "bears a token that %d snapshots bear, so none was removed." % len(found))
-            return
+        """The disk's snapshot is gone, and the key from whatever bears it; if it is not sure which is ours, only the key."""
         doing = "removing the disk snapshot of " + entry.title
-        for ref in found:
-            with self._unless_gone("VDI"):
-                if not self._destroy_disk(entry, self._pool.ask(doing, "VDI.get_uuid", ref), (), doing):
-                    return
-        forgettable = (bool(found) or "uuid" in entry.facts
-                       or self._may_forget(entry, "VDI", entry.facts["disk"]))
-        if not entry.facts.get("key_removed"):
-            for disk in self._by_uuid("VDI", entry.facts["disk"], doing):
-                if self._is_snapshotting("VDI", disk):
-                    return
-                with self._unless_gone("VDI"):
-                    self._pool.ask(doing, "VDI.remove_from_other_config", disk, KEY_PREFIX + entry.facts["token"])
-        if forgettable:
-            entry.close("removed" if found else "not there")
+        is_known = "uuid" in entry.facts
+        disks = self._by_uuid("VDI", entry.facts["disk"], doing)
+        is_at_work = bool(disks) and self._is_snapshotting("VDI", disks[0])
+        if is_at_work and not is_known:
+            return
+        bearers = self._bearers(entry, doing)
+        plausible = {} if is_known else self._plausible(entry, bearers, doing)
+        ours = self._by_uuid("VDI", entry.facts["uuid"], doing) if is_known else self._proven(entry, plausible)
+        if ours and not is_known:
+            with contextlib.suppress(CatalogError):            # a full store: what is remembered is enough for now
+                entry.note(uuid=bearers[ours[0]]["uuid"])
+        for ref in [] if is_at_work else set(bearers) - set(ours):
+            self._take_key(entry, ref, bearers[ref], ref in plausible, doing)
+        for ref in ours:
+            if not self._destroy_disk(entry, entry.facts["uuid"], (), doing):
+                return
+        if not is_at_work and (ours or is_known or self._may_forget(entry, "VDI", entry.facts["disk"])):
+            entry.close("removed" if ours else "not there")
+
+    def _take_key(self, entry: OpenEntry, ref: str, record: Dict[str, Any], is_plausible: bool, doing: str) -> None:
+        """Our key is gone from that disk; what copied it is told of, and how to remove it if it may be ours all the same."""
+        with self._unless_gone("VDI"):
+            self._pool.ask(doing, "VDI.remove_from_other_config", ref, KEY_PREFIX + entry.facts["token"])
+        what = "disk %s (%s) had copied our mark from it" % (quote_name(record["name_label"]), record["uuid"])
+        if is_plausible:
+            self._add_finding(entry, "the %s and is not proven to be ours, so only the mark was removed. If no other tool made it, "
+                              "it can go: xe vdi-destroy uuid=%s" % (what, record["uuid"]))
+        elif record["uuid"] != entry.facts["disk"]:
+            self._log.info("%s: the %s and is not ours: only the mark was removed." % (entry.title, what))
 
     def _may_forget(self, entry: OpenEntry, class_name: str, uuid: str) -> bool:
         """May an entry of which nothing is found be closed?
 
-        Yes if the call was refused and none is going on; a call whose answer
-        was lost is looked for until a day has passed.
+        Yes if the call was refused or never made, and none is going on; a call
+        whose answer was lost is looked for until a day has passed.
         """
-        if entry.facts.get("answer", "lost") != "lost":
+        was_made = entry.facts["kind"] == "vm-snapshot" or "calling_at" in entry.facts
+        if entry.facts.get("answer", "lost") != "lost" or not was_made:
             refs = self._by_uuid(class_name, uuid, "asking for " + entry.title)
             return not (refs and self._is_snapshotting(class_name, refs[0]))
         return self._is_old(entry)
@@ -4949,11 +5014,75 @@ class Snapshots:
                 except ApiFailure as failure:
                     if failure.code not in STILL_BUSY:
                         raise
-                    if self._clock.monotonic() > give_up_at:
+                    is_over = self._clock.monotonic() > give_up_at
+                    drives = self._drives_of_hosts(record, doing)
+                    if self._let_go(entry, record, drives, is_over, doing):
+                        continue
+                    if is_over:
                         self._report_left(entry, "has a disk, %s, that is still in use (%s)."
-                                          % (uuid, failure_text(failure.code, failure.parameters)))
+                                          % (uuid, failure_text(failure.code, failure.parameters)),
+                                          self._commands_for_busy(entry, uuid, drives.values()))
                         return False
             self._signals.sleep(BUSY_PAUSE_S)
+
+    def _drives_of_hosts(self, record: Dict[str, Any], doing: str) -> Dict[str, Dict[str, Any]]:
+        """The records, by ref, of the VBDs by which the disk hangs on control domains."""
+        drives = {}
+        for ref in record["VBDs"]:
+            with self._unless_gone("VBD", "VM"):
+                drive = self._pool.ask(doing, "VBD.get_record", ref)
+                if self._pool.ask(doing, "VM.get_is_control_domain", drive["VM"]):
+                    drives[ref] = drive
+        return drives
+
+    def _let_go(self, entry: OpenEntry, disk: Dict[str, Any], drives: Dict[str, Dict[str, Any]], has_waited: bool,
+                doing: str) -> bool:
+        """True if one of the drives that a server left on our disk, when it died in an export or import, is gone.
+
+        Nothing there clears them up. A server that will not let go of one is believed.
+        """
+        gone = False
+        for ref, drive in drives.items():
+            if not self._is_abandoned(disk, drive, has_waited, doing):
+                continue
+            is_new = drive["uuid"] not in entry.facts.get("drives", ())
+            if is_new:
+                self._log.info("%s: the server left %s attached to a control domain; detaching it." % (entry.title, disk["uuid"]))
+                with contextlib.suppress(CatalogError):        # a full store: what is remembered is enough for now
+                    entry.note(drives=list(entry.facts.get("drives", ())) + [drive["uuid"]])
+            try:
+                if drive["currently_attached"]:
+                    self._pool.call(doing, "VBD.unplug", ref, timeout_s=self._patience_s)
+                self.destroy("VBD", ref, doing)
+                gone = True
+            except ApiFailure as failure:                      # it may do so a little later; what stays is told at the end
+                if is_new:
+                    self._log.info("%s: %s" % (entry.title, failure))
+        return gone
+
+    def _is_abandoned(self, disk: Dict[str, Any], drive: Dict[str, Any], has_waited: bool, doing: str) -> bool:
+        """Does nothing in the pool work with that drive of a control domain any more?
+
+        The server's own test: its task is gone, or has ended (has_vbd_leaked in
+        ocaml/xapi/attach_helpers.ml@v24.19.2). Without a task noted, waiting has to tell.
+        """
+        if drive["current_operations"] or "related_to" in drive["other_config"]:
+            return False
+        task = drive["other_config"].get("task_id")
+        if task:
+            with self._unless_gone("task"):
+                return self._pool.ask(doing, "task.get_status", task) not in ("pending", "cancelling")
+            return True
+        return has_waited and not disk["current_operations"]
+
+    def _commands_for_busy(self, entry: OpenEntry, uuid: str, drives: Iterable[Dict[str, Any]]) -> List[str]:
+        """What removes such a disk by hand: `xe snapshot-uninstall` would fail after it had destroyed the VM's record."""
+        commands = ["xe %s uuid=%s" % (word, drive["uuid"]) for drive in drives for word in ("vbd-unplug", "vbd-destroy")]
+        disks = list(entry.facts.get("disks", ()))
+        commands += ["xe vdi-destroy uuid=%s" % disk for disk in (disks[disks.index(uuid):] if uuid in disks else [uuid])]
+        if entry.facts["kind"] == "vm-snapshot" and entry.facts.get("uuid"):
+            return commands + ["xe snapshot-destroy uuid=%s" % entry.facts["uuid"]]
+        return commands + ["xe vm-uninstall uuid=%s" % machine for machine in entry.facts.get("uuids", ())]
 
     def destroy(self, class_name: str, ref: str, doing: str) -> None:
         """The object is gone. A call without an answer is repeated only after the pool said that it still exists."""
@@ -5040,8 +5169,7 @@ class Snapshots:
             with self._unless_gone("VM"):
                 name = self._pool.ask(doing, "VM.get_name_label", ref)
                 if name in entry.facts["names"]:
-                    self.findings.append(Finding(Severity.WARNING, entry.title, unnamed_text(entry)))
-                    self._log.finding(self.findings[-1])
+                    self._add_finding(entry, unnamed_text(entry))
         self.forget_tasks(entry, doing)
         entry.close("restored")
 
@@ -5164,7 +5292,7 @@ class Snapshots:
         for entry in self._journal.entries:
             if not entry.is_open:
                 with contextlib.suppress(CatalogError):
-                    entry.note(closed="", key_removed=False)
+                    entry.note(closed="")
                 self.remove(entry)
 
     def check_none_left(self, machine: VirtualMachine) -> None:

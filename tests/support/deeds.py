@@ -14,7 +14,7 @@ import sys
 import threading
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
-from support.process import TIME_LIMIT_S, Pool, Run, compiled_program, run_program, text_of
+from support.process import PROGRAM, TESTS, TIME_LIMIT_S, Pool, Run, compiled_program, run, run_program, text_of, write_json
 from support.shelf import Shelf
 from support.wire import eventually
 
@@ -28,6 +28,14 @@ def backup(pool: Pool, shelf: Shelf, *lines: str, password: str = '-', host: int
 
 def preview(pool: Pool, shelf: Shelf, *lines: str, **how: Any) -> Run:
     return backup(pool, shelf, *lines, words=['preview'], **how)
+
+
+def hurried_backup(pool: Pool, shelf: Shelf, *lines: str, words: Sequence[str] = ()) -> Run:
+    """A run whose minutes last half a second: for what it does only after long waiting."""
+    trouble = os.path.join(pool.home, 'TROUBLE.json')
+    write_json(trouble, {'hurried': True})
+    return run([sys.executable, '-W', 'error', os.path.join(TESTS, 'support', 'troubled.py'), trouble, PROGRAM, '-',
+                shelf.config(*lines)] + list(words), pool.environment())
 
 
 class Process:
