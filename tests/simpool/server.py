@@ -35,6 +35,10 @@ LONGEST_LINE = 64 * 1024
 KNOWN_METHODS = ("GET", "PUT", "POST", "OPTIONS", "CONNECT", "TRACE")
 
 
+#: How long after `pool-restore-database` the host reboots: 30 s on the real one.
+RESTORE_FUSE_S = 1.0
+
+
 class BadRequest(Exception):
     """What came is not HTTP."""
 
@@ -366,6 +370,15 @@ class Server:
         """The server restarts without its last seconds; every other connection breaks."""
         state.lose(self.folder, self.pool, seconds)
         self._break_connections()
+
+    def reboot_soon(self, tables: Dict[str, Dict[str, Dict[str, Any]]]) -> None:
+        """The master reboots in a moment, and comes up with that database; every connection breaks."""
+        def reboot() -> None:
+            state.replace(self.folder, self.pool, tables)
+            self._break_connections()
+        fuse = threading.Timer(RESTORE_FUSE_S, reboot)
+        fuse.daemon = True
+        fuse.start()
 
     def _break_connections(self) -> None:
         with self._connections_lock:

@@ -16,6 +16,7 @@ import pool_file
 import storage
 from database import FOLD_BYTES, VOLATILE, read_log
 from model import Pool
+from schema import NULL
 
 STORAGE_ENTRIES = ("content", "snapshot", "mark", "stray")
 
@@ -176,6 +177,50 @@ def lose(folder: str, pool: Pool, seconds: float) -> None:
     with pool.lock:
         pool.close_log()
         load(folder, pool, until=time.time() - seconds)
+        _fold(folder, pool)
+        _begin_writing(folder, pool)
+        pool.local_sessions.clear()
+        pool.changed.notify_all()
+
+
+def replace(folder: str, pool: Pool, tables: Dict[str, Dict[str, Dict[str, Any]]]) -> None:
+    """The master came up with this database: every other host is forgotten, no VM runs, the master's PBDs are plugged.
+
+    Disks that this database does not tell of stay in their SRs (pool_db_backup.ml prepare_database_for_restore, dbsync_master.ml).
+    """
+    with pool.lock:
+        mine = pool.master()
+        uuids = [(cls, pool.record(cls, ref)["uuid"]) for cls, ref in (("host", mine), ("VM", pool.record(
+            "host", mine)["control_domain"]))]
+        master = next(iter(tables["pool"].values()))["master"]
+        pool.close_log()
+        with pool.without_recording():
+            pool.clear()
+            pool.restore_tables(json.loads(json.dumps(tables).replace(master, mine)))
+            domain = pool.record("host", mine)["control_domain"]
+            for ref in [ref for ref in pool.tables["host"] if ref != mine]:
+                for cls in ("PIF", "PBD"):
+                    for device in [device for device, record in pool.tables[cls].items() if record["host"] == ref]:
+                        pool.destroy_row(cls, device)
+                if pool.exists("VM", pool.record("host", ref)["control_domain"]):
+                    pool.drop_vm_row(pool.record("host", ref)["control_domain"])
+                pool.destroy_row("host", ref)
+            for (cls, uuid), ref in zip(uuids, (mine, domain)):
+                pool.set_field(cls, ref, "uuid", uuid)
+            for ref in [ref for ref, record in pool.tables["VM"].items() if not record["is_control_domain"]
+                        and record["power_state"] in ("Running", "Paused")]:
+                pool.set_fields("VM", ref, {"power_state": "Halted", "resident_on": NULL, "domid": "-1"})
+                pool.plug_devices(ref, False)
+            for record in pool.tables["SR"].values():
+                if record["uuid"] not in pool.storage.sizes:
+                    pool.storage.add_sr(record["uuid"], record["type"], int(record["physical_size"]))
+            for ref in pool.tables["PBD"]:
+                pool.set_field("PBD", ref, "currently_attached", True)
+            known = {record["uuid"] for record in pool.tables["VDI"].values()}
+            pool.strays.clear()
+            pool.strays.update({uuid: content.sr for uuid, content in pool.storage.contents.items() if uuid not in known})
+            for ref in pool.tables["VM"]:
+                pool.update_allowed_operations("VM", ref)
         _fold(folder, pool)
         _begin_writing(folder, pool)
         pool.local_sessions.clear()

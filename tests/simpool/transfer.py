@@ -12,6 +12,7 @@ recorded answers of a real server.
 import base64
 import html
 import random
+import re
 import subprocess
 import threading
 import time
@@ -23,7 +24,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 import faults
 import formats
 import ova
-from schema import CLASSES, NULL, Failure, database_text
+from schema import CLASSES, NULL, Failure, database_text, value_of_text
 
 # Progress and cancellation of a real export are looked at every 10 s at most (stream_vdi.ml
 # made_progress); a cancelled one was seen to end within about a second.
@@ -928,7 +929,10 @@ def _attribute(text: str) -> str:
 
 
 def restore_database(transfer: Transfer) -> None:
-    """PUT /pool/xmldbdump: with dry_run the checks of a restore; the restore itself is not simulated."""
+    """PUT /pool/xmldbdump: with dry_run only the checks; without, the host reboots soon afterwards, with that database.
+
+    The 30 s until then are shortened (pool_db_backup.ml, constants.ml db_restore_fuse_time, v24.19.2).
+    """
     pool = transfer.pool
     with pool.lock:
         transfer.describe()
@@ -944,14 +948,32 @@ def restore_database(transfer: Transfer) -> None:
         source = transfer.body()
         try:
             content = source.exactly(int(length))
-            manifest = ElementTree.fromstring(content).find('manifest')
-            pairs = {pair.get('key'): pair.get('value') for pair in manifest}
+            database = ElementTree.fromstring(content)
+            pairs = {pair.get('key'): pair.get('value') for pair in database.find('manifest')}
         except (formats.PrematureEnd, ElementTree.ParseError, TypeError, OSError) as error:
             raise Failure('INTERNAL_ERROR', 'Xmlm.Error(%s)' % error)
         if (pairs.get('schema_major_vsn'), pairs.get('schema_minor_vsn')) != SCHEMA:
             raise Failure('RESTORE_INCOMPATIBLE_VERSION')
+        tables = tables_of_xml(database)
         if not transfer.flag('dry_run'):
-            raise Failure('NOT_IMPLEMENTED', 'a restore that reboots the host')
+            transfer.server.reboot_soon(tables)
+
+
+def tables_of_xml(database: Any) -> Dict[str, Dict[str, Dict[str, Any]]]:
+    """The tables of a dump that are modelled, as database_xml wrote them."""
+    unescaped = {'%.': ' ', '%t': '\t', '%n': '\n', '%r': '\r', '%%': '%'}
+    tables = {}     # type: Dict[str, Dict[str, Dict[str, Any]]]
+    for table in database.findall('table'):
+        cls = CLASSES.get(table.get('name'))
+        if cls is None:
+            continue
+        rows = tables[table.get('name')] = {}
+        for row in table:
+            cells = {cls.field_of_column[name]: re.sub('%[.tnr%]', lambda match: unescaped[match.group()], text)
+                     for name, text in row.attrib.items() if name in cls.field_of_column}
+            rows[row.get('ref')] = cls.new_record({name: value_of_text(cls.fields[name].type, text)
+                                                   for name, text in cells.items()})
+    return tables
 
 
 # --- Table --------------------------------------------------------------------------------------
