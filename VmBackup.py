@@ -65,6 +65,7 @@ import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import queue
@@ -437,12 +438,14 @@ def parse_utc(text: str) -> datetime:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 copy`, `2 copies`, `3 VMs`: the number with its noun."""
-    if number == 1:
-        return "1 " + noun
-    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
-    return "%d %s" % (number, plural)
+PLURAL_VERBS = {"is": " are", "was": " were", "has": " have", "": ""}
+
+
+def counted(number: int, noun: str = "", verb: str = "") -> str:
+    """`1 copy`, `2 copies`, `3 VMs are`: the number with its noun and verb, both given for one."""
+    if number != 1:
+        noun = noun[:-1] + "ies" if noun.endswith("y") else noun and noun + "s"
+    return "%d%s%s" % (number, noun and " " + noun, (verb and " " + verb) if number == 1 else PLURAL_VERBS[verb])
 
 
 # --- names of directories -----------------------------------------------------
@@ -489,6 +492,14 @@ def safe_name(name: str) -> str:
 def newcomer_name(name: str, uuid: str) -> str:
     """The directory of a VM whose plain directory belongs to another VM."""
     return "%s--%s" % (safe_name(name), uuid[:8])
+
+
+def own_folder_names(name: str, uuid: str, pool: str) -> Tuple[str, ...]:
+    """The directories that are a VM's by name: its plain one, as a newcomer, and as the older program wrote it."""
+    names = (safe_name(name),) + tuple(newcomer_name(name, one) for one in (uuid, pool) if one)
+    if name and name[0] != "." and not re.search("[/\0]", name) and len(name.encode("utf-8", "replace")) <= 255:
+        names += (name,)
+    return names
 
 
 def folded(folder: str) -> str:
@@ -1171,6 +1182,9 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
             provisional.append(machine)
         else:
             unselected.append(machine)
+    if usable and not jobs:
+        findings.append(Finding(Severity.WARNING, configuration.source, "backs up no VM: whatever its entries select is left "
+                                "out by exclude."))
     findings.extend(_duplicate_names(jobs))
     return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing), tuple(provisional))
 
@@ -1269,7 +1283,10 @@ class Copy(NamedTuple):
     `taken_at` is the local time in its name, naive; `written_at` the UTC time
     of the manifest. `uuid` is the VM's, "" if unreadable. `problem` says why
     it does not count as good, "" if it does. `disks` are those in the image, in
-    words.
+    words. `pool` is the uuid of the pool that it comes from, and `home` the
+    directory that it was made in, "" where nothing tells. `is_newer`: its
+    manifest is of a later version than this. `aside` says why it is neither
+    counted nor removed, good as it may be, "" if it is.
     """
     folder: str
     name: str
@@ -1285,11 +1302,19 @@ class Copy(NamedTuple):
     size_bytes: int
     problem: str
     disks: Tuple[str, ...] = ()
+    pool: str = ""
+    home: str = ""
+    is_newer: bool = False
+    aside: str = ""
 
     @property
     def is_good(self) -> bool:
         """Marker and image are there, and the image has its size."""
         return not self.problem
+
+    def counts_for(self, uuid: str, method: Method) -> bool:
+        """Is it one of the good copies of that VM and kind that retention counts?"""
+        return self.is_good and not self.aside and self.uuid == uuid and self.method is method
 
 
 class Verdict(NamedTuple):
@@ -1312,30 +1337,40 @@ def in_order(copies: Iterable[Copy]) -> List[Copy]:
     return ordered + older
 
 
-def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int) -> List[Verdict]:
+def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: str = "") -> List[Verdict]:
     """A verdict on each copy of a VM's directory, oldest first, when `keep` good ones of that VM and kind stay.
 
-    Only good copies of this uuid and this method are counted or let go; the
-    newest good one always stays.
+    Only good copies of this uuid and this method are counted or let go. The
+    newest good one always stays; and so do `sealed`, which this run has just
+    made, and the last that we made, which copies of the older program with
+    later stamps do not make old. A copy of a later version keeps all: what it
+    needs of the others is not known here.
     """
     ordered = in_order(copies)
-    counted_ones = [copy for copy in ordered if copy.is_good and copy.uuid == uuid and copy.method is method]
+    counted_ones = [copy for copy in ordered if copy.counts_for(uuid, method)]
     keep = max(keep, 1)
+    last_made = {sealed}.union(copy.name for copy in [copy for copy in counted_ones if not copy.is_old][-1:])
+    newer = [copy for copy in ordered if copy.is_newer]
     going = {copy.name: position for position, copy in enumerate(counted_ones[:-keep], 1)}
     verdicts = []
     for copy in ordered:
-        if copy.name in going:
-            newer = len(counted_ones) - going[copy.name]
-            verdicts.append(Verdict(copy, False, "%s of this VM %s newer, and %d %s kept" % (
-                counted(newer, "good copy"), "is" if newer == 1 else "are", keep, "is" if keep == 1 else "are")))
-        elif not copy.is_good:
+        if not copy.is_good:
             verdicts.append(Verdict(copy, True, "not a good copy, so neither counted nor removed: " + copy.problem))
+        elif copy.aside:
+            verdicts.append(Verdict(copy, True, copy.aside))
         elif copy.uuid != uuid:
             verdicts.append(Verdict(copy, True, "belongs to another VM (%s)" % (copy.uuid or "uuid unknown")))
         elif copy.method is not method:
             verdicts.append(Verdict(copy, True, "of the other kind"))
-        else:
+        elif copy.name not in going:
             verdicts.append(Verdict(copy, True, "one of the newest %d" % keep))
+        elif newer:
+            verdicts.append(Verdict(copy, True, "a newer VmBackup made %s, so nothing here is removed" % newer[0].name))
+        elif copy.name in last_made:
+            verdicts.append(Verdict(copy, True, "the last one made, whatever stamps copies of the older program bear"))
+        else:
+            verdicts.append(Verdict(copy, False, "%s newer, and %s kept" % (
+                counted(len(counted_ones) - going[copy.name], "good copy", "is"), counted(keep, verb="is"))))
     return verdicts
 
 
@@ -1353,9 +1388,31 @@ def with_inherited_uuid(copies: Sequence[Copy], uuid: str, vm_name: str, name_is
             for copy in copies]
 
 
+def with_moved_aside(copies: Sequence[Copy], folder: str, own_names: Sequence[str] = ()) -> List[Copy]:
+    """The copies, those put aside that somebody moved into that directory to keep them: they were made in another; or do
+    not tell where (as earlier versions and the older program made them), and the directory bears no name of their VM.
+
+    `own_names`: those of the VM that looks at it, today.
+    """
+    here = folded(folder)
+    at_home = {copy.uuid for copy in copies if folded(copy.home) == here}
+    is_own = here in {folded(name) for name in own_names}
+    return [copy if folded(copy.home) == here or not copy.home and (is_own or copy.uuid in at_home)
+            else copy._replace(aside="moved here by hand%s, so it is kept and not counted" % (
+                copy.home and " from %s/" % quote_name(copy.home)))
+            for copy in copies]
+
+
+def with_pools_told_apart(copies: Sequence[Copy], uuid: str, pool: str) -> List[Copy]:
+    """The copies, those put aside that bear the VM's uuid but are, or may be, of the VM that has it in another pool."""
+    pools = {copy.pool for copy in copies if copy.uuid == uuid and copy.pool}
+    return [copy._replace(aside="of another pool (%s), so it is kept and not counted" % (copy.pool or "unknown which"))
+            if copy.uuid == uuid and copy.pool != pool and (copy.pool or pools - {pool}) else copy for copy in copies]
+
+
 def clock_went_back(copies: Sequence[Copy], now: datetime) -> Optional[str]:
     """The sentence to say when the newest of our copies is not older than now, else None."""
-    ours = [copy for copy in copies if not copy.is_old and copy.written_at is not None]
+    ours = [copy for copy in copies if not copy.is_old and copy.written_at is not None and not copy.aside]
     if not ours:
         return None
     newest = max(ours, key=lambda copy: copy.sequence)
@@ -1363,6 +1420,32 @@ def clock_went_back(copies: Sequence[Copy], now: datetime) -> Optional[str]:
         return None
     return ("the clock shows %s, but the newest copy, %s, was made at %s: the clock went back. Nothing is "
             "pruned until it is right again." % (format_utc(now), newest.name, format_utc(newest.written_at)))
+
+
+def clock_is_behind(copies: Sequence[Copy], local: datetime) -> Optional[str]:
+    """The sentence to say when a copy of the older program is from later than now, else None."""
+    newest = max((copy for copy in copies if copy.is_old and copy.is_good and not copy.aside),
+                 key=lambda copy: copy.taken_at, default=None)
+    if newest is None or newest.taken_at <= local:
+        return None
+    return ("the clock shows %s, and %s, a copy of the older program, bears a later time: are clock and time zone right? "
+            "Until then that one counts as newer than tonight's, which stays all the same until the next one is made."
+            % (local.strftime("%Y-%m-%d %H:%M:%S"), newest.name))
+
+
+def made_by_newer(copies: Sequence[Copy]) -> Optional[str]:
+    """The sentence to say where a later version has made copies, else None."""
+    newer = [copy for copy in copies if copy.is_newer]
+    if not newer:
+        return None
+    return ("%s/%s/backup.json is of a format that only a newer VmBackup knows: nothing is pruned in %s/ until that version "
+            "is used here again." % (newer[0].folder, newer[0].name, newer[0].folder))
+
+
+def retention_warnings(copies: Sequence[Copy], utc: datetime, local: datetime) -> List[str]:
+    """What is to be said before a VM's copies are pruned, now being that time."""
+    found = (clock_went_back(copies, utc), clock_is_behind(copies, local), made_by_newer(copies))
+    return [sentence for sentence in found if sentence]
 
 
 def next_sequence(copies: Sequence[Copy]) -> int:
@@ -4422,6 +4505,8 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
     """A copy with a manifest."""
     try:
         manifest = parse_manifest(inside.read(MANIFEST))
+    except NewerManifest as error:
+        return _read_newer_copy(inside, blank, error)
     except ValueError as error:
         return blank._replace(is_old=False, uuid=_old_uuid(inside), problem="%s is damaged: %s" % (MANIFEST, error))
     image = manifest["image"]
@@ -4433,7 +4518,26 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
     stored, problem = find_stored_image(inside, image["name"], image["size"])
     if inside.status(SUCCESS) is None:
         problem = "the marker `%s` is not there" % SUCCESS
-    return copy._replace(image=stored or image["name"], problem=problem)
+    return _at_home(copy._replace(image=stored or image["name"], problem=problem, pool=told(manifest, "pool", "uuid"),
+                                  home=told(manifest, "folder")))
+
+
+def _at_home(copy: Copy) -> Copy:
+    """The copy; one that does not tell where it was made was made here, if this is a directory of its VM's name."""
+    names = own_folder_names(copy.vm_name, copy.uuid, copy.pool)
+    return copy._replace(home=copy.folder) if not copy.home and folded(copy.folder) in map(folded, names) else copy
+
+
+def _read_newer_copy(inside: Directory, blank: Copy, newer: "NewerManifest") -> Copy:
+    """A copy of a later version, as far as its manifest says what ours does: it is left, and so is all beside it."""
+    manifest = newer.manifest
+    sequence, written_at = manifest.get("sequence"), None
+    with contextlib.suppress(ValueError):
+        written_at = parse_utc(told(manifest, "taken_at"))
+    return blank._replace(
+        is_old=False, is_newer=True, uuid=told(manifest, "vm", "uuid") or _old_uuid(inside), vm_name=told(manifest, "vm", "name"),
+        sequence=sequence if isinstance(sequence, int) else 0, written_at=written_at, pool=told(manifest, "pool", "uuid"),
+        home=told(manifest, "folder"), problem=str(newer))
 
 
 def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[str, str]:
@@ -4478,8 +4582,9 @@ def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
         problem = "its image %s is empty" % image
     else:
         problem = ""
-    return blank._replace(uuid=_old_uuid(inside), vm_name=re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image),
-                          method=method, image=image, size_bytes=sizes.get(image, 0), problem=problem)
+    return _at_home(blank._replace(
+        uuid=_old_uuid(inside), vm_name=re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image), method=method, image=image,
+        size_bytes=sizes.get(image, 0), problem=problem))
 
 
 def _old_uuid(inside: Directory) -> str:
@@ -4502,18 +4607,37 @@ def original_vm(ova: Dict[str, Any]) -> Dict[str, Any]:
     return machines[0] if machines else {}
 
 
+MANIFEST_FORMAT = 1
 MANIFEST_SHAPE = (("kind", str), ("taken_at", str), ("sequence", int), ("copies_to_keep", int),
                   ("vm", dict), ("image", dict), ("files", dict), ("disks", list))
 
 
+class NewerManifest(ValueError):
+    """The manifest is of a format that only a later version knows."""
+
+    def __init__(self, manifest: Dict[str, Any]) -> None:
+        super().__init__("its manifest is of a format that only a newer VmBackup knows: use that one")
+        self.manifest = manifest
+
+
+def told(manifest: Dict[str, Any], *keys: str) -> str:
+    """The text under those keys, one in another, "" if there is none."""
+    found = manifest                       # type: Any
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 def parse_manifest(content: bytes) -> Dict[str, Any]:
-    """The manifest; ValueError with a sentence if it is not one that we wrote."""
+    """The manifest; ValueError with a sentence if it is not one that we wrote, NewerManifest if a later version did."""
     try:
         manifest = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply")
     if not isinstance(manifest, dict):
         raise ValueError("it is not an object")
+    if isinstance(manifest.get("format"), int) and manifest["format"] > MANIFEST_FORMAT:
+        raise NewerManifest(manifest)
     for key, kind in MANIFEST_SHAPE:
         if not isinstance(manifest.get(key), kind):
             raise ValueError("%s is missing or of the wrong kind" % key)
@@ -5728,6 +5852,8 @@ class Verifier:
 
     def _judge(self, copy: Copy) -> Tuple[CopyState, str]:
         """State and reason; raises VerificationError for damage."""
+        if copy.is_newer:
+            raise ProgramError(copy.problem)
         if copy.problem:
             raise VerificationError(copy.problem)
         with self._catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
@@ -5986,13 +6112,19 @@ class RunOutcome(NamedTuple):
 
 
 class Placement:
-    """Which directory belongs to which VM. A VM is its uuid: it keeps the directory whose copies bear it."""
+    """Which directory belongs to which VM. A VM is its uuid in its pool: it keeps the directory whose copies bear both.
+
+    Each directory is read once, and again under its lock.
+    """
 
     def __init__(self, catalog: Catalog, inventory: Inventory) -> None:
         self._catalog = catalog
+        self._pool = inventory.pool_uuid
         self._names = collections.Counter(machine.name for machine in inventory.machines)
         self._claims = {}                  # type: Dict[str, str]
-        self._renamed = None               # type: Optional[Dict[str, str]]
+        self._folders = {}                 # type: Dict[str, Folder]
+        self._spellings = None             # type: Optional[Dict[str, List[str]]]
+        self._homes = None                 # type: Optional[Dict[str, List[str]]]
 
     def claim_all(self, machines: Iterable[VirtualMachine]) -> None:
         """Every VM of the run has its directory; among several of one name the lowest uuid takes the plain one."""
@@ -6001,55 +6133,65 @@ class Placement:
                 self.folder_name(machine)
 
     def folder_name(self, machine: VirtualMachine) -> str:
-        """The directory of that VM, as the store is now."""
-        name = self._owned(machine) or self._free_plain(machine) or newcomer_name(machine.name, machine.uuid)
+        """The directory of that VM, as the store was when it was read; CatalogError if one of its name can't be."""
+        new = (safe_name(machine.name), newcomer_name(machine.name, machine.uuid))
+        name = self._owned(machine) or next((name for name in new if self._is_free(name, machine)),
+                                            newcomer_name(machine.name, self._pool))   # another pool's VM has that uuid too
         self._claims[folded(name)] = machine.uuid
         return name
 
+    def folder(self, name: str) -> Folder:
+        """The directory as it was last read; CatalogError if it can't be."""
+        return self._folders[name] if name in self._folders else self.look_again(name)
+
+    def look_again(self, name: str) -> Folder:
+        """The directory as it is now, for its owner to be told anew: call it with its lock held."""
+        self._folders.pop(name, None)
+        self._folders[name] = self._catalog.folder(name)
+        return self._folders[name]
+
     def _owned(self, machine: VirtualMachine) -> Optional[str]:
-        """The directory whose copies bear the VM's uuid."""
-        for name in self._own_names(machine):
-            if any(copy.uuid == machine.uuid for copy in self._catalog.folder(name).copies):
+        """The directory that holds copies of the VM, one of its names before others."""
+        names = own_folder_names(machine.name, machine.uuid, self._pool)
+        for name in itertools.chain(names, self._homes_of(machine.uuid)):
+            if any(copy.uuid == machine.uuid and not copy.aside for copy in self.own_view(self.folder(name), machine)):
                 return name
-        if self._renamed is None:          # only a VM that is new here, or was renamed, costs this
-            self._renamed = {}
-            for name in self._catalog.folder_names():
+        return None
+
+    def _homes_of(self, uuid: str) -> Iterator[str]:
+        """The directories in which copies with that uuid were made."""
+        if self._homes is None:            # only a VM that is new here, or was renamed, costs this
+            self._homes = {}
+            for name in itertools.chain(*self._spelled().values()):
                 with contextlib.suppress(CatalogError):        # a directory that can't be listed is nobody's
-                    for copy in in_order(self._catalog.folder(name).copies):
-                        if copy.uuid:
-                            self._renamed[copy.uuid] = name
-        return self._renamed.get(machine.uuid)
+                    copies = with_moved_aside(self.folder(name).copies, name)
+                    for owner in {copy.uuid for copy in copies if not copy.aside}:
+                        self._homes.setdefault(owner, []).append(name)
+        yield from self._homes.get(uuid, ())
 
-    @staticmethod
-    def _own_names(machine: VirtualMachine) -> Tuple[str, ...]:
-        """The directories that are the VM's by name: as we write it, as a newcomer, and as the older program wrote it."""
-        names = (safe_name(machine.name), newcomer_name(machine.name, machine.uuid))
-        raw = machine.name
-        if raw and raw[0] != "." and not re.search("[/\0]", raw) and len(raw.encode("utf-8", "replace")) <= 255:
-            names += (raw,)
-        return names
+    def _spelled(self) -> Dict[str, List[str]]:
+        """The store's directories by their folded names."""
+        if self._spellings is None:
+            self._spellings = {}
+            for name in self._catalog.folder_names():
+                self._spellings.setdefault(folded(name), []).append(name)
+        return self._spellings
 
-    def _free_plain(self, machine: VirtualMachine) -> Optional[str]:
-        """The VM's plain directory if no other VM has it."""
-        plain = safe_name(machine.name)
-        if self._claims.get(folded(plain), machine.uuid) != machine.uuid:
-            return None
-        for name in self._catalog.folder_names():
-            if folded(name) != folded(plain):
-                continue
-            copies = self.own_view(self._catalog.folder(name), machine)
-            if any(copy.uuid != machine.uuid for copy in copies):
-                return None
-        raw = self._own_names(machine)[-1]
-        if any(copy.uuid == machine.uuid for copy in self.own_view(self._catalog.folder(raw), machine)):
-            return raw                     # old copies without a uuid under a name that we would write otherwise
-        return plain
+    def _is_free(self, name: str, machine: VirtualMachine) -> bool:
+        """Has no other VM that directory?"""
+        if self._claims.get(folded(name), machine.uuid) != machine.uuid:
+            return False
+        return not any(copy.uuid != machine.uuid or copy.pool not in ("", self._pool)
+                       for spelling in {name}.union(self._spelled().get(folded(name), ()))
+                       for copy in self.own_view(self.folder(spelling), machine))
 
     def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
-        """The copies of the directory as that VM sees them: old ones without a uuid are its own if nobody else's."""
-        return with_inherited_uuid(folder.copies, machine.uuid, machine.name,
-                                   self._names[machine.name] == 1,
-                                   folder.name in (safe_name(machine.name), machine.name))
+        """The copies of the directory as that VM sees them: old ones without a uuid are its own if nobody else's; those
+        that were moved there, and of another pool, are put aside."""
+        copies = with_inherited_uuid(folder.copies, machine.uuid, machine.name, self._names[machine.name] == 1,
+                                     folder.name in (safe_name(machine.name), machine.name))
+        names = own_folder_names(machine.name, machine.uuid, self._pool)
+        return with_pools_told_apart(with_moved_aside(copies, folder.name, names), machine.uuid, self._pool)
 
 
 class BackupRun:
@@ -6091,7 +6233,7 @@ class BackupRun:
                 self._log.finding(finding)
             self._clear_leftovers()
             self._placement.claim_all(job.machine for job in self._plan.jobs)
-            self._check_clock()
+            self._check_retention()
             if self._configuration.pool_db_backup:
                 self._dump_pool_database()
             self._do_jobs()
@@ -6163,15 +6305,16 @@ class BackupRun:
             self._log.info("%s/%s: left by a run that died; removing it." % (folder.name, name))
             self._catalog.remove_unfinished(folder.name, name)
 
-    def _check_clock(self) -> None:
-        """A clock that went back since any of these VMs' newest copies is a warning, and nothing is pruned tonight."""
+    def _check_retention(self) -> None:
+        """What stands in the way of pruning is told; where the clock went back since any of these VMs' newest copies,
+        nothing is pruned tonight."""
         for job in self._plan.jobs:
             with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
-                copies = self._catalog.folder(self._placement.folder_name(job.machine)).copies
-                problem = clock_went_back(copies, self._clock.utc())
-                if problem:
-                    self._clock_went_back = True
-                    self._add_finding(Severity.WARNING, job.machine.title, problem)
+                folder = self._placement.folder(self._placement.folder_name(job.machine))
+                copies = self._placement.own_view(folder, job.machine)
+                self._clock_went_back |= clock_went_back(copies, self._clock.utc()) is not None
+                for warning in retention_warnings(copies, self._clock.utc(), self._clock.local()):
+                    self._add_finding(Severity.WARNING, job.machine.title, warning)
 
     def _do_jobs(self) -> None:
         """Every job was tried, those that failed for a passing reason a second time."""
@@ -6258,7 +6401,7 @@ class BackupRun:
                 self._prune(job, copies, job.keep - 1, "to make room")
             outcome = self._make_copy(job, folder)
             try:
-                kept = self._retain(job, folder.name)
+                kept = self._retain(job, folder.name, outcome.copy_name)
             except TakenOver:
                 raise
             except CatalogError as error:          # the new copy is sealed and good all the same
@@ -6276,8 +6419,9 @@ class BackupRun:
             with stage("LOCK-FAIL"):
                 self._wait_for_lock(lock, name)
             try:
-                if self._placement.folder_name(machine) == name:       # read again under the lock
-                    yield self._catalog.folder(name)
+                folder = self._placement.look_again(name)              # under the lock
+                if self._placement.folder_name(machine) == name:
+                    yield folder
                     return
             finally:
                 self._leave_folder(name, lock)
@@ -6326,7 +6470,7 @@ class BackupRun:
                 self._write_cfg_files(copy, machine, disks)
                 copy.note_file(image.name, image.size, image.sha256)
                 copy.note_file(BLOCKS, copy.inside.status(BLOCKS).st_size, image.blocks_sha256)
-                copy.finish(self._manifest(job, machine, image, taken_at, next_sequence(folder.copies)))
+                copy.finish(self._manifest(job, machine, image, taken_at, folder))
                 if self._configuration.verify_after:
                     self._read_back(machine, copy, image)
                 self._check_alive()
@@ -6417,13 +6561,13 @@ class BackupRun:
             copy.write(name, text.encode("utf-8", "surrogateescape"))
 
     def _manifest(self, job: Job, machine: VirtualMachine, image: ImageReport, taken_at: datetime,
-                  sequence: int) -> Dict[str, Any]:
+                  folder: Folder) -> Dict[str, Any]:
         """backup.json: what, when, from where, and what was verified. `files` is added when all are written."""
         inventory = self._inventory
         return {
-            "format": 1, "program": "VmBackup " + VERSION, "kind": job.method.value,
+            "format": MANIFEST_FORMAT, "program": "VmBackup " + VERSION, "kind": job.method.value, "folder": folder.name,
             "taken_at": format_utc(taken_at), "finished_at": format_utc(self._clock.utc()),
-            "sequence": sequence, "copies_to_keep": job.keep, "chosen_by": job.chosen_by,
+            "sequence": next_sequence(folder.copies), "copies_to_keep": job.keep, "chosen_by": job.chosen_by,
             "vm": {"uuid": machine.uuid, "name": machine.name, "power_state": machine.power_state},
             "pool": {"uuid": inventory.pool_uuid, "name": inventory.pool_name},
             "host": inventory.host.short_name,
@@ -6452,8 +6596,8 @@ class BackupRun:
 
     # --- retention -------------------------------------------------------------------------
 
-    def _retain(self, job: Job, folder_name: str) -> int:
-        """Older copies beyond the number to keep are gone; the number of good ones that are there."""
+    def _retain(self, job: Job, folder_name: str, sealed: str) -> int:
+        """Older copies beyond the number to keep are gone, never the one just sealed; the number of good ones there."""
         folder = self._catalog.folder(folder_name)
         copies = self._placement.own_view(folder, job.machine)
         for copy in copies:
@@ -6461,14 +6605,13 @@ class BackupRun:
                 self._log.info("%s/%s is not a good copy and is left: %s." % (folder_name, copy.name, copy.problem))
         for name in folder.strangers:
             self._log.info("%s/%s is not ours and is left." % (folder_name, one_line(name)))
-        removed = self._prune(job, copies, job.keep, "retention")
-        return sum(1 for copy in copies if copy.is_good and copy.uuid == job.machine.uuid
-                   and copy.method is job.method) - removed
+        removed = self._prune(job, copies, job.keep, "retention", sealed)
+        return sum(1 for copy in copies if copy.counts_for(job.machine.uuid, job.method)) - removed
 
-    def _prune(self, job: Job, copies: Sequence[Copy], keep: int, why: str) -> int:
+    def _prune(self, job: Job, copies: Sequence[Copy], keep: int, why: str, sealed: str = "") -> int:
         """What the verdicts let go is gone; how many copies that were. A copy that can't be removed is a warning."""
         removed = 0
-        for verdict in judge(copies, job.machine.uuid, job.method, keep):
+        for verdict in judge(copies, job.machine.uuid, job.method, keep, sealed):
             if verdict.keep:
                 continue
             if self._storage_problem or self._clock_went_back:
@@ -8882,24 +9025,28 @@ def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]
         lines.append("      it is suspended: the copy will hold its disks, but not its memory")
     if job.method is Method.VDI and not disks:
         lines.append("      it has no Disk 0, so vdi-export will fail")
-    good = sum(1 for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == job.machine.uuid)
+    good = sum(1 for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == job.machine.uuid
+               and not verdict.copy.aside)
     lines.append("      into %s/, which holds %s of it" % (folder, counted(good, "good copy")))
     for verdict in verdicts:
         if not verdict.keep:
             lines.append("      then removes %s: %s" % (verdict.copy.name, verdict.reason))
-        elif not verdict.copy.is_good or verdict.copy.uuid != job.machine.uuid:
+        elif not verdict.copy.is_good or verdict.copy.aside or verdict.copy.uuid != job.machine.uuid:
             lines.append("      leaves %s: %s" % (verdict.copy.name, verdict.reason))
     return lines
 
 
-def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool) -> List[Verdict]:
-    """What retention will say once this job has made its copy; the new copy itself is left out."""
+def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool, pre_clean: bool = False) -> List[Verdict]:
+    """What a run of this job will say about the copies, first to make room, then when it has made its own, left out here."""
     if clock_is_wrong:
         return [Verdict(copy, True, "the clock went back, so nothing is pruned") for copy in in_order(copies)]
+    first = judge(copies, job.machine.uuid, job.method, job.keep - 1) if pre_clean else []
+    going = [verdict for verdict in first if not verdict.keep]
+    left = [copy for copy in copies if copy.name not in {verdict.copy.name for verdict in going}]
     new = Copy("", "", now, False, job.method, job.machine.uuid, job.machine.name, next_sequence(copies), None,
                job.keep, "", 0, "")
-    return [verdict for verdict in judge(list(copies) + [new], job.machine.uuid, job.method, job.keep)
-            if verdict.copy is not new]
+    return going + [verdict for verdict in judge(left + [new], job.machine.uuid, job.method, job.keep)
+                    if verdict.copy is not new]
 
 
 # =============================================================================
@@ -9221,16 +9368,21 @@ def command_preview(context: Context) -> int:
     check_server_can_import(context.configuration, plan, inventory)
     placement = Placement(catalog, inventory)
     placement.claim_all(job.machine for job in plan.jobs)
-    futures = {}
+    views, findings = {}, list(plan.findings)        # type: Dict[str, Tuple[str, List[Copy]]], List[Finding]
+    utc, local = context.clock.utc(), context.clock.local()
     for job in plan.jobs:
         try:
-            folder = catalog.folder(placement.folder_name(job.machine))
+            folder = placement.folder(placement.folder_name(job.machine))
         except CatalogError as error:
-            plan = plan._replace(findings=plan.findings + (Finding(Severity.ERROR, job.machine.title, str(error)),))
+            findings.append(Finding(Severity.ERROR, job.machine.title, str(error)))
             folder = Folder(safe_name(job.machine.name), (), (), ())
-        futures[job.machine.uuid] = (folder.name, future_verdicts(
-            job, placement.own_view(folder, job.machine), context.clock.local(),
-            clock_went_back(folder.copies, context.clock.utc()) is not None))
+        copies = placement.own_view(folder, job.machine)
+        findings += [Finding(Severity.WARNING, job.machine.title, warning) for warning in retention_warnings(copies, utc, local)]
+        views[job.machine.uuid] = (folder.name, copies)
+    plan = plan._replace(findings=tuple(findings))
+    clock_is_wrong = any(clock_went_back(copies, utc) for _, copies in views.values())
+    futures = {job.machine.uuid: (views[job.machine.uuid][0], future_verdicts(
+        job, views[job.machine.uuid][1], local, clock_is_wrong, context.configuration.pre_clean)) for job in plan.jobs}
     context.log.show(preview_text(context.configuration, inventory, plan, futures, catalog.free_bytes()))
     severities = {finding.severity for finding in plan.findings}
     if Severity.ERROR in severities:
@@ -9495,11 +9647,14 @@ def end_config_lock(lock: LockFile, status: int, context: Context) -> None:
 
 
 class StoredVm(NamedTuple):
-    """The copies of one VM (uuid) and kind in one directory, oldest first."""
+    """The copies of one VM (uuid and pool) and kind in one directory, oldest first. `around`: all that lie there, as
+    retention for this VM sees them."""
     folder: str
     uuid: str
     method: Optional[Method]
     copies: Tuple[Copy, ...]
+    pool: str = ""
+    around: Tuple[Copy, ...] = ()
 
     @property
     def name(self) -> str:
@@ -9520,18 +9675,26 @@ class StoredVm(NamedTuple):
 
 
 def stored_vms(catalog: Catalog) -> List[StoredVm]:
-    """All VMs of the store. Copies of the older program without a uuid go with the only uuid of their directory."""
+    """All VMs of the store."""
+    return [stored for name in catalog.folder_names() for stored in stored_in(catalog.folder(name))]
+
+
+def stored_in(folder: Folder) -> List[StoredVm]:
+    """The VMs of that directory. Copies that tell no uuid or no pool go with the only one that is told there."""
+    copies = with_moved_aside(in_order(folder.copies), folder.name)
+    uuids = {copy.uuid for copy in copies if copy.uuid}
+    if len(uuids) == 1:
+        copies = [copy._replace(uuid=copy.uuid or min(uuids)) for copy in copies]
     found = []
-    for name in catalog.folder_names():
-        copies = in_order(catalog.folder(name).copies)
-        uuids = {copy.uuid for copy in copies if copy.uuid}
-        if len(uuids) == 1:
-            copies = [copy if copy.uuid else copy._replace(uuid=list(uuids)[0]) for copy in copies]
-        groups = {}                        # type: Dict[Tuple[str, str], List[Copy]]
-        for copy in copies:
-            groups.setdefault((copy.uuid, copy.method.value if copy.method else ""), []).append(copy)
-        found += [StoredVm(name, uuid, Method(kind) if kind else None, tuple(group))
-                  for (uuid, kind), group in sorted(groups.items())]
+    for uuid in uuids:
+        pools = {copy.pool for copy in copies if copy.uuid == uuid and copy.pool}
+        if len(pools) == 1:
+            copies = [copy._replace(pool=min(pools)) if copy.uuid == uuid else copy for copy in copies]
+    for uuid, pool, kind in sorted({(copy.uuid, copy.pool, copy.method.value if copy.method else "") for copy in copies}):
+        around = with_pools_told_apart(copies, uuid, pool)
+        method = Method(kind) if kind else None
+        found.append(StoredVm(folder.name, uuid, method, tuple(
+            copy for copy in around if (copy.uuid, copy.pool, copy.method) == (uuid, pool, method)), pool, tuple(around)))
     return found
 
 
@@ -9706,7 +9869,7 @@ def list_row(stored: StoredVm, configuration: Configuration, store: VerdictStore
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
     keep, rule = stored_keep(stored, configuration)
     verdicts = {verdict.copy.name: verdict for verdict in
-                judge(stored.copies, stored.uuid, stored.method, keep)} if keep and stored.method else {}
+                judge(stored.around, stored.uuid, stored.method, keep)} if keep and stored.method else {}
     copies = []
     for copy in stored.copies:
         recalled = store.recall(copy)
@@ -9763,59 +9926,75 @@ def list_strangers(catalog: Catalog) -> List[str]:
 
 def command_prune(context: Context) -> int:
     """Retention was applied without a backup and without a pool; with preview it is only shown."""
-    arguments, configuration = context.arguments, context.configuration
-    by_hand = None
-    if arguments.vm and any(setting.name == "max_backups" for setting in arguments.settings):
-        by_hand = configuration.max_backups
-    catalog = open_store(context) if arguments.preview else open_catalog(configuration, context.log)
+    arguments = context.arguments
+    catalog = open_store(context) if arguments.preview else open_catalog(context.configuration, context.log)
     chosen = chosen_vms(catalog, arguments.vm)
-    if by_hand is not None and len({stored.uuid for stored in chosen}) > 1:
-        raise UsageError("%s stands for %d VMs in the store (%s): name one as vm=uuid:UUID." % (
+    if is_pruned_by_hand(arguments) and (len({stored.uuid for stored in chosen}) > 1
+                                         or len({stored.pool for stored in chosen if stored.pool}) > 1):
+        raise UsageError("%s stands for %d VMs in the store (%s): name one as vm=uuid:UUID, or by its directory." % (
             quote_name(arguments.vm), len(chosen), ", ".join(sorted({stored.uuid or "?" for stored in chosen}))))
-    removed, failed = 0, False
+    removed, failed, warnings = 0, False, set()        # type: int, bool, Set[str]
     for stored in chosen:
-        keep, rule = (by_hand, "max_backups=%d on the command line" % by_hand) if by_hand is not None \
-            else stored_keep(stored, configuration)
-        if keep is None or stored.method is None:
+        keep, rule = prune_rule(context, stored)
+        if keep is None:
             context.log.show("left: %s: %s in %s/: %s; `prune vm=... max_backups=N` removes by hand." % (
                 stored.title, counted(len(stored.copies), "copy"), stored.folder, rule))
             continue
         try:
-            removed += prune_one(context, catalog, stored, keep)
+            removed += prune_one(context, catalog, stored, warnings)
         except BackupError as error:
             failed = True
             context.log.error("%s: %s" % (stored.title, error))
     context.log.show("%s %s." % (counted(removed, "copy"), "would be removed" if arguments.preview else "removed"))
-    return ExitStatus.FAILED if failed else ExitStatus.OK
+    return ExitStatus.FAILED if failed else ExitStatus.WARNING if warnings else ExitStatus.OK
 
 
-def prune_one(context: Context, catalog: Catalog, stored: StoredVm, keep: int) -> int:
-    """The VM's copies beyond `keep` are gone, or shown in a preview; how many."""
-    preview = context.arguments.preview
-    lock = None if preview else catalog.folder_lock(stored.folder)
+def is_pruned_by_hand(arguments: Arguments) -> bool:
+    """Does somebody say by hand how many copies of one VM are to stay?"""
+    return bool(arguments.vm) and any(setting.name == "max_backups" for setting in arguments.settings)
+
+
+def prune_rule(context: Context, stored: StoredVm) -> Tuple[Optional[int], str]:
+    """As stored_keep(), but what is said by hand wins."""
+    if is_pruned_by_hand(context.arguments) and stored.method is not None:
+        return context.configuration.max_backups, "max_backups on the command line"
+    return stored_keep(stored, context.configuration)
+
+
+def prune_one(context: Context, catalog: Catalog, chosen: StoredVm, warnings: Set[str]) -> int:
+    """The VM's copies beyond the number to keep are gone, or shown in a preview; how many. `warnings`: those told so far.
+
+    What goes is decided on what is there under the lock, whatever was there when the VM was chosen.
+    """
+    preview, folder = context.arguments.preview, chosen.folder
+    lock = None if preview else catalog.folder_lock(folder)
     if lock is not None and not lock.take():
         raise BackupError("its directory %s is in use by another run (%s); nothing was removed."
-                          % (stored.folder, holder_text(lock.text())))
+                          % (folder, holder_text(lock.text())))
     try:
-        copies = catalog.folder(stored.folder).copies            # as they are under the lock
-        problem = clock_went_back(copies, context.clock.utc())
+        now = {(stored.uuid, stored.pool, stored.method): stored for stored in stored_in(catalog.folder(folder))}
+        stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(copies=(), around=()))
+        keep, _ = prune_rule(context, stored)
+        problem = clock_went_back(stored.around, context.clock.utc())
         if problem:
             raise BackupError(problem)
-        known = {copy.name: copy for copy in stored.copies}
-        copies = tuple(known.get(copy.name, copy) for copy in copies)
+        for warning in retention_warnings(stored.around, context.clock.utc(), context.clock.local()):
+            if warning not in warnings:
+                context.log.warning("%s: %s" % (stored.title, warning))
+            warnings.add(warning)
         removed = 0
-        for verdict in judge(copies, stored.uuid, stored.method, keep):
+        for verdict in judge(stored.around, stored.uuid, stored.method, keep) if keep else ():
             if verdict.keep:
-                if not verdict.copy.is_good:
-                    context.log.show("left: %s/%s: %s" % (stored.folder, verdict.copy.name, verdict.reason))
+                if not verdict.copy.is_good or verdict.copy.aside:
+                    context.log.show("left: %s/%s: %s" % (folder, verdict.copy.name, verdict.reason))
                 continue
             context.signals.check()
             if not preview:
                 catalog.check_in_place()
                 catalog.remove_copy(verdict.copy)
             removed += 1
-            context.log.show("%s: %s/%s: %s" % ("would remove" if preview else "removed", stored.folder,
-                                                verdict.copy.name, verdict.reason))
+            context.log.show("%s: %s/%s: %s" % ("would remove" if preview else "removed", folder, verdict.copy.name,
+                                                verdict.reason))
         return removed
     finally:
         if lock is not None:
@@ -9871,6 +10050,10 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
             raise UsageError("there is no copy %s of %s; there are: %s." % (
                 one_line(wanted), quote_name(vm), ", ".join(copy.name for copy in copies)))
         return chosen[0]
+    pools = sorted({copy.pool for copy in copies if copy.pool})
+    if len(pools) > 1:
+        log.warning("%s is the uuid of a VM in several pools (%s); the newest copy of any of them is taken. from=STAMP takes "
+                    "another." % (found[0].uuid, ", ".join(pools)))
     for copy in reversed(copies):
         if copy.is_good and copy.method is not None:
             full = [other.name for other in copies if other.is_good and other.method is Method.VM]
@@ -9898,7 +10081,7 @@ def copy_at_path(path: str) -> Copy:
             parsed = parse_copy_name(name) or (datetime.fromtimestamp(int(os.fstat(inside.fd).st_mtime)), True)
             copy = read_copy(parent, folder, name, *parsed)
             is_copy = not copy.is_old or parse_copy_name(name) is not None
-            if not is_file or is_copy and copy.image == os.path.basename(path):
+            if not is_file or copy.is_newer or is_copy and copy.image == os.path.basename(path):
                 return copy
             image = os.path.basename(path)
             status = inside.status(image)

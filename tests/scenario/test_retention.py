@@ -3,12 +3,14 @@
 import gzip
 import json
 import os
+import shutil
 from typing import Any
 
 import pytest
 
 from support.deeds import backup, preview
 from support.language import MEBIBYTE, at, uuid_of, vm
+from support.process import Pool
 from support.shelf import OUR_NAME, complete, damaged, foreign, old, unfinished
 
 
@@ -114,9 +116,13 @@ def test_copies_are_ordered_by_their_number_and_not_by_their_stamp(a_pool: Any, 
 
 def set_sequences(shelf: Any, numbers: Any) -> None:
     for name, number in numbers.items():
-        manifest = shelf.manifest('web', name)
-        with open(shelf.at('web', name, 'backup.json'), 'w') as file:
-            json.dump(dict(manifest, sequence=number), file)
+        set_manifest(shelf, name, sequence=number)
+
+
+def set_manifest(shelf: Any, name: str, **told: Any) -> None:
+    manifest = dict(shelf.manifest('web', name), **told)
+    with open(shelf.at('web', name, 'backup.json'), 'w') as file:
+        json.dump(manifest, file)
 
 
 def test_an_older_programs_copy_stands_before_the_first_of_ours_with_a_later_stamp(a_pool: Any, a_shelf: Any) -> None:
@@ -138,6 +144,130 @@ def test_a_copy_that_the_storage_host_compressed_later_still_counts(a_pool: Any,
     assert run.exit_status == 0
     assert one not in shelf.names('web'), 'it was good, so it was counted, and the oldest'
     assert two in shelf.names('web') and three in shelf.names('web')
+
+
+def test_the_copy_just_made_stays_whatever_later_stamps_copies_of_the_older_program_bear(a_pool: Any, a_shelf: Any) -> None:
+    shelf, pool = a_shelf(old('web', days_ago=-1), old('web', days_ago=3)), a_pool(vm('web'))
+    later, earlier = shelf.copies('web')[1], shelf.copies('web')[0]
+    shown = preview(pool, shelf, 'vm-export=web:1')
+    assert shown.exit_status == 3 and shown.says('removes ' + earlier) and not shown.says('removes ' + later)
+    first = backup(pool, shelf, 'vm-export=web:1')
+    assert first.exit_status == 3 and 'are clock and time zone right' in first.stderr
+    new = shelf.copies('web')[0]
+    assert shelf.copies('web') == [new, later] and OUR_NAME.fullmatch(new)
+
+    pruned = prune(pool, shelf, 'vm-export=web:1')
+    assert pruned.exit_status == 3 and shelf.copies('web') == [new, later]
+    assert backup(pool, shelf, 'vm-export=web:1', 'pre_clean=yes').exit_status == 3
+    assert new not in shelf.copies('web') and shelf.has('web', complete=2), 'only the newest of ours stays beside it'
+
+
+def prune(pool: Any, shelf: Any, *lines: str, words: Any = ()) -> Any:
+    return backup(pool, shelf, *lines, words=['prune'] + list(words))
+
+
+# --- what was moved aside by hand ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kept_in', ['KEEP-before-migration', 'db'])
+def test_what_was_moved_aside_by_hand_is_kept_listed_and_never_counted(a_pool: Any, a_shelf: Any, kept_in: str) -> None:
+    shelf, pool = a_shelf(), a_pool(vm('web'), vm('db'))
+    for _ in range(2):
+        assert backup(pool, shelf, 'vm-export=*', 'max_backups=2').exit_status == 0
+    os.makedirs(shelf.at(kept_in), exist_ok=True)
+    moved = shelf.copies('web')
+    for number, name in enumerate(moved):
+        os.rename(shelf.at('web', name), shelf.at(kept_in, name[:-1] + str(number)))
+    os.rmdir(shelf.at('web'))
+    shelf.first_tree = shelf.tree()
+    kept = ['%s/%s%d' % (kept_in, name[:-1], number) for number, name in enumerate(moved)]
+    for _ in range(3):
+        assert backup(pool, shelf, 'vm-export=*', 'max_backups=2').exit_status == 0
+    assert prune(pool, shelf, 'vm-export=*', words=['web', 'max_backups=1']).exit_status == 0
+    assert shelf.still_holds(*kept)
+    assert shelf.has('web', complete=1) and shelf.has('db', complete=4 if kept_in == 'db' else 2)
+    listed = backup(pool, shelf, 'vm-export=*', words=['list', 'web'])
+    assert all(listed.says(path.split('/')[1]) for path in kept) and listed.says('moved here by hand from web/')
+
+
+def test_a_copy_that_an_earlier_version_made_stays_where_its_directory_bears_no_name_of_its_vm(a_pool: Any, a_shelf: Any) -> None:
+    shelf = a_shelf(*[given(name, days_ago=day) for given, name in ((complete, 'web'), (old, 'db')) for day in (4, 3, 2)])
+    for name in ('web', 'db'):
+        os.rename(shelf.at(name), shelf.at('KEEP ' + name))
+    shelf.first_tree = shelf.tree()
+    assert backup(a_pool(vm('web'), vm('db')), shelf, 'vm-export=*', 'max_backups=1').exit_status == 0
+    assert shelf.still_holds('KEEP web', 'KEEP db') and shelf.has('web', complete=1) and shelf.has('db', complete=1)
+
+
+def test_a_vm_that_was_renamed_goes_on_where_its_copies_were_made(a_pool: Any, a_shelf: Any) -> None:
+    shelf = a_shelf(old('web', days_ago=9, uuid=uuid_of('shop')))
+    for _ in range(3):
+        assert backup(a_pool(vm('shop')), shelf, 'vm-export=shop:2').exit_status == 0
+    assert shelf.names() == ['web'] and shelf.has('web', complete=2)
+    assert shelf.manifest('web', shelf.newest('web'))['folder'] == 'web'
+
+
+# --- a later version's copies ------------------------------------------------------------------------------------------
+
+def test_a_copy_of_a_newer_version_stops_all_pruning_in_its_directory_and_is_told(a_pool: Any, a_shelf: Any) -> None:
+    shelf = a_shelf(*[complete('web', days_ago=day) for day in (4, 3, 1)], complete('web', days_ago=2, format=2, image_map=[]),
+                    *[complete('db', days_ago=day) for day in (4, 3)])
+    newer, pool = shelf.copies('web')[2], a_pool(vm('web'), vm('db'))
+    told = 'web/%s/backup.json is of a format that only a newer VmBackup knows' % newer
+    lines = ['vm-export=*', 'max_backups=1', 'pre_clean=yes']
+    shown = preview(pool, shelf, *lines)
+    assert shown.exit_status == 3 and shown.says(told) and shown.stdout.count('removes') == 2
+    run = backup(pool, shelf, *lines)
+    assert run.exit_status == 3 and run.stderr.count(told) == 1
+    assert shelf.still_holds('web') and shelf.has('web', complete=5) and shelf.has('db', complete=1)
+    assert shelf.manifest('web', shelf.newest('web'))['sequence'] == 5
+    pruned = prune(pool, shelf, *lines, words=['web', 'max_backups=1'])
+    assert pruned.exit_status == 3 and told in pruned.stderr and shelf.has('web', complete=5)
+    listed = backup(pool, shelf, *lines, words=['list'])
+    assert not any('web/' in line and 'goes with the next pruning' in line for line in listed.stdout.splitlines())
+
+
+@pytest.mark.parametrize('words', [['restore', 'web', 'from=STAMP', 'force=yes'], ['extract', 'web', 'from=STAMP', 'to=/tmp/none'],
+                                   ['restore', 'from=COPY', 'force=yes'], ['restore', 'from=COPY/web.xva', 'force=yes'],
+                                   ['verify', 'web']])
+def test_a_copy_of_a_newer_version_is_not_read_as_if_it_were_ours(a_pool: Any, a_shelf: Any, words: Any) -> None:
+    shelf, pool = a_shelf(complete('web', days_ago=1, format=2)), a_pool(vm('db'))
+    name = shelf.newest('web')
+    run = backup(pool, shelf, 'vm-export=*', words=[
+        word.replace('STAMP', name[len('backup-'):]).replace('COPY', shelf.at('web', name)) for word in words])
+    assert run.exit_status == 1 and run.says('a format that only a newer VmBackup knows'), run
+    assert not run.says('DAMAGED')
+
+
+def test_a_manifest_that_cannot_be_read_does_not_keep_others_from_being_pruned(a_pool: Any, a_shelf: Any) -> None:
+    shelf = a_shelf(*[complete('web', days_ago=day) for day in (4, 3, 2)])
+    first, broken, last = shelf.copies('web')
+    with open(shelf.at('web', broken, 'backup.json'), 'w') as file:
+        file.write('{')
+    assert backup(a_pool(vm('web')), shelf, 'vm-export=web:2').exit_status == 0
+    assert first not in shelf.names('web') and broken in shelf.names('web') and last in shelf.names('web')
+
+
+# --- one uuid in two pools -----------------------------------------------------------------------------------------------
+
+def test_two_pools_in_which_a_vm_has_one_uuid_never_prune_each_others_copies(a_shelf: Any) -> None:
+    shelf = a_shelf()
+    pools = [Pool({'vms': [vm('web')], 'hosts': [{'name_label': name}]}).start() for name in ('here', 'there')]
+    try:
+        for _ in range(2):
+            for pool in pools:
+                assert backup(pool, shelf, 'vm-export=web:1').exit_status == 0
+        beside = 'web--' + uuid_of('web')[:8]
+        assert shelf.names() == ['web', beside]
+        assert shelf.has('web', complete=1) and shelf.has(beside, complete=1)
+        shutil.move(shelf.at(beside, shelf.newest(beside)), shelf.at('web'))       # as an earlier version would have made it
+        set_manifest(shelf, shelf.newest('web'), folder='web')
+        ours, theirs = shelf.copies('web')
+        assert prune(pools[0], shelf, 'vm-export=web:1').exit_status == 0
+        assert backup(pools[0], shelf, 'vm-export=web:1').exit_status == 0
+        assert ours not in shelf.copies('web') and theirs in shelf.copies('web') and shelf.has('web', complete=2)
+    finally:
+        for pool in pools:
+            pool.remove()
 
 
 def test_a_renamed_vm_goes_on_in_its_directory(a_pool: Any, a_shelf: Any) -> None:

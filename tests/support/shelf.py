@@ -46,11 +46,11 @@ class Given:
 
 
 def complete(name: str, days_ago: float = 1, kind: str = 'vm-export', folder: str = '', uuid: str = '',
-             image: bytes = IMAGE) -> Given:
-    """A sealed copy of that VM, good in every respect that retention looks at."""
+             image: bytes = IMAGE, **told: Any) -> Given:
+    """A sealed copy of that VM, good in every respect that retention looks at. `told`: what its manifest says otherwise."""
     def put(shelf: 'Shelf', sequence: int) -> None:
         write_copy(shelf.at(folder or name, 'backup-' + stamp(days_ago, '%Y-%m-%d-%H%M%S')), name, uuid or uuid_of(name),
-                   kind, sequence, days_ago, image)
+                   kind, sequence, days_ago, image, told)
     return Given(folder or name, days_ago, put)
 
 
@@ -119,7 +119,8 @@ def stamp(days_ago: float, form: str) -> str:
     return (datetime.now() - timedelta(days=days_ago)).strftime(form)
 
 
-def write_copy(path: str, name: str, uuid: str, kind: str, sequence: int, days_ago: float, image: bytes) -> None:
+def write_copy(path: str, name: str, uuid: str, kind: str, sequence: int, days_ago: float, image: bytes,
+               told: Dict[str, Any]) -> None:
     image_name = name + suffix_of(kind)
     digest = hashlib.sha256(image).hexdigest()
     taken_at = (datetime.now(timezone.utc) - timedelta(days=days_ago)).strftime('%Y-%m-%dT%H:%M:%SZ')
@@ -129,6 +130,7 @@ def write_copy(path: str, name: str, uuid: str, kind: str, sequence: int, days_a
         'image': {'name': image_name, 'format': image_name[-3:], 'compression': 'none', 'size': len(image),
                   'sha256': digest, 'plain_size': len(image), 'plain_sha256': digest},
         'files': {image_name: {'size': len(image), 'sha256': digest}}, 'disks': []}  # type: Dict[str, Any]
+    manifest.update(told)
     cfg = ('name_label=%s\norig_uuid=%s\n' % (name, uuid)).encode('utf-8')
     text = (json.dumps(manifest) + '\n').encode('ascii')
     files = {image_name: image, 'vm.cfg': cfg, 'backup.json': text}

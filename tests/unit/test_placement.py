@@ -6,21 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.values import a_copy, a_vm, an_inventory, uuid_of
+from support.values import POOL_UUID, a_copy, a_vm, an_inventory, uuid_of
 from VmBackup import Copy, Folder, Placement, folded, safe_name
 
 
 class Store:
-    """What Placement asks of a catalog: directories with copies, in memory. On CIFS names differ in more than case."""
+    """What Placement asks of a catalog: directories with copies, in memory. On CIFS names differ in more than case.
+
+    A copy was made in the directory that it lies in, unless it tells another as its home."""
 
     def __init__(self, folders: Dict[str, List[Copy]]) -> None:
         self.folders = folders
+        self.reads = []  # type: List[str]
 
     def folder_names(self) -> List[str]:
         return sorted(self.folders)
 
     def folder(self, name: str) -> Folder:
-        return Folder(name, tuple(self.folders.get(name, ())), (), ())
+        self.reads.append(name)
+        copies = [copy if copy.home else copy._replace(home=name) for copy in self.folders.get(name, ())]
+        return Folder(name, tuple(copies), (), ())
 
 
 def places(store, *machines, run=None):
@@ -101,7 +106,44 @@ def test_what_another_run_did_meanwhile_is_seen_when_the_lock_is_ours():
     placement = Placement(Store(store), an_inventory(WEB))
     assert placement.folder_name(WEB) == 'web'
     store['web'] = [of(9)]
+    placement.look_again('web')
     assert placement.folder_name(WEB) == 'web--00000001'
+
+
+def test_copies_that_were_moved_aside_do_not_draw_the_new_ones_after_them():
+    kept = [of(1, home='web'), of(1, 2, home='web')]
+    assert places({'KEEP': kept}, WEB) == ['web']
+    assert places({'KEEP': kept, 'web': [of(1, 3)]}, WEB) == ['web']
+    assert places({'KEEP': kept}, a_vm('KEEP', 5)) == ['KEEP--00000005'], 'nor are they a newcomer\'s'
+
+
+def test_copies_that_were_moved_into_a_directory_of_their_vms_name_leave_it_that_vms():
+    assert places({'shop': [of(1, home='web')]}, a_vm('shop', 1)) == ['shop']
+
+
+def test_a_vm_is_its_uuid_in_its_pool():
+    others, ours = of(1, pool='another'), of(1, pool=POOL_UUID)
+    assert places({'web': [others]}, WEB) == ['web--00000001']
+    assert places({'web--00000001': [others], 'web': [of(9)]}, WEB) == ['web--' + POOL_UUID[:8]]
+    assert places({'web': [others], 'web--00000001': [ours]}, WEB) == ['web--00000001']
+    assert places({'web': [others, ours]}, WEB) == ['web'], 'an earlier version did not tell them apart'
+    assert places({'old name': [ours]}, WEB) == ['old name'] and places({'old name': [others]}, WEB) == ['web']
+
+
+def test_a_store_of_many_directories_is_read_once():
+    machines = [a_vm('vm%d' % number, number) for number in range(1, 40)]
+    store = Store({'old%d' % number: [of(number)] for number in range(60, 100)})
+    placement = Placement(store, an_inventory(*machines))
+    placement.claim_all(machines)
+    assert [placement.folder_name(machine) for machine in machines] == [machine.name for machine in machines]
+    assert len(store.reads) == len(set(store.reads)) <= 40 + 3 * len(machines)
+
+
+def test_where_each_vm_has_its_directory_no_other_is_read():
+    store = Store({'web': [of(1)], 'db': [of(3)], 'other': [of(9)]})
+    placement = Placement(store, an_inventory(WEB, DB))
+    placement.claim_all([WEB, DB])
+    assert store.reads == ['web', 'db']
 
 
 NAMES = st.sampled_from(['web', 'Web', 'db', 'd\xfc', 'D\xdc', 'a/b', '.', 'con'])

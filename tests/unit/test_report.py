@@ -210,6 +210,17 @@ def test_a_preview_lets_nothing_go_when_the_clock_went_back():
     assert all(verdict.keep for verdict in future_verdicts(plan.jobs[0], copies, datetime(2016, 4, 1), True))
 
 
+def test_a_preview_counts_what_goes_to_make_room():
+    plan = planned('vm-export=web:2\n', a_vm('web', 1))
+    copies = [a_copy(1), a_copy(8, is_old=True), a_copy(9, is_old=True)]
+    now = datetime(2016, 4, 20)
+
+    def going(pre_clean):
+        return [verdict.copy for verdict in future_verdicts(plan.jobs[0], copies, now, False, pre_clean) if not verdict.keep]
+
+    assert going(False) == copies[:1] and going(True) == [copies[1], copies[0]]
+
+
 def test_a_vdi_export_without_disk_0_shows_in_the_preview():
     machine = a_vm('web', 1, disks=(a_disk('1'),))
     plan = planned('vdi-export=web\n', machine)

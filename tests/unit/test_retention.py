@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.values import NIGHT, a_copy, uuid_of
-from VmBackup import Method, clock_went_back, in_order, judge, next_sequence, with_inherited_uuid
+from VmBackup import (Method, clock_is_behind, clock_went_back, in_order, judge, next_sequence, retention_warnings,
+                      with_inherited_uuid, with_moved_aside, with_pools_told_apart)
 
 US, OTHERS = uuid_of(1), uuid_of(2)
 
 
-def going(copies, keep, uuid=US, method=Method.VM):
-    return [verdict.copy.name for verdict in judge(copies, uuid, method, keep) if not verdict.keep]
+def going(copies, keep, uuid=US, method=Method.VM, sealed=''):
+    return [verdict.copy.name for verdict in judge(copies, uuid, method, keep, sealed) if not verdict.keep]
 
 
 def names(copies):
@@ -33,12 +34,18 @@ def shelves(draw):
         copies.append(a_copy(
             0, taken_at=NIGHT + timedelta(seconds=second), is_old=is_old, sequence=0 if is_old else sequence,
             uuid=draw(st.sampled_from([US, US, OTHERS, ''])), method=draw(st.sampled_from([Method.VM, Method.VM, Method.VDI, None])),
-            problem=draw(st.sampled_from(['', '', 'the marker `success` is not there']))))
+            problem=draw(st.sampled_from(['', '', 'the marker `success` is not there'])),
+            aside=draw(st.sampled_from(['', '', '', 'moved here by hand']))))
     return copies
 
 
+def last_made(copies):
+    """The last copy that this program made of those that are counted, None if there is none."""
+    return max((copy for copy in copies if is_counted(copy) and not copy.is_old), key=lambda copy: copy.sequence, default=None)
+
+
 def is_counted(copy, method=Method.VM):
-    return copy.is_good and copy.uuid == US and copy.method is method
+    return copy.is_good and not copy.aside and copy.uuid == US and copy.method is method
 
 
 @given(shelves(), st.integers(-1, 8))
@@ -49,8 +56,31 @@ def test_the_newest_good_copy_is_never_judged_away(copies, keep):
 
 @given(shelves(), st.integers(1, 8))
 def test_as_many_good_copies_stay_as_are_to_be_kept(copies, keep):
-    good = [copy for copy in copies if is_counted(copy)]
-    assert len(good) - len(going(copies, keep)) == min(keep, len(good))
+    good = [copy for copy in in_order(copies) if is_counted(copy)]
+    newest = good[-keep:]
+    if last_made(copies) not in newest + [None]:
+        newest.append(last_made(copies))
+    assert sorted(going(copies, keep)) == sorted(copy.name for copy in good if copy not in newest)
+
+
+@given(shelves(), st.integers(-1, 8), st.data())
+def test_what_this_run_has_sealed_stays_whatever_the_order_says(copies, keep, data):
+    for sealed in [copy.name for copy in copies if is_counted(copy)]:
+        assert sealed not in going(copies, keep, sealed=sealed)
+    assert last_made(copies) is None or last_made(copies).name not in going(copies, keep)
+
+
+def test_copies_of_the_older_program_with_later_stamps_do_not_cost_the_copy_just_made():
+    old, new = [a_copy(night, is_old=True) for night in (8, 9)], a_copy(3)
+    assert going(old + [new], 1) == [old[0].name] and going(old + [new], 2) == []
+    assert going(old + [new, a_copy(4)], 2) == [new.name], 'but the one that was made before it goes'
+
+
+@given(shelves(), st.integers(1, 8))
+def test_a_copy_of_a_newer_version_stops_all_pruning_in_its_directory(copies, keep):
+    newer = a_copy(50, method=None, problem='a newer VmBackup made it', is_newer=True)
+    assert going(copies + [newer], keep) == []
+    assert going(copies + [newer._replace(is_newer=False)], keep) == going(copies, keep), 'a damaged one does not'
 
 
 @pytest.mark.parametrize('keep', [1, 0, -1])
@@ -63,7 +93,8 @@ def test_where_fewer_than_one_is_to_be_kept_one_is_kept(keep):
 def test_the_oldest_go_first(copies, keep):
     good = [copy.name for copy in in_order(copies) if is_counted(copy)]
     gone = going(copies, keep)
-    assert gone == good[:len(gone)]
+    kept = [name for name in good if last_made(copies) is None or name != last_made(copies).name]
+    assert gone == kept[:len(gone)]
 
 
 @given(shelves(), st.integers(1, 8))
@@ -173,6 +204,59 @@ def test_the_copy_with_the_highest_sequence_number_is_the_newest_whatever_its_ti
 def test_copies_of_the_older_program_and_damaged_ones_tell_nothing_about_the_clock():
     assert clock_went_back([a_copy(9, is_old=True), a_copy(8, written_at=None)], utc(5)) is None
     assert clock_went_back([], utc(5)) is None
+
+
+def test_a_clock_behind_the_newest_copy_of_the_older_program_is_told():
+    old = a_copy(9, is_old=True)
+    assert clock_is_behind([old, a_copy(20)], NIGHT + timedelta(days=9, seconds=-1)).count(old.name) == 1
+    assert clock_is_behind([old], NIGHT + timedelta(days=9)) is None
+    assert clock_is_behind([old._replace(problem='x'), old._replace(aside='x'), a_copy(20)], NIGHT) is None
+
+
+def test_all_that_is_in_the_way_of_pruning_is_told_each_by_itself():
+    copies = [a_copy(1), a_copy(3, is_old=True), a_copy(2, is_newer=True, problem='a newer VmBackup made it')]
+    assert len(retention_warnings(copies, utc(0), NIGHT)) == 3
+    assert retention_warnings([a_copy(1), a_copy(2, is_old=True)], utc(5), NIGHT + timedelta(days=5)) == []
+
+
+def test_what_was_moved_aside_tells_nothing_about_the_clock():
+    assert clock_went_back([a_copy(9, aside='moved here by hand')], utc(5)) is None
+
+
+# --- what was moved aside by hand ---------------------------------------------------------------------------------------
+
+def asides(copies, folder, *own_names):
+    return [bool(copy.aside) for copy in with_moved_aside(copies, folder, own_names)]
+
+
+def test_a_copy_that_names_another_directory_was_moved():
+    assert asides([a_copy(1, home='web'), a_copy(2, home='KEEP')], 'KEEP') == [True, False]
+    assert asides([a_copy(1, home='Web')], 'web') == [False], 'on a CIFS share that is one directory'
+    assert asides([a_copy(1, home='web')], 'shop', 'shop') == [True], 'whatever its VM is named today'
+
+
+def test_a_copy_that_names_none_is_at_home_only_where_its_vm_is():
+    untold = a_copy(1)
+    assert asides([untold], 'KEEP') == [True]
+    assert asides([untold], 'shop', 'shop') == [False], 'the VM bears that name today'
+    assert asides([untold, a_copy(2, home='shop')], 'shop') == [False, False], 'later ones tell that it is'
+    assert asides([untold, a_copy(2, home='shop', uuid=OTHERS)], 'shop') == [True, False]
+
+
+@given(shelves(), st.integers(1, 8))
+def test_what_was_moved_aside_is_neither_removed_nor_counted(copies, keep):
+    assert going([copy for copy in copies if not copy.aside], keep) == going(copies, keep)
+
+
+# --- one uuid in two pools -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('pools, are_aside', [
+    (['here'], [False]), (['there'], [True]), (['here', 'there'], [False, True]), (['', 'here'], [False, False]),
+    (['', 'there'], [True, True]), (['', ''], [False, False])])
+def test_copies_of_another_pool_and_those_that_may_be_are_put_aside(pools, are_aside):
+    copies = [a_copy(night, pool=pool) for night, pool in enumerate(pools)]
+    assert [bool(copy.aside) for copy in with_pools_told_apart(copies, US, 'here')] == are_aside
+    assert with_pools_told_apart(copies, OTHERS, 'here') == copies
 
 
 # --- whose an old copy is ----------------------------------------------------------------------------------------------
