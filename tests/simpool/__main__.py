@@ -137,6 +137,8 @@ def command_run(options: argparse.Namespace) -> int:
         if stopped:
             child.send_signal(stopped[0])
         status = child.wait()
+        # time stops here for the pool, but its server does not die of it
+        running.let_go()
     finally:
         running.stop()
     return status if status >= 0 else 128 - status

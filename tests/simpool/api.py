@@ -361,8 +361,17 @@ def _add_setters(api: Api, cls: str, field: Any) -> None:
 
     def assert_settable(self: str) -> Dict[str, Any]:
         record = pool.record(cls, self)
-        if cls == "VDI" and name in ("name_label", "name_description"):
-            pool.assert_pbd_is_plugged(record["SR"])  # the storage manager keeps these
+        if cls == "VDI" and name == "on_boot":
+            # message_forwarding.ml ensure_vdi_not_on_running_vm, xapi_vdi.ml set_on_boot, v24.19.2
+            for vbd in record["VBDs"]:
+                vm = pool.record("VBD", vbd)["VM"]
+                state = pool.record("VM", vm)["power_state"]
+                if state != "Halted":
+                    raise Failure("VM_BAD_POWER_STATE", vm, "halted", state.lower())
+            if record["cbt_enabled"]:
+                raise Failure("VDI_CBT_ENABLED", self)
+        if cls == "VDI" and name in ("name_label", "name_description", "on_boot"):
+            pool.assert_sr_answers(record["SR"])  # the storage manager keeps these
         return record
 
     def set_value(call: Call, self: str, value: Any) -> None:
@@ -370,6 +379,8 @@ def _add_setters(api: Api, cls: str, field: Any) -> None:
             assert_settable(self)
             _reference_is_good(pool, field.target, value)
             pool.set_field(cls, self, name, value)
+            if cls == "VDI" and name == "on_boot":
+                pool.note_on_boot(self)
             pool.update_allowed_operations(cls, self)
 
     def add_to(call: Call, self: str, key: str, value: Any) -> None:
@@ -840,7 +851,7 @@ def _add_disks(api: Api) -> None:
 
     def sr_update(call: Call, sr: str) -> None:
         with pool.lock:
-            pool.assert_pbd_is_plugged(sr)
+            pool.assert_sr_answers(sr)
             pool.update_space(sr)
 
     api.add("SR.update", "sr: ref SR", "void", sr_update, has_async=True)

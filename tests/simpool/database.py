@@ -262,11 +262,12 @@ class Database:
         self._log_file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def close_log(self) -> None:
+        """What changed so far is written, and nothing from now on."""
         with self.lock:
-            pass
-        if self._log_file is not None:
-            os.close(self._log_file)
-            self._log_file = None
+            self._flush()
+            if self._log_file is not None:
+                os.close(self._log_file)
+                self._log_file = None
 
     def log(self, entry: List[Any]) -> None:
         """Have another kind of change written with those of the tables (the storage's)."""

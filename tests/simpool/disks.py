@@ -54,9 +54,16 @@ class Disks:
         self.set_field("VDI", vdi, "physical_utilisation", str(self.storage.utilisation(record["uuid"])))
         self.update_space(record["SR"])
 
-    def assert_pbd_is_plugged(self, sr: str) -> None:
-        if not any(self.tables["PBD"][pbd]["currently_attached"] for pbd in self.record("SR", sr)["PBDs"]):
+    def assert_sr_answers(self, sr: str) -> None:
+        """Refuse where nobody is there to do storage work on this SR: of a shared one the master is asked, of a local one
+        its host (message_forwarding.ml choose_pbds_for_sr and do_op_on, v24.19.2). A dead host's PBDs go on being plugged."""
+        record = self.record("SR", sr)
+        hosts = [self.tables["PBD"][pbd]["host"] for pbd in record["PBDs"] if self.tables["PBD"][pbd]["currently_attached"]]
+        if record["shared"]:
+            hosts = [host for host in hosts if self.is_master(host)]
+        if not hosts:
             raise Failure("SR_HAS_NO_PBDS", sr)
+        self.assert_can_be_asked(hosts[0])
 
     # --- who holds a disk
 
@@ -108,18 +115,22 @@ class Disks:
 
     @contextmanager
     def attach_to_dom0(self, vdi: str, host: str, mode: str = "RO", task: str = "") -> Iterator[str]:
-        """The disk is attached to the host's control domain by a VBD while the block runs (attach_helpers.ml, sm_fs_ops.ml)."""
+        """The disk is attached to the host's control domain by a VBD while the block runs (attach_helpers.ml, sm_fs_ops.ml).
+
+        The VBD names the task that it was made for. If the server ends meanwhile it stays attached, for good: nothing looks
+        for such at the start (tried on a real server, 24.19.2).
+        """
         with self.lock:
             domain = self.record("host", host)["control_domain"]
             self.assert_attachable(vdi, mode, domain)
-            self.assert_pbd_is_plugged(self.record("VDI", vdi)["SR"])
+            self.assert_sr_answers(self.record("VDI", vdi)["SR"])
             taken = {self.tables["VBD"][ref]["userdevice"] for ref in self.record("VM", domain)["VBDs"]}
             number = next(number for number in range(len(taken) + 1) if str(number) not in taken)
             vbd = self.create("VBD", {
                 "VM": domain, "VDI": vdi, "userdevice": str(number), "device": "sm/backend/%s/%s" % (
                     self.record("SR", self.record("VDI", vdi)["SR"])["uuid"], self.record("VDI", vdi)["uuid"]),
                 "mode": mode, "type": "Disk", "bootable": False, "empty": False, "currently_attached": True,
-                "other_config": {"task_id": task} if task else {}, "unpluggable": True})
+                "other_config": {"task_id": task} if task and self.names_task_in_vbds() else {}, "unpluggable": True})
             self.update_allowed_operations("VBD", vbd)
             self.update_allowed_operations("VDI", vdi)
             self.open_devices.add(vbd)
@@ -148,7 +159,7 @@ class Disks:
         with self.lock:
             sr = fields["SR"]
             record = self.record("SR", sr)
-            self.assert_pbd_is_plugged(sr)
+            self.assert_sr_answers(sr)
             if record["type"] == "udev" or record["is_tools_sr"]:
                 raise Failure("SR_OPERATION_NOT_SUPPORTED", sr)
             size = int(fields["virtual_size"])
@@ -209,7 +220,7 @@ class Disks:
     def _duplicate(self, vdi: str, fields: Dict[str, Any], snapshot: bool) -> str:
         original = self.record("VDI", vdi)
         sr = original["SR"]
-        self.assert_pbd_is_plugged(sr)
+        self.assert_sr_answers(sr)
         if original["uuid"] not in self.storage.contents:
             raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
         self._reserve(sr, self.storage.cost_of_snapshot(original["uuid"]))
@@ -229,11 +240,18 @@ class Disks:
             with self.operation("VDI", vdi, "destroy", mine):
                 with self.lock:
                     record = self.record("VDI", vdi)
-                    self.assert_pbd_is_plugged(record["SR"])
+                    self.assert_sr_answers(record["SR"])
                     if record["missing"] or record["uuid"] not in self.storage.contents:
                         raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
                     self.storage.destroy(record["uuid"])
                     self._drop_vdi_row(vdi)
+
+    def note_on_boot(self, vdi: str) -> None:
+        """The storage manager's own note of on_boot, which VM operations go by (xapi_vm_lifecycle.ml, v24.19.2)."""
+        if self.record("VDI", vdi)["on_boot"] == "reset":
+            self.set_key("VDI", vdi, "sm_config", "on_boot", "reset")
+        else:
+            self.drop_key("VDI", vdi, "sm_config", "on_boot")
 
     def vdi_forget(self, vdi: str, task: Optional[str] = None) -> None:
         """VDI.forget: only the row goes; the next SR.scan finds the disk again."""
@@ -267,7 +285,7 @@ class Disks:
         """SR.scan: disks that the SR holds and the database forgot get rows again. Their names are lost."""
         with self.lock:
             record = self.record("SR", sr)
-            self.assert_pbd_is_plugged(sr)
+            self.assert_sr_answers(sr)
             for uuid in [uuid for uuid, of in self.strays.items() if of == record["uuid"]]:
                 self.set_stray(uuid, None)
                 content = self.storage.contents.get(uuid)

@@ -644,34 +644,40 @@ class BadVhd(Exception):
     """No VHD, or one that ends too early, or data behind the end of the disk."""
 
 
-def receive_vhd(source: Source, disk: Any, advance: Callable[[int], None]) -> None:
-    """Writes the sectors that a VHD holds to the disk; all others stay as they were.
+def receive_vhd(source: Source, disk: Any, advance: Callable[[int], None], length: Optional[int] = None) -> None:
+    """Writes the sectors whose bit is set in their block's bitmap; all others stay as they were, whatever lay there.
 
-    The blocks are taken in the order of the file, whatever their order in the disk. A
-    differencing VHD is laid over the disk's content, its parent is not looked at.
+    As vhd_format/f.ml openstream reads it, v24.19.2: forward only, so footer, header and table
+    stand before the data in this order; the blocks in the order of the file, whatever their order
+    in the disk; of two table entries for one place the later counts; the last footer at the end
+    of `length`. Type, size and parent are not looked at: a differencing VHD is laid over the
+    disk's content as it is.
     """
+    before = source.count
+
+    def skip_to(place: int) -> None:
+        gap = place - (source.count - before)
+        if gap < 0:
+            raise BadVhd('something stands before what it needs')
+        while gap:
+            gap -= len(source.exactly(min(gap, MIB)))
+
     try:
         footer = source.exactly(SECTOR)
-        if footer[:8] != b'conectix':
-            raise BadVhd('no VHD footer')
-        header_at, = struct.unpack_from('>Q', footer, 16)
-        source.exactly(header_at - SECTOR)
+        _assert_sound(footer, b'conectix', 64)
+        skip_to(struct.unpack_from('>Q', footer, 16)[0])
         header = source.exactly(1024)
-        if header[:8] != b'cxsparse':
-            raise BadVhd('no VHD header')
-        bat_at, = struct.unpack_from('>Q', header, 16)
+        _assert_sound(header, b'cxsparse', 36)
         entries, block_size = struct.unpack_from('>II', header, 28)
-        source.exactly(bat_at - header_at - 1024)
+        if entries > VHD_LARGEST // SECTOR or block_size % SECTOR:
+            raise BadVhd('no such table')
+        skip_to(struct.unpack_from('>Q', header, 16)[0])
         bat = struct.unpack('>%dI' % entries, source.exactly(4 * entries))
-        at = bat_at + 4 * entries
         bitmap_size = (block_size // SECTOR // 8 + SECTOR - 1) // SECTOR * SECTOR
-        for sector, block in sorted((s, b) for b, s in enumerate(bat) if s != _ABSENT):
-            if sector * SECTOR < at:
-                raise BadVhd('overlapping blocks')
-            source.exactly(sector * SECTOR - at)
+        for sector, block in sorted({s: b for b, s in enumerate(bat) if s != _ABSENT}.items()):
+            skip_to(sector * SECTOR)
             bitmap = source.exactly(bitmap_size)
             content = source.exactly(block_size)
-            at = sector * SECTOR + bitmap_size + block_size
             for first, count in _set_bits(bitmap, block_size // SECTOR):
                 start = block * block_size + first * SECTOR
                 piece = content[first * SECTOR:(first + count) * SECTOR]
@@ -682,9 +688,18 @@ def receive_vhd(source: Source, disk: Any, advance: Callable[[int], None]) -> No
                 if piece:
                     disk.write(start, piece)
             advance(block_size)
-        source.exactly(SECTOR)
+        if length is not None:
+            skip_to((length - 1) // SECTOR * SECTOR)
+        _assert_sound(source.exactly(SECTOR), b'conectix', 64)
     except PrematureEnd:
         raise BadVhd('the end came too early')
+
+
+def _assert_sound(block: bytes, cookie: bytes, checksum_at: int) -> None:
+    """A footer or a header begins with its cookie and bears its checksum."""
+    stated, = struct.unpack_from('>I', block, checksum_at)
+    if block[:8] != cookie or stated != _vhd_checksum(block[:checksum_at] + bytes(4) + block[checksum_at + 4:]):
+        raise BadVhd('no VHD, or a damaged one')
 
 
 def _set_bits(bitmap: bytes, count: int) -> Iterator[Tuple[int, int]]:

@@ -107,8 +107,16 @@ def vm_refusal(record: Dict[str, Any], ref: str, operation: str, four_parameters
         return Failure("VM_MISSING_PV_DRIVERS", ref)
     if resets_on_boot and operation in ("checkpoint", "snapshot", "suspend", "snapshot_with_quiesce"):
         return Failure("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION")
-    if record["VUSBs"] and operation in ("snapshot", "checkpoint", "suspend"):
+    if record["attached_PCIs"] and operation in ("suspend", "checkpoint", "pool_migrate", "migrate_send"):
+        return Failure("VM_HAS_PCI_ATTACHED", ref)
+    if record["VGPUs"] and operation in ("suspend", "checkpoint", "pool_migrate", "migrate_send"):
+        # of the kinds that can't be suspended (check_vgpu): what has no state to save may pass
+        if (operation, record["power_state"]) not in (("checkpoint", SUSPENDED), ("migrate_send", HALTED)):
+            return Failure("VM_HAS_VGPU", ref)
+    if record["VUSBs"] and operation in ("suspend", "snapshot", "checkpoint", "migrate_send", "pool_migrate"):
         return Failure("VM_HAS_VUSBS", ref)
+    if record["VTPMs"] and operation == "create_vtpm":
+        return Failure("VTPM_MAX_AMOUNT_REACHED", str(len(record["VTPMs"])))
     return None
 
 
@@ -119,7 +127,8 @@ def vm_allowed_operations(record: Dict[str, Any], quiesce: bool, resets_on_boot:
     """The VM's allowed_operations; remembered per state, since thousands of VMs share a few."""
     key = (record["power_state"], record["is_a_template"], record["is_default_template"], record["is_a_snapshot"],
            record["is_control_domain"], tuple(sorted(record["blocked_operations"])),
-           tuple(sorted(record["current_operations"].values())), quiesce, resets_on_boot, has_drivers, bool(record["VUSBs"]))
+           tuple(sorted(record["current_operations"].values())), quiesce, resets_on_boot, has_drivers,
+           bool(record["VUSBs"]), bool(record["VGPUs"]), bool(record["VTPMs"]), bool(record["attached_PCIs"]))
     if key not in _ALLOWED:
         allowed = []  # type: List[str]
         for operation in VM_OPERATIONS:

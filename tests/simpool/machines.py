@@ -5,7 +5,7 @@ import re
 from typing import Any, Dict, Iterable, List, Optional
 
 import lifecycle
-from database import new_uuid
+from database import new_ref, new_uuid
 from disks import device_name
 from schema import CLASSES, CONSTRUCTORS, EPOCH, NULL, Failure, database_text, record_of_text
 
@@ -49,12 +49,14 @@ class Machines:
     def srs_of_vm(self, vm: str) -> List[str]:
         """Every SR that a host must see to work on the VM's disks, that of an inserted ISO too.
 
-        See xapi_vm_helpers.ml assert_can_see_SRs, v26.17.0.
+        A drive whose disk is not there, or a disk whose SR is not, makes it one that no host sees: the null reference
+        (xapi_vm_helpers.ml assert_can_see_SRs, v26.17.0).
         """
         record = self.record("VM", vm)
         disks = [self.tables["VBD"][vbd]["VDI"] for vbd in record["VBDs"] if not self.tables["VBD"][vbd]["empty"]]
-        disks.append(record["suspend_VDI"])
-        return sorted({self.tables["VDI"][disk]["SR"] for disk in disks if disk in self.tables["VDI"]})
+        if record["suspend_VDI"] in self.tables["VDI"]:
+            disks.append(record["suspend_VDI"])
+        return sorted({self.tables["VDI"].get(disk, {}).get("SR", NULL) for disk in disks})
 
     def find_vms(self, name_or_uuid: str) -> List[str]:
         """All VMs of this name, or the one with this uuid."""
@@ -475,6 +477,9 @@ class Machines:
         domid = str(self.last_domid[host])
         self.set_fields("VM", vm, {"power_state": "Paused" if paused else "Running", "resident_on": host, "domid": domid})
         record = self.record("VM", vm)
+        if record["other_config"].get("pci"):
+            # devices are passed through by this key, and stand in the record while the VM has them
+            self.set_field("VM", vm, "attached_PCIs", [new_ref() for _ in record["other_config"]["pci"].split(",")])
         if record["guest_metrics"] not in self.tables["VM_guest_metrics"]:
             metrics = {name: _copied(value) for name, value in GUEST_METRICS.items()}
             self.set_field("VM", vm, "guest_metrics", self.create("VM_guest_metrics", dict(metrics, last_updated=self.now())))
@@ -497,7 +502,7 @@ class Machines:
     def _stop(self, vm: str, state: str) -> None:
         """The VM runs no more. Only a halted one's drives and interfaces are marked as detached
         (xapi_vm_lifecycle.ml force_state_reset_keep_current_operations)."""
-        self.set_fields("VM", vm, {"power_state": state, "resident_on": NULL, "domid": "-1"})
+        self.set_fields("VM", vm, {"power_state": state, "resident_on": NULL, "domid": "-1", "attached_PCIs": []})
         if state == "Halted":
             self.plug_devices(vm, False)
 

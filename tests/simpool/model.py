@@ -68,7 +68,7 @@ class Pool(Machines, Disks, Database):
         #: the time at which everything happens, while a pool is built from its description
         self.fixed_time = None  # type: Optional[float]
         self.last_domid = {}  # type: Dict[str, int]
-        #: the server's lives so far: one that died cleans nothing up
+        #: which life of the server this is: what was begun in an earlier one is never cleaned up
         self.lives = 0
         #: VBDs whose device an export or an import has open
         self.open_devices = set()  # type: set
@@ -107,6 +107,10 @@ class Pool(Machines, Disks, Database):
 
     def busy_has_four_parameters(self) -> bool:
         return self.version >= (25, 33, 2)
+
+    def names_task_in_vbds(self) -> bool:
+        """Whether the VBD of an export or import bears the key task_id (attach_helpers.ml; gone since v26.16.0)."""
+        return self.version < (26, 16)
 
     def checks_mac_seed(self) -> bool:
         """Whether an import that keeps uuids refuses a mac_seed of the pool as DUPLICATE_MAC_SEED (before: DUPLICATE_VM)."""
@@ -403,6 +407,8 @@ class Pool(Machines, Disks, Database):
         if cls == "VM":
             allowed = lifecycle.vm_allowed_operations(record, self._can_quiesce(record), self._resets_on_boot(record),
                                                       self._has_drivers(record))
+        elif cls == "VDI" and record["SR"] not in self.tables["SR"]:
+            allowed = []
         elif cls == "VDI":
             allowed = lifecycle.vdi_allowed_operations(record, self.record("SR", record["SR"]), self.attached_modes(ref),
                                                        bool(self.hosts_that_see([record["SR"]])))
@@ -432,10 +438,12 @@ class Pool(Machines, Disks, Database):
                     return self.names_of(record["VM"]) + self.names_of(record.get("VDI", NULL))
             names = []
             for cls in ("VM", "VDI"):
-                record = self.tables[cls].get(ref, {})
-                while record:
+                seen = []  # type: List[str]
+                while ref in self.tables[cls] and ref not in seen:  # there are snapshots of themselves, and of each other
+                    seen.append(ref)
+                    record = self.tables[cls][ref]
                     names += [record["name_label"], record["uuid"]]
-                    record = self.tables[cls].get(record["snapshot_of"], {})
+                    ref = record["snapshot_of"]
             return names
 
     def choose_host(self, sr_refs: Iterable[str]) -> str:
@@ -444,6 +452,12 @@ class Pool(Machines, Disks, Database):
         if not hosts:
             raise Failure("NO_HOSTS_AVAILABLE")
         return random.choice(sorted(hosts))
+
+    def die(self) -> None:
+        """The server ends, now: nothing that its threads still do is written down."""
+        self.lives += 1
+        self.open_devices.clear()
+        self.close_log()
 
     def forget_current_operations(self) -> None:
         """What a restarted server does: nobody works on anything any more."""

@@ -201,6 +201,7 @@ class Import:
         for cls, ident, record in objects:
             self.by_class.setdefault(cls, []).append((ident, record))
         self.records = {ident: record for _, ident, record in objects}
+        self.life = pool.lives
         self.made = {}          # type: Dict[str, str]
         self.undo = []          # type: List[Callable[[], None]]
         self.vms = []           # type: List[str]
@@ -240,8 +241,8 @@ class Import:
             self.disks = [(ident, int(self.records[ident]['virtual_size']), self.made[ident]) for ident in self._streamed()]
 
     def roll_back(self) -> None:
-        """Takes away everything that was made, unless force was asked for (import.ml cleanup)."""
-        if self.force:
+        """Takes away everything that was made, unless force was asked for (import.ml cleanup) or the server died of it."""
+        if self.force or self.life != self.pool.lives:
             return
         for step in reversed(self.undo):
             try:
@@ -277,7 +278,8 @@ class Import:
             return None
         existing = self.pool.record('VM', ref)
         if existing['power_state'] != 'Halted' and not self.force:
-            raise Failure('VM_BAD_POWER_STATE', ref, 'halted', existing['power_state'].lower())
+            # capitalised here, and here only (import.ml, v24.19.2)
+            raise Failure('VM_BAD_POWER_STATE', ref, 'Halted', existing['power_state'])
         if int(existing['version']) >= int(record['version']) and not self.force:
             raise Failure('VM_TO_IMPORT_IS_NOT_NEWER_VERSION', ref, existing['version'], record['version'])
         return ref
@@ -286,6 +288,8 @@ class Import:
         pool = self.pool
         if self.restore:
             existing = self._existing_vm(record)
+            if existing is not None and pool.record('VM', existing)['power_state'] != 'Halted':
+                return      # with force it is passed over, and its drives then find no VM (import.ml Skip)
             if existing is not None:
                 pool.drop_vm_row(existing)      # its disks stay, with no VM
         fields = {name: value for name, value in record.items() if name in CLASSES['VM'].fields}
@@ -388,7 +392,7 @@ class Import:
         if record['type'] == 'CD':
             vdi = self._find_iso(record['VDI'])
         if record['VM'] not in self.made:
-            return
+            raise missing(record['VM'])
         if vdi is None and record['currently_attached'] and not (
                 record['type'] == 'CD' and self.records[record['VM']]['HVM_boot_policy']):
             raise Failure('IMPORT_ERROR_ATTACHED_DISKS_NOT_FOUND')
@@ -418,7 +422,10 @@ class Import:
     # --- Networks
 
     def _find_network(self, ident: str, record: Dict[str, Any]) -> None:
-        """By name, else by bridge, else a new one of that name that leads nowhere."""
+        """By name, else by bridge, else a new one of that name and bridge that leads nowhere (import.ml module Net).
+
+        In another pool the network on the same bridge may be a wrong one.
+        """
         pool = self.pool
         for field in ('name_label', 'bridge'):
             for ref, network in pool.tables['network'].items():
@@ -427,18 +434,20 @@ class Import:
                     return
         network = pool.create('network', {
             'name_label': record['name_label'], 'name_description': record['name_description'], 'MTU': record['MTU'],
-            'other_config': record['other_config'], 'bridge': 'xapi%d' % len(pool.tables['network'])})
+            'other_config': dict(record['other_config'], import_task=self.task), 'bridge': record['bridge'],
+            'tags': record['tags'], 'managed': record.get('managed', True)})
         self.made[ident] = network
         self.undo.append(lambda: pool.destroy_row('network', network))
 
     def _create_vif(self, record: Dict[str, Any]) -> None:
         pool = self.pool
-        if record['VM'] not in self.made or record['network'] not in self.made:
-            return
-        vm = self.made[record['VM']]
         uuid = record['uuid'] if self.restore else new_uuid()
         if self.restore and self._already_there('VIF', uuid):
             return
+        for needed in (record['VM'], record['network']):
+            if needed not in self.made:
+                raise missing(needed)
+        vm = self.made[record['VM']]
         keeps_mac = self.restore
         # What is static about its addresses is lost: VIF.create sets none (xapi_vif.ml create).
         fields = {name: record[name] for name in ('device', 'MTU', 'other_config', 'qos_algorithm_type',

@@ -11,32 +11,43 @@ from typing import Any, Dict, List, Optional, Tuple
 import storage
 from database import identities, uuid_text
 from disks import device_name
+from lifecycle import POWER_STATES
 from machines import GUEST_METRICS, mac_of
 from model import DEFAULT_VERSION, Pool, parse_version
-from schema import CLASSES, NULL, convert
+from schema import CLASSES, NULL, Failure, convert
 
 GIB = 1024 ** 3
 TIB = 1024 ** 4
 
 #: What each kind of object may say, and its default. REQUIRED has none; DERIVED is worked out from the rest.
+#:
+#: Rows that are damaged, as people's pools have them: a VM with "snapshot_of_itself", a disk with "snapshot_of": "self",
+#: "missing" (the storage has lost it), "sr": null (the null reference) or "sr": "?" (a reference to nothing), a CD with
+#: "vdi": "?", a VIF with "network": "?".
 REQUIRED = object()
 DERIVED = None
+#: The first SR for disks; null is something else there, the null reference.
+FIRST_SR = ""
+#: Where a name is expected: a reference to something that is not there.
+DANGLING = "?"
 
 POOL_KEYS = {"xapi_version": DEFAULT_VERSION, "hosts": DERIVED, "srs": DERIVED, "networks": DERIVED, "templates": [],
              "vms": []}  # type: Dict[str, Any]
 HOST_KEYS = {"name_label": REQUIRED, "name_description": "Default install", "uuid": DERIVED, "hostname": DERIVED,
              "master": DERIVED, "live": True}
 SR_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "type": DERIVED, "shared": DERIVED,
-           "host": DERIVED, "size": 4 * TIB}
+           "host": DERIVED, "size": 4 * TIB, "must_zero": False}
 NETWORK_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "bridge": DERIVED, "MTU": 1500}
 TEMPLATE_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "default": False}
 VM_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "power_state": "Halted", "resident_on": DERIVED,
            "memory": GIB, "vcpus": 1, "tags": [], "other_config": {}, "os_version": "", "is_a_template": False, "count": 1,
+           "blocked_operations": {}, "snapshot_of_itself": False, "vusbs": 0, "vgpus": 0, "pci": 0, "vtpm": 0,
            "disks": [], "cds": [], "vifs": [], "snapshots": []}
-DISK_KEYS = {"device": DERIVED, "userdevice": DERIVED, "size": GIB, "used": 0, "seed": 0, "sr": DERIVED, "name_label": "",
+DISK_KEYS = {"device": DERIVED, "userdevice": DERIVED, "size": GIB, "used": 0, "seed": 0, "sr": FIRST_SR, "name_label": "",
              "name_description": "", "uuid": DERIVED, "bootable": False, "mode": "RW", "type": DERIVED, "owner": False,
-             "other_config": {}}  # type: Dict[str, Any]
-CD_KEYS = {"userdevice": DERIVED, "empty": True, "sr": DERIVED, "name_label": "", "size": 64 * storage.MIB}
+             "other_config": {}, "on_boot": "persist", "sharable": False, "cbt_enabled": False, "missing": False,
+             "snapshot_of": DERIVED}  # type: Dict[str, Any]
+CD_KEYS = {"userdevice": DERIVED, "empty": DERIVED, "sr": DERIVED, "name_label": "", "size": 64 * storage.MIB, "vdi": DERIVED}
 VIF_KEYS = {"device": DERIVED, "network": DERIVED, "MAC": DERIVED, "MTU": 1500, "settings": {}}  # type: Dict[str, Any]
 VIF_SETTINGS = ("other_config qos_algorithm_type qos_algorithm_params locking_mode ipv4_allowed ipv6_allowed "
                 "ipv4_configuration_mode ipv4_addresses ipv4_gateway ipv6_configuration_mode ipv6_addresses "
@@ -48,7 +59,7 @@ EXAMPLE = {
     "hosts": [{"name_label": "xcp1", "name_description": "Default install", "master": True, "live": True,
                "uuid": "11111111-2222-4333-8444-555555555501", "hostname": "xcp1"}, {"name_label": "xcp2"}],
     "srs": [{"name_label": "nfs-store", "name_description": "", "type": "nfs", "shared": True, "size": 4 * TIB,
-             "uuid": "11111111-2222-4333-8444-555555555502"},
+             "uuid": "11111111-2222-4333-8444-555555555502", "must_zero": False},
             {"name_label": "local xcp2", "type": "ext", "host": "xcp2"},
             {"name_label": "ISO library", "type": "iso", "shared": True}],
     "networks": [{"name_label": "Pool-wide network associated with eth0", "name_description": "", "bridge": "xenbr0",
@@ -60,9 +71,12 @@ EXAMPLE = {
              "os_version": "CentOS Linux release 7.9", "is_a_template": False, "count": 1,
              "disks": [{"device": "xvda", "userdevice": "0", "size": 10 * GIB, "used": [[0, 64], [2048, 8]], "seed": 7,
                         "sr": "nfs-store", "name_label": "root", "name_description": "", "bootable": True, "mode": "RW",
-                        "type": "system", "owner": True, "other_config": {}, "uuid": "11111111-2222-4333-8444-555555555506"},
+                        "type": "system", "owner": True, "other_config": {}, "uuid": "11111111-2222-4333-8444-555555555506",
+                        "on_boot": "persist", "sharable": False, "cbt_enabled": False, "missing": False, "snapshot_of": None},
                        {"size": 2 * TIB, "used": 16}],
-             "cds": [{"userdevice": "3", "empty": True},
+             "blocked_operations": {"start": "not before the move is over"}, "snapshot_of_itself": False, "vusbs": 0, "vgpus": 0,
+             "pci": 0, "vtpm": 0,
+             "cds": [{"userdevice": "3", "empty": True, "vdi": None},
                      {"userdevice": "4", "empty": False, "sr": "ISO library", "name_label": "tools.iso",
                       "size": 64 * storage.MIB}],
              "vifs": [{"device": "0", "network": "Pool-wide network associated with eth0", "MAC": "aa:bb:cc:00:11:22",
@@ -102,10 +116,11 @@ def _filled(given: Any, keys: Dict[str, Any], where: str) -> Dict[str, Any]:
 def _check_type(key: str, value: Any, default: Any, where: str) -> None:
     kinds = {"size": int, "memory": int, "vcpus": int, "MTU": int, "count": int, "tags": list, "other_config": dict,
              "master": bool, "live": bool, "shared": bool, "default": bool, "is_a_template": bool, "bootable": bool,
-             "empty": bool, "owner": bool}  # type: Dict[str, type]
+             "empty": bool, "owner": bool, "blocked_operations": dict, "snapshot_of_itself": bool, "vusbs": int, "vgpus": int,
+             "pci": int, "vtpm": int, "must_zero": bool, "sharable": bool, "cbt_enabled": bool, "missing": bool}  # type: Dict[str, type]
     if key in ("used", "seed", "hosts", "srs", "networks", "templates", "vms", "disks", "cds", "vifs", "snapshots", "settings"):
         return
-    if value is None and default is DERIVED:
+    if value is None and (default is DERIVED or default is FIRST_SR):
         return
     kind = kinds.get(key, str)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -186,6 +201,9 @@ def _check_vm(vm: Dict[str, Any], pool: Dict[str, Any], where: str) -> None:
         raise PoolFileError("%s: a template is Halted" % where)
     if vm["resident_on"] is not None and vm["resident_on"] not in [host["name_label"] for host in pool["hosts"]]:
         raise PoolFileError("%s: there is no host %r" % (where, vm["resident_on"]))
+    for operation in vm["blocked_operations"]:
+        if operation not in POWER_STATES:
+            raise PoolFileError("%s: blocked_operations: there is no operation %r" % (where, operation))
     if vm["vcpus"] < 1:
         raise PoolFileError("%s: vcpus must be 1 or more" % where)
     if vm["count"] != 1:
@@ -204,10 +222,14 @@ def _check_vm(vm: Dict[str, Any], pool: Dict[str, Any], where: str) -> None:
         disk["userdevice"] = str(position) if disk["userdevice"] is None else disk["userdevice"]
         disk["device"] = device_name(disk["userdevice"]) if disk["device"] is None else disk["device"]
         disk["type"] = disk["type"] or ("system" if disk["userdevice"] == "0" else "user")
-        if disk["sr"] is None:
-            disk["sr"] = next((sr["name_label"] for sr in pool["srs"] if sr["type"] != "iso"), None)
-        if disk["sr"] not in srs:
+        if disk["sr"] == FIRST_SR:
+            disk["sr"] = next((sr["name_label"] for sr in pool["srs"] if sr["type"] != "iso"), FIRST_SR)
+        if disk["sr"] not in srs + [None, DANGLING]:
             raise PoolFileError("%s: there is no SR %r" % (here, disk["sr"]))
+        if disk["on_boot"] not in ("persist", "reset"):
+            raise PoolFileError("%s: on_boot %r" % (here, disk["on_boot"]))
+        if disk["snapshot_of"] not in (None, "self"):
+            raise PoolFileError("%s: snapshot_of can only be \"self\"" % here)
         if disk["mode"] not in ("RW", "RO"):
             raise PoolFileError("%s: mode %r" % (here, disk["mode"]))
         if not isinstance(disk["seed"], (int, str)):
@@ -225,7 +247,10 @@ def _check_vm(vm: Dict[str, Any], pool: Dict[str, Any], where: str) -> None:
     for position, cd in enumerate(vm["cds"]):
         here = "%s.cds[%d]" % (where, position)
         cd["userdevice"] = str(3 + position) if cd["userdevice"] is None else cd["userdevice"]
-        if not cd["empty"]:
+        if cd["vdi"] not in (None, DANGLING) or (cd["vdi"] is not None and cd["empty"]):
+            raise PoolFileError("%s: vdi can only be \"?\", of a CD drive that is not empty" % here)
+        cd["empty"] = cd["vdi"] is None if cd["empty"] is None else cd["empty"]
+        if not cd["empty"] and cd["vdi"] is None:
             cd["sr"] = cd["sr"] or (isos[0] if isos else None)
             if cd["sr"] not in isos:
                 raise PoolFileError("%s: there is no SR of type iso named %r" % (here, cd["sr"]))
@@ -238,7 +263,7 @@ def _check_vm(vm: Dict[str, Any], pool: Dict[str, Any], where: str) -> None:
         here = "%s.vifs[%d]" % (where, position)
         vif["device"] = str(position) if vif["device"] is None else vif["device"]
         vif["network"] = vif["network"] or pool["networks"][0]["name_label"]
-        if vif["network"] not in [network["name_label"] for network in pool["networks"]]:
+        if vif["network"] not in [network["name_label"] for network in pool["networks"]] + [DANGLING]:
             raise PoolFileError("%s: there is no network %r" % (here, vif["network"]))
         if vif["MAC"] is not None and not re.match(r"([0-9a-f]{2}:){5}[0-9a-f]{2}\Z", vif["MAC"]):
             raise PoolFileError("%s: MAC must be like aa:bb:cc:00:11:22" % here)
@@ -263,6 +288,11 @@ def _uuid(*names: Any) -> str:
     return uuid_text(hashlib.md5("\0".join(str(name) for name in names).encode("utf-8")).hexdigest())
 
 
+def _nothing(*names: Any) -> str:
+    """A reference to an object that does not exist."""
+    return "OpaqueRef:" + _uuid("nothing", *names)
+
+
 class _Builder:
     """Turns a checked description into rows."""
 
@@ -275,6 +305,10 @@ class _Builder:
         self.isos = {}  # type: Dict[Tuple[str, str], str]
         self.names = {}  # type: Dict[str, int]
         self.snapshots = []  # type: List[Tuple[str, Dict[str, Any], int]]
+        #: (class, reference, fields) to be set when all is made: what would have stood in the way of making it
+        self.damage = []  # type: List[Tuple[str, str, Dict[str, Any]]]
+        #: uuids of disks that the storage has lost
+        self.missing = []  # type: List[str]
 
     def make(self, cls: str, uuid: str, fields: Dict[str, Any]) -> str:
         """A row with a given uuid and a ref that is derived from it."""
@@ -298,6 +332,14 @@ class _Builder:
             self.pool.update_space(sr)
         for vm_ref, snapshot, number in self.snapshots:
             self._make_snapshot(vm_ref, snapshot, number)
+        for uuid in self.missing:
+            if uuid in self.pool.storage.contents:
+                self.pool.storage.destroy(uuid)
+        for cls, ref, fields in self.damage:
+            self.pool.set_fields(cls, ref, fields)
+            if cls == "VDI":
+                self.pool.note_on_boot(ref)
+            self.pool.update_allowed_operations(cls, ref)
         for vdi in self.pool.tables["VDI"]:
             self.pool.update_allowed_operations("VDI", vdi)
 
@@ -380,7 +422,7 @@ class _Builder:
                 fields["allowed_operations"] = ["unplug", "plug", "pbd_create", "update", "pbd_destroy", "scan",
                                                 "vdi_create", "vdi_destroy"]
             ref = self.srs[sr["name_label"]] = self.make("SR", uuid, fields)
-            pool.storage.add_sr(uuid, sr["type"], sr["size"])
+            pool.storage.add_sr(uuid, sr["type"], sr["size"], sr["must_zero"])
             for name, host in self.hosts.items():
                 if sr["shared"] or sr["host"] == name:
                     domain = pool.record("host", host)["control_domain"]
@@ -429,10 +471,17 @@ class _Builder:
         for disk in vm["disks"]:
             self._make_disk(ref, uuid, disk)
         for cd in vm["cds"]:
-            self._make_vbd(ref, uuid, cd["userdevice"], NULL if cd["empty"] else self._iso(cd), {
-                "type": "CD", "mode": "RO", "empty": cd["empty"]})
+            iso = NULL if cd["empty"] else _nothing("VDI", uuid, cd["userdevice"]) if cd["vdi"] else self._iso(cd)
+            self._make_vbd(ref, uuid, cd["userdevice"], iso, {"type": "CD", "mode": "RO", "empty": cd["empty"]})
         for vif in vm["vifs"]:
             self._make_vif(ref, uuid, vif)
+        # passed-through devices and vTPMs are objects of classes that are not modelled: the lists are all that is seen
+        for field, key in (("VUSBs", "vusbs"), ("VGPUs", "vgpus"), ("VTPMs", "vtpm")):
+            pool.set_field("VM", ref, field, [_nothing(field, uuid, number) for number in range(vm[key])])
+        if vm["pci"]:
+            pool.set_key("VM", ref, "other_config", "pci", ",".join("0/0000:04:00.%d" % number for number in range(vm["pci"])))
+        self.damage.append(("VM", ref, dict({"blocked_operations": dict(vm["blocked_operations"])},
+                                            **({"snapshot_of": ref} if vm["snapshot_of_itself"] else {}))))
         if vm["power_state"] in ("Running", "Paused"):
             self._run(ref, vm)
         elif vm["power_state"] == "Suspended":
@@ -449,12 +498,12 @@ class _Builder:
         if vm["resident_on"] is not None:
             host = self.hosts[vm["resident_on"]]
         else:
-            seeing = pool.hosts_that_see(pool.srs_of_vm(ref))
+            seeing = pool.hosts_that_see([sr for sr in pool.srs_of_vm(ref) if pool.exists("SR", sr)])
             if not seeing:
                 raise PoolFileError("vm %r: no host sees all its disks" % pool.record("VM", ref)["name_label"])
             host = pool.master() if pool.master() in seeing else seeing[0]
-        # a VM may have been running on a host that has died: the database goes on saying so
-        if not pool.sees_all(host, pool.srs_of_vm(ref)):
+        # a VM may have been running on a host that has died, or with a disk whose SR was forgotten: the rows go on saying so
+        if not pool.sees_all(host, [sr for sr in pool.srs_of_vm(ref) if pool.exists("SR", sr)]):
             raise PoolFileError("vm %r: host %r does not see all its disks" % (
                 pool.record("VM", ref)["name_label"], pool.record("host", host)["name_label"]))
         pool.run_vm(ref, host, paused=vm["power_state"] == "Paused")
@@ -463,15 +512,21 @@ class _Builder:
 
     def _make_disk(self, vm: str, vm_uuid: str, disk: Dict[str, Any]) -> None:
         pool = self.pool
-        sr = self.srs[disk["sr"]]
-        sr_uuid = pool.record("SR", sr)["uuid"]
         uuid = disk["uuid"] or _uuid("VDI", vm_uuid, disk["userdevice"])
-        content = storage.Content(disk["size"], disk["seed"], storage.extents_of(disk["used"]), uuid, sr_uuid)
-        pool.storage.add(uuid, content)
+        sr = NULL if disk["sr"] is None else self.srs.get(disk["sr"]) or _nothing("SR", uuid)
+        content = storage.Content(disk["size"], disk["seed"], storage.extents_of(disk["used"]), uuid,
+                                  pool.record("SR", sr)["uuid"] if pool.exists("SR", sr) else "")
+        if content.sr:
+            pool.storage.add(uuid, content)
+        if disk["missing"]:
+            self.missing.append(uuid)
         vdi = self.make("VDI", uuid, {
             "SR": sr, "name_label": disk["name_label"], "name_description": disk["name_description"], "type": disk["type"],
             "location": uuid, "virtual_size": str(disk["size"]), "other_config": dict(disk["other_config"]),
-            "physical_utilisation": str(content.written_blocks() * storage.MIB)})
+            "physical_utilisation": str(content.written_blocks() * storage.MIB), "sharable": disk["sharable"],
+            "cbt_enabled": disk["cbt_enabled"]})
+        self.damage.append(("VDI", vdi, dict({"missing": disk["missing"], "on_boot": disk["on_boot"]},
+                                             **({"snapshot_of": vdi} if disk["snapshot_of"] == "self" else {}))))
         self._make_vbd(vm, vm_uuid, disk["userdevice"], vdi, {
             "bootable": disk["bootable"], "mode": disk["mode"], "type": "Disk", "device": disk["device"],
             "other_config": {"owner": ""} if disk["owner"] else {}})
@@ -498,7 +553,8 @@ class _Builder:
         uuid = _uuid("VIF", vm_uuid, vif["device"])
         seed = self.pool.record("VM", vm)["other_config"]["mac_seed"]
         ref = self.make("VIF", uuid, dict(
-            vif["settings"], VM=vm, network=self.networks[vif["network"]], device=vif["device"], MTU=str(vif["MTU"]),
+            vif["settings"], VM=vm, network=self.networks.get(vif["network"]) or _nothing("network", uuid),
+            device=vif["device"], MTU=str(vif["MTU"]),
             MAC=vif["MAC"] or mac_of(seed, vif["device"]), MAC_autogenerated=vif["MAC"] is None,
             metrics="OpaqueRef:" + _uuid("VIF_metrics", uuid)))
         self.pool.update_allowed_operations("VIF", ref)
@@ -506,7 +562,10 @@ class _Builder:
     def _make_snapshot(self, vm: str, snapshot: Dict[str, Any], number: int) -> None:
         vm_uuid = self.pool.record("VM", vm)["uuid"]
         with identities.derived_from("snapshot %d of %s" % (number, vm_uuid)):
-            ref = self.pool.vm_snapshot(vm, snapshot["name_label"])
+            try:
+                ref = self.pool.vm_snapshot(vm, snapshot["name_label"])
+            except Failure as error:
+                raise PoolFileError("vm %r can't have snapshots: %s" % (self.pool.record("VM", vm)["name_label"], error))
         self.pool.set_field("VM", ref, "uuid", snapshot["uuid"] or _uuid("VM snapshot", vm_uuid, number))
 
 

@@ -13,6 +13,7 @@ import ssl
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import urllib.parse
 from typing import Any, Dict, List, Optional, Set, Tuple
@@ -32,6 +33,8 @@ CERTIFICATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "test-cer
 #: The longest path of a unix socket (sun_path, with its final NUL).
 LONGEST_SOCKET_PATH = 107
 LONGEST_LINE = 64 * 1024
+#: How long transfers have to notice that their clients are gone.
+LET_GO_S = 2.0
 KNOWN_METHODS = ("GET", "PUT", "POST", "OPTIONS", "CONNECT", "TRACE")
 
 
@@ -403,10 +406,20 @@ class Server:
         with open(os.path.join(self.folder, "bugs.txt"), "a", encoding="utf-8") as stream:
             stream.write(text)
 
+    def let_go(self) -> None:
+        """Who was served is gone, so all connections break; what was being moved for them ends in good order, if it can."""
+        self._break_connections()
+        deadline = time.time() + LET_GO_S
+        while self.pool.open_devices and time.time() < deadline:
+            time.sleep(0.02)
+
     def stop(self) -> None:
-        """Close everything. Calls that are still going on are cut off."""
-        self.pool.stopping = True
+        """Close everything. Calls that are still going on are cut off, as by a kill: what they hold, they go on holding."""
         with self.pool.lock:
+            self.pool.stopping = True
+            self.pool.die()
+            # within the lock, so that nobody is told of anything that was not written
+            self._break_connections()
             self.pool.changed.notify_all()
         self.faults.stop()
         for listener in self._listeners:
@@ -416,7 +429,6 @@ class Server:
                 pass
             listener.close()
         self._break_connections()
-        self.pool.close_log()
         self.journal.close()
         if self._short_folder is not None:
             shutil.rmtree(self._short_folder, ignore_errors=True)

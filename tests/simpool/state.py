@@ -118,7 +118,8 @@ def _fold(folder: str, pool: Pool) -> None:
     """Write all tables as the new base, with an empty log."""
     old = _read_base(folder)
     base = {"version": pool.version_text, "tables": pool.tables, "strays": pool.strays, "log": old["log"] + 1,
-            "srs": [[uuid, size, uuid in pool.storage.thick] for uuid, size in pool.storage.sizes.items()],
+            "srs": [[uuid, size, uuid in pool.storage.thick, uuid in pool.storage.must_zero]
+                    for uuid, size in pool.storage.sizes.items()],
             "contents": {uuid: content.to_json() for uuid, content in pool.storage.contents.items()}}
     _write_base(folder, base)
     try:
@@ -128,8 +129,8 @@ def _fold(folder: str, pool: Pool) -> None:
 
 
 def _unfold(pool: Pool, base: Dict[str, Any]) -> None:
-    for uuid, size, thick in base["srs"]:
-        pool.storage.add_sr(uuid, "lvm" if thick else "nfs", size)
+    for uuid, size, thick, must_zero in base["srs"]:
+        pool.storage.add_sr(uuid, "lvm" if thick else "nfs", size, must_zero)
     pool.restore_tables(base["tables"])
     pool.strays.update(base["strays"])
     # the accounting is additive, disk by disk of a family; the first one pays for what is shared
@@ -175,7 +176,7 @@ def _begin_writing(folder: str, pool: Pool) -> None:
 def lose(folder: str, pool: Pool, seconds: float) -> None:
     """The server is restarted without the last seconds of its database (a hard kill loses what was not flushed)."""
     with pool.lock:
-        pool.close_log()
+        pool.die()
         load(folder, pool, until=time.time() - seconds)
         _fold(folder, pool)
         _begin_writing(folder, pool)

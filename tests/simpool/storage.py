@@ -139,14 +139,19 @@ class Storage:
         self.used = {}  # type: Dict[str, int]
         self.sizes = {}  # type: Dict[str, int]
         self.thick = set()  # type: Set[str]
+        #: SRs whose new disks hold old data, so that an import has to write the zeros too (sm_fs_ops.ml
+        #: must_write_zeroes_into_new_vdi, v24.19.2: raw LVM, thick EqualLogic)
+        self.must_zero = set()  # type: Set[str]
 
     # --- SRs and space
 
-    def add_sr(self, sr: str, sr_type: str, size: int) -> None:
+    def add_sr(self, sr: str, sr_type: str, size: int, must_zero: bool = False) -> None:
         self.sizes[sr] = size
         self.used.setdefault(sr, 0)
         if sr_type in THICK_TYPES:
             self.thick.add(sr)
+        if must_zero:
+            self.must_zero.add(sr)
 
     def free(self, sr: str) -> int:
         return self.sizes[sr] - self.used[sr]

@@ -34,7 +34,7 @@ CANCEL_EVERY_S = 0.5
 AGENT = 'xapi/0.0'
 SORRY = ('An unexpected error occurred; please wait a while and try again. If the problem persists, please contact your '
          'support representative.')
-BROKEN_PIPE = 'INTERNAL_ERROR: [ Unix.Unix_error(Unix.EPIPE, "write", "") ]'
+WRITE_ERROR = 'INTERNAL_ERROR: [ Unix.Unix_error(Unix.%s, "write", "") ]'
 VHD_SR_TYPES = {'ext', 'nfs', 'lvm', 'lvmoiscsi', 'lvmohba', 'lvmofcoe', 'smb', 'file'}
 
 # (schema_major_vsn, schema_minor_vsn) of the database (recorded from xapi 24.19.2).
@@ -59,7 +59,18 @@ class EmptyReply(Exception):
 
 
 class ClientGone(Exception):
-    """The client closed its end while data was being sent to it, or had not sent all."""
+    """The client closed its end while data was being sent to it, or had not sent all.
+
+    How that shows depends on how it went: EPIPE if it had closed its end before; ECONNRESET if it
+    left data unread, as one does that meets a full disk, or was reset.
+    """
+
+    def __init__(self, error: Optional[Exception] = None) -> None:
+        super().__init__()
+        self.name = 'ECONNRESET' if isinstance(error, ConnectionResetError) else 'EPIPE'
+
+    def as_failure(self) -> Failure:
+        return Failure('CLIENT_ERROR', WRITE_ERROR % self.name)
 
 
 class Attachment:
@@ -240,7 +251,7 @@ class Transfer:
             raise
         except faults.Drop:
             # A lost connection looks to the server like a client that is gone.
-            self.pool.fail_task(task, Failure('CLIENT_ERROR', BROKEN_PIPE))
+            self.pool.fail_task(task, ClientGone().as_failure())
             raise
         except Exception as error:
             failure = Failure('INTERNAL_ERROR', '%s(%s)' % (type(error).__name__, error))
@@ -285,9 +296,9 @@ class Transfer:
             raise ClientGone()
         try:
             self.request.sock.sendall(content)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             self.client_is_there = False
-            raise ClientGone()
+            raise ClientGone(error)
 
     def _send_counted(self, content: Any) -> None:
         self.send(content)
@@ -367,15 +378,16 @@ class Transfer:
         """Answers 302 to a host that sees all these SRs, if this one does not; whether it did.
 
         The task is not touched, and the Location has no port: clients use that of https. Without
-        such a host the task fails and the client gets nothing at all (export.ml handler).
+        such a host NO_HOSTS_AVAILABLE is raised, outside of the task: it stays pending for ever
+        unless the handler fails it, and `xe` waits for it without a word (import.ml handler,
+        export_raw_vdi.ml, v24.19.2; tried with an import into an unplugged SR, for ten minutes).
         """
         with self.pool.lock:
             if self.pool.sees_all(self.host, srs) and self.pool.is_live(self.host):
                 return False
             hosts = self.pool.hosts_that_see(srs)
             if not hosts:
-                self.fail_given_task(Failure('NO_HOSTS_AVAILABLE'))
-                raise EmptyReply(['NO_HOSTS_AVAILABLE'])
+                raise Failure('NO_HOSTS_AVAILABLE')
             address = self.pool.record('host', random.choice(hosts))['address']
         query = '&'.join('%s=%s' % pair for pair in self.request.query.items())
         self.send(head('1.1 302 Found', 'Location: https://%s%s?%s' % (address, self.request.path, query)))
@@ -499,8 +511,13 @@ def export(transfer: Transfer) -> None:
             transfer.fail_given_task(Failure('NO_HOSTS_AVAILABLE'))
             raise EmptyReply(['NO_HOSTS_AVAILABLE'])
         srs = pool.srs_of_vm(vm)
-    if transfer.redirect_unless_seen(srs):
-        return
+    try:
+        if transfer.redirect_unless_seen(srs):
+            return
+    except Failure as failure:
+        # of all handlers this one takes the task for its own, and the client gets nothing at all (export.ml handler)
+        transfer.fail_given_task(failure)
+        raise EmptyReply(failure.description())
     with transfer.task('VM.export') as task:
         # Tells the command line's side that the handler has taken over (export.ml handler).
         pool.set_progress(task, 0.0)
@@ -520,8 +537,8 @@ def export(transfer: Transfer) -> None:
                                  transfer.has_keepalive())
             try:
                 transfer.stream(pieces, algorithm)
-            except ClientGone:
-                raise Failure('CLIENT_ERROR', BROKEN_PIPE)
+            except ClientGone as gone:
+                raise gone.as_failure()
 
 
 def opener(transfer: Transfer, vdi: str, task: str) -> Callable[[], Any]:
@@ -564,8 +581,8 @@ def export_metadata(transfer: Transfer) -> None:
         advance = transfer.progress(task, len(content))
         try:
             transfer.stream(_with_progress([content[:half], content[half:]], advance))
-        except ClientGone:
-            raise Failure('CLIENT_ERROR', BROKEN_PIPE)
+        except ClientGone as gone:
+            raise gone.as_failure()
 
 
 def _with_progress(pieces: Iterable[bytes], advance: Callable[[int], None]) -> Iterator[bytes]:
@@ -819,8 +836,14 @@ def import_raw_vdi(transfer: Transfer) -> None:
         else:
             vdi = vdi_if_known(transfer)
             srs = [pool.record('VDI', vdi)['SR']] if vdi else []
-    if transfer.redirect_unless_seen(srs):
-        return
+    try:
+        if transfer.redirect_unless_seen(srs):
+            return
+    except Failure as failure:
+        # import_raw_vdi.ml fail_task_in_request: the task fails, and two answers come, one behind the other
+        transfer.fail_given_task(failure)
+        transfer.send(bad_request())
+        raise
     with transfer.task('VDI.import') as task:
         pool.set_progress(task, 0.0)
         chosen = assert_format(transfer, task)
@@ -839,21 +862,30 @@ def import_raw_vdi(transfer: Transfer) -> None:
             with pool.attach_to_dom0(vdi, transfer.host, 'RW', task):
                 transfer.send(head('1.1 200 OK', 'task-id:' + task))
                 pool.set_cancellable(task)
-                receive_into(transfer, chosen, source, pool.disk(vdi), length, task)
+                with pool.lock:
+                    must_zero = pool.record('SR', pool.record('VDI', vdi)['SR'])['uuid'] in pool.storage.must_zero
+                receive_into(transfer, chosen, source, pool.disk(vdi), length, task, must_zero)
         finally:
             transfer.sent += source.count
         transfer.result = '<value>%s</value>' % vdi
 
 
-def receive_into(transfer: Transfer, chosen: str, source: formats.Source, disk: Any, length: Optional[str], task: str
-                 ) -> None:
-    """Writes what comes, in the given format, to the disk; any trouble is VDI_IO_ERROR (vhd-tool serve)."""
+def receive_into(transfer: Transfer, chosen: str, source: formats.Source, disk: Any, length: Optional[str], task: str,
+                 must_zero: bool) -> None:
+    """Writes what comes, in the given format, to the disk; any trouble is VDI_IO_ERROR (vhd-tool serve).
+
+    What comes is never looked at for being something else: a VHD that is announced as raw is
+    written as it is, and the disk then holds footer, table and blocks where it should hold a
+    file system; exit 0 (tried on a real server).
+    """
     advance = transfer.progress(task, disk.size)
     try:
         if chosen == 'raw':
             receive_raw(source, disk, int(length) if length and length.isdigit() else disk.size, advance)
         elif chosen == 'vhd':
-            formats.receive_vhd(source, disk, advance)
+            if must_zero:
+                raise formats.BadVhd('unimplemented: prezeroed')        # impl.ml serve_vhd_to_raw, v24.19.2
+            formats.receive_vhd(source, disk, advance, int(length) if length and length.isdigit() else None)
             if not length:
                 # Seen on the real server: from a pipe, so without a length, the blocks are written
                 # and the import fails all the same.
@@ -894,8 +926,8 @@ def dump_database(transfer: Transfer) -> None:
         half = len(content) // 2
         try:
             transfer.stream(_with_progress([content[:half], content[half:]], transfer.progress(task, len(content))))
-        except ClientGone:
-            raise Failure('CLIENT_ERROR', BROKEN_PIPE)
+        except ClientGone as gone:
+            raise gone.as_failure()
 
 
 def database_xml(pool: Any) -> str:

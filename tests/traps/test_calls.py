@@ -3,13 +3,9 @@
 Sources: the files named are those of xapi v24.19.2; what was recorded or tried on a real server of that version says so.
 """
 
-import re
-from typing import Any, Callable, Dict, List
-
-import pytest
+from typing import Any, List
 
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import Pool
 from support.wire import Background, eventually
 from test_traps import NULL, STORE, disks_of, get, ref_of, refused, slowly, uuid_of
 
