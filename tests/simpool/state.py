@@ -194,7 +194,7 @@ def replace(folder: str, pool: Pool, tables: Dict[str, Dict[str, Dict[str, Any]]
         uuids = [(cls, pool.record(cls, ref)["uuid"]) for cls, ref in (("host", mine), ("VM", pool.record(
             "host", mine)["control_domain"]))]
         master = next(iter(tables["pool"].values()))["master"]
-        pool.close_log()
+        pool.die()
         with pool.without_recording():
             pool.clear()
             pool.restore_tables(json.loads(json.dumps(tables).replace(master, mine)))
