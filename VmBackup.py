@@ -360,10 +360,11 @@ class Interface(NamedTuple):
     mtu: str
     mac: str
     other_config: Tuple[Tuple[str, str], ...]
+    problem: str = ""
 
 
 class VirtualMachine(NamedTuple):
-    """A VM as the inventory shows it; `disks` in order of their device."""
+    """A VM as the inventory shows it; `disks` in order of their device. `problems`: what its records lack."""
     ref: str
     uuid: str
     name: str
@@ -375,6 +376,7 @@ class VirtualMachine(NamedTuple):
     vcpus_at_startup: str
     guest_metrics_ref: str
     disks: Tuple[Disk, ...]
+    problems: Tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -383,12 +385,14 @@ class VirtualMachine(NamedTuple):
 
 
 class Inventory(NamedTuple):
-    """The pool, read once. `machines` are real VMs only: no templates, snapshots, control domains."""
+    """The pool, read once. `machines` are real VMs only: no templates, snapshots, control domains. `problems`: records
+    that can't be read, of which nothing is known."""
     pool_uuid: str
     pool_name: str
     host: Host
     master: Host
     machines: Tuple[VirtualMachine, ...]
+    problems: Tuple[str, ...] = ()
 
     @property
     def pool_title(self) -> str:
@@ -1186,7 +1190,62 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
         findings.append(Finding(Severity.WARNING, configuration.source, "backs up no VM: whatever its entries select is left "
                                 "out by exclude."))
     findings.extend(_duplicate_names(jobs))
+    findings.extend(_record_problems(jobs, unselected, inventory))
     return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing), tuple(provisional))
+
+
+def _record_problems(jobs: Sequence[Job], unselected: Sequence[VirtualMachine], inventory: Inventory) -> List[Finding]:
+    """What is wrong with records of the pool: a warning where it may cost a VM of this config something."""
+    findings = [Finding(Severity.WARNING, "pool " + inventory.pool_title, problem) for problem in inventory.problems]
+    for machines, severity in (([job.machine for job in jobs], Severity.WARNING), (unselected, Severity.INFO)):
+        findings += [Finding(severity, machine.title, problem) for machine in machines for problem in machine.problems]
+    for job in jobs:
+        for folder, disk in zip(disk_folders(job.machine.disks), job.machine.disks):
+            if folder != disk_folder(disk):
+                findings.append(Finding(Severity.INFO, job.machine.title, "two of its disks are %s; the cfg files of the one with "
+                                        "userdevice %s go into %s." % (disk.device, quote_name(disk.userdevice), folder)))
+    return findings
+
+
+def first_disk(machine: VirtualMachine) -> Disk:
+    """Disk 0: the disk whose userdevice is 0, xvda or hda, in that order; BackupError if there is none, or more than one."""
+    for userdevice in ("0", "xvda", "hda"):
+        found = [disk for disk in machine.disks if disk.userdevice == userdevice]
+        if len(found) > 1:
+            raise BackupError("%s has %d disks with userdevice %s, and which one vdi-export should take is not guessed: %s. Use "
+                              "vm-export, or detach the wrong one." % (machine.title, len(found), userdevice, ", ".join(
+                                  "%s, VDI %s" % (disk_list((disk,)), disk.vdi_uuid) for disk in found)))
+        if found:
+            return found[0]
+    raise BackupError("%s has no Disk 0 (userdevice 0, xvda or hda), so vdi-export has nothing to do; it has %s. Use "
+                      "vm-export, or give the OS disk userdevice 0." % (machine.title,
+                                                                        disk_list(machine.disks) or "no disk at all"))
+
+
+def disk_list(disks: Sequence[Disk]) -> str:
+    """The disks in a few words: device, name, size."""
+    return ", ".join("%s %s (%s)" % (disk.device, quote_name(disk.name), format_size(disk.virtual_size))
+                     for disk in disks)
+
+
+def disk_folder(disk: Disk) -> str:
+    """The directory of a disk's cfg files, which bears its device, as long as no other disk has that."""
+    return "DISK-" + safe_name(disk.device)
+
+
+def disk_folders(disks: Sequence[Disk]) -> List[str]:
+    """The directories of these disks' cfg files: after disks were put in another order, two can have one device."""
+    return _told_apart([(disk_folder(disk), disk.userdevice, disk.vbd_uuid) for disk in disks])
+
+
+def _told_apart(names: Sequence[Tuple[str, str, str]]) -> List[str]:
+    """A name for each (name, addition, last resort), no two of them one on any file system; the name alone where it is free."""
+    taken, chosen = set(), []              # type: Set[str], List[str]
+    for name, addition, last in names:
+        tries = (name, "%s-%s" % (name, safe_name(addition)), "%s-%s" % (name, safe_name(last)))
+        chosen.append(next((one for one in tries if folded(one) not in taken), "%s-%d" % (name, len(taken))))
+        taken.add(folded(chosen[-1]))
+    return chosen
 
 
 def choose_selector(machine: VirtualMachine, selectors: Sequence[Selector]) -> Optional[Selector]:
@@ -1204,7 +1263,7 @@ def selects(selector: Selector, machine: VirtualMachine) -> bool:
 
 def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Finding]:
     """Why the entry can't be used as it stands, or None. An ERROR entry chooses nothing."""
-    if selector.method is Method.VDI and inventory.master.product_version < OLDEST_VDI_EXPORT:
+    if selector.method is Method.VDI and () < inventory.master.product_version < OLDEST_VDI_EXPORT:
         return Finding(Severity.ERROR, selector.line, "vdi-export needs XenServer 6.5 or newer; this pool runs %s. "
                        "Use vm-export." % ".".join(map(str, inventory.master.product_version)))
     problem = _quote_it(selector, inventory)
@@ -3604,26 +3663,42 @@ class Pool:
     # --- reading ----------------------------------------------------------------
 
     def inventory(self) -> Inventory:
-        """The whole pool in seven calls, whatever the number of VMs."""
+        """The whole pool in nine calls, whatever the number of VMs. No single bad record ends it."""
         doing = "reading the pool"
         session_host = self._session_host(doing)
-        pool = list(self.ask(doing, "pool.get_all_records").values())[0]
-        hosts = self.ask(doing, "host.get_all_records")
-        machines = self.ask(doing, "VM.get_all_records")
-        vbds = self.ask(doing, "VBD.get_all_records")
-        vdis = self.ask(doing, "VDI.get_all_records")
-        srs = self.ask(doing, "SR.get_all_records")
-        self._sr_uuids = {ref: record["uuid"] for ref, record in srs.items()}
-        master = _host(pool["master"], hosts[pool["master"]])
-        values = [_host(ref, record) for ref, record in hosts.items()]
-        host = next((value for value in values if value.ref == session_host), master)
+        problems = []                      # type: List[str]
+        pool = Fields("the pool", next(iter(self._records(doing, "pool").values()), {}), problems)
+        hosts = self._records(doing, "host")
+        machines = self._records(doing, "VM")
+        vbds = self._records(doing, "VBD")
+        vdis = self._records(doing, "VDI")
+        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in self._records(doing, "SR").items()}
+        vifs = self._records(doing, "VIF")
+        networks = self._records(doing, "network")
+        values = {ref: _host(ref, record, problems) for ref, record in hosts.items()}
+        if not pool.text("uuid") or not values:
+            raise PoolError("the pool does not say its uuid, or has no host: its database is damaged. No VM was touched.")
+        master = values.get(pool.text("master")) or values.get(session_host) or list(values.values())[0]
+        host = values.get(session_host, master)
         if self._address is None and self._master is not None:     # sent on: the session is the master's, we are not
-            host = own_host(values, read_text_file(INVENTORY_FILE), self._doorway.plain_address().host,
+            host = own_host(list(values.values()), read_text_file(INVENTORY_FILE), self._doorway.plain_address().host,
                             socket.gethostname()) or host
-        real = [self._machine(ref, record, vbds, vdis) for ref, record in machines.items()
-                if is_real_machine(record)]
+        real = []
+        for ref, record in machines.items():
+            if not can_be_told_apart(record):
+                problems.append("the record of a VM, %s, lacks what tells VMs from templates, or its name or uuid: it was left out."
+                                % quote_name(str(record.get("name_label") or record.get("uuid") or ref)))
+            elif is_real_machine(record):
+                machine = self._machine(ref, record, vbds, vdis)
+                lost = [problem for _, _, problem in _networks_of(record, vifs, networks) if problem]
+                real.append(machine._replace(problems=machine.problems + tuple(lost)))
         real.sort(key=lambda machine: (machine.name, machine.uuid))
-        return Inventory(pool["uuid"], pool["name_label"], host, master, tuple(real))
+        return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real), tuple(problems))
+
+    def _records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
+        """All records of that class by ref."""
+        return {ref: record for ref, record in self.ask(doing, class_name + ".get_all_records").items()
+                if isinstance(record, dict)}
 
     def _session_host(self, doing: str) -> str:
         """The ref of the host that took the login. The session is an argument here: one that was made anew by the
@@ -3637,54 +3712,88 @@ class Pool:
 
     def _machine(self, ref: str, record: Dict[str, Any], vbds: Dict[str, Any],
                  vdis: Dict[str, Any]) -> VirtualMachine:
-        """The VM's value; a VBD or VDI that vanished between two calls is left out."""
-        disks = [self._disk(vbds[vbd], vdis[vbds[vbd]["VDI"]]["SR"], vbds[vbd]["VDI"], vdis[vbds[vbd]["VDI"]])
-                 for vbd in record["VBDs"]
-                 if vbd in vbds and vbds[vbd]["type"] == "Disk" and vbds[vbd]["VDI"] in vdis]
+        """The VM's value; a VBD that vanished between two calls is left out."""
+        problems = []                      # type: List[str]
+        machine = Fields("the VM", record, problems)
+        disks = []
+        for vbd in machine.texts("VBDs"):
+            drive = Fields("its drive", vbds.get(vbd), problems)
+            if vbd not in vbds or drive.text("type") != "Disk":
+                continue
+            if drive.text("VDI") in vdis:
+                disks.append(self._disk(drive, vdis[drive.text("VDI")], problems))
+            else:
+                problems.append("its drive with userdevice %s names a disk that is not in the pool (%s): no copy of that is made."
+                                % (quote_name(drive.text("userdevice")), quote_name(drive.text("VDI"))))
         disks.sort(key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
         return VirtualMachine(
-            ref, record["uuid"], record["name_label"], record["name_description"], record["power_state"],
-            tuple(record["tags"]), record["memory_dynamic_max"], record["VCPUs_max"],
-            record["VCPUs_at_startup"], record["guest_metrics"], tuple(disks))
+            ref, machine.text("uuid"), machine.text("name_label"), machine.text("name_description"),
+            machine.text("power_state"), tuple(machine.texts("tags")), machine.text("memory_dynamic_max"),
+            machine.text("VCPUs_max"), machine.text("VCPUs_at_startup"), machine.text("guest_metrics") or NULL_REF,
+            tuple(disks), tuple(problems))
 
-    def _disk(self, vbd: Dict[str, Any], sr_ref: str, vdi_ref: str, vdi: Dict[str, Any]) -> Disk:
+    def _disk(self, vbd: "Fields", record: Dict[str, Any], problems: List[str]) -> Disk:
         """The disk that a VBD record and its VDI record make."""
-        return Disk(vbd["uuid"], vbd["userdevice"], vbd["device"] or device_name(vbd["userdevice"]),
-                    vbd["bootable"], vbd["mode"], vbd["type"], vbd["unpluggable"], vdi_ref, vdi["uuid"],
-                    vdi["name_label"], vdi["name_description"], int(vdi["virtual_size"]), vdi["type"],
-                    vdi["sharable"], vdi["read_only"], sr_ref, self._sr_uuid(sr_ref), vdi["snapshot_of"])
+        vdi = Fields("its disk", record, problems)
+        sr_ref = vdi.text("SR")
+        disk = Disk(vbd.text("uuid"), vbd.text("userdevice"), vbd.text("device") or device_name(vbd.text("userdevice")),
+                    vbd.flag("bootable"), vbd.text("mode"), vbd.text("type"), vbd.flag("unpluggable"), vbd.text("VDI"),
+                    vdi.text("uuid"), vdi.text("name_label"), vdi.text("name_description"), vdi.number("virtual_size"),
+                    vdi.text("type"), vdi.flag("sharable"), vdi.flag("read_only"), sr_ref, self._sr_uuid(sr_ref),
+                    vdi.text("snapshot_of"))
+        if not disk.sr_uuid:
+            problems.append("its disk %s %s lies on an SR that is not in the pool (%s): no snapshot can be made of it."
+                            % (disk.device, quote_name(disk.name), quote_name(sr_ref)))
+        return disk
 
     def _sr_uuid(self, ref: str) -> str:
-        """The SR's uuid, asked for once."""
+        """The SR's uuid, asked for once; "" if there is no such SR."""
         if ref not in self._sr_uuids:
-            self._sr_uuids[ref] = self.ask("reading an SR", "SR.get_uuid", ref)
+            try:
+                self._sr_uuids[ref] = "" if ref in ("", NULL_REF) else self.ask("reading an SR", "SR.get_uuid", ref)
+            except ApiFailure as failure:
+                if failure.code != "HANDLE_INVALID":
+                    raise
+                self._sr_uuids[ref] = ""
         return self._sr_uuids[ref]
 
     def machine(self, ref: str, doing: str, record: Optional[Dict[str, Any]] = None) -> VirtualMachine:
         """The VM, or snapshot, as it is now; ApiFailure HANDLE_INVALID if it is gone."""
         record = record or self.ask(doing, "VM.get_record", ref)
         vbds = self.ask(doing, "VBD.get_all_records_where", 'field "VM" = "%s"' % ref)
-        vdis = {vbd["VDI"]: self.ask(doing, "VDI.get_record", vbd["VDI"])
-                for vbd in vbds.values() if vbd["type"] == "Disk" and vbd["VDI"] != NULL_REF}
+        vdis = {}
+        for vbd in vbds.values():
+            if vbd.get("type") == "Disk" and isinstance(vbd.get("VDI"), str) and vbd["VDI"] != NULL_REF:
+                try:
+                    vdis[vbd["VDI"]] = self.ask(doing, "VDI.get_record", vbd["VDI"])
+                except ApiFailure as failure:                  # a drive whose disk is gone: _machine tells of it
+                    if failure.code != "HANDLE_INVALID":
+                        raise
         return self._machine(ref, record, vbds, vdis)
 
     def real_machine(self, planned: VirtualMachine) -> VirtualMachine:
         """The VM as it is now; BackupError if that ref is no longer the VM that was planned."""
         doing = "reading %s again" % planned.title
         record = self.ask(doing, "VM.get_record", planned.ref)
-        if record["uuid"] != planned.uuid or not is_real_machine(record):
+        if record.get("uuid") != planned.uuid or not is_real_machine(record):
             raise BackupError("%s is no longer a VM (it became a template, or its record was replaced), so it was not "
                               "backed up." % planned.title)
         return self.machine(planned.ref, doing, record)
 
     def interfaces(self, machine: VirtualMachine) -> List[Interface]:
-        """The VM's VIFs, by device."""
+        """The VM's VIFs, by device; where the network of one is gone, its name is empty and `problem` says so."""
         doing = "reading the network interfaces of %s" % machine.title
         vifs = self.ask(doing, "VIF.get_all_records_where", 'field "VM" = "%s"' % machine.ref)
-        found = [Interface(vif["uuid"], vif["device"],
-                           self.ask(doing, "network.get_name_label", vif["network"]), vif["MTU"], vif["MAC"],
-                           tuple(sorted(vif["other_config"].items())))
-                 for vif in vifs.values()]
+        networks = {}
+        for ref in {str(vif.get("network")) for vif in vifs.values()} - {NULL_REF}:
+            try:
+                networks[ref] = {"name_label": self.ask(doing, "network.get_name_label", ref)}
+            except ApiFailure as failure:
+                if failure.code != "HANDLE_INVALID":
+                    raise
+        found = [Interface(vif.text("uuid"), vif.text("device"), name, vif.text("MTU"), vif.text("MAC"),
+                           tuple(sorted(vif.texts_by_key("other_config").items())), problem)
+                 for vif, name, problem in _networks_of({"VIFs": list(vifs)}, vifs, networks)]
         return sorted(found, key=lambda vif: (userdevice_number(vif.device), vif.device))
 
     def os_version(self, machine: VirtualMachine) -> str:
@@ -3698,7 +3807,7 @@ class Pool:
             if failure.code == "HANDLE_INVALID":
                 return ""
             raise
-        return version.get("name", "")
+        return str(version.get("name", ""))
 
     def server_time(self, doing: str) -> datetime:
         """What the clock of the host that we are logged in at says, to the second."""
@@ -3708,9 +3817,9 @@ class Pool:
         """Those SRs, with their sizes of now."""
         found = []
         for ref in sorted(set(refs)):
-            record = self.ask("reading an SR", "SR.get_record", ref)
-            found.append(StorageRepository(ref, record["uuid"], record["name_label"], record["content_type"],
-                                           int(record["physical_size"]), int(record["physical_utilisation"])))
+            record = Fields("an SR", self.ask("reading an SR", "SR.get_record", ref), [])
+            found.append(StorageRepository(ref, record.text("uuid"), record.text("name_label"), record.text("content_type"),
+                                           record.number("physical_size"), record.number("physical_utilisation")))
         return found
 
 
@@ -3723,12 +3832,65 @@ def _only_reads(method: str) -> bool:
     return method.split(".")[1].startswith("get")
 
 
-def _host(ref: str, record: Dict[str, Any]) -> Host:
+class Fields:
+    """A record of the pool, field by field: one that is missing, or of another type, reads as empty and is a problem."""
+
+    def __init__(self, what: str, record: Any, problems: List[str]) -> None:
+        self._what = what
+        self._record = record if isinstance(record, dict) else {}
+        self._problems = problems
+
+    def _read(self, field: str, kind: type) -> Any:
+        value = self._record.get(field)
+        if isinstance(value, kind):
+            return value
+        problem = "the pool's record of %s (%s) has no usable %s." % (
+            self._what, one_line(str(self._record.get("uuid", "no uuid")))[:8], field)
+        if problem not in self._problems:
+            self._problems.append(problem)
+        return kind()
+
+    def text(self, field: str) -> str:
+        """A string, also of digits, an enum or a ref."""
+        return self._read(field, str)
+
+    def flag(self, field: str) -> bool:
+        """True or False."""
+        return self._read(field, bool)
+
+    def number(self, field: str) -> int:
+        """A whole number, which the server writes as a string; 0 for anything else."""
+        text = self._read(field, str)
+        return int(text) if re.fullmatch(r"-?[0-9]{1,19}", text) else 0
+
+    def texts(self, field: str) -> List[str]:
+        """A set."""
+        return [item for item in self._read(field, list) if isinstance(item, str)]
+
+    def texts_by_key(self, field: str) -> Dict[str, str]:
+        """A map."""
+        return {key: value for key, value in self._read(field, dict).items() if isinstance(value, str)}
+
+
+def _host(ref: str, record: Dict[str, Any], problems: List[str]) -> Host:
     """The host's value."""
-    version = record["software_version"].get("product_version", "")
-    return Host(ref, record["uuid"], record["hostname"].split(".")[0], record["address"],
+    host = Fields("the host", record, problems)
+    version = host.texts_by_key("software_version").get("product_version", "")
+    return Host(ref, host.text("uuid"), host.text("hostname").split(".")[0] or "host", host.text("address"),
                 tuple(int(part) for part in re.findall(r"[0-9]+", version)),
-                (int(record["API_version_major"]), int(record["API_version_minor"])))
+                (host.number("API_version_major"), host.number("API_version_minor")))
+
+
+def _networks_of(machine: Dict[str, Any], vifs: Dict[str, Any],
+                 networks: Dict[str, Any]) -> Iterator[Tuple["Fields", str, str]]:
+    """Each interface of the VM with the name of its network, and what is wrong with that; one that vanished is left out."""
+    for ref in Fields("the VM", machine, []).texts("VIFs"):
+        if ref in vifs:
+            vif = Fields("its interface", vifs[ref], [])
+            network = networks.get(vif.text("network"))
+            yield vif, Fields("its network", network, []).text("name_label"), "" if network is not None else (
+                "its interface %s is on a network that is not in the pool (%s): which one, the copy does not tell." % (
+                    quote_name(vif.text("device")), quote_name(vif.text("network"))))
 
 
 def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname: str) -> Optional[Host]:
@@ -3747,7 +3909,13 @@ def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname:
 def is_real_machine(record: Dict[str, Any]) -> bool:
     """Neither template, snapshot nor control domain. A snapshot whose is_a_template was cleared looks like a VM
     but for is_a_snapshot (ocaml/xapi/xapi_vm_clone.ml, v26.17.0)."""
-    return not (record["is_a_template"] or record["is_a_snapshot"] or record["is_control_domain"])
+    return not any(record.get(field) is not False for field in ("is_a_template", "is_a_snapshot", "is_control_domain"))
+
+
+def can_be_told_apart(record: Dict[str, Any]) -> bool:
+    """Does the record say whether it is a real VM, and which?"""
+    return all(isinstance(record.get(field), bool) for field in ("is_a_template", "is_a_snapshot", "is_control_domain")) \
+        and all(isinstance(record.get(field), str) for field in ("uuid", "name_label")) and record["uuid"] != ""
 
 
 def parse_server_time(value: Any) -> datetime:
@@ -5591,7 +5759,7 @@ class Exporter:
                size_bytes: int = 0) -> "Watch":
         """What is looked at once a second while data flow."""
         if snapshot is not None:
-            sr_refs = tuple(disk.sr_ref for disk in snapshot.disks)
+            sr_refs = tuple(disk.sr_ref for disk in snapshot.disks if disk.sr_uuid)
             size_bytes = sum(disk.virtual_size for disk in snapshot.disks)
         return Watch(doing, snapshot.ref if snapshot else None, sr_refs, size_bytes, self._pool,
                      self._configuration, self._log, self._signals)
@@ -6465,9 +6633,16 @@ class BackupRun:
             self._log.info("%s: %s into %s/%s" % (machine.title, job.method.value, folder.name, copy.name))
             with stage("METADATA-FAIL"), storage_errors("writing the metadata of %s" % machine.title):
                 copy.write(VM_METADATA, self._exporter.metadata(machine))
+                interfaces, os_version = self._pool.interfaces(machine), self._pool.os_version(machine)
+                self._tell_problems(job, machine, interfaces)
+                for name, text in metadata_files(machine, machine.disks, interfaces, os_version):
+                    if not name.endswith(VDI_CFG):             # the sizes are those of the snapshot
+                        copy.write(name, text.encode("utf-8", "surrogateescape"))
             image, disks = self._export(job, machine, copy)
             with stage("SEAL-FAIL"), storage_errors("finishing %s/%s" % (folder.name, copy.name)):
-                self._write_cfg_files(copy, machine, disks)
+                for name, text in metadata_files(machine, disks, interfaces, os_version):
+                    if name.endswith(VDI_CFG):
+                        copy.write(name, text.encode("utf-8", "surrogateescape"))
                 copy.note_file(image.name, image.size, image.sha256)
                 copy.note_file(BLOCKS, copy.inside.status(BLOCKS).st_size, image.blocks_sha256)
                 copy.finish(self._manifest(job, machine, image, taken_at, folder))
@@ -6525,6 +6700,13 @@ class BackupRun:
             self._log.info("%s is suspended: the copy holds its disks, but not its memory." % machine.title)
         return machine
 
+    def _tell_problems(self, job: Job, machine: VirtualMachine, interfaces: Sequence[Interface]) -> None:
+        """What the pool's records lack is a warning, once; the plan has told of what was so by then."""
+        for problem in machine.problems + tuple(vif.problem for vif in interfaces if vif.problem):
+            finding = Finding(Severity.WARNING, machine.title, problem)
+            if problem not in job.machine.problems and finding not in self._findings:
+                self._add_finding(*finding)
+
     def _export(self, job: Job, machine: VirtualMachine, copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
         """The image, and the VM's disks with the sizes that their snapshots have."""
         label = "%s (backup %s)" % (machine.name, parse_copy_name(copy.name)[0].strftime("%Y-%m-%d %H:%M:%S"))
@@ -6551,14 +6733,8 @@ class BackupRun:
         if not self._configuration.min_sr_free:
             return
         with stage("SNAPSHOT-FAIL"):
-            check_sr_space(self._pool.storage_repositories(disk.sr_ref for disk in disks),
+            check_sr_space(self._pool.storage_repositories(disk.sr_ref for disk in disks if disk.sr_uuid),
                            self._configuration.min_sr_free, "no snapshot of %s was made" % machine.title)
-
-    def _write_cfg_files(self, copy: NewCopy, machine: VirtualMachine, disks: Sequence[Disk]) -> None:
-        """The metadata for people, as the older program wrote it."""
-        for name, text in metadata_files(machine, disks, self._pool.interfaces(machine),
-                                         self._pool.os_version(machine)):
-            copy.write(name, text.encode("utf-8", "surrogateescape"))
 
     def _manifest(self, job: Job, machine: VirtualMachine, image: ImageReport, taken_at: datetime,
                   folder: Folder) -> Dict[str, Any]:
@@ -6697,23 +6873,6 @@ def bug_report() -> str:
     return "%sVmBackup %s, Python %s" % (traceback.format_exc(), VERSION, sys.version.split()[0])
 
 
-def first_disk(machine: VirtualMachine) -> Disk:
-    """Disk 0: the disk whose userdevice is 0, xvda or hda, in that order; BackupError if there is none."""
-    for userdevice in ("0", "xvda", "hda"):
-        for disk in machine.disks:
-            if disk.userdevice == userdevice:
-                return disk
-    raise BackupError("%s has no Disk 0 (userdevice 0, xvda or hda), so vdi-export has nothing to do; it has %s. Use "
-                      "vm-export, or give the OS disk userdevice 0." % (machine.title,
-                                                                        disk_list(machine.disks) or "no disk at all"))
-
-
-def disk_list(disks: Sequence[Disk]) -> str:
-    """The disks in a few words: device, name, size."""
-    return ", ".join("%s %s (%s)" % (disk.device, quote_name(disk.name), format_size(disk.virtual_size))
-                     for disk in disks)
-
-
 def proof_text(image: ImageReport) -> str:
     """What was proven of an image, in words."""
     if not image.block_digests:
@@ -6721,6 +6880,9 @@ def proof_text(image: ImageReport) -> str:
     if image.block_digests_checked:
         return "block by block (%s)" % counted(image.blocks, "digest")
     return "in structure; block digests need libxxhash, which is not here"
+
+
+VDI_CFG = "/vdi.cfg"
 
 
 def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: Sequence[Interface],
@@ -6731,17 +6893,17 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
         ("memory_dynamic_max", machine.memory_dynamic_max), ("VCPUs_max", machine.vcpus_max),
         ("VCPUs_at_startup", machine.vcpus_at_startup), ("os_version", os_version),
         ("orig_uuid", machine.uuid))))]
-    for disk in disks:
-        folder = "DISK-" + safe_name(disk.device)
+    for folder, disk in zip(disk_folders(disks), disks):
         files.append((folder + "/vbd.cfg", cfg_text((
             ("userdevice", disk.userdevice), ("bootable", disk.bootable), ("mode", disk.mode), ("type", disk.type),
             ("unpluggable", disk.unpluggable), ("empty", False), ("orig_uuid", disk.vbd_uuid)))))
-        files.append((folder + "/vdi.cfg", cfg_text((
+        files.append((folder + VDI_CFG, cfg_text((
             ("name_label", disk.name), ("name_description", disk.description),
             ("virtual_size", disk.virtual_size), ("type", disk.vdi_type), ("sharable", disk.sharable),
             ("read_only", disk.read_only), ("orig_uuid", disk.vdi_uuid), ("orig_sr_uuid", disk.sr_uuid)))))
-    for interface in interfaces:
-        files.append(("VIFs/vif-%s.cfg" % safe_name(interface.device), cfg_text((
+    vifs = _told_apart([("vif-" + safe_name(vif.device), vif.uuid[:8], vif.uuid) for vif in interfaces])
+    for name, interface in zip(vifs, interfaces):
+        files.append(("VIFs/%s.cfg" % name, cfg_text((
             ("device", interface.device), ("network_name_label", interface.network_name), ("MTU", interface.mtu),
             ("MAC", interface.mac), ("other_config", dict(interface.other_config)),
             ("orig_uuid", interface.uuid)))))
@@ -9000,7 +9162,7 @@ def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
         lines.append("%s left out as still being made:" % counted(len(plan.provisional), "VM"))
         lines += ["  " + provisional_text(machine) for machine in plan.provisional]
     for finding in plan.findings:
-        lines.append("%s: %s: %s" % ("Error" if finding.severity is Severity.ERROR else "Warning",
+        lines.append("%s: %s: %s" % ({Severity.ERROR: "Error", Severity.WARNING: "Warning"}.get(finding.severity, "Note"),
                                      finding.subject, finding.sentence))
     return "\n".join(lines)
 
@@ -9024,7 +9186,10 @@ def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]
     if job.machine.power_state == "Suspended":
         lines.append("      it is suspended: the copy will hold its disks, but not its memory")
     if job.method is Method.VDI and not disks:
-        lines.append("      it has no Disk 0, so vdi-export will fail")
+        try:
+            first_disk(job.machine)
+        except BackupError as error:
+            lines.append("      vdi-export will fail: it%s" % str(error)[len(job.machine.title):])
     good = sum(1 for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == job.machine.uuid
                and not verdict.copy.aside)
     lines.append("      into %s/, which holds %s of it" % (folder, counted(good, "good copy")))
@@ -9315,7 +9480,7 @@ OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml
 
 def check_server_can_import(configuration: Configuration, plan: Plan, inventory: Inventory) -> None:
     """UsageError if a full backup would be compressed in a way that the server's import does not know."""
-    if configuration.compress == "zstd" and inventory.master.api_version < OLDEST_ZSTD_API \
+    if configuration.compress == "zstd" and (0, 0) < inventory.master.api_version < OLDEST_ZSTD_API \
             and any(job.method is Method.VM for job in plan.jobs):
         raise UsageError("%s: compress=zstd: this pool (API %d.%d) could not import a zstd archive: use gzip. Nothing "
                          "was started." % ((configuration.places.get("compress", "default"),)

@@ -20,7 +20,8 @@ POINTS = {
     'in the export': ('http:/export', ''),
     'when the first disk of the snapshot is destroyed': ('api:VDI.destroy', 'after'),
     'when the snapshot is destroyed': ('api:VM.destroy', 'after'),
-    'before the copy is sealed': ('api:VIF.get_all_records_where', ''),
+    'before its interfaces are read': ('api:VIF.get_all_records_where', ''),
+    'before the copy is sealed': ('api:message.get', ''),
 }
 DISK_POINTS = {
     'when the disk is marked': ('api:VDI.add_to_other_config', 'after'),
