@@ -668,7 +668,8 @@ OPTIONS = (
     Option("backup_dir", "path", "/snapshots/BACKUPS", "Where to",
            "Names the directory that holds all backups: it must exist and be writable.", decides=True),
     Option("require_mount", "choice", "auto", "Where to",
-           "Refuses a backup_dir on the root file system: always (yes), never (no), or on a host of a pool only (auto).",
+           "Refuses a backup_dir on the root file system or in memory: always (yes), never (no), or on a host of a pool "
+           "only (auto).",
            choices=("auto", "yes", "no")),
     Option("status_log", "path", "/snapshots/NAUbackup/status.log", "Where to",
            "Names the file that gets the status lines; a backup never fails for it."),
@@ -4167,16 +4168,26 @@ class LockFile:
         self.is_held = False
 
 
+def free_text(free_bytes: Optional[int]) -> str:
+    """The free space of the store in words."""
+    return "free space not known" if free_bytes is None else format_size(free_bytes) + " free"
+
+
 def holder_text(text: Dict[str, Any]) -> str:
     """Who holds a lock and since when, from its text."""
     return "process %s on %s, since %s" % (text.get("pid", "?"), text.get("host", "?"), text.get("since", "?"))
 
 
 class Mount(NamedTuple):
-    """The mount that a directory lies on. `locks_are_local`: its locks do not reach other hosts."""
+    """The mount that a directory lies on. `locks_are_local`: its locks do not reach other hosts. `is_in_memory`: what it
+    holds is gone when the host restarts."""
     point: str
     kind: str
     locks_are_local: bool
+    is_in_memory: bool
+
+
+MEMORY_KINDS = ("tmpfs", "ramfs", "devtmpfs")
 
 
 def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
@@ -4190,8 +4201,21 @@ def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
         options = set((fields[5] + "," + behind[2]).split(","))
         local = any(option in ("nolock", "nobrl") or
                     (option.startswith("local_lock=") and option != "local_lock=none") for option in options)
-        return Mount(fields[4], behind[0], local)
+        upper = [option[len("upperdir="):] for option in options if option.startswith("upperdir=")]
+        kind = kind_at(mountinfo, upper[0]) if behind[0] == "overlay" and upper else behind[0]
+        return Mount(fields[4], behind[0], local, kind in MEMORY_KINDS)
     return None
+
+
+def kind_at(mountinfo: str, path: str) -> str:
+    """The kind of file system that the path lies on by that text, "" if it does not tell; the last of the longest counts."""
+    longest, kind = "", ""
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        point = (left.split(" ") + [""] * 5)[4].rstrip("/") + "/"
+        if (path + "/").startswith(point) and len(point) >= len(longest):
+            longest, kind = point, right.split(" ")[0]
+    return kind
 
 
 # --- the journal of what is open in pools -------------------------------------------
@@ -4436,10 +4460,10 @@ class Catalog:
         return os.access(fs_path(self.path), os.W_OK | os.X_OK) and \
             not os.fstatvfs(self.root.fd).f_flag & os.ST_RDONLY
 
-    def free_bytes(self) -> int:
-        """Space that we may still use, in bytes."""
+    def free_bytes(self) -> Optional[int]:
+        """Space that we may still use, in bytes; None where the file system tells no size, as some shares do."""
         status = os.fstatvfs(self.root.fd)
-        return status.f_bavail * status.f_frsize
+        return status.f_bavail * status.f_frsize if status.f_blocks else None
 
     # --- state: locks and journals -------------------------------------------------
 
@@ -4593,10 +4617,12 @@ class Catalog:
         finally:
             lock.release()
 
-    def pool_dumps(self, folder_name: str) -> List[str]:
-        """The complete dumps, oldest first."""
-        with storage_errors("listing %s" % folder_name), self.root.child(folder_name) as folder:
-            return [name for name in folder.names() if POOL_DUMP.fullmatch(name) and is_whole_dump(folder, name)]
+    def pool_dumps(self, folder_name: str) -> List[Tuple[str, str]]:
+        """The complete dumps, oldest first, each with the uuid of its pool ("" if it tells none); none if there is no
+        such directory."""
+        with storage_errors("listing %s" % folder_name), self._child_if_there(folder_name) as folder:
+            return [(name, pool_of_dump(folder, name)) for name in (folder.names() if folder is not None else ())
+                    if POOL_DUMP.fullmatch(name) and is_whole_dump(folder, name)]
 
     # --- removing ----------------------------------------------------------------------
 
@@ -4647,6 +4673,28 @@ def is_whole_dump(folder: Directory, name: str) -> bool:
             return file.read().rstrip().endswith(b"</database>")
     except OSError:
         return False
+
+
+def pool_of_dump(folder: Directory, name: str) -> str:
+    """The uuid of the pool whose database the dump holds, "" if it does not tell.
+
+    The tables stand in the order of their names (ocaml/database/db_xml.ml@v24.19.2), the large ones before `pool`: so it
+    is looked for from the end. In a value each blank is written as `%.`, so ` uuid=` begins the row's own.
+    """
+    table, beyond = b'<table name="pool">', b""
+    with open(folder.open_file(name), "rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        while end > 0:
+            begin = max(0, end - MEBIBYTE)
+            file.seek(begin)
+            at = (file.read(end - begin) + beyond).rfind(table)
+            if at >= 0:
+                file.seek(begin + at)
+                match = re.search(rb' uuid="([0-9a-f-]{36})"', file.read(SMALL_FILE_BYTES).partition(b"</table>")[0])
+                return match.group(1).decode("ascii") if match else ""
+            file.seek(begin)
+            beyond, end = file.read(len(table) - 1), begin
+    return ""
 
 
 # --- one copy ------------------------------------------------------------------------
@@ -6817,7 +6865,7 @@ class BackupRun:
         largest = max((outcome.size_bytes for outcome in self._outcomes), default=0)
         with storage_errors("asking for the free space of %s" % self._configuration.backup_dir):
             free = self._catalog.free_bytes()
-        if largest and free < largest:
+        if free is not None and free < largest:
             self._add_finding(Severity.WARNING, self._configuration.backup_dir, "only %s are free, and the largest copy "
                               "of this run has %s: the next run may not fit." % (format_size(free),
                                                                                  format_size(largest)))
@@ -6826,9 +6874,9 @@ class BackupRun:
 
     def _dump_pool_database(self) -> None:
         """One dump more in METADATA_<host>, and old ones pruned; a failure is the run's to report."""
-        folder = "METADATA_" + self._inventory.host.short_name
         try:
             self._catalog.check_in_place()
+            folder = dump_folder(self._catalog, self._inventory)
             name = self._catalog.new_pool_dump(folder, self._clock.local(), self._exporter.pool_database)
             self._log.info("pool database: %s/%s is complete." % (folder, name))
         except BackupError as error:
@@ -6845,8 +6893,8 @@ class BackupRun:
             self._add_finding(Severity.WARNING, "pool database", "older dumps were not pruned: %s" % error)
 
     def _prune_pool_dumps(self, folder: str, newest: str) -> None:
-        """Older dumps beyond the number to keep are gone."""
-        dumps = self._catalog.pool_dumps(folder)
+        """Older dumps of this pool beyond the number to keep are gone."""
+        dumps = [name for name, pool in self._catalog.pool_dumps(folder) if pool == self._inventory.pool_uuid]
         if self._storage_problem or self._clock_went_back or dumps[-1:] != [newest]:
             self._log.info("pool database: nothing is pruned, as %s." % (
                 "the storage misbehaved in this run" if self._storage_problem else "the clock went back"))
@@ -6854,8 +6902,16 @@ class BackupRun:
         for old in dumps[:-self._configuration.max_backups]:
             self._check_alive()
             self._catalog.remove_pool_dump(folder, old)
-            self._log.info("pool database: removed %s/%s: %s are kept." % (
-                folder, old, counted(self._configuration.max_backups, "dump")))
+            self._log.info("pool database: removed %s/%s: %s kept." % (
+                folder, old, counted(self._configuration.max_backups, "dump", "is")))
+
+
+def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
+    """The directory of the pool's dumps: METADATA_<host>, with the pool behind it where another pool's host of that name
+    came first."""
+    plain = "METADATA_" + inventory.host.short_name
+    pools = {pool for _, pool in catalog.pool_dumps(plain)} - {""}
+    return plain if not pools or inventory.pool_uuid in pools else "%s--%s" % (plain, inventory.pool_uuid[:8])
 
 
 @contextlib.contextmanager
@@ -9140,13 +9196,13 @@ def read_smtp_passwords(path: str) -> Tuple[str, ...]:
 
 
 def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
-                 futures: Dict[str, Tuple[str, List[Verdict]]], free_bytes: int) -> str:
+                 futures: Dict[str, Tuple[str, List[Verdict]]], catalog: Catalog) -> str:
     """What a run would do: per VM its kind, directory, copies, and what retention would then remove."""
     lines = ["Preview of %s for pool %s (master %s). Nothing is changed." % (
         configuration.source, inventory.pool_title, inventory.master.short_name),
-        "Backup directory %s: %s free." % (configuration.backup_dir, format_size(free_bytes)), ""]
+        "Backup directory %s: %s." % (configuration.backup_dir, free_text(catalog.free_bytes())), ""]
     if configuration.pool_db_backup:
-        lines += ["The pool database is dumped into METADATA_%s." % inventory.host.short_name, ""]
+        lines += ["The pool database is dumped into %s." % dump_folder(catalog, inventory), ""]
     lines.append("%s to back up:" % counted(len(plan.jobs), "VM"))
     for job in plan.jobs:
         folder, verdicts = futures[job.machine.uuid]
@@ -9444,12 +9500,16 @@ def open_catalog(configuration: Configuration, log: Log) -> Catalog:
             place, path, os_reason(error)))
     if not catalog.is_writable():
         raise UsageError("%s: backup_dir: %s is not writable." % (place, path))
-    wanted = configuration.require_mount
-    if catalog.is_on_root and wanted != "no":
+    wanted, where = configuration.require_mount, ""
+    if catalog.is_on_root:
+        where, harm = "on the root file system", "would fill the host's own disk"
+    elif catalog.mount is not None and catalog.mount.is_in_memory:
+        where, harm = "in memory (%s)" % catalog.mount.kind, "would be gone when the host restarts"
+    if where and wanted != "no":
         if wanted == "yes" or os.path.exists(INVENTORY_FILE):
-            raise UsageError("%s: backup_dir: %s lies on the root file system: is the share mounted? Backups there "
-                             "would fill the host's own disk. require_mount=no allows it." % (place, path))
-        log.info("%s lies on the root file system; this is no host of a pool, so it is used." % path)
+            raise UsageError("%s: backup_dir: %s lies %s: is the share mounted? Backups there %s. require_mount=no allows "
+                             "it." % (place, path, where, harm))
+        log.info("%s lies %s; this is no host of a pool, so it is used." % (path, where))
     return catalog
 
 
@@ -9548,7 +9608,7 @@ def command_preview(context: Context) -> int:
     clock_is_wrong = any(clock_went_back(copies, utc) for _, copies in views.values())
     futures = {job.machine.uuid: (views[job.machine.uuid][0], future_verdicts(
         job, views[job.machine.uuid][1], local, clock_is_wrong, context.configuration.pre_clean)) for job in plan.jobs}
-    context.log.show(preview_text(context.configuration, inventory, plan, futures, catalog.free_bytes()))
+    context.log.show(preview_text(context.configuration, inventory, plan, futures, catalog))
     severities = {finding.severity for finding in plan.findings}
     if Severity.ERROR in severities:
         return ExitStatus.FAILED
@@ -10023,9 +10083,9 @@ def command_list(context: Context) -> int:
     for stranger in strangers:
         context.log.show("not ours, left alone: %s" % one_line(stranger))
     good = sum(1 for row in rows for copy in row["copies"] if copy["good"])
-    context.log.show("%s of %s, %s good, %s free." % (
+    context.log.show("%s of %s, %s good, %s." % (
         counted(sum(len(row["copies"]) for row in rows), "copy"), counted(len({row["uuid"] for row in rows}), "VM"),
-        good, format_size(catalog.free_bytes())))
+        good, free_text(catalog.free_bytes())))
     return ExitStatus.OK
 
 

@@ -10,11 +10,12 @@ import pytest
 from support.deeds import backup, beginning, objects, preview
 from support.language import MEBIBYTE, at, disk, uuid_of, vm
 from support.process import PROGRAM, Pool, Run, run_program
-from support.shelf import complete, disk_content, foreign, of_old_program, old, unfinished
+from support.shelf import complete, disk_content, foreign, of_old_program, old, unfinished, write
 from support.wire import eventually
 
 SNAPSHOT_FULL = ['SR_BACKEND_FAILURE_44', '', 'There is insufficient space', '']
 RECORDED_UUID = '09383cc3-9408-98b4-bdf4-8a0d84e4be8e'         # of PROD-web in the recorded store
+RECORDED_POOL_UUID = b'9164dc8d-1c6b-9bfd-51c8-e4969155c365'
 
 
 # --- The list --------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_no_directory_or_file_that_we_make_has_a_colon_in_its_name(a_pool: Any, 
 
 def test_two_runs_at_once_do_not_remove_each_others_work(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]), vm('db'),
-                  faults=[at('http:/export', object='web', runs_at=4 * MEBIBYTE)])
+                  faults=[at('http:/export', object='web', runs_at=MEBIBYTE)])
     shelf = a_shelf(complete('web', days_ago=1))
     with beginning(pool, shelf, 'vm-export=web') as first:
         assert eventually(shelf.unfinished)
@@ -225,6 +226,10 @@ def test_a_config_of_version_3_25_with_wildcards_regex_goes_on_in_the_older_prog
                   vm('PRODtestVM'), vm('DEV-1'), vm('accounting'), hosts=[{'name_label': 'vm'}])
     shelf = a_shelf(of_old_program())
     first, second, raw, vhd = shelf.copies('PROD-web')
+    (pool_uuid,) = [row['uuid'] for row in pool.dump()['pool'].values()]
+    for name in shelf.dumps('vm'):                   # so that they are of this pool
+        content = shelf.read('METADATA_vm', name)
+        write(shelf.at('METADATA_vm', name), content.replace(RECORDED_POOL_UUID, pool_uuid.encode('ascii')))
 
     run = backup(pool, shelf, *OLD_CONFIG)
 

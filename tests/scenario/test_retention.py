@@ -270,6 +270,30 @@ def test_two_pools_in_which_a_vm_has_one_uuid_never_prune_each_others_copies(a_s
             pool.remove()
 
 
+def test_two_pools_whose_hosts_have_one_name_never_prune_each_others_dumps(a_shelf: Any) -> None:
+    shelf = a_shelf()
+    pools = [Pool({'vms': [], 'hosts': [{'name_label': 'xen', 'master': True}, {'name_label': name}]}).start() for name in ('a', 'b')]
+    lines = ['pool_db_backup=1', 'max_backups=1']
+    try:
+        folders = []
+        for pool in pools:
+            told = preview(pool, shelf, *lines)
+            assert backup(pool, shelf, *lines).exit_status == 0
+            again = backup(pool, shelf, *lines)
+            assert again.exit_status == 0 and again.says('1 dump is kept')
+            folders.append([name for name in shelf.names() if name not in folders][-1])
+            assert told.says('is dumped into %s.' % folders[-1]) and len(shelf.names(folders[-1])) == 1
+        assert folders[0] == 'METADATA_xen' and folders[1].startswith('METADATA_xen--') and shelf.names() == folders
+
+        (theirs,) = shelf.names(folders[1])
+        os.rename(shelf.at(folders[1], theirs), shelf.at(folders[0], 'pool_db_20010101-000000.dump'))  # as earlier versions did
+        assert backup(pools[0], shelf, *lines).exit_status == 0
+        assert len(shelf.names(folders[0])) == 2 and 'pool_db_20010101-000000.dump' in shelf.names(folders[0])
+    finally:
+        for pool in pools:
+            pool.remove()
+
+
 def test_a_renamed_vm_goes_on_in_its_directory(a_pool: Any, a_shelf: Any) -> None:
     shelf = a_shelf(complete('web', days_ago=2, uuid=uuid_of('shop')), complete('web', days_ago=1, uuid=uuid_of('shop')))
     run = backup(a_pool(vm('shop')), shelf, 'vm-export=shop:2')

@@ -124,6 +124,24 @@ def test_an_entry_that_matches_nothing_is_exit_1_and_the_others_are_backed_up(a_
     assert 'the VM that I count on' in run.stdout.splitlines()[-1]
 
 
+# --- Nothing to do ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('lines', [['vm-export=*', 'exclude=*'], ['vm-export=web', 'exclude=w*'], ['vdi-export=w*', 'exclude="web"']])
+def test_where_exclude_leaves_out_all_that_is_selected_it_is_a_warning(a_pool: Any, a_shelf: Any, lines: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    for words in ([], ['preview']):
+        run = backup(pool, shelf, *lines, words=words)
+        assert run.exit_status == 3 and run.says('backs up no VM') and shelf.names() == []
+    assert backup(pool, shelf, 'pool_db_backup=1', 'exclude=web').exit_status == 0, 'no VM was asked for'
+
+
+def test_where_no_wildcard_selects_anything_it_is_a_warning(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    for words in ([], ['preview']):
+        run = backup(pool, shelf, 'vm-export=d*', 'vdi-export=tag:gold', words=words)
+        assert run.exit_status == 3 and run.says('matches no VM') and not run.says('backs up no VM')
+
+
 # --- The command line as a config ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('target, kind', [('web', 'vm-export'), ('vm-export=web', 'vm-export'), ('w*', 'vm-export'),

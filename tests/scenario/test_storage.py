@@ -41,6 +41,20 @@ def small_disk(tmp_path: Any) -> Iterator[str]:
 
 
 @pytest.fixture
+def own_disk(tmp_path: Any) -> Iterator[str]:
+    """A file system of its own that is not in memory."""
+    image, path = str(tmp_path / 'image'), str(tmp_path / 'disk')
+    os.mkdir(path)
+    with open(image, 'wb') as file:
+        file.truncate(32 * MEBIBYTE)
+    if shutil.which('mkfs.ext4') is None or subprocess.run(['mkfs.ext4', '-q', '-F', image]).returncode:
+        pytest.skip('no ext4 file system can be made here')
+    mount('-o', 'loop', image, path)
+    yield path
+    subprocess.run(['umount', '-l', path], check=True)
+
+
+@pytest.fixture
 def read_only_disk(tmp_path: Any) -> Iterator[str]:
     yield from mounted(str(tmp_path), 'size=1m,ro')
 
@@ -53,10 +67,20 @@ def test_a_read_only_backup_dir_is_refused_before_anything_starts(a_pool: Any, a
 
 
 def test_a_backup_dir_on_a_mount_of_its_own_is_used_where_a_mount_is_required(a_pool: Any, a_shelf: Any,
-                                                                             small_disk: str) -> None:
-    pool, shelf = a_pool(vm('web')), a_shelf(path=small_disk)
+                                                                             own_disk: str) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(path=own_disk)
     run = backup(pool, shelf, 'vm-export=web', 'require_mount=yes')
     assert run.exit_status in (0, 3) and shelf.has('web', complete=1)
+
+
+@pytest.mark.parametrize('require_mount, status', [('yes', 2), ('auto', 3), ('no', 3)])
+def test_a_backup_dir_in_memory_is_refused_as_one_on_the_root_disk_is(a_pool: Any, a_shelf: Any, small_disk: str, require_mount: str,
+                                                                      status: int) -> None:
+    pool, shelf = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)])), a_shelf(path=small_disk)
+    run = backup(pool, shelf, 'vm-export=web', 'require_mount=' + require_mount)
+    assert run.exit_status == status and run.says('in memory (tmpfs)') is (require_mount != 'no')
+    assert shelf.is_unchanged() is (status == 2)
+    assert shelf.has('web', complete=0 if status == 2 else 1)
 
 
 def test_a_full_disk_is_that_vms_failure_and_the_next_vm_is_tried(a_pool: Any, a_shelf: Any, small_disk: str) -> None:

@@ -1,13 +1,15 @@
 """The backup directory: what lies in it is told apart, and only what is ours is removed."""
 
+import gzip
 import json
 import os
 from datetime import datetime
 
 import pytest
 
+from support.process import TESTS
 from support.values import GIBIBYTE, NIGHT, US_UUID, a_copy
-from VmBackup import Catalog, CatalogError, Method, find_mount
+from VmBackup import Catalog, CatalogError, Method, find_mount, free_text
 
 # Lines as Linux writes them (proc(5)): id, parent, major:minor, root, mount point, options, optional fields, "-", kind, source,
 # options of the super block.
@@ -31,6 +33,18 @@ def test_mount_options_tell_whether_locks_reach_other_hosts(kind, options, is_lo
 @pytest.mark.parametrize('text', ['', EXT4, 'nonsense\n', '41 28 0:51 / /snapshots rw shared:1\n', '41 28 0:511 / /x rw - nfs h:/x rw\n'])
 def test_a_mount_that_is_not_in_the_list_is_unknown(text):
     assert find_mount(text, os.makedev(0, 51)) is None
+
+
+OVERLAY = 'rw,lowerdir=/run/live/medium,upperdir=%s,workdir=/run/live/work'
+
+
+@pytest.mark.parametrize('kind, options, is_in_memory', [
+    ('tmpfs', 'rw,size=64m', True), ('ramfs', 'rw', True), ('ext4', 'rw', False), ('nfs4', NFS4, False),
+    ('overlay', OVERLAY % '/run/live/rw', True), ('overlay', OVERLAY % '/var/rw', False), ('overlay', 'ro,lowerdir=/run/live/medium', False),
+    ('overlay', OVERLAY % '/snapshots/rw', False), ('overlay', OVERLAY % '/runlive', False)])
+def test_a_store_in_memory_is_known_as_one_also_under_an_overlay(kind, options, is_in_memory):
+    text = EXT4 + LINE % (40, 50, '/run', 'tmpfs', 'tmpfs', 'rw') + LINE % (41, 51, '/snapshots', kind, 'none', options)
+    assert find_mount(text, os.makedev(0, 51)).is_in_memory is is_in_memory
 
 
 def test_this_machines_own_list_of_mounts_can_be_read(tmp_path):
@@ -277,3 +291,41 @@ def test_sealing_never_replaces_what_is_there(tmp_path):
 
 def test_the_free_space_is_told_in_bytes(tmp_path):
     assert 0 < Catalog(str(tmp_path)).free_bytes() < (1 << 30) * GIBIBYTE
+
+
+def test_a_file_system_that_tells_no_size_is_not_a_full_one():
+    assert os.statvfs('/proc').f_blocks == 0
+    assert Catalog('/proc').free_bytes() is None and free_text(None) == 'free space not known'
+
+
+# --- dumps of the pool database ------------------------------------------------------------------------------------------
+
+POOL_ROW = '<table name="pool"><row ref="OpaqueRef:1" __ctime="0" gui_config="%s" telemetry_uuid="OpaqueRef:2" uuid="%s" wlb=""/></table>'
+
+
+@pytest.mark.parametrize('before, config, behind', [(0, 0, 0), (10, 10, 10), (3 << 20, 2 << 20, 100), (100, 100, 3 << 20),
+                                                    (0, 0, (1 << 20) - 200)])
+def test_a_dump_names_its_pool_however_large_it_is(tmp_path, before, config, behind):
+    text = '<database>%s%s%s</database>' % ('v' * before, POOL_ROW % ('g' * config, US_UUID), '<table name="x"/>'.ljust(behind, ' '))
+    make(tmp_path, 'METADATA_x', **{'pool_db_20160414-001000.dump': text.encode()})
+    assert Catalog(str(tmp_path)).pool_dumps('METADATA_x') == [('pool_db_20160414-001000.dump', US_UUID)]
+
+
+@pytest.mark.parametrize('cut', range(0, 80, 7))
+def test_a_dump_names_its_pool_wherever_it_is_cut_into_pieces(tmp_path, cut):
+    behind = '</database>'.rjust((1 << 20) - len(POOL_ROW % ('', US_UUID)) + cut)
+    make(tmp_path, 'METADATA_x', **{'pool_db_20160414-001000.dump': (' ' * 99 + POOL_ROW % ('', US_UUID) + behind).encode()})
+    assert Catalog(str(tmp_path)).pool_dumps('METADATA_x')[0][1] == US_UUID
+
+
+@pytest.mark.parametrize('text', ['</database>', '<table name="pool"/></database>', '<table name="pool"><row x_uuid="1"/></table></database>'])
+def test_a_dump_without_a_pool_tells_none(tmp_path, text):
+    make(tmp_path, 'METADATA_x', **{'pool_db_20160414-001000.dump': text.encode(), 'pool_db_20160415-001000.dump': b'<database>'})
+    assert Catalog(str(tmp_path)).pool_dumps('METADATA_x') == [('pool_db_20160414-001000.dump', '')]
+    assert Catalog(str(tmp_path)).pool_dumps('METADATA_y') == []
+
+
+def test_the_dump_of_a_real_server_names_its_pool(tmp_path):
+    with gzip.open(os.path.join(TESTS, 'conformance', 'recorded', 'files', 'pool-dump.xml.gz')) as file:
+        make(tmp_path, 'METADATA_x', **{'pool_db_20160414-001000.dump': file.read()})
+    assert Catalog(str(tmp_path)).pool_dumps('METADATA_x')[0][1] == '876eb439-74eb-1b23-f37f-23e70f10701b'

@@ -177,6 +177,14 @@ def test_a_status_log_without_a_directory_is_said_once_and_stops_nothing(tmp_pat
 
 # --- preview -----------------------------------------------------------------------------------------------------------
 
+class Store:
+    """What a preview asks of a catalog."""
+
+    @staticmethod
+    def free_bytes():
+        return 7 * GIBIBYTE
+
+
 def test_a_preview_shows_every_vm_with_what_is_done_to_it_and_why():
     text = 'vm-export=web\nvdi-export=d*:2\nexclude=*-test\nvm-export=gone\n'
     machines = vms('web', 'db', 'x-test', 'lonely')
@@ -185,7 +193,7 @@ def test_a_preview_shows_every_vm_with_what_is_done_to_it_and_why():
     for job in plan.jobs:
         copies = [a_copy(night, uuid=job.machine.uuid, method=job.method) for night in range(1, 6)]
         futures[job.machine.uuid] = (job.machine.name, future_verdicts(job, copies, datetime(2016, 5, 1), False))
-    shown = preview_text(configured(text), an_inventory(*machines), plan, futures, 7 * GIBIBYTE)
+    shown = preview_text(configured(text), an_inventory(*machines), plan, futures, Store())
     for words in ('web (00000001): vm-export, 4 copies kept', 'chosen by vm-export=web (weekend.cfg:1)', '8.0 GiB', '7.0 GiB free',
                   'db (00000002): vdi-export, 2 copies kept', 'chosen by vdi-export=d*:2 (weekend.cfg:2)',
                   'x-test (00000003) by exclude=*-test (weekend.cfg:3)', 'lonely (00000004)', 'gone'):
@@ -225,7 +233,7 @@ def test_a_vdi_export_without_disk_0_shows_in_the_preview():
     machine = a_vm('web', 1, disks=(a_disk('1'),))
     plan = planned('vdi-export=web\n', machine)
     assert plan.jobs[0].method is Method.VDI
-    shown = preview_text(configured('vdi-export=web\n'), an_inventory(machine), plan, {machine.uuid: ('web', [])}, 0)
+    shown = preview_text(configured('vdi-export=web\n'), an_inventory(machine), plan, {machine.uuid: ('web', [])}, Store())
     assert 'no Disk 0' in shown
 
 
