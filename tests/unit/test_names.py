@@ -157,6 +157,13 @@ def test_a_number_agrees_with_its_noun(number, noun, text):
     assert counted(number, noun) == text
 
 
+@pytest.mark.parametrize('number, noun, verb, text', [
+    (1, 'dump', 'is', '1 dump is'), (2, 'dump', 'is', '2 dumps are'), (0, 'good copy', 'was', '0 good copies were'),
+    (1, 'copy', 'has', '1 copy has'), (3, 'copy', 'has', '3 copies have'), (1, '', 'is', '1 is'), (4, '', 'is', '4 are')])
+def test_the_verb_behind_a_number_agrees_with_it(number, noun, verb, text):
+    assert counted(number, noun, verb) == text
+
+
 @pytest.mark.parametrize('name, shown', [('web', 'web'), ('File server 1', 'File server 1'), ('B\xfcro', 'B\xfcro'),
                                          ('', '""'), ('a "b"', '"a \\"b\\""'), ('a\nb', '"a\\nb"'), ('\x1b[31m', '"\\x1b[31m"'),
                                          (' web', '" web"'), ('a, b', '"a, b"')])
