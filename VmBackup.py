@@ -231,13 +231,19 @@ class Interrupted(BaseException):
 
 # Reasons that pass by themselves: the VM is tried once more at the end of the queue.
 PASSING_FAILURES = frozenset((
-    "OTHER_OPERATION_IN_PROGRESS", "SR_BACKEND_FAILURE_46", "SR_BACKEND_FAILURE_47",
+    "OTHER_OPERATION_IN_PROGRESS", "SR_BACKEND_FAILURE_37", "SR_BACKEND_FAILURE_46", "SR_BACKEND_FAILURE_47",
+    "SR_BACKEND_FAILURE_82", "SR_BACKEND_FAILURE_1200",
     "SESSION_INVALID", "HOST_STILL_BOOTING", "CANNOT_CONTACT_HOST"))
 
 # What an administrator can do about the failures that backups meet (codes: ocaml/idl/datamodel_errors.ml).
 FAILURE_ADVICE = {
     "SR_BACKEND_FAILURE_44": "The SR is full: free space on it (old snapshots, and space that its coalesce "
                              "has not given back yet), then run again.",
+    "SR_BACKEND_FAILURE_37": "The SR could not lock the disk: its own clean-up (coalesce) was busy with it.",
+    "SR_BACKEND_FAILURE_82": "Most often the disk could not be paused for its snapshot, as the SR's own clean-up (coalesce) was "
+                             "busy with it: that passes in minutes. If it does not, look in /var/log/SMlog of the VM's host.",
+    "SR_BACKEND_FAILURE_1200": "The process that serves the disk (tapdisk) was just starting or ending: that passes in "
+                               "minutes. If it does not, look in /var/log/SMlog of the VM's host.",
     "SR_BACKEND_FAILURE_109": "The snapshot chain is too long: delete snapshots of this VM and let the SR "
                               "coalesce, or copy the disk.",
     "SR_OPERATION_NOT_SUPPORTED": "One of its disks lies on an SR that can't make snapshots (raw, ISO or udev): "
@@ -1630,6 +1636,9 @@ class Log:
             return
 
 
+SIGNAL_PATIENCE_S = MINUTE_S       # how long a pool that does not answer is waited for once a signal came
+
+
 class Signals:
     """SIGTERM, SIGINT and SIGHUP are noted, and acted on between calls.
 
@@ -1641,6 +1650,9 @@ class Signals:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._noted = None          # type: Optional[int]
+        self._noted_at = 0.0
+        self._asked_at = None       # type: Optional[float]
+        self._may_break = False
         self._untold = None         # type: Optional[int]
         self._shields = 0
         self._is_over = False
@@ -1650,17 +1662,49 @@ class Signals:
         for number in self.HANDLED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
+        signal.signal(signal.SIGALRM, self._wake)
 
     def _note(self, number: int, _frame: Any) -> None:
         # nothing is written from here: the main thread may be in the middle of a line of the same log
-        if not self._is_over:
-            self._noted = self._noted or number
-            self._untold = self._untold or (number if self._shields else None)
+        if self._is_over:
+            return
+        if self._noted is None:
+            self._noted, self._noted_at = number, time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, SIGNAL_PATIENCE_S)
+        self._untold = self._untold or (number if self._shields else None)
+        if self._may_break and not self._shields:
+            raise Interrupted(self._noted)
+
+    def _wake(self, _number: int, _frame: Any) -> None:
+        if self._asked_at is not None and self._asked_at <= self._noted_at:
+            raise socket.timeout
+
+    @contextlib.contextmanager
+    def awaited(self, may_break: bool) -> Iterator[None]:
+        """Inside, an answer is waited for. A signal ends that: at once where nothing can be lost by it, else by socket.timeout
+        after SIGNAL_PATIENCE_S."""
+        self._asked_at, self._may_break = time.monotonic(), may_break
+        try:
+            if may_break:
+                self.check()
+            yield
+        finally:
+            self._asked_at, self._may_break = None, False
+
+    def patience_ends(self, answered_at: float) -> float:
+        """Until when a pool that answered then last is waited for, by the monotonic clock: for ever until a signal came."""
+        return max(self._noted_at, answered_at) + SIGNAL_PATIENCE_S if self._noted else float("inf")
+
+    @property
+    def noted(self) -> Optional[Interrupted]:
+        """The signal that came, if one did."""
+        return Interrupted(self._noted) if self._noted else None
 
     def come_too_late(self) -> None:
         """From now on: all is done and about to be told, so a signal changes nothing and is no news."""
         self._is_over = True
         self._noted = self._untold = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _tell(self) -> None:
         """A signal that waits for the end of the clean-up is said, once."""
@@ -3345,6 +3389,7 @@ READ_TIMEOUT_S = 120
 LOGIN_TRIES = 3
 LOGIN_PAUSE_S = 2
 IDLE_CONNECTION_S = 5
+POLL_TIMEOUT_S = 10            # for a question that can as well be asked a little later
 SAME_SESSION_PAUSE_S = 2
 ORIGINATOR = "VmBackup"
 KEY_PREFIX = "vmbackup:"
@@ -3481,6 +3526,7 @@ class Pool:
         self._handle = ""
         self._master = None                # type: Optional[PoolAddress]
         self._sr_uuids = {}                # type: Dict[str, str]
+        self._answered_at = 0.0            # by the monotonic clock
         self._failure = Exception          # the module's Failure, once it is imported
         self.changes_allowed = True        # a preview switches it off
         self.was_shaken = False            # a connection or session was lost: the server may have restarted
@@ -3495,12 +3541,13 @@ class Pool:
             raise PoolError("the Python module XenAPI is not installed. On a host of the pool it is there for "
                             "/usr/bin/python3; elsewhere: pip install XenAPI.")
         self._failure = XenAPI.Failure
+        give_up_at = time.monotonic() + self._patience_s
         for attempt in range(1, LOGIN_TRIES + 1):
             try:
                 self._login(XenAPI)
                 return
             except AnswerLost as error:
-                if attempt == LOGIN_TRIES:
+                if attempt == LOGIN_TRIES or time.monotonic() + LOGIN_PAUSE_S > give_up_at:
                     raise PoolError("%s No VM was touched. Is the pool up, and the address right?" % error)
                 self._signals.sleep(LOGIN_PAUSE_S)
 
@@ -3547,6 +3594,7 @@ class Pool:
             target = address or self._doorway.plain_address()
             url, connect = target.url, self._connector(target)
         self._transport = Transport(connect)
+        self._transport.timeout_s = min(READ_TIMEOUT_S, self._patience_s)
         self._session = xenapi.Session(url, transport=self._transport)
         self._guarded("the login", lambda: self._session.login_with_password(
             "root", self._password or "", "1.0", ORIGINATOR))
@@ -3607,10 +3655,11 @@ class Pool:
         while True:
             self._signals.check()
             try:
-                return self.call(doing, method, *arguments, **options)
+                return self.call(doing, method, *arguments, may_break=True, **options)
             except AnswerLost as error:
-                if time.monotonic() + pause_s > give_up_at:
-                    raise PoolError("%s The pool has not answered for %s." % (error, format_duration(self._patience_s)))
+                if time.monotonic() + pause_s > min(give_up_at, self._signals.patience_ends(self._answered_at)):
+                    raise PoolError("%s The pool has not answered for %s." % (error, format_duration(
+                        SIGNAL_PATIENCE_S if self._signals.noted else self._patience_s)))
                 self._log.info("%s Trying again." % error)
                 if pause_s > SAME_SESSION_PAUSE_S:         # the master may be another one now
                     self._forget_session()
@@ -3627,26 +3676,31 @@ class Pool:
         self._master = None
         self._login(XenAPI)
 
-    def _send(self, doing: str, method: str, arguments: Tuple[Any, ...], timeout_s: float = 0) -> Any:
+    def _send(self, doing: str, method: str, arguments: Tuple[Any, ...], timeout_s: float = 0, may_break: bool = False) -> Any:
         """One call, with the session re-made by the XenAPI module if it had died."""
         if self._session is None:
             self._reconnect()
-        self._transport.timeout_s = timeout_s or min(READ_TIMEOUT_S, self._patience_s)
+        self._transport.timeout_s = min(timeout_s or min(READ_TIMEOUT_S, self._patience_s),
+                                        SIGNAL_PATIENCE_S if self._signals.noted else float("inf"))
         function = self._session.xenapi
         for part in method.split("."):
             function = getattr(function, part)
-        answer = self._guarded(doing, lambda: function(*arguments))
+        answer = self._guarded(doing, lambda: function(*arguments), may_break)
         if self._session.handle != self._handle:
             self._handle = self._session.handle
             self.was_shaken = True
             self._log.info("the session with the pool was lost; logged in again.")
         return answer
 
-    def _guarded(self, doing: str, function: Callable[[], Any]) -> Any:
+    def _guarded(self, doing: str, function: Callable[[], Any], may_break: bool = True) -> Any:
         """What the function gives, its failures translated to ApiFailure and AnswerLost."""
         try:
-            return function()
+            with self._signals.awaited(may_break):
+                answer = function()
+            self._answered_at = time.monotonic()
+            return answer
         except self._failure as failure:
+            self._answered_at = time.monotonic()
             details = [str(item) for item in failure.details]
             raise ApiFailure(details[0], details[1:], doing)
         except (OSError, ValueError, http.client.HTTPException, xmlrpc.client.Error,
@@ -3668,14 +3722,14 @@ class Pool:
         doing = "reading the pool"
         session_host = self._session_host(doing)
         problems = []                      # type: List[str]
-        pool = Fields("the pool", next(iter(self._records(doing, "pool").values()), {}), problems)
-        hosts = self._records(doing, "host")
-        machines = self._records(doing, "VM")
-        vbds = self._records(doing, "VBD")
-        vdis = self._records(doing, "VDI")
-        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in self._records(doing, "SR").items()}
-        vifs = self._records(doing, "VIF")
-        networks = self._records(doing, "network")
+        pool = Fields("the pool", next(iter(self.records(doing, "pool").values()), {}), problems)
+        hosts = self.records(doing, "host")
+        machines = self.records(doing, "VM")
+        vbds = self.records(doing, "VBD")
+        vdis = self.records(doing, "VDI")
+        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in self.records(doing, "SR").items()}
+        vifs = self.records(doing, "VIF")
+        networks = self.records(doing, "network")
         values = {ref: _host(ref, record, problems) for ref, record in hosts.items()}
         if not pool.text("uuid") or not values:
             raise PoolError("the pool does not say its uuid, or has no host: its database is damaged. No VM was touched.")
@@ -3696,7 +3750,7 @@ class Pool:
         real.sort(key=lambda machine: (machine.name, machine.uuid))
         return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real), tuple(problems))
 
-    def _records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
+    def records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
         """All records of that class by ref."""
         return {ref: record for ref, record in self.ask(doing, class_name + ".get_all_records").items()
                 if isinstance(record, dict)}
@@ -3814,11 +3868,12 @@ class Pool:
         """What the clock of the host that we are logged in at says, to the second."""
         return parse_server_time(self.ask(doing, "host.get_servertime", self._session_host(doing)))
 
-    def storage_repositories(self, refs: Iterable[str]) -> List[StorageRepository]:
-        """Those SRs, with their sizes of now."""
+    def storage_repositories(self, refs: Iterable[str], patient: bool = True) -> List[StorageRepository]:
+        """Those SRs, with their sizes of now. Without patience a pool that does not answer at once is not waited for."""
+        read = self.ask if patient else functools.partial(self.call, timeout_s=POLL_TIMEOUT_S)
         found = []
         for ref in sorted(set(refs)):
-            record = Fields("an SR", self.ask("reading an SR", "SR.get_record", ref), [])
+            record = Fields("an SR", read("reading an SR", "SR.get_record", ref), [])
             found.append(StorageRepository(ref, record.text("uuid"), record.text("name_label"), record.text("content_type"),
                                            record.number("physical_size"), record.number("physical_utilisation")))
         return found
@@ -5667,8 +5722,8 @@ SILENCE_BEFORE_POLL_S = 5
 COMPRESSORS = {"gzip": ("pigz", "gzip"), "zstd": ("zstd",)}
 COMPRESSOR_OPTIONS = {"pigz": ("-c", "-n"), "gzip": ("-c", "-n"), "zstd": ("-q", "-c", "-T0")}
 COMPRESSED_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
-XE_PASSING = re.compile(r"Lost connection|Connection refused|Connection reset|Broken pipe|EPIPE|SESSION_INVALID|"
-                        r"Another operation involving|OTHER_OPERATION_IN_PROGRESS|SR_BACKEND_FAILURE_4[67]|"
+XE_PASSING = re.compile(r"Lost connection|Connection refused|Connection reset|Broken pipe|EPIPE|ECONNRESET|SESSION_INVALID|"
+                        r"Another operation involving|OTHER_OPERATION_IN_PROGRESS|SR_BACKEND_FAILURE_(?:37|46|47|82|1200)\b|"
                         r"Unable to contact|End_of_file|still booting")
 
 
@@ -5943,8 +5998,9 @@ class Watch:
             self._give_up(progress.waiting_for)
         if self._min_free and self._sr_refs and now - self._sr_asked_at > SR_POLL_S:
             self._sr_asked_at = now
-            check_sr_space(self._pool.storage_repositories(self._sr_refs), self._min_free,
-                           "%s was given up" % self._doing)
+            with contextlib.suppress(ApiFailure, PoolError):       # a pool that does not answer just now proves nothing
+                check_sr_space(self._pool.storage_repositories(self._sr_refs, patient=False), self._min_free,
+                               "%s was given up" % self._doing)
 
     def _ask_task(self, now: float) -> None:
         """The server's own progress counts as life. A pool that does not answer just now proves nothing."""
@@ -6458,10 +6514,13 @@ class BackupRun:
             self._note_low_space()
         except BackupError as error:
             ended_by = str(error)
+            self.interrupted = self._signals.noted
             self._log.error("the run ends here: %s" % error)
         except Interrupted as interrupted:
             ended_by = str(interrupted)
-            self._log.warning("the run was %s; what it had open was cleaned up." % interrupted)
+            self._log.warning("the run was %s; %s." % (interrupted, "what it has left in the pool is told above, and left to the "
+                                                       "next run" if self._journal.open_entries() else
+                                                       "what it had open was cleaned up"))
             self.interrupted = interrupted
         return RunOutcome(tuple(self._outcomes), tuple(self._findings + self._snapshots.findings),
                           len(self._plan.missing), self._pool_database_error, began_at, self._clock.utc(),
@@ -7299,23 +7358,38 @@ class PoolView(NamedTuple):
 
 
 def read_pool_view(pool: Pool, inventory: Inventory) -> PoolView:
-    """The pool as it is now, in seven calls."""
+    """The pool as it is now, in eight calls."""
     doing = "reading the pool"
-    plugged = {record["SR"] for record in pool.ask(doing, "PBD.get_all_records").values() if record["currently_attached"]}
-    srs = [_target_sr(ref, record, ref in plugged) for ref, record in pool.ask(doing, "SR.get_all_records").items()]
-    default_sr = [record["default_SR"] for record in pool.ask(doing, "pool.get_all_records").values()][0]
-    return PoolView(tuple(srs), default_sr, pool.ask(doing, "network.get_all_records"),
-                    pool.ask(doing, "VM.get_all_records"), pool.ask(doing, "VIF.get_all_records"),
-                    pool.ask(doing, "VDI.get_all_records"), pool.ask(doing, "VBD.get_all_records"),
+
+    def records(class_name: str, **needed: Any) -> Dict[str, Dict[str, Any]]:
+        """All of that class; what is needed of a record, and is missing or of another type, reads as given here."""
+        return {ref: dict(record, **{field: record[field] if isinstance(record.get(field), type(empty)) else empty
+                                     for field, empty in needed.items()})
+                for ref, record in pool.records(doing, class_name).items()}
+
+    return PoolView(target_srs(pool), next(iter(records("pool", default_SR=NULL_REF).values()))["default_SR"],
+                    records("network", uuid="", name_label=""),
+                    records("VM", uuid="", name_label="", other_config={}, is_control_domain=False),
+                    records("VIF", VM="", MAC=""), records("VDI", uuid="", is_a_snapshot=True), records("VBD", VM="", VDI=""),
                     inventory.master.api_version)
 
 
+def target_srs(pool: Pool) -> Tuple[TargetSr, ...]:
+    """The SRs, with what is free on them now, in two calls."""
+    doing = "reading the SRs"
+    plugged = {str(record.get("SR")) for record in pool.records(doing, "PBD").values()
+               if record.get("currently_attached") is True}
+    return tuple(_target_sr(ref, record, ref in plugged) for ref, record in pool.records(doing, "SR").items())
+
+
 def _target_sr(ref: str, record: Dict[str, Any], is_plugged: bool) -> TargetSr:
-    """The SR's value."""
-    size = int(record["physical_size"])
-    usable = is_plugged and record["content_type"] != "iso" and record["type"] not in ISO_SR_TYPES
-    return TargetSr(ref, record["uuid"], record["name_label"], record["type"], usable,
-                    max(0, size - int(record["physical_utilisation"])) if size > 0 else -1)
+    """The SR's value; one whose record can't be read is not usable."""
+    problems = []                          # type: List[str]
+    sr = Fields("an SR", record, problems)
+    size, used, kind = sr.number("physical_size"), sr.number("physical_utilisation"), sr.text("type")
+    usable = is_plugged and sr.text("content_type") != "iso" and kind not in ISO_SR_TYPES
+    return TargetSr(ref, sr.text("uuid"), sr.text("name_label"), kind, usable and not problems,
+                    max(0, size - used) if size > 0 else -1)
 
 
 # --- the plan ------------------------------------------------------------------------------
@@ -8509,6 +8583,8 @@ class Drill:
         """How it did; raises BackupError if it did not start or did not stay up."""
         doing = "starting %s" % imported.entry.title
         metrics = self._guest_metrics(imported.ref, doing)
+        # the copy may bear what blocked the start of its VM: of this one nobody but us knows
+        self._pool.ask(doing, "VM.remove_from_blocked_operations", imported.ref, "start")
         self._pool.call(doing, "VM.start", imported.ref, False, False)
         began_s = self._clock.monotonic()
         while True:
@@ -9556,7 +9632,7 @@ class Context(NamedTuple):
     signals: Signals
 
 
-def make_pool(context: Context) -> Pool:
+def make_pool(context: Context, patience_s: float = 0) -> Pool:
     """The pool that the config and password mean, not connected yet; UsageError if they contradict."""
     configuration = context.configuration
     password = read_password(context.arguments.password)
@@ -9565,7 +9641,7 @@ def make_pool(context: Context) -> Pool:
     context.log.keep_secret(password or "")
     return Pool(configuration.pool, password, Doorway.of_environment(dict(os.environ)),
                 Trust(configuration.ca_file, configuration.ca_fingerprint),
-                configuration.stall_timeout * MINUTE_S, context.log, context.signals)
+                patience_s or configuration.stall_timeout * MINUTE_S, context.log, context.signals)
 
 
 def make_xe(context: Context, pool: Pool) -> XeProgram:
@@ -10045,17 +10121,20 @@ def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optiona
     return max(numbers[-1], selector.keep or configuration.max_backups), selector.line
 
 
+LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only adds which VMs it still has
+
+
 def known_uuids(context: Context) -> Optional[Set[str]]:
     """The uuids of the pool's VMs, None if no pool can be asked from here."""
     if context.arguments.password == "-" and not os.path.exists(
             fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
         return None
-    pool = make_pool(context)
+    pool = make_pool(context, LIST_PATIENCE_S)
     try:
         pool.connect()
         pool.changes_allowed = False
         return {machine.uuid for machine in pool.inventory().machines}
-    except PoolError as error:
+    except (PoolError, ApiFailure) as error:
         context.log.info("the pool was not asked which VMs it knows: %s" % error)
         return None
     finally:
@@ -10068,7 +10147,7 @@ def command_list(context: Context) -> int:
     if wanted not in ("text", "json"):
         raise UsageError("format=%s is not allowed; allowed: text, json." % one_line(wanted))
     catalog = open_store(context)
-    known = known_uuids(context)
+    known = known_uuids(context) if wanted == "json" else None
     now = context.clock.local()
     store = VerdictStore(catalog)
     rows = [list_row(stored, context.configuration, store, known, now)
@@ -10082,6 +10161,11 @@ def command_list(context: Context) -> int:
         context.log.show(list_text(row))
     for stranger in strangers:
         context.log.show("not ours, left alone: %s" % one_line(stranger))
+    known = known_uuids(context)
+    for row in rows:
+        if known is not None and row["uuid"] not in known:
+            context.log.show("NO LONGER IN THE POOL: %s  %s  in %s/" % (quote_name(row["name"]), row["uuid"] or "uuid unknown",
+                                                                        row["folder"]))
     good = sum(1 for row in rows for copy in row["copies"] if copy["good"])
     context.log.show("%s of %s, %s good, %s." % (
         counted(sum(len(row["copies"]) for row in rows), "copy"), counted(len({row["uuid"] for row in rows}), "VM"),
@@ -10117,8 +10201,6 @@ def list_text(row: Dict[str, Any]) -> str:
     names = [quote_name(name) for name in row["names"] if name != row["name"]]
     title = "%s%s  %s  %s  in %s/" % (quote_name(row["name"]), " (before: %s)" % ", ".join(names) if names else "",
                                       row["uuid"] or "uuid unknown", row["kind"] or "kind unknown", row["folder"])
-    if row["in_pool"] is False:
-        title += "  NO LONGER IN THE POOL"
     lines = [title]
     for copy in row["copies"]:
         state = "good" if copy["good"] else "NOT GOOD (%s)" % copy["problem"]
@@ -10509,8 +10591,14 @@ def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: i
               for item in plan.existing if not item.vdi_ref]
     if lost_memory(plan.source):
         lines.append("  note: " + lost_memory(plan.source))
-    if status == ExitStatus.OK and record["power_state"] == "Halted" and not imported.problem:
-        lines.append("  To start it: xe vm-start uuid=%s" % record["uuid"])
+    if record["power_state"] == "Halted" and not imported.problem:
+        start = "xe vm-start uuid=%s" % record["uuid"]
+        if "start" in record["blocked_operations"]:
+            lines.append("  Its start is blocked, as that of the VM was when it was backed up (%s). To start it: xe "
+                         "vm-param-remove uuid=%s param-name=blocked-operations param-key=start; then: %s" % (
+                             one_line(record["blocked_operations"]["start"]) or "no reason given", record["uuid"], start))
+        elif status == ExitStatus.OK:
+            lines.append("  To start it: " + start)
     return "\n".join(lines)
 
 
@@ -10633,12 +10721,12 @@ def command_drill(context: Context) -> int:
                 pool.close()
 
 
-def drill_plan(context: Context, pool: Pool, inventory: Inventory, chosen: Chosen) -> RestorePlan:
-    """What a drill of that copy makes; BackupError if it can't be made."""
+def drill_plan(context: Context, pool: Pool, view: PoolView, chosen: Chosen) -> RestorePlan:
+    """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read anew."""
     if not chosen.copy.is_good:
         raise BackupError("it is no good copy (%s), and there is no good one of this VM." % chosen.copy.problem)
     wishes = Wishes("", context.arguments.parameters.get("sr", ""), "", False, False, False, True, "")
-    plan = plan_restore(opened_source(chosen), read_pool_view(pool, inventory), wishes)
+    plan = plan_restore(opened_source(chosen), view._replace(srs=target_srs(pool)), wishes)
     if plan.problems:
         raise BackupError(" ".join(plan.problems))
     return plan
@@ -10647,10 +10735,11 @@ def drill_plan(context: Context, pool: Pool, inventory: Inventory, chosen: Chose
 def preview_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog, copies: Sequence[Copy]) -> int:
     """Shown: what a drill would try."""
     status = ExitStatus.OK
+    view = read_pool_view(pool, inventory)
     for copy in copies:
         with catalog.root.child(copy.folder).child(copy.name) as inside:
             try:
-                plan = drill_plan(context, pool, inventory, Chosen(copy, inside, catalog))
+                plan = drill_plan(context, pool, view, Chosen(copy, inside, catalog))
                 text = ", ".join("disk %s on SR %s" % (item.disk.title, item.sr.title) for item in plan.disks) or "no disk"
             except BackupError as error:
                 status, text = ExitStatus.FAILED, "can't be drilled: %s" % error
@@ -10669,10 +10758,11 @@ def run_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catal
         exporter = Exporter(pool, make_xe(context, pool), context.configuration, context.log, context.signals)
         drill = Drill(importer, exporter, pool, context.clock, context.log, context.signals)
         try:
+            view = read_pool_view(pool, inventory)
             for copy in copies:
                 context.signals.check()
                 status_log.begin("drill", copy.vm_name)
-                outcome = drill_one(context, pool, inventory, catalog, drill, copy, boot_s)
+                outcome = drill_one(context, pool, view, catalog, drill, copy, boot_s)
                 outcomes.append(outcome)
                 if outcome.error is None:
                     status_log.success("drill", copy.vm_name, outcome.seconds, outcome.size_bytes)
@@ -10685,7 +10775,7 @@ def run_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catal
                             interrupted)
 
 
-def drill_one(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog, drill: Drill, copy: Copy,
+def drill_one(context: Context, pool: Pool, view: PoolView, catalog: Catalog, drill: Drill, copy: Copy,
               boot_s: float) -> DrillOutcome:
     """What the drill of that copy found; its verdict is on record."""
     began_s = context.clock.monotonic()
@@ -10693,7 +10783,7 @@ def drill_one(context: Context, pool: Pool, inventory: Inventory, catalog: Catal
     try:
         with kept_from_pruning(context, catalog, copy), catalog.root.child(copy.folder).child(copy.name) as inside:
             context.log.info("%s: drill of %s." % (title, format_size(copy.size_bytes)))
-            said, error = drill.run(drill_plan(context, pool, inventory, Chosen(copy, inside, catalog)), inside, boot_s), None
+            said, error = drill.run(drill_plan(context, pool, view, Chosen(copy, inside, catalog)), inside, boot_s), None
             context.log.info("%s: %s." % (title, said))
     except BackupError as problem:
         said, error = "NOT RESTORABLE", str(problem)

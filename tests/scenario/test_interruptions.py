@@ -1,11 +1,12 @@
 """Runs that are cut off: by a signal, by SIGKILL at several points, by a server that gives out. Nothing of ours stays."""
 
 import signal
+import time
 from typing import Any
 
 import pytest
 
-from support.deeds import backup, beginning, objects
+from support.deeds import backup, beginning, is_exporting, objects
 from support.language import MEBIBYTE, at, disk, vm
 from support.shelf import complete, unfinished
 from support.wire import eventually
@@ -168,6 +169,61 @@ def test_a_second_signal_does_not_stop_the_clean_up(a_pool: Any, a_shelf: Any) -
     assert pool.has_no_snapshots_of_ours() and shelf.names() == []
 
 
+@pytest.mark.parametrize('away', [signal.SIGKILL, signal.SIGSTOP])
+def test_after_a_signal_a_pool_that_is_away_is_waited_for_a_minute_and_the_rest_left_to_the_next_run(
+        a_pool: Any, a_shelf: Any, away: int) -> None:
+    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=MEBIBYTE)])
+    shelf = a_shelf(complete('web', days_ago=2))
+    with beginning(pool, shelf, 'vm-export=web', 'stall_timeout=1440', is_hurried=True) as process:
+        assert eventually(shelf.unfinished) and eventually(is_exporting(pool)), process.output
+        pool.process.send_signal(away)
+        process.signal(signal.SIGTERM)
+        run = process.ending(60)
+    assert run.exit_status == 143 and 'The next run tries again' in run.stderr, run
+    assert len(shelf.journals()) == 1 and shelf.unfinished() == []
+    if away == signal.SIGSTOP:
+        pool.process.send_signal(signal.SIGCONT)
+    pool.stop()
+    pool.set_faults([])
+    pool.start()
+    assert backup(pool, shelf, 'vm-export=web').exit_status == 0
+    assert pool.has_no_snapshots_of_ours() and shelf.journals() == []
+
+
+def test_a_signal_ends_the_wait_for_an_answer_that_does_not_come_and_the_clean_up_goes_on(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(vm('web', disks=2), vm('zeta'), faults=[at('api:VDI.destroy', nth=1, when='after', hangs=True)])
+    shelf = a_shelf()
+    with beginning(pool, shelf, 'vm-export=*', 'stall_timeout=1440', is_hurried=True) as process:
+        assert eventually(lambda: pool.calls('api:VDI.destroy')), process.output
+        process.signal(signal.SIGTERM)
+        run = process.ending(60)
+    assert run.exit_status == 143, run
+    assert pool.has_no_snapshots_of_ours() and shelf.journals() == []
+
+
+@pytest.mark.parametrize('action', ['list', 'preview'])
+def test_ctrl_c_ends_what_changes_nothing_at_once_while_the_pool_is_silent(a_pool: Any, a_shelf: Any, action: str) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(complete('web'))
+    pool.process.send_signal(signal.SIGSTOP)
+    try:
+        with beginning(pool, shelf, 'vm-export=web', words=[action]) as process:
+            assert action != 'list' or process.says('backup-'), process.output
+            time.sleep(1)
+            process.signal(signal.SIGINT)
+            assert process.ending(3).exit_status == 130
+    finally:
+        pool.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize('away', [signal.SIGKILL, signal.SIGSTOP])
+def test_list_shows_the_store_whatever_the_pool_does(a_pool: Any, a_shelf: Any, away: int) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(complete('web'))
+    pool.process.send_signal(away)
+    run = backup(pool, shelf, 'vm-export=web', words=['list'], time_limit_s=40)
+    assert run.exit_status == 0 and 'web' in run.stdout.splitlines()[0] and '1 copy of 1 VM' in run.stdout.splitlines()[-1], run
+    pool.process.send_signal(signal.SIGCONT)
+
+
 def test_a_run_under_nohup_is_not_ended_by_a_hangup(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=8 * MEBIBYTE)])
     shelf = a_shelf()
@@ -213,7 +269,8 @@ def test_one_vms_breakdown_stays_that_vms_and_costs_no_earlier_copy(a_pool: Any,
         assert 'not: web' in run.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize('code', ['OTHER_OPERATION_IN_PROGRESS', 'SR_BACKEND_FAILURE_46', 'SR_BACKEND_FAILURE_47'])
+@pytest.mark.parametrize('code', ['OTHER_OPERATION_IN_PROGRESS', 'SR_BACKEND_FAILURE_46', 'SR_BACKEND_FAILURE_47',
+                                  'SR_BACKEND_FAILURE_82', 'SR_BACKEND_FAILURE_1200'])
 def test_a_reason_that_passes_is_tried_once_more_at_the_end_of_the_queue(a_pool: Any, a_shelf: Any, code: str) -> None:
     pool = a_pool(vm('web'), vm('zeta'), faults=[at('api:VM.snapshot', nth=1, fails=[code, '', 'busy', ''])])
     shelf = a_shelf()
@@ -224,6 +281,23 @@ def test_a_reason_that_passes_is_tried_once_more_at_the_end_of_the_queue(a_pool:
         'vm-export,xcp1,begin,web', 'vm-export,xcp1,end,RETRY web', 'vm-export,xcp1,begin,zeta',
         'vm-export,xcp1,end,SUCCESS zeta,elapse:0 size:0G', 'vm-export,xcp1,begin,web',
         'vm-export,xcp1,end,SUCCESS web,elapse:0 size:0G', 'vmbackup.py,xcp1,end,WARNING,S:2 W:1 E:0']
+
+
+@pytest.mark.parametrize('said', ['Unix.Unix_error(Unix.ECONNRESET, "read", "")', 'The SR backend failed: SR_BACKEND_FAILURE_1200 [  ]'])
+def test_what_xe_says_of_a_reason_that_passes_gives_a_second_try(a_pool: Any, a_shelf: Any, said: str) -> None:
+    pool, shelf = a_pool(vm('web'), faults=[at('xe:vm-export', nth=2, exit=1, stderr=said)]), a_shelf()
+    run = backup(pool, shelf, 'vm-export=web')
+    assert run.exit_status == 3 and 'second try' in run.stderr and shelf.has('web', complete=1), run
+
+
+@pytest.mark.parametrize('answer', [{'drops': True}, {'fails': ['INTERNAL_ERROR', 'x']}])
+def test_a_poll_of_an_sr_without_an_answer_does_not_cost_a_healthy_export(a_pool: Any, a_shelf: Any, answer: Any) -> None:
+    polls = [at('api:SR.get_record', nth=number, **answer) for number in range(2, 6)]
+    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=MEBIBYTE * 2 // 3)] + polls)
+    shelf = a_shelf()
+    run = backup(pool, shelf, 'vm-export=web', 'min_sr_free=1')
+    assert run.exit_status == 0 and shelf.has('web', complete=1), run
+    assert len(pool.calls('api:SR.get_record')) > 1, 'it was asked in the export'
 
 
 def test_a_reason_that_does_not_pass_fails_the_second_time_too(a_pool: Any, a_shelf: Any) -> None:

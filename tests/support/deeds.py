@@ -30,19 +30,24 @@ def preview(pool: Pool, shelf: Shelf, *lines: str, **how: Any) -> Run:
     return backup(pool, shelf, *lines, words=['preview'], **how)
 
 
-def hurried_backup(pool: Pool, shelf: Shelf, *lines: str, words: Sequence[str] = ()) -> Run:
-    """A run whose minutes last half a second: for what it does only after long waiting."""
+def hurried(pool: Pool) -> List[str]:
+    """How the program is started so that its minutes last half a second: for what it does only after long waiting."""
     trouble = os.path.join(pool.home, 'TROUBLE.json')
     write_json(trouble, {'hurried': True})
-    return run([sys.executable, '-W', 'error', os.path.join(TESTS, 'support', 'troubled.py'), trouble, PROGRAM, '-',
-                shelf.config(*lines)] + list(words), pool.environment())
+    return [os.path.join(TESTS, 'support', 'troubled.py'), trouble, PROGRAM]
+
+
+def hurried_backup(pool: Pool, shelf: Shelf, *lines: str, words: Sequence[str] = ()) -> Run:
+    """A run whose minutes last half a second."""
+    return run([sys.executable, '-W', 'error'] + hurried(pool) + ['-', shelf.config(*lines)] + list(words), pool.environment())
 
 
 class Process:
     """VmBackup.py while it runs."""
 
-    def __init__(self, arguments: Sequence[str], environment: Dict[str, str]) -> None:
-        self._process = subprocess.Popen([sys.executable, '-W', 'error', compiled_program()] + list(arguments), env=environment,
+    def __init__(self, arguments: Sequence[str], environment: Dict[str, str], program: Sequence[str] = ()) -> None:
+        command = [sys.executable, '-W', 'error'] + list(program or [compiled_program()]) + list(arguments)
+        self._process = subprocess.Popen(command, env=environment,
                                          cwd='/', stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                          stderr=subprocess.PIPE, start_new_session=True)
         self._told: List[List[bytes]] = [[], []]
@@ -93,9 +98,10 @@ class Process:
 
 @contextlib.contextmanager
 def beginning(pool: Pool, shelf: Shelf, *lines: str, password: str = '-', host: int = 1, words: Sequence[str] = (),
-              config: str = '') -> Iterator[Process]:
+              config: str = '', is_hurried: bool = False) -> Iterator[Process]:
     """The run has been started; it does not outlive the block. `config`: a config other than weekend.cfg."""
-    process = Process([password, config or shelf.config(*lines)] + list(words), pool.environment(host))
+    process = Process([password, config or shelf.config(*lines)] + list(words), pool.environment(host),
+                      hurried(pool) if is_hurried else ())
     try:
         yield process
     finally:
