@@ -23,19 +23,20 @@ The sections below stand in reading order; each uses only those above it.
      7. Retention
      8. Run environment
      9. Programs
-    10. Streams and their proof
-    11. Pool
-    12. Catalog
-    13. Snapshots and their ownership
-    14. Export methods
-    15. Verification of stored copies
-    16. Backup run
-    17. Restore
-    18. Extract
-    19. Drill
-    20. Report
-    21. Commands
-    22. main
+    10. Storage
+    11. Streams and their proof
+    12. Pool
+    13. Catalog
+    14. Snapshots and their ownership
+    15. Export methods
+    16. Verification of stored copies
+    17. Backup run
+    18. Restore
+    19. Extract
+    20. Drill
+    21. Report
+    22. Commands
+    23. main
 
 Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
 """
@@ -192,6 +193,22 @@ class ProgramError(BackupError):
 
 class CatalogError(BackupError):
     """The backup directory can't be used as it should be."""
+
+
+class NotThere(CatalogError):
+    """No file or directory bears that name."""
+
+
+class NameTaken(CatalogError):
+    """Something bears that name already."""
+
+
+class WrongKind(CatalogError):
+    """What bears that name is not what it should be: a directory, a link, a device, or far too large."""
+
+
+class StorageFull(CatalogError):
+    """No space is left there, or none that we may use."""
 
 
 class StorageMisbehaved(CatalogError):
@@ -588,6 +605,28 @@ PROVISIONAL_NAME = re.compile(r"(?s)(.* \(being restored\)|VmBackup drill of .*)
 def is_provisional(name: str) -> bool:
     """Does a VM bear such a name while a restore or drill makes it?"""
     return PROVISIONAL_NAME.fullmatch(name) is not None
+
+
+# --- JSON, as manifests, journals and verdicts have it ---------------------------
+
+
+def parse_object(content: bytes) -> Dict[str, Any]:
+    """The JSON object; ValueError with a sentence for anything else, or what none of ours can hold: a number that is no
+    number of bytes, seconds or the like, or a text that no file can be written with."""
+    def number(text: str) -> Any:
+        if len(text) > 18:
+            raise ValueError("it holds the number %s..., which nothing can have" % text[:18])
+        return float(text) if re.search("[.eE]", text) else int(text)
+
+    try:
+        found = json.loads(content.decode("utf-8"), parse_int=number, parse_float=number, parse_constant=number)
+        if b"\\u" in content:
+            json.dumps(found, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    except RecursionError:
+        raise ValueError("it is nested too deeply")
+    if not isinstance(found, dict):
+        raise ValueError("it is not an object")
+    return found
 
 
 # --- cfg files ----------------------------------------------------------------
@@ -1348,11 +1387,12 @@ class Copy(NamedTuple):
 
     `taken_at` is the local time in its name, naive; `written_at` the UTC time
     of the manifest. `uuid` is the VM's, "" if unreadable. `problem` says why
-    it does not count as good, "" if it does. `disks` are those in the image, in
-    words. `pool` is the uuid of the pool that it comes from, and `home` the
-    directory that it was made in, "" where nothing tells. `is_newer`: its
-    manifest is of a later version than this. `aside` says why it is neither
-    counted nor removed, good as it may be, "" if it is.
+    it does not count as good, "" if it does; `is_unreadable` that the storage did
+    not say what it is. `disks` are those in the image, in words. `pool` is the uuid
+    of the pool that it comes from, and `home` the directory that it was made in, ""
+    where nothing tells. `is_newer`: its manifest is of a later version than this.
+    `aside` says why it is neither counted nor removed, good as it may be, "" if it
+    is. `mark` is what a verdict on it belongs to: the SHA-256 of its manifest.
     """
     folder: str
     name: str
@@ -1372,6 +1412,8 @@ class Copy(NamedTuple):
     home: str = ""
     is_newer: bool = False
     aside: str = ""
+    is_unreadable: bool = False
+    mark: str = ""
 
     @property
     def is_good(self) -> bool:
@@ -1409,14 +1451,14 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
     Only good copies of this uuid and this method are counted or let go. The
     newest good one always stays; and so do `sealed`, which this run has just
     made, and the last that we made, which copies of the older program with
-    later stamps do not make old. A copy of a later version keeps all: what it
-    needs of the others is not known here.
+    later stamps do not make old. A copy that can't be read, or of a later version,
+    keeps all: what it is, or needs of the others, is not known here.
     """
     ordered = in_order(copies)
     counted_ones = [copy for copy in ordered if copy.counts_for(uuid, method)]
     keep = max(keep, 1)
     last_made = {sealed}.union(copy.name for copy in [copy for copy in counted_ones if not copy.is_old][-1:])
-    newer = [copy for copy in ordered if copy.is_newer]
+    unknown = [copy for copy in ordered if copy.is_newer or copy.is_unreadable]
     going = {copy.name: position for position, copy in enumerate(counted_ones[:-keep], 1)}
     verdicts = []
     for copy in ordered:
@@ -1430,8 +1472,9 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
             verdicts.append(Verdict(copy, True, "of the other kind"))
         elif copy.name not in going:
             verdicts.append(Verdict(copy, True, "one of the newest %d" % keep))
-        elif newer:
-            verdicts.append(Verdict(copy, True, "a newer VmBackup made %s, so nothing here is removed" % newer[0].name))
+        elif unknown:
+            verdicts.append(Verdict(copy, True, "%s %s, so nothing here is removed" % (
+                unknown[0].name, "was made by a newer VmBackup" if unknown[0].is_newer else "can't be read now")))
         elif copy.name in last_made:
             verdicts.append(Verdict(copy, True, "the last one made, whatever stamps copies of the older program bear"))
         else:
@@ -1499,9 +1542,13 @@ def clock_is_behind(copies: Sequence[Copy], local: datetime) -> Optional[str]:
             % (local.strftime("%Y-%m-%d %H:%M:%S"), newest.name))
 
 
-def made_by_newer(copies: Sequence[Copy]) -> Optional[str]:
-    """The sentence to say where a later version has made copies, else None."""
+def not_known_here(copies: Sequence[Copy]) -> Optional[str]:
+    """The sentence to say where a later version has made copies, or one can't be read, else None."""
     newer = [copy for copy in copies if copy.is_newer]
+    for copy in copies:
+        if copy.is_unreadable:
+            return "%s/%s: %s: nothing is pruned in %s/ until it can be read again." % (
+                copy.folder, copy.name, copy.problem, copy.folder)
     if not newer:
         return None
     return ("%s/%s/backup.json is of a format that only a newer VmBackup knows: nothing is pruned in %s/ until that version "
@@ -1510,7 +1557,7 @@ def made_by_newer(copies: Sequence[Copy]) -> Optional[str]:
 
 def retention_warnings(copies: Sequence[Copy], utc: datetime, local: datetime) -> List[str]:
     """What is to be said before a VM's copies are pruned, now being that time."""
-    found = (clock_went_back(copies, utc), clock_is_behind(copies, local), made_by_newer(copies))
+    found = (clock_went_back(copies, utc), clock_is_behind(copies, local), not_known_here(copies))
     return [sentence for sentence in found if sentence]
 
 
@@ -1929,12 +1976,389 @@ def xe_problem(status: int, said: str) -> Optional[str]:
 
 
 # =============================================================================
-# 10. Streams and their proof
+# 10. Storage
+# =============================================================================
+# The door to files: backup_dir, above all. It is opened once and all is done relative
+# to that descriptor, never through a symbolic link, so that neither a share that went
+# away nor a planted link leads us elsewhere. Each deed is done whole or raises: what the
+# system says (OSError) becomes a CatalogError here, once, with the place in it.
+
+SMALL_FILE_BYTES = 64 * MEBIBYTE          # metadata and manifests; an image is never read whole
+MISBEHAVIOUR = frozenset((
+    errno.EIO, errno.ESTALE, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EREMOTEIO, errno.EBADMSG,
+    errno.EUCLEAN, errno.ENOLINK, errno.ECOMM, errno.EPROTO))
+CANT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Inside, an OSError becomes a CatalogError that says what was being done."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise                       # the program at the other end has ended: it tells why
+    except OSError as error:
+        raise storage_error(doing, error)
+
+
+def storage_error(doing: str, error: OSError) -> CatalogError:
+    """The error for a storage operation that failed."""
+    reason = os_reason(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull("%s: no space left on the backup storage (%s). Free space there, lower max_backups, "
+                           "or set pre_clean=yes." % (doing, reason))
+    if error.errno in MISBEHAVIOUR:
+        return StorageMisbehaved("%s: the backup storage misbehaved (%s). Nothing is pruned in this run; check the "
+                                 "share or disk." % (doing, reason))
+    kinds = {errno.ENOENT: NotThere, errno.EEXIST: NameTaken, errno.ENOTEMPTY: NameTaken, errno.ENOTDIR: WrongKind,
+             errno.EISDIR: WrongKind, errno.ELOOP: WrongKind, errno.EFBIG: WrongKind}
+    return kinds.get(error.errno, CatalogError)("%s: %s." % (doing, reason))
+
+
+def write_all(target_fd: int, content: Any) -> None:
+    """All of it is written; one system call may take only a part. OSError as it comes."""
+    view = memoryview(content)
+    while len(view):
+        view = view[os.write(target_fd, view):]
+
+
+def forget_cached(file_fd: int, begin: int = 0) -> None:
+    """The kernel need not keep what it holds of the file from there on: what is read next comes from storage."""
+    with contextlib.suppress(OSError):          # it is advice: a file system may have no use for it
+        os.posix_fadvise(file_fd, begin, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Directory:
+    """An open directory; every operation is relative to it and follows no symbolic link."""
+
+    def __init__(self, fd: int, shown: str) -> None:
+        self.fd = fd
+        self.shown = shown              # its path, for people
+
+    @classmethod
+    def open_path(cls, path: str) -> "Directory":
+        """The directory at that path, the last component of which may be a link."""
+        with storage_errors("opening %s" % path):
+            return cls(os.open(fs_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+
+    def close(self) -> None:
+        """The descriptor is given back."""
+        os.close(self.fd)
+
+    def __enter__(self) -> "Directory":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _deed(self, doing: str, name: str) -> Iterator[str]:
+        """The name as the system takes it; what goes wrong with it inside is told with its whole path."""
+        title = "%s %s" % (doing, one_line(self.shown + "/" + name))
+        if "\0" in name or re.search("[\ud800-\udb7f\udc00-\udc7f]", name):
+            raise NotThere("%s: no file can bear that name." % title)
+        with storage_errors(title):
+            yield fs_path(name)
+
+    def child(self, name: str) -> "Directory":
+        """The directory of that name in this one."""
+        with self._deed("opening", name) as path:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            return Directory(os.open(path, flags, dir_fd=self.fd), self.shown + "/" + name)
+
+    def make_child(self, name: str) -> "Directory":
+        """A new directory of that name, synced; NameTaken if there is one."""
+        with self._deed("making", name) as path:
+            os.mkdir(path, 0o700, dir_fd=self.fd)
+        self.sync()
+        return self.child(name)
+
+    def child_made_if_missing(self, name: str) -> "Directory":
+        """The directory of that name, made if it is not there."""
+        with contextlib.suppress(NameTaken):
+            return self.make_child(name)
+        return self.child(name)
+
+    def names(self) -> List[str]:
+        """All names in it, sorted."""
+        with storage_errors("listing %s" % self.shown):
+            return sorted(fs_text(name) for name in os.listdir(self.fd))
+
+    def status(self, name: str) -> Optional[os.stat_result]:
+        """What stands under that name, links not followed; None if nothing."""
+        with contextlib.suppress(NotThere), self._deed("looking at", name) as path:
+            return os.stat(path, dir_fd=self.fd, follow_symlinks=False)
+        return None
+
+    def is_directory(self, name: str) -> bool:
+        """Is there a real directory of that name?"""
+        status = self.status(name)
+        return status is not None and stat.S_ISDIR(status.st_mode)
+
+    def create(self, name: str) -> int:
+        """A descriptor of a new file of that name, for us alone; NameTaken if there is one."""
+        with self._deed("making", name) as path:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(path, flags, 0o600, dir_fd=self.fd)
+
+    def open_file(self, name: str, flags: int = os.O_RDONLY) -> int:
+        """A descriptor of the regular file of that name; NotThere, or WrongKind for anything else."""
+        with self._deed("opening", name) as path:
+            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise WrongKind("%s/%s is not a regular file." % (self.shown, one_line(name)))
+            return fd
+
+    def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
+        """The bytes of a small file; WrongKind if it is larger than the limit."""
+        with open(self.open_file(name), "rb") as file, self._deed("reading", name):
+            found = file.read(limit + 1)
+        if len(found) > limit:
+            raise WrongKind("%s/%s is larger than %s." % (self.shown, one_line(name), format_size(limit)))
+        return found
+
+    def read_head(self, name: str, most: int) -> bytes:
+        """The first bytes of a file."""
+        with open(self.open_file(name), "rb") as file, self._deed("reading", name):
+            return file.read(most)
+
+    def read_tail(self, name: str, most: int) -> bytes:
+        """The last bytes of a file."""
+        with open(self.open_file(name), "rb") as file, self._deed("reading", name):
+            file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+            return file.read(most)
+
+    def write(self, name: str, content: bytes) -> None:
+        """A new file with that content, on disk when this returns."""
+        fd = self.create(name)
+        try:
+            with self._deed("writing", name):
+                write_all(fd, content)
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def put(self, name: str, content: bytes) -> None:
+        """The file has that content, on disk; whoever reads meanwhile sees the old one or the new one, whole."""
+        temporary = "%s.%d.new" % (name, os.getpid())
+        self.remove_file(temporary)
+        self.write(temporary, content)
+        with self._deed("writing", name) as path:
+            os.replace(fs_path(temporary), path, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self.sync()
+
+    def rename(self, old: str, new: str) -> None:
+        """Renamed and on disk; NameTaken if the new name is (rename would replace an empty directory)."""
+        if self.status(new) is not None:
+            raise NameTaken("%s/%s is there already." % (self.shown, new))
+        with self._deed("renaming", old) as path:
+            os.rename(path, fs_path(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self.sync()
+
+    def remove_file(self, name: str) -> None:
+        """The file or link of that name is gone."""
+        with contextlib.suppress(NotThere), self._deed("removing", name) as path:
+            os.unlink(path, dir_fd=self.fd)
+
+    def remove_tree(self, name: str) -> None:
+        """The directory of that name and all in it are gone; links in it are removed, not followed."""
+        with self.child(name) as inner:
+            for item in inner.names():
+                if inner.is_directory(item):
+                    inner.remove_tree(item)
+                else:
+                    inner.remove_file(item)
+        with self._deed("removing", name) as path:
+            os.rmdir(path, dir_fd=self.fd)
+
+    def remove_if_empty(self, name: str) -> None:
+        """An empty directory of that name is gone; anything else stays."""
+        with contextlib.suppress(NotThere, NameTaken, WrongKind), self._deed("removing the empty directory", name) as path:
+            os.rmdir(path, dir_fd=self.fd)
+
+    def sync(self) -> None:
+        """Names made and removed here are on disk, where the file system can sync a directory."""
+        with storage_errors("writing %s" % self.shown):
+            try:
+                os.fsync(self.fd)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):   # CIFS and FUSE can't
+                    raise
+
+
+# --- locks ----------------------------------------------------------------------
+
+WHOLE_FILE = 0
+
+
+class LockFile:
+    """A lock in the state folder, held by fcntl.lockf, which reaches across NFS clients.
+
+    One file can hold many locks: the whole of it, or one byte of it for each thing that is locked by itself.
+    """
+
+    # Closing any descriptor of a locked file drops this process's lock: so a lock file is opened once per process,
+    # never closed, and known by device and inode, whatever path leads to it.
+    opened = {}                            # type: Dict[Tuple[int, int], "LockFile"]
+
+    def __init__(self, fd: int, shown: str) -> None:
+        self.fd = fd
+        self.shown = shown
+        self._held = set()                 # type: Set[int]
+
+    @classmethod
+    def of(cls, folder: Directory, name: str) -> "LockFile":
+        """The lock file of that name, made if it is missing; it must never be removed."""
+        status = folder.status(name)
+        if status is None or (status.st_dev, status.st_ino) not in cls.opened:
+            lock = cls(folder.open_file(name, os.O_RDWR | os.O_CREAT), folder.shown + "/" + name)
+            status = os.fstat(lock.fd)
+            cls.opened[status.st_dev, status.st_ino] = lock
+        return cls.opened[status.st_dev, status.st_ino]
+
+    @property
+    def is_held(self) -> bool:
+        """Is the whole of it ours?"""
+        return WHOLE_FILE in self._held
+
+    def take(self, byte: int = WHOLE_FILE, shared: bool = False) -> bool:
+        """True if the lock is ours now; CatalogError where the file system can't lock."""
+        try:
+            fcntl.lockf(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, 1 if byte else 0, byte)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno in CANT_LOCK:
+                raise CatalogError(
+                    "%s: this file system can't lock files (%s), so two runs could destroy each other's work. "
+                    "Mount it with locking (NFS: without nolock, and with rpc.statd running; CIFS: without nobrl)."
+                    % (self.shown, os_reason(error)))
+            raise storage_error("locking %s" % self.shown, error)
+        self._held.add(byte)
+        return True
+
+    def text(self) -> Dict[str, Any]:
+        """What its last holder wrote, {} if nothing readable; read through the held descriptor."""
+        with storage_errors("reading %s" % self.shown):
+            content = os.pread(self.fd, 64 * KIBIBYTE, 0)
+        with contextlib.suppress(ValueError):
+            return parse_object(content)
+        return {}
+
+    def write_text(self, text: Dict[str, Any]) -> None:
+        """The text is there for others to read, on disk."""
+        content = (json.dumps(text, sort_keys=True) + "\n").encode("utf-8")
+        with storage_errors("writing %s" % self.shown):
+            os.lseek(self.fd, 0, os.SEEK_SET)
+            write_all(self.fd, content)
+            os.ftruncate(self.fd, len(content))
+            os.fsync(self.fd)
+
+    def abandon(self) -> None:
+        """Left to end with this process: the store hangs, and asking it for anything would wait for it."""
+        self._held.clear()
+
+    def release(self, byte: int = WHOLE_FILE) -> None:
+        """Free for others; the file stays."""
+        if byte in self._held:
+            with storage_errors("unlocking %s" % self.shown):
+                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1 if byte else 0, byte)
+            self._held.discard(byte)
+
+
+def holder_text(text: Dict[str, Any]) -> str:
+    """Who holds a lock and since when, from its text."""
+    return "process %s on %s, since %s" % tuple(one_line(str(text.get(key, "?"))) for key in ("pid", "host", "since"))
+
+
+class Mount(NamedTuple):
+    """The mount that a directory lies on. `locks_are_local`: its locks do not reach other hosts. `is_in_memory`: what it
+    holds is gone when the host restarts."""
+    point: str
+    kind: str
+    locks_are_local: bool
+    is_in_memory: bool
+
+
+MEMORY_KINDS = ("tmpfs", "ramfs", "devtmpfs")
+
+
+def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
+    """The mount of that st_dev in the text of /proc/self/mountinfo, None if it is not there."""
+    wanted = "%d:%d" % (os.major(device), os.minor(device))
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        fields, behind = left.split(" "), right.split(" ")
+        if len(fields) < 6 or len(behind) < 3 or fields[2] != wanted:
+            continue
+        options = set((fields[5] + "," + behind[2]).split(","))
+        local = any(option in ("nolock", "nobrl") or
+                    (option.startswith("local_lock=") and option != "local_lock=none") for option in options)
+        upper = [option[len("upperdir="):] for option in options if option.startswith("upperdir=")]
+        kind = kind_at(mountinfo, upper[0]) if behind[0] == "overlay" and upper else behind[0]
+        return Mount(fields[4], behind[0], local, kind in MEMORY_KINDS)
+    return None
+
+
+def kind_at(mountinfo: str, path: str) -> str:
+    """The kind of file system that the path lies on by that text, "" if it does not tell; the last of the longest counts."""
+    longest, kind = "", ""
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        point = (left.split(" ") + [""] * 5)[4].rstrip("/") + "/"
+        if (path + "/").startswith(point) and len(point) >= len(longest):
+            longest, kind = point, right.split(" ")[0]
+    return kind
+
+
+# --- files elsewhere -------------------------------------------------------------
+
+
+class NewFile:
+    """A file outside the store that is being written, beside its place, and stands there only once it is complete."""
+
+    def __init__(self, path: str) -> None:
+        """Raises NameTaken, or another CatalogError, if it can't be begun."""
+        self.shown = path
+        self._path, self._partial = fs_path(path), fs_path(path + PARTIAL)
+        if os.path.lexists(self._path):
+            raise NameTaken("%s exists already and was left as it is." % path)
+        with storage_errors("making %s" % (path + PARTIAL)):
+            self.fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def __enter__(self) -> "NewFile":
+        return self
+
+    def complete(self, size: Optional[int] = None) -> None:
+        """All is on disk, under its own name, grown to that size; a file that came there meanwhile is never replaced."""
+        with storage_errors("writing %s" % self.shown):
+            if size is not None:
+                os.ftruncate(self.fd, size)
+            os.fsync(self.fd)
+            try:
+                os.link(self._partial, self._path)
+            except OSError as error:
+                if error.errno == errno.EEXIST or os.path.lexists(self._path):
+                    raise
+                os.rename(self._partial, self._path)     # a file system without hard links: FAT, some shares
+                self._partial = ""
+
+    def __exit__(self, *_: Any) -> None:
+        os.close(self.fd)
+        if self._partial:
+            with storage_errors("removing %s" % (self.shown + PARTIAL)):
+                os.unlink(self._partial)
+
+
+# =============================================================================
+# 11. Streams and their proof
 # =============================================================================
 # Data is read once. `pump` reads each source in a thread of its own and hands every buffer to all consumers of that
 # source, each in a thread of its own: digests, the check of the format, the file, a compressor. The caller's thread only
 # watches: it is never inside a read or a write, so a server that stalls or a share that hangs can always be left.
-# What a check has seen wrong is a VerificationError; what storage says (ENOSPC, EIO) arrives as the OSError that it is.
+# What a check has seen wrong is a VerificationError; what storage says (ENOSPC, EIO) is translated in `pump`.
 # May touch: the descriptors that it is given. May not: names on disk, programs, the pool.
 
 SECTOR_BYTES = 512
@@ -2988,7 +3412,7 @@ class FileWriter:
         self._written = self._advised = 0
 
     def feed(self, view: memoryview) -> None:
-        _write_all(self._fd, view)
+        write_all(self._fd, view)
         self._written += len(view)
         if self._written - self._advised >= WRITE_BACK_BYTES:
             self._start_write_back()
@@ -2996,10 +3420,7 @@ class FileWriter:
     def _start_write_back(self) -> None:
         """Have the kernel write now, and drop what it has written: else the sync at the end waits for gigabytes, and the
         small memory of a host is filled with pages that nobody reads again."""
-        try:
-            os.posix_fadvise(self._fd, max(0, self._advised - WRITE_BACK_BYTES), 0, os.POSIX_FADV_DONTNEED)
-        except OSError:
-            pass        # it is advice: a file system may have no use for it
+        forget_cached(self._fd, max(0, self._advised - WRITE_BACK_BYTES))
         self._advised = self._written
 
     def finish(self) -> None:
@@ -3013,11 +3434,6 @@ class FileWriter:
             os.close(file_fd)
 
 
-def _write_all(target_fd: int, view: memoryview) -> None:
-    while len(view):
-        view = view[os.write(target_fd, view):]
-
-
 class PipeWriter:
     """Writes into a pipe, a compressor's stdin for one, and closes it at the end; the descriptor is taken over."""
 
@@ -3027,7 +3443,7 @@ class PipeWriter:
         widen_pipe(pipe_fd)
 
     def feed(self, view: memoryview) -> None:
-        _write_all(self._fd, view)
+        write_all(self._fd, view)
 
     def finish(self) -> None:
         self.close()
@@ -3150,11 +3566,12 @@ def staged(source_fd: int, before: Sequence[Any], after: Sequence[Any],
     return [Flow(source_fd, [*before, feeder]), Flow(output_fd, after, feeder.name)]
 
 
-def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any]) -> int:
+def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str = "a stream") -> int:
     """Every source was read to its end and every consumer has finished; the number of bytes of the first source.
 
     `on_tick` is called about once a second and may raise, which aborts. So does the first exception of a consumer, which
-    is raised here as it is. After an abort no consumer finishes; a thread that is stuck in the kernel is left to itself.
+    is raised here as it is; what storage said, as the CatalogError that `doing` begins. After an abort no consumer
+    finishes; a thread that is stuck in the kernel is left to itself.
     """
     run = _PumpRun(flows)
     try:
@@ -3162,9 +3579,9 @@ def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any]) -> int:
         while not run.is_done():
             run.news.wait(TICK_S)
             run.news.clear()
-            run.raise_failure()
+            run.raise_failure(doing)
             on_tick(run.progress())
-        run.raise_failure()
+        run.raise_failure(doing)
     finally:
         run.stop()
     return run.flows[0].bytes_read
@@ -3205,9 +3622,10 @@ class _PumpRun:
             self.stopping = True
         self.news.set()
 
-    def raise_failure(self) -> None:
+    def raise_failure(self, doing: str) -> None:
         if self.failure is not None:
-            raise self.failure
+            with storage_errors(doing):
+                raise self.failure
 
     def progress(self) -> Progress:
         now = time.monotonic()
@@ -3373,12 +3791,12 @@ class _Lane:
     def _close(self) -> None:
         try:
             self._consumer.close()
-        except OSError as problem:
+        except BaseException as problem:    # as above
             self._run.fail(problem)
 
 
 # =============================================================================
-# 11. Pool
+# 12. Pool
 # =============================================================================
 # The only place that speaks XenAPI. It knows refs and gives values. A call that
 # only asks, or can be repeated without harm, goes through ask(), which waits
@@ -4004,7 +4422,7 @@ def connection_reason(error: Exception) -> str:
 
 
 # =============================================================================
-# 12. Catalog
+# 13. Catalog
 # =============================================================================
 # The only place that touches the backup directory. It is opened once and all
 # is done relative to that descriptor, never through a symbolic link, so that
@@ -4019,208 +4437,8 @@ VM_METADATA = "vm-metadata.xml"
 OLD_MARKERS = ("success", "success_restore", "success_compress", "success_compressing")
 IMAGE_NAME = re.compile(r".+\.(xva|raw|vhd)(\.gz|\.zst)?", re.DOTALL)
 COMPRESSED_MAGIC = ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"))
-SMALL_FILE_BYTES = 64 * MEBIBYTE          # metadata and manifests; an image is never read whole
-MISBEHAVIOUR = (errno.EIO, errno.ESTALE, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN)
-CANT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 NEWEST_NEIGHBOUR_S = HOUR_S               # another host's run of this config this recent stands for ours
 WEAK_LOCK_PATIENCE_S = DAY_S
-
-
-@contextlib.contextmanager
-def storage_errors(doing: str) -> Iterator[None]:
-    """Inside, an OSError becomes a CatalogError that says what was being done."""
-    try:
-        yield
-    except OSError as error:
-        raise storage_error(doing, error)
-
-
-def storage_error(doing: str, error: OSError) -> CatalogError:
-    """The error for a storage operation that failed."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CatalogError("%s: no space left on the backup storage (%s). Free space there, lower max_backups, "
-                            "or set pre_clean=yes." % (doing, os_reason(error)))
-    if error.errno in MISBEHAVIOUR:
-        return StorageMisbehaved("%s: the backup storage misbehaved (%s). Nothing is pruned in this run; check the "
-                                 "share or disk." % (doing, os_reason(error)))
-    return CatalogError("%s: %s." % (doing, os_reason(error)))
-
-
-class Directory:
-    """An open directory; every operation is relative to it and follows no symbolic link."""
-
-    def __init__(self, fd: int, shown: str) -> None:
-        self.fd = fd
-        self.shown = shown              # its path, for people
-
-    @classmethod
-    def open_path(cls, path: str) -> "Directory":
-        """The directory at that path, the last component of which may be a link."""
-        return cls(os.open(fs_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
-
-    def close(self) -> None:
-        """The descriptor is given back."""
-        os.close(self.fd)
-
-    def __enter__(self) -> "Directory":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def child(self, name: str) -> "Directory":
-        """The directory of that name in this one."""
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        return Directory(os.open(fs_path(name), flags, dir_fd=self.fd), self.shown + "/" + name)
-
-    def make_child(self, name: str) -> "Directory":
-        """A new directory of that name, synced; FileExistsError if there is one."""
-        os.mkdir(fs_path(name), 0o700, dir_fd=self.fd)
-        self.sync()
-        return self.child(name)
-
-    def child_made_if_missing(self, name: str) -> "Directory":
-        """The directory of that name, made if it is not there."""
-        with contextlib.suppress(FileExistsError):
-            return self.make_child(name)
-        return self.child(name)
-
-    def names(self) -> List[str]:
-        """All names in it, sorted."""
-        return sorted(fs_text(name) for name in os.listdir(self.fd))
-
-    def status(self, name: str) -> Optional[os.stat_result]:
-        """What stands under that name, links not followed; None if nothing."""
-        try:
-            return os.stat(fs_path(name), dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
-    def is_directory(self, name: str) -> bool:
-        """Is there a real directory of that name?"""
-        status = self.status(name)
-        return status is not None and stat.S_ISDIR(status.st_mode)
-
-    def create(self, name: str) -> int:
-        """A descriptor of a new file of that name, for us alone; FileExistsError if there is one."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(fs_path(name), flags, 0o600, dir_fd=self.fd)
-
-    def open_file(self, name: str) -> int:
-        """A descriptor to read the regular file of that name; OSError for anything else."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(fs_path(name), flags, dir_fd=self.fd)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise OSError(errno.EINVAL, "not a regular file", fs_path(name))
-        return fd
-
-    def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
-        """The bytes of a small file; OSError if it is larger than the limit."""
-        with open(self.open_file(name), "rb") as file:
-            found = file.read(limit + 1)
-        if len(found) > limit:
-            raise OSError(errno.EFBIG, "larger than %s" % format_size(limit), fs_path(name))
-        return found
-
-    def write(self, name: str, content: bytes) -> None:
-        """A new file with that content, on disk when this returns."""
-        with open(self.create(name), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def rename(self, old: str, new: str) -> None:
-        """Renamed and on disk; FileExistsError if the new name is taken (rename would replace an empty directory)."""
-        if self.status(new) is not None:
-            raise FileExistsError(errno.EEXIST, "the name is taken", fs_path(new))
-        os.rename(fs_path(old), fs_path(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        self.sync()
-
-    def replace(self, old: str, new: str) -> None:
-        """Renamed; a file of the new name is gone."""
-        os.replace(fs_path(old), fs_path(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
-
-    def remove_file(self, name: str) -> None:
-        """The file or link of that name is gone."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(fs_path(name), dir_fd=self.fd)
-
-    def remove_tree(self, name: str) -> None:
-        """The directory of that name and all in it are gone; links in it are removed, not followed."""
-        with self.child(name) as inner:
-            for item in inner.names():
-                if inner.is_directory(item):
-                    inner.remove_tree(item)
-                else:
-                    inner.remove_file(item)
-        os.rmdir(fs_path(name), dir_fd=self.fd)
-
-    def sync(self) -> None:
-        """Names made and removed here are on disk, where the file system can sync a directory."""
-        try:
-            os.fsync(self.fd)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):   # CIFS and FUSE can't
-                raise
-
-
-# --- locks ----------------------------------------------------------------------
-
-
-class LockFile:
-    """A lock in the state folder, held by fcntl.lockf, which reaches across NFS clients.
-
-    Closing any descriptor of a locked file drops this process's lock, so a
-    lock file is opened once per process and never removed.
-    """
-
-    def __init__(self, folder: Directory, name: str) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.fd = os.open(fs_path(name), flags, 0o600, dir_fd=folder.fd)
-        self.shown = folder.shown + "/" + name
-        self.is_held = False
-
-    def take(self) -> bool:
-        """True if the lock is ours now; CatalogError where the file system can't lock."""
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            if error.errno in CANT_LOCK:
-                raise CatalogError(
-                    "%s: this file system can't lock files (%s), so two runs could destroy each other's work. "
-                    "Mount it with locking (NFS: without nolock, and with rpc.statd running; CIFS: without nobrl)."
-                    % (self.shown, os_reason(error)))
-            raise
-        self.is_held = True
-        return True
-
-    def text(self) -> Dict[str, Any]:
-        """What its last holder wrote, {} if nothing readable; read through the held descriptor."""
-        try:
-            found = json.loads(os.pread(self.fd, 64 * KIBIBYTE, 0).decode("utf-8"))
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def write_text(self, text: Dict[str, Any]) -> None:
-        """The text is there for others to read, on disk."""
-        content = (json.dumps(text, sort_keys=True) + "\n").encode("utf-8")
-        os.pwrite(self.fd, content, 0)
-        os.ftruncate(self.fd, len(content))
-        os.fsync(self.fd)
-
-    def abandon(self) -> None:
-        """Left to end with this process: the store hangs, and asking it for anything would wait for it."""
-        self.is_held = False
-
-    def release(self) -> None:
-        """Free for others; the file stays."""
-        if self.is_held:
-            fcntl.lockf(self.fd, fcntl.LOCK_UN)
-        self.is_held = False
 
 
 def free_text(free_bytes: Optional[int]) -> str:
@@ -4228,52 +4446,11 @@ def free_text(free_bytes: Optional[int]) -> str:
     return "free space not known" if free_bytes is None else format_size(free_bytes) + " free"
 
 
-def holder_text(text: Dict[str, Any]) -> str:
-    """Who holds a lock and since when, from its text."""
-    return "process %s on %s, since %s" % (text.get("pid", "?"), text.get("host", "?"), text.get("since", "?"))
-
-
-class Mount(NamedTuple):
-    """The mount that a directory lies on. `locks_are_local`: its locks do not reach other hosts. `is_in_memory`: what it
-    holds is gone when the host restarts."""
-    point: str
-    kind: str
-    locks_are_local: bool
-    is_in_memory: bool
-
-
-MEMORY_KINDS = ("tmpfs", "ramfs", "devtmpfs")
-
-
-def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
-    """The mount of that st_dev in the text of /proc/self/mountinfo, None if it is not there."""
-    wanted = "%d:%d" % (os.major(device), os.minor(device))
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        fields, behind = left.split(" "), right.split(" ")
-        if len(fields) < 6 or len(behind) < 3 or fields[2] != wanted:
-            continue
-        options = set((fields[5] + "," + behind[2]).split(","))
-        local = any(option in ("nolock", "nobrl") or
-                    (option.startswith("local_lock=") and option != "local_lock=none") for option in options)
-        upper = [option[len("upperdir="):] for option in options if option.startswith("upperdir=")]
-        kind = kind_at(mountinfo, upper[0]) if behind[0] == "overlay" and upper else behind[0]
-        return Mount(fields[4], behind[0], local, kind in MEMORY_KINDS)
-    return None
-
-
-def kind_at(mountinfo: str, path: str) -> str:
-    """The kind of file system that the path lies on by that text, "" if it does not tell; the last of the longest counts."""
-    longest, kind = "", ""
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        point = (left.split(" ") + [""] * 5)[4].rstrip("/") + "/"
-        if (path + "/").startswith(point) and len(point) >= len(longest):
-            longest, kind = point, right.split(" ")[0]
-    return kind
-
-
 # --- the journal of what is open in pools -------------------------------------------
+
+
+ENTRY_TEXTS = {"vm-snapshot": ("token", "vm_uuid", "vm_name", "name"), "vdi-snapshot": ("token", "vm_uuid", "vm_name", "disk"),
+               "restore": ("token", "vm_uuid", "vm_name"), "drill": ("token", "vm_uuid", "vm_name")}
 
 
 class OpenEntry:
@@ -4294,8 +4471,7 @@ class OpenEntry:
     def note(self, **facts: Any) -> None:
         """The facts are remembered and on disk; CatalogError if they are only remembered."""
         self.facts.update(facts)
-        with storage_errors("writing the journal %s" % self._journal.name):
-            self._journal.append(dict(facts, entry=self.number))
+        self._journal.append(dict(facts, entry=self.number))
 
     def close(self, reason: str) -> None:
         """Nothing of it is left in the pool. If that can't be written, the next run finds nothing and closes it."""
@@ -4306,6 +4482,18 @@ class OpenEntry:
     def is_open(self) -> bool:
         """May something of it still be in the pool?"""
         return not self.facts.get("closed")
+
+    @property
+    def is_understood(self) -> bool:
+        """Is it one that this version writes?"""
+        try:
+            parse_utc(self.facts["called_at"])
+            return all(isinstance(self.facts[key], str) for key in ENTRY_TEXTS[self.facts["kind"]]) \
+                and all(isinstance(self.facts[key], str) for key in ("uuid", "answer", "closed") if key in self.facts) \
+                and all(isinstance(item, str) for key in ("names", "tasks", "uuids", "disks")
+                        for item in list(self.facts.get(key, ())))
+        except (LookupError, TypeError, ValueError):
+            return False
 
     @property
     def title(self) -> str:
@@ -4327,19 +4515,19 @@ class RunJournal:
         self.limit_s = float(JOURNAL_LIMIT_S)
         self.entries = []             # type: List[OpenEntry]
         self.header = {}              # type: Dict[str, Any]
+        self._is_torn = False         # its last line may lack its end
         self._read()
 
     @classmethod
     def begin(cls, folder: Directory, name: str, header: Dict[str, Any]) -> "RunJournal":
         """A new, locked journal that says whose it is."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_APPEND
-        fd = os.open(fs_path(name), flags, 0o600, dir_fd=folder.fd)
+        fd = folder.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LockFile(fd, name).take()
             journal = cls(folder, name, fd)
             journal.append(header)
         except BaseException:              # whatever ended it, a journal without its first line must not stay
-            os.unlink(fs_path(name), dir_fd=folder.fd)
+            folder.remove_file(name)
             os.close(fd)
             raise
         journal.header = header
@@ -4349,47 +4537,37 @@ class RunJournal:
     @classmethod
     def of_dead_run(cls, folder: Directory, name: str) -> Optional["RunJournal"]:
         """Another run's journal, locked by us now; None if that run lives or the file has gone."""
-        try:
-            fd = os.open(fs_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_APPEND, dir_fd=folder.fd)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return None
-            raise
-        journal = cls(folder, name, fd)
-        if not journal.is_still_ours():            # renamed or removed between open and lock
-            os.close(fd)
-            return None
-        return journal
+        with contextlib.suppress(NotThere):
+            fd = folder.open_file(name, os.O_RDWR | os.O_APPEND)
+            journal = None                 # type: Optional[RunJournal]
+            try:
+                if LockFile(fd, name).take():
+                    journal = cls(folder, name, fd)
+                    if journal.is_still_ours():        # else renamed or removed between open and lock
+                        return journal
+                    journal = None
+            finally:
+                if journal is None:
+                    os.close(fd)
+        return None
 
     def _read(self) -> None:
-        """Header and entries as the file tells them; a last line cut off by a crash does not count."""
-        content = b""
-        while True:
-            piece = os.pread(self._fd, MEBIBYTE, len(content))
-            if not piece:
-                break
-            content += piece
+        """Header and entries as the file tells them; a line that was cut off by a crash does not count."""
+        with storage_errors("reading the journal %s" % self.name):
+            content = b"".join(iter(lambda: os.read(self._fd, MEBIBYTE), b""))
         numbered = {}                 # type: Dict[int, OpenEntry]
-        for line in content.split(b"\n")[:-1]:
+        for line in content.split(b"\n"):
             try:
-                facts = json.loads(line.decode("utf-8"))
+                facts = parse_object(line)
+                number = facts.pop("entry", None)
             except ValueError:
-                continue              # a torn line in the middle: the power failed, and a later run went on
-            if "entry" not in facts:
-                self.header.update(facts)
                 continue
-            number = facts.pop("entry")
-            if number not in numbered:
-                numbered[number] = OpenEntry(self, number, {})
-            numbered[number].facts.update(facts)
+            if number is None:
+                self.header.update(facts)
+            elif isinstance(number, int):
+                numbered.setdefault(number, OpenEntry(self, number, {})).facts.update(facts)
         self.entries = [numbered[number] for number in sorted(numbered)]
-        if content and not content.endswith(b"\n"):
-            os.write(self._fd, b"\n")
+        self._is_torn = bool(content) and not content.endswith(b"\n")
 
     def append(self, facts: Dict[str, Any]) -> None:
         """A line more, on disk; nothing once the store hangs, for the clean-up in the pool must not wait for it."""
@@ -4398,11 +4576,14 @@ class RunJournal:
         line = (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8")
 
         def write() -> None:
-            os.write(self._fd, line)
-            os.fsync(self._fd)
+            with storage_errors("writing the journal %s" % self.name):
+                write_all(self._fd, (b"\n" if was_torn else b"") + line)
+                os.fsync(self._fd)
 
+        was_torn, self._is_torn = self._is_torn, True      # what a full store left of a line must not swallow the next
         try:
             within(self.limit_s, "writing the journal", write)
+            self._is_torn = False
         except StorageStalled:
             self.is_mute = True
             raise
@@ -4425,24 +4606,20 @@ class RunJournal:
 
     def last_written_s(self) -> float:
         """When it was last written, in seconds of the storage's clock."""
-        return os.fstat(self._fd).st_mtime
+        with storage_errors("looking at the journal %s" % self.name):
+            return os.fstat(self._fd).st_mtime
 
     def is_still_ours(self) -> bool:
         """Does its path still lead to our descriptor? If not, another run took us for dead."""
-        try:
-            status = self._folder.status(self.name)
-            own = os.fstat(self._fd)
-        except OSError:
-            return False
+        status = self._folder.status(self.name)
+        own = os.fstat(self._fd)
         return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
 
     def mark_taken(self) -> None:
         """Its name says that its run is dead and somebody is clearing up; a run that was only slow sees it."""
         if not self.name.endswith(TAKEN):
-            taken = self.name + TAKEN
-            os.rename(fs_path(self.name), fs_path(taken), src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
-            self._folder.sync()
-            self.name = taken
+            self._folder.rename(self.name, self.name + TAKEN)
+            self.name += TAKEN
 
     def leave(self) -> None:
         """Left as it is; the lock is given up."""
@@ -4477,13 +4654,12 @@ class Catalog:
     """The backup directory, opened once."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError if the directory can't be opened."""
+        """Raises CatalogError if the directory can't be opened."""
         self.path = path
         self.root = Directory.open_path(path)
         own = os.fstat(self.root.fd)
         self._identity = (own.st_dev, own.st_ino)
         self._state = None                     # type: Optional[Directory]
-        self._locks = {}                       # type: Dict[str, LockFile]
         self.mount = find_mount(read_text_file("/proc/self/mountinfo"), own.st_dev)
 
     # --- guards -----------------------------------------------------------------
@@ -4491,11 +4667,12 @@ class Catalog:
     def check_in_place(self) -> None:
         """Raises StorageMisbehaved if the path no longer leads to what was opened: the share went away."""
         try:
-            now = os.stat(fs_path(self.path))
-            os.fstat(self.root.fd)
-        except OSError as error:
+            with storage_errors("looking at %s" % self.path):
+                now = os.stat(fs_path(self.path))
+                os.fstat(self.root.fd)
+        except CatalogError as error:
             raise StorageMisbehaved("%s can't be reached any more (%s): is the share still mounted? Nothing is "
-                                    "written or pruned." % (self.path, os_reason(error)))
+                                    "written or pruned." % (self.path, str(error).rstrip(".")))
         if (now.st_dev, now.st_ino) != self._identity:
             raise StorageMisbehaved("%s is no longer the directory it was at the start of the run: the share went "
                                     "away, or was mounted again. Nothing is written or pruned." % self.path)
@@ -4512,86 +4689,105 @@ class Catalog:
 
     def is_writable(self) -> bool:
         """Can we make files in it?"""
-        return os.access(fs_path(self.path), os.W_OK | os.X_OK) and \
-            not os.fstatvfs(self.root.fd).f_flag & os.ST_RDONLY
+        with storage_errors("looking at %s" % self.path):
+            return os.access(fs_path(self.path), os.W_OK | os.X_OK) and \
+                not os.fstatvfs(self.root.fd).f_flag & os.ST_RDONLY
 
     def free_bytes(self) -> Optional[int]:
         """Space that we may still use, in bytes; None where the file system tells no size, as some shares do."""
-        status = os.fstatvfs(self.root.fd)
+        with storage_errors("asking for the free space of %s" % self.path):
+            status = os.fstatvfs(self.root.fd)
         return status.f_bavail * status.f_frsize if status.f_blocks else None
 
     # --- state: locks and journals -------------------------------------------------
 
     def state(self, name: str) -> Directory:
         """A folder of the program's own state, made if missing."""
-        with storage_errors("using %s/%s" % (self.path, STATE_FOLDER)):
-            if self._state is None:
-                self._state = self.root.child_made_if_missing(STATE_FOLDER)
-            return self._state.child_made_if_missing(name)
+        if self._state is None:
+            self._state = self.root.child_made_if_missing(STATE_FOLDER)
+        return self._state.child_made_if_missing(name)
 
     def state_if_there(self, name: str) -> Optional[Directory]:
         """A folder of the program's own state, None if there is none: for those who change nothing."""
-        try:
-            with self.root.child(STATE_FOLDER) as state:
-                return state.child(name)
-        except FileNotFoundError:
-            return None
+        with contextlib.suppress(NotThere), self.root.child(STATE_FOLDER) as state:
+            return state.child(name)
+        return None
 
     def lock_file(self, kind: str, subject: str) -> LockFile:
         """The lock of that kind for that subject (a config's path, a VM's directory); opened once per process."""
         digest = hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         readable = re.sub(r"[^A-Za-z0-9._-]", "_", subject.rsplit("/", 1)[-1])[:80]
         name = "%s-%s-%s.lock" % (kind, readable, digest)
-        if name not in self._locks:
-            with storage_errors("locking in %s/%s" % (self.path, STATE_FOLDER)), self.state("locks") as folder:
-                self._locks[name] = LockFile(folder, name)
-        return self._locks[name]
+        with self.state("locks") as folder:
+            return LockFile.of(folder, name)
 
     def folder_lock(self, name: str) -> LockFile:
         """The lock of a directory; two names that are one directory on a CIFS share have one lock."""
         return self.lock_file("dir", folded(name))
 
+    @contextlib.contextmanager
+    def copy_lock(self, copy: Copy, shared: bool) -> Iterator[bool]:
+        """Inside, and if true, nobody removes the copy (shared: many can read it), or nobody reads it (not shared)."""
+        lock = self.lock_file("read", folded(copy.folder))
+        byte = 1 + zlib.crc32(copy.name.encode("utf-8", "surrogateescape")) % (1 << 30)
+        is_ours = lock.take(byte, shared)
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                lock.release(byte)
+
+    def open_copy(self, copy: Copy) -> Directory:
+        """The copy's directory; NotThere if it is gone."""
+        with self.root.child(copy.folder) as folder:
+            return folder.child(copy.name)
+
     def begin_run(self, name: str, header: Dict[str, Any]) -> RunJournal:
         """The journal of this run, locked."""
-        with storage_errors("beginning the journal of this run in %s" % self.path):
-            folder = self.state("runs")
-            try:
-                return RunJournal.begin(folder, name + RUN_SUFFIX, header)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-            folder.remove_file(RESERVE)            # so that a run can begin on a full store, and pre_clean make room
+        folder = self.state("runs")
+        with contextlib.suppress(StorageFull):
             return RunJournal.begin(folder, name + RUN_SUFFIX, header)
+        folder.remove_file(RESERVE)                # so that a run can begin on a full store, and pre_clean make room
+        return RunJournal.begin(folder, name + RUN_SUFFIX, header)
 
     def keep_reserve(self) -> None:
         """A little space is set aside for the journal of a run that begins on a full store."""
-        with contextlib.suppress(OSError, CatalogError), self.state("runs") as folder:
+        with contextlib.suppress(CatalogError), self.state("runs") as folder:
             if folder.status(RESERVE) is None:
                 folder.write(RESERVE, bytes(RESERVE_BYTES))
 
-    def dead_runs(self, own: RunJournal, pool_uuid: str, now_s: float) -> List[RunJournal]:
-        """The journals of dead runs of that pool, locked by us and marked as taken.
+    def dead_runs(self, own: RunJournal, pool_uuid: str, now_s: float) -> Tuple[List[RunJournal], List[str]]:
+        """The journals of dead runs of that pool, locked by us and marked as taken; and sentences about what can't be
+        read as one and was left.
 
         Where locks do not reach other hosts, a journal of another host counts
         as dead only when it was not written for a day.
         """
-        found = []
+        found, left = [], []
         folder = self.state("runs")
         for name in folder.names():
             if name == own.name or not name.endswith((RUN_SUFFIX, RUN_SUFFIX + TAKEN)):
                 continue
-            journal = RunJournal.of_dead_run(folder, name)
-            if journal is None:
-                continue
-            foreign = journal.header.get("host") != own.header.get("host")
-            too_fresh = (self.locks_are_local and foreign
-                         and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
-            if (journal.header and journal.pool_uuid != pool_uuid) or too_fresh:
-                journal.leave()
-            else:
-                journal.mark_taken()
-                found.append(journal)
-        return found
+            journal = None                     # type: Optional[RunJournal]
+            try:
+                journal = RunJournal.of_dead_run(folder, name)
+                if journal is None:
+                    continue
+                foreign = journal.header.get("host") != own.header.get("host")
+                too_fresh = (self.locks_are_local and foreign
+                             and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
+                if (journal.header and journal.pool_uuid != pool_uuid) or too_fresh:
+                    journal.leave()
+                else:
+                    journal.mark_taken()
+                    found.append(journal)
+            except StorageMisbehaved:
+                raise
+            except CatalogError as error:
+                left.append("the journal of an earlier run can't be used, and is left: %s" % error)
+                if journal is not None:
+                    journal.leave()
+        return found, left
 
     # --- listing ----------------------------------------------------------------------
 
@@ -4605,41 +4801,29 @@ class Catalog:
         """What is in a VM's directory; an absent one is empty. CatalogError if it can't be listed."""
         copies, unfinished, strangers = [], [], []
         try:
-            with storage_errors("listing %s/%s" % (self.path, name)), self._child_if_there(name) as folder:
-                if folder is None:
-                    return Folder(name, (), (), ())
+            with self.root.child(name) as folder:
                 for item in folder.names():
                     parsed = parse_copy_name(item)
                     if not folder.is_directory(item):
                         strangers.append(item)
                     elif parsed is not None:
-                        copies.append(read_copy(folder, name, item, *parsed))
+                        with contextlib.suppress(NotThere):    # gone meanwhile: another run is at work here
+                            copies.append(read_copy(folder, name, item, *parsed))
                     elif is_unfinished_name(item):
                         unfinished.append(item)
                     else:
                         strangers.append(item)
-        except CatalogError as error:
-            if self.root.is_directory(name):
-                raise
-            raise CatalogError("%s/%s is not a directory, and is in the way of backups: move it. (%s)"
-                               % (self.path, name, error))
+        except NotThere:
+            return Folder(name, (), (), ())
+        except WrongKind:
+            raise WrongKind("%s/%s is not a directory, and is in the way of backups: move it." % (self.path, name))
         return Folder(name, tuple(copies), tuple(unfinished), tuple(strangers))
-
-    @contextlib.contextmanager
-    def _child_if_there(self, name: str) -> Iterator[Optional[Directory]]:
-        """The directory of that name, open inside the block; None if there is none."""
-        try:
-            folder = self.root.child(name)
-        except FileNotFoundError:
-            yield None
-            return
-        with folder:
-            yield folder
 
     def has_unfinished(self, name: str) -> bool:
         """Is there a .partial or .deleting in that VM's directory? CatalogError if it can't be listed."""
-        with storage_errors("listing %s/%s" % (self.path, name)), self._child_if_there(name) as folder:
-            return folder is not None and any(is_unfinished_name(item) for item in folder.names())
+        with contextlib.suppress(NotThere), self.root.child(name) as folder:
+            return any(is_unfinished_name(item) for item in folder.names())
+        return False
 
     # --- making ------------------------------------------------------------------------
 
@@ -4654,8 +4838,7 @@ class Catalog:
         if not lock.take():
             raise BackupError("%s is in use by another run; no dump was made." % folder_name)
         try:
-            with storage_errors("writing a pool dump into %s" % folder_name), \
-                    self.root.child_made_if_missing(folder_name) as folder:
+            with self.root.child_made_if_missing(folder_name) as folder:
                 for name in folder.names():
                     if POOL_DUMP.fullmatch(name[:-len(PARTIAL)]) and name.endswith(PARTIAL):
                         folder.remove_file(name)               # of a run that died: the lock is ours
@@ -4675,30 +4858,35 @@ class Catalog:
     def pool_dumps(self, folder_name: str) -> List[Tuple[str, str]]:
         """The complete dumps, oldest first, each with the uuid of its pool ("" if it tells none); none if there is no
         such directory."""
-        with storage_errors("listing %s" % folder_name), self._child_if_there(folder_name) as folder:
-            return [(name, pool_of_dump(folder, name)) for name in (folder.names() if folder is not None else ())
+        with contextlib.suppress(NotThere), self.root.child(folder_name) as folder:
+            return [(name, pool_of_dump(folder, name)) for name in folder.names()
                     if POOL_DUMP.fullmatch(name) and is_whole_dump(folder, name)]
+        return []
 
     # --- removing ----------------------------------------------------------------------
 
     def remove_pool_dump(self, folder_name: str, name: str) -> None:
         """The dump is gone."""
-        with storage_errors("removing %s/%s" % (folder_name, name)), self.root.child(folder_name) as folder:
+        with self.root.child(folder_name) as folder:
             folder.remove_file(name)
             folder.sync()
 
-    def remove_copy(self, copy: Copy) -> None:
-        """The copy is gone: first from its name, in one step, then from the disk."""
-        with storage_errors("removing %s/%s" % (copy.folder, copy.name)), self.root.child(copy.folder) as folder:
+    def remove_copy(self, copy: Copy) -> bool:
+        """The copy is gone: first from its name, in one step, then from the disk. False if somebody reads it."""
+        with self.root.child(copy.folder) as folder:
             if parse_copy_name(copy.name) is None or not folder.is_directory(copy.name):
                 raise CatalogError("%s/%s is not a copy's directory; it is left." % (copy.folder, copy.name))
+        with self.copy_lock(copy, shared=False) as is_free, self.root.child(copy.folder) as folder:
+            if not is_free:
+                return False
             folder.rename(copy.name, copy.name + DELETING)
             folder.remove_tree(copy.name + DELETING)
             folder.sync()
+        return True
 
     def remove_unfinished(self, folder_name: str, name: str) -> None:
         """A .partial or .deleting directory is gone."""
-        with storage_errors("removing %s/%s" % (folder_name, name)), self.root.child(folder_name) as folder:
+        with self.root.child(folder_name) as folder:
             if not is_unfinished_name(name):
                 raise CatalogError("%s/%s is not an unfinished copy; it is left." % (folder_name, name))
             folder.remove_tree(name)
@@ -4711,23 +4899,12 @@ class Catalog:
             times += [status.st_mtime for status in (inner.status(item) for item in inner.names()) if status]
         return max(times)
 
-    def remove_folder_if_empty(self, name: str) -> None:
-        """An empty directory is gone; any other stays."""
-        try:
-            os.rmdir(fs_path(name), dir_fd=self.root.fd)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
-                raise storage_error("removing the empty directory %s" % name, error)
-
 
 def is_whole_dump(folder: Directory, name: str) -> bool:
     """Does the pool dump end as a whole one does?"""
-    try:
-        with open(folder.open_file(name), "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - KIBIBYTE))
-            return file.read().rstrip().endswith(b"</database>")
-    except OSError:
-        return False
+    with contextlib.suppress(NotThere, WrongKind):
+        return folder.read_tail(name, KIBIBYTE).rstrip().endswith(b"</database>")
+    return False
 
 
 def pool_of_dump(folder: Directory, name: str) -> str:
@@ -4756,8 +4933,7 @@ def pool_of_dump(folder: Directory, name: str) -> str:
 
 
 def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime, is_old: bool) -> Copy:
-    """The copy in that directory, as far as it can be read; what can't be read is its `problem`. OSError only for
-    storage that misbehaves."""
+    """The copy in that directory, as far as it can be read; what can't be read is its `problem`. NotThere if it is gone."""
     blank = Copy(folder_name, name, taken_at, is_old, None, "", "", 0, None, None, "", 0, "")
     try:
         with parent.child(name) as inside:
@@ -4766,10 +4942,12 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
             if is_old:
                 return _read_old_copy(inside, blank)
             return blank._replace(uuid=_old_uuid(inside), problem="it has no " + MANIFEST)
-    except OSError as error:
-        if error.errno in MISBEHAVIOUR:            # the storage is what is wrong, not the copy
+    except (NotThere, WrongKind) as error:
+        if parent.status(name) is None:
             raise
-        return blank._replace(problem="it can't be read: %s" % os_reason(error))
+        return blank._replace(problem=str(error).rstrip("."))
+    except CatalogError as error:                  # the storage is what is wrong, not the copy
+        return blank._replace(problem="it can't be read now: %s" % str(error).rstrip("."), is_unreadable=True)
 
 
 def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
@@ -4827,9 +5005,8 @@ def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[st
     for suffix, magic in COMPRESSED_MAGIC:
         if inside.status(name + suffix) is None:
             continue
-        with open(inside.open_file(name + suffix), "rb") as file:
-            if file.read(len(magic)) == magic:
-                return name + suffix, ""
+        if inside.read_head(name + suffix, len(magic)) == magic:
+            return name + suffix, ""
         return "", "%s%s is not a %s file" % (name, suffix, suffix[1:])
     return "", "the image %s is not there" % name
 
@@ -4860,11 +5037,11 @@ def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
 
 def _old_uuid(inside: Directory) -> str:
     """The VM's uuid from vm.cfg or vm-metadata.xml, "" if neither tells."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(NotThere, WrongKind):
         uuid = parse_cfg(inside.read("vm.cfg").decode("utf-8", "replace")).get("orig_uuid", "")
         if uuid:
             return uuid
-    with contextlib.suppress(OSError, VerificationError):
+    with contextlib.suppress(NotThere, WrongKind, VerificationError):
         return original_vm(parse_ova(inside.read(VM_METADATA))).get("uuid", "")
     return ""
 
@@ -4901,12 +5078,7 @@ def told(manifest: Dict[str, Any], *keys: str) -> str:
 
 def parse_manifest(content: bytes) -> Dict[str, Any]:
     """The manifest; ValueError with a sentence if it is not one that we wrote, NewerManifest if a later version did."""
-    try:
-        manifest = json.loads(content.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply")
-    if not isinstance(manifest, dict):
-        raise ValueError("it is not an object")
+    manifest = parse_object(content)
     if isinstance(manifest.get("format"), int) and manifest["format"] > MANIFEST_FORMAT:
         raise NewerManifest(manifest)
     for key, kind in MANIFEST_SHAPE:
@@ -4967,11 +5139,12 @@ class NewCopy:
         """Visible under its own name, in one step. If only the sync behind it fails, the copy stands all the same."""
         try:
             self._parent.rename(self.name + PARTIAL, self.name)
-        except OSError as error:
-            if self._parent.status(self.name + PARTIAL) is not None:
+        except CatalogError as error:
+            if self._parent.status(self.name) is None or self._parent.status(self.name + PARTIAL) is not None:
                 raise
             raise StorageMisbehaved("%s is in its place and complete, but the storage did not confirm that it will stay "
-                                    "(%s): verify it. Nothing is pruned in this run." % (self.name, os_reason(error)))
+                                    "(%s): verify it. Nothing is pruned in this run." % (
+                                        self.name, str(error).rstrip(".")))
 
     def discard(self) -> None:
         """Nothing of it is left, unless it is sealed already."""
@@ -4986,36 +5159,6 @@ class NewCopy:
         self._parent.close()
 
 
-class NewFile:
-    """A file outside the store that is being written, beside its place, and stands there only once it is complete."""
-
-    def __init__(self, path: str) -> None:
-        """Raises OSError, FileExistsError among them, if it can't be begun."""
-        self._path, self._partial = fs_path(path), fs_path(path + PARTIAL)
-        if os.path.lexists(self._path):
-            raise FileExistsError(errno.EEXIST, "it exists already and was left as it is", self._path)
-        self.fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-    def __enter__(self) -> "NewFile":
-        return self
-
-    def complete(self) -> None:
-        """All is on disk, under its own name; a file that came there meanwhile is never replaced."""
-        os.fsync(self.fd)
-        try:
-            os.link(self._partial, self._path)
-        except OSError as error:
-            if error.errno == errno.EEXIST or os.path.lexists(self._path):
-                raise
-            os.rename(self._partial, self._path)         # a file system without hard links: FAT, some shares
-            self._partial = ""
-
-    def __exit__(self, *_: Any) -> None:
-        os.close(self.fd)
-        if self._partial:
-            os.unlink(self._partial)
-
-
 def checksum_line(digest: str, name: str) -> str:
     """A line that `sha256sum -c` reads, odd names escaped as it wants them."""
     if "\\" in name or "\n" in name:
@@ -5024,7 +5167,7 @@ def checksum_line(digest: str, name: str) -> str:
 
 
 # =============================================================================
-# 13. Snapshots and their ownership
+# 14. Snapshots and their ownership
 # =============================================================================
 # Makes and removes snapshots, journal first. Ours is only what an open entry of
 # a journal proves: by the uuid noted when the answer came, or by the token that
@@ -5289,7 +5432,7 @@ class Snapshots:
                     self._remove_imports(entry)
                 else:
                     self._remove_disk_snapshot(entry)
-            except (BackupError, OSError) as error:
+            except BackupError as error:
                 self._report_left(entry, "could not be removed now: %s" % error)
 
     def _add_finding(self, entry: OpenEntry, sentence: str) -> None:
@@ -5670,11 +5813,17 @@ class Snapshots:
 
     # --- what others left --------------------------------------------------------------
 
-    def sweep(self, journals: Sequence[RunJournal]) -> None:
-        """What those dead runs had open in this pool is removed."""
+    def sweep(self, journals: Sequence[RunJournal], unusable: Sequence[str]) -> None:
+        """What those dead runs had open in this pool is removed; what of it nobody can use is told."""
         self.inherited.extend(journals)
+        for sentence in unusable:
+            self._log.info(sentence)
         for journal in journals:
             for entry in journal.open_entries():
+                if not entry.is_understood:
+                    self._log.info("%s: entry %d is not one that this version writes; it is left. A newer version of "
+                                   "VmBackup deals with it." % (journal.name, entry.number))
+                    continue
                 left = "a VM of a " + entry.facts["kind"] if entry.facts["kind"] in IMPORT_KINDS else "a snapshot"
                 self._log.info("%s: a run on %s that began %s %s." % (
                     entry.title, journal.header.get("host", "another host"), journal.header.get("since", "earlier"),
@@ -5708,7 +5857,7 @@ def unnamed_text(entry: OpenEntry) -> str:
 
 
 # =============================================================================
-# 14. Export methods
+# 15. Export methods
 # =============================================================================
 # From a snapshot to an image on disk, proven on the way. A method knows its
 # xe command, its format and its check; the flow of the data is the same.
@@ -5795,9 +5944,7 @@ class Exporter:
         """The pool's database is in that file, whole; the descriptor is taken over."""
         doing = "the dump of the pool database"
         tail = Tail()
-        with storage_errors(doing):
-            self._run_xe(doing, [tail, FileWriter(file_fd)], self._watch(doing, None), "pool-dump-database",
-                         "file-name=")
+        self._run_xe(doing, [tail, FileWriter(file_fd)], self._watch(doing, None), "pool-dump-database", "file-name=")
         if not tail.last.rstrip().endswith(b"</database>"):
             raise VerificationError("%s does not end with </database>: it was cut off. Nothing of it was kept." % doing)
 
@@ -5830,7 +5977,7 @@ class Exporter:
         """xe's output through digest, check and compressor to a file; see design of the flow in section 10."""
         compression = self._configuration.compress
         name = "%s.%s%s" % (base, file_format, COMPRESSED_SUFFIX[compression])
-        with storage_errors(doing), closing_unless_stalled() as stack:
+        with closing_unless_stalled() as stack:
             limit_s = self._configuration.stall_timeout * MINUTE_S
             blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
             stack.callback(blocks.close)
@@ -5881,7 +6028,7 @@ class Exporter:
                 flows.append(Flow(os.dup(compressor.stdout_fd), list(after), compressor.name,
                                   lambda: check_compressor(compressor)))
             try:
-                pump(flows, watch)
+                pump(flows, watch, doing)
             except VerificationError as error:
                 # an export that failed midway ends in an HTTP error text, which the check meets before xe
                 # has told the reason (ocaml/libs/http-lib/http_svr.ml handle_one, v26.17.0)
@@ -6059,7 +6206,7 @@ def progress_text(doing: str, done_bytes: int, size_bytes: int, seconds: float) 
 
 
 # =============================================================================
-# 15. Verification of stored copies
+# 16. Verification of stored copies
 # =============================================================================
 # Is what lies on disk what was exported? Reads copies and changes none: works on
 # any machine that sees the store, without pool, password, xe or XenAPI.
@@ -6073,6 +6220,7 @@ class CopyState(enum.Enum):
     UNPROVEN = "structure good"       # the older program recorded no digests
     DAMAGED = "DAMAGED"
     UNCHECKED = "NOT CHECKED"         # something that the check needs is not here
+    UNREADABLE = "COULD NOT BE READ"  # the store is what is wrong, or out of reach: no verdict on the copy
     GONE = "gone meanwhile"
 
 
@@ -6106,19 +6254,24 @@ class Verifier:
             state, reason = self._judge(copy)
         except VerificationError as error:
             state, reason = CopyState.DAMAGED, str(error)
-        except FileNotFoundError as error:
-            state, reason = CopyState.DAMAGED, "%s is not there" % fs_text(error.filename or "a file")
-        except OSError as error:
-            state, reason = CopyState.DAMAGED, "it can't be read: %s" % os_reason(error)
+        except (NotThere, WrongKind) as error:
+            state, reason = CopyState.DAMAGED, str(error)
+        except CatalogError as error:
+            state, reason = CopyState.UNREADABLE, str(error)
         except ProgramError as error:
             state, reason = CopyState.UNCHECKED, str(error)
-        if state is not CopyState.GOOD and not self._is_there(copy):
-            state, reason = CopyState.GONE, "another run removed it while it was read"
+        if state is CopyState.DAMAGED:
+            try:
+                self._catalog.check_in_place()
+                if not self._is_there(copy):
+                    state, reason = CopyState.GONE, "another run removed it while it was read"
+            except CatalogError as error:
+                state, reason = CopyState.UNREADABLE, str(error)
         return CopyVerdict(copy, state, reason.rstrip("."), self._clock.utc())
 
     def _is_there(self, copy: Copy) -> bool:
         """Is the copy's directory still there?"""
-        with contextlib.suppress(OSError), self._catalog.root.child(copy.folder) as folder:
+        with contextlib.suppress(NotThere), self._catalog.root.child(copy.folder) as folder:
             return folder.is_directory(copy.name)
         return False
 
@@ -6165,7 +6318,7 @@ class Verifier:
             raise VerificationError("%s names a file outside the copy: %s" % (MANIFEST, one_line(name)))
         with contextlib.ExitStack() as stack:
             place = stack.enter_context(inside.child(folder)) if folder else inside
-            pump([Flow(place.open_file(base), [digest])], lambda progress: self._signals.check())
+            pump([Flow(place.open_file(base), [digest])], lambda progress: self._signals.check(), "reading " + name)
         if digest.hexdigest() != sha256:
             raise VerificationError("%s is not what was written: its SHA-256 differs" % name)
 
@@ -6208,8 +6361,7 @@ class Verifier:
         """The image went through both groups of consumers, decompressed for the second."""
         fd = inside.open_file(copy.image)
         size = os.fstat(fd).st_size
-        with contextlib.suppress(OSError):               # advice only: what is proven is the storage, not a cache
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        forget_cached(fd)                                # what is proven is the storage, not a cache
         began_at = self._clock.monotonic()
         title = "verifying %s/%s" % (copy.folder, copy.name)
 
@@ -6219,7 +6371,7 @@ class Verifier:
 
         with contextlib.ExitStack() as stack:
             flows = decompressing_flows(stack, fd, compression, stored, plain)
-            pump(flows, on_tick)
+            pump(flows, on_tick, title)
 
 
 def decompressing_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: List[Any],
@@ -6291,7 +6443,7 @@ def old_image_check(copy: Copy, inside: Directory, block_digests: str, sink: Any
     for name in inside.names():
         if not name.startswith("DISK-") or not inside.is_directory(name):
             continue
-        with inside.child(name) as disk, contextlib.suppress(OSError, ValueError, KeyError):
+        with inside.child(name) as disk, contextlib.suppress(NotThere, WrongKind, ValueError, KeyError):
             vbd = parse_cfg(disk.read("vbd.cfg").decode("utf-8", "replace"))
             if vbd["userdevice"] in ("0", "xvda", "hda"):
                 size = int(parse_cfg(disk.read("vdi.cfg").decode("utf-8", "replace"))["virtual_size"])
@@ -6314,26 +6466,17 @@ class VerdictStore:
 
     def recall(self, copy: Copy) -> Dict[str, Any]:
         """What is on record about the copy, {} if nothing."""
-        try:
-            folder = self._catalog.state_if_there(VERDICT_FOLDER)
-            if folder is None:
-                return {}
-            with folder:
-                found = json.loads(folder.read(self._name(copy), MEBIBYTE).decode("utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        folder = self._catalog.state_if_there(VERDICT_FOLDER)
+        if folder is not None:
+            with folder, contextlib.suppress(NotThere, WrongKind, ValueError):
+                return parse_object(folder.read(self._name(copy), MEBIBYTE))
+        return {}
 
     def record(self, copy: Copy, **facts: Any) -> None:
         """The facts are on record beside earlier ones; CatalogError if the store can't be written."""
         text = dict(self.recall(copy), folder=copy.folder, copy=copy.name, **facts)
-        name = self._name(copy)
-        with self._catalog.state(VERDICT_FOLDER) as folder, \
-                storage_errors("recording the verdict on %s/%s" % (copy.folder, copy.name)):
-            temporary = "%s.%d.new" % (name, os.getpid())
-            folder.remove_file(temporary)
-            folder.write(temporary, (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
-            folder.replace(temporary, name)
+        with self._catalog.state(VERDICT_FOLDER) as folder:
+            folder.put(self._name(copy), (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
 
     def last_drills(self) -> Dict[str, str]:
         """When a copy of each directory was last drilled; a copy that is gone since counts too."""
@@ -6343,8 +6486,8 @@ class VerdictStore:
             return found
         with folder:
             for name in folder.names():
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    facts = json.loads(folder.read(name, MEBIBYTE).decode("utf-8"))
+                with contextlib.suppress(NotThere, WrongKind, ValueError):
+                    facts = parse_object(folder.read(name, MEBIBYTE))
                     place, at = facts.get("folder"), facts.get("drilled_at")
                     if isinstance(place, str) and isinstance(at, str):
                         found[place] = max(at, found.get(place, ""))
@@ -6352,7 +6495,7 @@ class VerdictStore:
 
 
 # =============================================================================
-# 16. Backup run
+# 17. Backup run
 # =============================================================================
 # The story of a run: leftovers, pool database, jobs, second tries. One VM's
 # failure stays that VM's; what is learned becomes an Outcome.
@@ -6450,12 +6593,15 @@ class Placement:
         return self._spellings
 
     def _is_free(self, name: str, machine: VirtualMachine) -> bool:
-        """Has no other VM that directory?"""
+        """Has no other VM that directory? CatalogError where a copy in it can't be read."""
         if self._claims.get(folded(name), machine.uuid) != machine.uuid:
             return False
-        return not any(copy.uuid != machine.uuid or copy.pool not in ("", self._pool)
-                       for spelling in {name}.union(self._spelled().get(folded(name), ()))
-                       for copy in self.own_view(self.folder(spelling), machine))
+        copies = [copy for spelling in {name}.union(self._spelled().get(folded(name), ()))
+                  for copy in self.own_view(self.folder(spelling), machine)]
+        for copy in copies:
+            if copy.is_unreadable:
+                raise CatalogError("whose directory %s is can't be known: %s: %s." % (name, copy.name, copy.problem))
+        return not any(copy.uuid != machine.uuid or copy.pool not in ("", self._pool) for copy in copies)
 
     def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
         """The copies of the directory as that VM sees them: old ones without a uuid are its own if nobody else's; those
@@ -6537,16 +6683,13 @@ class BackupRun:
                 return
             try:
                 journal.finish()
-            except OSError as error:
-                self._log.info("the journal %s could not be put away (%s); the next run does it."
-                               % (journal.name, os_reason(error)))
+            except CatalogError as error:
+                self._log.info("the journal %s could not be put away; the next run does it. (%s)" % (journal.name, error))
 
     def _clear_leftovers(self) -> None:
         """What dead runs left in this pool and in the store is gone."""
         now_s = self._clock.utc().timestamp()
-        with storage_errors("reading the journals of earlier runs"):
-            journals = self._catalog.dead_runs(self._journal, self._inventory.pool_uuid, now_s)
-        self._snapshots.sweep(journals)
+        self._snapshots.sweep(*self._catalog.dead_runs(self._journal, self._inventory.pool_uuid, now_s))
         for name in self._catalog.folder_names():
             try:
                 self._clear_folder(name)
@@ -6562,7 +6705,7 @@ class BackupRun:
             return
         try:
             self._clear_unfinished(self._catalog.folder(name))
-            self._catalog.remove_folder_if_empty(name)
+            self._catalog.root.remove_if_empty(name)
         finally:
             lock.release()
 
@@ -6572,8 +6715,7 @@ class BackupRun:
         Where locks do not reach other hosts, only what was not written for a day.
         """
         for name in folder.unfinished:
-            with storage_errors("looking at %s/%s" % (folder.name, name)):
-                age_s = self._clock.utc().timestamp() - self._catalog.newest_change_s(folder.name, name)
+            age_s = self._clock.utc().timestamp() - self._catalog.newest_change_s(folder.name, name)
             if self._catalog.locks_are_local and age_s < WEAK_LOCK_PATIENCE_S:
                 continue
             self._check_alive()
@@ -6705,9 +6847,9 @@ class BackupRun:
         """The directory is gone if it is empty, and its lock is free; raises nothing that could hide what went wrong."""
         try:
             if not self.storage_hangs:
-                self._catalog.remove_folder_if_empty(name)
+                self._catalog.root.remove_if_empty(name)
             lock.release()
-        except (CatalogError, OSError) as error:
+        except CatalogError as error:
             self._log.info("leaving %s: %s" % (name, error))
 
     def _wait_for_lock(self, lock: LockFile, name: str) -> None:
@@ -6723,7 +6865,7 @@ class BackupRun:
                 self._log.info("%s is in use by another run (%s); waiting." % (name, holder_text(lock.text())))
                 told = True
             self._signals.sleep(1)
-        with contextlib.suppress(OSError):         # the text is for people; a full store must not cost the lock
+        with contextlib.suppress(CatalogError):    # the text is for people; a full store must not cost the lock
             lock.write_text(self._signature())
 
     def _signature(self) -> Dict[str, Any]:
@@ -6734,11 +6876,11 @@ class BackupRun:
         """A new sealed copy in that directory."""
         taken_at = self._clock.utc()
         machine = self._read_again(job)
-        with stage("DIR-FAIL"), storage_errors("making a new copy in %s/%s" % (self._catalog.path, folder.name)):
+        with stage("DIR-FAIL"):
             copy = self._catalog.new_copy(folder.name, self._clock.local())
         try:
             self._log.info("%s: %s into %s/%s" % (machine.title, job.method.value, folder.name, copy.name))
-            with stage("METADATA-FAIL"), storage_errors("writing the metadata of %s" % machine.title):
+            with stage("METADATA-FAIL"):
                 copy.write(VM_METADATA, self._exporter.metadata(machine))
                 interfaces, os_version = self._pool.interfaces(machine), self._pool.os_version(machine)
                 self._tell_problems(job, machine, interfaces)
@@ -6746,7 +6888,7 @@ class BackupRun:
                     if not name.endswith(VDI_CFG):             # the sizes are those of the snapshot
                         copy.write(name, text.encode("utf-8", "surrogateescape"))
             image, disks = self._export(job, machine, copy)
-            with stage("SEAL-FAIL"), storage_errors("finishing %s/%s" % (folder.name, copy.name)):
+            with stage("SEAL-FAIL"):
                 for name, text in metadata_files(machine, disks, interfaces, os_version):
                     if name.endswith(VDI_CFG):
                         copy.write(name, text.encode("utf-8", "surrogateescape"))
@@ -6776,9 +6918,8 @@ class BackupRun:
         with self._signals.shielded():
             try:
                 copy.discard()
-            except OSError as problem:
-                self._log.info("%s could not be removed (%s); the next run does it."
-                               % (copy.name + PARTIAL, os_reason(problem)))
+            except CatalogError as problem:
+                self._log.info("%s could not be removed; the next run does it. (%s)" % (copy.name + PARTIAL, problem))
 
     def _check_alive(self) -> None:
         """Raises BackupError if another run took us for dead: then nothing more may be sealed, deleted or swept."""
@@ -6870,9 +7011,8 @@ class BackupRun:
         self._log.info("%s: reading %s back from storage." % (machine.title, image.name))
         digest = Digest()
         fd = copy.inside.open_file(image.name)
-        with contextlib.suppress(OSError):                  # advice only; CIFS and FUSE may have no use for it
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        pump([Flow(fd, [digest])], lambda progress: self._signals.check())
+        forget_cached(fd)
+        pump([Flow(fd, [digest])], lambda progress: self._signals.check(), "reading %s back" % image.name)
         if (digest.total_bytes, digest.hexdigest()) != (image.size, image.sha256):
             raise StorageMisbehaved("the storage gives back other bytes than were written to %s: the copy was not kept, "
                                     "and nothing is pruned. Check the share or disk." % image.name)
@@ -6905,7 +7045,10 @@ class BackupRun:
             try:
                 self._check_alive()
                 self._catalog.check_in_place()
-                self._catalog.remove_copy(verdict.copy)
+                if not self._catalog.remove_copy(verdict.copy):
+                    self._log.info("%s: %s/%s is being read by a restore or drill: a later run removes it." % (
+                        job.machine.title, verdict.copy.folder, verdict.copy.name))
+                    continue
             except TakenOver:
                 raise
             except CatalogError as error:
@@ -6922,8 +7065,7 @@ class BackupRun:
         if self._storage_problem:
             return
         largest = max((outcome.size_bytes for outcome in self._outcomes), default=0)
-        with storage_errors("asking for the free space of %s" % self._configuration.backup_dir):
-            free = self._catalog.free_bytes()
+        free = self._catalog.free_bytes()
         if free is not None and free < largest:
             self._add_finding(Severity.WARNING, self._configuration.backup_dir, "only %s are free, and the largest copy "
                               "of this run has %s: the next run may not fit." % (format_size(free),
@@ -7026,7 +7168,7 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
 
 
 # =============================================================================
-# 17. Restore
+# 18. Restore
 # =============================================================================
 # The way back. What an image holds (Source) and what the pool has (PoolView) are
 # read; plan_restore, which is pure, says what will be made and why, or why not;
@@ -7151,12 +7293,11 @@ def read_first_member(inside: Directory, image: str, with_end: bool = True) -> b
     first = FirstMember()
     fd = inside.open_file(image)
     if with_end and compression_of(image) == "none":
-        size = os.fstat(fd).st_size
-        if size % SECTOR_BYTES or os.pread(fd, len(XVA_END), max(0, size - len(XVA_END))) != XVA_END:
+        if os.fstat(fd).st_size % SECTOR_BYTES or inside.read_tail(image, len(XVA_END)) != XVA_END:
             os.close(fd)
             raise VerificationError("the archive does not end with two zero blocks: it was cut off or overwritten")
     with contextlib.ExitStack() as stack, contextlib.suppress(_Enough):
-        pump(decompressing_flows(stack, fd, compression_of(image), [], [first]), lambda progress: None)
+        pump(decompressing_flows(stack, fd, compression_of(image), [], [first]), lambda progress: None, "reading " + image)
     if not first.text:
         raise VerificationError("the archive holds no ova.xml")
     return first.text
@@ -7198,7 +7339,7 @@ def _source_disk(disk_id: str, vdi: Dict[str, Any], vbd: Dict[str, Any], sr: Dic
 
 
 def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False) -> Source:
-    """What that copy's directory holds. VerificationError or OSError if its image can't be what it should be; with
+    """What that copy's directory holds. VerificationError or CatalogError if its image can't be what it should be; with
     `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its size is then 0: not known)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
     plain_name = re.sub(r"\.(gz|zst)$", "", copy.image)
@@ -7866,7 +8007,7 @@ class PartPipe:
         if self._fd is None:
             self._fd = self._start()
             widen_pipe(self._fd)
-        _write_all(self._fd, memoryview(view))
+        write_all(self._fd, memoryview(view))
 
     def close(self) -> None:
         """No more is coming."""
@@ -8415,7 +8556,7 @@ def stream_image(source: Source, inside: Directory, sink: Any, more: Sequence[An
             passed = [Forgiving(one, problems) for one in passed]
         flows = decompressing_flows(stack, inside.open_file(source.copy.image), compression,
                                     [] if stored is plain else [stored], [plain] + checked + passed, problems)
-        pump(flows, on_tick)
+        pump(flows, on_tick, "reading " + source.title)
     problem = digest_problem(source.copy, source.manifest["image"], stored, plain) if source.manifest else ""
     if problem and problems is None:
         raise VerificationError(problem)
@@ -8467,7 +8608,7 @@ def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
 
 
 # =============================================================================
-# 18. Extract
+# 19. Extract
 # =============================================================================
 # One disk of a copy as a sparse raw image, on any machine: no pool, no xe, no
 # XenAPI. The whole image is proven while it is read; the file gets its name last.
@@ -8487,11 +8628,9 @@ class SparseImage(MebibyteSink):
 
     def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
         """That MiB is in the file."""
-        at = number * MEBIBYTE
-        while len(content):
-            count = os.pwrite(self._fd, content, at)
-            self.written_bytes += count
-            at, content = at + count, content[count:]
+        os.lseek(self._fd, number * MEBIBYTE, os.SEEK_SET)
+        write_all(self._fd, content)
+        self.written_bytes += len(content)
 
 
 def wanted_disk(source: Source, word: str) -> SourceDisk:
@@ -8516,13 +8655,12 @@ def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str,
     with NewFile(path) as file:
         sink = SparseImage(file.fd, "image" if source.file_format != "xva" else disk.id)
         check = stream_image(source, inside, sink, [], on_tick)
-        os.ftruncate(file.fd, disk.virtual_size or check.report.virtual_size)
-        file.complete()
+        file.complete(disk.virtual_size or check.report.virtual_size)
     return sink.written_bytes, check
 
 
 # =============================================================================
-# 19. Drill
+# 20. Drill
 # =============================================================================
 # Proves that a copy comes back: it is imported under a name of its own with no
 # network, its disks are read back and compared with what the image held when its
@@ -8645,7 +8783,7 @@ def drill_body(outcomes: Sequence[DrillOutcome], findings: Sequence[Finding]) ->
 
 
 # =============================================================================
-# 20. Report
+# 21. Report
 # =============================================================================
 # Outcomes become words: status log, summary, exit status. Whether a run was a
 # success is decided by its outcomes, never by what was logged.
@@ -8974,9 +9112,7 @@ class Outbox:
         with self._catalog.state(MAIL_FOLDER) as folder:
             for name in self._names(folder)[:1 - MAIL_KEPT_MOST]:
                 folder.remove_file(name)
-            name = "%s%s-%s.eml" % (self._prefix, now.strftime("%Y%m%dT%H%M%S.%fZ"), secrets.token_hex(3))
-            folder.write(name + ".new", message)
-            folder.replace(name + ".new", name)
+            folder.put("%s%s-%s.eml" % (self._prefix, now.strftime("%Y%m%dT%H%M%S.%fZ"), secrets.token_hex(3)), message)
 
     def names(self) -> List[str]:
         """What is kept, oldest first."""
@@ -9056,8 +9192,8 @@ class Mailer:
                     self._log.warning("%s It is one of an earlier run, and is given up." % self._failure_text(refused))
                 else:
                     self._log.info("a mail that an earlier run could not send was sent.")
-        except (OSError, BackupError) as error:
-            self._log.info("mails that earlier runs could not send are not in reach: %s" % os_reason(error))
+        except BackupError as error:
+            self._log.info("mails that earlier runs could not send are not in reach: %s" % error)
         return all_well
 
     def _failure_text(self, refused: Dict[str, Refusal]) -> str:
@@ -9071,8 +9207,8 @@ class Mailer:
                 raise BackupError("the backup directory is out of reach.")
             self._outbox.keep(message, now)
             return "It is kept and goes out with the next run's."
-        except (OSError, BackupError) as error:
-            return "It could not be kept either: %s" % os_reason(error)
+        except BackupError as error:
+            return "It could not be kept either: %s" % error
 
     def _deliver(self, message: bytes, pauses_s: Tuple[int, ...]) -> Dict[str, Refusal]:
         """The recipients whose mail is not with the server after all tries, and why; none if all is well."""
@@ -9347,7 +9483,7 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
 
 
 # =============================================================================
-# 21. Commands
+# 22. Commands
 # =============================================================================
 # One function per action: the only place that shows things, and reads config
 # and password files.
@@ -9565,15 +9701,20 @@ def create_password_file(password: str, path: str) -> str:
 # --- checks before anything starts ---------------------------------------------------------
 
 
+def open_store(configuration: Configuration) -> Catalog:
+    """The backup directory, to be read; UsageError if it can't be."""
+    try:
+        return Catalog(configuration.backup_dir)
+    except CatalogError as error:
+        raise UsageError("%s: backup_dir: %s can't be opened: %s Is the share mounted?" % (
+            configuration.places.get("backup_dir", "default"), configuration.backup_dir, error))
+
+
 def open_catalog(configuration: Configuration, log: Log) -> Catalog:
     """The backup directory, opened; UsageError if it is not one to write backups to."""
     path = configuration.backup_dir
     place = configuration.places.get("backup_dir", "default")
-    try:
-        catalog = Catalog(path)
-    except OSError as error:
-        raise UsageError("%s: backup_dir: %s can't be opened: %s. Is the share mounted?" % (
-            place, path, os_reason(error)))
+    catalog = open_store(configuration)
     if not catalog.is_writable():
         raise UsageError("%s: backup_dir: %s is not writable." % (place, path))
     wanted, where = configuration.require_mount, ""
@@ -9706,7 +9847,7 @@ def early_end_mailed(context: Context, done: str) -> Iterator[None]:
         with context.signals.shielded():
             if mail_is_wanted(context.configuration, "ERROR") and not context.arguments.preview:
                 catalog = None                         # type: Optional[Catalog]
-                with contextlib.suppress(OSError):                  # no store is what such a mail is often about
+                with contextlib.suppress(CatalogError):             # no store is what such a mail is often about
                     catalog = Catalog(context.configuration.backup_dir)
                 host = socket.gethostname().split(".")[0]
                 make_mailer(context, catalog).send(early_end_report(
@@ -9832,15 +9973,15 @@ def store_facts(catalog: Catalog, now: datetime) -> StoreFacts:
     try:
         free_bytes = catalog.free_bytes()
         newest = newest_copies(catalog, now)
-    except (OSError, BackupError) as error:
-        problem = os_reason(error)
+    except BackupError as error:
+        problem = str(error)
     return StoreFacts(catalog.path, newest, free_bytes, problem)
 
 
 def newest_copies(catalog: Catalog, now: datetime) -> Tuple[NewestCopy, ...]:
     """The newest good copy of each VM and kind of the store."""
     found = []
-    for stored in stored_vms(catalog):
+    for stored in stored_vms(catalog, []):
         good = [copy for copy in stored.copies if copy.is_good]
         found.append(NewestCopy(stored.uuid, stored.name, stored.title, len(good),
                                 (now - good[-1].taken_at).total_seconds() if good else None))
@@ -9885,20 +10026,19 @@ def take_config_lock(context: Context, lock: LockFile, inventory: Inventory, loc
     Raises LockHeld if another run of this config goes on.
     """
     force = parse_flag(context.arguments, "force")
-    with storage_errors("taking the lock of this config"):
-        ours = lock.take()
-        text = lock.text() if ours else settled_text(context, lock)
-        neighbour = "" if force or context.configuration.pool is not None else neighbour_text(
-            text, inventory, context.clock.utc(), not ours or locks_are_local)
-        if neighbour:
-            if ours:
-                lock.release()
-            return neighbour
-        if not ours:
-            raise LockHeld("another run of %s is still going: %s. Nothing was started."
-                           % (context.configuration.source, holder_text(text)))
-        lock.write_text({"host": inventory.host.short_name, "pid": os.getpid(), "pool": inventory.pool_uuid,
-                         "since": format_utc(context.clock.utc()), "state": "running"})
+    ours = lock.take()
+    text = lock.text() if ours else settled_text(context, lock)
+    neighbour = "" if force or context.configuration.pool is not None else neighbour_text(
+        text, inventory, context.clock.utc(), not ours or locks_are_local)
+    if neighbour:
+        if ours:
+            lock.release()
+        return neighbour
+    if not ours:
+        raise LockHeld("another run of %s is still going: %s. Nothing was started."
+                       % (context.configuration.source, holder_text(text)))
+    lock.write_text({"host": inventory.host.short_name, "pid": os.getpid(), "pool": inventory.pool_uuid,
+                     "since": format_utc(context.clock.utc()), "state": "running"})
     return ""
 
 
@@ -9938,10 +10078,9 @@ def end_config_lock(lock: LockFile, status: int, context: Context) -> None:
     try:
         lock.write_text(dict(lock.text(), state="finished", exit=status))
         lock.release()
-    except OSError as error:
+    except CatalogError as error:
         lock.abandon()
-        context.log.info("the lock of this config could not be given back in order (%s); it ends with this process."
-                         % os_reason(error))
+        context.log.info("the lock of this config could not be given back in order; it ends with this process. (%s)" % error)
 
 
 # --- verify, list and prune: what is in the store ------------------------------------------------
@@ -9975,9 +10114,15 @@ class StoredVm(NamedTuple):
         return vm in (self.name, self.folder) or any(copy.vm_name == vm for copy in self.copies)
 
 
-def stored_vms(catalog: Catalog) -> List[StoredVm]:
-    """All VMs of the store."""
-    return [stored for name in catalog.folder_names() for stored in stored_in(catalog.folder(name))]
+def stored_vms(catalog: Catalog, problems: List[str]) -> List[StoredVm]:
+    """All VMs of the store. What can't be listed costs only itself: a sentence among the problems."""
+    found = []
+    for name in catalog.folder_names():
+        try:
+            found += stored_in(catalog.folder(name))
+        except CatalogError as error:
+            problems.append("%s It is left out." % error)
+    return found
 
 
 def stored_in(folder: Folder) -> List[StoredVm]:
@@ -9999,13 +10144,19 @@ def stored_in(folder: Folder) -> List[StoredVm]:
     return found
 
 
-def chosen_vms(catalog: Catalog, vm: str) -> List[StoredVm]:
-    """The VMs of the store that the word means, all if it is empty; UsageError if there is none."""
-    found = [stored for stored in stored_vms(catalog) if not vm or stored.bears(vm)]
+def chosen_vms(catalog: Catalog, vm: str, log: Log) -> List[StoredVm]:
+    """The VMs of the store that the word means, all if it is empty; UsageError if there is none. What can't be listed is
+    told."""
+    problems = []                          # type: List[str]
+    every = stored_vms(catalog, problems)
+    for problem in problems:
+        log.info(problem)
+    found = [stored for stored in every if not vm or stored.bears(vm)]
     if vm and not found:
-        near = get_close_matches(vm, sorted({stored.name for stored in stored_vms(catalog)}), 1)
-        raise UsageError("%s holds no backup of %s%s." % (catalog.path, quote_name(vm),
-                                                        "; did you mean %s?" % quote_name(near[0]) if near else ""))
+        near = get_close_matches(vm, sorted({stored.name for stored in every}), 1)
+        raise UsageError("%s holds no backup of %s%s.%s" % (
+            catalog.path, quote_name(vm), "; did you mean %s?" % quote_name(near[0]) if near else "",
+            " Not all of it could be read: see above." if problems else ""))
     return found
 
 
@@ -10016,16 +10167,6 @@ def chosen_copies(stored: StoredVm, wanted: str) -> List[Copy]:
     if wanted == "latest":
         return list(stored.copies[-1:])
     return [copy for copy in stored.copies if wanted in (copy.name, copy.name[len("backup-"):])]
-
-
-def open_store(context: Context) -> Catalog:
-    """The backup directory, to be read; UsageError if it can't be."""
-    try:
-        return Catalog(context.configuration.backup_dir)
-    except OSError as error:
-        raise UsageError("%s: backup_dir: %s can't be opened: %s. Is the share mounted?" % (
-            context.configuration.places.get("backup_dir", "default"), context.configuration.backup_dir,
-            os_reason(error)))
 
 
 def parse_flag(arguments: Arguments, name: str) -> bool:
@@ -10051,8 +10192,8 @@ def command_verify(context: Context) -> int:
     parameters = context.arguments.parameters
     minutes = parse_minutes(context.arguments, "max_time")
     block_digests = "yes" if parse_flag(context.arguments, "block_digests") else "auto"
-    catalog = open_store(context)
-    copies = [copy for stored in chosen_vms(catalog, context.arguments.vm)
+    catalog = open_store(context.configuration)
+    copies = [copy for stored in chosen_vms(catalog, context.arguments.vm, context.log)
               for copy in chosen_copies(stored, parameters.get("from", ""))]
     if not copies and parameters.get("from"):
         raise UsageError("there is no copy %s of %s." % (
@@ -10085,7 +10226,7 @@ def record_verdict(context: Context, store: VerdictStore, verdict: CopyVerdict) 
         store.record(verdict.copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
                      reason=verdict.reason)
         return True
-    except (CatalogError, OSError) as error:
+    except CatalogError as error:
         context.log.info("verdicts are not recorded: %s" % error)
         return False
 
@@ -10146,12 +10287,12 @@ def command_list(context: Context) -> int:
     wanted = context.arguments.parameters.get("format", "text")
     if wanted not in ("text", "json"):
         raise UsageError("format=%s is not allowed; allowed: text, json." % one_line(wanted))
-    catalog = open_store(context)
+    catalog = open_store(context.configuration)
     known = known_uuids(context) if wanted == "json" else None
     now = context.clock.local()
     store = VerdictStore(catalog)
     rows = [list_row(stored, context.configuration, store, known, now)
-            for stored in chosen_vms(catalog, context.arguments.vm)]
+            for stored in chosen_vms(catalog, context.arguments.vm, context.log)]
     strangers = [] if context.arguments.vm else list_strangers(catalog)
     if wanted == "json":
         context.log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
@@ -10225,17 +10366,18 @@ def list_strangers(catalog: Catalog) -> List[str]:
         if not catalog.root.is_directory(name):
             found.append(name)
             continue
-        folder = catalog.folder(name)
-        found += ["%s/%s" % (name, item) for item in folder.strangers]
-        found += ["%s/%s (unfinished)" % (name, item) for item in folder.unfinished]
+        with contextlib.suppress(CatalogError):            # told already
+            folder = catalog.folder(name)
+            found += ["%s/%s" % (name, item) for item in folder.strangers]
+            found += ["%s/%s (unfinished)" % (name, item) for item in folder.unfinished]
     return found
 
 
 def command_prune(context: Context) -> int:
     """Retention was applied without a backup and without a pool; with preview it is only shown."""
     arguments = context.arguments
-    catalog = open_store(context) if arguments.preview else open_catalog(context.configuration, context.log)
-    chosen = chosen_vms(catalog, arguments.vm)
+    catalog = open_store(context.configuration) if arguments.preview else open_catalog(context.configuration, context.log)
+    chosen = chosen_vms(catalog, arguments.vm, context.log)
     if is_pruned_by_hand(arguments) and (len({stored.uuid for stored in chosen}) > 1
                                          or len({stored.pool for stored in chosen if stored.pool}) > 1):
         raise UsageError("%s stands for %d VMs in the store (%s): name one as vm=uuid:UUID, or by its directory." % (
@@ -10298,7 +10440,9 @@ def prune_one(context: Context, catalog: Catalog, chosen: StoredVm, warnings: Se
             context.signals.check()
             if not preview:
                 catalog.check_in_place()
-                catalog.remove_copy(verdict.copy)
+                if not catalog.remove_copy(verdict.copy):
+                    context.log.show("left: %s/%s is being read by a restore or drill" % (stored.folder, verdict.copy.name))
+                    continue
             removed += 1
             context.log.show("%s: %s/%s: %s" % ("would remove" if preview else "removed", folder, verdict.copy.name,
                                                 verdict.reason))
@@ -10325,24 +10469,44 @@ def chosen_copy(context: Context, force: bool) -> Iterator[Chosen]:
     """The copy that VM and from= mean, open. UsageError if they mean none or several, BackupError if it is not good."""
     arguments = context.arguments
     wanted = arguments.parameters.get("from", "latest")
-    if "/" in wanted:
-        copy, inside, catalog = copy_at_path(wanted), Directory.open_path(copy_directory(wanted)), None
-    elif not arguments.vm:
-        raise UsageError("%s of what? Name a VM, or a copy with from=PATH." % arguments.action.name)
-    else:
-        catalog = open_store(context)
-        copy = choose_copy(catalog, arguments.vm, wanted, context.log)
-        inside = catalog.root.child(copy.folder).child(copy.name)
-    with inside:
+    with contextlib.ExitStack() as stack:
+        if "/" in wanted:
+            chosen = Chosen(copy_at_path(wanted), stack.enter_context(Directory.open_path(copy_directory(wanted))), None)
+        elif not arguments.vm:
+            raise UsageError("%s of what? Name a VM, or a copy with from=PATH." % arguments.action.name)
+        else:
+            catalog = open_store(context.configuration)
+            chosen = stack.enter_context(held_copy(
+                context, catalog, lambda: choose_copy(catalog, arguments.vm, wanted, context.log)))
+        copy = chosen.copy
         if copy.problem and not (force and copy.image):
             raise BackupError("%s is not a good copy: %s. %s" % (
-                inside.shown, copy.problem, "force=yes takes it all the same." if copy.image else "Choose another with from=."))
-        yield Chosen(copy, inside, catalog)
+                chosen.inside.shown, copy.problem, "force=yes takes it all the same." if copy.image else "Choose another with from=."))
+        yield chosen
+
+
+@contextlib.contextmanager
+def held_copy(context: Context, catalog: Catalog, choose: Callable[[], Copy]) -> Iterator[Chosen]:
+    """The copy that `choose` gives, open; nobody removes it meanwhile, where this store can be locked from here. One that
+    went away before it was held is chosen anew."""
+    while True:
+        copy = choose()
+        with contextlib.ExitStack() as stack:
+            if not context.arguments.preview and catalog.is_writable() \
+                    and not stack.enter_context(catalog.copy_lock(copy, shared=True)):
+                context.signals.sleep(0.5)             # a run is removing it just now
+                continue
+            try:
+                inside = stack.enter_context(catalog.open_copy(copy))
+            except NotThere:
+                continue
+            yield Chosen(copy, inside, catalog)
+            return
 
 
 def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
     """The copy of that VM that `wanted` (latest, or a stamp) means, of whichever kind."""
-    found = chosen_vms(catalog, vm)
+    found = chosen_vms(catalog, vm, log)
     if len({stored.uuid for stored in found}) > 1:
         raise UsageError("%s stands for %d VMs in the store: name one. %s" % (
             quote_name(vm), len({stored.uuid for stored in found}), "; ".join(sorted({
@@ -10398,8 +10562,8 @@ def copy_at_path(path: str) -> Copy:
             kind = Method.VM if re.search(r"\.xva(\.gz|\.zst)?$", image) else Method.VDI
             return Copy(folder, name, datetime.fromtimestamp(int(status.st_mtime)), True, kind, _old_uuid(inside),
                         re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image), 0, None, None, image, status.st_size, "")
-    except OSError as error:
-        raise UsageError("%s can't be read: %s." % (path, os_reason(error)))
+    except (CatalogError, OSError) as error:
+        raise UsageError("%s can't be read: %s" % (path, str(error).rstrip(".") + "."))
 
 
 def opened_source(chosen: Chosen, force: bool = False, without_vm: bool = False) -> Source:
@@ -10408,8 +10572,8 @@ def opened_source(chosen: Chosen, force: bool = False, without_vm: bool = False)
         return read_source(chosen.inside, chosen.copy, force, without_vm)
     except (VerificationError, ValueError) as error:
         raise BackupError("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
-    except OSError as error:
-        raise BackupError("%s can't be read: %s. Nothing was started." % (chosen.inside.shown, os_reason(error)))
+    except CatalogError as error:
+        raise BackupError("%s can't be read: %s Nothing was started." % (chosen.inside.shown, error))
 
 
 def check_vm_word(arguments: Arguments, chosen: Chosen, source: Source) -> None:
@@ -10485,9 +10649,7 @@ def making_run(context: Context, pool: Pool, inventory: Inventory, catalog: Cata
     configuration, clock, log, signals = context.configuration, context.clock, context.log, context.signals
     snapshots = Snapshots(pool, journal, clock, log, signals, configuration.stall_timeout * MINUTE_S)
     try:
-        with storage_errors("reading the journals of earlier runs"):
-            journals = catalog.dead_runs(journal, inventory.pool_uuid, clock.utc().timestamp())
-        snapshots.sweep(journals)
+        snapshots.sweep(*catalog.dead_runs(journal, inventory.pool_uuid, clock.utc().timestamp()))
         yield Importer(pool, make_xe(context, pool), configuration, journal, snapshots, clock, log, signals), snapshots
         if pool.was_shaken:
             snapshots.look_again()
@@ -10496,28 +10658,8 @@ def making_run(context: Context, pool: Pool, inventory: Inventory, catalog: Cata
             for one in snapshots.inherited + [journal]:
                 try:
                     one.finish()
-                except OSError as error:
-                    log.info("the journal %s could not be put away (%s); the next run does it." % (one.name, os_reason(error)))
-
-
-@contextlib.contextmanager
-def kept_from_pruning(context: Context, catalog: Catalog, copy: Copy) -> Iterator[None]:
-    """The lock of the copy's directory is ours, so that no retention removes the copy while it is read."""
-    lock = catalog.folder_lock(copy.folder)
-    give_up_at = context.clock.monotonic() + context.configuration.lock_wait * MINUTE_S
-    if not lock.take():
-        context.log.info("%s is in use by another run (%s); waiting." % (copy.folder, holder_text(lock.text())))
-        while not lock.take():
-            if context.clock.monotonic() > give_up_at:
-                raise BackupError("%s is in use by another run (%s). Nothing was started." % (
-                    copy.folder, holder_text(lock.text())))
-            context.signals.sleep(1)
-    try:
-        with storage_errors("locking %s" % copy.folder):
-            lock.write_text({"host": socket.gethostname(), "pid": os.getpid(), "since": format_utc(context.clock.utc())})
-        yield
-    finally:
-        lock.release()
+                except CatalogError as error:
+                    log.info("the journal %s could not be put away; the next run does it. (%s)" % (one.name, error))
 
 
 def journal_catalog(context: Context, chosen: Chosen) -> Catalog:
@@ -10530,7 +10672,7 @@ def journal_catalog(context: Context, chosen: Chosen) -> Catalog:
         if parse_copy_name(os.path.basename(chosen.inside.shown.rstrip("/"))):
             candidates.insert(1, fs_text(above))
     for path in candidates:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(CatalogError):
             catalog = Catalog(path)
             if catalog.is_writable():
                 return catalog
@@ -10543,8 +10685,6 @@ def restore(context: Context, pool: Pool, inventory: Inventory, plan: RestorePla
     catalog = journal_catalog(context, chosen)
     began_s = context.clock.monotonic()
     with contextlib.ExitStack() as stack:
-        if chosen.catalog is not None:
-            stack.enter_context(kept_from_pruning(context, catalog, chosen.copy))
         importer, snapshots = stack.enter_context(making_run(context, pool, inventory, catalog))
         context.log.info("%s: importing %s." % (quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes)))
         with importer.imported(plan, chosen.inside, "restore", force) as imported:
@@ -10623,8 +10763,8 @@ def command_extract(context: Context) -> int:
                                           reading_progress(context, title, source.copy.size_bytes))
         except VerificationError as error:
             raise BackupError("%s is damaged: %s. No file was left." % (source.title, str(error).rstrip(".")))
-        except OSError as error:
-            raise BackupError("%s to %s: %s. No file was left." % (title, path, os_reason(error)))
+        except CatalogError as error:
+            raise BackupError("%s No file was left." % error)
     proven = "its digests match" if source.manifest else "the older program recorded no digests" + (
         "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked else
         "; the structure is whole")
@@ -10640,12 +10780,9 @@ def extract_metadata(context: Context, source: Source, inside: Directory, path: 
     if not path:
         context.log.show(text.decode("utf-8", "replace"))
         return ExitStatus.OK
-    try:
-        with NewFile(path) as file:
-            os.write(file.fd, text)
-            file.complete()
-    except OSError as error:
-        raise BackupError("to=%s can't be written: %s." % (path, os_reason(error)))
+    with NewFile(path) as file, storage_errors("writing %s" % path):
+        write_all(file.fd, text)
+        file.complete()
     context.log.show("%s: the metadata of %s (%s)." % (path, quote_name(source.vm_name), source.copy.name))
     return ExitStatus.OK
 
@@ -10671,16 +10808,16 @@ def check_drill_words(arguments: Arguments) -> None:
         raise UsageError("drill needs a VM, or newest-of-each, or sample=N.")
 
 
-def drill_copies(context: Context, catalog: Catalog) -> Tuple[List[Copy], List[Finding]]:
+def drill_copies(context: Context, catalog: Catalog, vm: str) -> Tuple[List[Copy], List[Finding]]:
     """The newest good copy of each VM that the drill is to try, and what was passed over for it.
 
     A VM that has none gives the newest of its others, whose drill fails. UsageError if the store has no such VM.
     """
-    vm, sample = context.arguments.vm, context.arguments.parameters.get("sample")
+    sample = context.arguments.parameters.get("sample")
     if vm and vm != NEWEST_OF_EACH:
         return [choose_copy(catalog, vm, "latest", context.log)], []
     newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
-    for stored in stored_vms(catalog):
+    for stored in chosen_vms(catalog, "", context.log):
         good = [copy for copy in stored.copies if copy.is_good and copy.method is not None]
         best = (good or stored.copies)[-1]
         for copy in stored.copies[stored.copies.index(best) + 1:]:
@@ -10703,8 +10840,8 @@ def command_drill(context: Context) -> int:
     boot_s = parse_boot(context.arguments)
     check_drill_words(context.arguments)
     with early_end_mailed(context, "drilled"):
-        catalog = open_store(context)
-        copies, findings = drill_copies(context, catalog)
+        catalog = open_store(context.configuration)
+        copies, findings = drill_copies(context, catalog, context.arguments.vm)
         if not copies:
             raise BackupError("%s holds no good copy to drill." % catalog.path)
         find_xe(context.configuration)
@@ -10737,12 +10874,12 @@ def preview_drill(context: Context, pool: Pool, inventory: Inventory, catalog: C
     status = ExitStatus.OK
     view = read_pool_view(pool, inventory)
     for copy in copies:
-        with catalog.root.child(copy.folder).child(copy.name) as inside:
-            try:
+        try:
+            with catalog.open_copy(copy) as inside:
                 plan = drill_plan(context, pool, view, Chosen(copy, inside, catalog))
-                text = ", ".join("disk %s on SR %s" % (item.disk.title, item.sr.title) for item in plan.disks) or "no disk"
-            except BackupError as error:
-                status, text = ExitStatus.FAILED, "can't be drilled: %s" % error
+            text = ", ".join("disk %s on SR %s" % (item.disk.title, item.sr.title) for item in plan.disks) or "no disk"
+        except BackupError as error:
+            status, text = ExitStatus.FAILED, "can't be drilled: %s" % error
         context.log.show("%s/%s: %s" % (copy.folder, copy.name, text))
     return status
 
@@ -10781,18 +10918,30 @@ def drill_one(context: Context, pool: Pool, view: PoolView, catalog: Catalog, dr
     began_s = context.clock.monotonic()
     title = "%s/%s" % (copy.folder, copy.name)
     try:
-        with kept_from_pruning(context, catalog, copy), catalog.root.child(copy.folder).child(copy.name) as inside:
+        with held_copy(context, catalog, lambda: still_there(context, catalog, copy)) as chosen:
+            copy, title = chosen.copy, "%s/%s" % (chosen.copy.folder, chosen.copy.name)
             context.log.info("%s: drill of %s." % (title, format_size(copy.size_bytes)))
-            said, error = drill.run(drill_plan(context, pool, view, Chosen(copy, inside, catalog)), inside, boot_s), None
+            said, error = drill.run(drill_plan(context, pool, view, chosen), chosen.inside, boot_s), None
             context.log.info("%s: %s." % (title, said))
     except BackupError as problem:
         said, error = "NOT RESTORABLE", str(problem)
         context.log.error("%s: %s" % (title, error))
     try:
         VerdictStore(catalog).record(copy, drilled_at=format_utc(context.clock.utc()), drill=said, drill_reason=error or "")
-    except (BackupError, OSError) as problem:
+    except BackupError as problem:
         context.log.info("the verdict is not recorded: %s" % problem)
     return DrillOutcome(copy, error, said, copy.size_bytes, context.clock.monotonic() - began_s)
+
+
+def still_there(context: Context, catalog: Catalog, copy: Copy) -> Copy:
+    """The copy if nothing has removed it, else the one that a drill of its VM takes now; BackupError if there is none."""
+    with contextlib.suppress(NotThere), catalog.open_copy(copy):
+        return copy
+    context.log.info("%s/%s was removed meanwhile; the newest copy of %s is taken." % (
+        copy.folder, copy.name, quote_name(copy.vm_name)))
+    for other in drill_copies(context, catalog, "uuid:" + copy.uuid)[0]:
+        return other
+    raise BackupError("it was removed meanwhile, and no other copy of this VM is there.")
 
 
 def report_drill(context: Context, inventory: Inventory, catalog: Catalog, status_log: StatusLog,
@@ -10888,7 +11037,7 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 
 
 # =============================================================================
-# 22. main
+# 23. main
 # =============================================================================
 # From argv to an exit status: help, arguments, config, the action, and one
 # place that turns errors into what people and cron are told.

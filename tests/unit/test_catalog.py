@@ -3,13 +3,16 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from datetime import datetime
 
 import pytest
 
+import VmBackup
 from support.process import TESTS
 from support.values import GIBIBYTE, NIGHT, US_UUID, a_copy
-from VmBackup import Catalog, CatalogError, Method, find_mount, free_text
+from VmBackup import Catalog, CatalogError, LockFile, Method, NameTaken, RunJournal, StorageFull, find_mount, free_text, parse_object
 
 # Lines as Linux writes them (proc(5)): id, parent, major:minor, root, mount point, options, optional fields, "-", kind, source,
 # options of the super block.
@@ -166,10 +169,11 @@ def test_our_own_state_and_metadata_and_files_and_links_are_no_vms_directories(t
 # --- removing ----------------------------------------------------------------------------------------------------------
 
 def snapshot_of(root):
-    """Every name below with its kind and content."""
+    """Every name below with its kind and content, but for the locks that stay."""
     return sorted((os.path.relpath(os.path.join(folder, name), str(root)),
                    os.readlink(os.path.join(folder, name)) if os.path.islink(os.path.join(folder, name)) else None)
-                  for folder, folders, files in os.walk(str(root)) for name in folders + files)
+                  for folder, folders, files in os.walk(str(root)) for name in folders + files
+                  if '.vmbackup' not in os.path.join(folder, name).split(os.sep))
 
 
 def test_removing_a_copy_removes_it_and_nothing_else(tmp_path):
@@ -219,7 +223,7 @@ def test_a_directory_that_is_not_empty_is_not_removed_as_empty(tmp_path):
     make(tmp_path, 'empty')
     catalog = Catalog(str(tmp_path))
     for name in ('web', 'empty', 'never-was'):
-        catalog.remove_folder_if_empty(name)
+        catalog.root.remove_if_empty(name)
     assert [row[0] for row in snapshot_of(tmp_path)] == ['web', 'web/mine']
 
 
@@ -284,7 +288,7 @@ def test_two_copies_begun_in_one_second_have_two_names(tmp_path):
 def test_sealing_never_replaces_what_is_there(tmp_path):
     copy = Catalog(str(tmp_path)).new_copy('web', datetime(2016, 4, 14, 0, 10))
     make(tmp_path, 'web/backup-2016-04-14-001000')
-    with pytest.raises(OSError):
+    with pytest.raises(NameTaken):
         copy.seal()
     copy.close()
 
@@ -329,3 +333,77 @@ def test_the_dump_of_a_real_server_names_its_pool(tmp_path):
     with gzip.open(os.path.join(TESTS, 'conformance', 'recorded', 'files', 'pool-dump.xml.gz')) as file:
         make(tmp_path, 'METADATA_x', **{'pool_db_20160414-001000.dump': file.read()})
     assert Catalog(str(tmp_path)).pool_dumps('METADATA_x')[0][1] == '876eb439-74eb-1b23-f37f-23e70f10701b'
+
+
+# --- the storage door --------------------------------------------------------------------------------------------------
+
+def test_a_lock_file_is_opened_once_per_process_whatever_leads_to_it(tmp_path):
+    tmp_path.joinpath('link').symlink_to(str(tmp_path))
+    first, second = Catalog(str(tmp_path)), Catalog(str(tmp_path / 'link'))
+    assert first.folder_lock('web') is second.folder_lock('web') is first.folder_lock('WEB')
+    assert first.folder_lock('web') is not first.folder_lock('db')
+
+
+def test_readers_of_a_copy_go_side_by_side_and_only_its_removal_waits(tmp_path):
+    make_own(tmp_path)
+    make_own(tmp_path, 'web/backup-2016-04-15-001000')
+    child = ('import sys; sys.path.insert(0, %r); from VmBackup import Catalog\n'
+             'catalog = Catalog(%r); copies = catalog.folder("web").copies\n'
+             'with catalog.copy_lock(copies[0], shared=True) as held:\n'
+             '    print(held, catalog.folder_lock("web").take(), flush=True); sys.stdin.read()\n'
+             % (os.path.dirname(os.path.abspath(VmBackup.__file__)), str(tmp_path)))
+    with subprocess.Popen([sys.executable, '-c', child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        assert reader.stdout.readline() == b'True True\n'
+        catalog = Catalog(str(tmp_path))
+        older, newer = catalog.folder('web').copies
+        with catalog.copy_lock(older, shared=True) as held:
+            assert held
+        assert not catalog.remove_copy(older) and catalog.remove_copy(newer)
+        assert [copy.name for copy in catalog.folder('web').copies] == [older.name]
+        reader.stdin.close()
+        assert reader.wait(20) == 0
+    assert catalog.remove_copy(older)
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'5', b'null', b'["a"]', b'{', b'\xff', b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": %s}' % (b'9' * 400),
+    b'{"a": "\\ud800"}', b'{"\\udfff x": 1}'])
+def test_what_none_of_our_files_can_hold_is_refused(content):
+    with pytest.raises(ValueError):
+        parse_object(content)
+
+
+def test_what_our_files_hold_is_read():
+    assert parse_object(b'{"a": 999999999999999999, "b": "\\ud83d\\ude00", "c": 1.5, "d": "\\udcff"}') == {
+        'a': 999999999999999999, 'b': '\U0001f600', 'c': 1.5, 'd': '\udcff'}
+
+
+def test_what_a_full_store_left_of_a_line_does_not_swallow_the_next(tmp_path, monkeypatch):
+    folder = Catalog(str(tmp_path)).state('runs')
+    journal = RunJournal.begin(folder, 'x.run', {'pool': 'p'})
+    entry = journal.open_entry(kind='vm-snapshot', token='t')
+    really = os.write
+    with monkeypatch.context() as patch:
+        def short(fd, content):
+            """A third of it is written, then the store is full."""
+            if len(content) > 60:
+                return really(fd, bytes(content[:len(content) // 3]))
+            raise OSError(28, 'No space left on device')
+        patch.setattr(os, 'write', short)
+        with pytest.raises(StorageFull):
+            entry.note(uuid='lost' * 30)
+    entry.note(disks=['kept'])
+    journal.leave()
+    again = RunJournal.of_dead_run(folder, 'x.run')
+    assert [one.facts for one in again.entries] == [{'kind': 'vm-snapshot', 'token': 't', 'disks': ['kept']}]
+    again.leave()
+
+
+def test_every_write_is_finished_however_little_a_call_takes(tmp_path, monkeypatch):
+    folder = Catalog(str(tmp_path)).state('mail')
+    really = os.write
+    monkeypatch.setattr(os, 'write', lambda fd, content: really(fd, bytes(content[:7])))
+    folder.put('a', bytes(range(256)) * 3)
+    lock = LockFile.of(folder, 'l')
+    lock.write_text({'host': 'x' * 100})
+    assert folder.read('a') == bytes(range(256)) * 3 and lock.text() == {'host': 'x' * 100}

@@ -776,26 +776,25 @@ def test_storage_that_hangs_behind_a_compressor_is_told_too():
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_full_disk_arrives_as_it_is_and_at_once(after):
+def test_a_full_disk_arrives_at_once_and_names_what_was_being_done(after):
     hold = threading.Event()
     other = Collector()
     started = time.time()
-    with pytest.raises(OSError) as caught:
-        stream.pump([stream.Flow(pipe_with(bytes(5 * MIB), hold), [other, Collector(fail_after=after)])], ignore)
-    assert caught.value.errno == 28 and time.time() - started < 4
+    with pytest.raises(stream.StorageFull) as caught:
+        stream.pump([stream.Flow(pipe_with(bytes(5 * MIB), hold), [other, Collector(fail_after=after)])], ignore, "the export of web")
+    assert str(caught.value).startswith("the export of web: no space left") and time.time() - started < 4
     assert other.closed and not other.finished
     hold.set()
 
 
 def test_a_real_full_disk():
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(stream.StorageFull):
         stream.pump([stream.Flow(pipe_with(bytes(5 * MIB)), [stream.FileWriter(os.open("/dev/full", os.O_WRONLY))])], ignore)
-    assert caught.value.errno == 28
 
 
 def test_what_fails_at_the_end_counts():
     for consumers in ([Collector(fail_at_end=OSError(5, "EIO"))], [Collector(), Collector(fail_at_end=OSError(5, "EIO"))]):
-        with pytest.raises(OSError):
+        with pytest.raises(stream.StorageMisbehaved):
             stream.pump([stream.Flow(pipe_with(b"abc"), consumers)], ignore)
 
 
