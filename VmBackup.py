@@ -228,6 +228,10 @@ class VerificationError(BackupError):
     """The data are not what a whole backup looks like."""
 
 
+class CompressionDamaged(VerificationError):
+    """Compressed data can't be decompressed to their end."""
+
+
 class StreamStalled(BackupError):
     """No sign of life for longer than stall_timeout."""
     passing = True
@@ -2365,6 +2369,7 @@ SECTOR_BYTES = 512
 BUFFER_BYTES = MEBIBYTE         # one system call and a few Python steps per buffer: more gains nothing, the caches lose
 BUFFERS_PER_FLOW = 16           # bounds memory: with a compressor there are two flows
 TICK_S = 1.0
+PROGRAM_ENDING_S = 120          # how long a program may take to end after its last byte: a task of xe turns final later
 GRACE_S = 2.0                   # how long an aborted pump waits for its threads before it leaves them
 F_SETPIPE_SZ = 1031             # linux/fcntl.h; Python names it only since 3.10
 
@@ -2561,12 +2566,39 @@ class Block(NamedTuple):
     digest: str
 
 
-class BlockRecorder:
-    """Writes the lines into a binary file, which stays the caller's to sync and close."""
+class BlocksFile:
+    """Writes the lines into a file whose descriptor is taken over; digested, its length known.
 
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self.line = file.write
-        self.end = file.flush
+    The buffer is ours: a file object of Python's would write it when it is thrown away, on whatever thread that happens.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd: Optional[int] = fd
+        self._buffer = bytearray()
+        self._sha256 = hashlib.sha256()
+        self.hexdigest = self._sha256.hexdigest
+        self.size = 0
+
+    def line(self, line: bytes) -> None:
+        self._buffer += line
+        if len(self._buffer) >= 256 * KIBIBYTE:
+            self._write()
+
+    def end(self) -> None:
+        """All is on disk. Called by the check at the end of the stream, in its thread, as a store can hang here."""
+        self._write()
+        os.fsync(self._fd)
+
+    def _write(self) -> None:
+        write_all(self._fd, self._buffer)
+        self._sha256.update(self._buffer)
+        self.size += len(self._buffer)
+        self._buffer.clear()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
 
 
 class BlockComparer:
@@ -2584,6 +2616,9 @@ class BlockComparer:
         recorded = self._recorded.readline(LONGEST_LINE_BYTES)
         if recorded:
             raise VerificationError(_difference(recorded, b""))
+
+    def close(self) -> None:
+        """The file is the caller's."""
 
 
 def _difference(recorded: bytes, found: bytes) -> str:
@@ -2773,8 +2808,9 @@ class StreamCheck(abc.ABC):
     name = "check"
     image = "the stream"
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: Any = None) -> None:
         self.offset = 0                     # of the first byte that is not read yet
+        self._blocks = blocks
         self._parser = self._parse()
         self._wanted = 0
         self._tail = b""
@@ -2801,7 +2837,9 @@ class StreamCheck(abc.ABC):
         raise RuntimeError("the check reads on after the end of the stream")
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """The list of blocks is given back."""
+        if self._blocks:
+            self._blocks.close()
 
     @abc.abstractmethod
     def _parse(self) -> Reading:
@@ -2931,7 +2969,7 @@ class XvaCheck(StreamCheck):
 
     def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None, block_digests: str = "auto",
                  holds_disks: bool = True, sink: Any = None) -> None:
-        super().__init__()
+        super().__init__(blocks)
         self._sink = sink
         self.ova: Dict[str, Any] = {}
         self.report: Optional[StreamReport] = None
@@ -2940,7 +2978,6 @@ class XvaCheck(StreamCheck):
         self._holds_disks = holds_disks
         self._disks: Dict[str, _DiskProgress] = {}
         self._current: Optional[_DiskProgress] = None
-        self._blocks = blocks
         self._hashers = _hashers(block_digests)
         self._suffix = ""
         self._unchecked = 0
@@ -3075,11 +3112,10 @@ class DiskImageCheck(StreamCheck):
     image = "the image"
 
     def __init__(self, virtual_size: Optional[int] = None, blocks: Any = None, sink: Any = None) -> None:
-        super().__init__()
+        super().__init__(blocks)
         self._sink = sink
         self.report: Optional[StreamReport] = None
         self._virtual_size = virtual_size
-        self._blocks = blocks
         self._number = self._filled = self._crc = 0
         if blocks:
             blocks.line(STREAM_BLOCKS_HEADING)
@@ -3435,15 +3471,22 @@ class FileWriter:
 
 
 class PipeWriter:
-    """Writes into a pipe, a compressor's stdin for one, and closes it at the end; the descriptor is taken over."""
+    """Writes into a pipe, a program's stdin for one, and closes it at the end; the descriptor is taken over. A reader that
+    ends before it has read all gets no more: the program's exit status, or what it made, tells why."""
 
     def __init__(self, pipe_fd: int, name: str = "compressor") -> None:
         self.name = name
+        self.was_refused = False
         self._fd: Optional[int] = pipe_fd
         widen_pipe(pipe_fd)
 
     def feed(self, view: memoryview) -> None:
-        write_all(self._fd, view)
+        if self._fd is not None:
+            try:
+                write_all(self._fd, view)
+            except BrokenPipeError:
+                self.was_refused = True
+                PipeWriter.close(self)          # of the pipe alone: what a subclass holds is still in use
 
     def finish(self) -> None:
         self.close()
@@ -3452,20 +3495,6 @@ class PipeWriter:
         if self._fd is not None:
             pipe_fd, self._fd = self._fd, None
             os.close(pipe_fd)
-
-
-class ProgramFeed(PipeWriter):
-    """Writes into a program's stdin. One that ends before it has read all gets no more: its exit status tells why."""
-
-    was_refused = False
-
-    def feed(self, view: memoryview) -> None:
-        if not self.was_refused:
-            try:
-                super().feed(view)
-            except BrokenPipeError:
-                self.was_refused = True
-                self.close()
 
 
 GZIP_INPUT_BYTES = 64 * 1024
@@ -3500,7 +3529,7 @@ class Gunzip(PipeWriter):
         try:
             plain = self._member.decompress(piece, MEBIBYTE)
         except zlib.error as problem:
-            raise VerificationError("the gzip file is damaged, or followed by something else, before byte {}: {}".format(
+            raise CompressionDamaged("the gzip file is damaged, or followed by something else, before byte {}: {}".format(
                 self._offset, problem)) from None
         super().feed(memoryview(plain))
         return len(plain)
@@ -3508,8 +3537,71 @@ class Gunzip(PipeWriter):
     def finish(self) -> None:
         while not self._member.eof:
             if not self._decompress(memoryview(b"")):
-                raise VerificationError("the gzip file is cut short: it ends at byte {}".format(self._offset))
+                raise CompressionDamaged("the gzip file is cut short: it ends at byte {}".format(self._offset))
         super().finish()
+
+
+class Unzstd(PipeWriter):
+    """Decompresses zstd into a pipe by the host's libzstd, through ctypes; raises as Gunzip does."""
+
+    class _Buffer:
+        """ZSTD_inBuffer and ZSTD_outBuffer (facebook/zstd, lib/zstd.h): made once ctypes is there."""
+
+    library: Any = None
+
+    @classmethod
+    def load(cls) -> bool:
+        """False where there is no such library."""
+        if cls.library is None:
+            try:
+                import ctypes           # some minimal builds of Python lack it
+                cls.library = ctypes.CDLL("libzstd.so.1")
+            except (ImportError, OSError):
+                return False
+            pointer, size = ctypes.c_void_p, ctypes.c_size_t
+            buffer = cls._Buffer = type("_Buffer", (ctypes.Structure,), {"_fields_": [
+                ("at", pointer), ("size", size), ("position", size)]})
+            cls.ctypes = ctypes
+            for name, result, arguments in (
+                    ("createDStream", pointer, ()), ("freeDStream", size, (pointer,)), ("isError", ctypes.c_uint, (size,)),
+                    ("getErrorName", ctypes.c_char_p, (size,)),
+                    ("decompressStream", size, (pointer, ctypes.POINTER(buffer), ctypes.POINTER(buffer)))):
+                function = getattr(cls.library, "ZSTD_" + name)
+                function.restype, function.argtypes = result, arguments
+        return True
+
+    def __init__(self, pipe_fd: int) -> None:
+        super().__init__(pipe_fd, "unzstd")
+        self._stream = self.library.ZSTD_createDStream()
+        self._plain = bytearray(MEBIBYTE)
+        self._address = self.ctypes.addressof(self.ctypes.c_char.from_buffer(self._plain))
+        self._missing = 1               # what the frame still wants; 0 at its end
+        self._offset = 0
+
+    def feed(self, view: memoryview) -> None:
+        piece = bytearray(view) if view.readonly else view
+        source = self._Buffer(self.ctypes.addressof(self.ctypes.c_char.from_buffer(piece)), len(view), 0)
+        is_full = False
+        while source.position < source.size or is_full and self._missing:
+            plain = self._Buffer(self._address, MEBIBYTE, 0)
+            self._missing = self.library.ZSTD_decompressStream(self._stream, self.ctypes.byref(plain), self.ctypes.byref(source))
+            if self.library.ZSTD_isError(self._missing):
+                raise CompressionDamaged("the zstd file is damaged, or followed by something else, before byte {}: {}".format(
+                    self._offset + source.position, self.library.ZSTD_getErrorName(self._missing).decode("ascii", "replace")))
+            is_full = plain.position == MEBIBYTE
+            super().feed(memoryview(self._plain)[:plain.position])
+        self._offset += len(view)
+
+    def finish(self) -> None:
+        if self._missing:
+            raise CompressionDamaged("the zstd file is cut short: it ends at byte {}".format(self._offset))
+        super().finish()
+
+    def close(self) -> None:
+        if self._stream:
+            stream, self._stream = self._stream, None
+            self.library.ZSTD_freeDStream(stream)
+        super().close()
 
 
 def widen_pipe(pipe_fd: int) -> None:
@@ -3545,16 +3637,15 @@ class Flow(NamedTuple):
     at_end: Optional[Callable[[], None]] = None
 
 
-def through_program(stdin_fd: int, stdout_fd: int, name: str = "compressor",
-                    feeder_class: Callable[[int, str], Any] = PipeWriter) -> Tuple[Any, int]:
+def through_program(stdin_fd: int, stdout_fd: int, name: str = "compressor") -> Tuple[PipeWriter, int]:
     """A converter for `staged`: a running program's two ends."""
-    return feeder_class(stdin_fd, name), stdout_fd
+    return PipeWriter(stdin_fd, name), stdout_fd
 
 
-def through_gunzip() -> Tuple[Gunzip, int]:
+def through_library(writer: Callable[[int], PipeWriter]) -> Tuple[PipeWriter, int]:
     """A converter for `staged` that needs no program."""
     read_fd, write_fd = os.pipe()
-    return Gunzip(write_fd), read_fd
+    return writer(write_fd), read_fd
 
 
 def staged(source_fd: int, before: Sequence[Any], after: Sequence[Any],
@@ -3564,6 +3655,38 @@ def staged(source_fd: int, before: Sequence[Any], after: Sequence[Any],
         return [Flow(source_fd, [*before, *after])]
     feeder, output_fd = converter
     return [Flow(source_fd, [*before, feeder]), Flow(output_fd, after, feeder.name)]
+
+
+def decompressing_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: List[Any],
+                        plain: List[Any], problems: Optional[List[str]] = None) -> List[Flow]:
+    """Flows that bring the compressed bytes to `stored` and their plain content to `plain`; a program that is needed
+    lives as long as the stack. ProgramError if it is not here; VerificationError arrives from the pump, or, where
+    `problems` is given, is noted there, and the plain content ends."""
+    if compression == "none":
+        return staged(fd, stored, plain)
+    if compression == "gzip" or Unzstd.load():
+        writer, plain_fd = through_library(Gunzip if compression == "gzip" else Unzstd)
+        return staged(fd, stored, plain, (writer if problems is None else Forgiving(writer, problems), plain_fd))
+    path = find_program(("zstd",))
+    if path is None:
+        os.close(fd)
+        raise ProgramError("the program zstd is not here, which this image needs")
+    program = stack.enter_context(Program((path, "-q", "-d", "-c"), stdin=subprocess.PIPE))
+
+    feeder, plain_fd = through_program(os.dup(program.stdin_fd), os.dup(program.stdout_fd), "zstd")
+
+    def check_ending() -> None:
+        status = program.wait(PROGRAM_ENDING_S)
+        if status == 0 and not feeder.was_refused:
+            return
+        problem = "the zstd file is damaged or cut short: %s" % one_line(program.said or "no reason given")
+        if problems is None:
+            raise CompressionDamaged(problem)
+        problems.append(problem)
+
+    flows = staged(fd, stored, plain, (feeder, plain_fd))
+    program.close_stdin()
+    return [flows[0], flows[1]._replace(at_end=check_ending)]
 
 
 def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str = "a stream") -> int:
@@ -4473,6 +4596,15 @@ class OpenEntry:
         self.facts.update(facts)
         self._journal.append(dict(facts, entry=self.number))
 
+    @contextlib.contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Inside, the journal is not waited for as long as else: clean-up in the pool comes first."""
+        patience_s, self._journal.limit_s = self._journal.limit_s, min(self._journal.limit_s, CLEAN_UP_LIMIT_S)
+        try:
+            yield
+        finally:
+            self._journal.limit_s = patience_s
+
     def close(self, reason: str) -> None:
         """Nothing of it is left in the pool. If that can't be written, the next run finds nothing and closes it."""
         with contextlib.suppress(CatalogError):
@@ -4590,6 +4722,8 @@ class RunJournal:
 
     def open_entry(self, **facts: Any) -> OpenEntry:
         """A new entry, on disk: call this before the deed."""
+        if self.is_mute:
+            raise StorageStalled("the journal can't be written, as the backup storage hangs: nothing is begun in the pool.")
         entry = OpenEntry(self, len(self.entries) + 1, {})
         entry.note(**facts)
         self.entries.append(entry)
@@ -4633,6 +4767,7 @@ class RunJournal:
 
 
 JOURNAL_LIMIT_S = 15 * MINUTE_S        # until the run sets it to its stall_timeout
+CLEAN_UP_LIMIT_S = 20
 TAKEN = ".taken"
 RESERVE = "reserve"
 RESERVE_BYTES = MEBIBYTE
@@ -5140,7 +5275,8 @@ class NewCopy:
         try:
             self._parent.rename(self.name + PARTIAL, self.name)
         except CatalogError as error:
-            if self._parent.status(self.name) is None or self._parent.status(self.name + PARTIAL) is not None:
+            there, own = self._parent.status(self.name), os.fstat(self.inside.fd)
+            if there is None or (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
                 raise
             raise StorageMisbehaved("%s is in its place and complete, but the storage did not confirm that it will stay "
                                     "(%s): verify it. Nothing is pruned in this run." % (
@@ -5424,7 +5560,7 @@ class Snapshots:
         Signals wait. Never raises for what the pool or the storage does, so
         that the error before it is the one that is told.
         """
-        with self._signals.shielded():
+        with self._signals.shielded(), entry.hurried():
             try:
                 if entry.facts["kind"] == "vm-snapshot":
                     self._remove_vm_snapshot(entry)
@@ -5862,7 +5998,6 @@ def unnamed_text(entry: OpenEntry) -> str:
 # From a snapshot to an image on disk, proven on the way. A method knows its
 # xe command, its format and its check; the flow of the data is the same.
 
-XE_ENDING_S = 120              # how long xe may take to end after its last byte: the task turns final later
 XE_REASON_S = 5
 TASK_CANCEL_S = 30
 TASK_POLL_S = 20
@@ -5888,36 +6023,9 @@ class ImageReport(NamedTuple):
     block_digests: str
     block_digests_checked: bool
     blocks: int
+    blocks_size: int
     blocks_sha256: str
     disks: Tuple[Dict[str, Any], ...]
-
-
-class BlocksFile:
-    """The file `blocks` while it is written: buffered, digested, its length known."""
-
-    def __init__(self, fd: int) -> None:
-        self._file = open(fd, "wb", buffering=256 * KIBIBYTE)
-        self._sha256 = hashlib.sha256()
-        self.size = 0
-
-    def write(self, piece: bytes) -> int:
-        """The piece is in the buffer."""
-        self._sha256.update(piece)
-        self.size += len(piece)
-        return self._file.write(piece)
-
-    def flush(self) -> None:
-        """All is on disk. Called by the check at the end of the stream, in its thread, as a store can hang here."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def hexdigest(self) -> str:
-        """The digest of all that was written."""
-        return self._sha256.hexdigest()
-
-    def close(self) -> None:
-        """The descriptor is given back."""
-        self._file.close()
 
 
 class Exporter:
@@ -5974,28 +6082,28 @@ class Exporter:
     def _image(self, doing: str, watch: "Watch", inside: Directory, base: str, file_format: str,
                new_check: Callable[[BlocksFile], Any], command: Sequence[str],
                disks: Sequence[Disk]) -> ImageReport:
-        """xe's output through digest, check and compressor to a file; see design of the flow in section 10."""
+        """xe's output through digest, check and compressor to a file; what the compressor wrote is decompressed again
+        on the way, so that what is proven is what is stored."""
         compression = self._configuration.compress
         name = "%s.%s%s" % (base, file_format, COMPRESSED_SUFFIX[compression])
-        with closing_unless_stalled() as stack:
-            limit_s = self._configuration.stall_timeout * MINUTE_S
-            blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
-            stack.callback(blocks.close)
-            check, plain = new_check(BlockRecorder(blocks)), Digest()
-            writer = FileWriter(within(limit_s, doing, lambda: inside.create(name)))
-            stack.callback(writer.close)
-            if compression == "none":
-                stored = plain
-                self._run_xe(doing, [plain, check, writer], watch, *command)
-            else:
-                stored = Digest("SHA-256 of the stored bytes")
-                self._run_xe(doing, [plain, check], watch, *command, compression=compression,
-                             after=[stored, writer])
-            report = check.report
-            return ImageReport(name, file_format, compression, stored.total_bytes, stored.hexdigest(),
-                               plain.total_bytes, plain.hexdigest(), report.digest_kind, report.digests_checked,
-                               sum(disk.blocks for disk in report.disks), blocks.hexdigest(),
-                               disk_reports(disks, report))
+        limit_s = self._configuration.stall_timeout * MINUTE_S
+        blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
+        check, plain = new_check(blocks), Digest()
+        writer = FileWriter(within(limit_s, doing, lambda: inside.create(name)))
+        stored, again = plain, plain
+        if compression == "none":
+            self._run_xe(doing, [plain, check, writer], watch, *command)
+        else:
+            stored, again = Digest("SHA-256 of the stored bytes"), Digest("SHA-256 of what it decompresses to")
+            self._run_xe(doing, [plain, check], watch, *command, compression=compression, stored=[stored, writer],
+                         again=[again])
+        if again.hexdigest() != plain.hexdigest():
+            raise ProgramError("%s: %s" % (doing, BAD_COMPRESSOR % (compression, "other data than it was given")))
+        report = check.report
+        return ImageReport(name, file_format, compression, stored.total_bytes, stored.hexdigest(),
+                           plain.total_bytes, plain.hexdigest(), report.digest_kind, report.digests_checked,
+                           sum(disk.blocks for disk in report.disks), blocks.size, blocks.hexdigest(),
+                           disk_reports(disks, report))
 
     def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str, sink: Any) -> None:
         """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never written."""
@@ -6014,21 +6122,25 @@ class Exporter:
         return Watch(doing, snapshot.ref if snapshot else None, sr_refs, size_bytes, self._pool,
                      self._configuration, self._log, self._signals)
 
-    def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str,
-                compression: str = "none", after: Sequence[Any] = ()) -> None:
-        """The command's output went to the consumers, and it ended well. Raises what went wrong first."""
+    def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str, compression: str = "none",
+                stored: Sequence[Any] = (), again: Sequence[Any] = ()) -> None:
+        """The command's output went to the consumers, and it ended well; compressed, it went to `stored`, and what that
+        decompresses to to `again`. Raises what went wrong first."""
         with contextlib.ExitStack() as stack:
-            xe = stack.enter_context(self._xe.start(*command))
+            with closed_aside(list(consumers) + list(stored)):
+                xe = stack.enter_context(self._xe.start(*command))
+                compressor = stack.enter_context(start_compressor(compression)) if compression != "none" else None
             watch.program = xe
             flows = [Flow(os.dup(xe.stdout_fd), consumers, "xe", lambda: self._check_ending(doing, xe))]
-            if compression != "none":
-                compressor = stack.enter_context(start_compressor(compression))
+            if compressor is not None:
                 flows[0].consumers.append(PipeWriter(os.dup(compressor.stdin_fd)))
                 compressor.close_stdin()
-                flows.append(Flow(os.dup(compressor.stdout_fd), list(after), compressor.name,
-                                  lambda: check_compressor(compressor)))
+                proving = decompressing_flows(stack, os.dup(compressor.stdout_fd), compression, list(stored), list(again))
+                flows += [proving[0]._replace(name=compressor.name, at_end=lambda: check_compressor(compressor))] + proving[1:]
             try:
                 pump(flows, watch, doing)
+            except CompressionDamaged as error:
+                raise ProgramError("%s: %s" % (doing, BAD_COMPRESSOR % (compression, "nothing whole (%s)" % error)))
             except VerificationError as error:
                 # an export that failed midway ends in an HTTP error text, which the check meets before xe
                 # has told the reason (ocaml/libs/http-lib/http_svr.ml handle_one, v26.17.0)
@@ -6038,10 +6150,10 @@ class Exporter:
 
     def _check_ending(self, doing: str, xe: Program) -> None:
         """Raises ProgramError unless xe ended well after its last byte."""
-        status = xe.wait(XE_ENDING_S)
+        status = xe.wait(PROGRAM_ENDING_S)
         if status is None:
             raise ProgramError("%s: xe sent its last byte but did not end within %s; it was killed, and what it sent "
-                               "does not count." % (doing, format_duration(XE_ENDING_S)), passing=True)
+                               "does not count." % (doing, format_duration(PROGRAM_ENDING_S)), passing=True)
         problem = xe_problem(status, xe.said)
         if problem:
             raise ProgramError("%s failed: %s." % (doing, problem.rstrip(".")),
@@ -6051,14 +6163,14 @@ class Exporter:
 
 
 @contextlib.contextmanager
-def closing_unless_stalled() -> Iterator[contextlib.ExitStack]:
-    """A stack whose files are closed at the end, unless the store hangs: closing would wait for it."""
-    with contextlib.ExitStack() as stack:
-        try:
-            yield stack
-        except StorageStalled:
-            stack.pop_all()
-            raise
+def closed_aside(consumers: Sequence[Any]) -> Iterator[None]:
+    """What ends the block leaves none of the consumers' descriptors open; nobody waits for that, as the store may hang."""
+    try:
+        yield
+    except BaseException:                  # whatever ended it, the pump, which closes them, will never have them
+        for consumer in consumers:
+            threading.Thread(target=consumer.close, daemon=True).start()
+        raise
 
 
 class Tail:
@@ -6089,11 +6201,16 @@ def start_compressor(compression: str) -> Program:
 
 def check_compressor(program: Program) -> None:
     """Raises ProgramError unless the compressor ended well."""
-    status = program.wait(XE_ENDING_S)
+    status = program.wait(PROGRAM_ENDING_S)
     if status is None:
         raise ProgramError("%s did not end; it was killed." % program.name)
     if status != 0:
-        raise ProgramError("%s: %s" % (ending_text(program.name, status), one_line(program.said)))
+        raise ProgramError("the compressor failed, and nothing of the image was kept: %s%s." % (
+            ending_text(program.name, status), ": " + one_line(program.said).rstrip(".") if program.said else ""))
+
+
+BAD_COMPRESSOR = ("what compress=%s stored decompresses to %s: nothing of it was kept. Is the compressor on the PATH the "
+                  "real one?")
 
 
 def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ...]:
@@ -6374,38 +6491,6 @@ class Verifier:
             pump(flows, on_tick, title)
 
 
-def decompressing_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: List[Any],
-                        plain: List[Any], problems: Optional[List[str]] = None) -> List[Flow]:
-    """Flows that bring the file's bytes to `stored` and its plain content to `plain`; a program that is needed
-    lives as long as the stack. ProgramError if it is not here; VerificationError arrives from the pump, or, where
-    `problems` is given, is noted there, and the plain content ends."""
-    if compression == "none":
-        return staged(fd, stored, plain)
-    if compression == "gzip":
-        gunzip, plain_fd = through_gunzip()
-        return staged(fd, stored, plain, (gunzip if problems is None else Forgiving(gunzip, problems), plain_fd))
-    path = find_program(("zstd",))
-    if path is None:
-        os.close(fd)
-        raise ProgramError("the program zstd is not here, which this image needs")
-    program = stack.enter_context(Program((path, "-q", "-d", "-c"), stdin=subprocess.PIPE))
-
-    feeder, plain_fd = through_program(os.dup(program.stdin_fd), os.dup(program.stdout_fd), "zstd", ProgramFeed)
-
-    def check_ending() -> None:
-        status = program.wait(XE_ENDING_S)
-        if status == 0 and not feeder.was_refused:
-            return
-        problem = "the zstd file is damaged or cut short: %s" % one_line(program.said or "no reason given")
-        if problems is None:
-            raise VerificationError(problem)
-        problems.append(problem)
-
-    flows = staged(fd, stored, plain, (feeder, plain_fd))
-    program.close_stdin()
-    return [flows[0], flows[1]._replace(at_end=check_ending)]
-
-
 def compression_of(name: str) -> str:
     """The compression that an image's name tells."""
     return "gzip" if name.endswith(".gz") else "zstd" if name.endswith(".zst") else "none"
@@ -6612,6 +6697,9 @@ class Placement:
         return with_pools_told_apart(with_moved_aside(copies, folder.name, names), machine.uuid, self._pool)
 
 
+WAY_OUT_S = 30                 # how long a run that was told to stop waits for each thing that it leaves in order
+
+
 class BackupRun:
     """One run of a plan."""
 
@@ -6637,6 +6725,7 @@ class BackupRun:
         self._pool_database_error = None   # type: Optional[str]
         self._storage_problem = ""         # once set, nothing is pruned
         self.storage_hangs = False       # nothing of it is waited for any more
+        self.storage_patience_s = journal.limit_s      # how long the way out waits for the store
         self._clock_went_back = False      # nor then
         self._had_bug = False
 
@@ -6662,6 +6751,10 @@ class BackupRun:
             ended_by = str(error)
             self.interrupted = self._signals.noted
             self._log.error("the run ends here: %s" % error)
+        except Exception as bug:               # what was sealed stands, and is reported
+            self._had_bug = True
+            ended_by = self._log.struck("a bug in VmBackup: %s" % bug)
+            self._log.bug("a bug in VmBackup: %s\n%s" % (bug, bug_report()))
         except Interrupted as interrupted:
             ended_by = str(interrupted)
             self._log.warning("the run was %s; %s." % (interrupted, "what it has left in the pool is told above, and left to the "
@@ -6676,15 +6769,20 @@ class BackupRun:
 
     def finish(self) -> None:
         """The journals are put away: those with nothing open are removed."""
-        if not self.storage_hangs:
-            self._catalog.keep_reserve()
+        self.tidy("keeping a reserve", self._catalog.keep_reserve)
         for journal in self._snapshots.inherited + [self._journal]:
-            if self.storage_hangs:
-                return
-            try:
-                journal.finish()
-            except CatalogError as error:
-                self._log.info("the journal %s could not be put away; the next run does it. (%s)" % (journal.name, error))
+            self.tidy("putting the journal %s away" % journal.name, journal.finish)
+
+    def tidy(self, doing: str, work: Callable[[], Any]) -> None:
+        """It is done in the store on the way out; what can't be done now is left to the next run. A store that hangs is
+        found out here at the latest, and nothing of it is waited for any more."""
+        if self.storage_hangs:
+            return
+        try:
+            within(self.storage_patience_s, doing, work)
+        except CatalogError as error:
+            self.storage_hangs = isinstance(error, StorageStalled)
+            self._log.info("%s: left to the next run: %s" % (doing, error))
 
     def _clear_leftovers(self) -> None:
         """What dead runs left in this pool and in the store is gone."""
@@ -6817,15 +6915,15 @@ class BackupRun:
             if self._configuration.pre_clean:
                 self._prune(job, copies, job.keep - 1, "to make room")
             outcome = self._make_copy(job, folder)
-            try:
-                kept = self._retain(job, folder.name, outcome.copy_name)
-            except TakenOver:
-                raise
-            except CatalogError as error:          # the new copy is sealed and good all the same
+            try:                                   # whatever comes now, the new copy is sealed and good
+                return outcome._replace(kept=self._retain(job, folder.name, outcome.copy_name))
+            except BackupError as error:
                 self._note_storage(error)
                 self._add_finding(Severity.WARNING, job.machine.title, "older copies were not pruned: %s" % error)
-                kept = 0
-            return outcome._replace(kept=kept)
+            except Exception as bug:
+                self._had_bug = True
+                self._log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
+            return outcome
 
     @contextlib.contextmanager
     def _own_folder(self, machine: VirtualMachine) -> Iterator[Folder]:
@@ -6845,12 +6943,8 @@ class BackupRun:
 
     def _leave_folder(self, name: str, lock: LockFile) -> None:
         """The directory is gone if it is empty, and its lock is free; raises nothing that could hide what went wrong."""
-        try:
-            if not self.storage_hangs:
-                self._catalog.root.remove_if_empty(name)
-            lock.release()
-        except CatalogError as error:
-            self._log.info("leaving %s: %s" % (name, error))
+        self.tidy("leaving %s" % name, lambda: self._catalog.root.remove_if_empty(name))
+        self.tidy("unlocking %s" % name, lock.release)
 
     def _wait_for_lock(self, lock: LockFile, name: str) -> None:
         """The lock is ours, or BackupError when lock_wait is over."""
@@ -6893,7 +6987,7 @@ class BackupRun:
                     if name.endswith(VDI_CFG):
                         copy.write(name, text.encode("utf-8", "surrogateescape"))
                 copy.note_file(image.name, image.size, image.sha256)
-                copy.note_file(BLOCKS, copy.inside.status(BLOCKS).st_size, image.blocks_sha256)
+                copy.note_file(BLOCKS, image.blocks_size, image.blocks_sha256)
                 copy.finish(self._manifest(job, machine, image, taken_at, folder))
                 if self._configuration.verify_after:
                     self._read_back(machine, copy, image)
@@ -6913,13 +7007,11 @@ class BackupRun:
         """What was written of a copy that failed is gone, unless the storage is what failed."""
         if isinstance(error, BackupError):
             self._note_storage(error)
-        if self.storage_hangs or isinstance(error, TakenOver):
-            return
-        with self._signals.shielded():
-            try:
-                copy.discard()
-            except CatalogError as problem:
-                self._log.info("%s could not be removed; the next run does it. (%s)" % (copy.name + PARTIAL, problem))
+        if isinstance(error, Interrupted):
+            self.storage_patience_s = WAY_OUT_S
+        if not isinstance(error, TakenOver):
+            with self._signals.shielded():
+                self.tidy("removing %s" % (copy.name + PARTIAL), copy.discard)
 
     def _check_alive(self) -> None:
         """Raises BackupError if another run took us for dead: then nothing more may be sealed, deleted or swept."""
@@ -8894,6 +8986,8 @@ def summary_text(plan: Plan, run: RunOutcome, numbers: Tally, status: int) -> st
 # --- mail ---------------------------------------------------------------------------------
 
 MAIL_FOLDER = "mail"
+OUTBOX_LIMIT_S = 20
+STORE_FACTS_LIMIT_S = 5 * MINUTE_S
 MAIL_TRY_LIMIT_S = 30
 MAIL_PAUSES_S = (5, 20)            # before the second and third try: restarts and short greylisting pass
 MAIL_GOODBYE_S = 2
@@ -9109,28 +9203,35 @@ class Outbox:
 
     def keep(self, message: bytes, now: datetime) -> None:
         """The message is there, on disk; of too many the oldest are gone."""
-        with self._catalog.state(MAIL_FOLDER) as folder:
+        def put(folder: Directory) -> None:
             for name in self._names(folder)[:1 - MAIL_KEPT_MOST]:
                 folder.remove_file(name)
             folder.put("%s%s-%s.eml" % (self._prefix, now.strftime("%Y%m%dT%H%M%S.%fZ"), secrets.token_hex(3)), message)
 
+        self._in_folder(self._catalog.state, put)
+
     def names(self) -> List[str]:
         """What is kept, oldest first."""
-        folder = self._catalog.state_if_there(MAIL_FOLDER)
-        if folder is None:
-            return []
-        with folder:
-            return self._names(folder)
+        return self._in_folder(self._catalog.state_if_there, self._names) or []
 
     def read(self, name: str) -> bytes:
         """The message of that name."""
-        with self._catalog.state(MAIL_FOLDER) as folder:
-            return folder.read(name)
+        return self._in_folder(self._catalog.state, lambda folder: folder.read(name))
 
     def remove(self, name: str) -> None:
         """It is gone."""
-        with self._catalog.state(MAIL_FOLDER) as folder:
-            folder.remove_file(name)
+        self._in_folder(self._catalog.state, lambda folder: folder.remove_file(name))
+
+    @staticmethod
+    def _in_folder(open_folder: Callable[[str], Optional[Directory]], work: Callable[[Directory], Any]) -> Any:
+        """What the work in the folder gives, None if there is none; a dead share must not keep a mail waiting."""
+        def do() -> Any:
+            folder = open_folder(MAIL_FOLDER)
+            if folder is not None:
+                with folder:
+                    return work(folder)
+
+        return within(OUTBOX_LIMIT_S, "looking after the kept mails", do)
 
     def _names(self, folder: Directory) -> List[str]:
         return [name for name in folder.names() if name.startswith(self._prefix) and name.endswith(".eml")]
@@ -9848,7 +9949,7 @@ def early_end_mailed(context: Context, done: str) -> Iterator[None]:
             if mail_is_wanted(context.configuration, "ERROR") and not context.arguments.preview:
                 catalog = None                         # type: Optional[Catalog]
                 with contextlib.suppress(CatalogError):             # no store is what such a mail is often about
-                    catalog = Catalog(context.configuration.backup_dir)
+                    catalog = within(OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(context.configuration.backup_dir))
                 host = socket.gethostname().split(".")[0]
                 make_mailer(context, catalog).send(early_end_report(
                     error, context.configuration.source, host, context.clock.utc(), done))
@@ -9884,7 +9985,8 @@ def backup(context: Context) -> int:
             return status
         finally:
             if lock.is_held:
-                end_config_lock(lock, int(status), context)
+                with contextlib.suppress(CatalogError):    # it ends with this process
+                    end_config_lock(lock, int(status))
     finally:
         with context.signals.shielded():
             pool.close()
@@ -9930,10 +10032,9 @@ def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, c
         if not mail_run(context, inventory, catalog, plan, outcome, numbers, run.storage_hangs):
             numbers = numbers._replace(warnings=numbers.warnings + 1)
         status = 128 + run.interrupted.number if run.interrupted else int(exit_status_of(numbers, outcome))
+        run.tidy("giving back the lock of this config", lambda: end_config_lock(lock, status))
         if run.storage_hangs:
             lock.abandon()
-        else:
-            end_config_lock(lock, status, context)
         status_log.end_run(numbers.word, numbers.successes, numbers.warnings, numbers.errors)
         context.signals.come_too_late()
         log.info(summary_text(plan, outcome, numbers, status))
@@ -9971,8 +10072,8 @@ def store_facts(catalog: Catalog, now: datetime) -> StoreFacts:
     """What a mail tells about the store; a store in trouble costs no mail."""
     newest, free_bytes, problem = (), None, ""     # type: Tuple[NewestCopy, ...], Optional[int], str
     try:
-        free_bytes = catalog.free_bytes()
-        newest = newest_copies(catalog, now)
+        free_bytes, newest = within(STORE_FACTS_LIMIT_S, "listing the store", lambda: (
+            catalog.free_bytes(), newest_copies(catalog, now)))
     except BackupError as error:
         problem = str(error)
     return StoreFacts(catalog.path, newest, free_bytes, problem)
@@ -10073,14 +10174,10 @@ def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, ma
             % (host, text["since"], "ended with exit status %d" % text["exit"] if has_ended else "is running"))
 
 
-def end_config_lock(lock: LockFile, status: int, context: Context) -> None:
+def end_config_lock(lock: LockFile, status: int) -> None:
     """The lock is free, its text says how the run ended."""
-    try:
-        lock.write_text(dict(lock.text(), state="finished", exit=status))
-        lock.release()
-    except CatalogError as error:
-        lock.abandon()
-        context.log.info("the lock of this config could not be given back in order; it ends with this process. (%s)" % error)
+    lock.write_text(dict(lock.text(), state="finished", exit=status))
+    lock.release()
 
 
 # --- verify, list and prune: what is in the store ------------------------------------------------

@@ -154,6 +154,13 @@ def read_blocks(file):
 
 # ---- digests ---------------------------------------------------------------------------------------------------------
 
+class Recorder:
+    """The lines in a file of the test's."""
+
+    def __init__(self, file):
+        self.line, self.end, self.close = file.write, file.flush, lambda: None
+
+
 HASHERS = [stream.CtypesXxh64, stream.ModuleXxh64, stream.PureXxh64]
 
 
@@ -206,7 +213,7 @@ def test_the_real_archive_passes(step):
     data = real("PROD-web.xva.gz")
     lines = io.BytesIO()
     expected = {"c65527d7-4866-4132-8055-de504b336629": 10485760, "36f00ab2-45d4-44cb-afd2-07e7db6c9cef": 6291456}
-    check = stream.XvaCheck(expected, stream.BlockRecorder(lines))
+    check = stream.XvaCheck(expected, Recorder(lines))
     report = run(check, data, step)
     assert [(d.id, d.blocks, d.stored_bytes) for d in report.disks] == [("Ref:64", 5, 5 * MIB), ("Ref:67", 3, 3 * MIB)]
     assert (report.digest_kind, report.digests_checked, report.total_bytes) == ("xxh64", True, len(data))
@@ -513,7 +520,7 @@ def test_a_failed_export_is_told_by_the_servers_words():
 @given(st.integers(0, 3 * MIB), st.integers(0, 3 * MIB), st.sampled_from([1000, 4096, MIB, 2 * MIB]))
 def test_raw_is_exactly_its_size(size, other, step):
     lines = io.BytesIO()
-    assert run(stream.RawCheck(size, stream.BlockRecorder(lines)), bytes(size), step).total_bytes == size
+    assert run(stream.RawCheck(size, Recorder(lines)), bytes(size), step).total_bytes == size
     assert lines.getvalue().count(b"\n") == 1 + -(-size // MIB)
     assert run(stream.RawCheck(None), bytes(size), step).virtual_size == size
     if size != other:
@@ -525,7 +532,7 @@ def test_raw_is_exactly_its_size(size, other, step):
 
 def recorded(check_type, data, step=MIB):
     lines = io.BytesIO()
-    run(check_type(blocks=stream.BlockRecorder(lines)), data, step)
+    run(check_type(blocks=Recorder(lines)), data, step)
     return lines.getvalue()
 
 
@@ -582,9 +589,9 @@ def read_back(data, check, converter=None, tmp="/tmp"):
 def test_an_image_is_read_back_plain_gzip_and_zstd():
     digest = hashlib.sha256(ARCHIVE).hexdigest()
     assert read_back(ARCHIVE, stream.XvaCheck())[0] == digest
-    assert read_back(gzip.compress(ARCHIVE), stream.XvaCheck(), stream.through_gunzip())[0] == digest
+    assert read_back(gzip.compress(ARCHIVE), stream.XvaCheck(), stream.through_library(stream.Gunzip))[0] == digest
     two = gzip.compress(ARCHIVE[:5000]) + gzip.compress(ARCHIVE[5000:])
-    assert read_back(two, stream.XvaCheck(), stream.through_gunzip())[0] == digest
+    assert read_back(two, stream.XvaCheck(), stream.through_library(stream.Gunzip))[0] == digest
     for name in ("PROD-web.xva.gz", "PROD-web.xva.zst"):
         with open(os.path.join(REAL, name), "rb") as file:
             data = file.read()
@@ -596,7 +603,7 @@ def test_an_image_is_read_back_plain_gzip_and_zstd():
             assert read_back(data, stream.XvaCheck(), converter)[1].digests_checked
             assert zstd.wait() == 0
         else:
-            assert read_back(data, stream.XvaCheck(), stream.through_gunzip())[1].digests_checked
+            assert read_back(data, stream.XvaCheck(), stream.through_library(stream.Gunzip))[1].digests_checked
 
 
 ZIPPED = gzip.compress(ARCHIVE)
@@ -607,7 +614,7 @@ ZIPPED = gzip.compress(ARCHIVE)
 def test_gzip_cut_short_or_longer_is_found(length, more):
     for data in (ZIPPED[:length], ZIPPED + more):
         with pytest.raises(VerificationError, match="gzip"):
-            read_back(data, stream.XvaCheck(), stream.through_gunzip())
+            read_back(data, stream.XvaCheck(), stream.through_library(stream.Gunzip))
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -616,14 +623,45 @@ def test_any_flipped_bit_in_gzip_is_found(at, bit):
     data = bytearray(ZIPPED)
     data[at] ^= 1 << bit
     with pytest.raises(VerificationError):
-        read_back(bytes(data), stream.XvaCheck(), stream.through_gunzip())
+        read_back(bytes(data), stream.XvaCheck(), stream.through_library(stream.Gunzip))
 
 
 def test_a_gzip_bomb_of_zeros_takes_little_memory():
     size = 300 * MIB
     squeezer = zlib.compressobj(9, zlib.DEFLATED, 31)
     data = b"".join([squeezer.compress(bytes(MIB)) for _ in range(300)] + [squeezer.flush()])
-    assert read_back(data, stream.RawCheck(size), stream.through_gunzip())[1].total_bytes == size
+    assert read_back(data, stream.RawCheck(size), stream.through_library(stream.Gunzip))[1].total_bytes == size
+
+
+# ---- zstd by the host's library --------------------------------------------------------------------------------------
+
+needs_library = pytest.mark.skipif(not stream.Unzstd.load(), reason="this machine has no libzstd.so.1, which is never required")
+
+
+def squeezed(data, *options):
+    return subprocess.run(["zstd", "-q", "-c"] + list(options), input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+@needs_library
+@pytest.mark.needs_zstd
+def test_zstd_is_decompressed_whatever_its_frames():
+    digest = hashlib.sha256(ARCHIVE).hexdigest()
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00junk"
+    for data in (squeezed(ARCHIVE), squeezed(ARCHIVE, "-T0", "-19"), squeezed(ARCHIVE[:5000]) + squeezed(ARCHIVE[5000:]),
+                 skippable + squeezed(ARCHIVE) + skippable):
+        assert read_back(data, stream.XvaCheck(), stream.through_library(stream.Unzstd))[0] == digest
+    for size in (0, 1, MIB - 1, MIB, MIB + 1, 3 * MIB, 64 * MIB):
+        assert read_back(squeezed(bytes(size)), stream.RawCheck(size), stream.through_library(stream.Unzstd))[1].total_bytes == size
+
+
+@needs_library
+@pytest.mark.needs_zstd
+@pytest.mark.parametrize("bend", [lambda data: b"", lambda data: data[:-1], lambda data: data[:len(data) // 2], lambda data: data + b"x",
+                                  lambda data: data + b"HTTP/1.0 500 Internal Error", lambda data: b"x" + data, lambda data: ARCHIVE,
+                                  lambda data: data[:len(data) // 2] + b"\0" + data[len(data) // 2 + 1:]])
+def test_zstd_that_is_not_whole_is_found(bend):
+    with pytest.raises(stream.CompressionDamaged, match="zstd"):
+        read_back(bend(squeezed(ARCHIVE)), stream.RawCheck(), stream.through_library(stream.Unzstd))
 
 
 # ---- the pump --------------------------------------------------------------------------------------------------------
@@ -807,14 +845,14 @@ def test_the_programs_failure_is_told_before_the_truncated_stream():
     assert check.report is None
 
 
-def test_a_compressor_that_dies_is_an_error():
+def test_a_compressor_that_dies_gets_no_more_and_its_exit_status_is_left_to_tell():
     dead = subprocess.Popen(["sh", "-c", "head -c 100000 >/dev/null; exit 3"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     converter = stream.through_program(os.dup(dead.stdin.fileno()), os.dup(dead.stdout.fileno()))
     dead.stdin.close()
     dead.stdout.close()
-    with pytest.raises(BrokenPipeError):
-        stream.pump(stream.staged(pipe_with(bytes(20 * MIB)), [], [Collector()], converter), ignore)
-    dead.wait()
+    collector = Collector()
+    stream.pump(stream.staged(pipe_with(bytes(20 * MIB)), [], [collector], converter), ignore)
+    assert converter[0].was_refused and collector.parts == [] and dead.wait() == 3
 
 
 def test_a_wrong_archive_aborts_the_export_at_once():
