@@ -104,6 +104,15 @@ DOCUMENTED = {
     'VBD_NOT_REMOVABLE_MEDIA': (['vbd'], 'Media could not be ejected because it is not removable'),
     'VBD_IS_EMPTY': (['vbd'], 'Operation could not be performed because the drive is empty'),
     'VBD_CDS_MUST_BE_READONLY': ([], 'Read/write CDs are not supported'),
+    'VBD_NOT_UNPLUGGABLE': (['vbd'], 'Drive could not be hot-unplugged because it is not marked as unpluggable'),
+    'DISK_VBD_MUST_BE_READWRITE_FOR_HVM': (['vbd'], "All VBDs of type 'disk' must be read/write for HVM guests"),
+    'VM_HAS_VUSBS': (['VM'], 'The operation is not allowed when the VM has VUSBs.'),
+    'VTPM_MAX_AMOUNT_REACHED': (['amount'], 'The VM cannot be associated with more VTPMs.'),
+    'PROVISION_ONLY_ALLOWED_ON_TEMPLATE': ([], 'The provision call can only be invoked on templates, not regular VMs.'),
+    'SR_NOT_SHARABLE': (['sr', 'host'], 'The PBD could not be plugged because the SR is in use by another host and is not '
+                        'marked as sharable.'),
+    'VDI_CBT_ENABLED': (['vdi'], 'The requested operation is not allowed for VDIs with CBT enabled or VMs having such VDIs, '
+                        'and CBT is enabled for the specified VDI.'),
     'DEVICE_ALREADY_EXISTS': (['device'], 'A device with the name given already exists on the selected VM'),
     'DEVICE_ALREADY_ATTACHED': (['device'], 'The device is already attached to a VM'),
     'DEVICE_ALREADY_DETACHED': (['device'], 'The device is not currently attached'),

@@ -144,6 +144,7 @@ class Machines:
                         self.record("SR", sr)
                     self.choose_host(self.srs_of_vm(vm))
                     if operation == "checkpoint":
+                        self.assert_vm_answers(vm)
                         self._assert_can_suspend(vm)
                     vbds = [vbd for vbd in self.record("VM", vm)["VBDs"] if self.tables["VBD"][vbd]["VDI"] not in ignored]
                 made = []  # type: List[str]
@@ -288,9 +289,9 @@ class Machines:
         with self.own_task("VM.revert", task) as mine:
             with self.lock:
                 vm = self.record("VM", snapshot)["snapshot_of"]
-                if not self.record("VM", snapshot)["is_a_snapshot"]:
-                    raise Failure("ONLY_REVERT_SNAPSHOT")
                 if vm == snapshot:
+                    # stricter than there, where the operation waits for itself
+                    self.assert_allowed("VM", snapshot, "revert")
                     raise Failure("VM_REVERT_FAILED", snapshot, vm)
                 if vm not in self.tables["VM"]:
                     vm = self._vm_from_snapshot(snapshot)
@@ -298,6 +299,7 @@ class Machines:
                 with self.lock:
                     self.choose_host(self.srs_of_vm(snapshot))
                     if self.record("VM", vm)["power_state"] != "Halted":
+                        self.assert_vm_answers(vm)
                         self._stop(vm, "Halted")
                     self._take_settings(snapshot, vm)
                 try:
@@ -380,6 +382,13 @@ class Machines:
             self.set_fields("VM", vm, {"parent": snapshot, "power_state": record["power_state"],
                                        "generation_id": _fresh_generation(self.record("VM", vm)["generation_id"])})
 
+    def assert_vm_answers(self, vm: str) -> None:
+        """HOST_OFFLINE if the host that the VM runs on has died: what is done to a running VM is done there
+        (message_forwarding.ml forward_vm_op, v24.19.2)."""
+        host = self.record("VM", vm)["resident_on"]
+        if self.exists("host", host):
+            self.assert_can_be_asked(host)
+
     def vm_power_state_reset(self, vm: str) -> None:
         """VM.power_state_reset: a VM whose host died is halted from now on (xapi_vm.ml, v24.19.2).
 
@@ -425,6 +434,7 @@ class Machines:
         with self.own_task("VM.suspend", task) as mine:
             with self.operation("VM", vm, "suspend", mine):
                 with self.lock:
+                    self.assert_vm_answers(vm)
                     image = self._new_memory_image(vm)
                     self._stop(vm, "Suspended")
                     self.set_field("VM", vm, "suspend_VDI", image)
@@ -435,6 +445,7 @@ class Machines:
         with self.own_task("VM." + operation, task) as mine:
             with self.operation("VM", vm, operation, mine):
                 with self.lock:
+                    self.assert_vm_answers(vm)
                     image = self.record("VM", vm)["suspend_VDI"]
                     self._stop(vm, "Halted")
                     self.set_field("VM", vm, "suspend_VDI", NULL)
@@ -448,6 +459,7 @@ class Machines:
         with self.own_task("VM." + operation, task) as mine:
             with self.operation("VM", vm, operation, mine):
                 with self.lock:
+                    self.assert_vm_answers(vm)
                     self.set_field("VM", vm, "power_state", "Paused" if paused else "Running")
 
     def vm_reboot(self, vm: str, operation: str, task: Optional[str] = None) -> None:
@@ -455,6 +467,7 @@ class Machines:
         with self.own_task("VM." + operation, task) as mine:
             with self.operation("VM", vm, operation, mine):
                 with self.lock:
+                    self.assert_vm_answers(vm)
                     host = self.record("VM", vm)["resident_on"]
                     self._stop(vm, "Halted")
                     self._boot(vm, host, False, "VM_REBOOTED", "rebooted on host")
@@ -594,6 +607,7 @@ class Machines:
                                             self.busy_has_four_parameters())
         if failure is not None:
             raise failure
+        self.assert_vm_answers(record["VM"])
         return record
 
     def vbd_plug(self, vbd: str) -> None:
@@ -632,7 +646,7 @@ class Machines:
     def vif_move(self, vif: str, network: str) -> None:
         """VIF.move: to another network, in every power state (xapi_vif.ml move, v24.19.2)."""
         with self.lock:
-            self.record("VIF", vif)
+            self.assert_vm_answers(self.record("VIF", vif)["VM"])
             self.record("network", network)
             self.set_field("VIF", vif, "network", network)
 

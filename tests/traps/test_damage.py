@@ -165,7 +165,7 @@ def test_no_snapshot_of_itself_keeps_the_server_busy_for_ever(a_pool: Any) -> No
     assert get(pool, '/export', ref=web).status == 200
     assert get(pool, '/export_raw_vdi', vdi=disk_ref).body == pool.read(uuid_of(session, 'VDI', disk_ref))
     api.VM.revert(one)
-    assert refused(api.VM.revert, web) == ['ONLY_REVERT_SNAPSHOT']
+    assert refused(api.VM.revert, web) == ['REVERT_ONLY_ALLOWED_ON_SNAPSHOT']
     copy = api.VM.clone(web, 'a clone')
     for ref in (copy, other, web):
         api.VM.destroy(ref)

@@ -269,6 +269,10 @@ def test_an_import_into_an_sr_that_is_not_plugged_hangs_without_a_word(a_pool: A
     api.PBD.unplug(pbd)
     result = pool.xe('vdi-import', 'uuid=' + api.VDI.get_uuid(vdi), 'filename=%s' % path)
     assert result == Run(1, '', 'There were no servers available to complete the specified operation.\n')
+    # An export of one disk does not (export_raw_vdi.ml); one of a VM does (test_trap_14).
+    task = api.task.create('export', 'of a test')
+    answer = ask(pool.url_of(), 'GET', '/export_raw_vdi', {'vdi': vdi, 'session_id': session.handle, 'task_id': task}, {})
+    assert answer.status == 500 and b'NO_HOSTS_AVAILABLE' in answer.body and api.task.get_status(task) == 'pending'
     api.PBD.plug(pbd)
     assert pool.xe('vm-import', 'sr-uuid=' + api.SR.get_uuid(sr), 'filename=%s' % path).exit_status == 0
 
@@ -358,3 +362,14 @@ def test_what_the_server_says_of_a_client_that_left(a_pool: Any) -> None:
         except socket.timeout:
             connection.close()
     assert error_of(pool, with_a_goodbye) == ['CLIENT_ERROR', said % 'EPIPE']
+
+
+def test_xe_tells_of_a_full_disk_as_the_server_heard_of_it(a_pool: Any) -> None:
+    pool = a_pool(vm('web', disks=[disk(size=64 * MEBIBYTE, used=64)]))
+    with open('/dev/full', 'wb') as full:
+        result = subprocess.run([os.path.join(pool.dir, 'bin', 'xe'), 'vm-export', 'vm=web', 'filename='], stdout=full,
+                                stderr=subprocess.PIPE, env={'PATH': CRON_PATH})
+    assert result.returncode == 1
+    assert result.stderr.decode('ascii') in ['Error code: CLIENT_ERROR\nError parameters: INTERNAL_ERROR: '
+                                             '[ Unix.Unix_error(Unix.%s, "write", "") ]\n' % name
+                                             for name in ('ECONNRESET', 'EPIPE')]
