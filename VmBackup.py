@@ -5214,7 +5214,7 @@ def told(manifest: Dict[str, Any], *keys: str) -> str:
 def parse_manifest(content: bytes) -> Dict[str, Any]:
     """The manifest; ValueError with a sentence if it is not one that we wrote, NewerManifest if a later version did."""
     manifest = parse_object(content)
-    if isinstance(manifest.get("format"), int) and manifest["format"] > MANIFEST_FORMAT:
+    if isinstance(manifest.get("format"), (int, float)) and manifest["format"] > MANIFEST_FORMAT:
         raise NewerManifest(manifest)
     for key, kind in MANIFEST_SHAPE:
         if not isinstance(manifest.get(key), kind):
@@ -7118,6 +7118,8 @@ class BackupRun:
         for copy in copies:
             if not copy.is_good:
                 self._log.info("%s/%s is not a good copy and is left: %s." % (folder_name, copy.name, copy.problem))
+            elif copy.aside and copy.uuid == job.machine.uuid:
+                self._log.info("%s/%s is left: %s." % (folder_name, copy.name, copy.aside))
         for name in folder.strangers:
             self._log.info("%s/%s is not ours and is left." % (folder_name, one_line(name)))
         removed = self._prune(job, copies, job.keep, "retention", sealed)
@@ -10915,6 +10917,9 @@ def drill_copies(context: Context, catalog: Catalog, vm: str) -> Tuple[List[Copy
         return [choose_copy(catalog, vm, "latest", context.log)], []
     newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
     for stored in chosen_vms(catalog, "", context.log):
+        if all(copy.is_newer for copy in stored.copies):           # nothing is known of it, least of all a verdict
+            findings.append(Finding(Severity.WARNING, stored.title, "not drilled: %s." % stored.copies[-1].problem))
+            continue
         good = [copy for copy in stored.copies if copy.is_good and copy.method is not None]
         best = (good or stored.copies)[-1]
         for copy in stored.copies[stored.copies.index(best) + 1:]:

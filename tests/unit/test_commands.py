@@ -2,6 +2,7 @@
 
 import base64
 import os
+import shutil
 import stat
 from datetime import datetime, timedelta, timezone
 
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.values import POOL_UUID, a_host, an_inventory
-from VmBackup import (ACTIONS, EXIT_STATUS_HELP, OPTIONS, BackupError, ConfigurationError, ExitStatus, UsageError, asked_help,
-                      config_place, create_password_file, format_utc, is_config_path, load_configuration, neighbour_text,
-                      parse_arguments, read_password)
+from support.shelf import write_copy
+from support.values import POOL_UUID, a_host, an_inventory, configured
+from VmBackup import (ACTIONS, EXIT_STATUS_HELP, OPTIONS, BackupError, Catalog, Clock, ConfigurationError, Context, ExitStatus, Log,
+                      UsageError, asked_help, chosen_vms, config_place, create_password_file, format_utc, is_config_path,
+                      load_configuration, neighbour_text, parse_arguments, prune_one, read_password)
 
 
 def parsed(line, *words):
@@ -264,6 +266,56 @@ def test_nothing_is_left_to_a_lock_without_a_text():
                        st.one_of(st.none(), st.integers(), st.text(), st.lists(st.integers()), st.just(POOL_UUID), st.just('finished'))))
 def test_any_text_in_a_lock_is_survived(text):
     assert isinstance(neighbour_text(text, an_inventory(), NOW, True), str)
+
+
+# --- prune ------------------------------------------------------------------------------------------------------------------
+
+class Unstopped:
+    @staticmethod
+    def check():
+        pass
+
+
+def pruned(store, meanwhile):
+    """How many copies of web `prune` removed, and those that are left; `meanwhile`: what another run does before the lock is ours."""
+    (store / 'web').mkdir()
+    for number in range(1, 5):
+        write_copy(str(store / 'web' / ('backup-2016-04-1%d-001000' % number)), 'web', POOL_UUID, 'vm-export', number, 10 - number, b'x',
+                   {'copies_to_keep': 2})
+    text = 'backup_dir=%s\nvm-export=web:2\n' % store
+    (store / 'weekend.cfg').write_text(text)
+    clock = Clock()
+    context = Context(parsed('- %s/weekend.cfg prune' % store), configured(text), clock, Log(clock), Unstopped())
+    catalog = Catalog(str(store))
+    (chosen,) = chosen_vms(catalog, '')
+    meanwhile(store / 'web', lambda number: 'backup-2016-04-1%d-001000' % number)
+    number = prune_one(context, catalog, chosen, set())
+    return number, sorted(int(path.name[16]) for path in (store / 'web').iterdir())
+
+
+def test_prune_removes_what_is_beyond_the_number_to_keep(tmp_path):
+    shelf = tmp_path / 'store'
+    shelf.mkdir()
+    assert pruned(shelf, lambda web, name: None) == (2, [3, 4])
+
+
+@pytest.mark.parametrize('damaged', [[3], [4], [3, 4]])
+def test_prune_decides_on_what_is_there_under_the_lock(tmp_path, damaged):
+    def lose_images(web, name):
+        for number in damaged:
+            (web / name(number) / 'web.xva').unlink()
+
+    number, left = pruned(tmp_path, lose_images)
+    good = [one for one in left if one not in damaged]
+    assert number == 2 - len(damaged) and good == [one for one in (1, 2, 3, 4) if one not in damaged][-2:]
+
+
+def test_prune_removes_nothing_of_a_vm_whose_copies_are_gone_when_the_lock_is_ours(tmp_path):
+    def remove(web, name):
+        for number in (1, 2, 3):
+            shutil.rmtree(str(web / name(number)))
+
+    assert pruned(tmp_path, remove) == (0, [4])
 
 
 def test_errors_of_command_line_and_config_mean_exit_status_2():

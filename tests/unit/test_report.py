@@ -1,14 +1,16 @@
 """A run becomes words: numbers, exit status, summary, status lines, preview."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.values import (GIBIBYTE, a_copy, a_disk, a_run, a_vm, an_inventory, an_outcome, configured, planned, vms)
+from support.values import (GIBIBYTE, NIGHT, US_UUID, a_copy, a_disk, a_run, a_vm, an_inventory, an_outcome, configured, planned,
+                            vms)
 from VmBackup import (ExitStatus, Finding, Method, Severity, StatusLog, exit_status_of, first_disk, future_verdicts, preview_text,
-                      summary_text, tally)
+                      judge, next_sequence, summary_text, tally)
+from unit.test_retention import shelves
 
 WARNING = Finding(Severity.WARNING, 'web', 'something worth a look.')
 INFO = Finding(Severity.INFO, 'web', 'nothing to worry about.')
@@ -216,6 +218,17 @@ def test_a_preview_lets_nothing_go_when_the_clock_went_back():
     plan = planned('vm-export=web:1\n', a_vm('web', 1))
     copies = [a_copy(night) for night in range(1, 4)]
     assert all(verdict.keep for verdict in future_verdicts(plan.jobs[0], copies, datetime(2016, 4, 1), True))
+
+
+@given(shelves(), st.integers(1, 6), st.booleans(), st.integers(0, 60))
+def test_a_preview_lets_go_just_what_the_run_will(copies, keep, pre_clean, second):
+    plan = planned('vm-export=web:%d\n' % keep, a_vm('web', 1))
+    new = a_copy(0, taken_at=NIGHT + timedelta(seconds=second, microseconds=1), sequence=next_sequence(copies))._replace(name='new')
+    left = [verdict.copy for verdict in judge(copies, US_UUID, Method.VM, keep - 1) if verdict.keep] if pre_clean else copies
+    left = [verdict.copy for verdict in judge(left + [new], US_UUID, Method.VM, keep, 'new') if verdict.keep]
+    verdicts = future_verdicts(plan.jobs[0], copies, new.taken_at, False, pre_clean)
+    assert sorted(verdict.copy.name for verdict in verdicts) == sorted(copy.name for copy in copies)
+    assert {verdict.copy.name for verdict in verdicts if verdict.keep} == {copy.name for copy in left} - {'new'}
 
 
 def test_a_preview_counts_what_goes_to_make_room():
