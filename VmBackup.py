@@ -4991,12 +4991,19 @@ class Catalog:
             lock.release()
 
     def pool_dumps(self, folder_name: str) -> List[Tuple[str, str]]:
-        """The complete dumps, oldest first, each with the uuid of its pool ("" if it tells none); none if there is no
-        such directory."""
+        """The complete dumps, oldest first, each with the uuid of its pool ("" if it tells none, or can't be read); none
+        if there is no such directory."""
+        found = []
         with contextlib.suppress(NotThere), self.root.child(folder_name) as folder:
-            return [(name, pool_of_dump(folder, name)) for name in folder.names()
-                    if POOL_DUMP.fullmatch(name) and is_whole_dump(folder, name)]
-        return []
+            for name in filter(POOL_DUMP.fullmatch, folder.names()):
+                try:
+                    if is_whole_dump(folder, name):
+                        found.append((name, pool_of_dump(folder, name)))
+                except StorageMisbehaved:
+                    raise
+                except CatalogError:               # one that can't be read costs no other
+                    found.append((name, ""))
+        return found
 
     # --- removing ----------------------------------------------------------------------
 
@@ -5049,7 +5056,7 @@ def pool_of_dump(folder: Directory, name: str) -> str:
     is looked for from the end. In a value each blank is written as `%.`, so ` uuid=` begins the row's own.
     """
     table, beyond = b'<table name="pool">', b""
-    with open(folder.open_file(name), "rb") as file:
+    with open(folder.open_file(name), "rb") as file, storage_errors("reading %s/%s" % (folder.shown, name)):
         end = os.fstat(file.fileno()).st_size
         while end > 0:
             begin = max(0, end - MEBIBYTE)
@@ -5057,7 +5064,7 @@ def pool_of_dump(folder: Directory, name: str) -> str:
             at = (file.read(end - begin) + beyond).rfind(table)
             if at >= 0:
                 file.seek(begin + at)
-                match = re.search(rb' uuid="([0-9a-f-]{36})"', file.read(SMALL_FILE_BYTES).partition(b"</table>")[0])
+                match = re.search(rb' uuid="([0-9a-f-]{36})"', file.read(16 * MEBIBYTE).partition(b"</table>")[0])
                 return match.group(1).decode("ascii") if match else ""
             file.seek(begin)
             beyond, end = file.read(len(table) - 1), begin

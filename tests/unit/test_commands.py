@@ -287,7 +287,7 @@ def pruned(store, meanwhile):
     clock = Clock()
     context = Context(parsed('- %s/weekend.cfg prune' % store), configured(text), clock, Log(clock), Unstopped())
     catalog = Catalog(str(store))
-    (chosen,) = chosen_vms(catalog, '')
+    (chosen,) = chosen_vms(catalog, '', context.log)
     meanwhile(store / 'web', lambda number: 'backup-2016-04-1%d-001000' % number)
     number = prune_one(context, catalog, chosen, set())
     return number, sorted(int(path.name[16]) for path in (store / 'web').iterdir())
