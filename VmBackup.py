@@ -5503,7 +5503,7 @@ class Snapshots:
                 records = self._pool.ask(doing, "VDI.get_all_records_where", 'field "SR" = "%s"' % sr)
         else:
             records = self._pool.ask(doing, "VDI.get_all_records")
-        return {ref: record for ref, record in records.items() if key in record["other_config"]}
+        return {ref: record for ref, record in records.items() if key in (record.get("other_config") or ())}
 
     def _find_disk_snapshots(self, entry: OpenEntry) -> List[str]:
         """The ref of the disk snapshot that is proven to be ours, or none."""
@@ -5650,9 +5650,9 @@ class Snapshots:
             self._pool.ask(doing, "VDI.remove_from_other_config", ref, KEY_PREFIX + entry.facts["token"])
         what = "disk %s (%s) had copied our mark from it" % (quote_name(record["name_label"]), record["uuid"])
         if is_plausible:
-            self._add_finding(entry, "the %s and is not proven to be ours, so only the mark was removed. If no other tool made it, "
+            self._add_finding(entry, "the %s and is not proven to be ours, so only the mark was removed. If nobody else made it, "
                               "it can go: xe vdi-destroy uuid=%s" % (what, record["uuid"]))
-        elif record["uuid"] != entry.facts["disk"]:
+        elif record["uuid"] != entry.facts.get("disk"):
             self._log.info("%s: the %s and is not ours: only the mark was removed." % (entry.title, what))
 
     def _may_forget(self, entry: OpenEntry, class_name: str, uuid: str) -> bool:
@@ -5830,7 +5830,7 @@ class Snapshots:
         if refusal:
             self._report_left(entry, refusal)
             return
-        disks = set(entry.facts.get("disks", ())) | self._disks_of_tasks(entry, doing)
+        disks = set(entry.facts.get("disks", ())) | self._disks_made(entry, doing)
         if machines or disks:
             with contextlib.suppress(CatalogError):            # a full store: what is remembered is enough for now
                 entry.note(uuids=[record["uuid"] for record in machines.values()], disks=sorted(disks))
@@ -5940,12 +5940,21 @@ class Snapshots:
             self._pool.call(doing, "VM.hard_shutdown", ref, timeout_s=self._patience_s)
         return ""
 
-    def _disks_of_tasks(self, entry: OpenEntry, doing: str) -> Set[str]:
-        """The uuids of the disks that the entry's imports made, whether or not a VM has them."""
-        tasks, key = entry.facts.get("tasks", ()), KEY_PREFIX + entry.facts["token"]
-        records = self._pool.ask(doing, "VDI.get_all_records").values()
-        return {record["uuid"] for record in records if not record["is_a_snapshot"]
-                and (record["sm_config"].get("import_task") in tasks or key in record["other_config"])}
+    def _disks_made(self, entry: OpenEntry, doing: str) -> Set[str]:
+        """The uuids of the disks that the entry's imports, or its VDI.create, made, whether or not a VM has them.
+
+        VDI.create makes one. What else bears our key has copied it: that is not ours, and loses the key.
+        """
+        tasks, key, noted = entry.facts.get("tasks", ()), KEY_PREFIX + entry.facts["token"], entry.facts.get("disks", ())
+        records = self._pool.records(doing, "VDI")
+        bearers = [ref for ref, record in records.items() if key in (record.get("other_config") or ())]
+        plausible = [ref for ref in bearers if not noted and not records[ref]["is_a_snapshot"]]
+        made = {records[plausible[0]]["uuid"]} if len(plausible) == 1 else set()
+        for ref in bearers:
+            if records[ref]["uuid"] not in made and records[ref]["uuid"] not in noted:
+                self._take_key(entry, ref, records[ref], ref in plausible, doing)
+        return made | {record["uuid"] for record in records.values() if record.get("is_a_snapshot") is False
+                       and (record.get("sm_config") or {}).get("import_task") in tasks}
 
     def forget_tasks(self, entry: OpenEntry, doing: str) -> None:
         """The entry's tasks are gone from the pool's list, where they would stay for hours."""

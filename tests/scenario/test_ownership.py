@@ -1,14 +1,15 @@
 """What is ours in the pool goes, also where run and server died together; what only looks like ours stays."""
 
 import json
+import os
 from typing import Any, Callable, Dict, List
 
 import pytest
 
 from support.deeds import backup, beginning, hurried_backup
 from support.language import MEBIBYTE, at, disk, vm
-from support.recovery import serving
-from support.shelf import complete
+from support.recovery import killed_at, serving
+from support.shelf import complete, of_old_program
 from support.wire import eventually
 
 BIG = [disk(size=8 * MEBIBYTE, used=8)]
@@ -219,3 +220,39 @@ def test_a_drive_of_a_task_that_is_at_work_is_left(a_pool: Any, a_shelf: Any) ->
     run = hurried_backup(pool, shelf, 'vdi-export=web')
     assert run.exit_status == 3 and list(drives_of_hosts(pool)) == [drive], run
     assert pool.never_saw('api:VBD.unplug')
+
+
+# --- what restores make ---------------------------------------------------------------------------------------------------------
+
+def test_a_clone_of_a_disk_that_a_dead_restore_made_is_not_ours(a_pool: Any, a_shelf: Any) -> None:
+    shelf = a_shelf(of_old_program())
+    pool = a_pool(vm('db'), srs=[{'name_label': 'here'}])
+    name = sorted(name for name in os.listdir(shelf.at('PROD-web')) if name.startswith('backup-'))[2]
+    os.unlink(shelf.at('PROD-web', name, 'vm-metadata.xml'))           # then it is rebuilt by API calls, disk and all
+    with open(shelf.at('PROD-web', name, 'vm.cfg'), 'w') as file:
+        file.write('name_label=PROD-web\nname_description=\nmemory_dynamic_max=268435456\nVCPUs_max=2\n'
+                   'VCPUs_at_startup=1\nos_version=\norig_uuid=09383cc3-9408-98b4-bdf4-8a0d84e4be8e\n')
+    killed_at(pool, shelf, 'api:VBD.create', '', 'restore', 'PROD-web', 'from=' + name, 'sr=here')
+    made = [ref for ref, record in pool.dump()['VDI'].items() if any('vmbackup' in key for key in record['other_config'])]
+    assert len(made) == 1
+    theirs = pool.session().xenapi.VDI.clone(made[0], {})
+    run = backup(pool, shelf, 'vm-export=db')
+    disks = pool.dump()['VDI']
+    assert run.exit_status == 0 and made[0] not in disks, run
+    assert theirs in disks and keys_of_ours(pool) == [] and shelf.journals() == []
+
+
+def test_what_a_server_that_died_in_an_import_left_attached_is_detached_and_destroyed(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=BIG)), a_shelf()
+    assert backup(pool, shelf, 'vm-export=web').exit_status == 0
+    before = set(pool.dump()['VDI'])
+    serving(pool, at('http:/import', nth=1, rate=MEBIBYTE // 2))
+    with beginning(pool, shelf, 'vm-export=web', words=['restore', 'web', 'to=back']) as process:
+        assert eventually(lambda: drives_of_hosts(pool)), process.output
+        process.kill()
+        pool.process.kill()
+    serving(pool)
+    assert drives_of_hosts(pool)
+    run = backup(pool, shelf, 'vm-export=web', time_limit_s=100)
+    assert run.exit_status == 0, run
+    assert drives_of_hosts(pool) == {} and set(pool.dump()['VDI']) == before and shelf.journals() == []
