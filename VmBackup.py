@@ -226,6 +226,12 @@ class TakenOver(StorageMisbehaved):
 
 class VerificationError(BackupError):
     """The data are not what a whole backup looks like."""
+    verdict = "is damaged"
+
+
+class UnknownFormat(VerificationError):
+    """The data may be sound, but are of a kind that is not read here, or lack what the server needs of them."""
+    verdict = "can't be used"
 
 
 class CompressionDamaged(VerificationError):
@@ -1964,9 +1970,15 @@ def ending_text(name: str, status: int) -> str:
 
 
 # `xe` can exit 0 after a failed export and say so only here (ocaml/xapi-cli-server/cli_operations.ml
-# download_file, v26.17.0: a missing raise).
-XE_FAILURE_WORDS = re.compile(r"(?i)fail|error|lost connection|unable to|not permitted|exception|cancelled|"
-                              r"unknown|refused|invalid|cannot|denied")
+# download_file, v26.17.0: a missing raise). These are how its sentences begin (ocaml/xe-cli/newcli.ml, xapi_cli.ml
+# exception_handler, datamodel_errors.ml): a bare word could as well be part of a VM's name that it quotes.
+XE_FAILURES = re.compile(
+    r"(?im)^\W*(error( code)?:|operation failed|(export|import) (failed|cancelled)|lost connection|unhandled exception|"
+    r"server internal error|unable to contact|failed to contact|(please )?install the stunnel|file not permitted|"
+    r"authentication failed|username/password|no addrinfo|host '.*' not found|required parameter|syntax error|"
+    r"unknown command|the server failed|you (attempted|gave|cannot)|the uuid you|this (operation|session|call|request)|"
+    r"another operation|the (operation|sr|vdi|vm|host|specified|given|snapshot|disk)\b.*(?<![-\w'\"])"
+    r"(failed|cannot|not|invalid|full|exceeds)(?![-\w'\"]))")
 
 
 def xe_problem(status: int, said: str) -> Optional[str]:
@@ -1974,7 +1986,7 @@ def xe_problem(status: int, said: str) -> Optional[str]:
     quoted = ': "%s"' % one_line(said[-800:]) if said else ""
     if status != 0:
         return ending_text("xe", status) + quoted
-    if said and XE_FAILURE_WORDS.search(said):
+    if said and XE_FAILURES.search(said):
         return "xe ended with exit status 0 but reported a failure" + quoted
     return None
 
@@ -2671,15 +2683,26 @@ class OvaDate(str):
 
 
 class _OvaReader(xmlrpc.client.Unmarshaller):
-    """XML-RPC as xapi writes it into ova.xml; times stay the text they are."""
+    """XML-RPC as xapi writes it into ova.xml; times stay the text they are, and so do numbers that others tag."""
 
     dispatch = dict(xmlrpc.client.Unmarshaller.dispatch)
+    deepest = 50
+
+    def start(self, tag: str, attributes: Any) -> None:
+        super().start(tag, attributes)
+        if len(self._marks) > self.deepest:
+            raise ValueError("it is nested too deeply")
 
     def end_date(self, data: str) -> None:
         self.append(OvaDate(data))
         self._value = 0
 
+    def end_text(self, data: str) -> None:
+        self.append(data.strip())
+        self._value = 0
+
     dispatch["dateTime.iso8601"] = end_date
+    dispatch.update(dict.fromkeys(("int", "i1", "i2", "i4", "i8", "biginteger", "bigdecimal", "base64", "nil"), end_text))
 
 
 def parse_ova(text: bytes) -> Dict[str, Any]:
@@ -2700,6 +2723,9 @@ def parse_ova(text: bytes) -> Dict[str, Any]:
         reader.end("params")            # what xmlrpc.client takes for the end of an answer
         ova, = reader.close()
     except MALFORMED as problem:
+        if re.match(br"\s*(<\?xml[^>]*>\s*)?<appliance\b", text):
+            raise UnknownFormat("it is an XVA of version 1, as XenServer before 4.1 and its P2V tool wrote it, which is not "
+                                "supported") from None
         raise VerificationError("ova.xml can't be parsed: {}".format(ascii(str(problem)))) from None
     if not (isinstance(ova, dict) and isinstance(ova.get("version"), dict) and isinstance(ova.get("objects"), list)):
         raise VerificationError("ova.xml has no version and objects")
@@ -2710,9 +2736,25 @@ def _refuse_doctype(*_: Any) -> None:
     raise VerificationError("ova.xml has a DOCTYPE, which xapi never writes")
 
 
+# The fields that are used here, if they are there, by what they hold: text, a flag, a map or a list of texts.
+OVA_FIELDS = {
+    "VM": {str: "uuid name_label power_state suspend_VDI " +
+           "memory_static_max memory_dynamic_max VCPUs_max VCPUs_at_startup", bool: "is_a_snapshot",
+           dict: "other_config blocked_operations"},
+    "VBD": {str: "VM VDI type userdevice device mode qos_algorithm_type", bool: "bootable empty unpluggable",
+            dict: "other_config qos_algorithm_params"},
+    "VDI": {str: "SR uuid virtual_size name_label", dict: "other_config"},
+    "SR": {str: "uuid name_label content_type"},
+    "VIF": {str: "VM network device MAC MTU qos_algorithm_type locking_mode ipv4_configuration_mode ipv6_configuration_mode " +
+            "ipv4_gateway ipv6_gateway",
+            list: "ipv4_allowed ipv6_allowed ipv4_addresses ipv6_addresses", dict: "other_config qos_algorithm_params"},
+    "network": {str: "uuid name_label"}}      # type: Dict[str, Dict[type, str]]
+
+
 def ova_objects(ova: Dict[str, Any], class_name: str) -> Dict[str, Dict[str, Any]]:
-    """The records of one class by their id in the archive, in the file's order."""
+    """The records of one class by their id in the archive, in the file's order; what is used of them is of its kind."""
     records = {}
+    fields = [(field, kind) for kind, names in OVA_FIELDS.get(class_name, {}).items() for field in names.split()]
     for entry in ova["objects"]:
         try:
             name, key, record = entry["class"], entry["id"], entry["snapshot"]
@@ -2720,9 +2762,23 @@ def ova_objects(ova: Dict[str, Any], class_name: str) -> Dict[str, Dict[str, Any
             raise VerificationError("ova.xml has an object without class, id or snapshot") from None
         if not (isinstance(name, str) and isinstance(key, str) and isinstance(record, dict)):
             raise VerificationError("ova.xml has an object whose class, id or snapshot is of the wrong type")
-        if name == class_name:
-            records[key] = record
+        if name != class_name:
+            continue
+        for field, kind in fields:
+            found = record.get(field, kind())
+            inside = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+            if type(found) is not kind or any(type(item) is not str for item in inside):
+                raise UnknownFormat("ova.xml has a {} of {} {} that is not of the kind that it should be".format(
+                    field, name, ascii(key)))
+        records[key] = record
     return records
+
+
+def needed(class_name: str, key: str, record: Dict[str, Any], field: str) -> Any:
+    """That field of a record in ova.xml; UnknownFormat if it is not there."""
+    if field not in record:
+        raise UnknownFormat("ova.xml lacks {} of {} {}".format(field, class_name, ascii(key)))
+    return record[field]
 
 
 def exported_disks(ova: Dict[str, Any]) -> Dict[str, ExportedDisk]:
@@ -2732,12 +2788,10 @@ def exported_disks(ova: Dict[str, Any]) -> Dict[str, ExportedDisk]:
     (export.ml@v26.17.0). A VBD may point to a VDI that is not in the file: then there is nothing to hold.
     """
     vdis, srs = ova_objects(ova, "VDI"), ova_objects(ova, "SR")
-    wanted = [vbd.get("VDI") for vbd in ova_objects(ova, "VBD").values() if vbd.get("type") != "CD"]
-    wanted += [vm.get("suspend_VDI") for vm in ova_objects(ova, "VM").values() if vm.get("power_state") == "Suspended"]
+    wanted = [needed("VBD", key, vbd, "VDI") for key, vbd in ova_objects(ova, "VBD").items() if vbd.get("type") != "CD"]
+    wanted += [vm.get("suspend_VDI", "") for vm in ova_objects(ova, "VM").values() if vm.get("power_state") == "Suspended"]
     disks = {}
     for disk_id in wanted:
-        if not isinstance(disk_id, str):
-            raise VerificationError("ova.xml has a VBD or VM whose disk is no reference")
         vdi = vdis.get(disk_id)
         if vdi is None or _content_type(srs, vdi) == "iso":
             continue
@@ -2746,17 +2800,16 @@ def exported_disks(ova: Dict[str, Any]) -> Dict[str, ExportedDisk]:
 
 
 def _content_type(srs: Dict[str, Dict[str, Any]], vdi: Dict[str, Any]) -> Any:
-    reference = vdi.get("SR")
-    return srs.get(reference, {}).get("content_type") if isinstance(reference, str) else None
+    return srs.get(vdi.get("SR", ""), {}).get("content_type")
 
 
 def _exported_disk(disk_id: str, vdi: Dict[str, Any]) -> ExportedDisk:
-    uuid, size = vdi.get("uuid"), vdi.get("virtual_size")
+    size = needed("VDI", disk_id, vdi, "virtual_size")
     if not DISK_ID.fullmatch(disk_id):
         raise VerificationError("ova.xml names a disk {}".format(_excerpt(disk_id.encode("utf-8", "replace"))))
-    if not (isinstance(uuid, str) and isinstance(size, (str, int)) and re.fullmatch("[0-9]{1,18}", str(size))):
-        raise VerificationError("ova.xml tells no uuid and virtual_size of disk {}".format(disk_id))
-    return ExportedDisk(disk_id, uuid, int(size))
+    if not re.fullmatch("[0-9]{1,18}", size):
+        raise UnknownFormat("ova.xml gives disk {} the virtual_size {}".format(disk_id, ascii(size[:40])))
+    return ExportedDisk(disk_id, vdi.get("uuid", ""), int(size))
 
 
 # ---- Checks: a format read as it passes ------------------------------------------------------------------------------
@@ -2877,19 +2930,23 @@ class StreamCheck(abc.ABC):
 
 
 class Member(NamedTuple):
-    """A file of a tar archive; `at` is the offset of its header."""
+    """A file of a tar archive; `at` is the offset of its header, `kind` its type flag."""
 
     name: str
     size: int
     at: int
+    kind: bytes = b"0"
 
 
 TAR_NUMBER = re.compile(rb"[ ]*([0-7]+)[ \0]*")
 REGULAR_FILE = (b"\0", b"0")
+PASSED_OVER = (b"5", b"g", b"K", b"V")          # directories, and what is said of all files, of links and of the archive
+SAID_BEFORE = (b"x", b"L")                      # what is said of the next file: POSIX, GNU
+LONGEST_SAID_BYTES = 64 * 1024
 
 
-def parse_tar_header(header: bytes, at: int) -> Member:
-    """The member that a 512-byte header announces.
+def parse_tar_header(header: bytes, at: int, strict: bool = True) -> Member:
+    """The member that a 512-byte header announces; `strict`: it must be a plain file with a short name.
 
     xapi writes V7 headers (ocaml-tar's default level); the ustar ones of other writers read the same here, where names are
     short and members regular files.
@@ -2902,13 +2959,119 @@ def parse_tar_header(header: bytes, at: int) -> Member:
     if stored != computed:
         raise VerificationError("the archive has no sound tar header at byte {}: its checksum is {:o}, not {:o}".format(
             at, computed, stored))
-    name = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
-    if header[156:157] not in REGULAR_FILE or (header.startswith(b"ustar", 257) and header[345:500].strip(b"\0")):
+    name, kind = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace"), header[156:157]
+    prefix = header[345:500].rstrip(b"\0") if header.startswith(b"ustar\0" if not strict else b"ustar", 257) else b""
+    if strict and (kind not in REGULAR_FILE or prefix):
         raise VerificationError("the archive has {} at byte {}, which is not a plain file".format(ascii(name), at))
+    if prefix:
+        name = "{}/{}".format(prefix.decode("ascii", "backslashreplace"), name)
     size = TAR_NUMBER.fullmatch(header[124:136])
-    if not size:
-        raise VerificationError("the archive has a file {} of no readable size at byte {}".format(ascii(name), at))
-    return Member(name, int(size.group(1), 8), at)
+    if size:
+        return Member(name, int(size.group(1), 8), at, kind)
+    if not strict and header[124] == 0x80:          # a number in binary, as GNU tar writes large ones
+        return Member(name, int.from_bytes(header[125:136], "big"), at, kind)
+    raise VerificationError("the archive has a file {} of no readable size at byte {}".format(ascii(name), at))
+
+
+def pax_records(text: bytes) -> Dict[str, str]:
+    """What a pax header says: `LENGTH KEY=VALUE` lines (POSIX.1-2001, pax)."""
+    said = {}
+    try:
+        while text:
+            digits = text.partition(b" ")[0]
+            record, text = text[len(digits) + 1:int(digits)], text[int(digits):]
+            key, _, value = record.decode("utf-8", "backslashreplace").rstrip("\n").partition("=")
+            said[key] = value
+            if not record:
+                raise ValueError
+    except ValueError:
+        raise VerificationError("the archive has a pax header that is none")
+    return said
+
+
+class ArchiveReader(StreamCheck):
+    """Reads the members of an XVA one after the other.
+
+    `strict`: as an export of ours passes, to the exact end. Otherwise also as other programs wrote it, or tar packed it
+    anew: with other headers, directories, files that no import has a use for, numbers of 20 digits, and padding behind
+    the end or no end at all (the server's importer looks at none of it: ocaml/xapi/stream_vdi.ml@v26.17.0). Names are then
+    given as the server writes them.
+    """
+
+    image = "the archive"
+
+    def __init__(self, strict: bool = True, blocks: Any = None) -> None:
+        super().__init__(blocks)
+        self._strict = strict
+        self._is_at_end = False         # of the stream
+
+    def _ova_member(self) -> Reading:
+        """The first member, which is ova.xml."""
+        member = yield from self._next_member("the header of ova.xml")
+        if member is None or member.name != "ova.xml":
+            error = VerificationError if member is None or self._strict else UnknownFormat
+            raise error("the archive begins with {}, not with ova.xml{}".format(
+                "its end" if member is None else ascii(member.name),
+                "" if error is VerificationError else ": pack it again with that one first (tar -cf NEW.xva ova.xml Ref*)"))
+        if member.size > OVA_LIMIT_BYTES:
+            raise VerificationError("the archive's ova.xml has {} bytes, more than any real one".format(member.size))
+        return member
+
+    def _next_member(self, where: str) -> Reading:
+        """The next member, or None at the two zero blocks that end the archive."""
+        said = {}                       # type: Dict[str, str]
+        while True:
+            at = self.offset
+            header = b"" if self._strict else bytes((yield SECTOR_BYTES))
+            self._is_at_end = not (self._strict or header)
+            if self._is_at_end:
+                return None
+            header += yield from self._take(SECTOR_BYTES - len(header), where)
+            if not any(header):
+                if self._strict:
+                    yield from self._zeros(SECTOR_BYTES, "the two zero blocks at its end")
+                return None
+            member = parse_tar_header(header, at, self._strict)
+            if self._strict:
+                return member
+            if member.kind in SAID_BEFORE and member.size <= LONGEST_SAID_BYTES:
+                text = yield from self._take(member.size, "what stands before a file")
+                yield from self._zeros(-member.size % SECTOR_BYTES, "the padding of that")
+                said.update(pax_records(text) if member.kind == b"x" else {"path": text.rstrip(b"\0").decode("ascii", "replace")})
+                continue
+            if member.kind not in REGULAR_FILE + PASSED_OVER or any(key.startswith("GNU.sparse") for key in said):
+                raise UnknownFormat("the archive has {} at byte {}, which is not stored as a plain file".format(
+                    ascii(member.name), at))
+            member = self._plain(member, said)
+            if member.kind in REGULAR_FILE and (member.name == "ova.xml" or BLOCK_FILE.fullmatch(member.name)):
+                return member
+            yield from self._body(member)
+            said = {}
+
+    @staticmethod
+    def _plain(member: Member, said: Dict[str, str]) -> Member:
+        """The member with what was said of it before, and its name as the server would write it."""
+        name, size = re.sub(r"\A(\./+)+", "", said.get("path", member.name)), said.get("size", str(member.size))
+        block = BLOCK_FILE.fullmatch(name)
+        if block:
+            name = "{}/{:08d}{}".format(block.group("disk"), int(block.group("number")), block.group("suffix") or "")
+        return member._replace(name=name, size=int(size) if re.fullmatch("[0-9]{1,18}", size) else member.size)
+
+    def _body(self, member: Member, *watchers: Callable[[memoryview], Any]) -> Reading:
+        yield from self._pass(member.size, member.name, *watchers)
+        yield from self._zeros(-member.size % SECTOR_BYTES, "the padding of " + member.name)
+
+    def _end(self) -> Reading:
+        """Nothing but zeros may follow, and if `strict` nothing at all."""
+        if self._strict:
+            yield from super()._end()
+        while not (self._strict or self._is_at_end):
+            at = self.offset
+            piece = yield BUFFER_BYTES
+            self._is_at_end = not len(piece)
+            if bytes(piece).count(0) != len(piece):
+                raise VerificationError("{} should end at byte {}, but goes on with {}".format(
+                    self.image, at, _excerpt(bytes(piece).lstrip(b"\0"))))
 
 
 class _DiskProgress:
@@ -2926,7 +3089,8 @@ class _DiskProgress:
         first and last block are always there.
         """
         if number and not self.blocks:
-            raise VerificationError("block {} at byte {} comes first: block 0 of the disk is missing".format(*member[::2]))
+            raise VerificationError("block {} at byte {} comes first: block 0 of the disk is missing".format(
+                member.name, member.at))
         if number < self.next_number:
             raise VerificationError("block {} at byte {} is out of order: number {} or a later one should come".format(
                 member.name, member.at, self.next_number))
@@ -2951,12 +3115,13 @@ class _DiskProgress:
         return DiskReport(*self.disk, blocks=self.blocks, stored_bytes=self.stored_bytes)
 
 
-BLOCK_NAME = re.compile(r"(?P<disk>[^/]+)/(?P<number>[0-9]{8,12})", re.ASCII)
+BLOCK_NAME = re.compile(r"(?P<disk>[^/]+)/(?P<number>[0-9]{8,18})", re.ASCII)
+BLOCK_FILE = re.compile(r"(?P<disk>[^/]+)/(?P<number>[0-9]{1,20})(?P<suffix>\.checksum|\.xxhash)?", re.ASCII)
 DIGEST_KINDS = {".checksum": ("sha1", re.compile(rb"[0-9a-f]{40}"), 40),
                 ".xxhash": ("xxh64", re.compile(rb"[0-9A-F]{16}"), 16)}
 
 
-class XvaCheck(StreamCheck):
+class XvaCheck(ArchiveReader):
     """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the exact end.
 
     `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's list holds in
@@ -2965,11 +3130,9 @@ class XvaCheck(StreamCheck):
     gives what takes the pieces from there. `report` stands after `finish`.
     """
 
-    image = "the archive"
-
     def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None, block_digests: str = "auto",
-                 holds_disks: bool = True, sink: Any = None) -> None:
-        super().__init__(blocks)
+                 holds_disks: bool = True, sink: Any = None, strict: bool = True) -> None:
+        super().__init__(strict, blocks)
         self._sink = sink
         self.ova: Dict[str, Any] = {}
         self.report: Optional[StreamReport] = None
@@ -2994,26 +3157,8 @@ class XvaCheck(StreamCheck):
         yield from self._end()
         self._conclude()
 
-    def _next_member(self, where: str) -> Reading:
-        """The next member, or None at the two zero blocks that end the archive."""
-        at = self.offset
-        header = yield from self._take(SECTOR_BYTES, where)
-        if any(header):
-            return parse_tar_header(header, at)
-        yield from self._zeros(SECTOR_BYTES, "the two zero blocks at its end")
-        return None
-
-    def _body(self, member: Member, *watchers: Callable[[memoryview], Any]) -> Reading:
-        yield from self._pass(member.size, member.name, *watchers)
-        yield from self._zeros(-member.size % SECTOR_BYTES, "the padding of " + member.name)
-
     def _read_ova(self) -> Reading:
-        member = yield from self._next_member("the header of ova.xml")
-        if member is None or member.name != "ova.xml":
-            raise VerificationError("the archive begins with {}, not with ova.xml".format(
-                "its end" if member is None else ascii(member.name)))
-        if member.size > OVA_LIMIT_BYTES:
-            raise VerificationError("the archive's ova.xml has {} bytes, more than any real one".format(member.size))
+        member = yield from self._ova_member()
         text = bytearray()
         yield from self._body(member, text.extend)
         self._ova_xml = bytes(text)
@@ -3056,7 +3201,7 @@ class XvaCheck(StreamCheck):
         if disk is not current:
             if current is not None:
                 current.finish(member.at)
-                if disk_id < current.disk.id:
+                if disk_id < current.disk.id if self._strict else disk.blocks:
                     raise VerificationError("block {} at byte {} is out of order: disk {} comes before {}".format(
                         member.name, member.at, disk_id, current.disk.id))
             self._current = disk
@@ -3087,6 +3232,10 @@ class XvaCheck(StreamCheck):
                 member.name, member.at, hasher.hexdigest(), digest))
 
     def _finish_disks(self) -> None:
+        disks = self._disks.values()
+        if not (self._strict or self._current or self._is_at_end) and any(disk.disk.virtual_size for disk in disks):
+            raise UnknownFormat("it is a metadata export, which names the VM's disks and holds nothing of them: it is not "
+                                "supported")
         for disk in self._disks.values():
             disk.finish(self.offset)
 
@@ -3171,15 +3320,16 @@ class RawCheck(DiskImageCheck):
 
 VHD_BAT_OFFSET = 2048
 VHD_NOT_PRESENT = 0xFFFFFFFF
-VHD_BLOCK_SIZES = [1 << shift for shift in range(19, 29)]
+VHD_BLOCK_SIZES = [1 << shift for shift in range(12, 29)]
+VHD_FIXED, VHD_DYNAMIC, VHD_DIFFERENCING = 2, 3, 4
 VHD_LARGEST_BYTES = 2040 * 1024 * MEBIBYTE      # vhd_format/f.ml@v26.17.0 Constants.max_vhd_size
 
 
 class VhdCheck(DiskImageCheck):
     """A dynamic VHD as xapi streams it (vhd_format/f.ml@v26.17.0 Vhd_input): blocks in the BAT's order and nothing else.
 
-    Not for VHDs of other origin, which may lie in any order. VHD has no digests: a bit flipped inside a block shows in the
-    SHA-256 and the recorded CRCs only.
+    VHDs of other origin may lie in any order: VhdInOrder makes one like this of them. VHD has no digests: a bit flipped
+    inside a block shows in the SHA-256 and the recorded CRCs only.
     """
 
     def _parse(self) -> Reading:
@@ -3203,7 +3353,7 @@ class VhdCheck(DiskImageCheck):
             raise VerificationError("the image begins with {}, not with a VHD's footer".format(_excerpt(footer)))
         _check_vhd_sum(footer, 64, "footer at byte 0")
         size, kind = int.from_bytes(footer[48:56], "big"), int.from_bytes(footer[60:64], "big")
-        if kind != 3 or int.from_bytes(footer[16:24], "big") != SECTOR_BYTES:
+        if kind != VHD_DYNAMIC or int.from_bytes(footer[16:24], "big") != SECTOR_BYTES:
             raise VerificationError("the image is no full dynamic VHD: its footer at byte 0 says type {}".format(kind))
         if size > VHD_LARGEST_BYTES or size % SECTOR_BYTES:
             raise VerificationError("the image's footer at byte 0 gives an impossible disk size of {} bytes".format(size))
@@ -3266,12 +3416,210 @@ def _byteswapped(table: bytes) -> array:
     return sectors
 
 
+def _vhd_sum(structure: bytes, field: int) -> int:
+    return ~(sum(structure) - sum(structure[field:field + 4])) & 0xFFFFFFFF
+
+
 def _check_vhd_sum(structure: bytes, field: int, what: str) -> None:
-    stored = int.from_bytes(structure[field:field + 4], "big")
-    computed = ~(sum(structure) - sum(structure[field:field + 4])) & 0xFFFFFFFF
+    stored, computed = int.from_bytes(structure[field:field + 4], "big"), _vhd_sum(structure, field)
     if stored != computed:
         raise VerificationError("the image's {} is damaged: its checksum is {:08x}, not {:08x}".format(
             what, computed, stored))
+
+
+class VhdInOrder(threading.Thread):
+    """Reads a VHD of any writer and passes it on as the server streams one: blocks in order, each whole, the sectors that
+    its bitmap leaves out as zeros (Microsoft's Virtual Hard Disk Image Format Specification 1.0; batmap: blktap's vhd.h).
+
+    A thread as a consumer is one. From a file, parts are read wherever they lie. A stream can't go back: UnknownFormat.
+    `is_whole` false: of a damaged file as much as can be read. Both descriptors are taken over.
+    """
+
+    def __init__(self, source_fd: int, target_fd: int, is_file: bool, is_whole: bool = True) -> None:
+        super().__init__(daemon=True)
+        self._fd, self._target_fd, self._is_whole = source_fd, target_fd, is_whole
+        self._file_bytes = os.fstat(source_fd).st_size if is_file else None
+        self._at = 0                    # how far a stream was read
+        self._size = self._block_bytes = 0
+        self.problem = None             # type: Optional[Exception]
+
+    def run(self) -> None:
+        """All of it is in the pipe, or there is a problem, which is the caller's to raise when the pipe has ended."""
+        try:
+            for piece in self._pieces():
+                write_all(self._target_fd, memoryview(piece))
+        except Exception as problem:    # whatever it is: raised where somebody waits for the end of the pipe
+            self.problem = problem
+        os.close(self._target_fd)
+        with contextlib.suppress(OSError):          # what feeds a stream shall not fail before the reason is told
+            while self._file_bytes is None and os.read(self._fd, BUFFER_BYTES):
+                pass
+        os.close(self._fd)
+
+    def _read(self, at: int, count: int, where: str) -> bytes:
+        if self._file_bytes is None and at < self._at:
+            raise UnknownFormat("its {} lies before what was read already, so it can't be read as a compressed stream: "
+                                "decompress it first".format(where))
+        if not count:
+            return b""
+        found, wanted = bytearray(), count + (at - self._at if self._file_bytes is None else 0)
+        while wanted:
+            most = min(wanted, BUFFER_BYTES)
+            piece = os.read(self._fd, most) if self._file_bytes is None else os.pread(self._fd, most, at + len(found))
+            if not piece:
+                raise VerificationError("the image ends in {}, which should be at byte {}".format(where, at))
+            self._at += len(piece)
+            wanted -= len(piece)
+            found = (found + piece)[-count:] if self._file_bytes is None else found + piece
+        return bytes(found)
+
+    def _pieces(self) -> Iterator[bytes]:
+        footer = self._footer()
+        self._size, kind = int.from_bytes(footer[48:56], "big"), int.from_bytes(footer[60:64], "big")
+        if kind == VHD_DIFFERENCING:
+            raise UnknownFormat("it is a differencing VHD, which holds only what differs from its parent, and is not "
+                                "supported: bring both together first")
+        if kind not in (VHD_FIXED, VHD_DYNAMIC):
+            raise VerificationError("the image's footer says that it is of type {}".format(kind))
+        sectors, bitmaps = self._fixed() if kind == VHD_FIXED else self._dynamic(footer)
+        yield from self._head(footer, sectors)
+        for number, sector in enumerate(sectors):
+            if sector != VHD_NOT_PRESENT:
+                yield b"\xff" * _bitmap_bytes(self._block_bytes)
+                yield from self._block(number, sector, bitmaps)
+        if self._file_bytes is None:
+            self._check_stream_end(footer)
+        yield self._like_ours(footer)
+
+    def _footer(self) -> bytes:
+        """A file's at its end, where that of old Virtual PCs lacks its last byte; a stream's copy at its beginning."""
+        if self._file_bytes is None:
+            footer = self._read(0, SECTOR_BYTES, "the copy of its footer")
+            if not footer.startswith(b"conectix"):
+                raise UnknownFormat("it begins with {}, not with a VHD's footer, as a dynamic one does; others can't be read as "
+                                    "a compressed stream: decompress it first".format(_excerpt(footer)))
+            _check_vhd_sum(footer, 64, "footer at byte 0")
+            return footer
+        for count in (SECTOR_BYTES, SECTOR_BYTES - 1):
+            at = self._file_bytes - count
+            footer = self._read(at, count, "its footer") + b"\0" * (SECTOR_BYTES - count) if at >= 0 else b""
+            if footer.startswith(b"conectix"):
+                _check_vhd_sum(footer, 64, "footer at byte {}".format(at))
+                self._file_bytes = at
+                return footer
+        if not self._is_whole:
+            return self._read(0, SECTOR_BYTES, "the copy of its footer")
+        raise VerificationError("the image does not end with a VHD's footer: it was cut off, or is none")
+
+    def _fixed(self) -> Tuple[array, None]:
+        self._block_bytes = 2 * MEBIBYTE
+        if self._is_whole and self._file_bytes < self._size:
+            raise VerificationError("the image has {} bytes of a disk of {}".format(self._file_bytes, self._size))
+        step = self._block_bytes // SECTOR_BYTES
+        return array("L", range(0, -(-self._size // self._block_bytes) * step, step)), None
+
+    def _dynamic(self, footer: bytes) -> Tuple[array, bytes]:
+        """Where each block lies, and the map of those whose bitmaps need not be asked."""
+        header_at = int.from_bytes(footer[16:24], "big")
+        header = self._read(header_at, 2 * SECTOR_BYTES, "header")
+        if not header.startswith(b"cxsparse"):
+            raise VerificationError("the image has {} at byte {}, not a VHD's header".format(_excerpt(header), header_at))
+        _check_vhd_sum(header, 36, "header at byte {}".format(header_at))
+        table_at, entries = int.from_bytes(header[16:24], "big"), int.from_bytes(header[28:32], "big")
+        self._block_bytes = int.from_bytes(header[32:36], "big")
+        blocks = -(-self._size // self._block_bytes) if self._block_bytes in VHD_BLOCK_SIZES else entries + 1
+        if blocks > entries or self._size > VHD_LARGEST_BYTES:
+            raise VerificationError("the image's header at byte {} doesn't fit a disk of {} bytes: block table of {} entries, "
+                                    "blocks of {} bytes".format(header_at, self._size, entries, self._block_bytes))
+        sectors = _byteswapped(self._read(table_at, 4 * blocks, "block table"))
+        map_at = table_at + -(-4 * entries // SECTOR_BYTES) * SECTOR_BYTES
+        whole = self._batmap(map_at, blocks) if footer.startswith(b"tap\0", 28) else b""
+        self._check_places(sectors, ((0, SECTOR_BYTES), (header_at, 2 * SECTOR_BYTES), (table_at, 4 * blocks)))
+        if self._file_bytes is not None and self._is_whole and not self._is_same(self._read(0, SECTOR_BYTES, ""), footer):
+            raise VerificationError("the image's footer differs from its copy at byte 0")
+        return sectors, whole
+
+    def _batmap(self, at: int, blocks: int) -> bytes:
+        """Bits for the blocks that were written whole, if the map is there and sound."""
+        header = self._read(at, SECTOR_BYTES, "batmap")
+        if not header.startswith(b"tdbatmap"):
+            return b""
+        found = self._read(int.from_bytes(header[8:16], "big"), min(
+            int.from_bytes(header[16:20], "big"), 4096) * SECTOR_BYTES, "batmap")
+        return found if ~sum(found) & 0xFFFFFFFF == int.from_bytes(header[24:28], "big") and 8 * len(found) >= blocks else b""
+
+    def _check_places(self, sectors: array, others: Sequence[Tuple[int, int]]) -> None:
+        """No block lies in another, in a structure or behind the end; in a stream they lie in order."""
+        present = [sector for sector in sectors if sector != VHD_NOT_PRESENT]
+        if self._file_bytes is None:
+            if any(after <= before for before, after in zip(present, present[1:])):
+                raise UnknownFormat("its blocks do not lie in order, so it can't be read as a compressed stream: decompress "
+                                    "it first")
+            return
+        present.sort()
+        step = _bitmap_bytes(self._block_bytes) + self._block_bytes
+        clash = any((after - before) * SECTOR_BYTES < step for before, after in zip(present, present[1:]))
+        for at, count in others:
+            clash = clash or any(at - step < sector * SECTOR_BYTES < at + count for sector in present)
+        if clash:
+            raise VerificationError("the image's block table puts one block over another, or over the table itself")
+        if self._is_whole and present and present[-1] * SECTOR_BYTES + step > self._file_bytes:
+            raise VerificationError("the image's block table puts a block at sector {}, behind the end at byte {}: it was cut "
+                                    "off".format(present[-1], self._file_bytes))
+
+    def _head(self, footer: bytes, sectors: array) -> Iterator[bytes]:
+        """Footer, header and block table as the server writes them."""
+        yield self._like_ours(footer)
+        header = b"cxsparse" + b"\xff" * 8 + VHD_BAT_OFFSET.to_bytes(8, "big") + b"\0\1\0\0" + len(sectors).to_bytes(4, "big") \
+            + self._block_bytes.to_bytes(4, "big") + bytes(2 * SECTOR_BYTES - 36)
+        yield header[:36] + _vhd_sum(header, 36).to_bytes(4, "big") + header[40:]
+        yield bytes(SECTOR_BYTES)
+        at = (VHD_BAT_OFFSET + 4 * len(sectors) + SECTOR_BYTES - 1) // SECTOR_BYTES
+        table = bytearray()
+        for sector in sectors:
+            table += (VHD_NOT_PRESENT if sector == VHD_NOT_PRESENT else at).to_bytes(4, "big")
+            at += (_bitmap_bytes(self._block_bytes) + self._block_bytes) // SECTOR_BYTES if sector != VHD_NOT_PRESENT else 0
+        yield table + b"\xff" * (-len(table) % SECTOR_BYTES)
+
+    @staticmethod
+    def _like_ours(footer: bytes) -> bytes:
+        """The footer of a dynamic VHD of that disk."""
+        made = footer[:16] + SECTOR_BYTES.to_bytes(8, "big") + footer[24:60] + VHD_DYNAMIC.to_bytes(4, "big") + footer[64:]
+        return made[:64] + _vhd_sum(made, 64).to_bytes(4, "big") + made[68:]
+
+    def _block(self, number: int, sector: int, bitmaps: Optional[bytes]) -> Iterator[bytes]:
+        """The contents of a block; what lies behind the end of the disk is zeros, as are the sectors that have no bit."""
+        at, bitmap = sector * SECTOR_BYTES, b""
+        if bitmaps is not None:
+            bitmap = self._read(at, _bitmap_bytes(self._block_bytes), "bitmap of block {}".format(number))
+            at += len(bitmap)
+            if bitmaps[number // 8:number // 8 + 1] and bitmaps[number // 8] << number % 8 & 0x80:
+                bitmap = b""
+        for start in range(0, self._block_bytes, BUFFER_BYTES):
+            count = min(BUFFER_BYTES, self._block_bytes - start)
+            there = max(0, min(count, self._size - number * self._block_bytes - start))
+            piece = bytearray(self._read(at + start, there, "block {}".format(number)) + bytes(count - there))
+            bits = bitmap[start // SECTOR_BYTES // 8:(start + count) // SECTOR_BYTES // 8]
+            if bits.count(0xFF) != len(bits):
+                for index in range(count // SECTOR_BYTES):
+                    if not bits[index // 8] << index % 8 & 0x80:
+                        piece[index * SECTOR_BYTES:(index + 1) * SECTOR_BYTES] = bytes(SECTOR_BYTES)
+            yield piece
+
+    def _check_stream_end(self, footer: bytes) -> None:
+        """A stream ends with the same footer, or with all of it but its last byte."""
+        tail = piece = b"?"
+        while piece:
+            piece = os.read(self._fd, BUFFER_BYTES)
+            tail = (tail + piece)[-SECTOR_BYTES:]
+        if not (self._is_same(tail, footer) or self._is_same(tail[1:] + b"\0", footer)):
+            raise VerificationError("the image does not end with the footer that it begins with")
+
+    @staticmethod
+    def _is_same(one: bytes, other: bytes) -> bool:
+        """Are they footers of the same disk? Times and what a program keeps for itself may differ."""
+        return len(one) == SECTOR_BYTES and one[:8] == other[:8] and one[16:24] == other[16:24] and one[48:64] == other[48:64] \
+            and _vhd_sum(one, 64) == int.from_bytes(one[64:68], "big")
 
 
 # ---- Sinks: what is done with the contents of disks ----------------------------------------------------------------------
@@ -3501,15 +3849,16 @@ GZIP_INPUT_BYTES = 64 * 1024
 
 
 class Gunzip(PipeWriter):
-    """Decompresses gzip into a pipe; VerificationError if it is damaged, cut short or followed by anything else.
+    """Decompresses gzip into a pipe; VerificationError if it is damaged, cut short or followed by anything but zeros.
 
-    Several gzip members in a row are one gzip file (RFC 1952, 2.2).
+    Several gzip members in a row are one gzip file (RFC 1952, 2.2), and gzip passes over zeros behind it (a tape's blocks).
     """
 
     def __init__(self, pipe_fd: int) -> None:
         super().__init__(pipe_fd, "gunzip")
         self._member = zlib.decompressobj(zlib.MAX_WBITS + 16)
         self._offset = 0
+        self._is_padded = False
 
     def feed(self, view: memoryview) -> None:
         # Small pieces: what zlib leaves over is copied each time that the output is full.
@@ -3520,8 +3869,11 @@ class Gunzip(PipeWriter):
         self._offset += len(piece)
         while len(piece):
             if self._member.eof:
+                self._is_padded = self._is_padded or not piece[0]
+                if self._is_padded and bytes(piece).count(0) == len(piece):
+                    return
                 self._member = zlib.decompressobj(zlib.MAX_WBITS + 16)
-            self._decompress(piece)
+            self._decompress(b"?" if self._is_padded else piece)        # what stands behind zeros is no gzip
             piece = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
 
     def _decompress(self, piece: memoryview) -> int:
@@ -4560,6 +4912,8 @@ VM_METADATA = "vm-metadata.xml"
 OLD_MARKERS = ("success", "success_restore", "success_compress", "success_compressing")
 IMAGE_NAME = re.compile(r".+\.(xva|raw|vhd)(\.gz|\.zst)?", re.DOTALL)
 COMPRESSED_MAGIC = ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"))
+OTHER_MAGIC = (("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh"), ("lz4", b"\x04\x22\x4d\x18"), ("7z", b"7z\xbc\xaf"), ("zip", b"PK\3\4"),
+               ("lzip", b"LZIP"), ("VMDK", b"KDMV"), ("qcow2", b"QFI\xfb"), ("VHDX", b"vhdxfile"))
 NEWEST_NEIGHBOUR_S = HOUR_S               # another host's run of this config this recent stands for ours
 WEAK_LOCK_PATIENCE_S = DAY_S
 
@@ -5184,17 +5538,19 @@ def _old_uuid(inside: Directory) -> str:
         if uuid:
             return uuid
     with contextlib.suppress(NotThere, WrongKind, VerificationError):
-        return original_vm(parse_ova(inside.read(VM_METADATA))).get("uuid", "")
+        return own_vm(parse_ova(inside.read(VM_METADATA)))[1].get("uuid", "")
     return ""
 
 
-def original_vm(ova: Dict[str, Any]) -> Dict[str, Any]:
-    """The record of the VM itself in a parsed ova.xml that may hold its snapshots too; {} if there is none."""
-    machines = [item["snapshot"] for item in ova.get("objects", ()) if item.get("class") == "VM"]
-    for machine in machines:
-        if not machine.get("is_a_snapshot"):
-            return machine
-    return machines[0] if machines else {}
+def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
+    """Id and record of the VM itself in an ova.xml that may hold its snapshots too."""
+    machines = ova_objects(ova, "VM")
+    for wanted in (lambda record: uuid and record.get("uuid") == uuid, lambda record: not record.get("is_a_snapshot"),
+                   lambda record: True):
+        for key, record in machines.items():
+            if wanted(record):
+                return key, record
+    raise UnknownFormat("ova.xml holds no VM")
 
 
 MANIFEST_FORMAT = 1
@@ -6385,6 +6741,8 @@ class Verifier:
         """The verdict on that copy. Raises Interrupted only."""
         try:
             state, reason = self._judge(copy)
+        except UnknownFormat as error:
+            state, reason = CopyState.UNCHECKED if copy.is_old else CopyState.DAMAGED, str(error)
         except VerificationError as error:
             state, reason = CopyState.DAMAGED, str(error)
         except (NotThere, WrongKind) as error:
@@ -6460,7 +6818,7 @@ class Verifier:
         image = manifest["image"]
         recompressed = copy.image != image["name"]
         check_it = not recompressed or image.get("compression") == "none"
-        plain, compression = Digest(), compression_of(copy.image)
+        plain, compression = Digest(), image_compression(inside, copy, manifest)
         stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
         with open(inside.open_file(BLOCKS), "rb") as blocks:
             check = new_image_check(manifest, BlockComparer(blocks), self._block_digests) if check_it else None
@@ -6485,7 +6843,7 @@ class Verifier:
     def _judge_old(self, copy: Copy, inside: Directory) -> Tuple[CopyState, str]:
         """The image of an older copy has the structure that its kind has."""
         check = old_image_check(copy, inside, self._block_digests)
-        self._stream(inside, copy, compression_of(copy.image), [], [check])
+        self._stream(inside, copy, image_compression(inside, copy, {}), [], [check])
         return CopyState.UNPROVEN, "the older program recorded no digests; the structure is whole"
 
     # --- the flow -------------------------------------------------------------------------
@@ -6503,13 +6861,68 @@ class Verifier:
             self._log.progress(progress_text(title, progress.bytes_read, size, self._clock.monotonic() - began_at))
 
         with contextlib.ExitStack() as stack:
-            flows = decompressing_flows(stack, fd, compression, stored, plain)
+            flows = plain_flows(stack, fd, compression, stored, plain, is_foreign_vhd(copy))
             pump(flows, on_tick, title)
 
 
-def compression_of(name: str) -> str:
-    """The compression that an image's name tells."""
-    return "gzip" if name.endswith(".gz") else "zstd" if name.endswith(".zst") else "none"
+def plain_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: List[Any], plain: List[Any],
+                put_in_order: bool, problems: Optional[List[str]] = None) -> List[Flow]:
+    """decompressing_flows, and if `put_in_order` (the VHD of another program) the plain content is as the server would
+    stream it. Then `stored` sees that too, where it is not compressed."""
+    flows = decompressing_flows(stack, fd, compression, stored, plain, problems)
+    if not put_in_order:
+        return flows
+    source, (read_fd, write_fd) = flows[-1], os.pipe()
+    reader = VhdInOrder(source.source_fd, write_fd, compression == "none", problems is None)
+
+    def check_ending() -> None:
+        if isinstance(reader.problem, UnknownFormat):
+            raise reader.problem
+        if source.at_end:
+            source.at_end()
+        if isinstance(reader.problem, VerificationError) and problems is not None:
+            problems.append(str(reader.problem))
+        elif reader.problem:
+            raise reader.problem
+
+    widen_pipe(write_fd)
+    reader.start()
+    return flows[:-1] + [source._replace(source_fd=read_fd, at_end=check_ending)]
+
+
+def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -> str:
+    """How the image is compressed: of ours as the manifest says, of others as its first bytes say, whatever its name.
+    UnknownFormat if that is not read here."""
+    suffixes = {suffix: word for word, suffix in COMPRESSED_SUFFIX.items()}
+    by_name = suffixes[re.search(r"(\.gz|\.zst)?$", copy.image).group()]
+    if manifest:
+        word = manifest["image"].get("compression") if copy.image == manifest["image"]["name"] else ""
+        return word if word in COMPRESSED_SUFFIX else by_name
+    head, tail, status = inside.read_head(copy.image, 16), inside.read_tail(copy.image, SECTOR_BYTES), inside.status(copy.image)
+    # A disk may begin with any bytes: that of a fixed VHD, and a raw image, which is of whole MiBs (no other file is).
+    if image_format(copy.image) == "raw" and not (status and status.st_size % MEBIBYTE) or \
+            image_format(copy.image) == "vhd" and b"conectix" in (tail[:8], tail[1:9]):
+        return "none"
+    for suffix, magic in COMPRESSED_MAGIC:
+        if head.startswith(magic):
+            return suffixes[suffix]
+    if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd begins with one
+        return "zstd"
+    for name, magic in OTHER_MAGIC:
+        if head.startswith(magic):
+            raise UnknownFormat("%s is a file of %s, which is not supported: make a plain one of it, or one of gzip or zstd"
+                                % (copy.image, name))
+    return by_name if image_format(copy.image) == "raw" else "none"
+
+
+def image_format(name: str) -> str:
+    """xva, raw or vhd, as an image's name says."""
+    return re.sub(r"\.(gz|zst)$", "", name).rpartition(".")[2]
+
+
+def is_foreign_vhd(copy: Copy) -> bool:
+    """Is it a VHD that need not lie as the server streams one?"""
+    return copy.is_old and image_format(copy.image) == "vhd"
 
 
 def new_image_check(manifest: Dict[str, Any], blocks: Any, block_digests: str, sink: Any = None) -> Any:
@@ -6537,19 +6950,66 @@ def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Dig
 
 
 def old_image_check(copy: Copy, inside: Directory, block_digests: str, sink: Any = None) -> Any:
-    """The check for an image of the older program, with the size that its metadata give."""
-    if copy.method is Method.VM:
-        return XvaCheck(None, None, block_digests, sink=sink)
-    size = None
+    """The check for an image without a manifest, a raw one with the size that cfg files beside it give."""
+    if image_format(copy.image) == "xva":
+        return XvaCheck(None, None, block_digests, sink=sink, strict=False)
+    if image_format(copy.image) == "vhd":
+        return VhdCheck(None, None, sink)
+    ova = ova_of_cfg_files(inside, False)
+    sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
+             for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
+    return RawCheck(next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None), None, sink)
+
+
+def read_if_file(folder: Directory, name: str) -> bytes:
+    """The content of that small file; nothing if there is none, or something else in its place."""
+    with contextlib.suppress(NotThere, WrongKind):
+        return folder.read(name)
+    return b""
+
+
+def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
+    """What the cfg files tell of the VM, in the form of an ova.xml without a version; {} if they tell nothing. What is
+    missing in them, or no number where one should be, is as if it had not been written."""
+    objects = []                           # type: List[Dict[str, Any]]
+
+    def add(class_name: str, key: str, **fields: Any) -> None:
+        objects.append({"class": class_name, "id": key, "snapshot": fields})
+
+    def read(folder: Directory, name: str) -> Dict[str, str]:
+        return parse_cfg(read_if_file(folder, name).decode("utf-8", "replace"), escaped)
+
+    machine = read(inside, "vm.cfg")
+    add("VM", "vm", uuid=machine.get("orig_uuid", ""), other_config={}, tags=[], power_state="Halted",
+        **{field: machine[field] for field in CFG_VM_FIELDS if machine.get(field)})
     for name in inside.names():
-        if not name.startswith("DISK-") or not inside.is_directory(name):
+        if not inside.is_directory(name) or not (name.startswith("DISK-") or name == "VIFs"):
             continue
-        with inside.child(name) as disk, contextlib.suppress(NotThere, WrongKind, ValueError, KeyError):
-            vbd = parse_cfg(disk.read("vbd.cfg").decode("utf-8", "replace"))
-            if vbd["userdevice"] in ("0", "xvda", "hda"):
-                size = int(parse_cfg(disk.read("vdi.cfg").decode("utf-8", "replace"))["virtual_size"])
-    check = RawCheck if re.search(r"\.raw(\.gz|\.zst)?$", copy.image) else VhdCheck
-    return check(size, None, sink)
+        with inside.child(name) as folder:
+            if name == "VIFs":
+                for file in folder.names():
+                    vif = read(folder, file)
+                    if vif:
+                        add("VIF", file, VM="vm", network="network " + file, other_config={}, qos_algorithm_type="",
+                            qos_algorithm_params={}, device=vif.get("device", "0"), MAC=vif.get("MAC", ""),
+                            MTU=vif.get("MTU", "1500"))
+                        add("network", "network " + file, name_label=vif.get("network_name_label", ""))
+                continue
+            vbd, vdi, device = read(folder, "vbd.cfg"), read(folder, "vdi.cfg"), name[len("DISK-"):]
+            number, size, key = userdevice_number(device), vdi.get("virtual_size", ""), "DISK-%d" % len(objects)
+            add("VBD", "vbd " + key, VM="vm", VDI=key, device=device,
+                userdevice=vbd.get("userdevice") or (str(number) if number < 1 << 30 else device),
+                bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"), type=vbd.get("type", "Disk"),
+                unpluggable=vbd.get("unpluggable") == "True", empty=False, other_config={"owner": ""},
+                qos_algorithm_type="", qos_algorithm_params={})
+            add("VDI", key, uuid=vdi.get("orig_uuid", ""), SR="sr " + key, other_config={},
+                virtual_size=size if re.fullmatch("[0-9]{1,18}", size) else "0", type=vdi.get("type", "user"),
+                name_label=vdi.get("name_label", ""), name_description=vdi.get("name_description", ""))
+            add("SR", "sr " + key, uuid=vdi.get("orig_sr_uuid", ""), name_label="", content_type="user")
+    return {"version": None, "objects": objects} if machine or len(objects) > 1 else {}
+
+
+CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
 
 
 # --- verdicts on record -----------------------------------------------------------------------
@@ -7333,7 +7793,8 @@ class Source(NamedTuple):
 
     `path`: its directory. `ova`: the archive's own, or vm-metadata.xml for an image
     of one disk; {} if there is none. `original`: the VM's own record, {} if unknown.
-    `disks` are in the image, `lacking` are the VM's others.
+    `disks` are in the image, `lacking` are the VM's others. `first_disk`: the one whose
+    blocks come first in an archive.
     """
     path: str
     copy: Copy
@@ -7344,6 +7805,7 @@ class Source(NamedTuple):
     original: Dict[str, Any]
     disks: Tuple[SourceDisk, ...]
     lacking: Tuple[SourceDisk, ...]
+    first_disk: str = ""
 
     @property
     def vm_name(self) -> str:
@@ -7373,112 +7835,154 @@ class Source(NamedTuple):
     @property
     def has_only_cfg_files(self) -> bool:
         """Is the VM known by its cfg files alone, which hold a part of its fields?"""
-        return not self.ova["version"]
+        return self.ova.get("version", {}) is None
+
+    @property
+    def digests_text(self) -> str:
+        """What is on record of an image without a manifest."""
+        return "the older program recorded no digests" if parse_copy_name(self.copy.name) else "no digests of it are on record"
 
 
 class _Enough(Exception):
     """The part of a stream that was wanted has passed."""
 
 
-class FirstMember(StreamCheck):
-    """Takes ova.xml, the first member of an archive, and ends the pump with _Enough."""
+class FirstLook(XvaCheck):
+    """Reads an archive up to its first block, and ends the pump with _Enough."""
 
-    image = "the archive"
+    first_disk = ""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.text = b""
-
-    def _parse(self) -> Reading:
-        member = parse_tar_header((yield from self._take(SECTOR_BYTES, "the header of ova.xml")), 0)
-        if member.name != "ova.xml" or member.size > OVA_LIMIT_BYTES:
-            raise VerificationError("the archive begins with {} of {} bytes, not with ova.xml".format(
-                ascii(member.name), member.size))
-        self.text = yield from self._take(member.size, "ova.xml")
+    def _read_block(self, member: Member) -> Reading:
+        self.first_disk = member.name.partition("/")[0]
+        yield from ()
         raise _Enough
 
 
-def read_first_member(inside: Directory, image: str, with_end: bool = True) -> bytes:
-    """The ova.xml of an archive; VerificationError if it does not begin as one, or, uncompressed, does not end as one."""
-    first = FirstMember()
-    fd = inside.open_file(image)
-    if with_end and compression_of(image) == "none":
-        if os.fstat(fd).st_size % SECTOR_BYTES or inside.read_tail(image, len(XVA_END)) != XVA_END:
+class VhdSize(VhdCheck):
+    """Reads a VHD up to its first block: `size` is then that of its disk. Ends the pump with _Enough."""
+
+    size = 0
+
+    def _read_footer(self, footer: bytes) -> int:
+        self.size = super()._read_footer(footer)
+        return self.size
+
+    def _read_bat(self, entries: int, block_bytes: int) -> Reading:
+        yield from super()._read_bat(entries, block_bytes)
+        raise _Enough
+
+
+def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Any, force: bool) -> None:
+    """The beginning of the image went through that check; VerificationError if it does not begin as it should, or an
+    uncompressed archive does not end as one: that is seen at once."""
+    compression = image_compression(inside, copy, manifest)
+    fd = inside.open_file(copy.image)
+    if isinstance(look, FirstLook) and compression == "none" and not force:
+        end = inside.read_tail(copy.image, 2 * SECTOR_BYTES)
+        # An archive of others may lack the zero blocks: then it ends with a digest.
+        if os.fstat(fd).st_size % SECTOR_BYTES or end != XVA_END and (manifest or not DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])):
             os.close(fd)
             raise VerificationError("the archive does not end with two zero blocks: it was cut off or overwritten")
     with contextlib.ExitStack() as stack, contextlib.suppress(_Enough):
-        pump(decompressing_flows(stack, fd, compression_of(image), [], [first]), lambda progress: None, "reading " + image)
-    if not first.text:
-        raise VerificationError("the archive holds no ova.xml")
-    return first.text
+        pump(plain_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), [] if force else None), lambda progress: None,
+             "reading " + copy.image)
 
 
-def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
-    """Id and record of the VM itself in an ova.xml that may hold its snapshots too."""
-    machines = ova_objects(ova, "VM")
-    for wanted in (lambda record: uuid and record.get("uuid") == uuid, lambda record: not record.get("is_a_snapshot"),
-                   lambda record: True):
-        for key, record in machines.items():
-            if wanted(record):
-                return key, record
-    raise VerificationError("ova.xml holds no VM")
+DIGEST_AT_END = re.compile(br"([0-9A-Fa-f]{16,40})?\0+")
 
 
 def disks_of_ova(ova: Dict[str, Any], vm_id: str) -> List[SourceDisk]:
     """The disks of that VM in ova.xml, in order of their device."""
     vdis, srs = ova_objects(ova, "VDI"), ova_objects(ova, "SR")
     found = []
-    for vbd in ova_objects(ova, "VBD").values():
-        vdi = vdis.get(vbd.get("VDI"))
-        if vbd.get("VM") != vm_id or vbd.get("type") == "CD" or vdi is None or _content_type(srs, vdi) == "iso":
+    for key, vbd in ova_objects(ova, "VBD").items():
+        if needed("VBD", key, vbd, "VM") != vm_id or vbd.get("type") == "CD":
             continue
-        found.append(_source_disk(vbd["VDI"], vdi, vbd, srs.get(vdi.get("SR"), {})))
+        vdi = vdis.get(needed("VBD", key, vbd, "VDI"))
+        if vdi is None or _content_type(srs, vdi) == "iso":
+            continue
+        needed("VBD", key, vbd, "userdevice")
+        found.append(_source_disk(vbd["VDI"], vdi, vbd, srs.get(vdi.get("SR", ""), {})))
     machine = ova_objects(ova, "VM")[vm_id]
     if machine.get("power_state") == "Suspended" and machine.get("suspend_VDI") in vdis:
         vdi = vdis[machine["suspend_VDI"]]
-        found.append(_source_disk(machine["suspend_VDI"], vdi, {"device": MEMORY_DEVICE}, srs.get(vdi.get("SR"), {})))
+        found.append(_source_disk(machine["suspend_VDI"], vdi, {"device": MEMORY_DEVICE}, srs.get(vdi.get("SR", ""), {})))
     return sorted(found, key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
 
 
 def _source_disk(disk_id: str, vdi: Dict[str, Any], vbd: Dict[str, Any], sr: Dict[str, Any]) -> SourceDisk:
     """The disk that those records of an ova.xml make."""
     size = _exported_disk(disk_id, vdi).virtual_size
-    userdevice = str(vbd.get("userdevice", ""))
-    return SourceDisk(disk_id, vbd.get("device") or device_name(userdevice), userdevice, str(vdi.get("name_label", "")),
-                      size, str(vdi.get("uuid", "")), str(sr.get("uuid", "")), str(sr.get("name_label", "")), -1)
+    userdevice = vbd.get("userdevice", "")
+    return SourceDisk(disk_id, vbd.get("device") or device_name(userdevice), userdevice, vdi.get("name_label", ""), size,
+                      vdi.get("uuid", ""), sr.get("uuid", ""), sr.get("name_label", ""), -1)
 
 
 def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False) -> Source:
     """What that copy's directory holds. VerificationError or CatalogError if its image can't be what it should be; with
     `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its size is then 0: not known)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
-    plain_name = re.sub(r"\.(gz|zst)$", "", copy.image)
-    file_format = plain_name.rpartition(".")[2]
-    metadata = parse_ova(_proven_metadata(inside, manifest, force)) if inside.status(VM_METADATA) is not None \
-        else ova_of_cfg_files(inside, not copy.is_old)
+    file_format = image_format(copy.image)
+    metadata = read_metadata(inside, copy, manifest, force)
     original = own_vm(metadata, copy.uuid)[1] if metadata else {}
     if file_format == "xva":
+        look = FirstLook(block_digests="no", strict=bool(manifest))
         try:
-            ova = parse_ova(read_first_member(inside, copy.image, not force))
+            look_into(inside, copy, manifest, look, force)
         except VerificationError as error:
-            raise VerificationError("the image %s is damaged: %s" % (copy.image, error))
-        vm_id, record = own_vm(ova)
+            if not (force and look.ova):
+                raise _of_image(copy, error)
+        vm_id, record = own_vm(look.ova)
         if not manifest and _seed(original) != _seed(record) and _seed(original) and _seed(record):
             metadata, original = {}, {}             # it only lies beside those of another VM
-        disks = _with_manifest(disks_of_ova(ova, vm_id), manifest)
-        source = Source(inside.shown, copy, manifest, file_format, ova, vm_id, original, tuple(disks), ())
+        disks = _with_manifest(disks_of_ova(look.ova, vm_id), manifest)
+        source = Source(inside.shown, copy, manifest, file_format, look.ova, vm_id, original, tuple(disks), (), look.first_disk)
         return source._replace(lacking=_lacking(source, metadata))
+    size = image_disk_size(inside, copy, manifest, force)
     if not metadata and without_vm:
-        alone = SourceDisk("", "xvda", "0", copy.image, 0, "", "", "", -1)
+        alone = SourceDisk("", "xvda", "0", copy.image, size, "", "", "", -1)
         return Source(inside.shown, copy, manifest, file_format, {}, "", {}, (alone,), ())
     if not metadata:
-        raise VerificationError("it is the image of a disk without its VM: neither %s nor vm.cfg stands beside it. `extract` "
-                                "makes a raw image of it, and `xe vdi-import` puts that into a disk" % VM_METADATA)
+        raise UnknownFormat("it is the image of a disk without its VM: neither %s nor a vm.cfg that tells of it stands beside "
+                            "it. `extract` makes a raw image of it, and `xe vdi-import` puts that into a disk" % VM_METADATA)
     vm_id = own_vm(metadata, copy.uuid)[0]
     every = disks_of_ova(metadata, vm_id)
-    disk = _imaged_disk(every, manifest, inside, copy)
+    disk = _imaged_disk(every, manifest, size)
     return Source(inside.shown, copy, manifest, file_format, metadata, vm_id, original, (disk,),
                   tuple(other for other in every if other.id != disk.id and not other.is_memory))
+
+
+def _of_image(copy: Copy, error: VerificationError) -> VerificationError:
+    """The error with the name of the image; what does not fit one of ours is damage."""
+    kind = type(error) if copy.is_old else VerificationError
+    return kind("the image %s %s: %s" % (copy.image, kind.verdict, error))
+
+
+def image_disk_size(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool) -> int:
+    """The size of the disk that an image without a manifest is of; 0 if it does not tell."""
+    if manifest:
+        return 0
+    try:
+        if is_foreign_vhd(copy):
+            look = VhdSize()
+            look_into(inside, copy, manifest, look, force)
+            return look.size
+        return inside.status(copy.image).st_size if image_compression(inside, copy, manifest) == "none" else 0
+    except VerificationError as error:
+        raise _of_image(copy, error)
+
+
+def read_metadata(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool) -> Dict[str, Any]:
+    """What stands beside the image of the VM: vm-metadata.xml, or where that is not there what the cfg files tell; {} if
+    neither is. Without a manifest nothing of it must be whole: an archive does without."""
+    if manifest and inside.status(VM_METADATA) is not None:
+        return parse_ova(_proven_metadata(inside, manifest, force))
+    with contextlib.suppress(VerificationError):
+        metadata = parse_ova(read_if_file(inside, VM_METADATA))
+        disks_of_ova(metadata, own_vm(metadata, copy.uuid)[0])
+        return metadata
+    metadata = ova_of_cfg_files(inside, not copy.is_old)
+    return metadata if metadata and set(own_vm(metadata)[1]) & set(CFG_VM_FIELDS) else {}
 
 
 def _proven_metadata(inside: Directory, manifest: Dict[str, Any], force: bool) -> bytes:
@@ -7515,63 +8019,18 @@ def _lacking(source: Source, metadata: Dict[str, Any]) -> Tuple[SourceDisk, ...]
                  if disk.userdevice not in there and not disk.is_memory)
 
 
-def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], inside: Directory, copy: Copy) -> SourceDisk:
+def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: int) -> SourceDisk:
     """The one of the VM's disks that an image of one disk holds: Disk 0, with the size that the image has."""
     rows = [row for row in manifest.get("disks", ()) if row.get("archive_id")] or manifest.get("disks", ())
     wanted = [str(row.get("userdevice")) for row in rows] if len(rows) == 1 else ["0", "xvda", "hda"]
     for userdevice in wanted:
         for disk in disks:
             if disk.userdevice == userdevice:
-                size = rows[0]["virtual_size"] if len(rows) == 1 else plain_image_size(inside, copy)
-                return disk._replace(virtual_size=size or disk.virtual_size)
-    raise VerificationError("%s names no disk %s, which the image should be of" % (VM_METADATA, " or ".join(wanted)))
-
-
-def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
-    """What the cfg files tell of the VM, in the form of an ova.xml, its version left empty; {} if there is no vm.cfg."""
-    if inside.status("vm.cfg") is None:
-        return {}
-    objects = []                           # type: List[Dict[str, Any]]
-
-    def add(class_name: str, key: str, **fields: Any) -> None:
-        objects.append({"class": class_name, "id": key, "snapshot": fields})
-
-    def read(folder: Directory, name: str) -> Dict[str, str]:
-        return parse_cfg(folder.read(name).decode("utf-8", "replace"), escaped)
-
-    machine = read(inside, "vm.cfg")
-    add("VM", "vm", uuid=machine.get("orig_uuid", ""), other_config={}, tags=[], power_state="Halted",
-        **{field: machine.get(field, "") for field in CFG_VM_FIELDS})
-    for name in inside.names():
-        if not inside.is_directory(name) or not (name.startswith("DISK-") or name == "VIFs"):
-            continue
-        with inside.child(name) as folder:
-            if name == "VIFs":
-                for file in folder.names():
-                    vif = read(folder, file)
-                    add("VIF", file, VM="vm", network="network " + file, other_config={}, qos_algorithm_type="",
-                        qos_algorithm_params={}, device=vif.get("device", "0"), MAC=vif.get("MAC", ""),
-                        MTU=vif.get("MTU", "1500"))
-                    add("network", "network " + file, name_label=vif.get("network_name_label", ""))
-                continue
-            vbd, vdi = read(folder, "vbd.cfg"), read(folder, "vdi.cfg")
-            add("VBD", "vbd " + name, VM="vm", VDI=name, userdevice=vbd["userdevice"], device=name[len("DISK-"):],
-                bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"), type=vbd.get("type", "Disk"),
-                unpluggable=vbd.get("unpluggable") == "True", empty=False, other_config={"owner": ""},
-                qos_algorithm_type="", qos_algorithm_params={})
-            add("VDI", name, uuid=vdi.get("orig_uuid", ""), SR="sr " + name, other_config={},
-                virtual_size=vdi.get("virtual_size", "0"), type=vdi.get("type", "user"),
-                name_label=vdi.get("name_label", ""), name_description=vdi.get("name_description", ""))
-            add("SR", "sr " + name, uuid=vdi.get("orig_sr_uuid", ""), name_label="", content_type="user")
-    return {"version": {}, "objects": objects}
-
-
-CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
-
-
-def plain_image_size(inside: Directory, copy: Copy) -> int:
-    """The size of an uncompressed raw image; 0 for any other."""
-    return inside.status(copy.image).st_size if copy.image.endswith(".raw") else 0
+                size = rows[0]["virtual_size"] if len(rows) == 1 else size or disk.virtual_size
+                if not size:
+                    raise UnknownFormat("neither the image nor what stands beside it tells the size of its disk: decompress it")
+                return disk._replace(virtual_size=size)
+    raise UnknownFormat("its metadata name no disk %s, which the image should be of" % " or ".join(wanted))
 
 
 # --- what the pool has -------------------------------------------------------------------
@@ -7714,6 +8173,7 @@ def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
     interfaces = [] if wishes.is_drill else _plan_interfaces(source, view, wishes, notes, problems)
     name = "" if wishes.is_drill else _plan_name(source, view, wishes, notes, problems)
     uuid, new_mac_seed = _plan_identity(source, view, wishes, interfaces, notes, problems)
+    _check_needs(source, problems)
     home = find_sr(view, wishes.sr) if wishes.sr else _home_sr(disks, view)
     if home is None:
         problems.append("no SR of the pool can take its records: name one with sr=.")
@@ -7729,6 +8189,22 @@ def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
                      "that bears its name; `xe vm-param-remove param-name=other-config param-key=auto_poweron` stops that.")
     return RestorePlan(source, name, uuid, new_mac_seed, tuple(disks), _cut_into_parts(source, disks), home,
                        tuple(interfaces), tuple(existing), wishes.start, tuple(notes), tuple(problems))
+
+
+def _check_needs(source: Source, problems: List[str]) -> None:
+    """Problems for what the server must be told of a VM and its disks and the copy does not tell."""
+    if source.has_only_cfg_files:
+        where, fields = "vm.cfg", NEEDED_OF_VM[1:]
+    else:
+        where, fields = "ova.xml" if source.file_format == "xva" else VM_METADATA, NEEDED_OF_VM
+    lacking = [field + " of the VM" for field in fields if not re.fullmatch("[0-9]{1,18}", source.record.get(field, ""))]
+    vdis, srs = ova_objects(source.ova, "VDI"), ova_objects(source.ova, "SR")
+    lacking += ["the SR of disk %s" % disk.title for disk in source.disks if vdis[disk.id].get("SR") not in srs]
+    if lacking:
+        problems.append("its %s lacks what the server needs: %s." % (where, ", ".join(lacking)))
+
+
+NEEDED_OF_VM = ("memory_static_max", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
 
 
 def _plan_disks(source: Source, view: PoolView, wishes: Wishes, problems: List[str]) -> List[PlannedDisk]:
@@ -7819,19 +8295,19 @@ def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List
     named = find_network(view, wishes.network) if wishes.network else None
     networks = ova_objects(source.ova, "network") if source.ova else {}
     planned = []
-    for vif in (ova_objects(source.ova, "VIF") if source.ova else {}).values():
+    for key, vif in (ova_objects(source.ova, "VIF") if source.ova else {}).items():
         if vif.get("VM") != source.vm_id:
             continue
-        own = networks.get(vif.get("network"), {})
+        own = networks.get(vif.get("network", ""), {})
         ref = named or _network_like(view, own)
         if ref is None:
             problems.append("its interface %s was on network %s, which is not in this pool, or more than once: name one "
                             "with network=. There are: %s." % (
-                                vif.get("device"), quote_name(str(own.get("name_label", "of unknown name"))),
+                                vif.get("device"), quote_name(own.get("name_label", "of unknown name")),
                                 ", ".join(sorted({quote_name(one["name_label"]) for one in view.networks.values()}))))
             continue
-        planned.append(PlannedInterface(str(vif["device"]), ref, view.networks[ref]["name_label"],
-                                        str(vif.get("MAC", "")) if wishes.preserve else "", vif))
+        planned.append(PlannedInterface(needed("VIF", key, vif, "device"), ref, view.networks[ref]["name_label"],
+                                        vif.get("MAC", "") if wishes.preserve else "", vif))
         fixed = fixed_addresses(vif)
         if fixed:
             notes.append("its interface %s had been given %s through the pool, which no import brings back: "
@@ -7934,11 +8410,14 @@ def _plan_existing(disk: SourceDisk, view: PoolView, attach: bool) -> ExistingDi
 
 
 def _cut_into_parts(source: Source, disks: Sequence[PlannedDisk]) -> Tuple[Tuple[str, ...], ...]:
-    """The disks in the order of the archive (string order of ids: ocaml/xapi/stream_vdi.ml@v26.17.0), cut where the SR changes."""
+    """The disks in the order of the archive (string order of ids: ocaml/xapi/stream_vdi.ml@v26.17.0), cut where the SR
+    changes. An archive of another program that begins with another disk is cut at every disk: then any order will do."""
     parts = []                             # type: List[List[str]]
     last = None                            # type: Optional[TargetSr]
-    for planned in sorted(disks, key=lambda item: item.disk.id):
-        if last is None or planned.sr != last:
+    order = sorted(disks, key=lambda item: (item.disk.id != source.first_disk, item.disk.id))
+    in_order = order == sorted(disks, key=lambda item: item.disk.id)
+    for planned in order:
+        if not in_order or last is None or planned.sr != last:
             parts.append([])
         parts[-1].append(planned.disk.id)
         last = planned.sr
@@ -7951,7 +8430,7 @@ def plan_text(plan: RestorePlan) -> str:
     lines = ["%s (%s) from %s" % (quote_name(source.vm_name), source.vm_uuid or "uuid unknown", source.title),
              "  a %s copy%s, %s" % (
                  "vm-export" if source.file_format == "xva" else "vdi-export (one disk, %s)" % source.file_format,
-                 " of the older program (no digests recorded)" if not source.manifest else "",
+                 " (%s)" % source.digests_text if not source.manifest else "",
                  "taken " + source.copy.taken_at.strftime("%Y-%m-%d %H:%M:%S")),
              "  becomes VM %s, %s" % (quote_name(plan.name), "uuid %s kept" % plan.uuid if plan.uuid else "with a new uuid")]
     lines += ["  disk %s on SR %s: %s" % (item.disk.title, item.sr.title, item.reason) for item in plan.disks]
@@ -8021,9 +8500,10 @@ def tar_member(name: str, content: Any) -> bytes:
     return tar_header(name, len(content)) + bytes(content) + bytes(-len(content) % SECTOR_BYTES)
 
 
-def own_other_config(other_config: Dict[str, str]) -> Dict[str, str]:
-    """The other_config without what backups and imports put there."""
-    return {key: value for key, value in other_config.items() if not key.startswith(KEY_PREFIX) and key != "import_task"}
+def own_other_config(record: Dict[str, Any]) -> Dict[str, str]:
+    """The record's other_config without what backups and imports put there."""
+    return {key: value for key, value in record.get("other_config", {}).items()
+            if not key.startswith(KEY_PREFIX) and key != "import_task"}
 
 
 def rewritten_ova(plan: RestorePlan, part: int, name: str, is_drill: bool) -> bytes:
@@ -8034,26 +8514,25 @@ def rewritten_ova(plan: RestorePlan, part: int, name: str, is_drill: bool) -> by
     """
     source = plan.source
     disks = set(plan.parts[part])
-    srs = ova_objects(source.ova, "SR")
-    vdis = ova_objects(source.ova, "VDI")
+    srs, vdis = ova_objects(source.ova, "SR"), ova_objects(source.ova, "VDI")
     sizes = {planned.disk.id: planned.disk.virtual_size for planned in plan.disks}
     # With preserve=true an import re-uses an object that has the uuid: so none is to have it. The key `owner` lets
     # `xe vm-uninstall` remove a disk with its VM; a snapshot's drives have it, the original's may not.
-    vbds = {key: dict(vbd, uuid=new_uuid(), currently_attached=False,
-                      other_config=dict({} if vbd.get("type") == "CD" else {"owner": ""}, **own_other_config(vbd["other_config"])))
+    vbds = {key: dict(dict(IMPORT_DEFAULTS["VBD"], **vbd), uuid=new_uuid(), currently_attached=False,
+                      other_config=dict({} if vbd.get("type") == "CD" else {"owner": ""}, **own_other_config(vbd)))
             for key, vbd in ova_objects(source.ova, "VBD").items() if vbd.get("VM") == source.vm_id
             and (vbd.get("VDI") in disks if vbd.get("type") != "CD" else part == 0)}
     kept_vdis = disks | {vbd["VDI"] for vbd in vbds.values()}
     objects = []
     for entry in source.ova["objects"]:
-        key, record = entry["id"], entry["snapshot"]
+        key, record = entry["id"], dict(IMPORT_DEFAULTS.get(entry["class"], {}), **entry["snapshot"])
         if entry["class"] == "VM" and key == source.vm_id:
             record = _rewritten_vm(plan, part, name, list(vbds), is_drill)
         elif entry["class"] == "VBD" and key in vbds:
             record = vbds[key]
         elif entry["class"] == "VDI" and key in kept_vdis and key in vdis:
-            record = dict(record, other_config=own_other_config(record["other_config"]), is_a_snapshot=False,
-                          snapshot_of=NULL_REF, snapshots=[], VBDs=[vbd for vbd in record["VBDs"] if vbd in vbds],
+            record = dict(record, other_config=own_other_config(record), is_a_snapshot=False, snapshot_of=NULL_REF,
+                          snapshots=[], VBDs=[ref for ref, vbd in vbds.items() if vbd["VDI"] == key],
                           virtual_size=str(sizes.get(key, record["virtual_size"])))
         elif entry["class"] not in ("SR", "host") and (part or entry["class"] in OBJECTS_LEFT_OUT):
             continue
@@ -8068,6 +8547,15 @@ def rewritten_ova(plan: RestorePlan, part: int, name: str, is_drill: bool) -> by
 
 
 OBJECTS_LEFT_OUT = ("VIF", "network")
+# What the server's importer looks for (ocaml/xapi/import.ml@v26.17.0) and other programs leave out.
+IMPORT_DEFAULTS = {
+    "VM": {"uuid": "", "name_description": "", "user_version": "1", "affinity": NULL_REF, "guest_metrics": NULL_REF, "version": "0",
+           "actions_after_shutdown": "destroy", "actions_after_reboot": "restart", "actions_after_crash": "restart"},
+    "VBD": {"VDI": NULL_REF, "type": "Disk", "bootable": False, "mode": "RW", "unpluggable": True, "empty": False, "device": "",
+            "qos_algorithm_type": "", "qos_algorithm_params": {}},
+    "VDI": {"uuid": "", "SR": NULL_REF, "name_label": "", "name_description": "", "type": "user", "sharable": False,
+            "read_only": False, "xenstore_data": {}, "sm_config": {}, "tags": [], "location": ""},
+    "SR": {"uuid": "", "name_label": "", "content_type": "user"}}     # type: Dict[str, Dict[str, Any]]
 
 
 def new_uuid() -> str:
@@ -8079,14 +8567,14 @@ def new_uuid() -> str:
 def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str], is_drill: bool) -> Dict[str, Any]:
     """The VM's record of that part: halted, under its provisional name, no template, and nothing that acts by itself."""
     source = plan.source
-    record = dict(source.record)
+    record = dict(IMPORT_DEFAULTS["VM"], **source.record)
     original = source.original or record
     record.update({field: original[field] for field in ORIGINAL_FIELDS if field in original})
-    record["other_config"] = own_other_config(record["other_config"])
+    record["other_config"] = own_other_config(record)
     record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False, is_a_snapshot=False,
                   snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF, VIFs=[], VBDs=list(vbds),
                   ha_always_run=False, blocked_operations={}, current_operations={}, allowed_operations=[],
-                  resident_on=NULL_REF, uuid=plan.uuid or record["uuid"])
+                  resident_on=NULL_REF, uuid=plan.uuid or record["uuid"] or new_uuid())
     if "children" in record:
         record["children"] = []
     if plan.new_mac_seed or part or is_drill:
@@ -8126,33 +8614,34 @@ class PartPipe:
             os.close(self._fd)
 
 
-class ArchiveFeed(StreamCheck):
-    """Feeds an archive to its parts' imports: each gets an ova.xml of its own and the members of its disks, as they are."""
+class ArchiveFeed(ArchiveReader):
+    """Feeds an archive to its parts' imports: each gets an ova.xml of its own and the members of its disks, as the server
+    writes them."""
 
-    image = "the archive"
     name = "import"
 
-    def __init__(self, pipes: Sequence[PartPipe], ovas: Sequence[bytes], parts: Sequence[Sequence[str]]) -> None:
-        super().__init__()
+    def __init__(self, pipes: Sequence[PartPipe], ovas: Sequence[bytes], parts: Sequence[Sequence[str]], strict: bool) -> None:
+        super().__init__(strict)
         self._pipes, self._ovas = pipes, ovas
         self._part_of = {disk: number for number, part in enumerate(parts) for disk in part}
-        self._part = 0
+        self._part, self._disk = 0, ""
 
     def _parse(self) -> Reading:
-        member = parse_tar_header((yield from self._take(SECTOR_BYTES, "the header of ova.xml")), 0)
-        yield from self._pass(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, "ova.xml")
+        member = yield from self._ova_member()
+        yield from self._body(member)
         self._pipes[0].write(tar_member("ova.xml", self._ovas[0]))
-        header = yield from self._take(SECTOR_BYTES, "the header of a block")
-        while any(header):
-            member = parse_tar_header(header, self.offset - SECTOR_BYTES)
+        yield from self._feed_members()
+        while not self._is_at_end:         # what may stand here is the check's to judge
+            self._is_at_end = not len((yield MEBIBYTE))
+
+    def _feed_members(self) -> Reading:
+        member = yield from self._next_member("the header of a block")
+        while member is not None:
             write = self._writer(member.name.partition("/")[0])
-            write(header)
+            write(tar_header(member.name, member.size))
             yield from self._pass(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, member.name, write)
-            header = yield from self._take(SECTOR_BYTES, "the header of a block")
+            member = yield from self._next_member("the header of a block")
         self._pipes[self._part].write(XVA_END)
-        piece = yield MEBIBYTE
-        while len(piece):                  # what may stand here is the check's to judge
-            piece = yield MEBIBYTE
 
     def _writer(self, disk: str) -> Callable[[Any], Any]:
         """What takes the members of that disk; a disk of no part (a snapshot's) goes nowhere."""
@@ -8164,6 +8653,10 @@ class ArchiveFeed(StreamCheck):
             self._pipes[self._part].close()
             self._part = part
             self._pipes[part].write(tar_member("ova.xml", self._ovas[part]))
+        elif disk < self._disk:
+            raise UnknownFormat("the archive holds disk {} before {}, and the server reads them in the order of these names: "
+                                "`extract` each disk".format(self._disk, disk))
+        self._disk = disk
         return self._pipes[part].write
 
     def finish(self) -> None:
@@ -8178,14 +8671,11 @@ class ArchiveFeed(StreamCheck):
 class WholeArchiveFeed(ArchiveFeed):
     """The same for an archive of one part, all of whose disks are wanted: behind ova.xml, buffers pass as they come."""
 
-    def _parse(self) -> Reading:
-        member = parse_tar_header((yield from self._take(SECTOR_BYTES, "the header of ova.xml")), 0)
-        yield from self._pass(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, "ova.xml")
-        self._pipes[0].write(tar_member("ova.xml", self._ovas[0]))
-        piece = yield BUFFER_BYTES
-        while len(piece):
-            self._pipes[0].write(piece)
+    def _feed_members(self) -> Reading:
+        while not self._is_at_end:
             piece = yield BUFFER_BYTES
+            self._is_at_end = not len(piece)
+            self._pipes[0].write(piece)
 
 
 class ImageFeed(MebibyteSink):
@@ -8383,7 +8873,7 @@ class Importer:
         vdi = ova_objects(plan.source.ova, "VDI")[disk.id]
         vbd = next(one for one in ova_objects(plan.source.ova, "VBD").values() if one["VDI"] == disk.id)
         machine = self._pool.call(doing, "VM.create", dict(
-            NEW_HVM_FIELDS, name_label=entry.facts["names"][0], name_description=record["name_description"],
+            NEW_HVM_FIELDS, name_label=entry.facts["names"][0], name_description=record.get("name_description", ""),
             memory_static_max=record["memory_dynamic_max"], memory_dynamic_max=record["memory_dynamic_max"],
             memory_dynamic_min=record["memory_dynamic_max"], VCPUs_max=record["VCPUs_max"],
             VCPUs_at_startup=record["VCPUs_at_startup"], other_config={key: ""}))
@@ -8425,8 +8915,8 @@ class Importer:
             stream_image(source, inside, sink, more, watch, check_it, problems)
         except VerificationError as error:
             imports.let_end()
-            raise VerificationError("%s: the copy is damaged: %s.%s" % (doing, str(error).rstrip("."),
-                                                                       "" if force else " " + VERIFY_ADVICE))
+            raise type(error)("%s: the copy %s: %s.%s" % (doing, error.verdict, str(error).rstrip("."),
+                                                          "" if force else " " + VERIFY_ADVICE))
         except BrokenPipeError:
             imports.raise_failure(doing)
             raise ProgramError("%s: xe closed its input and said nothing." % doing)
@@ -8448,11 +8938,11 @@ class Importer:
         if source.file_format != "xva":
             feed = ImageFeed(pipes[0], ovas[0], source.disks[0])
             return self._feed(doing, source, inside, imports, Sinks(feed, sink) if sink else feed, watch, force=force)
-        whole = len(ovas) == 1 and set(exported_disks(source.ova)) == set(plan.parts[0])
+        whole = source.manifest and len(ovas) == 1 and set(exported_disks(source.ova)) == set(plan.parts[0])
         feed_class = WholeArchiveFeed if whole else ArchiveFeed
         # The digest of bytes that were proven once says all that their structure could say again, at half the cost.
-        return self._feed(doing, source, inside, imports, sink, watch, [feed_class(pipes, ovas, plan.parts)],
-                          not source.manifest, force)
+        feed = feed_class(pipes, ovas, plan.parts, bool(source.manifest))
+        return self._feed(doing, source, inside, imports, sink, watch, [feed], not source.manifest, force)
 
     def _await_imports(self, doing: str, imports: "_Imports", watch: ImportWatch, tasks: Sequence[str]) -> None:
         """All imports have ended well. An xe that lost its connection proves nothing: then the task tells."""
@@ -8656,7 +9146,7 @@ def stream_image(source: Source, inside: Directory, sink: Any, more: Sequence[An
     """The whole image passed through its check (whose sink is shown the disks' contents) and through `more`, and its
     digests are those on record; the check. VerificationError if anything is not as it was at the export; where
     `problems` is given that is noted there, and as much passes as can be read."""
-    plain, compression = Digest(), compression_of(source.copy.image)
+    plain, compression = Digest(), image_compression(inside, source.copy, source.manifest)
     stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
     with contextlib.ExitStack() as stack:
         check = image_check(source, inside, stack, sink, problems is None)
@@ -8664,8 +9154,8 @@ def stream_image(source: Source, inside: Directory, sink: Any, more: Sequence[An
         if problems is not None:
             checked = [Forgiving(one, problems, sink.salvage if sink else check.close) for one in checked]
             passed = [Forgiving(one, problems) for one in passed]
-        flows = decompressing_flows(stack, inside.open_file(source.copy.image), compression,
-                                    [] if stored is plain else [stored], [plain] + checked + passed, problems)
+        flows = plain_flows(stack, inside.open_file(source.copy.image), compression, [] if stored is plain else [stored],
+                            [plain] + checked + passed, is_foreign_vhd(source.copy), problems)
         pump(flows, on_tick, "reading " + source.title)
     problem = digest_problem(source.copy, source.manifest["image"], stored, plain) if source.manifest else ""
     if problem and problems is None:
@@ -8705,7 +9195,7 @@ def vbd_fields(vbd: Dict[str, Any], machine: str) -> Dict[str, Any]:
     """The argument of VBD.create for a disk like that one on that VM."""
     fields = {field: vbd[field] for field in ("VDI", "userdevice", "bootable", "mode", "type", "empty", "unpluggable",
                                               "qos_algorithm_type", "qos_algorithm_params") if field in vbd}
-    return dict(fields, VM=machine, other_config=own_other_config(vbd["other_config"]))
+    return dict(fields, VM=machine, other_config=own_other_config(vbd))
 
 
 def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
@@ -8714,7 +9204,7 @@ def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
     fields = {field: vif[field] for field in ("MTU", "qos_algorithm_type", "qos_algorithm_params", "locking_mode",
                                               "ipv4_allowed", "ipv6_allowed") if field in vif}
     return dict(fields, device=interface.device, network=interface.network_ref, VM=machine, MAC=interface.mac,
-                other_config=own_other_config(vif["other_config"]))
+                other_config=own_other_config(vif))
 
 
 # =============================================================================
@@ -10754,7 +11244,7 @@ def read_once(context: Context, source: Source, inside: Directory) -> None:
     try:
         stream_image(source, inside, None, [], reading_progress(context, title, source.copy.size_bytes))
     except VerificationError as error:
-        raise BackupError("%s is damaged: %s. Nothing was started." % (source.title, str(error).rstrip(".")))
+        raise BackupError("%s %s: %s. Nothing was started." % (source.title, error.verdict, str(error).rstrip(".")))
 
 
 @contextlib.contextmanager
@@ -10877,10 +11367,10 @@ def command_extract(context: Context) -> int:
             written, check = extract_disk(source, chosen.inside, disk, path,
                                           reading_progress(context, title, source.copy.size_bytes))
         except VerificationError as error:
-            raise BackupError("%s is damaged: %s. No file was left." % (source.title, str(error).rstrip(".")))
+            raise BackupError("%s %s: %s. No file was left." % (source.title, error.verdict, str(error).rstrip(".")))
         except CatalogError as error:
             raise BackupError("%s No file was left." % error)
-    proven = "its digests match" if source.manifest else "the older program recorded no digests" + (
+    proven = "its digests match" if source.manifest else source.digests_text + (
         "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked else
         "; the structure is whole")
     context.log.show("%s: disk %s of %s (%s), %s, of which %s are not zeros; %s." % (

@@ -1,0 +1,429 @@
+"""Files of others: whatever the layout, what is whole is read, what is not supported says so, and only damage is damage."""
+
+import contextlib
+import copy
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import VmBackup
+from support import others
+from support.others import MIB, Date, Ids, Vhd
+from VmBackup import BackupError, Directory, UnknownFormat, VerificationError
+
+SLOW = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The image that stands alone at that path, and its directory."""
+    with Directory.open_path(os.path.dirname(str(path))) as inside:
+        yield VmBackup.copy_at_path(str(path)), inside
+
+
+def extracted(folder, name, content, disk='xvda', force=False):
+    """The contents of a disk of that file, by the functions that `extract` has."""
+    path, target = folder / name, folder / 'disk.raw'
+    path.write_bytes(content)
+    with contextlib.suppress(FileNotFoundError):
+        target.unlink()
+    with opened(path) as (image, inside):
+        source = VmBackup.read_source(inside, image, force, without_vm=True)
+        VmBackup.extract_disk(source, inside, VmBackup.wanted_disk(source, disk), str(target), lambda progress: None)
+    return target.read_bytes()
+
+
+def refused(folder, name, content):
+    """The error that reading that file ends in."""
+    with pytest.raises(VerificationError) as caught:
+        extracted(folder, name, content)
+    assert os.listdir(str(folder)) == [name] and '\n' not in str(caught.value)
+    return caught.value
+
+
+# --- XVA -------------------------------------------------------------------------------------------------------------
+
+ARCHIVES = {
+    'of XenServer 5': others.xva(),
+    'of a Node program': others.xva('ustar'),
+    'of Xen Orchestra': others.orchestra(),
+    'ids in another order': others.xva(ids=Ids(disks=['Ref:004', 'Ref:002'])),
+    'ids of three digits': others.xva(ids=Ids(disks=['Ref:99', 'Ref:101']), order=(1, 0)),
+    'ids with words': others.xva(ids=Ids(disks=['Ref:VDI-1-root', 'Ref:VDI-2-data'])),
+    'numbers of 20 digits': others.xva(digits=20),
+    'padded': others.xva(tail=10240),
+    'padded with mebibytes': others.xva(tail=3 * MIB + 512),
+    'one zero block': others.xva(tail=512),
+    'no zero blocks': others.xva(tail=0),
+    'packed by GNU tar': others.packed_again(tarfile.GNU_FORMAT),
+    'packed by a POSIX tar': others.packed_again(tarfile.USTAR_FORMAT),
+    'packed with pax headers': others.packed_again(tarfile.PAX_FORMAT),
+    'packed from a directory': others.packed_again(tarfile.GNU_FORMAT, './', ['./', './Ref:2/']),
+    'packed with files beside it': others.packed_again(tarfile.PAX_FORMAT, files=['notes.txt', 'Ref:2/._00000000']),
+    'packed with long names': others.packed_again(tarfile.GNU_FORMAT, './' * 50),
+    'long names in pax headers': others.packed_again(tarfile.PAX_FORMAT, './' * 50),
+    'long names by prefix': others.packed_again(tarfile.USTAR_FORMAT, './' * 50)}
+
+
+@pytest.mark.parametrize('what', sorted(ARCHIVES))
+def test_an_archive_of_another_program_gives_its_disks(tmp_path, what):
+    for number, device in enumerate(('xvda', 'xvdb')):
+        assert extracted(tmp_path, 'web.xva', ARCHIVES[what], device) == others.contents(number)
+
+
+@pytest.mark.parametrize('what', sorted(set(ARCHIVES) - {'of XenServer 5', 'ids with words', 'ids of three digits',
+                                                         'of a Node program', 'of Xen Orchestra'}))
+def test_what_an_export_of_ours_never_looks_like_is_refused_of_ours(what):
+    check = VmBackup.XvaCheck()
+    with pytest.raises(VerificationError):
+        check.feed(memoryview(bytearray(ARCHIVES[what])))
+        check.finish()
+
+
+SMALL = others.xva(tail=10240)
+HEADERS = [0] + [SMALL.index(name) for name in (b'Ref:2/00000000\0', b'Ref:2/00000000.', b'Ref:2/00000004\0', b'Ref:4/00000002.')]
+
+
+@SLOW
+@given(st.one_of(st.integers(0, len(SMALL) - 1), st.sampled_from(HEADERS).flatmap(lambda at: st.integers(at, at + 511))),
+       st.integers(0, 7))
+def test_leniency_finds_every_flipped_bit_behind_ova_xml(at, bit):
+    damaged = bytearray(SMALL)
+    damaged[at] ^= 1 << bit
+    check, seen = VmBackup.XvaCheck(strict=False), VmBackup.ContentDigests()
+    check._sink = seen
+    try:
+        check.feed(memoryview(damaged))
+        check.finish()
+        seen.finish()
+    except VerificationError:
+        return
+    # What passes has all its blocks all the same: a letter in ova.xml, or the NUL that ends a number become a blank.
+    assert [len(digests) for digests in seen.disks.values()] == [5, 3]
+
+
+@SLOW
+@given(st.integers(0, len(others.xva(tail=0)) - 1))
+def test_leniency_finds_every_cut_before_the_end_of_the_last_block(length):
+    check = VmBackup.XvaCheck(strict=False)
+    with pytest.raises(VerificationError):
+        check.feed(memoryview(bytearray(others.xva(tail=0)[:length])))
+        check.finish()
+
+
+@pytest.mark.parametrize('more', [b'HTTP/1.0 500 Internal Error\r\n', bytes(5000) + b'x', others.xva()[:4096]])
+def test_leniency_lets_nothing_but_zeros_stand_behind_the_end(tmp_path, more):
+    for end in (0, -len(more) % 512):
+        error = refused(tmp_path, 'web.xva', others.xva() + more + bytes(end))
+        assert not isinstance(error, UnknownFormat)
+
+
+def in_glob_order():
+    made = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(others.xva())) as source, tarfile.open(fileobj=made, mode='w') as target:
+        for item in sorted(source, key=lambda item: item.name):
+            target.addfile(item, source.extractfile(item))
+    return made.getvalue()
+
+
+def sparse():
+    return others.member('ova.xml', others.ova(others.objects(Ids()))) + others.member('Ref:2/00000000', b'x' * 512)[:156] + \
+        b'S' + bytes(2000)
+
+
+UNSUPPORTED = {
+    ('web.xva', 'version 1'): others.geneva(),
+    ('web.xva', 'metadata export'): others.metadata_only(),
+    ('web.xva', 'xz'): b'\xfd7zXZ\0' + bytes(3000),
+    ('web.xva.gz', 'bzip2'): b'BZh91AY' + bytes(3000),
+    ('web.raw', 'qcow2'): b'QFI\xfb' + bytes(3000),
+    ('web.vhd', 'VHDX'): b'vhdxfile' + bytes(3000),
+    ('web.xva', 'pack it again'): in_glob_order(),
+    ('web.vhd', 'differencing'): Vhd(2 * MIB, {}, ['header', 'table'], kind=4).file,
+    ('web.vhd.gz', 'decompress it first'): gzip.compress(Vhd(6 * MIB, {0: bytes(2 * MIB), 2: bytes(2 * MIB)},
+                                                             ['header', 'table', 2, 0]).file, 1),
+    ('fixed.vhd.gz', 'decompress it first'): gzip.compress(others.fixed_vhd(b'x' * MIB), 1)}
+
+
+@pytest.mark.parametrize('name,words', sorted(UNSUPPORTED))
+def test_what_is_not_supported_says_so_and_is_not_called_damaged(tmp_path, name, words):
+    error = refused(tmp_path, name, UNSUPPORTED[name, words])
+    assert isinstance(error, UnknownFormat) and words in str(error) and 'damaged' not in str(error)
+
+
+# --- compression -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name,content', [
+    ('web.xva', gzip.compress(others.xva(), 1)), ('web.xva.gz', others.xva()), ('web.xva.zst', gzip.compress(others.xva(), 1)),
+    ('web.xva.gz', gzip.compress(others.xva()[:99999], 1) + gzip.compress(others.xva()[99999:], 1) + bytes(10240)),
+    ('web.raw', others.contents(0)), ('web.raw.gz', others.contents(0)), ('web.raw', gzip.compress(others.contents(0), 1)),
+    ('web.raw.zst', gzip.compress(others.contents(0), 1)), ('web.vhd', gzip.compress(Vhd(
+        5 * MIB, {0: others.contents(0)[:2 * MIB], 2: others.contents(0)[4 * MIB:] + bytes(MIB)}, ['header', 'gap', 'table', 0, 2]).file)),
+    ('web.vhd.gz', others.fixed_vhd(others.contents(0)))])
+def test_compression_is_what_the_first_bytes_say(tmp_path, name, content):
+    assert extracted(tmp_path, name, content) == others.contents(0)
+
+
+@pytest.mark.parametrize('magic', [b'\x1f\x8b\x08\0', b'\x28\xb5\x2f\xfd', b'BZh9', b'\xfd7zXZ\0'])
+def test_a_disk_that_begins_like_a_compressed_file_is_a_disk(tmp_path, magic):
+    raw = magic + others.contents(0)[len(magic):]
+    assert extracted(tmp_path, 'web.raw', raw) == raw
+    assert extracted(tmp_path, 'web.vhd', others.fixed_vhd(raw)) == raw
+
+
+def test_of_ours_the_manifest_says_what_it_is(tmp_path):
+    (tmp_path / 'web.raw').write_bytes(gzip.compress(b'x'))
+    image = VmBackup.Copy('web', 'x', None, False, VmBackup.Method.VDI, '', '', 0, None, None, 'web.raw', 0, '')
+    with Directory.open_path(str(tmp_path)) as inside:
+        for word in ('none', 'zstd', 'gzip'):
+            manifest = {'image': {'name': 'web.raw', 'compression': word}}
+            assert VmBackup.image_compression(inside, image, manifest) == word
+        assert VmBackup.image_compression(inside, image, {}) == 'gzip'
+
+
+# --- VHD -------------------------------------------------------------------------------------------------------------
+
+def noise(seed, size):
+    return hashlib.sha256(b'%d' % seed).digest() * (size // 32)
+
+
+@st.composite
+def vhds(draw):
+    """A VHD of any layout, and is it one that can be read in one pass?"""
+    block_bytes = draw(st.sampled_from([4096, 64 * 1024, 512 * 1024, MIB, 2 * MIB]))
+    blocks = draw(st.integers(1, 6))
+    size = blocks * block_bytes - 512 * draw(st.integers(0, min(7, block_bytes // 512 - 1)))
+    numbers = draw(st.lists(st.integers(0, blocks - 1), unique=True))
+    layout = draw(st.permutations(['header', 'table'] + numbers + draw(st.lists(st.just('gap'), max_size=1))))
+    creator = draw(st.sampled_from([b'tap\0', b'qemu', b'vpc ']))
+    whole = draw(st.lists(st.sampled_from(numbers), unique=True)) if numbers else []
+    if creator == b'tap\0':
+        layout.insert(layout.index('table') + 1, 'batmap')
+    some = st.lists(st.integers(0, block_bytes // 512 - 1), max_size=20)
+    sectors = {number: draw(some) for number in numbers if draw(st.booleans())}
+    return Vhd(size, {number: noise(number, block_bytes) for number in numbers}, layout, block_bytes, draw(st.integers(0, 600)),
+               sectors, whole, creator, draw(st.booleans()))
+
+
+@SLOW
+@given(vhds())
+def test_a_vhd_of_any_layout_gives_its_disk(tmp_path_factory, made):
+    assert extracted(tmp_path_factory.mktemp('vhd'), 'web.vhd', made.file) == made.disk()
+
+
+@SLOW
+@given(vhds())
+def test_a_compressed_vhd_gives_its_disk_or_says_what_to_do(tmp_path_factory, made):
+    folder = tmp_path_factory.mktemp('vhd')
+    try:
+        found = extracted(folder, 'web.vhd.gz', gzip.compress(made.file, 1))
+    except UnknownFormat as error:
+        assert 'decompress it first' in str(error)
+    else:
+        assert found == made.disk()
+
+
+IN_ORDER = {
+    'of a server': Vhd(6 * MIB, {0: noise(0, 2 * MIB), 2: noise(2, 2 * MIB)}, ['header', 'table', 0, 2]),
+    'with a gap': Vhd(6 * MIB, {0: noise(0, 2 * MIB), 2: noise(2, 2 * MIB)}, ['gap', 'header', 'gap', 'table', 0, 2][1:]),
+    'with a batmap': Vhd(6 * MIB, {1: noise(0, 2 * MIB)}, ['header', 'table', 'batmap', 1], creator=b'tap\0', whole=[1],
+                         sectors={1: [7]}, short=True)}
+
+
+@pytest.mark.parametrize('what', sorted(IN_ORDER))
+def test_a_compressed_vhd_whose_blocks_lie_in_order_is_read_in_one_pass(tmp_path, what):
+    made = IN_ORDER[what]
+    assert extracted(tmp_path, 'web.vhd.gz', gzip.compress(made.file, 1)) == made.disk()
+    for cut in (1, 512, 3 * MIB):
+        assert not isinstance(refused(tmp_path, 'web.vhd.gz', gzip.compress(made.file[:-cut - made.file.endswith(b'\0')], 1)),
+                              UnknownFormat)
+
+
+WHOLE = Vhd(5 * MIB, {2: noise(2, 2 * MIB), 0: noise(0, 2 * MIB)}, ['header', 'gap', 'table', 2, 0])
+
+
+@SLOW
+@given(st.one_of(st.integers(0, 1535), st.integers(1536 + 4096, 1536 + 4096 + 11), st.integers(len(WHOLE.file) - 512,
+                                                                                             len(WHOLE.file) - 1)), st.integers(0, 7))
+def test_a_flipped_bit_in_the_structure_of_a_foreign_vhd_is_found(tmp_path_factory, at, bit):
+    damaged = bytearray(WHOLE.file)
+    damaged[at] ^= 1 << bit
+    with pytest.raises(VerificationError):
+        extracted(tmp_path_factory.mktemp('vhd'), 'web.vhd', bytes(damaged))
+
+
+@pytest.mark.parametrize('content', [WHOLE.file[:-1000], WHOLE.file[:-2 * MIB], WHOLE.file + b'HTTP/1.0 500 Internal Error\r\n' * 30,
+                                     b'', b'x' * 100, others.fixed_vhd(b'x' * MIB)[512:], noise(1, 4 * MIB),
+                                     WHOLE.file[:-512 - MIB] + WHOLE.file[-512:]])
+def test_a_foreign_vhd_that_is_cut_or_longer_is_damaged(tmp_path, content):
+    assert not isinstance(refused(tmp_path, 'web.vhd', content), UnknownFormat)
+
+
+def test_of_a_damaged_foreign_vhd_force_gives_what_is_there(tmp_path):
+    seen, problems = VmBackup.ContentDigests(), []
+    (tmp_path / 'web.vhd').write_bytes(WHOLE.file[:-MIB])
+    seen.salvage = seen.finish
+    with opened(tmp_path / 'web.vhd') as (image, inside):
+        source = VmBackup.read_source(inside, image, True, without_vm=True)
+        VmBackup.stream_image(source, inside, seen, [], lambda progress: None, problems=problems)
+    assert problems and list(seen.disks['image'])[:1] == [int.from_bytes(hashlib.sha1(WHOLE.disk()[:MIB]).digest()[:8], 'big')]
+
+
+# --- ova.xml with fewer fields, or other kinds of them -----------------------------------------------------------------
+
+VIEW = VmBackup.PoolView(
+    (VmBackup.TargetSr('OpaqueRef:sr', 'sr-uuid', 'Local storage', 'nfs', True, 1 << 50),), 'OpaqueRef:sr',
+    {'OpaqueRef:net': {'uuid': 'net', 'name_label': 'LAN'}}, {}, {}, {}, {}, (2, 21))
+NO_WISHES = VmBackup.Wishes('', '', '', False, False, False, False, '2026-11-26')
+WRONG = ['text', {'a': []}, [[]], True, 1.5, Date('20260101T00:00:00Z')]
+
+
+def every_change():
+    """(class, field, value) for each field of each class; None: it is not there."""
+    for one in {one['class']: one for one in others.objects(Ids())}.values():
+        for field in sorted(one['snapshot']):
+            for value in [None] + WRONG:
+                yield one['class'], field, value
+
+
+def restored_in_process(text, wishes=NO_WISHES):
+    """All that a preview and a restore do with an ova.xml before the server gets it."""
+    ova = VmBackup.parse_ova(text)
+    VmBackup.exported_disks(ova)
+    vm_id, _ = VmBackup.own_vm(ova)
+    image = VmBackup.Copy('web', 'web', VmBackup.datetime(2026, 11, 26), True, VmBackup.Method.VM, '', 'web', 0, None, None,
+                          'web.xva', 5 * MIB, '')
+    source = VmBackup.Source('/x', image, {}, 'xva', ova, vm_id, {}, tuple(VmBackup.disks_of_ova(ova, vm_id)), ())
+    plan = VmBackup.plan_restore(source, VIEW, wishes)
+    assert VmBackup.plan_text(plan)
+    if plan.problems:
+        return plan
+    for part, ids in enumerate(plan.parts):
+        made = VmBackup.parse_ova(VmBackup.rewritten_ova(plan, part, 'new name', False))
+        assert set(VmBackup.exported_disks(made)) == set(ids)
+    for interface in plan.interfaces:
+        assert VmBackup.vif_fields(interface, 'vm')['device']
+        VmBackup.xmlrpc.client.dumps((VmBackup.vif_fields(interface, 'vm'),))
+    return plan
+
+
+@pytest.mark.parametrize('class_name', ['VM', 'VBD', 'VDI', 'SR', 'VIF', 'network'])
+def test_every_field_of_ova_xml_may_be_missing_or_of_another_kind(class_name):
+    wishes = NO_WISHES._replace(preserve=True)
+    for name, field, value in every_change():
+        if name != class_name:
+            continue
+        found = others.objects(Ids())
+        for one in found:
+            if one['class'] == name and value is None:
+                del one['snapshot'][field]
+            elif one['class'] == name:
+                one['snapshot'][field] = copy.copy(value)
+        try:
+            restored_in_process(others.ova(found), wishes)
+        except BackupError as error:
+            assert '\n' not in str(error) and 'is damaged' not in str(error), (name, field, value)
+
+
+@pytest.mark.parametrize('gone', ['VM', 'VBD', 'VDI', 'SR', 'VIF', 'network'])
+def test_a_class_of_objects_may_be_missing(gone):
+    with contextlib.suppress(BackupError):
+        restored_in_process(others.ova([one for one in others.objects(Ids()) if one['class'] != gone]))
+
+
+@SLOW
+@given(st.lists(st.recursive(st.sampled_from(['VM', 'VBD', 'VDI', 'Ref:0', 'Ref:2', 'x']) | st.booleans(), lambda inner: st.lists(
+    inner, max_size=2) | st.dictionaries(st.sampled_from(['class', 'id', 'snapshot', 'VDI', 'VM']), inner), max_leaves=8), max_size=4))
+def test_objects_of_any_shape_are_refused_in_a_sentence(junk):
+    for found in (junk, others.objects(Ids()) + junk):
+        with contextlib.suppress(BackupError):
+            restored_in_process(others.ova(found))
+
+
+def test_numbers_with_a_tag_and_nothing_at_all_are_text():
+    text = others.ova(others.objects(Ids())).replace(b'<value>1073741824</value>', b'<value><int>1073741824</int></value>')
+    text = text.replace(b'<name>PV_args</name><value></value>', b'<name>PV_args</name><value><nil/></value>')
+    assert text.count(b'<int>') == 4 and text.count(b'<nil/>') == 1
+    assert restored_in_process(text).problems == ()
+
+
+def test_what_the_server_needs_and_is_missing_is_one_sentence():
+    found = others.objects(Ids())
+    del found[0]['snapshot']['VCPUs_max'], found[2]['snapshot']['SR']
+    problem, = restored_in_process(others.ova(found), NO_WISHES._replace(sr='sr-uuid')).problems
+    assert problem == "its ova.xml lacks what the server needs: VCPUs_max of the VM, the SR of disk xvda disk 0 (5.0 MiB)."
+
+
+def test_a_nest_without_end_is_refused():
+    with pytest.raises(VerificationError, match='nested too deeply'):
+        VmBackup.parse_ova(b'<value><struct><member><name>objects</name>' + b'<value><array><data>' * 5000)
+
+
+# --- cfg files of the older program ----------------------------------------------------------------------------------------
+
+def put(path, what):
+    """One of the things that can stand in the place of a cfg file."""
+    if what == 'a directory':
+        path.mkdir()
+    elif what == 'a link':
+        path.symlink_to('/dev/zero')
+    elif what == 'a pipe':
+        os.mkfifo(str(path))
+    elif what != 'nothing':
+        path.write_bytes({'empty': b'', 'garbage': b'\0\xff=\xfe\nuserdevice=\xf0\nvirtual_size=-5\norig_uuid\n', 'zeros': bytes(4096),
+                          'words': b'virtual_size=much\nuserdevice=\nname_label=\nmemory_dynamic_max=all\n'}[what])
+
+
+@pytest.mark.parametrize('what', ['nothing', 'a directory', 'a link', 'a pipe', 'empty', 'garbage', 'zeros', 'words'])
+@pytest.mark.parametrize('name', ['vm.cfg', 'DISK-xvda/vbd.cfg', 'DISK-xvda/vdi.cfg', 'VIFs/vif-0.cfg', 'vm-metadata.xml'])
+@pytest.mark.parametrize('image', ['web.xva', 'web.raw', 'web.raw.gz'])
+def test_nothing_of_cfg_files_is_needed_for_an_archive_and_what_a_disk_needs_is_one_sentence(tmp_path, image, name, what):
+    for folder in ('DISK-xvda', 'VIFs'):
+        (tmp_path / folder).mkdir()
+    whole = {'vm.cfg': 'name_label=web\nmemory_dynamic_max=1073741824\nVCPUs_max=1\nVCPUs_at_startup=1\norig_uuid=u\n',
+             'DISK-xvda/vbd.cfg': 'userdevice=0\nbootable=True\nmode=RW\ntype=Disk\n', 'VIFs/vif-0.cfg': 'device=0\nMAC=aa:bb\n',
+             'DISK-xvda/vdi.cfg': 'name_label=root\nvirtual_size=%d\norig_uuid=d\norig_sr_uuid=sr-uuid\n' % (5 * MIB)}
+    for other, text in whole.items():
+        if other != name:
+            (tmp_path / other).write_text(text)
+    put(tmp_path / name, what)
+    content = others.xva() if image == 'web.xva' else others.contents(0)
+    (tmp_path / image).write_bytes(gzip.compress(content, 1) if image.endswith('gz') else content)
+    with opened(tmp_path / image) as (found, inside):
+        VmBackup.old_image_check(found, inside, 'auto')
+        try:
+            source = VmBackup.read_source(inside, found)
+            assert source.disks[0].virtual_size == 5 * MIB
+            plan = VmBackup.plan_restore(source, VIEW, NO_WISHES._replace(network='LAN', sr='sr-uuid'))
+            assert not (plan.problems and image == 'web.xva')
+        except VerificationError as error:
+            assert image != 'web.xva' and isinstance(error, UnknownFormat), error
+
+
+# --- what xe says --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('said', [
+    'Exporting error-log', 'VM "unknown (failed)": 42 %', 'exporting VM: Error: the band', 'denied-requests is exported',
+    'Warning: the name "cannot connect" is used twice'])
+def test_a_name_that_xe_quotes_is_no_failure(said):
+    assert VmBackup.xe_problem(0, said) is None
+
+
+@pytest.mark.parametrize('said', [
+    'Export failed, unknown error.', 'Export failed, unknown error', 'Export cancelled', 'Error: Broken pipe (calling single_write )',
+    'Lost connection to the server.', 'Unhandled exception', 'Error code: VDI_IO_ERROR\nError parameters: Device I/O errors',
+    'Operation failed. Error: Sys_error("/x: File exists")', 'The server failed to handle your request, due to an internal error.',
+    'This operation cannot be performed because this VDI is in use by some other operation', 'The uuid you supplied was invalid.',
+    'You attempted an operation on a VM that was not in an appropriate power state at the time',
+    'Another operation involving the object is currently in progress', 'Server internal error.', 'Authentication failed',
+    'The SR is full. Requested new size exceeds the maximum size', 'Exporting web\nExport failed, unknown error.',
+    'Failed to contact a running management agent.', 'You gave an invalid object reference.',
+    'File not permitted: Blocked upload/download of the file /x', 'Unable to contact server. Please check server and port settings.'])
+def test_what_xe_says_of_a_failure_is_one_whatever_its_status(said):
+    assert said.split('\n')[-1] in VmBackup.xe_problem(0, said)
