@@ -1402,7 +1402,8 @@ class Copy(NamedTuple):
     of the pool that it comes from, and `home` the directory that it was made in, ""
     where nothing tells. `is_newer`: its manifest is of a later version than this.
     `aside` says why it is neither counted nor removed, good as it may be, "" if it
-    is. `mark` is what a verdict on it belongs to: the SHA-256 of its manifest.
+    is. `mark` is what a verdict on it belongs to, the SHA-256 of its manifest;
+    `verdict` what the last verdict on record has against it.
     """
     folder: str
     name: str
@@ -1424,15 +1425,35 @@ class Copy(NamedTuple):
     aside: str = ""
     is_unreadable: bool = False
     mark: str = ""
+    verdict: str = ""
 
     @property
     def is_good(self) -> bool:
-        """Marker and image are there, and the image has its size."""
-        return not self.problem
+        """Marker and image are there, the image has its size, and no check has found it bad since."""
+        return not self.trouble
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not good, "" if it is."""
+        return self.problem or self.verdict
 
     def counts_for(self, uuid: str, method: Method) -> bool:
         """Is it one of the good copies of that VM and kind that retention counts?"""
         return self.is_good and not self.aside and self.uuid == uuid and self.method is method
+
+
+def condemned(facts: Dict[str, Any]) -> str:
+    """What the last check on record has against a copy, in a sentence; "" if nothing: the later of verify and drill counts."""
+    checks = [(facts.get(at), facts.get(word) == bad, said, facts.get(why)) for at, word, bad, said, why in (
+        ("drilled_at", "drill", NOT_RESTORABLE, "a drill of %s found it " + NOT_RESTORABLE, "drill_reason"),
+        ("verified_at", "verdict", DAMAGED, "verify of %s found it " + DAMAGED, "reason"))]
+    at, is_bad, said, why = max((check for check in checks if isinstance(check[0], str)), key=lambda check: check[:2],
+                                default=("", False, "", ""))
+    return "%s (%s)" % (said % at[:10], one_line(str(why)).rstrip(".")) if is_bad else ""
+
+
+DAMAGED = "DAMAGED"
+NOT_RESTORABLE = "NOT RESTORABLE"
 
 
 class Verdict(NamedTuple):
@@ -1473,7 +1494,7 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
     verdicts = []
     for copy in ordered:
         if not copy.is_good:
-            verdicts.append(Verdict(copy, True, "not a good copy, so neither counted nor removed: " + copy.problem))
+            verdicts.append(Verdict(copy, True, "not a good copy, so neither counted nor removed: " + copy.trouble))
         elif copy.aside:
             verdicts.append(Verdict(copy, True, copy.aside))
         elif copy.uuid != uuid:
@@ -4904,6 +4925,7 @@ def connection_reason(error: Exception) -> str:
 # neither a share that went away nor a planted link leads us elsewhere.
 
 STATE_FOLDER = ".vmbackup"
+VERDICT_FOLDER = "verdicts"
 MANIFEST = "backup.json"
 CHECKSUMS = "SHA256SUMS"
 SUCCESS = "success"
@@ -5297,7 +5319,8 @@ class Catalog:
                         strangers.append(item)
                     elif parsed is not None:
                         with contextlib.suppress(NotThere):    # gone meanwhile: another run is at work here
-                            copies.append(read_copy(folder, name, item, *parsed))
+                            copy = read_copy(folder, name, item, *parsed)
+                            copies.append(copy._replace(verdict=condemned(self.facts(copy))))
                     elif is_unfinished_name(item):
                         unfinished.append(item)
                     else:
@@ -5313,6 +5336,52 @@ class Catalog:
         with contextlib.suppress(NotThere), self.root.child(name) as folder:
             return any(is_unfinished_name(item) for item in folder.names())
         return False
+
+    # --- what later checks found: a small file a copy, as sealed copies are never written again ---
+
+    def facts(self, copy: Copy) -> Dict[str, Any]:
+        """What is on record about the copy, {} if nothing. It belongs to the copy's manifest, whatever its name is."""
+        folder = self.state_if_there(VERDICT_FOLDER) if copy.mark else None
+        if folder is not None:
+            with folder, contextlib.suppress(NotThere, WrongKind, ValueError):
+                return parse_object(folder.read(copy.mark[:32] + ".json", MEBIBYTE))
+        return {}
+
+    def record(self, copy: Copy, **facts: Any) -> None:
+        """The facts are on record beside earlier ones; CatalogError if the store can't be written."""
+        text = dict(self.facts(copy), folder=copy.folder, copy=copy.name, **facts)
+        with self.state(VERDICT_FOLDER) as folder:
+            folder.put(copy.mark[:32] + ".json", (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
+
+    def last_drills(self) -> Dict[str, str]:
+        """When a copy of each directory was last drilled; a copy that is gone since counts too."""
+        found = {}                         # type: Dict[str, str]
+        folder = self.state_if_there(VERDICT_FOLDER)
+        if folder is None:
+            return found
+        with folder:
+            for name in folder.names():
+                with contextlib.suppress(NotThere, WrongKind, ValueError):
+                    facts = parse_object(folder.read(name, MEBIBYTE))
+                    place, at = facts.get("folder"), facts.get("drilled_at")
+                    if isinstance(place, str) and isinstance(at, str):
+                        found[place] = max(at, found.get(place, ""))
+        return found
+
+    def look_of(self, copy: Copy) -> str:
+        """A digest of the names, sizes and times of all files of the copy: it changes when any of them is written."""
+        def look(folder: Directory, place: str) -> Iterator[Tuple[Any, ...]]:
+            for name in folder.names():
+                status = folder.status(name)
+                if status is not None and stat.S_ISDIR(status.st_mode):
+                    with folder.child(name) as inner:
+                        yield from look(inner, name + "/")
+                elif status is not None:
+                    yield place + name, status.st_size, status.st_mtime_ns
+
+        with self.open_copy(copy) as inside:
+            rows = list(look(inside, ""))
+        return hashlib.sha256(json.dumps(rows).encode("ascii")).hexdigest()
 
     # --- making ------------------------------------------------------------------------
 
@@ -5433,7 +5502,7 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
     blank = Copy(folder_name, name, taken_at, is_old, None, "", "", 0, None, None, "", 0, "")
     try:
         with parent.child(name) as inside:
-            if MANIFEST in inside.names():
+            if inside.status(MANIFEST) is not None:
                 return _read_own_copy(inside, blank)
             if is_old:
                 return _read_old_copy(inside, blank)
@@ -5448,8 +5517,10 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
 
 def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
     """A copy with a manifest."""
+    raw = inside.read(MANIFEST)
+    blank = blank._replace(mark=hashlib.sha256(raw).hexdigest())
     try:
-        manifest = parse_manifest(inside.read(MANIFEST))
+        manifest = parse_manifest(raw)
     except NewerManifest as error:
         return _read_newer_copy(inside, blank, error)
     except ValueError as error:
@@ -5526,8 +5597,9 @@ def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
         problem = "its image %s is empty" % image
     else:
         problem = ""
+    own = "%s %s %d" % (blank.name, image, sizes.get(image, 0))       # it has no manifest: this is all that tells it apart
     return _at_home(blank._replace(
-        uuid=_old_uuid(inside), vm_name=re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image), method=method, image=image,
+        mark=hashlib.sha256(own.encode("utf-8", "surrogateescape")).hexdigest(), uuid=_old_uuid(inside), vm_name=re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image), method=method, image=image,
         size_bytes=sizes.get(image, 0), problem=problem))
 
 
@@ -6700,25 +6772,23 @@ def progress_text(doing: str, done_bytes: int, size_bytes: int, seconds: float) 
 # Is what lies on disk what was exported? Reads copies and changes none: works on
 # any machine that sees the store, without pool, password, xe or XenAPI.
 
-VERDICT_FOLDER = "verdicts"
-
-
 class CopyState(enum.Enum):
     """The verdict on a copy; the value is the word that people see."""
     GOOD = "good"
     UNPROVEN = "structure good"       # the older program recorded no digests
-    DAMAGED = "DAMAGED"
+    DAMAGED = DAMAGED
     UNCHECKED = "NOT CHECKED"         # something that the check needs is not here
     UNREADABLE = "COULD NOT BE READ"  # the store is what is wrong, or out of reach: no verdict on the copy
     GONE = "gone meanwhile"
 
 
 class CopyVerdict(NamedTuple):
-    """What a check of a copy found, and when (UTC)."""
+    """What a check of a copy found, when (UTC), and how its files looked when it began."""
     copy: Copy
     state: CopyState
     reason: str
     at: datetime
+    look: str
 
     @property
     def is_fine(self) -> bool:
@@ -6739,7 +6809,9 @@ class Verifier:
 
     def verify(self, copy: Copy) -> CopyVerdict:
         """The verdict on that copy. Raises Interrupted only."""
+        look = ""
         try:
+            look = self._catalog.look_of(copy)
             state, reason = self._judge(copy)
         except UnknownFormat as error:
             state, reason = CopyState.UNCHECKED if copy.is_old else CopyState.DAMAGED, str(error)
@@ -6758,7 +6830,7 @@ class Verifier:
                     state, reason = CopyState.GONE, "another run removed it while it was read"
             except CatalogError as error:
                 state, reason = CopyState.UNREADABLE, str(error)
-        return CopyVerdict(copy, state, reason.rstrip("."), self._clock.utc())
+        return CopyVerdict(copy, state, reason.rstrip("."), self._clock.utc(), look)
 
     def _is_there(self, copy: Copy) -> bool:
         """Is the copy's directory still there?"""
@@ -6770,6 +6842,8 @@ class Verifier:
         """State and reason; raises VerificationError for damage."""
         if copy.is_newer:
             raise ProgramError(copy.problem)
+        if copy.is_unreadable:
+            raise CatalogError(copy.problem)
         if copy.problem:
             raise VerificationError(copy.problem)
         with self._catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
@@ -7010,49 +7084,6 @@ def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
 
 
 CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
-
-
-# --- verdicts on record -----------------------------------------------------------------------
-
-
-class VerdictStore:
-    """What later checks found, a small file a copy in the state folder; sealed copies are never written again."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-
-    def _name(self, copy: Copy) -> str:
-        subject = "%s/%s" % (copy.folder, copy.name)
-        return hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()[:32] + ".json"
-
-    def recall(self, copy: Copy) -> Dict[str, Any]:
-        """What is on record about the copy, {} if nothing."""
-        folder = self._catalog.state_if_there(VERDICT_FOLDER)
-        if folder is not None:
-            with folder, contextlib.suppress(NotThere, WrongKind, ValueError):
-                return parse_object(folder.read(self._name(copy), MEBIBYTE))
-        return {}
-
-    def record(self, copy: Copy, **facts: Any) -> None:
-        """The facts are on record beside earlier ones; CatalogError if the store can't be written."""
-        text = dict(self.recall(copy), folder=copy.folder, copy=copy.name, **facts)
-        with self._catalog.state(VERDICT_FOLDER) as folder:
-            folder.put(self._name(copy), (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
-
-    def last_drills(self) -> Dict[str, str]:
-        """When a copy of each directory was last drilled; a copy that is gone since counts too."""
-        found = {}                         # type: Dict[str, str]
-        folder = self._catalog.state_if_there(VERDICT_FOLDER)
-        if folder is None:
-            return found
-        with folder:
-            for name in folder.names():
-                with contextlib.suppress(NotThere, WrongKind, ValueError):
-                    facts = parse_object(folder.read(name, MEBIBYTE))
-                    place, at = facts.get("folder"), facts.get("drilled_at")
-                    if isinstance(place, str) and isinstance(at, str):
-                        found[place] = max(at, found.get(place, ""))
-        return found
 
 
 # =============================================================================
@@ -7593,7 +7624,7 @@ class BackupRun:
         copies = self._placement.own_view(folder, job.machine)
         for copy in copies:
             if not copy.is_good:
-                self._log.info("%s/%s is not a good copy and is left: %s." % (folder_name, copy.name, copy.problem))
+                self._log.info("%s/%s is not a good copy and is left: %s." % (folder_name, copy.name, copy.trouble))
             elif copy.aside and copy.uuid == job.machine.uuid:
                 self._log.info("%s/%s is left: %s." % (folder_name, copy.name, copy.aside))
         for name in folder.strangers:
@@ -10805,9 +10836,8 @@ def command_verify(context: Context) -> int:
             one_line(parameters["from"]), quote_name(context.arguments.vm) if context.arguments.vm else "any VM"))
     if not copies:
         raise BackupError("%s holds no copy. Is it the right directory, and is the share mounted?" % catalog.path)
-    store = VerdictStore(catalog)
     if minutes:                            # the copies that were longest not looked at come first
-        copies.sort(key=lambda copy: store.recall(copy).get("verified_at", ""))
+        copies.sort(key=lambda copy: text_of(catalog.facts(copy), "verified_at") or "")
     verifier = Verifier(catalog, block_digests, context.clock, context.log, context.signals)
     stop_at = context.clock.monotonic() + minutes * MINUTE_S if minutes else None
     verdicts = []
@@ -10819,21 +10849,26 @@ def command_verify(context: Context) -> int:
         verdict = verifier.verify(copy)
         verdicts.append(verdict)
         context.log.show("%-14s %s/%s: %s" % (verdict.state.value, copy.folder, copy.name, verdict.reason))
-        recording = recording and record_verdict(context, store, verdict)
+        recording = recording and record_verdict(context, catalog, verdict)
     return verify_summary(context, verdicts, len(copies))
 
 
-def record_verdict(context: Context, store: VerdictStore, verdict: CopyVerdict) -> bool:
-    """True if the verdict is on record; a store that can only be read is said once."""
-    if verdict.state is CopyState.GONE:
+def record_verdict(context: Context, catalog: Catalog, verdict: CopyVerdict) -> bool:
+    """True if the verdict is on record, or there is none; a store that can only be read is said once."""
+    if verdict.state in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED) or not verdict.copy.mark:
         return True
     try:
-        store.record(verdict.copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
-                     reason=verdict.reason)
+        catalog.record(verdict.copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
+                       reason=verdict.reason, look=verdict.look)
         return True
     except CatalogError as error:
         context.log.info("verdicts are not recorded: %s" % error)
         return False
+
+
+def text_of(facts: Dict[str, Any], key: str) -> Optional[str]:
+    """A fact on record that is a text, None if it is not there, or is what no version of this program writes."""
+    return facts[key] if isinstance(facts.get(key), str) else None
 
 
 def verify_summary(context: Context, verdicts: Sequence[CopyVerdict], chosen: int) -> int:
@@ -10895,8 +10930,7 @@ def command_list(context: Context) -> int:
     catalog = open_store(context.configuration)
     known = known_uuids(context) if wanted == "json" else None
     now = context.clock.local()
-    store = VerdictStore(catalog)
-    rows = [list_row(stored, context.configuration, store, known, now)
+    rows = [list_row(stored, context.configuration, catalog, known, now)
             for stored in chosen_vms(catalog, context.arguments.vm, context.log)]
     strangers = [] if context.arguments.vm else list_strangers(catalog)
     if wanted == "json":
@@ -10919,7 +10953,7 @@ def command_list(context: Context) -> int:
     return ExitStatus.OK
 
 
-def list_row(stored: StoredVm, configuration: Configuration, store: VerdictStore, known: Optional[Set[str]],
+def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, known: Optional[Set[str]],
              now: datetime) -> Dict[str, Any]:
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
     keep, rule = stored_keep(stored, configuration)
@@ -10927,14 +10961,19 @@ def list_row(stored: StoredVm, configuration: Configuration, store: VerdictStore
                 judge(stored.around, stored.uuid, stored.method, keep)} if keep and stored.method else {}
     copies = []
     for copy in stored.copies:
-        recalled = store.recall(copy)
+        facts = catalog.facts(copy)
+        verdict_word = text_of(facts, "verdict")
+        if verdict_word and verdict_word != DAMAGED:
+            with contextlib.suppress(CatalogError):
+                if catalog.look_of(copy) != facts.get("look"):
+                    verdict_word = "CHANGED SINCE IT WAS " + verdict_word
         verdict = verdicts.get(copy.name)
         copies.append({
             "name": copy.name, "taken_at": copy.taken_at.strftime("%Y-%m-%d %H:%M:%S"),
             "age_s": max(0, int((now - copy.taken_at).total_seconds())), "size": copy.size_bytes,
-            "disks": list(copy.disks), "good": copy.is_good, "problem": copy.problem, "of_older_program": copy.is_old, "image": copy.image,
-            "verified_at": recalled.get("verified_at"), "verdict": recalled.get("verdict"),
-            "drilled_at": recalled.get("drilled_at"), "drill": recalled.get("drill"),
+            "disks": list(copy.disks), "good": copy.is_good, "problem": copy.trouble, "of_older_program": copy.is_old, "image": copy.image,
+            "verified_at": text_of(facts, "verified_at"), "verdict": verdict_word,
+            "drilled_at": text_of(facts, "drilled_at"), "drill": text_of(facts, "drill"),
             "fate": "kept: " + rule if verdict is None else
                     ("kept: " if verdict.keep else "goes with the next pruning: ") + verdict.reason})
     return {"name": stored.name, "names": sorted({copy.vm_name for copy in stored.copies if copy.vm_name}),
@@ -11084,9 +11123,9 @@ def chosen_copy(context: Context, force: bool) -> Iterator[Chosen]:
             chosen = stack.enter_context(held_copy(
                 context, catalog, lambda: choose_copy(catalog, arguments.vm, wanted, context.log)))
         copy = chosen.copy
-        if copy.problem and not (force and copy.image):
+        if copy.trouble and not (force and copy.image):
             raise BackupError("%s is not a good copy: %s. %s" % (
-                chosen.inside.shown, copy.problem, "force=yes takes it all the same." if copy.image else "Choose another with from=."))
+                chosen.inside.shown, copy.trouble, "force=yes takes it all the same." if copy.image else "Choose another with from=."))
         yield chosen
 
 
@@ -11137,7 +11176,7 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
                 log.warning("%s/%s holds only the OS disk; the newest copy of the whole VM is from=%s." % (
                     copy.folder, copy.name, full[-1]))
             return copy
-        log.warning("%s/%s is passed over: %s." % (copy.folder, copy.name, copy.problem or "its kind can't be read"))
+        log.warning("%s/%s is passed over: %s." % (copy.folder, copy.name, copy.trouble or "its kind can't be read"))
     raise BackupError("there is no good copy of %s; `list` shows what there is, and from=STAMP with force=yes takes one all "
                       "the same." % quote_name(vm))
 
@@ -11430,14 +11469,14 @@ def drill_copies(context: Context, catalog: Catalog, vm: str) -> Tuple[List[Copy
         best = (good or stored.copies)[-1]
         for copy in stored.copies[stored.copies.index(best) + 1:]:
             findings.append(Finding(Severity.WARNING, "%s/%s" % (copy.folder, copy.name), "passed over: %s." % (
-                copy.problem or "its kind can't be read")))
+                copy.trouble or "its kind can't be read")))
         rival = newest.get(stored.uuid or stored.folder)
         if rival is None or (rival.is_good, rival.taken_at) < (best.is_good, best.taken_at):
             newest[stored.uuid or stored.folder] = best
     for finding in findings:
         context.log.warning("%s: %s" % (finding.subject, finding.sentence))
     copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
-    return copies if sample is None else longest_not_drilled(copies, VerdictStore(catalog).last_drills(), int(sample)), findings
+    return copies if sample is None else longest_not_drilled(copies, catalog.last_drills(), int(sample)), findings
 
 
 NEWEST_OF_EACH = "newest-of-each"
@@ -11469,7 +11508,7 @@ def command_drill(context: Context) -> int:
 def drill_plan(context: Context, pool: Pool, view: PoolView, chosen: Chosen) -> RestorePlan:
     """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read anew."""
     if not chosen.copy.is_good:
-        raise BackupError("it is no good copy (%s), and there is no good one of this VM." % chosen.copy.problem)
+        raise BackupError("it is no good copy (%s), and there is no good one of this VM." % chosen.copy.trouble)
     wishes = Wishes("", context.arguments.parameters.get("sr", ""), "", False, False, False, True, "")
     plan = plan_restore(opened_source(chosen), view._replace(srs=target_srs(pool)), wishes)
     if plan.problems:
@@ -11532,10 +11571,13 @@ def drill_one(context: Context, pool: Pool, view: PoolView, catalog: Catalog, dr
             said, error = drill.run(drill_plan(context, pool, view, chosen), chosen.inside, boot_s), None
             context.log.info("%s: %s." % (title, said))
     except BackupError as problem:
-        said, error = "NOT RESTORABLE", str(problem)
+        # what the pool, the store or another run is to blame for says nothing about the copy
+        is_the_copys = isinstance(problem, VerificationError) or isinstance(problem, ProgramError) and not problem.passing
+        said, error = NOT_RESTORABLE if is_the_copys else "COULD NOT BE TRIED", str(problem)
         context.log.error("%s: %s" % (title, error))
     try:
-        VerdictStore(catalog).record(copy, drilled_at=format_utc(context.clock.utc()), drill=said, drill_reason=error or "")
+        if copy.mark and said != "COULD NOT BE TRIED":
+            catalog.record(copy, drilled_at=format_utc(context.clock.utc()), drill=said, drill_reason=error or "")
     except BackupError as problem:
         context.log.info("the verdict is not recorded: %s" % problem)
     return DrillOutcome(copy, error, said, copy.size_bytes, context.clock.monotonic() - began_s)

@@ -145,7 +145,7 @@ def install(storage: Storage) -> None:
 
 #: What the program waits for when it is in a hurry, in seconds. Each is a constant of VmBackup.py, in a line of its own.
 HURRY = {'MINUTE_S': 0.5, 'READ_TIMEOUT_S': 2, 'LOGOUT_TIMEOUT_S': 2, 'BUSY_PATIENCE_S': 6, 'LOST_ANSWER_PATIENCE_S': 2,
-         'XE_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SILENCE_BEFORE_POLL_S': 0.5}
+         'PROGRAM_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SILENCE_BEFORE_POLL_S': 0.5}
 
 
 def hurried(source: str) -> str:
