@@ -1,13 +1,17 @@
 """Runs that are cut off: by a signal, by SIGKILL at several points, by a server that gives out. Nothing of ours stays."""
 
+import os
+import re
 import signal
+import sys
 import time
 from typing import Any
 
 import pytest
 
-from support.deeds import backup, beginning, is_exporting, objects
+from support.deeds import Process, backup, beginning, is_exporting, objects
 from support.language import MEBIBYTE, at, disk, vm
+from support.process import PROGRAM, TESTS, Pool, run, write_json
 from support.shelf import complete, unfinished
 from support.wire import eventually
 
@@ -350,3 +354,38 @@ def test_leftovers_on_the_shelf_alone_are_removed_and_said_and_the_exit_status_s
     run = backup(pool, shelf, 'vm-export=web')
     assert run.exit_status == 0 and run.stdout.count('left by a run that died') == 2 and run.stderr == ''
     assert shelf.unfinished() == [] and shelf.has('web', complete=2)
+
+
+# --- a store that hangs while somebody wants the run to end ------------------------------------------------------------
+
+def hanging_backup(pool: Pool, shelf: Any, step: int, *lines: str) -> Process:
+    """A run whose store hangs for good from that step on."""
+    trouble = os.path.join(pool.home, 'TROUBLE.json')
+    write_json(trouble, {'store': shelf.path, 'step': step, 'do': 'hang', 'stays': True})
+    return Process(['-', shelf.config(*lines)], pool.environment(),
+                   program=[os.path.join(TESTS, 'support', 'troubled.py'), trouble, PROGRAM])
+
+
+def steps_before(pool: Pool, shelf: Any, wanted: str, *lines: str) -> int:
+    """How many steps of the storage a backup does before the first that reads so."""
+    trace = os.path.join(pool.home, 'trace')
+    trouble = os.path.join(pool.home, 'TROUBLE.json')
+    write_json(trouble, {'store': shelf.path, 'trace': trace})
+    assert run([sys.executable, os.path.join(TESTS, 'support', 'troubled.py'), trouble, PROGRAM, '-', shelf.config(*lines)],
+               pool.environment()).exit_status == 0
+    with open(trace) as file:
+        return [bool(re.match(wanted, line)) for line in file].index(True)
+
+
+@pytest.mark.parametrize('line', ['vm-export=web', 'vdi-export=web'])
+def test_a_signal_while_the_store_hangs_still_clears_the_pool_and_ends_the_run(a_pool: Any, a_shelf: Any, line: str) -> None:
+    pool, shelf = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)])), a_shelf()
+    step = steps_before(pool, shelf, r'write web/.*web\.(xva|raw)$', line, 'stall_timeout=1440')
+    began = len(pool.calls('api:V*.snapshot'))
+    process = hanging_backup(pool, shelf, step + 1, line, 'stall_timeout=1440')
+    assert eventually(lambda: len(pool.calls('api:V*.snapshot')) > began, 60), process.output
+    time.sleep(3)
+    process.signal(signal.SIGTERM)
+    assert eventually(lambda: pool.has_no_snapshots_of_ours(), 40), process.output
+    ended = process.ending(150)
+    assert ended.exit_status == 128 + signal.SIGTERM and ended.never_says('Traceback'), ended
