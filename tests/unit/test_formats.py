@@ -17,7 +17,7 @@ from support import others
 from support.others import MIB, Date, Ids, Vhd
 from VmBackup import BackupError, Directory, UnknownFormat, VerificationError
 
-SLOW = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+SLOW = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 
 
 @contextlib.contextmanager
@@ -117,7 +117,7 @@ def test_leniency_finds_every_cut_before_the_end_of_the_last_block(length):
         check.finish()
 
 
-@pytest.mark.parametrize('more', [b'HTTP/1.0 500 Internal Error\r\n', bytes(5000) + b'x', others.xva()[:4096]])
+@pytest.mark.parametrize('more', [b'HTTP/1.0 500 Internal Error\r\n', bytes(5000) + b'x', others.xva()[:4096]], ids=['http', 'x', 'twice'])
 def test_leniency_lets_nothing_but_zeros_stand_behind_the_end(tmp_path, more):
     for end in (0, -len(more) % 512):
         error = refused(tmp_path, 'web.xva', others.xva() + more + bytes(end))
@@ -165,12 +165,12 @@ def test_what_is_not_supported_says_so_and_is_not_called_damaged(tmp_path, name,
     ('web.raw', others.contents(0)), ('web.raw.gz', others.contents(0)), ('web.raw', gzip.compress(others.contents(0), 1)),
     ('web.raw.zst', gzip.compress(others.contents(0), 1)), ('web.vhd', gzip.compress(Vhd(
         5 * MIB, {0: others.contents(0)[:2 * MIB], 2: others.contents(0)[4 * MIB:] + bytes(MIB)}, ['header', 'gap', 'table', 0, 2]).file)),
-    ('web.vhd.gz', others.fixed_vhd(others.contents(0)))])
+    ('web.vhd.gz', others.fixed_vhd(others.contents(0)))], ids=map(str, range(10)))
 def test_compression_is_what_the_first_bytes_say(tmp_path, name, content):
     assert extracted(tmp_path, name, content) == others.contents(0)
 
 
-@pytest.mark.parametrize('magic', [b'\x1f\x8b\x08\0', b'\x28\xb5\x2f\xfd', b'BZh9', b'\xfd7zXZ\0'])
+@pytest.mark.parametrize('magic', [b'\x1f\x8b\x08\0', b'\x28\xb5\x2f\xfd', b'BZh9', b'\xfd7zXZ\0'], ids=map(str, range(4)))
 def test_a_disk_that_begins_like_a_compressed_file_is_a_disk(tmp_path, magic):
     raw = magic + others.contents(0)[len(magic):]
     assert extracted(tmp_path, 'web.raw', raw) == raw
@@ -260,7 +260,7 @@ def test_a_flipped_bit_in_the_structure_of_a_foreign_vhd_is_found(tmp_path_facto
 
 @pytest.mark.parametrize('content', [WHOLE.file[:-1000], WHOLE.file[:-2 * MIB], WHOLE.file + b'HTTP/1.0 500 Internal Error\r\n' * 30,
                                      b'', b'x' * 100, others.fixed_vhd(b'x' * MIB)[512:], noise(1, 4 * MIB),
-                                     WHOLE.file[:-512 - MIB] + WHOLE.file[-512:]])
+                                     WHOLE.file[:-512 - MIB] + WHOLE.file[-512:]], ids=map(str, range(8)))
 def test_a_foreign_vhd_that_is_cut_or_longer_is_damaged(tmp_path, content):
     assert not isinstance(refused(tmp_path, 'web.vhd', content), UnknownFormat)
 
