@@ -48,6 +48,14 @@ NEEDS: str = "VmBackup needs Python 3.6 or newer: write /usr/bin/python3 in the 
 # What the program is made of: imports, constants with their units, and the
 # exit statuses that cron and people see.
 
+import os
+import sys
+
+if __name__ == "__main__":
+    # Nothing is imported from the directory that this file lies in: the older program had people put a XenAPI.py there.
+    sys.path[:] = [place for place in sys.path
+                   if os.path.realpath(place or ".") != os.path.dirname(os.path.realpath(__file__))]
+
 import abc
 import base64
 import binascii
@@ -68,7 +76,6 @@ import http.client
 import io
 import itertools
 import json
-import os
 import queue
 import re
 import secrets
@@ -80,7 +87,6 @@ import socket
 import ssl
 import stat
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -5253,8 +5259,27 @@ class Catalog:
         with self.root.child(copy.folder) as folder:
             return folder.child(copy.name)
 
-    def begin_run(self, name: str, header: Dict[str, Any]) -> RunJournal:
-        """The journal of this run, locked."""
+    def identity(self, now_s: float) -> Dict[str, Any]:
+        """What tells this store from a mirror of it: an id in a file, and that file's inode number, which a mirror's is not.
+
+        Where the two do not fit each other this is such a mirror, or was moved: it gets an id of its own once nobody
+        who may be of the other one has written a journal here for a day.
+        """
+        runs = self.state("runs")
+        file = LockFile.of(self._state, "store")
+        inode, facts = os.fstat(file.fd).st_ino, file.text()
+        if told(facts, "id") == "" or facts.get("inode") != inode:
+            times = [status.st_mtime for status in map(runs.status, runs.names()) if status is not None]
+            if file.take():
+                if now_s - max(times, default=0) > WEAK_LOCK_PATIENCE_S:
+                    facts = {"id": secrets.token_hex(8), "inode": inode}
+                    file.write_text(facts)
+                file.release()
+        return {"store": told(facts, "id"), "inode": inode}
+
+    def begin_run(self, name: str, header: Dict[str, Any], now_s: float) -> RunJournal:
+        """The journal of this run, locked; it says of which store it is."""
+        header = dict(header, **self.identity(now_s))
         folder = self.state("runs")
         with contextlib.suppress(StorageFull):
             return RunJournal.begin(folder, name + RUN_SUFFIX, header)
@@ -5271,8 +5296,9 @@ class Catalog:
         """The journals of dead runs of that pool, locked by us and marked as taken; and sentences about what can't be
         read as one and was left.
 
-        Where locks do not reach other hosts, a journal of another host counts
-        as dead only when it was not written for a day.
+        Where locks do not reach other hosts, a journal of another host counts as dead only when it was not written for a
+        day; and so does one that bears the mark of another store: it came here with a mirror of that one, where its run
+        may live on.
         """
         found, left = [], []
         folder = self.state("runs")
@@ -5284,8 +5310,10 @@ class Catalog:
                 journal = RunJournal.of_dead_run(folder, name)
                 if journal is None:
                     continue
-                foreign = journal.header.get("host") != own.header.get("host")
-                too_fresh = (self.locks_are_local and foreign
+                out_of_reach = self.locks_are_local and journal.header.get("host") != own.header.get("host")
+                of_other_store = "store" in journal.header and any(
+                    journal.header.get(key) != own.header[key] for key in ("store", "inode"))
+                too_fresh = ((out_of_reach or of_other_store)
                              and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
                 if (journal.header and journal.pool_uuid != pool_uuid) or too_fresh:
                     journal.leave()
@@ -9559,9 +9587,11 @@ class StoreFacts(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a mail is not with the server; `is_final` if another try would be useless."""
+    """Why a mail is not with the server; `is_final` if another try now would be useless, `is_for_good` if the server will
+    never take this mail, whatever becomes of our settings."""
     reason: str
     is_final: bool
+    is_for_good: bool = False
 
 
 def mail_subject(plan: Plan, run: RunOutcome, numbers: Tally, place: str) -> str:
@@ -9823,7 +9853,7 @@ class Mailer:
         try:
             for name in self._outbox.names() if self._outbox else []:
                 refused = self._deliver(self._outbox.read(name), ())
-                if refused and not all(refusal.is_final for refusal in refused.values()):
+                if refused and not all(refusal.is_for_good for refusal in refused.values()):
                     self._log.info("%s Mails of earlier runs are still kept." % self._failure_text(refused))
                     break
                 self._outbox.remove(name)
@@ -9906,11 +9936,13 @@ class Mailer:
                 return {address: Refusal(reason, False) for address in recipients}
         thread.join(MAIL_GOODBYE_S)
         if isinstance(answer, (OSError, smtplib.SMTPException, ValueError)):
-            refusal = Refusal(self._struck_out(smtp_reason(answer)), is_final_refusal(answer))
+            is_final = is_final_refusal(answer)
+            refusal = Refusal(self._struck_out(smtp_reason(answer)), is_final,
+                              is_final and isinstance(answer, smtplib.SMTPDataError))
             return {address: refusal for address in recipients}
         if isinstance(answer, Exception):
             raise answer
-        return {address: Refusal(self._struck_out(answer_text(code, text)), code >= 500)
+        return {address: Refusal(self._struck_out(answer_text(code, text)), code >= 500, code >= 500)
                 for address, (code, text) in answer.items()}
 
     def _struck_out(self, text: str) -> str:
@@ -10305,8 +10337,10 @@ def read_config_file(path: str) -> bytes:
         raise UsageError("the config %s can't be read: %s. Is the share mounted?" % (path, os_reason(error)))
 
 
+@functools.lru_cache(maxsize=None)
 def read_password(word: str) -> Optional[str]:
-    """The password that the first argument means; None for `-`. UsageError for a file that holds none."""
+    """The password that the first argument means; None for `-`. UsageError for a file that holds none. It is read once:
+    were the file gone at a second look, its path would pass for the password."""
     if word == "-":
         return None
     path = fs_path(word)
@@ -10538,7 +10572,7 @@ def begin_journal(context: Context, catalog: Catalog, inventory: Inventory) -> R
     return catalog.begin_run("%s-%s-%d-%s" % (now.strftime("%Y%m%dT%H%M%SZ"), safe_name(host), os.getpid(),
                                               secrets.token_hex(3)),
                              {"pool": inventory.pool_uuid, "host": host, "pid": os.getpid(),
-                              "since": format_utc(now), "config": context.configuration.source})
+                              "since": format_utc(now), "config": context.configuration.source}, now.timestamp())
 
 
 def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, catalog: Catalog,

@@ -512,6 +512,18 @@ def test_a_kept_mail_that_is_refused_for_good_does_not_stand_in_the_way(a_pool: 
     assert len(server.mails()) == 1 and kept(shelf) == []
 
 
+def test_a_kept_mail_waits_while_it_is_our_own_settings_that_fail(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    server = a_mail_server(login=['backup', 'another'])
+    lines = server.lines('smtp_user=backup', password_file(shelf))
+    assert hasty_backup(pool, shelf, 'vm-export=web', 'mail_when=always', *lines).exit_status == 3
+    waiting = kept(shelf)
+    assert len(waiting) == 1
+    for settings in (lines, server.lines('smtp_user=backup', 'smtp_password_file=' + os.path.join(shelf.home, 'gone'))):
+        run = hasty_backup(pool, shelf, 'vm-export=web', 'mail_when=problems', *settings)
+        assert run.exit_status == 0 and 'still kept' in run.stdout and kept(shelf) == waiting, run
+
+
 def test_an_early_end_is_kept_too_and_keeps_its_exit_status(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
     pool, shelf, server = a_pool(vm('web')), a_shelf(), a_mail_server(greeting='drop')
     config = shelf.config('vm-export=web', *server.lines())

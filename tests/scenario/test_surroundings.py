@@ -2,6 +2,7 @@
 
 import glob
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from support.deeds import Process, backup, beginning, children_of, preview
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import PROGRAM, Pool, run_program, text_of
+from support.process import PROGRAM, Pool, run, run_program, text_of
 from support.shelf import path_of
 from support.wire import eventually
 
@@ -181,3 +182,15 @@ def test_a_preview_of_5000_vms_costs_at_most_12_calls(a_pool: Any, a_shelf: Any)
     assert run.exit_status == 0, run
     assert run.says('100 VMs to back up') and len(run.stdout.splitlines()) > 5000
     assert len(pool.calls('api:*')) <= 12
+
+
+@pytest.mark.parametrize('name, content', [
+    ('XenAPI.py', b'print "Python 2"\n'), ('XenAPI.py', b'raise ImportError("the wrong one")\n'), ('XenAPI.pyc', b'\x03\xf3\r\n\0\0\0\0c'),
+    ('queue.py', b'raise ImportError("not the standard one")\n')])
+def test_nothing_is_imported_from_the_directory_that_it_lies_in(a_pool: Any, a_shelf: Any, tmp_path: Any, name: str,
+                                                                content: bytes) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    shutil.copy(PROGRAM, str(tmp_path))
+    tmp_path.joinpath(name).write_bytes(content)
+    done = run([sys.executable, str(tmp_path / 'VmBackup.py'), '-', shelf.config('vm-export=web')], pool.environment())
+    assert done.exit_status == 0 and shelf.has('web', complete=1), done

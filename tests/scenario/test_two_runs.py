@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import time
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from support.deeds import Process, backup, beginning
 from support.language import MEBIBYTE, at, disk, vm
 from support.process import PASSWORD, Pool
+from support.recovery import killed_at
 from support.shelf import Shelf, complete
 from support.wire import eventually
 
@@ -226,3 +229,45 @@ def test_two_pools_may_share_one_shelf(a_shelf: Any) -> None:
         for pool in pools:
             pool.remove()
     assert shelf.names() == ['web', 'web--00000002']
+
+
+# --- a mirror of the store -----------------------------------------------------------------------------------------------
+
+def mirrored(shelf: Shelf, other: Shelf) -> None:
+    """The other store is what `cp -a` makes of this one."""
+    shutil.rmtree(other.path)
+    subprocess.run(['cp', '-a', shelf.path, other.path], check=True)
+
+
+def test_a_run_on_a_mirror_of_the_store_does_not_take_the_originals_run_for_dead(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf, mirror = a_pool(vm('web', disks=BIG), vm('db')), a_shelf(), a_shelf()
+    assert backup(pool, shelf, 'vm-export=web').exit_status == 0
+    pool.stop()
+    pool.set_faults([at('http:/import', nth=1, runs_at=MEBIBYTE)])
+    pool.start()
+    with beginning(pool, shelf, 'vm-export=web', words=['restore', 'web', 'to=back']) as live:
+        assert eventually(lambda: pool.calls('http:/import') or any(
+            'being restored' in record['name_label'] for record in pool.dump()['VM'].values()))
+        mirrored(shelf, mirror)
+        assert len(mirror.journals()) == 1
+        run = backup(pool, mirror, 'vm-export=db')
+        assert run.exit_status == 0 and not live.is_over(), run
+        assert live.ending().exit_status == 0, live.output
+    assert len(mirror.journals()) == 1, 'what is not known to be dead is left'
+
+
+def test_what_a_dead_run_left_is_swept_from_a_store_that_was_moved_for_good_after_a_day(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf, moved = a_pool(vm('web'), vm('db')), a_shelf(), a_shelf()
+    killed_at(pool, shelf, 'api:VM.set_name_label', 'after')
+    assert not pool.has_no_snapshots_of_ours()
+    mirrored(shelf, moved)
+    assert backup(pool, moved, 'vm-export=db').exit_status == 0
+    assert not pool.has_no_snapshots_of_ours()
+    for name in moved.journals():
+        path = moved.at(*name.split('/'))
+        os.utime(path, (time.time() - 90000, time.time() - 90000))
+    os.utime(moved.at('.vmbackup', 'runs', 'reserve'), (time.time() - 90000, time.time() - 90000))
+    before = moved.text('.vmbackup', 'store')
+    assert backup(pool, moved, 'vm-export=db').exit_status == 0
+    assert pool.has_no_snapshots_of_ours() and moved.journals() == []
+    assert moved.text('.vmbackup', 'store') != before, 'it has an id of its own now'
