@@ -283,8 +283,9 @@ FAILURE_ADVICE = {
                                   "use vdi-export if only that data disk is in the way, move the disk, or exclude "
                                   "the VM and back it up from inside.",
     "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION": "One of its disks has on_boot=reset, which can't be "
-                                                    "snapshotted: set it to persist (xe vdi-param-set "
-                                                    "on-boot=persist, VM halted) or exclude the VM.",
+                                                    "snapshotted: set it to persist while the VM is halted (`xe vdi-list "
+                                                    "on-boot=reset` names it, `xe vdi-param-set uuid=VDI-UUID "
+                                                    "on-boot=persist` does it) or exclude the VM.",
     "VM_HAS_VUSBS": "A USB device is passed through to it: detach the device or exclude the VM.",
     "NO_HOSTS_AVAILABLE": "No live host sees all SRs that this VM uses, an inserted ISO's included: plug the SR "
                           "on one host, or eject the CD.",
@@ -2359,6 +2360,13 @@ def kind_at(mountinfo: str, path: str) -> str:
 # --- files elsewhere -------------------------------------------------------------
 
 
+def free_space(fd: int, shown: str) -> Optional[int]:
+    """Space that we may still use there, in bytes; None where the file system tells no size, as some shares do."""
+    with storage_errors("asking for the free space of %s" % shown):
+        status = os.fstatvfs(fd)
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+
 class NewFile:
     """A file outside the store that is being written, beside its place, and stands there only once it is complete."""
 
@@ -2765,7 +2773,7 @@ def _refuse_doctype(*_: Any) -> None:
 
 # The fields that are used here, if they are there, by what they hold: text, a flag, a map or a list of texts.
 OVA_FIELDS = {
-    "VM": {str: "uuid name_label power_state suspend_VDI " +
+    "VM": {str: "uuid name_label power_state suspend_VDI snapshot_metadata " +
            "memory_static_max memory_dynamic_max VCPUs_max VCPUs_at_startup", bool: "is_a_snapshot",
            dict: "other_config blocked_operations"},
     "VBD": {str: "VM VDI type userdevice device mode qos_algorithm_type", bool: "bootable empty unpluggable",
@@ -5211,10 +5219,8 @@ class Catalog:
                 not os.fstatvfs(self.root.fd).f_flag & os.ST_RDONLY
 
     def free_bytes(self) -> Optional[int]:
-        """Space that we may still use, in bytes; None where the file system tells no size, as some shares do."""
-        with storage_errors("asking for the free space of %s" % self.path):
-            status = os.fstatvfs(self.root.fd)
-        return status.f_bavail * status.f_frsize if status.f_blocks else None
+        """Space that we may still use, in bytes; None where the file system tells no size."""
+        return free_space(self.root.fd, self.path)
 
     # --- state: locks and journals -------------------------------------------------
 
@@ -6454,8 +6460,8 @@ class Snapshots:
                 if entry.facts.get("vm_uuid") == machine.uuid and entry.facts.get("uuid")]
         if len(left) >= MOST_LEFT_SNAPSHOTS:
             raise BackupError("%s still has %d snapshots of earlier backups that could not be removed: %s. No further "
-                              "one is made. Remove them by hand (xe snapshot-uninstall, or xe vdi-destroy), then run "
-                              "again." % (machine.title, len(left), ", ".join(left)))
+                              "one is made. Remove them by hand (xe snapshot-uninstall uuid=UUID, or xe vdi-destroy "
+                              "uuid=UUID), then run again." % (machine.title, len(left), ", ".join(left)))
 
 
 def unnamed_text(entry: OpenEntry) -> str:
@@ -7817,6 +7823,7 @@ ISO_SR_TYPES = ("iso", "udev")
 ORIGINAL_FIELDS = ("name_description", "tags", "other_config", "user_version", "start_delay", "shutdown_delay",
                           "order", "ha_restart_priority")         # a snapshot resets some of them, its name all
 OLD_EXPORT_NAME = re.compile(r"(?s)RESTORE_(.*)|(.*) \(backup [0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8}\)(?: vmbackup-[0-9a-f]+)?")
+SNAPSHOT_OF_UUID = re.compile(r"\('uuid' '([0-9a-f-]{36})'\)")    # a quote inside a value stands there as \'
 MEMORY_DEVICE = "memory"
 
 
@@ -7878,8 +7885,15 @@ class Source(NamedTuple):
 
     @property
     def vm_uuid(self) -> str:
-        """The VM's own uuid; of an archive alone that of the snapshot that it was made of."""
-        return self.original.get("uuid") or self.copy.uuid or self.record.get("uuid", "")
+        """The VM's own uuid, "" if it is not known. A snapshot's archive alone bears the snapshot's uuid, and the VM's in the
+        text that a snapshot has of its VM's record (snapshot_metadata: ocaml/xapi/helpers.ml vm_to_string@v24.19.2)."""
+        if self.original.get("uuid") or self.copy.uuid:
+            return self.original.get("uuid") or self.copy.uuid
+        told = SNAPSHOT_OF_UUID.search(self.record.get("snapshot_metadata", ""))
+        if told:
+            return told.group(1)
+        is_of_snapshot = self.record.get("snapshot_metadata") or OLD_EXPORT_NAME.fullmatch(self.record.get("name_label", ""))
+        return "" if is_of_snapshot else self.record.get("uuid", "")
 
     @property
     def record(self) -> Dict[str, Any]:
@@ -7899,7 +7913,8 @@ class Source(NamedTuple):
     @property
     def digests_text(self) -> str:
         """What is on record of an image without a manifest."""
-        return "the older program recorded no digests" if parse_copy_name(self.copy.name) else "no digests of it are on record"
+        stamp = parse_copy_name(self.copy.name)
+        return "the older program recorded no digests" if stamp and stamp[1] else "no digests of it are on record"
 
 
 class _Enough(Exception):
@@ -7993,7 +8008,7 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
                 raise _of_image(copy, error)
         vm_id, record = own_vm(look.ova)
         if not manifest and _seed(original) != _seed(record) and _seed(original) and _seed(record):
-            metadata, original = {}, {}             # it only lies beside those of another VM
+            metadata, original, copy = {}, {}, copy._replace(uuid="")      # it only lies beside those of another VM
         disks = _with_manifest(disks_of_ova(look.ova, vm_id), manifest)
         source = Source(inside.shown, copy, manifest, file_format, look.ova, vm_id, original, tuple(disks), (), look.first_disk)
         return source._replace(lacking=_lacking(source, metadata))
@@ -8003,7 +8018,8 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
         return Source(inside.shown, copy, manifest, file_format, {}, "", {}, (alone,), ())
     if not metadata:
         raise UnknownFormat("it is the image of a disk without its VM: neither %s nor a vm.cfg that tells of it stands beside "
-                            "it. `extract` makes a raw image of it, and `xe vdi-import` puts that into a disk" % VM_METADATA)
+                            "it. `extract` makes a raw image of it, and `xe vdi-import uuid=VDI-UUID format=raw filename=FILE` puts "
+                            "that into a new disk" % VM_METADATA)
     vm_id = own_vm(metadata, copy.uuid)[0]
     every = disks_of_ova(metadata, vm_id)
     disk = _imaged_disk(every, manifest, size)
@@ -8096,18 +8112,26 @@ def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: in
 
 
 class TargetSr(NamedTuple):
-    """An SR that disks could go to; `free_bytes` -1 if it does not tell."""
+    """An SR that disks could go to; `free_bytes` -1 if it does not tell. `unplugged`: the uuids of its PBDs that are not
+    plugged. One that is not plugged is not usable: an import into it would hang without a word (tried)."""
     ref: str
     uuid: str
     name: str
     type: str
     is_usable: bool
     free_bytes: int
+    unplugged: Tuple[str, ...]
 
     @property
     def title(self) -> str:
         """The SR for a sentence."""
         return "%s (%s)" % (quote_name(self.name), self.uuid[:8])
+
+    @property
+    def way_in(self) -> str:
+        """What to do before disks can go there."""
+        return "plug it with " + " and ".join("`xe pbd-plug uuid=%s`" % uuid for uuid in self.unplugged) if self.unplugged \
+            else "bring a host back that has it"
 
 
 class PoolView(NamedTuple):
@@ -8120,6 +8144,7 @@ class PoolView(NamedTuple):
     vdis: Dict[str, Dict[str, Any]]
     vbds: Dict[str, Dict[str, Any]]
     api_version: Tuple[int, int]
+    master: str
 
     def real_names(self) -> Set[str]:
         """The names of real VMs."""
@@ -8127,7 +8152,7 @@ class PoolView(NamedTuple):
 
 
 def read_pool_view(pool: Pool, inventory: Inventory) -> PoolView:
-    """The pool as it is now, in eight calls."""
+    """The pool as it is now, in ten calls."""
     doing = "reading the pool"
 
     def records(class_name: str, **needed: Any) -> Dict[str, Dict[str, Any]]:
@@ -8136,32 +8161,45 @@ def read_pool_view(pool: Pool, inventory: Inventory) -> PoolView:
                                      for field, empty in needed.items()})
                 for ref, record in pool.records(doing, class_name).items()}
 
-    return PoolView(target_srs(pool), next(iter(records("pool", default_SR=NULL_REF).values()))["default_SR"],
+    return PoolView(target_srs(pool, inventory.master.ref), next(iter(records("pool", default_SR=NULL_REF).values()))["default_SR"],
                     records("network", uuid="", name_label=""),
                     records("VM", uuid="", name_label="", other_config={}, is_control_domain=False),
                     records("VIF", VM="", MAC=""), records("VDI", uuid="", is_a_snapshot=True), records("VBD", VM="", VDI=""),
-                    inventory.master.api_version)
+                    inventory.master.api_version, inventory.master.ref)
 
 
-def target_srs(pool: Pool) -> Tuple[TargetSr, ...]:
-    """The SRs, with what is free on them now, in two calls."""
+def target_srs(pool: Pool, master: str) -> Tuple[TargetSr, ...]:
+    """The SRs, with what is free on them now, in four calls. Storage work on a shared SR is the master's
+    (ocaml/xapi/message_forwarding.ml choose_pbds_for_sr@v24.19.2)."""
     doing = "reading the SRs"
-    plugged = {str(record.get("SR")) for record in pool.records(doing, "PBD").values()
-               if record.get("currently_attached") is True}
-    return tuple(_target_sr(ref, record, ref in plugged) for ref, record in pool.records(doing, "SR").items())
+    metrics = pool.records(doing, "host_metrics")
+    live = {ref for ref, record in pool.records(doing, "host").items()
+            if metrics.get(str(record.get("metrics")), {}).get("live") is True}
+    pbds = pool.records(doing, "PBD").values()
+    found = []
+    for ref, record in pool.records(doing, "SR").items():
+        own = [pbd for pbd in pbds if pbd.get("SR") == ref and pbd.get("host") in live]
+        plugged = [pbd for pbd in own if pbd.get("currently_attached") is True and (
+            pbd.get("host") == master or record.get("shared") is not True)]
+        found.append(_target_sr(ref, record, bool(plugged), tuple(sorted(
+            str(pbd.get("uuid")) for pbd in own if pbd.get("currently_attached") is not True))))
+    return tuple(found)
 
 
-def _target_sr(ref: str, record: Dict[str, Any], is_plugged: bool) -> TargetSr:
+def _target_sr(ref: str, record: Dict[str, Any], is_plugged: bool, unplugged: Tuple[str, ...]) -> TargetSr:
     """The SR's value; one whose record can't be read is not usable."""
     problems = []                          # type: List[str]
     sr = Fields("an SR", record, problems)
     size, used, kind = sr.number("physical_size"), sr.number("physical_utilisation"), sr.text("type")
     usable = is_plugged and sr.text("content_type") != "iso" and kind not in ISO_SR_TYPES
     return TargetSr(ref, sr.text("uuid"), sr.text("name_label"), kind, usable and not problems,
-                    max(0, size - used) if size > 0 else -1)
+                    max(0, size - used) if size > 0 else -1, unplugged)
 
 
 # --- the plan ------------------------------------------------------------------------------
+
+
+NEW_UUID, VIF_UUID = "NEW-UUID", "VIF-UUID"      # in a note: the uuid that the VM, or that interface, will have
 
 
 class Wishes(NamedTuple):
@@ -8245,7 +8283,8 @@ def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
                      "that boots from its disk. Look at its settings before it is started.")
     if not wishes.is_drill and record.get("other_config", {}).get("auto_poweron") == "true" and name != source.vm_name:
         notes.append("its other_config has auto_poweron=true, as the VM's had: it starts with its host beside the VM "
-                     "that bears its name; `xe vm-param-remove param-name=other-config param-key=auto_poweron` stops that.")
+                     "that bears its name; `xe vm-param-remove uuid=%s param-name=other-config param-key=auto_poweron` "
+                     "stops that." % NEW_UUID)
     return RestorePlan(source, name, uuid, new_mac_seed, tuple(disks), _cut_into_parts(source, disks), home,
                        tuple(interfaces), tuple(existing), wishes.start, tuple(notes), tuple(problems))
 
@@ -8280,9 +8319,10 @@ def _plan_disks(source: Source, view: PoolView, wishes: Wishes, problems: List[s
         elif own is None and len(alike) == 1:
             planned.append(PlannedDisk(disk, alike[0], "it came from an SR of this name"))
         else:
-            problems.append("disk %s came from SR %s (%s), which %s: name one with sr=. %s" % (
-                disk.title, quote_name(disk.sr_name or "of unknown name"), disk.sr_uuid or "uuid unknown",
-                "is not in this pool" if own is None else "is not plugged on any host", _sr_choice(view)))
+            problems.append("disk %s came from SR %s (%s), which is %s name one with sr=. %s" % (
+                disk.title, quote_name((own.name if own else disk.sr_name) or "of unknown name"),
+                disk.sr_uuid or "uuid unknown", "not in this pool:" if own is None else
+                "not plugged: %s, or" % own.way_in, _sr_choice(view)))
     return planned
 
 
@@ -8295,7 +8335,7 @@ def lost_memory(source: Source) -> str:
     image = next((disk for disk in source.disks if disk.is_memory), None)
     if image is not None:
         return "it was suspended, and its memory (%s) is left out: it comes back halted, and starts as after a power " \
-            "cut. `xe vm-import` of the archive brings it back suspended." % format_size(image.virtual_size)
+            "cut. `xe vm-import filename=%s` brings it back suspended." % (format_size(image.virtual_size), source.title)
     if (source.original or source.record).get("power_state") == "Suspended":
         return "it was suspended when it was backed up, and a backup holds no memory: it comes back halted, and " \
             "starts as after a power cut."
@@ -8317,8 +8357,8 @@ def find_sr(view: PoolView, word: str) -> TargetSr:
     if not found:
         raise UsageError("sr=%s: the pool has no such SR. %s Nothing was started." % (one_line(word), _sr_choice(view)))
     if not found[0].is_usable:
-        raise UsageError("sr=%s: disks can't be put there: it is for ISOs, or plugged on no host. %s Nothing was started."
-                         % (one_line(word), _sr_choice(view)))
+        raise UsageError("sr=%s: disks can't be put there: it is for ISOs, or not plugged (then %s). %s Nothing "
+                         "was started." % (one_line(word), found[0].way_in, _sr_choice(view)))
     return found[0]
 
 
@@ -8335,17 +8375,22 @@ def _check_space(source: Source, disks: Sequence[PlannedDisk], notes: List[str],
         here = [planned.disk for planned in disks if planned.sr == sr]
         least = most = sum(disk.virtual_size for disk in here)
         if sr.type not in THICK_SR_TYPES:
-            least = sum(max(0, disk.stored_bytes) for disk in here)
-            if any(disk.stored_bytes < 0 for disk in here) and len(here) == len(disks) and source.copy.image.endswith(".xva"):
-                least = source.copy.size_bytes // 100 * 99      # the rest are headers and digests
-            if source.file_format == "raw":         # all of it is stored; how much is zeros is not known
-                least = 0
+            least = least_bytes(source, here)
         if 0 <= sr.free_bytes < least:
             problems.append("SR %s has %s free, and what goes there needs at least %s: free space on it, or name another "
                             "with sr=." % (sr.title, format_size(sr.free_bytes), format_size(least)))
         elif 0 <= sr.free_bytes < most:
             notes.append("SR %s has %s free, less than the full size of what goes there (%s)." % (
                 sr.title, format_size(sr.free_bytes), format_size(most)))
+
+
+def least_bytes(source: Source, disks: Sequence[SourceDisk]) -> int:
+    """What those disks of the image hold at the least, as far as that is known before it is read."""
+    if source.file_format == "raw":         # all of it is stored; how much is zeros is not known
+        return 0
+    if any(disk.stored_bytes < 0 for disk in disks) and len(disks) == len(source.disks) and source.copy.image.endswith(".xva"):
+        return source.copy.size_bytes // 100 * 99       # the rest are headers and digests
+    return sum(max(0, disk.stored_bytes) for disk in disks)
 
 
 def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List[str],
@@ -8370,20 +8415,24 @@ def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List
         fixed = fixed_addresses(vif)
         if fixed:
             notes.append("its interface %s had been given %s through the pool, which no import brings back: "
-                         "`xe vif-configure-ipv4` and `xe vif-configure-ipv6` do." % (vif["device"], fixed))
+                         "%s, once its guest tools run." % (vif["device"], " and ".join(address for address, _ in fixed),
+                                                           ", ".join("`%s`" % command for _, command in fixed)))
     return sorted(planned, key=lambda item: (userdevice_number(item.device), item.device))
 
 
-def fixed_addresses(vif: Dict[str, Any]) -> str:
-    """The addresses that VIF.configure_ipv4 and configure_ipv6 gave it, in words. An import loses them, as VIF.create
-    sets none (ocaml/xapi/xapi_vif.ml@v26.17.0), and what comes back beside the VM must not take its address."""
-    said = []
+def fixed_addresses(vif: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """The addresses that VIF.configure_ipv4 and configure_ipv6 gave it: in words, and the command that gives it again. An
+    import loses them, as VIF.create sets none (ocaml/xapi/xapi_vif.ml@v26.17.0), and what comes back beside the VM must
+    not take its address."""
+    found = []
     for family in ("ipv4", "ipv6"):
         if vif.get(family + "_configuration_mode") == "Static":
             gateway = vif.get(family + "_gateway")
-            said += [address + (", gateway %s" % gateway if gateway else "")
-                     for address in vif.get(family + "_addresses", ())]
-    return " and ".join(said)
+            found += [(address + (", gateway %s" % gateway if gateway else ""),
+                       "xe vif-configure-%s uuid=%s mode=static address=%s%s" % (
+                           family, VIF_UUID, address, " gateway=%s" % gateway if gateway else ""))
+                      for address in vif.get(family + "_addresses", ())]
+    return found
 
 
 def find_network(view: PoolView, word: str) -> str:
@@ -8429,6 +8478,9 @@ def _plan_identity(source: Source, view: PoolView, wishes: Wishes, interfaces: S
     """The uuid to keep ("" for a new one), and whether its mac_seed has to be a new one all the same."""
     if not wishes.preserve:
         return "", True
+    if not source.vm_uuid:
+        notes.append("which uuid the VM had is not on record, so it gets a new one, and its backups begin a new line; its MAC "
+                     "addresses are kept.")
     for record in view.machines.values():
         if record["uuid"] == source.vm_uuid:
             problems.append("preserve=yes can't be done: the VM with this uuid, %s (%s), is still in the pool, and it is "
@@ -8886,7 +8938,7 @@ class Importer:
         name = pattern % (plan.source.vm_name if kind == "drill" else plan.name, token)
         names = [name] + [PART_NAME % (name, part + 1) for part in range(1, len(plan.parts))]
         entry = self._journal.open_entry(
-            kind=kind, token=token, vm_uuid=plan.source.vm_uuid, vm_name=plan.source.vm_name, names=names, tasks=[],
+            kind=kind, token=token, vm_uuid=plan.source.vm_uuid or "?", vm_name=plan.source.vm_name, names=names, tasks=[],
             called_at=format_utc(self._clock.utc()))
         try:
             if plan.source.has_only_cfg_files:
@@ -9308,10 +9360,23 @@ def wanted_disk(source: Source, word: str) -> SourceDisk:
         "; the VM had also " + ", ".join(disk.title for disk in source.lacking) if source.lacking else ""))
 
 
-def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str,
+def check_room(source: Source, disk: SourceDisk, file: NewFile, warn: Callable[[str], Any]) -> None:
+    """Raises CatalogError if the disk surely has no room there; warns if it may have none."""
+    free = free_space(file.fd, file.shown)
+    least = least_bytes(source, [disk]) - 2 * MEBIBYTE     # the first and the last are stored though they be zeros
+    if free is not None and free < least:
+        raise CatalogError("%s: the data of disk %s take at least %s, and only %s are free there. Name a path with more "
+                           "room, on the share perhaps." % (file.shown, disk.title, format_size(least), format_size(free)))
+    if free is not None and free < disk.virtual_size:
+        warn("%s: %s are free there, less than the disk's full size of %s; its zeros take no room." % (
+            file.shown, format_size(free), format_size(disk.virtual_size)))
+
+
+def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str, warn: Callable[[str], Any],
                  on_tick: Callable[[Progress], Any]) -> Tuple[int, Any]:
     """The disk is a sparse raw image at that path; the bytes written and the check. Nothing stands there otherwise."""
     with NewFile(path) as file:
+        check_room(source, disk, file, warn)
         sink = SparseImage(file.fd, "image" if source.file_format != "xva" else disk.id)
         check = stream_image(source, inside, sink, [], on_tick)
         file.complete(disk.virtual_size or check.report.virtual_size)
@@ -11207,8 +11272,8 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
         if copy.is_good and copy.method is not None:
             full = [other.name for other in copies if other.is_good and other.method is Method.VM]
             if copy.method is Method.VDI and full:
-                log.warning("%s/%s holds only the OS disk; the newest copy of the whole VM is from=%s." % (
-                    copy.folder, copy.name, full[-1]))
+                log.warning("%s/%s, the newest good copy, holds only the OS disk. The newest copy of the whole VM is taken "
+                            "with from=%s; `list` shows all." % (copy.folder, copy.name, full[-1][len("backup-"):]))
             return copy
         log.warning("%s/%s is passed over: %s." % (copy.folder, copy.name, copy.trouble or "its kind can't be read"))
     raise BackupError("there is no good copy of %s; `list` shows what there is, and from=STAMP with force=yes takes one all "
@@ -11403,12 +11468,16 @@ def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: i
     lines += ["  disk %s %s, %s, uuid %s, on SR %s" % (
         disk.device, quote_name(disk.name), format_size(disk.virtual_size), disk.vdi_uuid,
         quote_name(srs.get(disk.sr_uuid, disk.sr_uuid))) for disk in machine.disks]
+    interfaces = {vif.device: vif for vif in pool.interfaces(machine)}
     lines += ["  interface %s on network %s, MAC %s" % (vif.device, quote_name(vif.network_name), vif.mac)
-              for vif in pool.interfaces(machine)]
+              for vif in interfaces.values()]
+    lines += ["  note: once its guest tools run: " + command.replace(VIF_UUID, interfaces[item.device].uuid)
+              for item in plan.interfaces if item.device in interfaces for _, command in fixed_addresses(item.fields)]
     lines += ["  not in this copy, and not attached: disk %s: %s" % (item.disk.title, item.reason)
               for item in plan.existing if not item.vdi_ref]
     if lost_memory(plan.source):
         lines.append("  note: " + lost_memory(plan.source))
+    lines += ["  note: " + note.replace(NEW_UUID, record["uuid"]) for note in plan.notes if NEW_UUID in note]
     if record["power_state"] == "Halted" and not imported.problem:
         start = "xe vm-start uuid=%s" % record["uuid"]
         if "start" in record["blocked_operations"]:
@@ -11437,7 +11506,7 @@ def command_extract(context: Context) -> int:
         title = "extracting disk %s of %s" % (disk.device, source.title)
         context.log.info(title)
         try:
-            written, check = extract_disk(source, chosen.inside, disk, path,
+            written, check = extract_disk(source, chosen.inside, disk, path, context.log.warning,
                                           reading_progress(context, title, source.copy.size_bytes))
         except VerificationError as error:
             raise BackupError("%s %s: %s. No file was left." % (source.title, error.verdict, str(error).rstrip(".")))
@@ -11544,7 +11613,7 @@ def drill_plan(context: Context, pool: Pool, view: PoolView, chosen: Chosen) -> 
     if not chosen.copy.is_good:
         raise BackupError("it is no good copy (%s), and there is no good one of this VM." % chosen.copy.trouble)
     wishes = Wishes("", context.arguments.parameters.get("sr", ""), "", False, False, False, True, "")
-    plan = plan_restore(opened_source(chosen), view._replace(srs=target_srs(pool)), wishes)
+    plan = plan_restore(opened_source(chosen), view._replace(srs=target_srs(pool, view.master)), wishes)
     if plan.problems:
         raise BackupError(" ".join(plan.problems))
     return plan
