@@ -11004,8 +11004,8 @@ def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optiona
 LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only adds which VMs it still has
 
 
-def known_uuids(context: Context) -> Optional[Set[str]]:
-    """The uuids of the pool's VMs, None if no pool can be asked from here."""
+def asked_pool(context: Context) -> Optional[Inventory]:
+    """What is in the pool, None if no pool can be asked from here."""
     if context.arguments.password == "-" and not os.path.exists(
             fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
         return None
@@ -11013,12 +11013,19 @@ def known_uuids(context: Context) -> Optional[Set[str]]:
     try:
         pool.connect()
         pool.changes_allowed = False
-        return {machine.uuid for machine in pool.inventory().machines}
+        return pool.inventory()
     except (PoolError, ApiFailure) as error:
         context.log.info("the pool was not asked which VMs it knows: %s" % error)
         return None
     finally:
         pool.close()
+
+
+def is_in_pool(inventory: Optional[Inventory], uuid: str, pool: str) -> Optional[bool]:
+    """Does the pool still have the VM? None if it was not asked, or the VM is another pool's."""
+    if inventory is None or pool not in ("", inventory.pool_uuid):
+        return None
+    return any(machine.uuid == uuid for machine in inventory.machines)
 
 
 def command_list(context: Context) -> int:
@@ -11027,22 +11034,23 @@ def command_list(context: Context) -> int:
     if wanted not in ("text", "json"):
         raise UsageError("format=%s is not allowed; allowed: text, json." % one_line(wanted))
     catalog = open_store(context.configuration)
-    known = known_uuids(context) if wanted == "json" else None
+    inventory = asked_pool(context) if wanted == "json" else None
     now = context.clock.local()
-    rows = [list_row(stored, context.configuration, catalog, known, now)
+    rows = [list_row(stored, context.configuration, catalog, inventory, now)
             for stored in chosen_vms(catalog, context.arguments.vm, context.log)]
     strangers = [] if context.arguments.vm else list_strangers(catalog)
     if wanted == "json":
         context.log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
                                     sort_keys=True))
         return ExitStatus.OK
+    tell_pools = len({row["pool"] for row in rows} - {""}) > 1
     for row in rows:
-        context.log.show(list_text(row))
+        context.log.show(list_text(row, tell_pools))
     for stranger in strangers:
         context.log.show("not ours, left alone: %s" % one_line(stranger))
-    known = known_uuids(context)
+    inventory = asked_pool(context)
     for row in rows:
-        if known is not None and row["uuid"] not in known:
+        if is_in_pool(inventory, row["uuid"], row["pool"]) is False:
             context.log.show("NO LONGER IN THE POOL: %s  %s  in %s/" % (quote_name(row["name"]), row["uuid"] or "uuid unknown",
                                                                         row["folder"]))
     good = sum(1 for row in rows for copy in row["copies"] if copy["good"])
@@ -11052,7 +11060,7 @@ def command_list(context: Context) -> int:
     return ExitStatus.OK
 
 
-def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, known: Optional[Set[str]],
+def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, inventory: Optional[Inventory],
              now: datetime) -> Dict[str, Any]:
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
     keep, rule = stored_keep(stored, configuration)
@@ -11076,16 +11084,16 @@ def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, k
             "fate": "kept: " + rule if verdict is None else
                     ("kept: " if verdict.keep else "goes with the next pruning: ") + verdict.reason})
     return {"name": stored.name, "names": sorted({copy.vm_name for copy in stored.copies if copy.vm_name}),
-            "folder": stored.folder, "uuid": stored.uuid, "kind": stored.method.value if stored.method else None,
-            "keep": keep, "rule": rule, "in_pool": None if known is None else stored.uuid in known, "copies": copies}
+            "folder": stored.folder, "uuid": stored.uuid, "pool": stored.pool, "copies": copies, "keep": keep, "rule": rule,
+            "kind": stored.method.value if stored.method else None, "in_pool": is_in_pool(inventory, stored.uuid, stored.pool)}
 
 
-def list_text(row: Dict[str, Any]) -> str:
+def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
     """One VM and kind of the store in lines for people."""
     names = [quote_name(name) for name in row["names"] if name != row["name"]]
     title = "%s%s  %s  %s  in %s/" % (quote_name(row["name"]), " (before: %s)" % ", ".join(names) if names else "",
                                       row["uuid"] or "uuid unknown", row["kind"] or "kind unknown", row["folder"])
-    lines = [title]
+    lines = [title + "  of pool %s" % (row["pool"] or "unknown") if tell_pool else title]
     for copy in row["copies"]:
         state = "good" if copy["good"] else "NOT GOOD (%s)" % copy["problem"]
         checked = "never verified"

@@ -174,12 +174,11 @@ def test_what_was_moved_aside_by_hand_is_kept_listed_and_never_counted(a_pool: A
     for _ in range(2):
         assert backup(pool, shelf, 'vm-export=*', 'max_backups=2').exit_status == 0
     os.makedirs(shelf.at(kept_in), exist_ok=True)
-    moved = shelf.copies('web')
-    for number, name in enumerate(moved):
-        os.rename(shelf.at('web', name), shelf.at(kept_in, name[:-1] + str(number)))
+    kept = [kept_in + '/backup-2001-01-0%d-000000' % day for day in (1, 2)]    # no name that is taken there
+    for name, path in zip(shelf.copies('web'), kept):
+        os.rename(shelf.at('web', name), shelf.at(path))
     os.rmdir(shelf.at('web'))
     shelf.first_tree = shelf.tree()
-    kept = ['%s/%s%d' % (kept_in, name[:-1], number) for number, name in enumerate(moved)]
     for _ in range(3):
         assert backup(pool, shelf, 'vm-export=*', 'max_backups=2').exit_status == 0
     assert prune(pool, shelf, 'vm-export=*', words=['web', 'max_backups=1']).exit_status == 0
@@ -259,6 +258,10 @@ def test_two_pools_in_which_a_vm_has_one_uuid_never_prune_each_others_copies(a_s
         beside = 'web--' + uuid_of('web')[:8]
         assert shelf.names() == ['web', beside]
         assert shelf.has('web', complete=1) and shelf.has(beside, complete=1)
+        listed = backup(pools[0], shelf, 'vm-export=web:1', words=['list'])
+        assert not listed.says('NO LONGER IN THE POOL')
+        for pool in pools:
+            assert listed.says('  of pool ' + [row['uuid'] for row in pool.dump()['pool'].values()][0])
         shutil.move(shelf.at(beside, shelf.newest(beside)), shelf.at('web'))       # as an earlier version would have made it
         set_manifest(shelf, shelf.newest('web'), folder='web')
         ours, theirs = shelf.copies('web')
