@@ -2067,6 +2067,12 @@ def write_all(target_fd: int, content: Any) -> None:
         view = view[os.write(target_fd, view):]
 
 
+def status_of(fd: int) -> os.stat_result:
+    """What an open file or directory is now: on a share that went away even that can fail."""
+    with storage_errors("looking at an open file of the store"):
+        return os.fstat(fd)
+
+
 def forget_cached(file_fd: int, begin: int = 0) -> None:
     """The kernel need not keep what it holds of the file from there on: what is read next comes from storage."""
     with contextlib.suppress(OSError):          # it is advice: a file system may have no use for it
@@ -2258,7 +2264,7 @@ class LockFile:
         status = folder.status(name)
         if status is None or (status.st_dev, status.st_ino) not in cls.opened:
             lock = cls(folder.open_file(name, os.O_RDWR | os.O_CREAT), folder.shown + "/" + name)
-            status = os.fstat(lock.fd)
+            status = status_of(lock.fd)
             cls.opened[status.st_dev, status.st_ino] = lock
         return cls.opened[status.st_dev, status.st_ino]
 
@@ -5130,13 +5136,12 @@ class RunJournal:
 
     def last_written_s(self) -> float:
         """When it was last written, in seconds of the storage's clock."""
-        with storage_errors("looking at the journal %s" % self.name):
-            return os.fstat(self._fd).st_mtime
+        return status_of(self._fd).st_mtime
 
     def is_still_ours(self) -> bool:
         """Does its path still lead to our descriptor? If not, another run took us for dead."""
         status = self._folder.status(self.name)
-        own = os.fstat(self._fd)
+        own = status_of(self._fd)
         return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
 
     def mark_taken(self) -> None:
@@ -5182,9 +5187,10 @@ class Catalog:
         """Raises CatalogError if the directory can't be opened."""
         self.path = path
         self.root = Directory.open_path(path)
-        own = os.fstat(self.root.fd)
+        own = status_of(self.root.fd)
         self._identity = (own.st_dev, own.st_ino)
         self._state = None                     # type: Optional[Directory]
+        self._verdicts = None                  # type: Optional[Directory]
         self.mount = find_mount(read_text_file("/proc/self/mountinfo"), own.st_dev)
 
     # --- guards -----------------------------------------------------------------
@@ -5273,7 +5279,7 @@ class Catalog:
         """
         runs = self.state("runs")
         file = LockFile.of(self._state, "store")
-        inode, facts = os.fstat(file.fd).st_ino, file.text()
+        inode, facts = status_of(file.fd).st_ino, file.text()
         if told(facts, "id") == "" or facts.get("inode") != inode:
             times = [status.st_mtime for status in map(runs.status, runs.names()) if status is not None]
             if file.take():
@@ -5375,10 +5381,10 @@ class Catalog:
 
     def facts(self, copy: Copy) -> Dict[str, Any]:
         """What is on record about the copy, {} if nothing. It belongs to the copy's manifest, whatever its name is."""
-        folder = self.state_if_there(VERDICT_FOLDER) if copy.mark else None
-        if folder is not None:
-            with folder, contextlib.suppress(NotThere, WrongKind, ValueError):
-                return parse_object(folder.read(copy.mark[:32] + ".json", MEBIBYTE))
+        self._verdicts = self._verdicts or self.state_if_there(VERDICT_FOLDER)       # asked for each copy: opened once
+        if self._verdicts is not None and copy.mark:
+            with contextlib.suppress(NotThere, WrongKind, ValueError):
+                return parse_object(self._verdicts.read(copy.mark[:32] + ".json", MEBIBYTE))
         return {}
 
     def record(self, copy: Copy, **facts: Any) -> None:
@@ -5494,7 +5500,7 @@ class Catalog:
     def newest_change_s(self, folder_name: str, name: str) -> float:
         """When anything in that directory was last written, in seconds of the storage's clock."""
         with self.root.child(folder_name) as folder, folder.child(name) as inner:
-            times = [os.fstat(inner.fd).st_mtime]
+            times = [status_of(inner.fd).st_mtime]
             times += [status.st_mtime for status in (inner.status(item) for item in inner.names()) if status]
         return max(times)
 
@@ -5744,7 +5750,7 @@ class NewCopy:
         try:
             self._parent.rename(self.name + PARTIAL, self.name)
         except CatalogError as error:
-            there, own = self._parent.status(self.name), os.fstat(self.inside.fd)
+            there, own = self._parent.status(self.name), status_of(self.inside.fd)
             if there is None or (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
                 raise
             raise StorageMisbehaved("%s is in its place and complete, but the storage did not confirm that it will stay "
@@ -6959,7 +6965,7 @@ class Verifier:
     def _stream(self, inside: Directory, copy: Copy, compression: str, stored: List[Any], plain: List[Any]) -> None:
         """The image went through both groups of consumers, decompressed for the second."""
         fd = inside.open_file(copy.image)
-        size = os.fstat(fd).st_size
+        size = status_of(fd).st_size
         forget_cached(fd)                                # what is proven is the storage, not a cache
         began_at = self._clock.monotonic()
         title = "verifying %s/%s" % (copy.folder, copy.name)
@@ -7954,7 +7960,7 @@ def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Any
     if isinstance(look, FirstLook) and compression == "none" and not force:
         end = inside.read_tail(copy.image, 2 * SECTOR_BYTES)
         # An archive of others may lack the zero blocks: then it ends with a digest.
-        if os.fstat(fd).st_size % SECTOR_BYTES or end != XVA_END and (manifest or not DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])):
+        if status_of(fd).st_size % SECTOR_BYTES or end != XVA_END and (manifest or not DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])):
             os.close(fd)
             raise VerificationError("the archive does not end with two zero blocks: it was cut off or overwritten")
     with contextlib.ExitStack() as stack, contextlib.suppress(_Enough):
@@ -9513,6 +9519,9 @@ def drill_body(outcomes: Sequence[DrillOutcome], findings: Sequence[Finding]) ->
 # success is decided by its outcomes, never by what was logged.
 
 
+STATUS_LOG_LIMIT_S = 20           # it often lies on the very share that hangs
+
+
 class StatusLog:
     """The older program's status lines, appended; people parse them. No backup fails for it."""
 
@@ -9525,10 +9534,14 @@ class StatusLog:
 
     def open(self) -> None:
         """Lines are appended from now on, unless the file can't be opened: that is said once."""
+        def opened() -> int:
+            with storage_errors(self._path):
+                return os.open(fs_path(self._path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
         try:
-            self._fd = os.open(fs_path(self._path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            self._log.info("no status log is written: %s: %s." % (self._path, os_reason(error)))
+            self._fd = within(STATUS_LOG_LIMIT_S, "opening the status log", opened)
+        except CatalogError as error:
+            self._log.info("no status log is written: %s" % error)
 
     def begin(self, what: str, name: str = "") -> None:
         """`what` has begun, for that VM or for the run."""
@@ -9551,10 +9564,16 @@ class StatusLog:
         if self._fd is None:
             return
         stamp = self._clock.local().strftime("%Y/%m/%d %H:%M:%S")
+        line = ("%s,%s,%s,%s\n" % (stamp, what, self._host, rest)).encode("utf-8", "surrogateescape")
+
+        def write(fd: int = self._fd) -> None:
+            with storage_errors(self._path):
+                write_all(fd, line)
+
         try:
-            os.write(self._fd, ("%s,%s,%s,%s\n" % (stamp, what, self._host, rest)).encode("utf-8", "surrogateescape"))
-        except OSError as error:
-            self._log.info("the status log can't be written: %s." % os_reason(error))
+            within(STATUS_LOG_LIMIT_S, "writing the status log", write)
+        except CatalogError as error:
+            self._log.info("the status log can't be written: %s" % error)
             self._fd = None
 
 
