@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from typing import Any, Callable, Dict, List
 
 import pytest
@@ -157,6 +158,8 @@ def died_together(a_pool: Any, shelf: Any, kind: str) -> Any:
     with beginning(pool, shelf, kind + '=web') as process:
         assert eventually(lambda: [path for path in shelf.tree() if '.partial/web.' in path]), process.output
         assert eventually(lambda: drives_of_hosts(pool)), process.output
+        # held first, so that it does not notice that its client is gone
+        pool.process.send_signal(signal.SIGSTOP)
         process.kill()
         pool.process.kill()
     serving(pool)
