@@ -11592,12 +11592,14 @@ def drill_copies(context: Context, catalog: Catalog, vm: str) -> Tuple[List[Copy
         return [choose_copy(catalog, vm, "latest", context.log)], []
     newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
     for stored in chosen_vms(catalog, "", context.log):
-        if all(copy.is_newer for copy in stored.copies):           # nothing is known of it, least of all a verdict
-            findings.append(Finding(Severity.WARNING, stored.title, "not drilled: %s." % stored.copies[-1].problem))
+        findings += [Finding(Severity.WARNING, "%s/%s" % (copy.folder, copy.name), "not drilled: %s." % copy.problem)
+                     for copy in stored.copies if copy.is_newer]         # nothing is known of it, least of all a verdict
+        known = [copy for copy in stored.copies if not copy.is_newer]
+        if not known:
             continue
-        good = [copy for copy in stored.copies if copy.is_good and copy.method is not None]
-        best = (good or stored.copies)[-1]
-        for copy in stored.copies[stored.copies.index(best) + 1:]:
+        good = [copy for copy in known if copy.is_good and copy.method is not None]
+        best = (good or known)[-1]
+        for copy in known[known.index(best) + 1:]:
             findings.append(Finding(Severity.WARNING, "%s/%s" % (copy.folder, copy.name), "passed over: %s." % (
                 copy.trouble or "its kind can't be read")))
         rival = newest.get(stored.uuid or stored.folder)
