@@ -1545,8 +1545,9 @@ def with_moved_aside(copies: Sequence[Copy], folder: str, own_names: Sequence[st
     at_home = {copy.uuid for copy in copies if folded(copy.home) == here}
     is_own = here in {folded(name) for name in own_names}
     return [copy if folded(copy.home) == here or not copy.home and (is_own or copy.uuid in at_home)
-            else copy._replace(aside="moved here by hand%s, so it is kept and not counted" % (
-                copy.home and " from %s/" % quote_name(copy.home)))
+            else copy._replace(aside="%s, so it is kept and not counted" % (
+                "moved here by hand from %s/" % quote_name(copy.home) if copy.home
+                else "it lies where no name of its VM is, as if moved here by hand"))
             for copy in copies]
 
 
