@@ -120,7 +120,8 @@ class Replay:
         return {'PATH': CRON_PATH}
 
     def simulated_paths(self, word: str) -> str:
-        return re.sub(r'(^|=)/(backups|mnt|small)\b', r'\1%s/\2' % self.work_dir, word)
+        # The recorded host's address is nobody's here: one of this machine where nothing listens, as there when it was dead.
+        return re.sub(r'(^|=)/(backups|mnt|small)\b', r'\1%s/\2' % self.work_dir, word.replace('192.168.77.10', '127.0.0.200'))
 
     def recorded_paths(self, text: str) -> str:
         return text.replace(self.work_dir, '')
