@@ -1,6 +1,8 @@
 """Every recipe of README's recovery pages, taken from README itself and followed in a pool; then what must not be done."""
 
+import ast
 import os
+import re
 import shutil
 from typing import Any, Callable, Dict, List, Sequence, Set
 
@@ -8,7 +10,7 @@ import pytest
 
 from support.deeds import backup
 from support.language import MEBIBYTE, disk, uuid_of, vm
-from support.process import CRON_PATH, ROOT, Run, run
+from support.process import CRON_PATH, PROGRAM, ROOT, Run, run
 from support.recipes import Person, recipes
 from support.recovery import destroy, disks_of, has_machine, holds, interfaces_of, machine
 from support.shelf import disk_content
@@ -39,6 +41,29 @@ def test_every_recipe_of_readme_is_followed_by_a_test() -> None:
 def test_a_recipe_that_is_new_or_reworded_is_noticed() -> None:
     assert all(command.text for block in recipes().values() for command in block)
     assert len(recipes()) > 20 and any('vdi-import' in command.text for block in recipes().values() for command in block)
+
+
+# --- the commands in the program's messages ---------------------------------------------------------------------------------
+
+def messages() -> List[str]:
+    """The texts of VmBackup.py that are no docstrings."""
+    with open(PROGRAM, encoding='utf-8') as file:
+        tree = ast.parse(file.read())
+    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [getattr(node, 'value' if type(node).__name__ == 'Constant' else 's', None) for node in ast.walk(tree)
+             if type(node).__name__ in ('Constant', 'Str') and id(node) not in statements]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def test_every_command_that_a_message_tells_is_whole(a_pool: Any) -> None:
+    told = [match.groups() for text in messages() for match in re.finditer(r'\bxe ([a-z]+-[a-z0-9-]+)(?![-\w%])([^`;]*)', text)]
+    assert len(told) > 10
+    helped = a_pool().xe('help', *sorted({name for name, _ in told})).stdout
+    assert 'Unknown command' not in helped
+    needs = dict(re.findall(r'command name +: (\S+)\n +reqd params +: (.*)\n', helped))
+    for name, rest in told:
+        left_out = [word for word in needs[name].split(', ') if word and word + '=' not in rest]
+        assert not left_out, (name, left_out, rest)
 
 
 # --- given --------------------------------------------------------------------------------------------------------------
