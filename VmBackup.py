@@ -3980,6 +3980,9 @@ class Unzstd(PipeWriter):
             plain = self._Buffer(self._address, MEBIBYTE, 0)
             self._missing = self.library.ZSTD_decompressStream(self._stream, self.ctypes.byref(plain), self.ctypes.byref(source))
             if self.library.ZSTD_isError(self._missing):
+                if b"memory" in self.library.ZSTD_getErrorName(self._missing):       # of a frame made with --long, or here
+                    raise ProgramError("the host's libzstd has not the memory that this image needs (was it compressed with "
+                                       "--long?)")
                 raise CompressionDamaged("the zstd file is damaged, or followed by something else, before byte {}: {}".format(
                     self._offset + source.position, self.library.ZSTD_getErrorName(self._missing).decode("ascii", "replace")))
             is_full = plain.position == MEBIBYTE
@@ -5267,6 +5270,12 @@ class Catalog:
             if is_ours:
                 lock.release(byte)
 
+    def copy_again(self, copy: Copy) -> Copy:
+        """The copy as it is now, what was learned of its VM from elsewhere kept; NotThere if it is gone."""
+        with self.root.child(copy.folder) as folder:
+            now = read_copy(folder, copy.folder, copy.name, copy.taken_at, copy.is_old)
+        return now._replace(uuid=now.uuid or copy.uuid, verdict=condemned(self.facts(now)))
+
     def open_copy(self, copy: Copy) -> Directory:
         """The copy's directory; NotThere if it is gone."""
         with self.root.child(copy.folder) as folder:
@@ -5638,7 +5647,8 @@ def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
         problem = "its image %s is empty" % image
     else:
         problem = ""
-    own = "%s %s %d" % (blank.name, image, sizes.get(image, 0))       # it has no manifest: this is all that tells it apart
+    # It has no manifest: this is what tells it from others, also after its image was compressed later.
+    own = "%s %s %s" % (blank.name, _old_uuid(inside), re.sub(r"\.(gz|zst)$", "", image))
     return _at_home(blank._replace(
         mark=hashlib.sha256(own.encode("utf-8", "surrogateescape")).hexdigest(), uuid=_old_uuid(inside), vm_name=re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image), method=method, image=image,
         size_bytes=sizes.get(image, 0), problem=problem))
@@ -6867,17 +6877,14 @@ class Verifier:
         if state is CopyState.DAMAGED:
             try:
                 self._catalog.check_in_place()
-                if not self._is_there(copy):
-                    state, reason = CopyState.GONE, "another run removed it while it was read"
+                now = self._catalog.copy_again(copy)
+                if now.image != copy.image:                # the storage host has compressed it meanwhile
+                    return self.verify(now)
+            except NotThere:
+                state, reason = CopyState.GONE, "another run removed it while it was read"
             except CatalogError as error:
                 state, reason = CopyState.UNREADABLE, str(error)
         return CopyVerdict(copy, state, reason.rstrip("."), self._clock.utc(), look)
-
-    def _is_there(self, copy: Copy) -> bool:
-        """Is the copy's directory still there?"""
-        with contextlib.suppress(NotThere), self._catalog.root.child(copy.folder) as folder:
-            return folder.is_directory(copy.name)
-        return False
 
     def _judge(self, copy: Copy) -> Tuple[CopyState, str]:
         """State and reason; raises VerificationError for damage."""
@@ -8975,7 +8982,7 @@ class Importer:
                 imports = _Imports(self._xe, stack, [self._command(plan, part, uuids[part], force)
                                                      for part in range(len(ovas))])
                 problem = self._stream(doing, plan, inside, imports, ovas, watch, sink, force)
-                self._await_imports(doing, imports, watch, tasks)
+                self._await_imports(doing, imports, watch, tasks, bool(plan.source.manifest))
         except (VerificationError, ProgramError) as error:
             if not force:
                 raise
@@ -9016,7 +9023,7 @@ class Importer:
                                      force=force)
                 if not imports.programs:
                     raise BackupError("%s: nothing of it can be brought back. %s" % (entry.title, problem))
-                self._await_imports(doing, imports, watch, ())
+                self._await_imports(doing, imports, watch, (), True)
         except (VerificationError, ProgramError) as error:
             if not force:
                 raise
@@ -9062,15 +9069,16 @@ class Importer:
         feed = feed_class(pipes, ovas, plan.parts, bool(source.manifest))
         return self._feed(doing, source, inside, imports, sink, watch, [feed], not source.manifest, force)
 
-    def _await_imports(self, doing: str, imports: "_Imports", watch: ImportWatch, tasks: Sequence[str]) -> None:
-        """All imports have ended well. An xe that lost its connection proves nothing: then the task tells."""
+    def _await_imports(self, doing: str, imports: "_Imports", watch: ImportWatch, tasks: Sequence[str], was_proven: bool) -> None:
+        """All imports have ended well. An xe that lost its connection proves nothing: then the task tells. `was_proven`:
+        what went in matched its digests, so that what is wrong now is not the copy."""
         began_s = self._clock.monotonic()
         for number, program in enumerate(imports.programs):
             while program.wait(TICK_S) is None:
                 watch(Progress(watch.size_bytes, self._clock.monotonic() - began_s, "server"))
             problem = xe_problem(program.wait(0), program.said)
             if problem and not (tasks and self._has_succeeded(tasks[number])):
-                raise import_failure(doing, problem)
+                raise import_failure(doing, problem, was_proven)
 
     def _has_succeeded(self, task: str) -> bool:
         """Does the pool say that the import of that task is done?"""
@@ -9121,13 +9129,13 @@ class Importer:
 
     @staticmethod
     def _check_disks(entry: OpenEntry, plan: RestorePlan, vdis: Dict[str, str], records: Dict[str, Any]) -> None:
-        """Raises VerificationError unless every disk of the plan was made, in its size and on its SR."""
+        """Raises ProgramError unless every disk of the plan was made, in its size and on its SR."""
         for planned in plan.disks:
             record = records.get(vdis.get(planned.disk.id, ""))
             if record is None:
-                raise VerificationError("%s: the pool made no disk %s." % (entry.title, planned.disk.title))
+                raise ProgramError("%s: the pool made no disk %s." % (entry.title, planned.disk.title))
             if int(record["virtual_size"]) < planned.disk.virtual_size or record["SR"] != planned.sr.ref:
-                raise VerificationError("%s: the pool made disk %s with %s bytes, or not on SR %s." % (
+                raise ProgramError("%s: the pool made disk %s with %s bytes, or not on SR %s." % (
                     entry.title, planned.disk.title, record["virtual_size"], planned.sr.title))
 
     def _join_parts(self, entry: OpenEntry, main: str, helpers: Sequence[str],
@@ -9288,10 +9296,10 @@ VERIFY_ADVICE = ("Nothing of it stays in the pool. `verify` judges all copies; f
 CHECKSUM_WORDS = "checksum failed"     # of a block of the archive (ocaml/xapi/stream_vdi.ml@v26.17.0)
 
 
-def import_failure(doing: str, problem: str) -> BackupError:
+def import_failure(doing: str, problem: str, was_proven: bool = False) -> BackupError:
     """What an xe that ended badly means: the copy is damaged, or something else went wrong."""
     problem = problem.rstrip(".")
-    if CHECKSUM_WORDS in problem:
+    if CHECKSUM_WORDS in problem and not was_proven:
         return VerificationError("%s: the copy is damaged: %s. %s" % (doing, problem, VERIFY_ADVICE))
     return ProgramError("%s failed: %s." % (doing, problem))
 
@@ -9433,18 +9441,21 @@ class Drill:
         return "restored and compared"
 
     def _compare(self, plan: RestorePlan, imported: ImportedVm, planned: PlannedDisk, expected: ContentDigests) -> None:
-        """Raises VerificationError unless the disk in the pool holds what the image held."""
+        """Raises ProgramError unless the disk in the pool holds what the image held: that matched its digests."""
         doing = "reading back disk %s of %s" % (planned.disk.device, imported.entry.title)
         record = self._pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
         size = int(record["virtual_size"])
         is_sparse = planned.sr.type in VHD_SR_TYPES and size <= VHD_EXPORT_LIMIT_BYTES
         found = ContentDigests()
         self._log.info("%s, %s." % (doing, format_size(size)))
-        self._exporter.disk_contents(doing, record["uuid"], size, "vhd" if is_sparse else "raw", found)
+        try:
+            self._exporter.disk_contents(doing, record["uuid"], size, "vhd" if is_sparse else "raw", found)
+        except VerificationError as error:
+            raise ProgramError(str(error))
         name = "image" if plan.source.file_format != "xva" else planned.disk.id
         difference = first_difference(expected.disks.get(name, array("Q")), found.disks.get("image", array("Q")))
         if difference >= 0:
-            raise VerificationError("%s: disk %s came back different: its MiB %d on SR %s is not what the copy holds. The copy "
+            raise ProgramError("%s: disk %s came back different: its MiB %d on SR %s is not what the copy holds. The copy "
                                     "itself matched its digests: look at the SR." % (
                                         imported.entry.title, planned.disk.title, difference, planned.sr.title))
 
@@ -10869,20 +10880,22 @@ class StoredVm(NamedTuple):
         return vm in (self.name, self.folder) or any(copy.vm_name == vm for copy in self.copies)
 
 
-def stored_vms(catalog: Catalog, problems: List[str]) -> List[StoredVm]:
-    """All VMs of the store. What can't be listed costs only itself: a sentence among the problems."""
+def stored_vms(catalog: Catalog, problems: List[CatalogError]) -> List[StoredVm]:
+    """All VMs of the store. What can't be listed costs only itself, and is among the problems."""
     found = []
     for name in catalog.folder_names():
         try:
             found += stored_in(catalog.folder(name))
         except CatalogError as error:
-            problems.append("%s It is left out." % error)
+            problems.append(error)
     return found
 
 
 def stored_in(folder: Folder) -> List[StoredVm]:
-    """The VMs of that directory. Copies that tell no uuid or no pool go with the only one that is told there."""
+    """The VMs of that directory. Copies that tell no uuid or no pool are shown and restored with the only one that is told
+    there; whether they are that VM's to count and remove is known only where the pool is."""
     copies = with_moved_aside(in_order(folder.copies), folder.name)
+    untold = {copy.name for copy in copies if not copy.uuid}
     uuids = {copy.uuid for copy in copies if copy.uuid}
     if len(uuids) == 1:
         copies = [copy._replace(uuid=copy.uuid or min(uuids)) for copy in copies]
@@ -10895,17 +10908,20 @@ def stored_in(folder: Folder) -> List[StoredVm]:
         around = with_pools_told_apart(copies, uuid, pool)
         method = Method(kind) if kind else None
         found.append(StoredVm(folder.name, uuid, method, tuple(
-            copy for copy in around if (copy.uuid, copy.pool, copy.method) == (uuid, pool, method)), pool, tuple(around)))
+            copy for copy in around if (copy.uuid, copy.pool, copy.method) == (uuid, pool, method)), pool, tuple(
+                copy._replace(uuid="") if copy.name in untold else copy for copy in around)))
     return found
 
 
-def chosen_vms(catalog: Catalog, vm: str, log: Log) -> List[StoredVm]:
+def chosen_vms(catalog: Catalog, vm: str, log: Log, misbehaved: Optional[List[CatalogError]] = None) -> List[StoredVm]:
     """The VMs of the store that the word means, all if it is empty; UsageError if there is none. What can't be listed is
-    told."""
-    problems = []                          # type: List[str]
+    told, and is among `misbehaved` where the storage is to blame and not somebody else's directory."""
+    problems = []                          # type: List[CatalogError]
     every = stored_vms(catalog, problems)
     for problem in problems:
-        log.info(problem)
+        log.info("%s It is left out." % problem)
+        if misbehaved is not None and isinstance(problem, StorageMisbehaved):
+            misbehaved.append(problem)
     found = [stored for stored in every if not vm or stored.bears(vm)]
     if vm and not found:
         near = get_close_matches(vm, sorted({stored.name for stored in every}), 1)
@@ -10948,7 +10964,8 @@ def command_verify(context: Context) -> int:
     minutes = parse_minutes(context.arguments, "max_time")
     block_digests = "yes" if parse_flag(context.arguments, "block_digests") else "auto"
     catalog = open_store(context.configuration)
-    copies = [copy for stored in chosen_vms(catalog, context.arguments.vm, context.log)
+    misbehaved = []                        # type: List[CatalogError]
+    copies = [copy for stored in chosen_vms(catalog, context.arguments.vm, context.log, misbehaved)
               for copy in chosen_copies(stored, parameters.get("from", ""))]
     if not copies and parameters.get("from"):
         raise UsageError("there is no copy %s of %s." % (
@@ -10959,8 +10976,7 @@ def command_verify(context: Context) -> int:
         copies.sort(key=lambda copy: text_of(catalog.facts(copy), "verified_at") or "")
     verifier = Verifier(catalog, block_digests, context.clock, context.log, context.signals)
     stop_at = context.clock.monotonic() + minutes * MINUTE_S if minutes else None
-    verdicts = []
-    recording = True
+    verdicts, untold = [], True
     for copy in copies:
         context.signals.check()
         if stop_at is not None and verdicts and context.clock.monotonic() >= stop_at:
@@ -10968,21 +10984,21 @@ def command_verify(context: Context) -> int:
         verdict = verifier.verify(copy)
         verdicts.append(verdict)
         context.log.show("%-14s %s/%s: %s" % (verdict.state.value, copy.folder, copy.name, verdict.reason))
-        recording = recording and record_verdict(context, catalog, verdict)
-    return verify_summary(context, verdicts, len(copies))
+        try:
+            record_verdict(catalog, verdict)
+        except CatalogError as error:      # a store that can only be read, for one: said once
+            if untold:
+                context.log.info("verdicts are not recorded: %s" % error)
+            untold = False
+    status = verify_summary(context, verdicts, len(copies))
+    return ExitStatus.FAILED if misbehaved else status
 
 
-def record_verdict(context: Context, catalog: Catalog, verdict: CopyVerdict) -> bool:
-    """True if the verdict is on record, or there is none; a store that can only be read is said once."""
-    if verdict.state in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED) or not verdict.copy.mark:
-        return True
-    try:
+def record_verdict(catalog: Catalog, verdict: CopyVerdict) -> None:
+    """The verdict is on record, if it is one on the copy."""
+    if verdict.state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED) and verdict.copy.mark:
         catalog.record(verdict.copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
                        reason=verdict.reason, look=verdict.look)
-        return True
-    except CatalogError as error:
-        context.log.info("verdicts are not recorded: %s" % error)
-        return False
 
 
 def text_of(facts: Dict[str, Any], key: str) -> Optional[str]:
@@ -11148,7 +11164,14 @@ def command_prune(context: Context) -> int:
     """Retention was applied without a backup and without a pool; with preview it is only shown."""
     arguments = context.arguments
     catalog = open_store(context.configuration) if arguments.preview else open_catalog(context.configuration, context.log)
-    chosen = chosen_vms(catalog, arguments.vm, context.log)
+    misbehaved = []                        # type: List[CatalogError]
+    chosen = chosen_vms(catalog, arguments.vm, context.log, misbehaved)
+    if misbehaved:
+        raise StorageMisbehaved("nothing is removed while the storage misbehaves: %s" % misbehaved[0])
+    for stored in chosen:
+        problem = clock_went_back(stored.around, context.clock.utc())
+        if problem:
+            raise BackupError("%s: %s" % (stored.title, problem))
     if is_pruned_by_hand(arguments) and (len({stored.uuid for stored in chosen}) > 1
                                          or len({stored.pool for stored in chosen if stored.pool}) > 1):
         raise UsageError("%s stands for %d VMs in the store (%s): name one as vm=uuid:UUID, or by its directory." % (
@@ -11165,6 +11188,8 @@ def command_prune(context: Context) -> int:
         except BackupError as error:
             failed = True
             context.log.error("%s: %s" % (stored.title, error))
+            if isinstance(error, StorageMisbehaved):
+                break                      # nothing more is removed in this run
     context.log.show("%s %s." % (counted(removed, "copy"), "would be removed" if arguments.preview else "removed"))
     return ExitStatus.FAILED if failed else ExitStatus.WARNING if warnings else ExitStatus.OK
 
@@ -11341,8 +11366,10 @@ def opened_source(chosen: Chosen, force: bool = False, without_vm: bool = False)
     """What the chosen copy holds; BackupError with what is wrong with it."""
     try:
         return read_source(chosen.inside, chosen.copy, force, without_vm)
-    except (VerificationError, ValueError) as error:
-        raise BackupError("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
+    except VerificationError as error:
+        raise type(error)("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
+    except ValueError as error:
+        raise VerificationError("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
     except CatalogError as error:
         raise BackupError("%s can't be read: %s Nothing was started." % (chosen.inside.shown, error))
 
@@ -11592,7 +11619,8 @@ def drill_copies(context: Context, catalog: Catalog, vm: str) -> Tuple[List[Copy
     if vm and vm != NEWEST_OF_EACH:
         return [choose_copy(catalog, vm, "latest", context.log)], []
     newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
-    for stored in chosen_vms(catalog, "", context.log):
+    misbehaved = []                        # type: List[CatalogError]
+    for stored in chosen_vms(catalog, "", context.log, misbehaved):
         findings += [Finding(Severity.WARNING, "%s/%s" % (copy.folder, copy.name), "not drilled: %s." % copy.problem)
                      for copy in stored.copies if copy.is_newer]         # nothing is known of it, least of all a verdict
         known = [copy for copy in stored.copies if not copy.is_newer]
@@ -11606,8 +11634,9 @@ def drill_copies(context: Context, catalog: Catalog, vm: str) -> Tuple[List[Copy
         rival = newest.get(stored.uuid or stored.folder)
         if rival is None or (rival.is_good, rival.taken_at) < (best.is_good, best.taken_at):
             newest[stored.uuid or stored.folder] = best
+    findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in misbehaved]
     for finding in findings:
-        context.log.warning("%s: %s" % (finding.subject, finding.sentence))
+        context.log.finding(finding)
     copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
     return copies if sample is None else longest_not_drilled(copies, catalog.last_drills(), int(sample)), findings
 
@@ -11704,9 +11733,10 @@ def drill_one(context: Context, pool: Pool, view: PoolView, catalog: Catalog, dr
             said, error = drill.run(drill_plan(context, pool, view, chosen), chosen.inside, boot_s), None
             context.log.info("%s: %s." % (title, said))
     except BackupError as problem:
-        # what the pool, the store or another run is to blame for says nothing about the copy
-        is_the_copys = isinstance(problem, VerificationError) or isinstance(problem, ProgramError) and not problem.passing
-        said, error = NOT_RESTORABLE if is_the_copys else "COULD NOT BE TRIED", str(problem)
+        # what the pool, an SR, the store or another run is to blame for says nothing about the copy
+        is_the_copys = isinstance(problem, VerificationError) and not isinstance(problem, UnknownFormat)
+        said = NOT_RESTORABLE if is_the_copys else "COULD NOT BE TRIED"
+        error = str(problem)
         context.log.error("%s: %s" % (title, error))
     try:
         if copy.mark and said != "COULD NOT BE TRIED":
@@ -11731,10 +11761,10 @@ def report_drill(context: Context, inventory: Inventory, catalog: Catalog, statu
                  outcomes: Sequence[DrillOutcome], findings: Sequence[Finding], interrupted: Optional[Interrupted]) -> int:
     """The exit status, after status log, mail and summary."""
     failed = [outcome for outcome in outcomes if outcome.error is not None]
-    errors = len(failed) + (1 if interrupted else 0)
+    errors = len(failed) + (1 if interrupted else 0) + sum(finding.severity is Severity.ERROR for finding in findings)
     word = "ERROR" if errors else "WARNING" if findings else "SUCCESS"
     status = 128 + interrupted.number if interrupted else int(
-        ExitStatus.FAILED if failed else ExitStatus.WARNING if findings else ExitStatus.OK)
+        ExitStatus.FAILED if errors else ExitStatus.WARNING if findings else ExitStatus.OK)
     place = "pool %s, %s" % (inventory.pool_title, inventory.host.short_name)
     if not mail_drill(context, catalog, word, MailReport(drill_subject(outcomes, place), drill_body(outcomes, findings))) \
             and status == ExitStatus.OK:

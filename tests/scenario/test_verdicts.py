@@ -1,5 +1,6 @@
 """A verdict on record is heeded everywhere: what verify or drill found bad is not good for anybody until a check says otherwise."""
 
+import gzip
 import json
 import os
 import shutil
@@ -7,6 +8,8 @@ import time
 from typing import Any, List
 
 import pytest
+
+import VmBackup
 
 from support.deeds import backup, preview
 from support.language import MEBIBYTE, at, disk, vm
@@ -166,3 +169,44 @@ def test_a_damaged_copy_of_the_older_program_is_known_too(a_shelf: Any) -> None:
     assert verify(shelf).exit_status == 1
     copy, = rows(shelf).values()
     assert not copy['good'] and 'found it DAMAGED' in copy['problem']
+
+
+@pytest.mark.parametrize('fault', [
+    at('http:/import', fail=['SR_BACKEND_FAILURE_44', '', 'There is insufficient space', '']), at('http:/import', drop=True),
+    at('http:/export_raw_vdi', flip=-700000),
+    at('http:/export_raw_vdi', truncate=1000)])
+def test_an_sr_that_fails_in_a_drill_condemns_no_copy(a_pool: Any, a_shelf: Any, fault: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
+    copy, = nights(pool, shelf, 1)
+    serving(pool, fault)
+    run = drill(pool, shelf, 'web')
+    assert run.exit_status == 1 and rows(shelf)[copy]['good'] and rows(shelf)[copy]['drill'] is None, run
+
+
+def test_a_damaged_copy_of_the_older_program_stays_so_when_its_image_is_compressed(a_shelf: Any) -> None:
+    shelf = a_shelf(old('web', days_ago=2, image=b'not an archive'))
+    assert verify(shelf).exit_status == 1
+    name, = rows(shelf)
+    path = shelf.at('web', name, 'web.xva')
+    with open(path, 'rb') as file:
+        content = file.read()
+    with open(path + '.gz', 'wb') as file:
+        file.write(gzip.compress(content))
+    os.remove(path)
+    assert not rows(shelf)[name]['good']
+
+
+def test_an_image_that_the_storage_host_compresses_while_others_are_verified_is_not_damaged(a_pool: Any, a_shelf: Any,
+                                                                                           monkeypatch: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
+    name, = nights(pool, shelf, 1)
+    catalog = VmBackup.Catalog(shelf.path)
+    copy, = catalog.folder('web').copies                       # verify lists everything first
+    path = shelf.at('web', name, 'web.xva')
+    with open(path, 'rb') as file, gzip.open(path + '.gz', 'wb') as packed:
+        packed.write(file.read())
+    os.remove(path)
+    clock = VmBackup.Clock()
+    log = VmBackup.Log(clock)
+    verdict = VmBackup.Verifier(catalog, 'auto', clock, log, VmBackup.Signals(log)).verify(copy)
+    assert verdict.state is VmBackup.CopyState.GOOD and verdict.copy.image == 'web.xva.gz', verdict
