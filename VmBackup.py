@@ -4974,6 +4974,7 @@ def free_text(free_bytes: Optional[int]) -> str:
 
 ENTRY_TEXTS = {"vm-snapshot": ("token", "vm_uuid", "vm_name", "name"), "vdi-snapshot": ("token", "vm_uuid", "vm_name", "disk"),
                "restore": ("token", "vm_uuid", "vm_name"), "drill": ("token", "vm_uuid", "vm_name")}
+ENTRY_LISTS = ("names", "tasks", "uuids", "disks", "drives", "known")
 
 
 class OpenEntry:
@@ -5017,13 +5018,18 @@ class OpenEntry:
 
     @property
     def is_understood(self) -> bool:
-        """Is it one that this version writes?"""
+        """Is it one that this version writes? Then all that its removal reads is there, and of its kind."""
+        facts = self.facts
         try:
-            parse_utc(self.facts["called_at"])
-            return all(isinstance(self.facts[key], str) for key in ENTRY_TEXTS[self.facts["kind"]]) \
-                and all(isinstance(self.facts[key], str) for key in ("uuid", "answer", "closed") if key in self.facts) \
-                and all(isinstance(item, str) for key in ("names", "tasks", "uuids", "disks")
-                        for item in list(self.facts.get(key, ())))
+            texts = ENTRY_TEXTS[facts["kind"]] + tuple(key for key in ("uuid", "answer", "closed") if key in facts)
+            filled = ("names",) if facts["kind"] in ("restore", "drill") else ()
+            filled += ("uuids",) if facts.get("restored") else ()
+            was_called = ("calling_at",) if "calling_at" in facts or "known" in facts else ()
+            return all(2000 < parse_utc(facts[key]).year < 9000 for key in ("called_at",) + was_called) \
+                and all(isinstance(facts[key], str) for key in texts) \
+                and all(facts[key] for key in filled) and ("known" in facts or not was_called) \
+                and all(isinstance(facts[key], list) and all(isinstance(item, str) for item in facts[key])
+                        for key in ENTRY_LISTS if key in facts)
         except (LookupError, TypeError, ValueError):
             return False
 
@@ -6474,7 +6480,7 @@ class Snapshots:
         """Raises BackupError if the VM still has two snapshots of ours that could not be removed."""
         left = [entry.facts["uuid"] for journal in self.inherited + [self._journal]
                 for entry in journal.open_entries()
-                if entry.facts.get("vm_uuid") == machine.uuid and entry.facts.get("uuid")]
+                if entry.is_understood and entry.facts["vm_uuid"] == machine.uuid and entry.facts.get("uuid")]
         if len(left) >= MOST_LEFT_SNAPSHOTS:
             raise BackupError("%s still has %d snapshots of earlier backups that could not be removed: %s. No further "
                               "one is made. Remove them by hand (xe snapshot-uninstall uuid=UUID, or xe vdi-destroy "

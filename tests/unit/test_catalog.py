@@ -407,3 +407,59 @@ def test_every_write_is_finished_however_little_a_call_takes(tmp_path, monkeypat
     lock = LockFile.of(folder, 'l')
     lock.write_text({'host': 'x' * 100})
     assert folder.read('a') == bytes(range(256)) * 3 and lock.text() == {'host': 'x' * 100}
+
+
+# --- the journal -------------------------------------------------------------------------------------------------------
+
+CALLED = dict(token='00', vm_uuid=US_UUID, vm_name='web', called_at='2016-04-14T00:10:00Z')
+ENTRIES = [
+    dict(CALLED, kind='vm-snapshot', name='web (backup) vmbackup-00', uuid=US_UUID, disks=[US_UUID], answer='lost', drives=[US_UUID]),
+    dict(CALLED, kind='vdi-snapshot', disk=US_UUID, known=[US_UUID], calling_at='2016-04-14T00:10:00Z', answer='lost'),
+    dict(CALLED, kind='restore', names=['web 00'], tasks=['OpaqueRef:1'], uuids=[US_UUID], disks=[US_UUID], restored=True),
+    dict(CALLED, kind='drill', names=['web 00'], tasks=['OpaqueRef:1'], uuids=[US_UUID], disks=[US_UUID])]
+
+
+class ForgetfulPool:
+    """A pool in which nothing of ours is left; or, if `is_away`, one that gives no answer."""
+
+    def __init__(self, is_away):
+        self.is_away = is_away
+
+    def ask(self, doing, method, *arguments):
+        if self.is_away:
+            raise VmBackup.PoolError('the pool is away')
+        if method.endswith('get_by_uuid') or method.endswith('get_status'):
+            raise VmBackup.ApiFailure('UUID_INVALID', [method.split('.')[0], 'x'], doing)
+        return {} if 'record' in method or method.startswith('message') else []
+
+    def records(self, doing, class_name):
+        return self.ask(doing, class_name + '.get_all_records')
+
+
+def swept(folder, journal, is_away):
+    """What a sweep of that journal says."""
+    said = []
+    log = VmBackup.Log(VmBackup.Clock())
+    log.info = log.warning = said.append
+    snapshots = VmBackup.Snapshots(ForgetfulPool(is_away), journal, VmBackup.Clock(), log, VmBackup.Signals(log), 1.0)
+    snapshots.sweep([journal], [])
+    return said + [finding.sentence for finding in snapshots.findings]
+
+
+@pytest.mark.parametrize('is_away', [False, True])
+@pytest.mark.parametrize('entry', ENTRIES, ids=[entry['kind'] for entry in ENTRIES])
+def test_an_entry_of_a_journal_that_lacks_a_fact_is_left_or_removed_and_never_a_bug(tmp_path, entry, is_away):
+    folder = Catalog(str(tmp_path)).state('runs')
+    cases = [entry] + [{key: value for key, value in entry.items() if key != gone} for gone in entry]
+    cases += [dict(entry, **{key: value}) for key in list(entry) + ['seen_idle', 'drives', 'names', 'closed']
+              for value in (None, 5, '', 'x', [], {}, [5], [[]], ['x'], '0001-01-01T00:00:00Z', '9999-12-31T23:59:59Z')]
+    journal = RunJournal.begin(folder, 'x.run', {'pool': 'p'})
+    for number, facts in enumerate(cases, 1):
+        journal.append(dict(facts, entry=number))
+    journal.leave()
+    journal = RunJournal.of_dead_run(folder, 'x.run')
+    said = swept(folder, journal, is_away)
+    assert len(journal.entries) == len(cases) and len(said) >= len(journal.open_entries())
+    assert not any('entry 1 is not one' in sentence for sentence in said)
+    assert is_away or not journal.entries[0].is_open
+    journal.leave()
