@@ -3505,9 +3505,11 @@ class VhdInOrder(threading.Thread):
         if not count:
             return b""
         found, wanted = bytearray(), count + (at - self._at if self._file_bytes is None else 0)
+        is_behind = self._file_bytes is not None and at + count > self._file_bytes       # pread takes no number of 64 bits
         while wanted:
             most = min(wanted, BUFFER_BYTES)
-            piece = os.read(self._fd, most) if self._file_bytes is None else os.pread(self._fd, most, at + len(found))
+            piece = b"" if is_behind else os.read(self._fd, most) if self._file_bytes is None else \
+                os.pread(self._fd, most, at + len(found))
             if not piece:
                 raise VerificationError("the image ends in {}, which should be at byte {}".format(where, at))
             self._at += len(piece)
@@ -3555,7 +3557,7 @@ class VhdInOrder(threading.Thread):
 
     def _fixed(self) -> Tuple[array, None]:
         self._block_bytes = 2 * MEBIBYTE
-        if self._is_whole and self._file_bytes < self._size:
+        if self._is_whole and self._file_bytes < self._size or self._size > VHD_LARGEST_BYTES:
             raise VerificationError("the image has {} bytes of a disk of {}".format(self._file_bytes, self._size))
         step = self._block_bytes // SECTOR_BYTES
         return array("L", range(0, -(-self._size // self._block_bytes) * step, step)), None
@@ -3576,19 +3578,22 @@ class VhdInOrder(threading.Thread):
         sectors = _byteswapped(self._read(table_at, 4 * blocks, "block table"))
         map_at = table_at + -(-4 * entries // SECTOR_BYTES) * SECTOR_BYTES
         whole = self._batmap(map_at, blocks) if footer.startswith(b"tap\0", 28) else b""
-        self._check_places(sectors, ((0, SECTOR_BYTES), (header_at, 2 * SECTOR_BYTES), (table_at, 4 * blocks)))
+        self._check_places(sectors, [(0, SECTOR_BYTES), (header_at, 2 * SECTOR_BYTES), (table_at, 4 * blocks)]
+                           + ([(map_at, SECTOR_BYTES + len(whole))] if whole else []))
         if self._file_bytes is not None and self._is_whole and not self._is_same(self._read(0, SECTOR_BYTES, ""), footer):
             raise VerificationError("the image's footer differs from its copy at byte 0")
         return sectors, whole
 
     def _batmap(self, at: int, blocks: int) -> bytes:
-        """Bits for the blocks that were written whole, if the map is there and sound."""
-        header = self._read(at, SECTOR_BYTES, "batmap")
-        if not header.startswith(b"tdbatmap"):
-            return b""
-        found = self._read(int.from_bytes(header[8:16], "big"), min(
-            int.from_bytes(header[16:20], "big"), 4096) * SECTOR_BYTES, "batmap")
-        return found if ~sum(found) & 0xFFFFFFFF == int.from_bytes(header[24:28], "big") and 8 * len(found) >= blocks else b""
+        """Bits for the blocks that were written whole, if the map is there, right behind its header, and sound. No sum covers
+        that header: whatever it says, the bitmaps do without the map."""
+        with contextlib.suppress(VerificationError):
+            header = self._read(at, SECTOR_BYTES, "batmap")
+            if header.startswith(b"tdbatmap") and int.from_bytes(header[8:16], "big") == at + SECTOR_BYTES:
+                found = self._read(at + SECTOR_BYTES, min(int.from_bytes(header[16:20], "big"), 4096) * SECTOR_BYTES, "batmap")
+                if ~sum(found) & 0xFFFFFFFF == int.from_bytes(header[24:28], "big") and 8 * len(found) >= blocks:
+                    return found
+        return b""
 
     def _check_places(self, sectors: array, others: Sequence[Tuple[int, int]]) -> None:
         """No block lies in another, in a structure or behind the end; in a stream they lie in order."""

@@ -5,8 +5,11 @@ import copy
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import tarfile
+import tempfile
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,7 +38,7 @@ def extracted(folder, name, content, disk='xvda', force=False):
         target.unlink()
     with opened(path) as (image, inside):
         source = VmBackup.read_source(inside, image, force, without_vm=True)
-        VmBackup.extract_disk(source, inside, VmBackup.wanted_disk(source, disk), str(target), lambda progress: None)
+        VmBackup.extract_disk(source, inside, VmBackup.wanted_disk(source, disk), str(target), lambda text: None, lambda progress: None)
     return target.read_bytes()
 
 
@@ -258,6 +261,81 @@ def test_a_flipped_bit_in_the_structure_of_a_foreign_vhd_is_found(tmp_path_facto
         extracted(tmp_path_factory.mktemp('vhd'), 'web.vhd', bytes(damaged))
 
 
+def tight_vhd(*order):
+    """Its blocks leave no room, so that none can lie elsewhere unseen."""
+    return Vhd(13 * 4096, {number: noise(number, 4096) for number in order}, ['header', 'table', 'batmap'] + list(order), 4096,
+               creator=b'tap\0', whole=[0, 5], sectors={12: [1, 6]})
+
+
+class Contents:
+    """A sink that keeps what a check has shown it."""
+
+    def __init__(self):
+        self.disk = bytearray()
+
+    def at(self, disk, offset):
+        self.disk += bytes(offset - len(self.disk))
+        return self.disk.extend
+
+    def finish(self):
+        pass
+
+
+def disk_in(content, is_file):
+    """The disk that a VHD of others holds, in this thread: a test of every bit has no time for more."""
+    sink = Contents()
+    with tempfile.TemporaryFile() as image:
+        image.write(content)
+        image.seek(0)
+        check = VmBackup.VhdCheck(None, None, sink)
+        for piece in VmBackup.VhdInOrder(image.fileno(), -1, is_file)._pieces():
+            check.feed(memoryview(piece))
+        check.finish()
+    size = int.from_bytes(content[48:56], 'big')
+    return bytes(sink.disk).ljust(size, b'\0')[:size]
+
+
+@pytest.mark.parametrize('is_file,made', [(True, tight_vhd(5, 0, 12)), (False, tight_vhd(0, 5, 12))], ids=['file', 'stream'])
+def test_any_flipped_bit_outside_the_blocks_of_a_foreign_vhd_gives_damage_or_the_disk(is_file, made):
+    whole, refused_in = made.file, Counter()
+    assert whole.index(b'tdbatmap') == 2048 and disk_in(whole, is_file) == made.disk()
+    for place in itertools.chain(range(8 * 3072), range(8 * (len(whole) - 512), 8 * len(whole))):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        try:
+            assert disk_in(bytes(damaged), is_file) == made.disk(), place
+        except VerificationError:
+            refused_in[place // 8 // 512] += 1
+    if is_file:                        # the bitmaps do without the batmap, whatever its header says
+        assert not refused_in[4] and not refused_in[5]
+
+
+def wild_vhd(at, number, structure=0):
+    """A VHD that has that number there, and sums that fit it."""
+    made = bytearray(WHOLE.file)
+    made[at:at + len(number)] = number
+    begin, length, field = {0: (0, 512, 64), 1: (512, 1024, 36)}[structure]
+    made[begin:begin + length] = others.summed(bytes(made[begin:begin + length]), field)
+    return bytes(made) if structure else bytes(made[:-512] + made[:512])
+
+
+@pytest.mark.parametrize('number', [2 ** 64 - 1, 2 ** 63, 2 ** 63 - 1, 2 ** 63 - 512, 2 ** 40, len(WHOLE.file) - 100])
+@pytest.mark.parametrize('at,structure', [(16, 0), (48, 0), (528, 1)], ids=['header', 'size', 'table'])
+@pytest.mark.parametrize('name', ['web.vhd', 'web.vhd.gz'])
+def test_a_wild_number_with_a_sum_that_fits_is_damage(tmp_path, name, at, structure, number):
+    content = wild_vhd(at, number.to_bytes(8, 'big'), structure)
+    refused(tmp_path, name, gzip.compress(content, 1) if name.endswith('gz') else content)
+    with opened(tmp_path / name) as (image, inside), contextlib.suppress(VerificationError):
+        source = VmBackup.read_source(inside, image, True, without_vm=True)
+        VmBackup.stream_image(source, inside, None, [], lambda progress: None, problems=[])
+
+
+def test_a_fixed_vhd_of_a_wild_size_is_damage_for_force_too(tmp_path):
+    (tmp_path / 'web.vhd').write_bytes(others.contents(0) + others.vhd_footer(2 ** 62, 2, header_at=2 ** 64 - 1))
+    with opened(tmp_path / 'web.vhd') as (image, inside), pytest.raises(VerificationError):
+        VmBackup.read_source(inside, image, True, without_vm=True)
+
+
 @pytest.mark.parametrize('content', [WHOLE.file[:-1000], WHOLE.file[:-2 * MIB], WHOLE.file + b'HTTP/1.0 500 Internal Error\r\n' * 30,
                                      b'', b'x' * 100, others.fixed_vhd(b'x' * MIB)[512:], noise(1, 4 * MIB),
                                      WHOLE.file[:-512 - MIB] + WHOLE.file[-512:]], ids=map(str, range(8)))
@@ -278,8 +356,8 @@ def test_of_a_damaged_foreign_vhd_force_gives_what_is_there(tmp_path):
 # --- ova.xml with fewer fields, or other kinds of them -----------------------------------------------------------------
 
 VIEW = VmBackup.PoolView(
-    (VmBackup.TargetSr('OpaqueRef:sr', 'sr-uuid', 'Local storage', 'nfs', True, 1 << 50),), 'OpaqueRef:sr',
-    {'OpaqueRef:net': {'uuid': 'net', 'name_label': 'LAN'}}, {}, {}, {}, {}, (2, 21))
+    (VmBackup.TargetSr('OpaqueRef:sr', 'sr-uuid', 'Local storage', 'nfs', True, 1 << 50, ()),), 'OpaqueRef:sr',
+    {'OpaqueRef:net': {'uuid': 'net', 'name_label': 'LAN'}}, {}, {}, {}, {}, (2, 21), 'master')
 NO_WISHES = VmBackup.Wishes('', '', '', False, False, False, False, '2026-11-26')
 WRONG = ['text', {'a': []}, [[]], True, 1.5, Date('20260101T00:00:00Z')]
 
