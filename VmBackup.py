@@ -2033,6 +2033,7 @@ MISBEHAVIOUR = frozenset((
     errno.EIO, errno.ESTALE, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
     errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EREMOTEIO, errno.EBADMSG,
     errno.EUCLEAN, errno.ENOLINK, errno.ECOMM, errno.EPROTO))
+TEMPORARY = ".new"
 CANT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -2155,11 +2156,15 @@ class Directory:
 
     def open_file(self, name: str, flags: int = os.O_RDONLY) -> int:
         """A descriptor of the regular file of that name; NotThere, or WrongKind for anything else."""
+        refusal = WrongKind("%s/%s is not a regular file." % (self.shown, one_line(name)))
         with self._deed("opening", name) as path:
-            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+            try:
+                fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+            except OSError as error:
+                raise refusal if error.errno == errno.ENXIO else error         # a socket
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 os.close(fd)
-                raise WrongKind("%s/%s is not a regular file." % (self.shown, one_line(name)))
+                raise refusal
             return fd
 
     def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
@@ -2193,7 +2198,7 @@ class Directory:
 
     def put(self, name: str, content: bytes) -> None:
         """The file has that content, on disk; whoever reads meanwhile sees the old one or the new one, whole."""
-        temporary = "%s.%d.new" % (name, os.getpid())
+        temporary = "%s.%d%s" % (name, os.getpid(), TEMPORARY)
         self.remove_file(temporary)
         self.write(temporary, content)
         with self._deed("writing", name) as path:
@@ -2312,9 +2317,9 @@ class LockFile:
         self._held.clear()
 
     def release(self, byte: int = WHOLE_FILE) -> None:
-        """Free for others; the file stays."""
+        """Free for others, at the latest when this process ends; the file stays. That never fails what was done under it."""
         if byte in self._held:
-            with storage_errors("unlocking %s" % self.shown):
+            with contextlib.suppress(OSError):
                 fcntl.lockf(self.fd, fcntl.LOCK_UN, 1 if byte else 0, byte)
             self._held.discard(byte)
 
@@ -4234,7 +4239,8 @@ class _FlowRun:
         except BaseException as problem:    # whatever it is, the caller's thread must hear of it
             self._run.fail(problem)
         finally:
-            os.close(self._source_fd)
+            with contextlib.suppress(OSError):      # what was read was read: some file systems report old errors here
+                os.close(self._source_fd)
             self.has_ended = True
             self._run.news.set()
 
@@ -4965,6 +4971,7 @@ IMAGE_NAME = re.compile(r".+\.(xva|raw|vhd)(\.gz|\.zst)?", re.DOTALL)
 COMPRESSED_MAGIC = ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"))
 OTHER_MAGIC = (("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh"), ("lz4", b"\x04\x22\x4d\x18"), ("7z", b"7z\xbc\xaf"), ("zip", b"PK\3\4"),
                ("lzip", b"LZIP"), ("VMDK", b"KDMV"), ("qcow2", b"QFI\xfb"), ("VHDX", b"vhdxfile"))
+IDENTITY_TRIES = 50
 NEWEST_NEIGHBOUR_S = HOUR_S               # another host's run of this config this recent stands for ours
 WEAK_LOCK_PATIENCE_S = DAY_S
 
@@ -5063,12 +5070,17 @@ class RunJournal:
 
     @classmethod
     def begin(cls, folder: Directory, name: str, header: Dict[str, Any]) -> "RunJournal":
-        """A new, locked journal that says whose it is."""
+        """A new, locked journal that says whose it is. NameTaken if another run came between and took it for a dead one's."""
         fd = folder.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         try:
-            LockFile(fd, name).take()
+            is_locked = LockFile(fd, name).take()
             journal = cls(folder, name, fd)
+            if not is_locked or not journal.is_still_ours():
+                raise NameTaken("another run clears the new journal %s away as that of a dead run: start again." % name)
             journal.append(header)
+        except NameTaken:
+            os.close(fd)
+            raise
         except BaseException:              # whatever ended it, a journal without its first line must not stay
             folder.remove_file(name)
             os.close(fd)
@@ -5167,7 +5179,8 @@ class RunJournal:
 
     def leave(self) -> None:
         """Left as it is; the lock is given up."""
-        os.close(self._fd)
+        with storage_errors("closing the journal %s" % self.name):
+            os.close(self._fd)
 
     def finish(self) -> None:
         """Removed if nothing is open, else left for the next run; the lock is given up."""
@@ -5285,7 +5298,7 @@ class Catalog:
         """The copy as it is now, what was learned of its VM from elsewhere kept; NotThere if it is gone."""
         with self.root.child(copy.folder) as folder:
             now = read_copy(folder, copy.folder, copy.name, copy.taken_at, copy.is_old)
-        return now._replace(uuid=now.uuid or copy.uuid, verdict=condemned(self.facts(now)))
+        return self._with_verdict(now._replace(uuid=now.uuid or copy.uuid))
 
     def open_copy(self, copy: Copy) -> Directory:
         """The copy's directory; NotThere if it is gone."""
@@ -5296,28 +5309,59 @@ class Catalog:
         """What tells this store from a mirror of it: an id in a file, and that file's inode number, which a mirror's is not.
 
         Where the two do not fit each other this is such a mirror, or was moved: it gets an id of its own once nobody
-        who may be of the other one has written a journal here for a day.
+        who may be of the other one has written a journal here for a day. Where the file can't be used there is no id.
         """
         runs = self.state("runs")
-        file = LockFile.of(self._state, "store")
-        inode, facts = status_of(file.fd).st_ino, file.text()
-        if told(facts, "id") == "" or facts.get("inode") != inode:
-            times = [status.st_mtime for status in map(runs.status, runs.names()) if status is not None]
-            if file.take():
-                if now_s - max(times, default=0) > WEAK_LOCK_PATIENCE_S:
-                    facts = {"id": secrets.token_hex(8), "inode": inode}
-                    file.write_text(facts)
-                file.release()
+
+        def is_known() -> bool:
+            return bool(told(facts, "id")) and facts.get("inode") == inode
+
+        try:
+            file = LockFile.of(self._state, "store")
+            inode, facts, tries = status_of(file.fd).st_ino, file.text(), IDENTITY_TRIES
+            while tries and not is_known() and not file.take():    # another first run is about to write it
+                time.sleep(0.1)
+                tries, facts = tries - 1, file.text()
+            if file.is_held:
+                try:
+                    facts = file.text()
+                    if not is_known() and now_s - self._last_journal_s(runs, now_s) > WEAK_LOCK_PATIENCE_S:
+                        facts = {"id": secrets.token_hex(8), "inode": inode}
+                        file.write_text(facts)
+                finally:
+                    file.release()
+        except StorageFull:
+            raise
+        except CatalogError:
+            return {"store": "", "inode": 0}
         return {"store": told(facts, "id"), "inode": inode}
+
+    @staticmethod
+    def _last_journal_s(runs: Directory, now_s: float) -> float:
+        """When a journal here was last written, by the storage's clock; one that can't be looked at may be of now."""
+        times = [0.0]
+        for name in runs.names():
+            try:
+                status = runs.status(name)
+                times.append(status.st_mtime if status else 0)
+            except CatalogError:
+                times.append(now_s)
+        return max(times)
 
     def begin_run(self, name: str, header: Dict[str, Any], now_s: float) -> RunJournal:
         """The journal of this run, locked; it says of which store it is."""
-        header = dict(header, **self.identity(now_s))
         folder = self.state("runs")
-        with contextlib.suppress(StorageFull):
-            return RunJournal.begin(folder, name + RUN_SUFFIX, header)
-        folder.remove_file(RESERVE)                # so that a run can begin on a full store, and pre_clean make room
-        return RunJournal.begin(folder, name + RUN_SUFFIX, header)
+
+        def begun(name: str) -> RunJournal:
+            return RunJournal.begin(folder, name + RUN_SUFFIX, dict(header, **self.identity(now_s)))
+
+        try:
+            return begun(name)
+        except NameTaken:
+            return begun(name + "-2")
+        except StorageFull:
+            folder.remove_file(RESERVE)            # so that a run can begin on a full store, and pre_clean make room
+            return begun(name)
 
     def keep_reserve(self) -> None:
         """A little space is set aside for the journal of a run that begins on a full store."""
@@ -5325,15 +5369,15 @@ class Catalog:
             if folder.status(RESERVE) is None:
                 folder.write(RESERVE, bytes(RESERVE_BYTES))
 
-    def dead_runs(self, own: RunJournal, pool_uuid: str, now_s: float) -> Tuple[List[RunJournal], List[str]]:
-        """The journals of dead runs of that pool, locked by us and marked as taken; and sentences about what can't be
-        read as one and was left.
+    def dead_runs(self, own: RunJournal, pool_uuid: str, now_s: float) -> Tuple[List[RunJournal], List[CatalogError]]:
+        """The journals of dead runs of that pool, locked by us and marked as taken; and why others can't be used and were
+        left.
 
         Where locks do not reach other hosts, a journal of another host counts as dead only when it was not written for a
         day; and so does one that bears the mark of another store: it came here with a mirror of that one, where its run
         may live on.
         """
-        found, left = [], []
+        found, left = [], []               # type: List[RunJournal], List[CatalogError]
         folder = self.state("runs")
         for name in folder.names():
             if name == own.name or not name.endswith((RUN_SUFFIX, RUN_SUFFIX + TAKEN)):
@@ -5344,8 +5388,8 @@ class Catalog:
                 if journal is None:
                     continue
                 out_of_reach = self.locks_are_local and journal.header.get("host") != own.header.get("host")
-                of_other_store = "store" in journal.header and any(
-                    journal.header.get(key) != own.header[key] for key in ("store", "inode"))
+                of_other_store = "store" in journal.header and (not journal.header["store"] or any(
+                    journal.header.get(key) != own.header[key] for key in ("store", "inode")))
                 too_fresh = ((out_of_reach or of_other_store)
                              and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
                 if (journal.header and journal.pool_uuid != pool_uuid) or too_fresh:
@@ -5353,35 +5397,51 @@ class Catalog:
                 else:
                     journal.mark_taken()
                     found.append(journal)
-            except StorageMisbehaved:
-                raise
             except CatalogError as error:
-                left.append("the journal of an earlier run can't be used, and is left: %s" % error)
+                left.append(type(error)("the journal of an earlier run can't be used: %s" % error))
                 if journal is not None:
                     journal.leave()
         return found, left
 
+    def clear_temporaries(self, now_s: float) -> None:
+        """What a run that died within `put` left in the program's own state is gone a day later."""
+        with contextlib.suppress(NotThere), self.root.child(STATE_FOLDER) as state:
+            for kind in filter(state.is_directory, state.names()):
+                with state.child(kind) as folder:
+                    for name in folder.names():
+                        status = folder.status(name) if name.endswith(TEMPORARY) else None
+                        if status is not None and now_s - status.st_mtime > DAY_S:
+                            folder.remove_file(name)
+
     # --- listing ----------------------------------------------------------------------
 
-    def folder_names(self) -> List[str]:
-        """The directories that can be a VM's, by name."""
-        return [name for name in self.root.names()
-                if not name.startswith(".") and not name.upper().startswith("METADATA_")
-                and self.root.is_directory(name)]
+    def folder_names(self, problems: Optional[List[CatalogError]] = None) -> List[str]:
+        """The directories that can be a VM's, by name. What can't be looked at costs only itself, and is among the problems."""
+        found = []
+        for name in self.root.names():
+            try:
+                if not name.startswith(".") and not name.upper().startswith("METADATA_") and self.root.is_directory(name):
+                    found.append(name)
+            except CatalogError as error:
+                if problems is not None:
+                    problems.append(error)
+        return found
 
     def folder(self, name: str) -> Folder:
-        """What is in a VM's directory; an absent one is empty. CatalogError if it can't be listed."""
+        """What is in a VM's directory; an absent one is empty. CatalogError if it can't be listed. What in it can't be
+        looked at is what its name says, and a copy that is unreadable."""
         copies, unfinished, strangers = [], [], []
         try:
             with self.root.child(name) as folder:
                 for item in folder.names():
-                    parsed = parse_copy_name(item)
-                    if not folder.is_directory(item):
+                    parsed, is_directory = parse_copy_name(item), True
+                    with contextlib.suppress(CatalogError):
+                        is_directory = folder.is_directory(item)
+                    if not is_directory:
                         strangers.append(item)
                     elif parsed is not None:
                         with contextlib.suppress(NotThere):    # gone meanwhile: another run is at work here
-                            copy = read_copy(folder, name, item, *parsed)
-                            copies.append(copy._replace(verdict=condemned(self.facts(copy))))
+                            copies.append(self._with_verdict(read_copy(folder, name, item, *parsed)))
                     elif is_unfinished_name(item):
                         unfinished.append(item)
                     else:
@@ -5401,6 +5461,20 @@ class Catalog:
     # --- what later checks found: a small file a copy, as sealed copies are never written again ---
 
     def facts(self, copy: Copy) -> Dict[str, Any]:
+        """What is on record about the copy, {} if nothing, or if that can't be read now: then `folder` says so."""
+        with contextlib.suppress(CatalogError):
+            return self._facts(copy)
+        return {}
+
+    def _with_verdict(self, copy: Copy) -> Copy:
+        """The copy with what the last check on record has against it; unreadable if that can't be known now."""
+        try:
+            return copy._replace(verdict=condemned(self._facts(copy)))
+        except CatalogError as error:
+            return copy._replace(problem=copy.problem or "whether a check has condemned it can't be read now: %s"
+                                 % str(error).rstrip("."), is_unreadable=True)
+
+    def _facts(self, copy: Copy) -> Dict[str, Any]:
         """What is on record about the copy, {} if nothing. It belongs to the copy's manifest, whatever its name is."""
         self._verdicts = self._verdicts or self.state_if_there(VERDICT_FOLDER)       # asked for each copy: opened once
         if self._verdicts is not None and copy.mark:
@@ -5410,7 +5484,7 @@ class Catalog:
 
     def record(self, copy: Copy, **facts: Any) -> None:
         """The facts are on record beside earlier ones; CatalogError if the store can't be written."""
-        text = dict(self.facts(copy), folder=copy.folder, copy=copy.name, **facts)
+        text = dict(self._facts(copy), folder=copy.folder, copy=copy.name, **facts)
         with self.state(VERDICT_FOLDER) as folder:
             folder.put(copy.mark[:32] + ".json", (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
 
@@ -5422,7 +5496,7 @@ class Catalog:
             return found
         with folder:
             for name in folder.names():
-                with contextlib.suppress(NotThere, WrongKind, ValueError):
+                with contextlib.suppress(CatalogError, ValueError):
                     facts = parse_object(folder.read(name, MEBIBYTE))
                     place, at = facts.get("folder"), facts.get("drilled_at")
                     if isinstance(place, str) and isinstance(at, str):
@@ -5474,19 +5548,19 @@ class Catalog:
         finally:
             lock.release()
 
-    def pool_dumps(self, folder_name: str) -> List[Tuple[str, str]]:
-        """The complete dumps, oldest first, each with the uuid of its pool ("" if it tells none, or can't be read); none
-        if there is no such directory."""
+    def pool_dumps(self, folder_name: str, problems: Optional[List[CatalogError]] = None) -> List[Tuple[str, str]]:
+        """The complete dumps, oldest first, each with the uuid of its pool, "" if it tells none, or can't be read (why is
+        among the problems); none if there is no such directory."""
         found = []
         with contextlib.suppress(NotThere), self.root.child(folder_name) as folder:
             for name in filter(POOL_DUMP.fullmatch, folder.names()):
                 try:
                     if is_whole_dump(folder, name):
                         found.append((name, pool_of_dump(folder, name)))
-                except StorageMisbehaved:
-                    raise
-                except CatalogError:               # one that can't be read costs no other
+                except CatalogError as error:      # one that can't be read costs no other
                     found.append((name, ""))
+                    if problems is not None:
+                        problems.append(error)
         return found
 
     # --- removing ----------------------------------------------------------------------
@@ -6455,11 +6529,9 @@ class Snapshots:
 
     # --- what others left --------------------------------------------------------------
 
-    def sweep(self, journals: Sequence[RunJournal], unusable: Sequence[str]) -> None:
-        """What those dead runs had open in this pool is removed; what of it nobody can use is told."""
+    def sweep(self, journals: Sequence[RunJournal]) -> None:
+        """What those dead runs had open in this pool is removed."""
         self.inherited.extend(journals)
-        for sentence in unusable:
-            self._log.info(sentence)
         for journal in journals:
             for entry in journal.open_entries():
                 if not entry.is_understood:
@@ -7227,12 +7299,17 @@ class Placement:
     def _homes_of(self, uuid: str) -> Iterator[str]:
         """The directories in which copies with that uuid were made."""
         if self._homes is None:            # only a VM that is new here, or was renamed, costs this
-            self._homes = {}
+            homes = {}                     # type: Dict[str, List[str]]
             for name in itertools.chain(*self._spelled().values()):
-                with contextlib.suppress(CatalogError):        # a directory that can't be listed is nobody's
+                try:
                     copies = with_moved_aside(self.folder(name).copies, name)
-                    for owner in {copy.uuid for copy in copies if not copy.aside}:
-                        self._homes.setdefault(owner, []).append(name)
+                except StorageMisbehaved:          # whose it is, it will tell another night: nobody begins anew for that
+                    raise
+                except CatalogError:               # a directory that we may not list is nobody's
+                    continue
+                for owner in {copy.uuid for copy in copies if not copy.aside}:
+                    homes.setdefault(owner, []).append(name)
+            self._homes = homes
         yield from self._homes.get(uuid, ())
 
     def _spelled(self) -> Dict[str, List[str]]:
@@ -7353,14 +7430,34 @@ class BackupRun:
     def _clear_leftovers(self) -> None:
         """What dead runs left in this pool and in the store is gone."""
         now_s = self._clock.utc().timestamp()
-        self._snapshots.sweep(*self._catalog.dead_runs(self._journal, self._inventory.pool_uuid, now_s))
-        for name in self._catalog.folder_names():
-            try:
+        journals, problems = self._catalog.dead_runs(self._journal, self._inventory.pool_uuid, now_s)
+        self._snapshots.sweep(journals)
+        with self._passed_over():
+            self._catalog.clear_temporaries(now_s)
+        for name in self._catalog.folder_names(problems):
+            with self._passed_over():              # lost+found on a share, and the like
                 self._clear_folder(name)
-            except StorageMisbehaved:
-                raise
-            except CatalogError as error:          # lost+found on a share, and the like
-                self._log.info("%s It is left." % error)
+        for problem in problems:
+            self._tell_left(problem)
+
+    @contextlib.contextmanager
+    def _passed_over(self) -> Iterator[None]:
+        """What inside can't be read or removed costs only itself: it is told, and left."""
+        try:
+            yield
+        except TakenOver:
+            raise
+        except CatalogError as error:
+            self._tell_left(error)
+
+    def _tell_left(self, error: CatalogError) -> None:
+        """What of the store is left is told, once; as a warning if that stops the pruning."""
+        self._note_storage(error)
+        finding = Finding(Severity.WARNING, self._configuration.backup_dir, "%s It is left." % error)
+        if not isinstance(error, StorageMisbehaved):
+            self._log.info(finding.sentence)
+        elif finding not in self._findings:
+            self._add_finding(*finding)
 
     def _clear_folder(self, name: str) -> None:
         """What dead runs left in that VM's directory is gone, unless another run is busy there."""
@@ -7379,12 +7476,14 @@ class BackupRun:
         Where locks do not reach other hosts, only what was not written for a day.
         """
         for name in folder.unfinished:
-            age_s = self._clock.utc().timestamp() - self._catalog.newest_change_s(folder.name, name)
-            if self._catalog.locks_are_local and age_s < WEAK_LOCK_PATIENCE_S:
-                continue
-            self._check_alive()
-            self._log.info("%s/%s: left by a run that died; removing it." % (folder.name, name))
-            self._catalog.remove_unfinished(folder.name, name)
+            with self._passed_over():
+                now_s = self._clock.utc().timestamp()
+                if self._catalog.locks_are_local \
+                        and now_s - self._catalog.newest_change_s(folder.name, name) < WEAK_LOCK_PATIENCE_S:
+                    continue
+                self._check_alive()
+                self._log.info("%s/%s: left by a run that died; removing it." % (folder.name, name))
+                self._catalog.remove_unfinished(folder.name, name)
 
     def _check_retention(self) -> None:
         """What stands in the way of pruning is told; where the clock went back since any of these VMs' newest copies,
@@ -7755,7 +7854,10 @@ class BackupRun:
 
     def _prune_pool_dumps(self, folder: str, newest: str) -> None:
         """Older dumps of this pool beyond the number to keep are gone."""
-        dumps = [name for name, pool in self._catalog.pool_dumps(folder) if pool == self._inventory.pool_uuid]
+        problems = []                      # type: List[CatalogError]
+        dumps = [name for name, pool in self._catalog.pool_dumps(folder, problems) if pool == self._inventory.pool_uuid]
+        for problem in problems:
+            self._tell_left(problem)
         if self._storage_problem or self._clock_went_back or dumps[-1:] != [newest]:
             self._log.info("pool database: nothing is pruned, as %s." % (
                 "the storage misbehaved in this run" if self._storage_problem else "the clock went back"))
@@ -10894,7 +10996,7 @@ class StoredVm(NamedTuple):
 def stored_vms(catalog: Catalog, problems: List[CatalogError]) -> List[StoredVm]:
     """All VMs of the store. What can't be listed costs only itself, and is among the problems."""
     found = []
-    for name in catalog.folder_names():
+    for name in catalog.folder_names(problems):
         try:
             found += stored_in(catalog.folder(name))
         except CatalogError as error:
@@ -11161,10 +11263,10 @@ def list_strangers(catalog: Catalog) -> List[str]:
     for name in catalog.root.names():
         if name == STATE_FOLDER or name.upper().startswith("METADATA_"):
             continue
-        if not catalog.root.is_directory(name):
-            found.append(name)
-            continue
         with contextlib.suppress(CatalogError):            # told already
+            if not catalog.root.is_directory(name):
+                found.append(name)
+                continue
             folder = catalog.folder(name)
             found += ["%s/%s" % (name, item) for item in folder.strangers]
             found += ["%s/%s (unfinished)" % (name, item) for item in folder.unfinished]
@@ -11458,7 +11560,10 @@ def making_run(context: Context, pool: Pool, inventory: Inventory, catalog: Cata
     configuration, clock, log, signals = context.configuration, context.clock, context.log, context.signals
     snapshots = Snapshots(pool, journal, clock, log, signals, configuration.stall_timeout * MINUTE_S)
     try:
-        snapshots.sweep(*catalog.dead_runs(journal, inventory.pool_uuid, clock.utc().timestamp()))
+        journals, problems = catalog.dead_runs(journal, inventory.pool_uuid, clock.utc().timestamp())
+        for problem in problems:
+            log.info("%s It is left." % problem)
+        snapshots.sweep(journals)
         yield Importer(pool, make_xe(context, pool), configuration, journal, snapshots, clock, log, signals), snapshots
         if pool.was_shaken:
             snapshots.look_again()

@@ -9,10 +9,10 @@ from typing import Any, Iterator
 
 import pytest
 
-from support.deeds import backup, beginning, objects
+from support.deeds import backup, beginning, in_trouble, objects
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import PROGRAM, TIME_LIMIT_S, Run, text_of
-from support.shelf import complete
+from support.process import PROGRAM, TIME_LIMIT_S, Run, run, text_of
+from support.shelf import complete, foreign, unfinished
 from support.wire import eventually
 
 BIG = [disk(size=8 * MEBIBYTE, used=8)]
@@ -157,3 +157,26 @@ def test_an_image_is_read_back_and_compared_where_that_is_asked_for(a_pool: Any,
     run = backup(pool, shelf, 'vm-export=web', 'verify_after=yes')
     assert run.exit_status == 0 and run.says('back from storage')
     assert shelf.manifest('web', shelf.newest('web'))['verified']['read_back'] is True
+
+
+# --- what can't be read costs only itself --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('number', ['EIO', 'ENOTCONN', 'EUCLEAN'])
+def test_what_can_not_be_looked_at_costs_no_vm_its_backup_and_stops_the_pruning(a_pool: Any, a_shelf: Any, number: str) -> None:
+    dump = 'pool_db_20160414-001000.dump'
+    shelf = a_shelf(complete('web', days_ago=3), complete('web', days_ago=2), unfinished('web', days_ago=1), complete('db', days_ago=2),
+                    foreign('dead/file'), foreign('METADATA_xcp1/' + dump), foreign('.vmbackup/runs/x.run', b'{"pool": "p"}\n'))
+    pool = a_pool(vm('web'), vm('db'))
+    unreadable = ['dead', dump, 'x.run', os.path.basename(shelf.unfinished()[0])]
+    program = [sys.executable, '-W', 'error'] + in_trouble(pool, unreadable=unreadable, do=number)
+    config = shelf.config('vm-export=web:1', 'vm-export=db:1', 'pool_db_backup=1')
+
+    night = run(program + ['-', config], pool.environment())
+
+    assert night.exit_status == 3 and night.never_says('Traceback'), night
+    assert len(shelf.copies('web')) == 3 and len(shelf.copies('db')) == 2 and len(shelf.names('METADATA_xcp1')) == 2
+    assert [sum(name in line for line in night.stderr.splitlines()) for name in unreadable] == [1, 1, 1, 1], night
+    for words in (['list'], ['restore', 'web', 'preview'], ['verify', 'db', 'from=latest']):
+        asked = run(program + ['-', config] + words, pool.environment())
+        assert asked.never_says('Traceback') and asked.exit_status == (1 if words[0] == 'verify' else 0), asked
+    assert asked.says('1 good'), asked

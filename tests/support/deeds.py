@@ -30,11 +30,16 @@ def preview(pool: Pool, shelf: Shelf, *lines: str, **how: Any) -> Run:
     return backup(pool, shelf, *lines, words=['preview'], **how)
 
 
+def in_trouble(pool: Pool, **trouble: Any) -> List[str]:
+    """How the program is started on a machine in that trouble, as troubled.py knows it."""
+    path = os.path.join(pool.home, 'TROUBLE.json')
+    write_json(path, trouble)
+    return [os.path.join(TESTS, 'support', 'troubled.py'), path, PROGRAM]
+
+
 def hurried(pool: Pool) -> List[str]:
     """How the program is started so that its minutes last half a second: for what it does only after long waiting."""
-    trouble = os.path.join(pool.home, 'TROUBLE.json')
-    write_json(trouble, {'hurried': True})
-    return [os.path.join(TESTS, 'support', 'troubled.py'), trouble, PROGRAM]
+    return in_trouble(pool, hurried=True)
 
 
 def hurried_backup(pool: Pool, shelf: Shelf, *lines: str, words: Sequence[str] = ()) -> Run:

@@ -12,6 +12,7 @@ The program is run unchanged, in this process, as `__main__`. TROUBLE.json:
     {"store": DIR, "step": 17, "do": "SIGKILL"}          the process gets that signal just before step 17
     {"store": DIR, "step": 17, "do": "hang"}             step 17 never ends, as on a dead share
     {"store": DIR, "step": 17, "do": "short"}            a write takes half of what it was given
+    {"unreadable": [NAME, ...], "do": "EIO"}             looking at or opening what bears one of these names fails so
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
 
 A step is a call that changes what is below DIR: write, pwrite, ftruncate, fsync, create, mkdir, rename, unlink, rmdir.
@@ -27,7 +28,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Sequence
 
 NEEDS_SPACE = ('write', 'create', 'mkdir')
 REAL = {name: getattr(os, name) for name in ('write', 'pwrite', 'ftruncate', 'fsync', 'fdatasync', 'open', 'mkdir',
@@ -143,6 +144,18 @@ def install(storage: Storage) -> None:
     builtins.open = troubled_open
 
 
+def hide(names: Sequence[str], number: int) -> None:
+    """From now on, what bears one of these names can be neither looked at nor opened."""
+    def on(call: Callable[..., Any]) -> Callable[..., Any]:
+        def troubled(path: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(path, (str, bytes)) and os.path.basename(os.fsdecode(path)) in names:
+                raise OSError(number, os.strerror(number))
+            return call(path, *arguments, **options)
+        return troubled
+
+    os.stat, os.open = on(os.stat), on(os.open)
+
+
 #: What the program waits for when it is in a hurry, in seconds. Each is a constant of VmBackup.py, in a line of its own.
 HURRY = {'MINUTE_S': 0.5, 'READ_TIMEOUT_S': 2, 'LOGOUT_TIMEOUT_S': 2, 'BUSY_PATIENCE_S': 6, 'LOST_ANSWER_PATIENCE_S': 2,
          'PROGRAM_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SILENCE_BEFORE_POLL_S': 0.5}
@@ -165,6 +178,8 @@ def main() -> None:
         source = file.read()
     if trouble.get('hurried'):
         source = hurried(source)
+    if 'unreadable' in trouble:
+        hide(trouble['unreadable'], getattr(errno, trouble['do']))
     if 'store' in trouble:
         install(Storage(trouble))
     sys.argv[:] = sys.argv[2:]

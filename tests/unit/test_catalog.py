@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
 from datetime import datetime
@@ -442,7 +443,7 @@ def swept(folder, journal, is_away):
     log = VmBackup.Log(VmBackup.Clock())
     log.info = log.warning = said.append
     snapshots = VmBackup.Snapshots(ForgetfulPool(is_away), journal, VmBackup.Clock(), log, VmBackup.Signals(log), 1.0)
-    snapshots.sweep([journal], [])
+    snapshots.sweep([journal])
     return said + [finding.sentence for finding in snapshots.findings]
 
 
@@ -463,3 +464,175 @@ def test_an_entry_of_a_journal_that_lacks_a_fact_is_left_or_removed_and_never_a_
     assert not any('entry 1 is not one' in sentence for sentence in said)
     assert is_away or not journal.entries[0].is_open
     journal.leave()
+
+
+# --- what can't be looked at or read costs only itself -------------------------------------------------------------------
+
+def broken(monkeypatch, *names, calls=('stat', 'open'), number=5):
+    """Files and directories of these names give that errno (5: EIO) to these calls."""
+    for call in calls:
+        def troubled(path, *arguments, really=getattr(os, call), **options):
+            if isinstance(path, (str, bytes)) and os.path.basename(os.fsdecode(path)) in names:
+                raise OSError(number, os.strerror(number))
+            return really(path, *arguments, **options)
+        monkeypatch.setattr(os, call, troubled)
+
+
+@pytest.mark.parametrize('number', [5, 107, 116, 117])          # EIO, ENOTCONN (a dead FUSE), ESTALE, EUCLEAN
+def test_an_entry_of_the_store_that_can_not_be_looked_at_costs_no_other(tmp_path, monkeypatch, number):
+    make_own(tmp_path)
+    make(tmp_path, 'dead')
+    broken(monkeypatch, 'dead', number=number)
+    problems = []
+    catalog = Catalog(str(tmp_path))
+    assert catalog.folder_names() == ['web']
+    assert [stored.folder for stored in VmBackup.stored_vms(catalog, problems)] == ['web']
+    assert [type(problem) for problem in problems] == [VmBackup.StorageMisbehaved] and '/dead' in str(problems[0])
+    assert VmBackup.list_strangers(catalog) == []
+
+
+def test_a_copy_that_can_not_be_looked_at_costs_no_other_and_nothing_beside_it_is_removed(tmp_path, monkeypatch):
+    for day in (14, 15, 16):
+        make_own(tmp_path, 'web/backup-2016-04-%d-001000' % day, dict(MANIFEST, sequence=day))
+    make(tmp_path, 'web/mine')
+    make(tmp_path, 'web/backup-2016-04-13-001000.partial')
+    broken(monkeypatch, 'backup-2016-04-15-001000', 'mine', 'backup-2016-04-13-001000.partial')
+    folder = Catalog(str(tmp_path)).folder('web')
+    assert [(copy.name[15:17], copy.is_good, copy.is_unreadable) for copy in folder.copies] == [
+        ('14', True, False), ('15', False, True), ('16', True, False)]
+    assert (folder.strangers, folder.unfinished) == (('mine',), ('backup-2016-04-13-001000.partial',))
+    assert all(verdict.keep for verdict in VmBackup.judge(folder.copies, US_UUID, Method.VM, 1))
+
+
+def test_a_copy_whose_verdict_can_not_be_read_is_not_good_now_and_costs_no_other(tmp_path, monkeypatch):
+    make_own(tmp_path)
+    make_own(tmp_path, 'web/backup-2016-04-15-001000', dict(MANIFEST, sequence=4))
+    catalog = Catalog(str(tmp_path))
+    older, newer = catalog.folder('web').copies
+    catalog.record(newer, verdict='DAMAGED', verified_at='2016-04-16T00:10:00Z', drilled_at='2016-04-16T00:10:00Z')
+    with monkeypatch.context() as patch:
+        broken(patch, newer.mark[:32] + '.json')
+        found = Catalog(str(tmp_path)).folder('web').copies
+        assert [(copy.is_good, copy.is_unreadable) for copy in found] == [(True, False), (False, True)]
+        assert catalog.facts(newer) == {} and catalog.last_drills() == {}
+        assert catalog.copy_again(newer).is_unreadable
+        with pytest.raises(CatalogError):
+            catalog.record(newer, verdict='good')
+    assert catalog.folder('web').copies[1].verdict and catalog.last_drills() == {'web': '2016-04-16T00:10:00Z'}
+
+
+def test_a_verdicts_folder_of_the_wrong_kind_does_not_make_the_vms_directory_one(tmp_path):
+    make_own(tmp_path)
+    make(tmp_path, '.vmbackup', verdicts=b'')
+    assert [copy.name for copy in Catalog(str(tmp_path)).folder('web').copies] == ['backup-2016-04-14-001000']
+
+
+def test_a_journal_that_can_not_be_read_costs_no_other(tmp_path, monkeypatch):
+    catalog = Catalog(str(tmp_path))
+    for name in ('bad', 'dead'):
+        catalog.begin_run(name, {'pool': 'p', 'host': 'xcp1'}, 2e9).leave()
+    own = catalog.begin_run('own', {'pool': 'p', 'host': 'xcp1'}, 2e9)
+    broken(monkeypatch, 'bad.run')
+    journals, problems = catalog.dead_runs(own, 'p', 2e9)
+    assert [journal.name for journal in journals] == ['dead.run.taken']
+    assert [type(problem) for problem in problems] == [VmBackup.StorageMisbehaved]
+
+
+def test_a_socket_in_the_place_of_a_journal_is_no_sign_of_bad_storage(tmp_path):
+    catalog = Catalog(str(tmp_path))
+    own = catalog.begin_run('own', {'pool': 'p', 'host': 'xcp1'}, 2e9)
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = os.open(str(tmp_path / '.vmbackup' / 'runs'), os.O_RDONLY)
+        listener.bind('/proc/self/fd/%d/x.run' % here)
+        os.close(here)
+    assert [type(problem) for problem in catalog.dead_runs(own, 'p', 2e9)[1]] == [VmBackup.WrongKind]
+
+
+@pytest.mark.parametrize('number', [5, 107, 116])
+def test_a_dump_that_can_not_be_read_stops_only_the_pruning(tmp_path, monkeypatch, number):
+    text = ('<database>%s</database>' % POOL_ROW % ('', US_UUID)).encode()
+    make(tmp_path, 'METADATA_x', **{'pool_db_2016041%d-001000__dump' % day: text for day in (4, 5)})
+    broken(monkeypatch, 'pool_db_20160414-001000.dump', number=number)
+    problems = []
+    assert Catalog(str(tmp_path)).pool_dumps('METADATA_x', problems) == [
+        ('pool_db_20160414-001000.dump', ''), ('pool_db_20160415-001000.dump', US_UUID)]
+    assert [type(problem) for problem in problems] == [VmBackup.StorageMisbehaved]
+
+
+@pytest.mark.parametrize('what', ['a directory', 'a link', 'EIO'])
+def test_a_store_whose_file_for_its_id_can_not_be_used_has_none_and_its_dead_runs_wait_a_day(tmp_path, monkeypatch, what):
+    state = make(tmp_path, '.vmbackup')
+    if what == 'a directory':
+        state.joinpath('store').mkdir()
+    elif what == 'a link':
+        state.joinpath('store').symlink_to('/etc/hostname')
+    else:
+        state.joinpath('store').write_bytes(b'{"id": "x"}')
+        broken(monkeypatch, 'store')
+    catalog = Catalog(str(tmp_path))
+    catalog.begin_run('dead', {'pool': 'p', 'host': 'xcp1'}, 2e9).leave()
+    own = catalog.begin_run('own', {'pool': 'p', 'host': 'xcp1'}, 2e9)
+    assert own.header['store'] == ''
+    now_s = state.joinpath('runs', 'dead.run').stat().st_mtime
+    assert catalog.dead_runs(own, 'p', now_s + 80000) == ([], [])
+    assert len(catalog.dead_runs(own, 'p', now_s + 90000)[0]) == 1
+
+
+# --- beginning -----------------------------------------------------------------------------------------------------------
+
+def test_two_first_runs_at_once_give_the_store_one_id(tmp_path, monkeypatch):
+    catalog = Catalog(str(tmp_path))
+    really = LockFile.take
+
+    def late(lock, *arguments, **options):
+        """Another host's first run has written its id between our look and our lock."""
+        if lock.shown.endswith('/store'):
+            lock.write_text({'id': 'of the other', 'inode': os.fstat(lock.fd).st_ino})
+        return really(lock, *arguments, **options)
+    monkeypatch.setattr(LockFile, 'take', late)
+    assert catalog.identity(2e9)['store'] == 'of the other'
+
+
+@pytest.mark.parametrize('then', ['holds it', 'renames it'])
+def test_a_new_journal_that_a_sweep_took_for_a_dead_ones_is_begun_anew(tmp_path, monkeypatch, then):
+    catalog = Catalog(str(tmp_path))
+    runs = tmp_path / '.vmbackup' / 'runs'
+    really, taken = LockFile.take, []
+
+    def late(lock, *arguments, **options):
+        """Another host's sweep comes between opening and locking, once."""
+        if lock.shown == 'new.run' and not taken:
+            taken.append(lock.shown)
+            if then == 'holds it':
+                return False
+            runs.joinpath('new.run').rename(runs / 'new.run.taken')
+        return really(lock, *arguments, **options)
+    monkeypatch.setattr(LockFile, 'take', late)
+    journal = catalog.begin_run('new', {'pool': 'p', 'host': 'xcp1'}, 2e9)
+    assert taken and journal.is_still_ours() and journal.name != 'new.run'
+    assert journal.header['pool'] == 'p'
+
+
+def test_a_first_run_on_a_full_store_takes_the_reserve_for_its_id_too(tmp_path, monkeypatch):
+    catalog = Catalog(str(tmp_path))
+    catalog.keep_reserve()
+    reserve, really = tmp_path / '.vmbackup' / 'runs' / 'reserve', os.write
+
+    def full(fd, content):
+        if reserve.exists():
+            raise OSError(28, 'No space left on device')
+        return really(fd, content)
+    monkeypatch.setattr(os, 'write', full)
+    assert catalog.begin_run('new', {'pool': 'p', 'host': 'xcp1'}, 2e9).is_still_ours()
+
+
+def test_what_a_run_left_that_died_within_a_put_is_gone_a_day_later(tmp_path):
+    catalog = Catalog(str(tmp_path))
+    folder = catalog.state('verdicts')
+    folder.put('a.json', b'{}')
+    folder.write('a.json.1.new', b'{')
+    now_s = (tmp_path / '.vmbackup' / 'verdicts' / 'a.json.1.new').stat().st_mtime
+    catalog.clear_temporaries(now_s + 3600)
+    assert folder.names() == ['a.json', 'a.json.1.new']
+    catalog.clear_temporaries(now_s + 90000)
+    assert folder.names() == ['a.json']
