@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.values import POOL_UUID, a_copy, a_vm, an_inventory, uuid_of
-from VmBackup import Copy, Folder, Placement, folded, safe_name
+from VmBackup import CatalogError, Copy, Folder, Placement, StorageMisbehaved, folded, safe_name
 
 
 class Store:
@@ -179,3 +179,20 @@ def test_a_directory_is_named_after_the_vm_or_is_there_already(store, names):
     for machine, place in zip(machines, places(store, *machines)):
         plain = safe_name(machine.name)
         assert place in store or place in (plain, plain + '--' + machine.uuid[:8])
+
+
+def test_a_vm_that_is_not_found_begins_no_second_line_while_a_directory_can_not_be_read():
+    class Troubled(Store):
+        def folder(self, name: str) -> Folder:
+            if name == 'old name':
+                raise error('reading old name failed')
+            return super().folder(name)
+
+    placement = Placement(Troubled({'old name': [of(3)], 'web': [of(1)]}), an_inventory(WEB, DB))
+    error = StorageMisbehaved
+    assert placement.folder_name(WEB) == 'web', 'its own is known'
+    for _ in range(2):
+        with pytest.raises(StorageMisbehaved):
+            placement.folder_name(DB)
+    error = CatalogError                                     # lost+found on a share, and the like
+    assert placement.folder_name(DB) == 'db'
