@@ -6848,7 +6848,7 @@ class Watch:
         """The server's own progress counts as life. A pool that does not answer just now proves nothing."""
         if self._snapshot_ref is None:
             return
-        with contextlib.suppress(ApiFailure, AnswerLost):
+        with contextlib.suppress(ApiFailure, PoolError):
             for task in self._tasks():
                 value = self._pool.call("asking for the progress of " + self._doing, "task.get_progress", task)
                 if value != self._task_progress:
@@ -6866,7 +6866,7 @@ class Watch:
         if waiting_for != "xe":            # the image's writer, the list of blocks, or a compressor before them
             raise StorageStalled("%s while waiting for the %s. It was given up and its snapshot removed; is the "
                                  "share still reachable?" % (stalled, waiting_for))
-        with self._signals.shielded(), contextlib.suppress(ApiFailure, AnswerLost):
+        with self._signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
             if self._snapshot_ref is not None:
                 for task in self._tasks():
                     self._pool.call("cancelling " + self._doing, "task.cancel", task)
@@ -7104,15 +7104,17 @@ def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -
         word = manifest["image"].get("compression") if copy.image == manifest["image"]["name"] else ""
         return word if word in COMPRESSED_SUFFIX else by_name
     head, tail, status = inside.read_head(copy.image, 16), inside.read_tail(copy.image, SECTOR_BYTES), inside.status(copy.image)
-    # A disk may begin with any bytes: that of a fixed VHD, and a raw image, which is of whole MiBs (no other file is).
-    if image_format(copy.image) == "raw" and not (status and status.st_size % MEBIBYTE) or \
+    found = next((suffixes[suffix] for suffix, magic in COMPRESSED_MAGIC if head.startswith(magic)), "")
+    if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd begins with one
+        found = "zstd"
+    # A disk may begin with any bytes: that of a fixed VHD, and a raw image, which is of whole MiBs (as what dd padded is,
+    # but that is called compressed too).
+    is_raw = image_format(copy.image) == "raw" and not (found and by_name != "none")
+    if is_raw and not (status and status.st_size % MEBIBYTE) or \
             image_format(copy.image) == "vhd" and b"conectix" in (tail[:8], tail[1:9]):
         return "none"
-    for suffix, magic in COMPRESSED_MAGIC:
-        if head.startswith(magic):
-            return suffixes[suffix]
-    if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd begins with one
-        return "zstd"
+    if found:
+        return found
     for name, magic in OTHER_MAGIC:
         if head.startswith(magic):
             raise UnknownFormat("%s is a file of %s, which is not supported: make a plain one of it, or one of gzip or zstd"
@@ -7824,7 +7826,12 @@ class BackupRun:
         if self._storage_problem:
             return
         largest = max((outcome.size_bytes for outcome in self._outcomes), default=0)
-        free = self._catalog.free_bytes()
+        try:
+            free = self._catalog.free_bytes()
+        except CatalogError as error:              # every VM is done by now
+            self._note_storage(error)
+            self._add_finding(Severity.WARNING, self._configuration.backup_dir, str(error))
+            return
         if free is not None and free < largest:
             self._add_finding(Severity.WARNING, self._configuration.backup_dir, "only %s are free, and the largest copy "
                               "of this run has %s: the next run may not fit." % (format_size(free),
@@ -7860,7 +7867,9 @@ class BackupRun:
             self._tell_left(problem)
         if self._storage_problem or self._clock_went_back or dumps[-1:] != [newest]:
             self._log.info("pool database: nothing is pruned, as %s." % (
-                "the storage misbehaved in this run" if self._storage_problem else "the clock went back"))
+                "the storage misbehaved in this run" if self._storage_problem else
+                "the clock went back" if self._clock_went_back or newest in dumps else
+                "%s/%s, just made, can't be read back" % (folder, newest)))
             return
         for old in dumps[:-self._configuration.max_backups]:
             self._check_alive()
@@ -8839,7 +8848,10 @@ class PartPipe:
         self._is_over = False
 
     def write(self, view: Any) -> None:
-        """The bytes are with the import; BrokenPipeError if it has ended."""
+        """The bytes are with the import; BrokenPipeError if it has ended. What comes after `close` is of no part: its
+        descriptor may be another file's by then."""
+        if self._is_over:
+            raise UnknownFormat("the archive's disks are mingled, and the server reads one after the other: `extract` each disk")
         if self._fd is None:
             self._fd = self._start()
             widen_pipe(self._fd)
@@ -8848,8 +8860,8 @@ class PartPipe:
     def close(self) -> None:
         """No more is coming."""
         if self._fd is not None and not self._is_over:
-            self._is_over = True
             os.close(self._fd)
+        self._is_over = True
 
 
 class ArchiveFeed(ArchiveReader):

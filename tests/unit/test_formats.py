@@ -160,6 +160,34 @@ def test_what_is_not_supported_says_so_and_is_not_called_damaged(tmp_path, name,
     assert isinstance(error, UnknownFormat) and words in str(error) and 'damaged' not in str(error)
 
 
+def test_a_part_that_was_ended_takes_nothing_more_nor_does_what_has_its_descriptor_now(tmp_path):
+    sinks, started = [str(tmp_path / name) for name in ('first', 'second')], []
+
+    def part(number):
+        def start():
+            started.append(os.open(sinks[number], os.O_WRONLY | os.O_CREAT))
+            return started[-1]
+        return VmBackup.PartPipe(start)
+
+    first, second = part(0), part(1)
+    feed = VmBackup.ArchiveFeed([first, second], [b'<a/>', b'<b/>'], [['Ref:2'], ['Ref:4']], False)
+    feed.feed(memoryview(others.member('ova.xml', b'<value/>') + others.member('Ref:2/00000000', b'x')))
+    feed.feed(memoryview(others.member('Ref:4/00000000', b'y')))
+    assert started[0] == started[1]                # the kernel gives the lowest number that is free
+    before = (tmp_path / 'second').read_bytes()
+    with pytest.raises(UnknownFormat) as caught:
+        feed.feed(memoryview(others.member('Ref:2/00000001', b'z')))
+    assert 'extract' in str(caught.value) and (tmp_path / 'second').read_bytes() in (before, before + bytes(1024))
+    assert b'z' not in (tmp_path / 'second').read_bytes() and len(started) == 2
+    feed.close()
+    with pytest.raises(UnknownFormat):
+        second.write(b'more')
+    never = VmBackup.PartPipe(lambda: pytest.fail('started'))
+    never.close()
+    with pytest.raises(UnknownFormat):
+        never.write(b'x')
+
+
 # --- compression -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name,content', [
@@ -178,6 +206,12 @@ def test_a_disk_that_begins_like_a_compressed_file_is_a_disk(tmp_path, magic):
     raw = magic + others.contents(0)[len(magic):]
     assert extracted(tmp_path, 'web.raw', raw) == raw
     assert extracted(tmp_path, 'web.vhd', others.fixed_vhd(raw)) == raw
+
+
+def test_what_is_called_compressed_and_begins_so_is_whatever_padded_it(tmp_path):
+    packed = gzip.compress(others.contents(0), 1)
+    for name in ('web.raw.gz', 'web.raw.zst'):
+        assert extracted(tmp_path, name, packed.ljust(-(-len(packed) // MIB) * MIB, b'\0')) == others.contents(0)
 
 
 def test_of_ours_the_manifest_says_what_it_is(tmp_path):
