@@ -63,6 +63,6 @@ def test_space_that_cannot_be_asked_for_ends_no_run():
     ([('new', 'POOL'), ('old', 'POOL')], 'the clock went back')])
 def test_why_dumps_are_not_pruned_is_told_as_it_is(dumps, words):
     pool = an_inventory().pool_uuid
-    run, log = a_run(pool_dumps=lambda folder: [(name, pool if uuid else '') for name, uuid in dumps])
+    run, log = a_run(pool_dumps=lambda folder, problems: [(name, pool if uuid else '') for name, uuid in dumps])
     run._prune_pool_dumps('METADATA_host', 'new')
     assert len(log.lines) == 1 and words in log.lines[0]
