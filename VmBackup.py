@@ -6055,16 +6055,20 @@ class Snapshots:
     def _bearers(self, entry: OpenEntry, doing: str) -> Dict[str, Dict[str, Any]]:
         """The records, by ref, of all disks that bear the entry's key: the disk, and what was made of it meanwhile.
 
-        Our own run's key stands for moments, when only what lies on the same SR can
-        copy it; a dead run's may have stood for days, for any copy of the disk.
+        Our own run's key stands for moments: before the call, and once its snapshot is known, only the disk and its
+        snapshots are looked at, as an SR may have thousands of disks. Else only what lies on the same SR can have copied
+        it; a dead run's may have stood for days, for any copy of the disk.
         """
         key = KEY_PREFIX + entry.facts["token"]
         records = {}                       # type: Dict[str, Dict[str, Any]]
         disks = self._by_uuid("VDI", entry.facts["disk"], doing)
         if disks and entry in self._journal.entries:
             with self._unless_gone("VDI"):
-                sr = self._pool.ask(doing, "VDI.get_SR", disks[0])
-                records = self._pool.ask(doing, "VDI.get_all_records_where", 'field "SR" = "%s"' % sr)
+                record = self._pool.ask(doing, "VDI.get_record", disks[0])
+                is_clean = "calling_at" not in entry.facts or "uuid" in entry.facts
+                where = ("snapshot_of", disks[0]) if is_clean else ("SR", record["SR"])
+                records = dict(self._pool.ask(doing, "VDI.get_all_records_where", 'field "%s" = "%s"' % where))
+                records[disks[0]] = record
         else:
             records = self._pool.ask(doing, "VDI.get_all_records")
         return {ref: record for ref, record in records.items() if key in (record.get("other_config") or ())}

@@ -45,6 +45,17 @@ def killed_when(pool: Any, shelf: Any, has_come: Callable[[], Any]) -> None:
         process.kill()
 
 
+# --- how much of a pool is asked for ---------------------------------------------------------------------------------------
+
+def test_the_snapshot_of_a_disk_costs_no_look_at_the_other_disks_of_its_sr(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web'), vm('db', disks=[disk(userdevice=str(number)) for number in range(8)])), a_shelf()
+    run = backup(pool, shelf, 'vdi-export=*')
+    assert run.exit_status == 0 and keys_of_ours(pool) == [] and pool.has_no_snapshots_of_ours(), run
+    queries = [entry['args'][-1] for entry in pool.calls('api:VDI.get_all_records_where')]
+    assert len(queries) == 2 * 2 and all('"snapshot_of"' in query for query in queries), queries
+    assert len(pool.calls('api:VDI.get_all_records')) == 1       # that of the inventory
+
+
 # --- disk snapshots of others that copied our key -------------------------------------------------------------------------
 
 def test_a_snapshot_made_while_a_dead_runs_mark_stood_is_not_ours(a_pool: Any, a_shelf: Any) -> None:
