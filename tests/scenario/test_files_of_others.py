@@ -70,6 +70,17 @@ def test_a_vhd_of_another_program_is_extracted_restored_drilled_and_verified(
     assert content[:len(expected)] == expected and not content[len(expected):].strip(b'\0')
     run = backup(pool, shelf, 'vm-export=*', words=['verify', 'PROD-web'])
     assert run.says('structure good') and run.exit_status == 0, run
+    machines = sorted(pool.dump()['VM'])
+    run = drill(pool, shelf, 'PROD-web', 'sr=here')
+    assert run.says(copy + ': restored') and run.exit_status == 0 and run.says('1 of 1 copy came back'), run
+    assert sorted(pool.dump()['VM']) == machines
+
+
+def test_an_archive_of_another_program_is_drilled(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(**PLACES), a_shelf(old('web', image=others.packed_again(tarfile.PAX_FORMAT)))
+    before, run = objects(pool), drill(pool, shelf, 'web', 'sr=here')
+    assert run.exit_status == 0 and run.says('restored and compared') and run.says('1 of 1 copy came back'), run
+    assert objects(pool) == before
 
 
 @pytest.mark.parametrize('content,words', [
