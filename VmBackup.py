@@ -1850,6 +1850,29 @@ def within(limit_s: float, doing: str, work: Callable[[], Any]) -> Any:
     return answer
 
 
+WAY_OUT_S = 30                 # how long a run that was told to stop waits for each thing that it leaves in order
+
+
+class WayOut:
+    """What is left in order in the store at the end: none of it keeps a run that has cleaned up in the pool."""
+
+    def __init__(self, log: Log, patience_s: float) -> None:
+        self._log = log
+        self.patience_s = patience_s       # how long the store is waited for
+        self.storage_hangs = False         # then nothing of it is waited for any more
+
+    def tidy(self, doing: str, work: Callable[[], Any]) -> None:
+        """It is done in the store; what can't be done now is left to the next run. A store that hangs is found out here at
+        the latest."""
+        if self.storage_hangs:
+            return
+        try:
+            within(self.patience_s, doing, work)
+        except CatalogError as error:
+            self.storage_hangs = isinstance(error, StorageStalled)
+            self._log.info("%s: left to the next run: %s" % (doing, error))
+
+
 def read_text_file(path: str) -> str:
     """The text of a system file, "" if it is not there."""
     try:
@@ -5292,7 +5315,8 @@ class Catalog:
             yield is_ours
         finally:
             if is_ours:
-                lock.release(byte)
+                with contextlib.suppress(StorageStalled):      # then it ends with this process
+                    within(WAY_OUT_S, "unlocking %s" % lock.shown, lambda: lock.release(byte))
 
     def copy_again(self, copy: Copy) -> Copy:
         """The copy as it is now, what was learned of its VM from elsewhere kept; NotThere if it is gone."""
@@ -5476,9 +5500,9 @@ class Catalog:
 
     def _facts(self, copy: Copy) -> Dict[str, Any]:
         """What is on record about the copy, {} if nothing. It belongs to the copy's manifest, whatever its name is."""
-        self._verdicts = self._verdicts or self.state_if_there(VERDICT_FOLDER)       # asked for each copy: opened once
-        if self._verdicts is not None and copy.mark:
-            with contextlib.suppress(NotThere, WrongKind, ValueError):
+        with contextlib.suppress(NotThere, WrongKind, ValueError):
+            self._verdicts = self._verdicts or self.state_if_there(VERDICT_FOLDER)       # asked for each copy: opened once
+            if self._verdicts is not None and copy.mark:
                 return parse_object(self._verdicts.read(copy.mark[:32] + ".json", MEBIBYTE))
         return {}
 
@@ -5913,6 +5937,11 @@ class Snapshots:
         self._patience_s = patience_s
         self.findings = []                 # type: List[Finding]
         self.inherited = []                # type: List[RunJournal]
+
+    @property
+    def storage_hangs(self) -> bool:
+        """Did the store that holds the journal give no answer? Then nothing can be begun in the pool."""
+        return self._journal.is_mute
 
     # --- making -----------------------------------------------------------------
 
@@ -7346,9 +7375,6 @@ class Placement:
         return with_pools_told_apart(with_moved_aside(copies, folder.name, names), machine.uuid, self._pool)
 
 
-WAY_OUT_S = 30                 # how long a run that was told to stop waits for each thing that it leaves in order
-
-
 class BackupRun:
     """One run of a plan."""
 
@@ -7373,8 +7399,7 @@ class BackupRun:
         self._outcomes = []                # type: List[Outcome]
         self._pool_database_error = None   # type: Optional[str]
         self._storage_problem = ""         # once set, nothing is pruned
-        self.storage_hangs = False       # nothing of it is waited for any more
-        self.storage_patience_s = journal.limit_s      # how long the way out waits for the store
+        self.way_out = WayOut(log, journal.limit_s)
         self._clock_went_back = False      # nor then
         self._had_bug = False
 
@@ -7418,20 +7443,9 @@ class BackupRun:
 
     def finish(self) -> None:
         """The journals are put away: those with nothing open are removed."""
-        self.tidy("keeping a reserve", self._catalog.keep_reserve)
+        self.way_out.tidy("keeping a reserve", self._catalog.keep_reserve)
         for journal in self._snapshots.inherited + [self._journal]:
-            self.tidy("putting the journal %s away" % journal.name, journal.finish)
-
-    def tidy(self, doing: str, work: Callable[[], Any]) -> None:
-        """It is done in the store on the way out; what can't be done now is left to the next run. A store that hangs is
-        found out here at the latest, and nothing of it is waited for any more."""
-        if self.storage_hangs:
-            return
-        try:
-            within(self.storage_patience_s, doing, work)
-        except CatalogError as error:
-            self.storage_hangs = isinstance(error, StorageStalled)
-            self._log.info("%s: left to the next run: %s" % (doing, error))
+            self.way_out.tidy("putting the journal %s away" % journal.name, journal.finish)
 
     def _clear_leftovers(self) -> None:
         """What dead runs left in this pool and in the store is gone."""
@@ -7570,13 +7584,13 @@ class BackupRun:
         if isinstance(error, StorageMisbehaved):
             self._storage_problem = str(error)
         if isinstance(error, StorageStalled):
-            self.storage_hangs = True
+            self.way_out.storage_hangs = True
 
     # --- one VM -------------------------------------------------------------------------
 
     def _back_up(self, job: Job) -> Outcome:
         """One copy more of that VM, sealed, and older ones pruned. Raises BackupError; then nothing of it is left."""
-        if self.storage_hangs:
+        if self.way_out.storage_hangs:
             raise StorageStalled("it was not tried, as the backup storage hangs: %s" % self._storage_problem)
         with stage("STORAGE-FAIL"):
             self._catalog.check_in_place()
@@ -7614,8 +7628,8 @@ class BackupRun:
 
     def _leave_folder(self, name: str, lock: LockFile) -> None:
         """The directory is gone if it is empty, and its lock is free; raises nothing that could hide what went wrong."""
-        self.tidy("leaving %s" % name, lambda: self._catalog.root.remove_if_empty(name))
-        self.tidy("unlocking %s" % name, lock.release)
+        self.way_out.tidy("leaving %s" % name, lambda: self._catalog.root.remove_if_empty(name))
+        self.way_out.tidy("unlocking %s" % name, lock.release)
 
     def _wait_for_lock(self, lock: LockFile, name: str) -> None:
         """The lock is ours, or BackupError when lock_wait is over."""
@@ -7679,10 +7693,10 @@ class BackupRun:
         if isinstance(error, BackupError):
             self._note_storage(error)
         if isinstance(error, Interrupted):
-            self.storage_patience_s = WAY_OUT_S
+            self.way_out.patience_s = WAY_OUT_S
         if not isinstance(error, TakenOver):
             with self._signals.shielded():
-                self.tidy("removing %s" % (copy.name + PARTIAL), copy.discard)
+                self.way_out.tidy("removing %s" % (copy.name + PARTIAL), copy.discard)
 
     def _check_alive(self) -> None:
         """Raises BackupError if another run took us for dead: then nothing more may be sealed, deleted or swept."""
@@ -8086,7 +8100,8 @@ class VhdSize(VhdCheck):
         raise _Enough
 
 
-def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Any, force: bool) -> None:
+def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Any, force: bool,
+              on_tick: Callable[[Progress], Any]) -> None:
     """The beginning of the image went through that check; VerificationError if it does not begin as it should, or an
     uncompressed archive does not end as one: that is seen at once."""
     compression = image_compression(inside, copy, manifest)
@@ -8098,7 +8113,7 @@ def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Any
             os.close(fd)
             raise VerificationError("the archive does not end with two zero blocks: it was cut off or overwritten")
     with contextlib.ExitStack() as stack, contextlib.suppress(_Enough):
-        pump(plain_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), [] if force else None), lambda progress: None,
+        pump(plain_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), [] if force else None), on_tick,
              "reading " + copy.image)
 
 
@@ -8132,7 +8147,8 @@ def _source_disk(disk_id: str, vdi: Dict[str, Any], vbd: Dict[str, Any], sr: Dic
                       vdi.get("uuid", ""), sr.get("uuid", ""), sr.get("name_label", ""), -1)
 
 
-def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False) -> Source:
+def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False,
+                on_tick: Callable[[Progress], Any] = lambda progress: None) -> Source:
     """What that copy's directory holds. VerificationError or CatalogError if its image can't be what it should be; with
     `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its size is then 0: not known)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
@@ -8142,7 +8158,7 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
     if file_format == "xva":
         look = FirstLook(block_digests="no", strict=bool(manifest))
         try:
-            look_into(inside, copy, manifest, look, force)
+            look_into(inside, copy, manifest, look, force, on_tick)
         except VerificationError as error:
             if not (force and look.ova):
                 raise _of_image(copy, error)
@@ -8152,7 +8168,7 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
         disks = _with_manifest(disks_of_ova(look.ova, vm_id), manifest)
         source = Source(inside.shown, copy, manifest, file_format, look.ova, vm_id, original, tuple(disks), (), look.first_disk)
         return source._replace(lacking=_lacking(source, metadata))
-    size = image_disk_size(inside, copy, manifest, force)
+    size = image_disk_size(inside, copy, manifest, force, on_tick)
     if not metadata and without_vm:
         alone = SourceDisk("", "xvda", "0", copy.image, size, "", "", "", -1)
         return Source(inside.shown, copy, manifest, file_format, {}, "", {}, (alone,), ())
@@ -8173,14 +8189,15 @@ def _of_image(copy: Copy, error: VerificationError) -> VerificationError:
     return kind("the image %s %s: %s" % (copy.image, kind.verdict, error))
 
 
-def image_disk_size(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool) -> int:
+def image_disk_size(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool,
+                    on_tick: Callable[[Progress], Any]) -> int:
     """The size of the disk that an image without a manifest is of; 0 if it does not tell."""
     if manifest:
         return 0
     try:
         if is_foreign_vhd(copy):
             look = VhdSize()
-            look_into(inside, copy, manifest, look, force)
+            look_into(inside, copy, manifest, look, force, on_tick)
             return look.size
         return inside.status(copy.image).st_size if image_compression(inside, copy, manifest) == "none" else 0
     except VerificationError as error:
@@ -10827,11 +10844,11 @@ def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, c
         run.finish()
         numbers = tally(plan, outcome)
         numbers = numbers._replace(warnings=numbers.warnings + len(configuration.warnings))
-        if not mail_run(context, inventory, catalog, plan, outcome, numbers, run.storage_hangs):
+        if not mail_run(context, inventory, catalog, plan, outcome, numbers, run.way_out.storage_hangs):
             numbers = numbers._replace(warnings=numbers.warnings + 1)
         status = 128 + run.interrupted.number if run.interrupted else int(exit_status_of(numbers, outcome))
-        run.tidy("giving back the lock of this config", lambda: end_config_lock(lock, status))
-        if run.storage_hangs:
+        run.way_out.tidy("giving back the lock of this config", lambda: end_config_lock(lock, status))
+        if run.way_out.storage_hangs:
             lock.abandon()
         status_log.end_run(numbers.word, numbers.successes, numbers.warnings, numbers.errors)
         context.signals.come_too_late()
@@ -11412,13 +11429,19 @@ def chosen_copy(context: Context, force: bool) -> Iterator[Chosen]:
 
 @contextlib.contextmanager
 def held_copy(context: Context, catalog: Catalog, choose: Callable[[], Copy]) -> Iterator[Chosen]:
-    """The copy that `choose` gives, open; nobody removes it meanwhile, where this store can be locked from here. One that
-    went away before it was held is chosen anew."""
+    """The copy that `choose` gives, open; nobody removes it meanwhile, where this store can be locked from here: who reads
+    goes on without. One that went away before it was held is chosen anew."""
     while True:
         copy = choose()
         with contextlib.ExitStack() as stack:
-            if not context.arguments.preview and catalog.is_writable() \
-                    and not stack.enter_context(catalog.copy_lock(copy, shared=True)):
+            try:
+                is_free = context.arguments.preview or not catalog.is_writable() \
+                    or stack.enter_context(catalog.copy_lock(copy, shared=True))
+            except CatalogError as error:              # a full store, or one that can't lock
+                is_free = True
+                context.log.info("%s/%s is read all the same, and a run that prunes could remove it meanwhile: %s" % (
+                    copy.folder, copy.name, error))
+            if not is_free:
                 context.signals.sleep(0.5)             # a run is removing it just now
                 continue
             try:
@@ -11491,10 +11514,10 @@ def copy_at_path(path: str) -> Copy:
         raise UsageError("%s can't be read: %s" % (path, str(error).rstrip(".") + "."))
 
 
-def opened_source(chosen: Chosen, force: bool = False, without_vm: bool = False) -> Source:
+def opened_source(context: Context, chosen: Chosen, force: bool = False, without_vm: bool = False) -> Source:
     """What the chosen copy holds; BackupError with what is wrong with it."""
     try:
-        return read_source(chosen.inside, chosen.copy, force, without_vm)
+        return read_source(chosen.inside, chosen.copy, force, without_vm, lambda progress: context.signals.check())
     except VerificationError as error:
         raise type(error)("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
     except ValueError as error:
@@ -11535,7 +11558,7 @@ def command_restore(context: Context) -> int:
     force, verify_first = parse_flag(context.arguments, "force"), parse_flag(context.arguments, "verify_first")
     with chosen_copy(context, force) as chosen:
         wishes = restore_wishes(context, chosen)
-        source = opened_source(chosen, force)
+        source = opened_source(context, chosen, force)
         check_vm_word(context.arguments, chosen, source)
         find_xe(context.configuration)
         pool = make_pool(context)
@@ -11574,7 +11597,9 @@ def making_run(context: Context, pool: Pool, inventory: Inventory, catalog: Cata
     """A journal is begun, what dead runs left is cleared, and in the end the journals are put away."""
     journal = begin_journal(context, catalog, inventory)
     configuration, clock, log, signals = context.configuration, context.clock, context.log, context.signals
-    snapshots = Snapshots(pool, journal, clock, log, signals, configuration.stall_timeout * MINUTE_S)
+    journal.limit_s = configuration.stall_timeout * MINUTE_S
+    snapshots = Snapshots(pool, journal, clock, log, signals, journal.limit_s)
+    way_out = WayOut(log, journal.limit_s)
     try:
         journals, problems = catalog.dead_runs(journal, inventory.pool_uuid, clock.utc().timestamp())
         for problem in problems:
@@ -11585,11 +11610,10 @@ def making_run(context: Context, pool: Pool, inventory: Inventory, catalog: Cata
             snapshots.look_again()
     finally:
         with signals.shielded():
+            way_out.storage_hangs = journal.is_mute
+            way_out.patience_s = min(way_out.patience_s, WAY_OUT_S) if signals.noted else way_out.patience_s
             for one in snapshots.inherited + [journal]:
-                try:
-                    one.finish()
-                except CatalogError as error:
-                    log.info("the journal %s could not be put away; the next run does it. (%s)" % (one.name, error))
+                way_out.tidy("putting the journal %s away" % one.name, one.finish)
 
 
 def journal_catalog(context: Context, chosen: Chosen) -> Catalog:
@@ -11683,7 +11707,7 @@ def command_extract(context: Context) -> int:
     if path and os.path.lexists(fs_path(path)):
         raise UsageError("to=%s exists already and was left as it is." % path)
     with chosen_copy(context, False) as chosen:
-        source = opened_source(chosen, without_vm="metadata" not in given)
+        source = opened_source(context, chosen, without_vm="metadata" not in given)
         check_vm_word(context.arguments, chosen, source)
         if "metadata" in given:
             return extract_metadata(context, source, chosen.inside, path)
@@ -11774,6 +11798,7 @@ def drill_copies(context: Context, catalog: Catalog, vm: str) -> Tuple[List[Copy
 
 
 NEWEST_OF_EACH = "newest-of-each"
+NOT_TRIED = "COULD NOT BE TRIED"
 
 
 def command_drill(context: Context) -> int:
@@ -11804,7 +11829,7 @@ def drill_plan(context: Context, pool: Pool, view: PoolView, chosen: Chosen) -> 
     if not chosen.copy.is_good:
         raise BackupError("it is no good copy (%s), and there is no good one of this VM." % chosen.copy.trouble)
     wishes = Wishes("", context.arguments.parameters.get("sr", ""), "", False, False, False, True, "")
-    plan = plan_restore(opened_source(chosen), view._replace(srs=target_srs(pool, view.master)), wishes)
+    plan = plan_restore(opened_source(context, chosen), view._replace(srs=target_srs(pool, view.master)), wishes)
     if plan.problems:
         raise BackupError(" ".join(plan.problems))
     return plan
@@ -11840,7 +11865,11 @@ def run_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catal
             for copy in copies:
                 context.signals.check()
                 status_log.begin("drill", copy.vm_name)
-                outcome = drill_one(context, pool, view, catalog, drill, copy, boot_s)
+                if snapshots.storage_hangs:
+                    outcome = DrillOutcome(copy, "it was not tried, as the backup storage hangs.", NOT_TRIED, copy.size_bytes, 0.0)
+                    context.log.error("%s/%s: %s" % (copy.folder, copy.name, outcome.error))
+                else:
+                    outcome = drill_one(context, pool, view, catalog, drill, copy, boot_s)
                 outcomes.append(outcome)
                 if outcome.error is None:
                     status_log.success("drill", copy.vm_name, outcome.seconds, outcome.size_bytes)
@@ -11867,11 +11896,11 @@ def drill_one(context: Context, pool: Pool, view: PoolView, catalog: Catalog, dr
     except BackupError as problem:
         # what the pool, an SR, the store or another run is to blame for says nothing about the copy
         is_the_copys = isinstance(problem, VerificationError) and not isinstance(problem, UnknownFormat)
-        said = NOT_RESTORABLE if is_the_copys else "COULD NOT BE TRIED"
+        said = NOT_RESTORABLE if is_the_copys else NOT_TRIED
         error = str(problem)
         context.log.error("%s: %s" % (title, error))
     try:
-        if copy.mark and said != "COULD NOT BE TRIED":
+        if copy.mark and said != NOT_TRIED:
             catalog.record(copy, drilled_at=format_utc(context.clock.utc()), drill=said, drill_reason=error or "")
     except BackupError as problem:
         context.log.info("the verdict is not recorded: %s" % problem)

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import sys
 from typing import Any
 
 import pytest
 
-from support.deeds import backup, beginning
+from support.deeds import backup, beginning, in_trouble
 from support.language import MEBIBYTE, at, disk, vm
+from support.mail import ADMINS, MailServer
+from support.process import run as run_command
 from support.recovery import drill, objects, serving, killed_at
 from support.shelf import of_old_program
 
@@ -179,3 +182,44 @@ def test_a_signal_ends_a_drill_cleanly(a_pool: Any, a_shelf: Any) -> None:
         process.signal(signal.SIGTERM)
         run = process.ending()
     assert run.exit_status == 128 + signal.SIGTERM and is_as_before(pool, before) and shelf.journals() == [], run
+
+
+# --- a store that hangs ------------------------------------------------------------------------------------------------
+
+def steps_of(pool: Any, shelf: Any, config: str, *words: str) -> Any:
+    """The steps of the storage that these words make, a line each."""
+    trace = os.path.join(pool.home, 'trace')
+    program = in_trouble(pool, store=shelf.path, trace=trace)
+    assert run_command([sys.executable] + program + ['-', config] + list(words), pool.environment()).exit_status == 0
+    with open(trace) as file:
+        return file.read().splitlines()
+
+
+def test_a_drill_whose_store_hangs_clears_the_pool_tells_it_by_mail_and_ends(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf, server = a_pool(vm('db', disks=[DATA]), vm('web', disks=[ROOT])), a_shelf(), MailServer()
+    try:
+        backed_up(pool, shelf)
+        before, config = objects(pool), shelf.config('vm-export=*', 'stall_timeout=4', *server.lines())
+        notes = [number for number, step in enumerate(steps_of(pool, shelf, config, 'drill', 'newest-of-each'), 1)
+                 if step.startswith('write .vmbackup/runs/')]
+        server.forget()
+        program = in_trouble(pool, hurried=True, store=shelf.path, step=notes[2], do='hang', stays=True)
+        run = run_command([sys.executable] + program + ['-', config, 'drill', 'newest-of-each'], pool.environment())
+        assert run.exit_status == 1 and run.says('hangs') and run.says('was not tried') and run.never_says('Traceback'), run
+        assert is_as_before(pool, before), run
+        assert 'db' in server.mail().text and 'web' in server.mail().text and ADMINS in server.mail().recipients
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize('note', [2, -1])
+def test_a_restore_whose_store_hangs_ends_and_says_what_became_of_it(a_pool: Any, a_shelf: Any, note: int) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
+    backed_up(pool, shelf)
+    config = shelf.config('vm-export=*', 'stall_timeout=4')
+    notes = [number for number, step in enumerate(steps_of(pool, shelf, config, 'restore', 'web', 'to=first'), 1)
+             if step.startswith('write .vmbackup/runs/')]
+    program = in_trouble(pool, hurried=True, store=shelf.path, step=notes[note], do='hang', stays=True)
+    run = run_command([sys.executable] + program + ['-', config, 'restore', 'web', 'to=second'], pool.environment())
+    assert run.exit_status == (1 if note == 2 else 0) and run.never_says('Traceback'), run
+    assert not [record for kind in ('VM', 'task') for record in pool.dump()[kind].values() if 'vmbackup-' in record['name_label']], run

@@ -1,11 +1,14 @@
 """The backup directory: what lies in it is told apart, and only what is ours is removed."""
 
+import fcntl
 import gzip
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+import types
 from datetime import datetime
 
 import pytest
@@ -524,7 +527,7 @@ def test_a_copy_whose_verdict_can_not_be_read_is_not_good_now_and_costs_no_other
 def test_a_verdicts_folder_of_the_wrong_kind_does_not_make_the_vms_directory_one(tmp_path):
     make_own(tmp_path)
     make(tmp_path, '.vmbackup', verdicts=b'')
-    assert [copy.name for copy in Catalog(str(tmp_path)).folder('web').copies] == ['backup-2016-04-14-001000']
+    assert only_copy(tmp_path).is_good
 
 
 def test_a_journal_that_can_not_be_read_costs_no_other(tmp_path, monkeypatch):
@@ -636,3 +639,68 @@ def test_what_a_run_left_that_died_within_a_put_is_gone_a_day_later(tmp_path):
     assert folder.names() == ['a.json', 'a.json.1.new']
     catalog.clear_temporaries(now_s + 90000)
     assert folder.names() == ['a.json']
+
+
+# --- the way out ---------------------------------------------------------------------------------------------------------
+
+def said_by(log):
+    said = []
+    log.info = said.append
+    return said
+
+
+def test_a_store_that_hangs_on_the_way_out_is_waited_for_once():
+    log, done = VmBackup.Log(VmBackup.Clock()), []
+    said = said_by(log)
+    way_out = VmBackup.WayOut(log, 0.05)
+    way_out.tidy('this', lambda: broken_door(VmBackup.StorageMisbehaved('EIO.')))
+    way_out.tidy('that', lambda: done.append('that'))
+    assert done == ['that'] and said == ['this: left to the next run: EIO.'] and not way_out.storage_hangs
+    way_out.tidy('hung', lambda: time.sleep(60))
+    way_out.tidy('more', lambda: done.append('more'))
+    assert way_out.storage_hangs and done == ['that'] and len(said) == 2
+
+
+def broken_door(error):
+    raise error
+
+
+def test_a_lock_of_a_copy_that_hangs_or_fails_when_it_is_given_back_changes_nothing_that_was_done(tmp_path, monkeypatch):
+    make_own(tmp_path)
+    catalog, copy = Catalog(str(tmp_path)), only_copy(tmp_path)
+    monkeypatch.setattr(VmBackup, 'WAY_OUT_S', 0.05)
+    really = fcntl.lockf
+    for unlocking in (lambda: time.sleep(60), lambda: broken_door(OSError(5, 'EIO'))):
+        monkeypatch.setattr(fcntl, 'lockf', lambda fd, kind, *place: unlocking() if kind == fcntl.LOCK_UN else really(fd, kind, *place))
+        with catalog.copy_lock(copy, shared=True) as is_ours:
+            assert is_ours
+        with pytest.raises(VmBackup.VerificationError):
+            with catalog.copy_lock(copy, shared=True):
+                raise VmBackup.VerificationError('what went wrong is told')
+
+
+@pytest.mark.parametrize('number', [28, 37, 122, 5])             # ENOSPC, ENOLCK, EDQUOT, EIO
+@pytest.mark.parametrize('call', ['open', 'lockf'])
+def test_who_reads_a_copy_goes_on_without_a_lock_that_can_not_be_had(tmp_path, monkeypatch, call, number):
+    make_own(tmp_path)
+    catalog, copy, log = Catalog(str(tmp_path)), only_copy(tmp_path), VmBackup.Log(VmBackup.Clock())
+    said, really = said_by(log), os.open
+    if call == 'lockf':
+        monkeypatch.setattr(fcntl, 'lockf', lambda *arguments: broken_door(OSError(number, os.strerror(number))))
+    else:
+        monkeypatch.setattr(os, 'open', lambda path, flags, *rest, **more: broken_door(OSError(number, os.strerror(number)))
+                            if flags & os.O_CREAT else really(path, flags, *rest, **more))
+    arguments = types.SimpleNamespace(preview=False)
+    context = types.SimpleNamespace(arguments=arguments, log=log, signals=VmBackup.Signals(log))
+    with VmBackup.held_copy(context, catalog, lambda: copy) as chosen:
+        assert chosen.inside.read('web.xva') == b'image'
+    assert len(said) == 1 and 'read all the same' in said[0]
+
+
+def test_a_signal_is_seen_while_the_beginning_of_an_image_is_looked_at(tmp_path, monkeypatch):
+    make_own(tmp_path, web__xva=bytes(512 * 20), manifest=dict(MANIFEST, image=dict(MANIFEST['image'], size=512 * 20)))
+    catalog, copy = Catalog(str(tmp_path)), only_copy(tmp_path)
+    monkeypatch.setattr(os, 'readv', lambda *arguments: time.sleep(10))
+    context = types.SimpleNamespace(signals=types.SimpleNamespace(check=lambda: broken_door(VmBackup.Interrupted(2))))
+    with catalog.open_copy(copy) as inside, pytest.raises(VmBackup.Interrupted):
+        VmBackup.opened_source(context, VmBackup.Chosen(copy, inside, catalog))

@@ -887,3 +887,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """.format(HERE, os.path.dirname(os.path.dirname(HERE)))
     used = subprocess.check_output([sys.executable, "-c", code])
     assert int(used) < 40
+
+
+def test_a_source_that_fails_when_it_is_closed_was_read_all_the_same(monkeypatch):
+    source, really = pipe_with(b"x" * 1000), os.close
+
+    def close(fd):
+        really(fd)
+        if fd == source:
+            raise OSError(5, "EIO")
+    monkeypatch.setattr(os, "close", close)
+    began = time.monotonic()
+
+    def on_tick(progress):
+        assert time.monotonic() - began < 10, "the pump waits for a flow that has ended"
+    assert stream.pump([stream.Flow(source, [Collector()])], on_tick) == 1000
