@@ -669,7 +669,7 @@ def test_a_lock_of_a_copy_that_hangs_or_fails_when_it_is_given_back_changes_noth
     make_own(tmp_path)
     catalog, copy = Catalog(str(tmp_path)), only_copy(tmp_path)
     monkeypatch.setattr(VmBackup, 'WAY_OUT_S', 0.05)
-    really = fcntl.lockf
+    really, began = fcntl.lockf, time.monotonic()
     for unlocking in (lambda: time.sleep(60), lambda: broken_door(OSError(5, 'EIO'))):
         monkeypatch.setattr(fcntl, 'lockf', lambda fd, kind, *place: unlocking() if kind == fcntl.LOCK_UN else really(fd, kind, *place))
         with catalog.copy_lock(copy, shared=True) as is_ours:
@@ -677,6 +677,7 @@ def test_a_lock_of_a_copy_that_hangs_or_fails_when_it_is_given_back_changes_noth
         with pytest.raises(VmBackup.VerificationError):
             with catalog.copy_lock(copy, shared=True):
                 raise VmBackup.VerificationError('what went wrong is told')
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize('number', [28, 37, 122, 5])             # ENOSPC, ENOLCK, EDQUOT, EIO
