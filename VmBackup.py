@@ -5788,6 +5788,12 @@ def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
 MANIFEST_FORMAT = 1
 MANIFEST_SHAPE = (("kind", str), ("taken_at", str), ("sequence", int), ("copies_to_keep", int),
                   ("vm", dict), ("image", dict), ("files", dict), ("disks", list))
+MAYBE_TEXT = (str, type(None))
+MANIFEST_PARTS = {
+    "vm": (("uuid", str), ("name", str)), "files": (("sha256", str),),
+    "image": (("name", str), ("size", int), ("sha256", str), ("compression", MAYBE_TEXT), ("format", MAYBE_TEXT)),
+    "disks": (("device", str), ("virtual_size", int), ("snapshot_uuid", str), ("archive_id", MAYBE_TEXT),
+              ("sr_uuid", MAYBE_TEXT), ("userdevice", MAYBE_TEXT))}
 
 
 class NewerManifest(ValueError):
@@ -5814,14 +5820,15 @@ def parse_manifest(content: bytes) -> Dict[str, Any]:
     for key, kind in MANIFEST_SHAPE:
         if not isinstance(manifest.get(key), kind):
             raise ValueError("%s is missing or of the wrong kind" % key)
-    for disk in manifest["disks"]:
-        if not (isinstance(disk, dict) and isinstance(disk.get("device"), str)
-                and isinstance(disk.get("virtual_size"), int) and isinstance(disk.get("snapshot_uuid"), str)):
-            raise ValueError("disks is of the wrong kind")
-    for group, key, kind in (("vm", "uuid", str), ("vm", "name", str), ("image", "name", str),
-                             ("image", "size", int), ("image", "sha256", str)):
-        if not isinstance(manifest[group].get(key), kind):
-            raise ValueError("%s.%s is missing or of the wrong kind" % (group, key))
+    parts = [(group, manifest[group], group) for group in ("vm", "image")]
+    parts += [("disks", disk, "disks") for disk in manifest["disks"]]
+    parts += [("files", facts, "files.%s" % one_line(name)) for name, facts in manifest["files"].items()]
+    for group, part, title in parts:
+        if not isinstance(part, dict):
+            raise ValueError("%s is of the wrong kind" % title)
+        for key, kind in MANIFEST_PARTS[group]:
+            if not isinstance(part.get(key), kind):
+                raise ValueError("%s.%s is missing or of the wrong kind" % (title, key))
     name = manifest["image"]["name"]
     if not IMAGE_NAME.fullmatch(name) or "/" in name or "\0" in name or re.search("[\ud800-\udfff]", name):
         raise ValueError("image.name is not the name of an image")
@@ -7027,8 +7034,6 @@ class Verifier:
             raise VerificationError("%s is damaged: %s" % (MANIFEST, error))
         sums = {MANIFEST: hashlib.sha256(raw).hexdigest()}
         for name, facts in manifest["files"].items():
-            if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
-                raise VerificationError("%s is damaged: files.%s" % (MANIFEST, name))
             sums[name] = facts["sha256"]
         if manifest["image"]["name"] not in sums or BLOCKS not in sums:
             raise VerificationError("%s does not list the image and its blocks" % MANIFEST)

@@ -1,10 +1,13 @@
 """Bad input: each gets its exit status and a sentence that says what is wrong, and nothing is started."""
 
+import copy
+import json
 import os
 from typing import Any, Iterator, Sequence
 
 import pytest
 
+import VmBackup
 from support.deeds import backup
 from support.language import described, vm
 from support.process import Pool, Run, run_program
@@ -222,3 +225,54 @@ def test_a_store_that_holds_nothing_is_not_verified_well(a_shelf: Any) -> None:
     assert run.exit_status == 1 and run.says('holds no copy') and run.says('is the share mounted?'), run
     run = run_program('-', shelf.config('vm-export=*'), 'verify', 'from=2016-04-14-001000')
     assert run.exit_status == 2 and run.says('there is no copy 2016-04-14-001000 of any VM'), run
+
+
+# --- A manifest that is not what we write -----------------------------------------------------------------------------
+
+def mutated(value: Any) -> Iterator[Any]:
+    """The value with one of its fields, at any depth, missing or of another kind."""
+    if isinstance(value, (dict, list)):
+        for key in sorted(value) if isinstance(value, dict) else range(len(value)):
+            others = [None, -1, 'x', [], {}, [5]] + list(mutated(value[key]))
+            for other in others:
+                changed = copy.deepcopy(value)
+                changed[key] = other
+                yield changed
+            changed = copy.deepcopy(value)
+            del changed[key]
+            yield changed
+
+
+def read_as_all_commands_do(store: VmBackup.Catalog, target: str) -> None:
+    """What list, verify, restore and extract read of the only copy; what is wrong with it is an error of ours."""
+    (stored,) = VmBackup.stored_vms(store, [])
+    (found,) = stored.copies
+    log = VmBackup.Log(VmBackup.Clock())
+    assert VmBackup.Verifier(store, 'auto', VmBackup.Clock(), log, VmBackup.Signals(log)).verify(found).state.name in ('GOOD', 'DAMAGED', 'UNCHECKED')
+    with store.open_copy(found) as inside:
+        for force in (False, True):
+            try:
+                source = VmBackup.read_source(inside, found, force)
+                VmBackup.extract_disk(source, inside, VmBackup.wanted_disk(source, 'xvda'), target, lambda text: None, lambda progress: None)
+                os.unlink(target)
+            except (VmBackup.BackupError, ValueError) as error:          # ValueError: opened_source tells it
+                assert str(error)
+
+
+@pytest.mark.parametrize('line', ['vm-export=web', 'vdi-export=web'])
+def test_every_field_of_a_manifest_missing_or_of_another_kind_is_damage_and_never_a_bug(a_pool: Any, a_shelf: Any, line: str) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    assert backup(pool, shelf, line, 'compress=none').exit_status == 0
+    path = shelf.at('web', shelf.newest('web'), 'backup.json')
+    real = shelf.manifest('web', shelf.newest('web'))
+    store = VmBackup.Catalog(shelf.path)
+    read_as_all_commands_do(store, shelf.at('disk.raw'))
+    os.chmod(path, 0o600)
+    for manifest in mutated(real):
+        with open(path, 'w') as file:
+            json.dump(manifest, file)
+        try:
+            read_as_all_commands_do(store, shelf.at('disk.raw'))
+        except Exception:
+            print([(key, manifest.get(key)) for key in set(real) | set(manifest) if manifest.get(key) != real.get(key)])
+            raise
