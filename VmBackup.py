@@ -1825,11 +1825,12 @@ class Signals:
             time.sleep(min(left, 0.5))
 
 
-def within(limit_s: float, doing: str, work: Callable[[], Any]) -> Any:
-    """What the work gives, done in a thread of its own; StorageStalled if it takes longer than that.
+def within(limit_s: float, doing: str, work: Callable[[], Any], is_hurried: Callable[[], Any] = lambda: False) -> Any:
+    """What the work gives, done in a thread of its own; StorageStalled if it takes longer than that, or, once somebody is
+    in a hurry, than WAY_OUT_S from then on.
 
-    For what touches the store while a snapshot stands: a share that hangs in
-    the kernel must not keep the clean-up in the pool waiting.
+    For what touches the store: a share that hangs in the kernel must neither keep the clean-up in the pool waiting nor
+    a run that was told to stop.
     """
     answers = queue.Queue()                # type: Any
 
@@ -1840,11 +1841,16 @@ def within(limit_s: float, doing: str, work: Callable[[], Any]) -> Any:
             answers.put((None, error))
 
     threading.Thread(target=run, name=doing, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=limit_s)
-    except queue.Empty:
-        raise StorageStalled("%s hangs: the backup storage gave no answer for %s. Is the share still reachable?"
-                             % (doing, format_duration(limit_s)))
+    began_at = time.monotonic()
+    while True:
+        waited_s = time.monotonic() - began_at
+        limit_s = min(limit_s, waited_s + WAY_OUT_S) if is_hurried() else limit_s
+        if waited_s >= limit_s:
+            raise StorageStalled("%s hangs: the backup storage gave no answer for %s. Is the share still reachable?"
+                                 % (doing, format_duration(waited_s)))
+        with contextlib.suppress(queue.Empty):
+            answer, error = answers.get(timeout=min(0.5, limit_s - waited_s))
+            break
     if error is not None:
         raise error
     return answer
@@ -5857,6 +5863,11 @@ class NewCopy:
             self.inside.write(base, content)
         self.sums[name] = (len(content), hashlib.sha256(content).hexdigest())
 
+    def write_texts(self, files: Iterable[Tuple[str, str]]) -> None:
+        """Each (name, text) is a small file of the copy."""
+        for name, text in files:
+            self.write(name, text.encode("utf-8", "surrogateescape"))
+
     def note_file(self, name: str, size_bytes: int, sha256: str) -> None:
         """A large file that was written and digested elsewhere."""
         self.sums[name] = (size_bytes, sha256)
@@ -7665,25 +7676,24 @@ class BackupRun:
         try:
             self._log.info("%s: %s into %s/%s" % (machine.title, job.method.value, folder.name, copy.name))
             with stage("METADATA-FAIL"):
-                copy.write(VM_METADATA, self._exporter.metadata(machine))
+                metadata = self._exporter.metadata(machine)
+                self._in_store("writing the metadata", lambda: copy.write(VM_METADATA, metadata))
                 interfaces, os_version = self._pool.interfaces(machine), self._pool.os_version(machine)
                 self._tell_problems(job, machine, interfaces)
-                for name, text in metadata_files(machine, machine.disks, interfaces, os_version):
-                    if not name.endswith(VDI_CFG):             # the sizes are those of the snapshot
-                        copy.write(name, text.encode("utf-8", "surrogateescape"))
+                files = metadata_files(machine, machine.disks, interfaces, os_version)
+                self._in_store("writing the metadata", lambda: copy.write_texts(          # the sizes are those of the snapshot
+                    (name, text) for name, text in files if not name.endswith(VDI_CFG)))
             image, disks = self._export(job, machine, copy)
             with stage("SEAL-FAIL"):
-                for name, text in metadata_files(machine, disks, interfaces, os_version):
-                    if name.endswith(VDI_CFG):
-                        copy.write(name, text.encode("utf-8", "surrogateescape"))
+                files = metadata_files(machine, disks, interfaces, os_version)
                 copy.note_file(image.name, image.size, image.sha256)
                 copy.note_file(BLOCKS, image.blocks_size, image.blocks_sha256)
-                copy.finish(self._manifest(job, machine, image, taken_at, folder))
+                self._in_store("writing the metadata", lambda: copy.write_texts(
+                    (name, text) for name, text in files if name.endswith(VDI_CFG)))
+                self._in_store("finishing the copy", lambda: copy.finish(self._manifest(job, machine, image, taken_at, folder)))
                 if self._configuration.verify_after:
                     self._read_back(machine, copy, image)
-                self._check_alive()
-                self._catalog.check_in_place()
-                copy.seal()
+                self._in_store("sealing the copy", lambda: (self._check_alive(), self._catalog.check_in_place(), copy.seal()))
         except BaseException as error:
             self._discard(copy, error)
             raise
@@ -7692,6 +7702,15 @@ class BackupRun:
         self._log.info("%s: %s/%s is complete: %s, proven %s." % (
             machine.title, folder.name, copy.name, format_size(image.size), proof_text(image)))
         return Outcome(job, None, "SUCCESS", folder.name, copy.name, image.size, 0.0, 0, False)
+
+    def _in_store(self, doing: str, work: Callable[[], Any]) -> Any:
+        """What the work in the store gives; a store that hangs is left after stall_timeout, after a signal soon."""
+        try:
+            return within(self._configuration.stall_timeout * MINUTE_S, doing, work, lambda: self._signals.noted)
+        except StorageStalled:
+            self.way_out.storage_hangs = True
+            self._signals.check()
+            raise
 
     def _discard(self, copy: NewCopy, error: BaseException) -> None:
         """What was written of a copy that failed is gone, unless the storage is what failed."""

@@ -367,7 +367,8 @@ def hanging_backup(pool: Pool, shelf: Any, step: int, *lines: str) -> Process:
 
 
 def steps_before(pool: Pool, shelf: Any, wanted: str, *lines: str) -> int:
-    """How many steps of the storage a backup does before the first that reads so."""
+    """How many steps of the storage the second backup does before the first that reads so: the first makes more."""
+    assert backup(pool, shelf, *lines).exit_status == 0
     trace = os.path.join(pool.home, 'trace')
     trouble = os.path.join(pool.home, 'TROUBLE.json')
     write_json(trouble, {'store': shelf.path, 'trace': trace})
@@ -378,9 +379,11 @@ def steps_before(pool: Pool, shelf: Any, wanted: str, *lines: str) -> int:
 
 
 @pytest.mark.parametrize('line', ['vm-export=web', 'vdi-export=web'])
-def test_a_signal_while_the_store_hangs_still_clears_the_pool_and_ends_the_run(a_pool: Any, a_shelf: Any, line: str) -> None:
+@pytest.mark.parametrize('where', [r'write web/.*web\.(xva|raw)$', r'write web/.*vdi\.cfg$'])
+def test_a_signal_while_the_store_hangs_still_clears_the_pool_and_ends_the_run(a_pool: Any, a_shelf: Any, line: str,
+                                                                              where: str) -> None:
     pool, shelf = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)])), a_shelf()
-    step = steps_before(pool, shelf, r'write web/.*web\.(xva|raw)$', line, 'stall_timeout=1440')
+    step = steps_before(pool, shelf, where, line, 'stall_timeout=1440')
     began = len(pool.calls('api:V*.snapshot'))
     process = hanging_backup(pool, shelf, step + 1, line, 'stall_timeout=1440')
     assert eventually(lambda: len(pool.calls('api:V*.snapshot')) > began, 60), process.output
