@@ -48,6 +48,7 @@ def own_disk(tmp_path: Any) -> Iterator[str]:
     with open(image, 'wb') as file:
         file.truncate(32 * MEBIBYTE)
     if shutil.which('mkfs.ext4') is None or subprocess.run(['mkfs.ext4', '-q', '-F', image]).returncode:
+        # Whatever else is at hand is the root disk or lies in memory, and both are refused: there is nothing to try it on.
         pytest.skip('no ext4 file system can be made here')
     mount('-o', 'loop', image, path)
     yield path

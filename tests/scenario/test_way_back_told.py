@@ -197,7 +197,7 @@ def small_place(tmp_path: Any) -> Iterator[str]:
     path = str(tmp_path / 'small')
     os.mkdir(path)
     if os.geteuid() or subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=6m', 'small', path]):
-        pytest.skip('only root can mount')
+        pytest.skip('only root can mount')             # no other place is sure to be too small, whatever the machine
     yield path
     subprocess.check_call(['umount', '-l', path])
 
