@@ -4147,10 +4147,11 @@ def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str =
 
 
 class _Buffer:
+    """Its memory is taken when it is first filled: most files need one of the buffers only."""
     __slots__ = ("view", "length", "readers")
 
     def __init__(self) -> None:
-        self.view = memoryview(bytearray(BUFFER_BYTES))
+        self.view: Optional[memoryview] = None
         self.length = self.readers = 0
 
 
@@ -4292,6 +4293,8 @@ class _FlowRun:
     def _fill(self, buffer: _Buffer, poll: Any) -> bool:
         """Read until the buffer is full or the source pauses; false at its end."""
         buffer.length = 0
+        if buffer.view is None:
+            buffer.view = memoryview(bytearray(BUFFER_BYTES))
         while buffer.length < BUFFER_BYTES:
             if not poll.poll(TICK_S * 1000):
                 if self._run.stopping:

@@ -73,10 +73,10 @@ def write_xe(folder: str, socket_path: str, port: int) -> None:
         HERE, socket_path, port)
     interpreter = sys.executable
     if len(os.fsencode(interpreter)) < 100 and not any(character.isspace() for character in interpreter):
-        text = "#!%s -IB\n%s" % (interpreter, code)
+        text = "#!%s -ISB\n%s" % (interpreter, code)
     else:
         # too long or with a space in it: the kernel would cut it
-        text = "#!/bin/sh\n''''exec %s -IB \"$0\" \"$@\" # '''\n%s" % (_shell_quoted(interpreter), code)
+        text = "#!/bin/sh\n''''exec %s -ISB \"$0\" \"$@\" # '''\n%s" % (_shell_quoted(interpreter), code)
     with open(program + ".new", "w", encoding="utf-8", errors="surrogateescape") as stream:
         stream.write(text)
     os.chmod(program + ".new", 0o755)

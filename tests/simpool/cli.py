@@ -8,7 +8,7 @@ Source of the facts: xapi v24.19.2, ocaml/xapi-cli-server/cli_frontend.ml, cli_o
 cli_util.ml, xapi_cli.ml; and what the real `xe` printed.
 """
 
-import json
+import marshal
 import os
 import re
 import signal
@@ -71,7 +71,7 @@ class Conversation:
 
     def order(self, **order: Any) -> None:
         try:
-            self._request.sock.sendall(json.dumps(order).encode('ascii') + b'\n')
+            self._request.sock.sendall(marshal.dumps(order).hex().encode('ascii') + b'\n')
         except (OSError, ValueError):
             raise ClientGone()
 
@@ -82,7 +82,7 @@ class Conversation:
             line = b''
         if not line:
             raise ClientGone()
-        return json.loads(line.decode('ascii'))
+        return marshal.loads(bytes.fromhex(line.decode('ascii').strip()))
 
     def print(self, text: str) -> None:
         self.order(print=text)

@@ -6,6 +6,7 @@ own. One thread per connection.
 
 import errno
 import json
+import marshal
 import os
 import shutil
 import socket
@@ -300,7 +301,7 @@ class Server:
 
     def _post(self, request: Request) -> bool:
         if request.path.startswith("/cli"):
-            cli.serve(self, request, json.loads(request.body().decode("ascii")))
+            cli.serve(self, request, marshal.loads(request.body()))
             return False
         body = request.body()
         try:

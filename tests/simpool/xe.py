@@ -5,16 +5,17 @@ what the server orders: print, fetch a URL into a file, send a file, ask, exit. 
 command means is decided by the server (cli.py); everything about files and connections is here.
 
 Source of the facts: xapi v24.19.2, ocaml/xe-cli/newcli.ml, and what the real program printed.
-Imports little, because it is started often.
+It is started thousands of times, so it imports only what a Python has in it anyway: `_socket` and `_signal` are what the
+modules socket and signal are made of, marshal is how it and its server (the same Python) write values, and annotations
+name built-in types.
 """
 
-import json
+import _signal
+import _socket
+import marshal
 import os
-import signal
-import socket
 import stat
 import sys
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 USAGE = '''\
 Usage: xe <cmd> [-s server] [-p port] ([-u username] [-pw password] or [-pwf <password file>]) \
@@ -52,11 +53,11 @@ class Usage(Exception):
     """The arguments make no sense: the usage text, exit status 0."""
 
 
-class Place(NamedTuple):
+class Place:
     """Where the server is: its host, and the ports that stand for 80 and 443."""
-    host: str
-    plain_port: int
-    tls_port: int
+
+    def __init__(self, host: str, plain_port: int, tls_port: int) -> None:
+        self.host, self.plain_port, self.tls_port = host, plain_port, tls_port
 
 
 def complain(text: str) -> None:
@@ -67,7 +68,7 @@ def complain(text: str) -> None:
 
 # --- Arguments ----------------------------------------------------------------------------------
 
-def take_options(arguments: List[str], settings: Dict[str, str]) -> List[str]:
+def take_options(arguments: list, settings: dict) -> list:
     """The arguments without the connection options, which go into `settings`."""
     rest = []
     words = iter(arguments)
@@ -90,7 +91,7 @@ def take_options(arguments: List[str], settings: Dict[str, str]) -> List[str]:
     return rest
 
 
-def split_extra(text: str) -> List[str]:
+def split_extra(text: str) -> list:
     """XE_EXTRA_ARGS: pieces between commas; a backslash takes the next character as it is."""
     pieces = ['']
     characters = iter(text)
@@ -104,10 +105,10 @@ def split_extra(text: str) -> List[str]:
     return [piece for piece in pieces if piece]
 
 
-def read_settings(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
+def read_settings(arguments: list) -> tuple:
     """Settings by priority (command line, XE_EXTRA_ARGS, ~/.xe) and all other arguments."""
-    settings = {}       # type: Dict[str, str]
-    left_over = []      # type: List[str]
+    settings = {}
+    left_over = []
     home = os.environ.get('HOME')
     if home:
         try:
@@ -121,7 +122,7 @@ def read_settings(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
     return settings, take_options(arguments, settings) + left_over
 
 
-def credentials(settings: Dict[str, str]) -> Tuple[str, str]:
+def credentials(settings: dict) -> tuple:
     user, password = settings.get('username', 'root'), settings.get('password', 'null')
     name = settings.get('passwordfile')
     if name:
@@ -141,12 +142,12 @@ def credentials(settings: Dict[str, str]) -> Tuple[str, str]:
 
 # --- Connections --------------------------------------------------------------------------------
 
-def connect_tcp(host: str, port: int) -> socket.socket:
+def connect_tcp(host: str, port: int) -> _socket.socket:
     try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, UnicodeError):
+        address = _socket.getaddrinfo(host, port, 0, _socket.SOCK_STREAM)[0]
+    except (_socket.gaierror, UnicodeError):
         raise UnknownHost(host)
-    connection = socket.socket(*address[:3])
+    connection = _socket.socket(*address[:3])
     try:
         connection.connect(address[4])
     except OSError:
@@ -155,13 +156,14 @@ def connect_tcp(host: str, port: int) -> socket.socket:
     return connection
 
 
-def connect_tls(host: str, port: int) -> socket.socket:
+def connect_tls(host: str, port: int) -> _socket.socket:
     """TLS as stunnel makes it for xe: the server's certificate is not looked at."""
+    import socket
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    plain = connect_tcp(host, port)
+    plain = socket.socket(fileno=connect_tcp(host, port).detach())
     try:
         return context.wrap_socket(plain)
     except OSError:
@@ -172,7 +174,7 @@ def connect_tls(host: str, port: int) -> socket.socket:
 class Program:
     """One run: where the server is, the command connection, what the arguments allow."""
 
-    def __init__(self, arguments: List[str], socket_path: str, port: int) -> None:
+    def __init__(self, arguments: list, socket_path: str, port: int) -> None:
         self.settings, self.arguments = read_settings(arguments)
         self.socket_path = socket_path
         self.server = self.settings.get('server', LOCAL)
@@ -189,10 +191,10 @@ class Program:
         # The host whose unix socket this is tells its own address (the real one is 127.0.0.1).
         self.local_host = LOCAL
 
-    def connect(self) -> socket.socket:
+    def connect(self) -> _socket.socket:
         """The command connection: unix socket or TCP for this host, TLS for any other."""
         if self.is_local:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
             try:
                 connect_unix(connection, self.socket_path)
                 return connection
@@ -212,7 +214,7 @@ class Program:
             complain(UNREACHABLE)
             raise Exit(1)
 
-    def connect_for(self, url: str) -> Tuple[socket.socket, str]:
+    def connect_for(self, url: str) -> tuple:
         """A connection for bulk data, and the path: never the unix socket (newcli.ml)."""
         if url.startswith('https://'):
             host, _, path = url[len('https://'):].partition('/')
@@ -242,27 +244,27 @@ class Program:
             raise Usage()
         user, password = credentials(self.settings)
         connection = self.connect()
-        body = json.dumps({'args': self.arguments, 'user': user, 'password': password,
-                           'cwd': os.getcwd(), 'pid': os.getpid()}).encode('ascii')
+        body = marshal.dumps({'args': self.arguments, 'user': user, 'password': password,
+                              'cwd': os.getcwd(), 'pid': os.getpid()})
         connection.sendall(b'POST /cli HTTP/1.0\r\ncontent-length: %d\r\n\r\n' % len(body) + body)
-        answers = connection.makefile('rb')
-        status = answers.readline()
+        answers = lines_of(connection)
+        status = next(answers, b'')
         if not status.startswith(b'HTTP/1.'):
             complain(UNREACHABLE)
             return 1
         if status.split(b' ')[1:2] != [b'200']:
             complain('Server internal error.')
             return 1
-        while answers.readline().strip():
+        while next(answers, b'').strip():
             pass
         for line in answers:
-            done = self.obey(json.loads(line.decode('ascii')), connection)
+            done = self.obey(marshal.loads(bytes.fromhex(line.decode('ascii'))), connection)
             if done is not None:
                 return done
         complain(LOST)
         return 1
 
-    def obey(self, order: Dict[str, Any], connection: socket.socket) -> Optional[int]:
+    def obey(self, order: dict, connection: _socket.socket) -> object:
         """Does one order; the exit status if it was the last."""
         if 'print' in order:
             sys.stdout.write(order['print'])
@@ -358,7 +360,7 @@ class Program:
         raise ValueError('too many redirects')
 
 
-def connect_unix(connection: socket.socket, path: str) -> None:
+def connect_unix(connection: _socket.socket, path: str) -> None:
     """Connects to a socket whose path may be longer than the 107 bytes that an address holds."""
     encoded = os.fsencode(path)
     if len(encoded) < 108:
@@ -371,8 +373,19 @@ def connect_unix(connection: socket.socket, path: str) -> None:
         os.close(folder)
 
 
-def answer(connection: socket.socket, message: Dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode('ascii') + b'\n')
+def lines_of(connection: _socket.socket) -> object:
+    """All whole lines that come, until the other side closes."""
+    received = b''
+    while True:
+        piece = connection.recv(65536)
+        if not piece:
+            return
+        *lines, received = (received + piece).split(b'\n')
+        yield from lines
+
+
+def answer(connection: _socket.socket, message: dict) -> None:
+    connection.sendall(marshal.dumps(message).hex().encode('ascii') + b'\n')
 
 
 def errno_name(error: OSError) -> str:
@@ -390,7 +403,7 @@ def open_new(name: str) -> int:
         raise ClientFailure('Sys_error("%s: %s")' % (name, os.strerror(error.errno or 0)))
 
 
-def read_head(connection: socket.socket) -> Tuple[int, Dict[str, str], bytes]:
+def read_head(connection: _socket.socket) -> tuple:
     """Status, headers (names in lower case), and what of the body came along."""
     received = b''
     while b'\r\n\r\n' not in received:
@@ -407,13 +420,13 @@ def read_head(connection: socket.socket) -> Tuple[int, Dict[str, str], bytes]:
     return int(lines[0].split(' ')[1]), headers, start
 
 
-def write_all(target: int, content: Any) -> None:
+def write_all(target: int, content: object) -> None:
     view = memoryview(content)
     while len(view):
         view = view[os.write(target, view):]
 
 
-def copy_from(connection: socket.socket, target: int) -> None:
+def copy_from(connection: _socket.socket, target: int) -> None:
     """All that is still to come, in large pieces through one buffer."""
     view = memoryview(bytearray(BUFFER))
     while True:
@@ -423,7 +436,7 @@ def copy_from(connection: socket.socket, target: int) -> None:
         write_all(target, view[:count])
 
 
-def copy_to(source: int, connection: socket.socket) -> None:
+def copy_to(source: int, connection: _socket.socket) -> None:
     while True:
         piece = os.read(source, BUFFER)
         if not piece:
@@ -431,7 +444,7 @@ def copy_to(source: int, connection: socket.socket) -> None:
         connection.sendall(piece)
 
 
-def location_in_environment(socket_path: str, port: int) -> Tuple[str, int]:
+def location_in_environment(socket_path: str, port: int) -> tuple:
     """The socket and the port of the host that VMBACKUP_POOL names; else those given.
 
     The real program finds these at fixed places of the host it runs on.
@@ -441,20 +454,20 @@ def location_in_environment(socket_path: str, port: int) -> Tuple[str, int]:
     return (path, int(tail)) if space and tail.isdigit() else (socket_path, port)
 
 
-def utf8_stream(descriptor: int) -> Any:
+def utf8_stream(descriptor: int) -> object:
     """Text output in UTF-8 whatever the locale: the real program writes the bytes it gets."""
     return open(descriptor, 'w', encoding='utf-8', errors='surrogateescape', newline='\n',
                 closefd=False)
 
 
-def utf8_arguments(arguments: List[str]) -> List[str]:
+def utf8_arguments(arguments: list) -> list:
     """Arguments as UTF-8 text also where the locale is ASCII."""
     return [os.fsencode(word).decode('utf-8', 'surrogateescape') for word in arguments]
 
 
-def main(argv: List[str], socket_path: str, port: int) -> int:
+def main(argv: list, socket_path: str, port: int) -> int:
     """Runs `xe` with these arguments (without the program's name); the exit status."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    _signal.signal(_signal.SIGINT, lambda *_: os._exit(1))
     sys.stdout, sys.stderr = utf8_stream(1), utf8_stream(2)
     socket_path, port = location_in_environment(socket_path, port)
     try:

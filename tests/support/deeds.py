@@ -9,12 +9,11 @@ import contextlib
 import glob
 import os
 import signal
-import subprocess
-import sys
 import threading
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
-from support.process import PROGRAM, TESTS, TIME_LIMIT_S, Pool, Run, compiled_program, run, run_program, text_of, write_json
+from support import warm
+from support.process import PROGRAM, TESTS, TIME_LIMIT_S, Pool, Run, ended, run_program, text_of, write_json
 from support.shelf import Shelf
 from support.wire import eventually
 
@@ -44,17 +43,14 @@ def hurried(pool: Pool) -> List[str]:
 
 def hurried_backup(pool: Pool, shelf: Shelf, *lines: str, words: Sequence[str] = ()) -> Run:
     """A run whose minutes last half a second."""
-    return run([sys.executable, '-W', 'error'] + hurried(pool) + ['-', shelf.config(*lines)] + list(words), pool.environment())
+    return ended(warm.start(hurried(pool) + ['-', shelf.config(*lines)] + list(words), pool.environment()))
 
 
 class Process:
     """VmBackup.py while it runs."""
 
     def __init__(self, arguments: Sequence[str], environment: Dict[str, str], program: Sequence[str] = ()) -> None:
-        command = [sys.executable, '-W', 'error'] + list(program or [compiled_program()]) + list(arguments)
-        self._process = subprocess.Popen(command, env=environment,
-                                         cwd='/', stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE, start_new_session=True)
+        self._process = warm.start(list(program or [PROGRAM]) + list(arguments), environment)
         self._told: List[List[bytes]] = [[], []]
         self._readers = [threading.Thread(target=self._read, args=(pipe, told), daemon=True)
                          for pipe, told in zip((self._process.stdout, self._process.stderr), self._told)]

@@ -8,20 +8,18 @@ once more without. INVARIANTS are checked after both. tests/soak does all cases,
 import abc
 import json
 import os
-import py_compile
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from support import contents
+from support import contents, warm
 from support.language import at, described, disk, vm
-from support.process import CRON_PATH, PASSWORD, PROGRAM, TESTS, Pool, Run, text_of, write_json
+from support.process import CRON_PATH, PASSWORD, PROGRAM, TESTS, Pool, Run, ended, text_of, write_json
 
 TROUBLED = os.path.join(TESTS, 'support', 'troubled.py')
 MEBIBYTE = 1 << 20
@@ -102,9 +100,7 @@ class Base:
 
     def __init__(self) -> None:
         self.home = tempfile.mkdtemp(prefix='faults-')
-        # As it is now, whoever edits it meanwhile; compiled once, since reading it takes longer than a whole backup here.
-        self.source = shutil.copy(PROGRAM, self.home)
-        self.program = py_compile.compile(self.source, os.path.join(self.home, 'VmBackup.pyc'), doraise=True)
+        self.program = shutil.copy(PROGRAM, self.home)      # as it is now, whoever edits it meanwhile
         self.pool_dir = os.path.join(self.home, 'd')
         try:
             self.record()
@@ -214,7 +210,7 @@ class Place:
         self.serve()
 
     def command(self, *action: str) -> List[str]:
-        return [sys.executable, '-W', 'error', self.base.program, self.password_file, self.config] + list(action)
+        return [self.base.program, self.password_file, self.config] + list(action)
 
     def back_up(self, trouble: Optional[Dict[str, Any]] = None, signal_at: Optional[Tuple[int, int]] = None) -> Run:
         """A backup has ended."""
@@ -227,9 +223,8 @@ class Place:
         if trouble is not None:
             write_json(os.path.join(self.home, 'TROUBLE.json'), dict(trouble, store=self.store)
                        if 'step' in trouble else trouble)
-            command[3:4] = [TROUBLED, os.path.join(self.home, 'TROUBLE.json'), self.base.source]
-        process = subprocess.Popen(command, env=self.pool.environment(), cwd='/', stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
+            command[:0] = [TROUBLED, os.path.join(self.home, 'TROUBLE.json')]
+        process = warm.start(command, self.pool.environment())
         if signal_at is not None:
             try:
                 process.wait(signal_at[1] / 1000)
@@ -245,10 +240,7 @@ class Place:
         return Run(process.returncode, text_of(stdout), text_of(stderr))
 
     def verify(self) -> Run:
-        process = subprocess.Popen(self.command('verify'), env={'PATH': CRON_PATH}, cwd='/', stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        stdout, stderr = process.communicate(timeout=RUN_LIMIT_S)
-        return Run(process.returncode, text_of(stdout), text_of(stderr))
+        return ended(warm.start(self.command('verify'), {'PATH': CRON_PATH}), RUN_LIMIT_S)
 
     def new_journal(self) -> List[Dict[str, Any]]:
         """What the pool was asked since this was called last."""

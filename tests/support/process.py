@@ -3,12 +3,9 @@
 Nothing of the test's own environment reaches them but what is given here.
 """
 
-import atexit
 import fnmatch
-import functools
 import json
 import os
-import py_compile
 import queue
 import shutil
 import signal
@@ -17,6 +14,8 @@ import sys
 import tempfile
 import threading
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+from support import warm
 
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROOT = os.path.dirname(TESTS)
@@ -54,13 +53,18 @@ def run(command: Sequence[str], environment: Dict[str, str], time_limit_s: float
     Without `stdin` its standard input is empty, as under cron. Bytes that are not UTF-8 come as surrogates."""
     process = subprocess.Popen(list(command), env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, start_new_session=True)
+    return ended(process, time_limit_s, stdin)
+
+
+def ended(process: Any, time_limit_s: float = TIME_LIMIT_S, stdin: Optional[bytes] = None) -> Run:
+    """The process, which leads a session of its own, has ended by itself, as `run` demands it."""
     try:
         stdout, stderr = process.communicate(stdin, timeout=time_limit_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
         raise AssertionError('%s was still running after %d s\n--- stdout\n%s--- stderr\n%s' % (
-            ' '.join(command), time_limit_s, text_of(stdout), text_of(stderr)))
+            ' '.join(process.args), time_limit_s, text_of(stdout), text_of(stderr)))
     return Run(process.returncode, text_of(stdout), text_of(stderr))
 
 
@@ -68,24 +72,16 @@ def text_of(data: bytes) -> str:
     return data.decode('utf-8', 'surrogateescape')
 
 
-@functools.lru_cache(maxsize=None)
-def compiled_program() -> str:
-    """VmBackup.py as this Python has compiled it: reading it anew takes longer than a whole backup of a small VM.
-
-    test_surroundings.py and tests/demo start the file itself."""
-    folder = tempfile.mkdtemp(prefix='vmbackup-')
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return py_compile.compile(PROGRAM, os.path.join(folder, 'VmBackup.pyc'), doraise=True)
-
-
 def run_program(*arguments: str, environment: Optional[Dict[str, str]] = None, time_limit_s: float = TIME_LIMIT_S,
                 interpreter: str = sys.executable) -> Run:
     """VmBackup.py with these arguments, its environment exactly as given (default: cron's, without a pool).
 
-    The interpreter is that of the tests, which has XenAPI; a Python warning ends the program."""
-    program = compiled_program() if interpreter == sys.executable else PROGRAM
-    return run([interpreter, '-W', 'error', program] + list(arguments),
-               {'PATH': CRON_PATH} if environment is None else environment, time_limit_s)
+    The interpreter is that of the tests, which has XenAPI; a Python warning ends the program. It is started warm;
+    test_surroundings.py and tests/demo start the file itself."""
+    environment = {'PATH': CRON_PATH} if environment is None else environment
+    if interpreter != sys.executable:
+        return run([interpreter, '-W', 'error', PROGRAM] + list(arguments), environment, time_limit_s)
+    return ended(warm.start([PROGRAM] + list(arguments), environment), time_limit_s)
 
 
 class Pool:
@@ -96,7 +92,7 @@ class Pool:
         self.home = tempfile.mkdtemp(prefix='simpool-')
         self.dir = os.path.join(self.home, 'd')
         self.description = description
-        self.process: Optional[subprocess.Popen] = None
+        self.process: Any = None
         self.url = ''
         self.sessions: List[Any] = []
         self.first_snapshots: Optional[List[str]] = None
@@ -111,12 +107,11 @@ class Pool:
 
     def start(self, port: int = 0) -> 'Pool':
         """The pool answers, on the port it is told, as one that restarts does."""
-        command = [sys.executable, '-W', 'error', SIMPOOL, 'serve', '--dir', self.dir,
+        command = [SIMPOOL, 'serve', '--dir', self.dir,
                    '--pool', os.path.join(self.home, 'POOL.json'), '--faults', os.path.join(self.home, 'FAULTS.json')]
         command += ['--port', str(port)] if port else []
         self.log = open(os.path.join(self.home, 'stderr'), 'ab')
-        self.process = subprocess.Popen(command, env={'PATH': CRON_PATH}, stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=self.log)
+        self.process = warm.start(command, {'PATH': CRON_PATH}, stderr=self.log)
         line = first_line(self.process, START_LIMIT_S)
         if not line.startswith('ready '):
             complaint = self.complaints()
@@ -188,8 +183,10 @@ class Pool:
 
     def command(self, *arguments: str) -> bytes:
         """What `simpool dump`, `read` or `write` prints."""
-        return subprocess.run([sys.executable, SIMPOOL] + list(arguments), env={'PATH': CRON_PATH},
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=TIME_LIMIT_S, check=True).stdout
+        process = warm.start([SIMPOOL] + list(arguments), {'PATH': CRON_PATH})
+        stdout, stderr = process.communicate(timeout=TIME_LIMIT_S)
+        assert process.returncode == 0, text_of(stderr)
+        return stdout
 
     # --- what is in it ---
 
@@ -226,7 +223,7 @@ class Pool:
         return set(self.snapshots()) <= set(self.first_snapshots)
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: Any) -> None:
     """The server has ended, as it is asked to or killed."""
     process.terminate()
     try:

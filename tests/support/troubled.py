@@ -20,6 +20,7 @@ A step is a call that changes what is below DIR: write, pwrite, ftruncate, fsync
 
 import builtins
 import errno
+import functools
 import io
 import json
 import os
@@ -170,22 +171,29 @@ def hurried(source: str) -> str:
     return source
 
 
-def main() -> None:
-    with REAL_OPEN(sys.argv[1], encoding='utf-8') as file:
+@functools.lru_cache(maxsize=None)
+def loaded(program: str, changed_at: float, is_hurried: bool) -> Any:
+    """The program, read once; in a hurry or not."""
+    import warm
+    return warm.load(program, hurried if is_hurried else str)
+
+
+def prepare(words: Sequence[str]) -> Any:
+    """The program of these words and what is to befall it: (what warm.load gives, the content of TROUBLE.json)."""
+    with REAL_OPEN(words[1], encoding='utf-8') as file:
         trouble = json.load(file)
-    program = sys.argv[2]
-    with REAL_OPEN(program, encoding='utf-8') as file:
-        source = file.read()
-    if trouble.get('hurried'):
-        source = hurried(source)
+    return loaded(words[2], os.stat(words[2]).st_mtime, bool(trouble.get('hurried'))), trouble
+
+
+def main() -> None:
+    program, trouble = prepare(sys.argv)
     if 'unreadable' in trouble:
         hide(trouble['unreadable'], getattr(errno, trouble['do']))
     if 'store' in trouble:
         install(Storage(trouble))
     sys.argv[:] = sys.argv[2:]
-    main_module = sys.modules['__main__']
-    main_module.__dict__.update(__file__=program)
-    exec(compile(source, program, 'exec'), main_module.__dict__)
+    sys.modules['__main__'] = program.module
+    exec(program.beginning, program.module.__dict__)
 
 
 if __name__ == '__main__':
