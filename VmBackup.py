@@ -312,8 +312,9 @@ def failure_advice(code: str) -> str:
 
 def one_line(text: str) -> str:
     """The text with every control character shown as an escape, so that it can't break a line."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-                   for char in text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def quote_name(name: str) -> str:

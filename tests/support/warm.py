@@ -3,7 +3,7 @@
 `start()` gives what subprocess.Popen gives. Each program is a process of its own, with arguments, environment, working
 directory, session and descriptors as they were given, forked from a keeper: a Python under cron's environment that has
 defined all that the program defines, and done nothing of what it does as `__main__`. A program whose environment changes what
-Python does at its very start (LANG, PYTHON…) can't be had so, and is started cold.
+Python does at its very start (LANG, PYTHON…), or that is to inherit an ignored signal, is started cold.
 
 Run as a program this is the keeper:  warm.py SOCKET MODULE-FOLDER ...
 """
@@ -43,8 +43,9 @@ MODULES = ('abc array argparse base64 binascii collections contextlib copy ctype
 # --- the side of the tests ----------------------------------------------------------------------------------------------
 
 def can_be_warm(environment: Dict[str, str]) -> bool:
-    """Does nothing in it change how a Python starts?"""
-    return not any(name.startswith(('LANG', 'LC_', 'PYTHON', 'MALLOC', 'LD_')) for name in environment)
+    """Does nothing in it change how a Python starts, and would it inherit no deafness to a signal?"""
+    return not (any(name.startswith(('LANG', 'LC_', 'PYTHON', 'MALLOC', 'LD_')) for name in environment)
+                or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
 
 
 def start(arguments: Sequence[str], environment: Dict[str, str], stdin: Any = subprocess.DEVNULL,
