@@ -1889,6 +1889,18 @@ def read_text_file(path: str) -> str:
         return ""
 
 
+class Services(NamedTuple):
+    """What every deed needs, handed on whole. A door that is not open is None: verify has no pool, preview no journal."""
+    settings: Configuration
+    clock: Clock
+    log: Log
+    signals: Signals
+    arguments: Any = None       # Arguments
+    pool: Any = None            # Pool
+    catalog: Any = None         # Catalog
+    journal: Any = None         # RunJournal
+
+
 # =============================================================================
 # 9. Programs
 # =============================================================================
@@ -5949,21 +5961,15 @@ def is_gone(failure: ApiFailure, *class_names: str) -> bool:
 class Snapshots:
     """The snapshots that this run makes, and those that dead runs left."""
 
-    def __init__(self, pool: Pool, journal: RunJournal, clock: Clock, log: Log, signals: Signals,
-                 patience_s: float) -> None:
-        self._pool = pool
-        self._journal = journal
-        self._clock = clock
-        self._log = log
-        self._signals = signals
-        self._patience_s = patience_s
+    def __init__(self, services: Services) -> None:
+        self._services = services
         self.findings = []                 # type: List[Finding]
         self.inherited = []                # type: List[RunJournal]
 
     @property
     def storage_hangs(self) -> bool:
         """Did the store that holds the journal give no answer? Then nothing can be begun in the pool."""
-        return self._journal.is_mute
+        return self._services.journal.is_mute
 
     # --- making -----------------------------------------------------------------
 
@@ -5976,22 +5982,22 @@ class Snapshots:
         """
         token = secrets.token_hex(8)
         born_name = "%s %s%s" % (label, TOKEN_MARK, token)
-        entry = self._journal.open_entry(
+        entry = self._services.journal.open_entry(
             kind="vm-snapshot", token=token, vm_uuid=machine.uuid, vm_name=machine.name, name=born_name,
-            called_at=format_utc(self._clock.utc()))
+            called_at=format_utc(self._services.clock.utc()))
         try:
             doing = "the snapshot of %s" % machine.title
             ref = self._make(entry, doing, "VM.snapshot", (machine.ref, born_name),
                              lambda: self._find_vm_snapshots(entry),
                              lambda: self._is_snapshotting("VM", machine.ref))
-            snapshot = self._pool.machine(ref, "reading " + doing)
+            snapshot = self._services.pool.machine(ref, "reading " + doing)
             entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
-            self._pool.ask("naming " + doing, "VM.set_name_label", ref, label)
+            self._services.pool.ask("naming " + doing, "VM.set_name_label", ref, label)
             # a snapshot is a template too, and would be imported as one (ocaml/xapi/export.ml, v26.17.0)
-            self._pool.ask("preparing " + doing, "VM.set_is_a_template", ref, False)
+            self._services.pool.ask("preparing " + doing, "VM.set_is_a_template", ref, False)
             yield snapshot
         except StorageStalled:
-            self._journal.is_mute = True
+            self._services.journal.is_mute = True
             raise
         finally:
             self.remove(entry)
@@ -6001,25 +6007,25 @@ class Snapshots:
         """A snapshot of the VM's disk, removed on every way out; raises as of_vm does."""
         token = secrets.token_hex(8)
         key = KEY_PREFIX + token
-        entry = self._journal.open_entry(
+        entry = self._services.journal.open_entry(
             kind="vdi-snapshot", token=token, vm_uuid=machine.uuid, vm_name=machine.name, disk=disk.vdi_uuid,
-            called_at=format_utc(self._clock.utc()))
+            called_at=format_utc(self._services.clock.utc()))
         try:
             doing = "the snapshot of disk %s of %s" % (disk.device, machine.title)
             with self._not_called_yet(entry):
                 self._mark_disk(disk.vdi_ref, key, doing)
                 entry.note(known=[record["uuid"] for record in self._bearers(entry, doing).values()],
-                           calling_at=format_utc(self._pool.server_time(doing)))
+                           calling_at=format_utc(self._services.pool.server_time(doing)))
             ref = self._make(entry, doing, "VDI.snapshot", (disk.vdi_ref, {}),
                              lambda: self._find_disk_snapshots(entry),
                              lambda: self._is_snapshotting("VDI", disk.vdi_ref))
-            record = self._pool.ask("reading " + doing, "VDI.get_record", ref)
+            record = self._services.pool.ask("reading " + doing, "VDI.get_record", ref)
             entry.note(uuid=record["uuid"])
-            self._pool.ask("marking " + doing, "VDI.remove_from_other_config", ref, key)
-            self._pool.ask("marking " + doing, "VDI.remove_from_other_config", disk.vdi_ref, key)
+            self._services.pool.ask("marking " + doing, "VDI.remove_from_other_config", ref, key)
+            self._services.pool.ask("marking " + doing, "VDI.remove_from_other_config", disk.vdi_ref, key)
             yield disk._replace(vdi_ref=ref, vdi_uuid=record["uuid"], virtual_size=int(record["virtual_size"]))
         except StorageStalled:
-            self._journal.is_mute = True
+            self._services.journal.is_mute = True
             raise
         finally:
             self.remove(entry)
@@ -6027,7 +6033,7 @@ class Snapshots:
     def _mark_disk(self, ref: str, key: str, doing: str) -> None:
         """The disk bears the key, which the server copies to its snapshot."""
         try:
-            self._pool.ask("marking " + doing, "VDI.add_to_other_config", ref, key, format_utc(self._clock.utc()))
+            self._services.pool.ask("marking " + doing, "VDI.add_to_other_config", ref, key, format_utc(self._services.clock.utc()))
         except ApiFailure as failure:
             if failure.code != "MAP_DUPLICATE_KEY":        # a repeated call whose first answer was lost
                 raise
@@ -6046,15 +6052,15 @@ class Snapshots:
               find: Callable[[], List[str]], is_at_work: Callable[[], bool]) -> str:
         """The ref of the new snapshot, also when the answer to the call was lost but the call did its work."""
         with self._not_called_yet(entry):
-            self._signals.check()
+            self._services.signals.check()
         try:
-            return self._pool.call(doing, method, *arguments, timeout_s=self._patience_s)
+            return self._services.pool.call(doing, method, *arguments, timeout_s=self._services.journal.limit_s)
         except ApiFailure as failure:
             entry.note(answer=failure.code)
             raise
         except AnswerLost as lost:
             entry.note(answer="lost")
-            self._log.info("%s Asking the pool what became of it." % lost)
+            self._services.log.info("%s Asking the pool what became of it." % lost)
             ref = self._await_lost(entry, find, is_at_work)
             if ref is None:
                 raise
@@ -6063,9 +6069,9 @@ class Snapshots:
     def _await_lost(self, entry: OpenEntry, find: Callable[[], List[str]],
                     is_at_work: Callable[[], bool]) -> Optional[str]:
         """The one snapshot that a call without an answer made, None if none appears."""
-        give_up_at = self._clock.monotonic() + self._patience_s
-        quiet_until = self._clock.monotonic() + LOST_ANSWER_PATIENCE_S
-        while self._clock.monotonic() < give_up_at:
+        give_up_at = self._services.clock.monotonic() + self._services.journal.limit_s
+        quiet_until = self._services.clock.monotonic() + LOST_ANSWER_PATIENCE_S
+        while self._services.clock.monotonic() < give_up_at:
             at_work = is_at_work()
             found = find()
             if len(found) == 1:
@@ -6073,15 +6079,15 @@ class Snapshots:
             if not at_work:
                 if not entry.facts.get("seen_idle"):
                     entry.note(seen_idle=True)
-                if self._clock.monotonic() > quiet_until:
+                if self._services.clock.monotonic() > quiet_until:
                     return None
-            self._signals.sleep(1)
+            self._services.signals.sleep(1)
         return None
 
     def _is_snapshotting(self, class_name: str, ref: str) -> bool:
         """Is a snapshot of that VM or VDI being made now?"""
         try:
-            operations = self._pool.ask("asking what the pool is doing", class_name + ".get_current_operations", ref)
+            operations = self._services.pool.ask("asking what the pool is doing", class_name + ".get_current_operations", ref)
         except ApiFailure as failure:
             if is_gone(failure, class_name):
                 return False
@@ -6094,12 +6100,12 @@ class Snapshots:
         """The refs of the VM snapshots that the entry proves to be ours."""
         doing = "looking for the snapshot of " + entry.title
         refs = self._by_uuid("VM", entry.facts.get("uuid"), doing)
-        refs += [ref for ref in self._pool.ask(doing, "VM.get_by_name_label", entry.facts["name"])
+        refs += [ref for ref in self._services.pool.ask(doing, "VM.get_by_name_label", entry.facts["name"])
                  if ref not in refs]
         found = []
         for ref in refs:
             with self._unless_gone("VM"):
-                if self._pool.ask(doing, "VM.get_is_a_snapshot", ref):
+                if self._services.pool.ask(doing, "VM.get_is_a_snapshot", ref):
                     found.append(ref)
         return found
 
@@ -6113,15 +6119,15 @@ class Snapshots:
         key = KEY_PREFIX + entry.facts["token"]
         records = {}                       # type: Dict[str, Dict[str, Any]]
         disks = self._by_uuid("VDI", entry.facts["disk"], doing)
-        if disks and entry in self._journal.entries:
+        if disks and entry in self._services.journal.entries:
             with self._unless_gone("VDI"):
-                record = self._pool.ask(doing, "VDI.get_record", disks[0])
+                record = self._services.pool.ask(doing, "VDI.get_record", disks[0])
                 is_clean = "calling_at" not in entry.facts or "uuid" in entry.facts
                 where = ("snapshot_of", disks[0]) if is_clean else ("SR", record["SR"])
-                records = dict(self._pool.ask(doing, "VDI.get_all_records_where", 'field "%s" = "%s"' % where))
+                records = dict(self._services.pool.ask(doing, "VDI.get_all_records_where", 'field "%s" = "%s"' % where))
                 records[disks[0]] = record
         else:
-            records = self._pool.ask(doing, "VDI.get_all_records")
+            records = self._services.pool.ask(doing, "VDI.get_all_records")
         return {ref: record for ref, record in records.items() if key in (record.get("other_config") or ())}
 
     def _find_disk_snapshots(self, entry: OpenEntry) -> List[str]:
@@ -6147,7 +6153,7 @@ class Snapshots:
         if entry.facts.get("seen_idle") or not plausible:
             return []
         called_at = parse_utc(entry.facts["calling_at"])
-        earliest, latest = called_at - timedelta(seconds=HOST_CLOCKS_DIFFER_S), called_at + timedelta(seconds=self._patience_s)
+        earliest, latest = called_at - timedelta(seconds=HOST_CLOCKS_DIFFER_S), called_at + timedelta(seconds=self._services.journal.limit_s)
         found = [ref for ref, record in plausible.items()
                  if earliest <= parse_server_time(record["snapshot_time"]) <= latest]
         return found if len(found) == 1 else []
@@ -6156,7 +6162,7 @@ class Snapshots:
         """The ref of that object, [] if it is gone or was never known."""
         if uuid:
             with self._unless_gone(class_name):
-                return [self._pool.ask(doing, class_name + ".get_by_uuid", uuid)]
+                return [self._services.pool.ask(doing, class_name + ".get_by_uuid", uuid)]
         return []
 
     @contextlib.contextmanager
@@ -6173,8 +6179,8 @@ class Snapshots:
         strangers = []
         for vbd in record["VBDs"]:
             with self._unless_gone("VBD", "VM"):
-                machine = self._pool.ask(doing, "VBD.get_VM", vbd)
-                if machine not in own and not self._pool.ask(doing, "VM.get_is_control_domain", machine):
+                machine = self._services.pool.ask(doing, "VBD.get_VM", vbd)
+                if machine not in own and not self._services.pool.ask(doing, "VM.get_is_control_domain", machine):
                     strangers.append(machine)
         return strangers
 
@@ -6186,7 +6192,7 @@ class Snapshots:
         Signals wait. Never raises for what the pool or the storage does, so
         that the error before it is the one that is told.
         """
-        with self._signals.shielded(), entry.hurried():
+        with self._services.signals.shielded(), entry.hurried():
             try:
                 if entry.facts["kind"] == "vm-snapshot":
                     self._remove_vm_snapshot(entry)
@@ -6200,7 +6206,7 @@ class Snapshots:
     def _add_finding(self, entry: OpenEntry, sentence: str) -> None:
         """A warning about what the entry is about, noted for the report, and told now."""
         self.findings.append(Finding(Severity.WARNING, entry.title, sentence))
-        self._log.finding(self.findings[-1])
+        self._services.log.finding(self.findings[-1])
 
     def _report_left(self, entry: OpenEntry, what: str, by_hand: Sequence[str] = ()) -> None:
         """A finding about something of ours that stays in the pool, with the commands that remove it."""
@@ -6228,7 +6234,7 @@ class Snapshots:
             return
         doing = "removing the snapshot of " + entry.title
         if found and "disks" not in entry.facts:
-            snapshot = self._pool.machine(found[0], doing)
+            snapshot = self._services.pool.machine(found[0], doing)
             with contextlib.suppress(CatalogError):            # a full store: what is remembered is enough for now
                 entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
         for uuid in entry.facts.get("disks", ()):
@@ -6266,13 +6272,13 @@ class Snapshots:
     def _take_key(self, entry: OpenEntry, ref: str, record: Dict[str, Any], is_plausible: bool, doing: str) -> None:
         """Our key is gone from that disk; what copied it is told of, and how to remove it if it may be ours all the same."""
         with self._unless_gone("VDI"):
-            self._pool.ask(doing, "VDI.remove_from_other_config", ref, KEY_PREFIX + entry.facts["token"])
+            self._services.pool.ask(doing, "VDI.remove_from_other_config", ref, KEY_PREFIX + entry.facts["token"])
         what = "disk %s (%s) had copied our mark from it" % (quote_name(record["name_label"]), record["uuid"])
         if is_plausible:
             self._add_finding(entry, "the %s and is not proven to be ours, so only the mark was removed. If nobody else made it, "
                               "it can go: xe vdi-destroy uuid=%s" % (what, record["uuid"]))
         elif record["uuid"] != entry.facts.get("disk"):
-            self._log.info("%s: the %s and is not ours: only the mark was removed." % (entry.title, what))
+            self._services.log.info("%s: the %s and is not ours: only the mark was removed." % (entry.title, what))
 
     def _may_forget(self, entry: OpenEntry, class_name: str, uuid: str) -> bool:
         """May an entry of which nothing is found be closed?
@@ -6288,25 +6294,25 @@ class Snapshots:
 
     def _is_old(self, entry: OpenEntry) -> bool:
         """Is the call so long ago that nothing of it can appear any more?"""
-        age = self._clock.utc() - parse_utc(entry.facts["called_at"])
+        age = self._services.clock.utc() - parse_utc(entry.facts["called_at"])
         return age.total_seconds() > LOST_ENTRY_LIFE_S
 
     def _destroy_disk(self, entry: OpenEntry, uuid: str, own: Sequence[str], doing: str, snapshot: bool = True) -> bool:
         """True if that disk (a snapshot, unless told otherwise) is gone; False, with a finding, if it must stay."""
-        give_up_at = self._clock.monotonic() + BUSY_PATIENCE_S
+        give_up_at = self._services.clock.monotonic() + BUSY_PATIENCE_S
         while True:
             refs = self._by_uuid("VDI", uuid, doing)
             if not refs:
                 return True
             with self._unless_gone("VDI"):
-                record = self._pool.ask(doing, "VDI.get_record", refs[0])
+                record = self._services.pool.ask(doing, "VDI.get_record", refs[0])
                 if snapshot and not record["is_a_snapshot"]:
                     self._report_left(entry, "has a disk, %s, that is no snapshot any more, so it was left." % uuid)
                     return False
                 strangers = self.strangers_on(record, own, doing)
                 if strangers:
                     self._report_left(entry, "has a disk, %s, that hangs on another VM, %s, so it was left." % (
-                        uuid, self._pool.ask(doing, "VM.get_name_label", strangers[0])))
+                        uuid, self._services.pool.ask(doing, "VM.get_name_label", strangers[0])))
                     return False
                 try:
                     self.destroy("VDI", refs[0], doing)
@@ -6314,7 +6320,7 @@ class Snapshots:
                 except ApiFailure as failure:
                     if failure.code not in STILL_BUSY:
                         raise
-                    is_over = self._clock.monotonic() > give_up_at
+                    is_over = self._services.clock.monotonic() > give_up_at
                     drives = self._drives_of_hosts(record, doing)
                     if self._let_go(entry, record, drives, is_over, doing):
                         continue
@@ -6323,15 +6329,15 @@ class Snapshots:
                                           % (uuid, failure_text(failure.code, failure.parameters)),
                                           self._commands_for_busy(entry, uuid, drives.values()))
                         return False
-            self._signals.sleep(BUSY_PAUSE_S)
+            self._services.signals.sleep(BUSY_PAUSE_S)
 
     def _drives_of_hosts(self, record: Dict[str, Any], doing: str) -> Dict[str, Dict[str, Any]]:
         """The records, by ref, of the VBDs by which the disk hangs on control domains."""
         drives = {}
         for ref in record["VBDs"]:
             with self._unless_gone("VBD", "VM"):
-                drive = self._pool.ask(doing, "VBD.get_record", ref)
-                if self._pool.ask(doing, "VM.get_is_control_domain", drive["VM"]):
+                drive = self._services.pool.ask(doing, "VBD.get_record", ref)
+                if self._services.pool.ask(doing, "VM.get_is_control_domain", drive["VM"]):
                     drives[ref] = drive
         return drives
 
@@ -6347,17 +6353,17 @@ class Snapshots:
                 continue
             is_new = drive["uuid"] not in entry.facts.get("drives", ())
             if is_new:
-                self._log.info("%s: the server left %s attached to a control domain; detaching it." % (entry.title, disk["uuid"]))
+                self._services.log.info("%s: the server left %s attached to a control domain; detaching it." % (entry.title, disk["uuid"]))
                 with contextlib.suppress(CatalogError):        # a full store: what is remembered is enough for now
                     entry.note(drives=list(entry.facts.get("drives", ())) + [drive["uuid"]])
             try:
                 if drive["currently_attached"]:
-                    self._pool.call(doing, "VBD.unplug", ref, timeout_s=self._patience_s)
+                    self._services.pool.call(doing, "VBD.unplug", ref, timeout_s=self._services.journal.limit_s)
                 self.destroy("VBD", ref, doing)
                 gone = True
             except ApiFailure as failure:                      # it may do so a little later; what stays is told at the end
                 if is_new:
-                    self._log.info("%s: %s" % (entry.title, failure))
+                    self._services.log.info("%s: %s" % (entry.title, failure))
         return gone
 
     def _is_abandoned(self, disk: Dict[str, Any], drive: Dict[str, Any], has_waited: bool, doing: str) -> bool:
@@ -6371,7 +6377,7 @@ class Snapshots:
         task = drive["other_config"].get("task_id")
         if task:
             with self._unless_gone("task"):
-                return self._pool.ask(doing, "task.get_status", task) not in ("pending", "cancelling")
+                return self._services.pool.ask(doing, "task.get_status", task) not in ("pending", "cancelling")
             return True
         return has_waited and not disk["current_operations"]
 
@@ -6386,10 +6392,10 @@ class Snapshots:
 
     def destroy(self, class_name: str, ref: str, doing: str) -> None:
         """The object is gone. A call without an answer is repeated only after the pool said that it still exists."""
-        give_up_at = self._clock.monotonic() + self._patience_s
+        give_up_at = self._services.clock.monotonic() + self._services.journal.limit_s
         while True:
             try:
-                self._pool.call(doing, class_name + ".destroy", ref, timeout_s=self._patience_s)
+                self._services.pool.call(doing, class_name + ".destroy", ref, timeout_s=self._services.journal.limit_s)
                 return
             except ApiFailure as failure:
                 if is_gone(failure, class_name):
@@ -6398,14 +6404,14 @@ class Snapshots:
             except AnswerLost:
                 if not self._exists(class_name, ref, doing):
                     return
-                if self._clock.monotonic() > give_up_at:
+                if self._services.clock.monotonic() > give_up_at:
                     raise
-            self._signals.sleep(1)
+            self._services.signals.sleep(1)
 
     def _exists(self, class_name: str, ref: str, doing: str) -> bool:
         """Is the object still there?"""
         with self._unless_gone(class_name):
-            self._pool.ask(doing, class_name + ".get_uuid", ref)
+            self._services.pool.ask(doing, class_name + ".get_uuid", ref)
             return True
         return False
 
@@ -6414,14 +6420,14 @@ class Snapshots:
         doing = "removing the event message of the snapshot of " + entry.title
         since = parse_utc(entry.facts["called_at"]) - timedelta(days=1)       # clocks differ
         try:
-            messages = self._pool.ask(doing, "message.get", "VM", entry.facts["vm_uuid"],
+            messages = self._services.pool.ask(doing, "message.get", "VM", entry.facts["vm_uuid"],
                                       xmlrpc.client.DateTime(since.strftime("%Y%m%dT%H:%M:%SZ")))
             for ref, record in messages.items():
                 if record["name"] == "VM_SNAPSHOTTED" and TOKEN_MARK + entry.facts["token"] in record["body"]:
-                    self._pool.call(doing, "message.destroy", ref)
+                    self._services.pool.call(doing, "message.destroy", ref)
             return True
         except BackupError as error:
-            self._log.info("%s It is only a line in the event list; the next run tries again." % error)
+            self._services.log.info("%s It is only a line in the event list; the next run tries again." % error)
             return False
 
     # --- what restore and drill make ------------------------------------------------------
@@ -6464,10 +6470,10 @@ class Snapshots:
     def _finish_restored(self, entry: OpenEntry, doing: str) -> None:
         """A VM that came back whole is the person's: only its tasks go. They are told if it has not got its name; of this
         run's own they know."""
-        is_own = entry in self._journal.entries
+        is_own = entry in self._services.journal.entries
         for ref in [] if is_own else self._by_uuid("VM", entry.facts["uuids"][0], doing):
             with self._unless_gone("VM"):
-                name = self._pool.ask(doing, "VM.get_name_label", ref)
+                name = self._services.pool.ask(doing, "VM.get_name_label", ref)
                 if name in entry.facts["names"]:
                     self._add_finding(entry, unnamed_text(entry))
         self.forget_tasks(entry, doing)
@@ -6477,11 +6483,11 @@ class Snapshots:
         """The refs of the entry's tasks that still exist; one that was made but not noted bears a provisional name."""
         tasks = list(entry.facts.get("tasks", ()))
         for name in entry.facts["names"]:
-            tasks += [ref for ref in self._pool.ask(doing, "task.get_by_name_label", name) if ref not in tasks]
+            tasks += [ref for ref in self._services.pool.ask(doing, "task.get_by_name_label", name) if ref not in tasks]
         alive = []
         for ref in tasks:
             with self._unless_gone("task"):
-                self._pool.ask(doing, "task.get_status", ref)
+                self._services.pool.ask(doing, "task.get_status", ref)
                 alive.append(ref)
         return alive
 
@@ -6491,41 +6497,41 @@ class Snapshots:
         A task that no import has taken stays pending for ever: when nothing of it
         was seen for a while it is ended, so that none takes it later.
         """
-        quiet_until = self._clock.monotonic() + LOST_ANSWER_PATIENCE_S
-        give_up_at = self._clock.monotonic() + IMPORT_END_PATIENCE_S
+        quiet_until = self._services.clock.monotonic() + LOST_ANSWER_PATIENCE_S
+        give_up_at = self._services.clock.monotonic() + IMPORT_END_PATIENCE_S
         while True:
             states = {ref: self._import_state(entry, ref, doing) for ref in tasks}
             for ref, state in states.items():
                 if state == "at work":
                     with contextlib.suppress(ApiFailure):      # OPERATION_NOT_ALLOWED: not at this point
-                        self._pool.ask(doing, "task.cancel", ref)
-                elif state == "not taken" and self._clock.monotonic() > quiet_until:
+                        self._services.pool.ask(doing, "task.cancel", ref)
+                elif state == "not taken" and self._services.clock.monotonic() > quiet_until:
                     self._end_task(ref, doing)
                     states[ref] = ""
             if not any(states.values()):
                 return True
-            if self._clock.monotonic() > give_up_at:
+            if self._services.clock.monotonic() > give_up_at:
                 return False
-            self._signals.sleep(0.5)
+            self._services.signals.sleep(0.5)
 
     def _import_state(self, entry: OpenEntry, task: str, doing: str) -> str:
         """What is seen of the import of that task: `at work`, `not taken` (yet), "" when it has ended."""
         for name in entry.facts["names"]:
-            for ref in self._pool.ask(doing, "VM.get_by_name_label", name):
+            for ref in self._services.pool.ask(doing, "VM.get_by_name_label", name):
                 with self._unless_gone("VM"):
-                    if task in self._pool.ask(doing, "VM.get_current_operations", ref):
+                    if task in self._services.pool.ask(doing, "VM.get_current_operations", ref):
                         return "at work"
         with self._unless_gone("task"):
-            if self._pool.ask(doing, "task.get_status", task) == "pending":
-                return "at work" if float(self._pool.ask(doing, "task.get_progress", task)) > 0 else "not taken"
+            if self._services.pool.ask(doing, "task.get_status", task) == "pending":
+                return "at work" if float(self._services.pool.ask(doing, "task.get_progress", task)) > 0 else "not taken"
         return ""
 
     def _end_task(self, task: str, doing: str) -> None:
         """The task is pending no more; a pending one would only be marked by task.destroy
         (ocaml/xapi/xapi_task.ml@v26.17.0)."""
         with self._unless_gone("task"):
-            if self._pool.ask(doing, "task.get_status", task) == "pending":
-                self._pool.ask(doing, "task.set_status", task, "cancelled")
+            if self._services.pool.ask(doing, "task.get_status", task) == "pending":
+                self._services.pool.ask(doing, "task.set_status", task, "cancelled")
 
     def _find_imports(self, entry: OpenEntry, doing: str) -> Dict[str, Dict[str, Any]]:
         """The records, by ref, of the VMs that the entry proves to be ours."""
@@ -6533,12 +6539,12 @@ class Snapshots:
         found = {}
         for ref in refs:
             with self._unless_gone("VM"):
-                found[ref] = self._pool.ask(doing, "VM.get_record", ref)
+                found[ref] = self._services.pool.ask(doing, "VM.get_record", ref)
         tasks, key = entry.facts.get("tasks", ()), KEY_PREFIX + entry.facts["token"]
         for name in entry.facts["names"]:
-            for ref in self._pool.ask(doing, "VM.get_by_name_label", name):
+            for ref in self._services.pool.ask(doing, "VM.get_by_name_label", name):
                 with self._unless_gone("VM"):
-                    record = self._pool.ask(doing, "VM.get_record", ref)
+                    record = self._services.pool.ask(doing, "VM.get_record", ref)
                     if (record["other_config"].get("import_task") in tasks or key in record["other_config"]) \
                             and not record["is_a_snapshot"] and not record["is_a_template"]:
                         found[ref] = record
@@ -6556,7 +6562,7 @@ class Snapshots:
                 continue
             if entry.facts["kind"] != "drill":
                 return "is %s, so it was left." % record["power_state"].lower()
-            self._pool.call(doing, "VM.hard_shutdown", ref, timeout_s=self._patience_s)
+            self._services.pool.call(doing, "VM.hard_shutdown", ref, timeout_s=self._services.journal.limit_s)
         return ""
 
     def _disks_made(self, entry: OpenEntry, doing: str) -> Set[str]:
@@ -6565,7 +6571,7 @@ class Snapshots:
         VDI.create makes one. What else bears our key has copied it: that is not ours, and loses the key.
         """
         tasks, key, noted = entry.facts.get("tasks", ()), KEY_PREFIX + entry.facts["token"], entry.facts.get("disks", ())
-        records = self._pool.records(doing, "VDI")
+        records = self._services.pool.records(doing, "VDI")
         bearers = [ref for ref, record in records.items() if key in (record.get("other_config") or ())]
         plausible = [ref for ref in bearers if not noted and not records[ref]["is_a_snapshot"]]
         made = {records[plausible[0]]["uuid"]} if len(plausible) == 1 else set()
@@ -6580,7 +6586,7 @@ class Snapshots:
         for ref in self._import_tasks(entry, doing):
             self._end_task(ref, doing)
             with self._unless_gone("task"):
-                self._pool.ask(doing, "task.destroy", ref)
+                self._services.pool.ask(doing, "task.destroy", ref)
 
     # --- what others left --------------------------------------------------------------
 
@@ -6590,11 +6596,11 @@ class Snapshots:
         for journal in journals:
             for entry in journal.open_entries():
                 if not entry.is_understood:
-                    self._log.info("%s: entry %d is not one that this version writes; it is left. A newer version of "
+                    self._services.log.info("%s: entry %d is not one that this version writes; it is left. A newer version of "
                                    "VmBackup deals with it." % (journal.name, entry.number))
                     continue
                 left = "a VM of a " + entry.facts["kind"] if entry.facts["kind"] in IMPORT_KINDS else "a snapshot"
-                self._log.info("%s: a run on %s that began %s %s." % (
+                self._services.log.info("%s: a run on %s that began %s %s." % (
                     entry.title, journal.header.get("host", "another host"), journal.header.get("since", "earlier"),
                     "restored it and ended before its last steps; doing them" if entry.facts.get("restored")
                     else "left %s, or may have; removing it" % left))
@@ -6602,7 +6608,7 @@ class Snapshots:
 
     def look_again(self) -> None:
         """What this run removed is really gone, also where the server restarted and forgot its last seconds."""
-        for entry in self._journal.entries:
+        for entry in self._services.journal.entries:
             if not entry.is_open:
                 with contextlib.suppress(CatalogError):
                     entry.note(closed="")
@@ -6610,7 +6616,7 @@ class Snapshots:
 
     def check_none_left(self, machine: VirtualMachine) -> None:
         """Raises BackupError if the VM still has two snapshots of ours that could not be removed."""
-        left = [entry.facts["uuid"] for journal in self.inherited + [self._journal]
+        left = [entry.facts["uuid"] for journal in self.inherited + [self._services.journal]
                 for entry in journal.open_entries()
                 if entry.is_understood and entry.facts["vm_uuid"] == machine.uuid and entry.facts.get("uuid")]
         if len(left) >= MOST_LEFT_SNAPSHOTS:
@@ -6664,12 +6670,9 @@ class ImageReport(NamedTuple):
 class Exporter:
     """Runs xe and takes what it says to disk."""
 
-    def __init__(self, pool: Pool, xe: XeProgram, configuration: Configuration, log: Log, signals: Signals) -> None:
-        self._pool = pool
+    def __init__(self, services: Services, xe: XeProgram) -> None:
+        self._services = services
         self._xe = xe
-        self._configuration = configuration
-        self._log = log
-        self._signals = signals
 
     # --- metadata and the pool database ---------------------------------------------
 
@@ -6703,7 +6706,7 @@ class Exporter:
 
     def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory, base: str) -> ImageReport:
         """The image of the disk snapshot is in that directory, proven whole."""
-        file_format = self._configuration.vdi_export_format
+        file_format = self._services.settings.vdi_export_format
         check = RawCheck if file_format == "raw" else VhdCheck
         doing = "the export of disk %s of %s" % (snapshot.device, machine.title)
         watch = self._watch(doing, None, (snapshot.sr_ref,), snapshot.virtual_size)
@@ -6717,9 +6720,9 @@ class Exporter:
                disks: Sequence[Disk]) -> ImageReport:
         """xe's output through digest, check and compressor to a file; what the compressor wrote is decompressed again
         on the way, so that what is proven is what is stored."""
-        compression = self._configuration.compress
+        compression = self._services.settings.compress
         name = "%s.%s%s" % (base, file_format, COMPRESSED_SUFFIX[compression])
-        limit_s = self._configuration.stall_timeout * MINUTE_S
+        limit_s = self._services.settings.stall_timeout * MINUTE_S
         blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
         check, plain = new_check(blocks), Digest()
         writer = FileWriter(within(limit_s, doing, lambda: inside.create(name)))
@@ -6752,8 +6755,7 @@ class Exporter:
         if snapshot is not None:
             sr_refs = tuple(disk.sr_ref for disk in snapshot.disks if disk.sr_uuid)
             size_bytes = sum(disk.virtual_size for disk in snapshot.disks)
-        return Watch(doing, snapshot.ref if snapshot else None, sr_refs, size_bytes, self._pool,
-                     self._configuration, self._log, self._signals)
+        return Watch(self._services, doing, snapshot.ref if snapshot else None, sr_refs, size_bytes)
 
     def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str, compression: str = "none",
                 stored: Sequence[Any] = (), again: Sequence[Any] = ()) -> None:
@@ -6792,7 +6794,7 @@ class Exporter:
             raise ProgramError("%s failed: %s." % (doing, problem.rstrip(".")),
                                passing=bool(XE_PASSING.search(xe.said)))
         if xe.said:
-            self._log.info("%s: xe said: %s" % (doing, one_line(xe.said[-400:])))
+            self._services.log.info("%s: xe said: %s" % (doing, one_line(xe.said[-400:])))
 
 
 @contextlib.contextmanager
@@ -6866,26 +6868,24 @@ class Watch:
     the snapshot's current_operations, as a sparse disk may be silent for long.
     """
 
-    def __init__(self, doing: str, snapshot_ref: Optional[str], sr_refs: Sequence[str], size_bytes: int,
-                 pool: Pool, configuration: Configuration, log: Log, signals: Signals) -> None:
+    def __init__(self, services: Services, doing: str, snapshot_ref: Optional[str], sr_refs: Sequence[str],
+                 size_bytes: int) -> None:
+        self._services = services
         self._doing = doing
         self._snapshot_ref = snapshot_ref
         self._sr_refs = tuple(sorted(set(sr_refs)))
         self._size_bytes = size_bytes
-        self._pool = pool
-        self._stall_s = configuration.stall_timeout * MINUTE_S
-        self._min_free = configuration.min_sr_free
-        self._log = log
-        self._signals = signals
+        self._stall_s = services.settings.stall_timeout * MINUTE_S
+        self._min_free = services.settings.min_sr_free
         self._began_at = self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
         self._task_progress = -1.0
         self.program = None                # type: Optional[Program]
 
     def __call__(self, progress: Progress) -> None:
         """Raises Interrupted, StreamStalled or BackupError to abort the flow."""
-        self._signals.check()
+        self._services.signals.check()
         now = time.monotonic()
-        self._log.progress(progress_text(self._doing, progress.bytes_read, self._size_bytes, now - self._began_at))
+        self._services.log.progress(progress_text(self._doing, progress.bytes_read, self._size_bytes, now - self._began_at))
         if progress.quiet_s < 2:
             self._alive_at = now
         elif progress.quiet_s > SILENCE_BEFORE_POLL_S and now - self._task_asked_at > TASK_POLL_S:
@@ -6896,7 +6896,7 @@ class Watch:
         if self._min_free and self._sr_refs and now - self._sr_asked_at > SR_POLL_S:
             self._sr_asked_at = now
             with contextlib.suppress(ApiFailure, PoolError):       # a pool that does not answer just now proves nothing
-                check_sr_space(self._pool.storage_repositories(self._sr_refs, patient=False), self._min_free,
+                check_sr_space(self._services.pool.storage_repositories(self._sr_refs, patient=False), self._min_free,
                                "%s was given up" % self._doing)
 
     def _ask_task(self, now: float) -> None:
@@ -6905,13 +6905,13 @@ class Watch:
             return
         with contextlib.suppress(ApiFailure, PoolError):
             for task in self._tasks():
-                value = self._pool.call("asking for the progress of " + self._doing, "task.get_progress", task)
+                value = self._services.pool.call("asking for the progress of " + self._doing, "task.get_progress", task)
                 if value != self._task_progress:
                     self._task_progress, self._alive_at = value, now
 
     def _tasks(self) -> List[str]:
         """The refs of the export tasks of the snapshot."""
-        operations = self._pool.call("asking for the task of " + self._doing, "VM.get_current_operations",
+        operations = self._services.pool.call("asking for the task of " + self._doing, "VM.get_current_operations",
                                      self._snapshot_ref)
         return [ref for ref, operation in operations.items() if operation == "export"]
 
@@ -6921,10 +6921,10 @@ class Watch:
         if waiting_for != "xe":            # the image's writer, the list of blocks, or a compressor before them
             raise StorageStalled("%s while waiting for the %s. It was given up and its snapshot removed; is the "
                                  "share still reachable?" % (stalled, waiting_for))
-        with self._signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
+        with self._services.signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
             if self._snapshot_ref is not None:
                 for task in self._tasks():
-                    self._pool.call("cancelling " + self._doing, "task.cancel", task)
+                    self._services.pool.call("cancelling " + self._doing, "task.cancel", task)
                     self.program.wait(TASK_CANCEL_S)
         raise StreamStalled("%s from the server. It was cancelled and its snapshot removed." % stalled)
 
@@ -6988,19 +6988,16 @@ class CopyVerdict(NamedTuple):
 class Verifier:
     """Reads copies of a catalog and judges them."""
 
-    def __init__(self, catalog: Catalog, block_digests: str, clock: Clock, log: Log, signals: Signals) -> None:
+    def __init__(self, services: Services, block_digests: str) -> None:
         """`block_digests`: auto, or yes to compute XXH64 in pure Python where there is no library."""
-        self._catalog = catalog
+        self._services = services
         self._block_digests = block_digests
-        self._clock = clock
-        self._log = log
-        self._signals = signals
 
     def verify(self, copy: Copy) -> CopyVerdict:
         """The verdict on that copy. Raises Interrupted only."""
         look = ""
         try:
-            look = self._catalog.look_of(copy)
+            look = self._services.catalog.look_of(copy)
             state, reason = self._judge(copy)
         except UnknownFormat as error:
             state, reason = CopyState.UNCHECKED if copy.is_old else CopyState.DAMAGED, str(error)
@@ -7014,15 +7011,15 @@ class Verifier:
             state, reason = CopyState.UNCHECKED, str(error)
         if state is CopyState.DAMAGED:
             try:
-                self._catalog.check_in_place()
-                now = self._catalog.copy_again(copy)
+                self._services.catalog.check_in_place()
+                now = self._services.catalog.copy_again(copy)
                 if now.image != copy.image:                # the storage host has compressed it meanwhile
                     return self.verify(now)
             except NotThere:
                 state, reason = CopyState.GONE, "another run removed it while it was read"
             except CatalogError as error:
                 state, reason = CopyState.UNREADABLE, str(error)
-        return CopyVerdict(copy, state, reason.rstrip("."), self._clock.utc(), look)
+        return CopyVerdict(copy, state, reason.rstrip("."), self._services.clock.utc(), look)
 
     def _judge(self, copy: Copy) -> Tuple[CopyState, str]:
         """State and reason; raises VerificationError for damage."""
@@ -7032,7 +7029,7 @@ class Verifier:
             raise CatalogError(copy.problem)
         if copy.problem:
             raise VerificationError(copy.problem)
-        with self._catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
+        with self._services.catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
             if copy.is_old:
                 return self._judge_old(copy, inside)
             manifest = self._check_files(copy, inside)
@@ -7067,7 +7064,7 @@ class Verifier:
             raise VerificationError("%s names a file outside the copy: %s" % (MANIFEST, one_line(name)))
         with contextlib.ExitStack() as stack:
             place = stack.enter_context(inside.child(folder)) if folder else inside
-            pump([Flow(place.open_file(base), [digest])], lambda progress: self._signals.check(), "reading " + name)
+            pump([Flow(place.open_file(base), [digest])], lambda progress: self._services.signals.check(), "reading " + name)
         if digest.hexdigest() != sha256:
             raise VerificationError("%s is not what was written: its SHA-256 differs" % name)
 
@@ -7111,12 +7108,12 @@ class Verifier:
         fd = inside.open_file(copy.image)
         size = status_of(fd).st_size
         forget_cached(fd)                                # what is proven is the storage, not a cache
-        began_at = self._clock.monotonic()
+        began_at = self._services.clock.monotonic()
         title = "verifying %s/%s" % (copy.folder, copy.name)
 
         def on_tick(progress: Progress) -> None:
-            self._signals.check()
-            self._log.progress(progress_text(title, progress.bytes_read, size, self._clock.monotonic() - began_at))
+            self._services.signals.check()
+            self._services.log.progress(progress_text(title, progress.bytes_read, size, self._services.clock.monotonic() - began_at))
 
         with contextlib.ExitStack() as stack:
             flows = plain_flows(stack, fd, compression, stored, plain, is_foreign_vhd(copy))
@@ -7398,28 +7395,20 @@ class Placement:
 class BackupRun:
     """One run of a plan."""
 
-    def __init__(self, configuration: Configuration, inventory: Inventory, plan: Plan, pool: Pool,
-                 catalog: Catalog, journal: RunJournal, exporter: Exporter, status_log: "StatusLog",
-                 clock: Clock, log: Log, signals: Signals) -> None:
-        self._configuration = configuration
+    def __init__(self, services: Services, inventory: Inventory, plan: Plan, exporter: Exporter,
+                 status_log: "StatusLog") -> None:
+        self._services = services
         self._inventory = inventory
         self._plan = plan
-        self._pool = pool
-        self._catalog = catalog
-        self._journal = journal
         self._exporter = exporter
         self._status_log = status_log
-        self._clock = clock
-        self._log = log
-        self._signals = signals
-        journal.limit_s = configuration.stall_timeout * MINUTE_S
-        self._snapshots = Snapshots(pool, journal, clock, log, signals, configuration.stall_timeout * MINUTE_S)
-        self._placement = Placement(catalog, inventory)
+        self._snapshots = Snapshots(services)
+        self._placement = Placement(services.catalog, inventory)
         self._findings = list(plan.findings)
         self._outcomes = []                # type: List[Outcome]
         self._pool_database_error = None   # type: Optional[str]
         self._storage_problem = ""         # once set, nothing is pruned
-        self.way_out = WayOut(log, journal.limit_s)
+        self.way_out = WayOut(services.log, services.journal.limit_s)
         self._clock_went_back = False      # nor then
         self._had_bug = False
 
@@ -7427,54 +7416,54 @@ class BackupRun:
 
     def run(self) -> RunOutcome:
         """Everything of the plan was tried. A pool that stays away, or a signal, ends it early, and the outcome says so."""
-        began_at = self._clock.utc()
+        began_at = self._services.clock.utc()
         ended_by = None                    # type: Optional[str]
         try:
             for finding in self._findings:
-                self._log.finding(finding)
+                self._services.log.finding(finding)
             self._clear_leftovers()
             self._placement.claim_all(job.machine for job in self._plan.jobs)
             self._check_retention()
-            if self._configuration.pool_db_backup:
+            if self._services.settings.pool_db_backup:
                 self._dump_pool_database()
             self._do_jobs()
-            if self._pool.was_shaken:
+            if self._services.pool.was_shaken:
                 self._snapshots.look_again()
             self._note_low_space()
         except BackupError as error:
             ended_by = str(error)
-            self.interrupted = self._signals.noted
-            self._log.error("the run ends here: %s" % error)
+            self.interrupted = self._services.signals.noted
+            self._services.log.error("the run ends here: %s" % error)
         except Exception as bug:               # what was sealed stands, and is reported
             self._had_bug = True
-            ended_by = self._log.struck("a bug in VmBackup: %s" % bug)
-            self._log.bug("a bug in VmBackup: %s\n%s" % (bug, bug_report()))
+            ended_by = self._services.log.struck("a bug in VmBackup: %s" % bug)
+            self._services.log.bug("a bug in VmBackup: %s\n%s" % (bug, bug_report()))
         except Interrupted as interrupted:
             ended_by = str(interrupted)
-            self._log.warning("the run was %s; %s." % (interrupted, "what it has left in the pool is told above, and left to the "
-                                                       "next run" if self._journal.open_entries() else
+            self._services.log.warning("the run was %s; %s." % (interrupted, "what it has left in the pool is told above, and left to the "
+                                                       "next run" if self._services.journal.open_entries() else
                                                        "what it had open was cleaned up"))
             self.interrupted = interrupted
         return RunOutcome(tuple(self._outcomes), tuple(self._findings + self._snapshots.findings),
-                          len(self._plan.missing), self._pool_database_error, began_at, self._clock.utc(),
+                          len(self._plan.missing), self._pool_database_error, began_at, self._services.clock.utc(),
                           ended_by, self._had_bug)
 
     interrupted = None                     # type: Optional[Interrupted]
 
     def finish(self) -> None:
         """The journals are put away: those with nothing open are removed."""
-        self.way_out.tidy("keeping a reserve", self._catalog.keep_reserve)
-        for journal in self._snapshots.inherited + [self._journal]:
+        self.way_out.tidy("keeping a reserve", self._services.catalog.keep_reserve)
+        for journal in self._snapshots.inherited + [self._services.journal]:
             self.way_out.tidy("putting the journal %s away" % journal.name, journal.finish)
 
     def _clear_leftovers(self) -> None:
         """What dead runs left in this pool and in the store is gone."""
-        now_s = self._clock.utc().timestamp()
-        journals, problems = self._catalog.dead_runs(self._journal, self._inventory.pool_uuid, now_s)
+        now_s = self._services.clock.utc().timestamp()
+        journals, problems = self._services.catalog.dead_runs(self._services.journal, self._inventory.pool_uuid, now_s)
         self._snapshots.sweep(journals)
         with self._passed_over():
-            self._catalog.clear_temporaries(now_s)
-        for name in self._catalog.folder_names(problems):
+            self._services.catalog.clear_temporaries(now_s)
+        for name in self._services.catalog.folder_names(problems):
             with self._passed_over():              # lost+found on a share, and the like
                 self._clear_folder(name)
         for problem in problems:
@@ -7493,20 +7482,20 @@ class BackupRun:
     def _tell_left(self, error: CatalogError) -> None:
         """What of the store is left is told, once; as a warning if that stops the pruning."""
         self._note_storage(error)
-        finding = Finding(Severity.WARNING, self._configuration.backup_dir, "%s It is left." % error)
+        finding = Finding(Severity.WARNING, self._services.settings.backup_dir, "%s It is left." % error)
         if not isinstance(error, StorageMisbehaved):
-            self._log.info(finding.sentence)
+            self._services.log.info(finding.sentence)
         elif finding not in self._findings:
             self._add_finding(*finding)
 
     def _clear_folder(self, name: str) -> None:
         """What dead runs left in that VM's directory is gone, unless another run is busy there."""
-        lock = self._catalog.folder_lock(name) if self._catalog.has_unfinished(name) else None
+        lock = self._services.catalog.folder_lock(name) if self._services.catalog.has_unfinished(name) else None
         if lock is None or not lock.take():
             return
         try:
-            self._clear_unfinished(self._catalog.folder(name))
-            self._catalog.root.remove_if_empty(name)
+            self._clear_unfinished(self._services.catalog.folder(name))
+            self._services.catalog.root.remove_if_empty(name)
         finally:
             lock.release()
 
@@ -7517,13 +7506,13 @@ class BackupRun:
         """
         for name in folder.unfinished:
             with self._passed_over():
-                now_s = self._clock.utc().timestamp()
-                if self._catalog.locks_are_local \
-                        and now_s - self._catalog.newest_change_s(folder.name, name) < WEAK_LOCK_PATIENCE_S:
+                now_s = self._services.clock.utc().timestamp()
+                if self._services.catalog.locks_are_local \
+                        and now_s - self._services.catalog.newest_change_s(folder.name, name) < WEAK_LOCK_PATIENCE_S:
                     continue
                 self._check_alive()
-                self._log.info("%s/%s: left by a run that died; removing it." % (folder.name, name))
-                self._catalog.remove_unfinished(folder.name, name)
+                self._services.log.info("%s/%s: left by a run that died; removing it." % (folder.name, name))
+                self._services.catalog.remove_unfinished(folder.name, name)
 
     def _check_retention(self) -> None:
         """What stands in the way of pruning is told; where the clock went back since any of these VMs' newest copies,
@@ -7532,8 +7521,8 @@ class BackupRun:
             with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
                 folder = self._placement.folder(self._placement.folder_name(job.machine))
                 copies = self._placement.own_view(folder, job.machine)
-                self._clock_went_back |= clock_went_back(copies, self._clock.utc()) is not None
-                for warning in retention_warnings(copies, self._clock.utc(), self._clock.local()):
+                self._clock_went_back |= clock_went_back(copies, self._services.clock.utc()) is not None
+                for warning in retention_warnings(copies, self._services.clock.utc(), self._services.clock.local()):
                     self._add_finding(Severity.WARNING, job.machine.title, warning)
 
     def _do_jobs(self) -> None:
@@ -7543,13 +7532,13 @@ class BackupRun:
             if self._try_job(job, False) is None:
                 again.append(job)
         for job in again:
-            self._log.info("%s: trying once more." % job.machine.title)
+            self._services.log.info("%s: trying once more." % job.machine.title)
             self._try_job(job, True)
 
     def _try_job(self, job: Job, second_try: bool) -> Optional[Outcome]:
         """The job's outcome, also in the list; None if it is worth a second try."""
-        self._signals.check()
-        began_s = self._clock.monotonic()
+        self._services.signals.check()
+        began_s = self._services.clock.monotonic()
         self._status_log.begin(job.method.value, job.machine.name)
         try:
             outcome = self._back_up(job)._replace(second_try=second_try)
@@ -7561,28 +7550,28 @@ class BackupRun:
                 raise
             if not second_try:
                 return self._postpone(job, error)
-            self._log.error("%s: %s" % (job.machine.title, error))
+            self._services.log.error("%s: %s" % (job.machine.title, error))
             outcome = self._failed(job, str(error), error.status_word or "POOL-FAIL", second_try)
         except BackupError as error:
             self._note_storage(error)
             if error.passing and not second_try:
                 return self._postpone(job, error)
-            self._log.error("%s: %s" % (job.machine.title, error))
+            self._services.log.error("%s: %s" % (job.machine.title, error))
             outcome = self._failed(job, str(error), error.status_word or "EXPORT-FAIL", second_try)
         except Exception as bug:
             self._had_bug = True
-            self._log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
-            outcome = self._failed(job, self._log.struck("a bug in VmBackup: %s" % bug), "BUG", second_try)
+            self._services.log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
+            outcome = self._failed(job, self._services.log.struck("a bug in VmBackup: %s" % bug), "BUG", second_try)
         return self._record(job, outcome, began_s)
 
     def _postpone(self, job: Job, error: BackupError) -> None:
         """The job is tried again at the end of the run."""
-        self._log.warning("%s: %s It is tried once more at the end of the run." % (job.machine.title, error))
+        self._services.log.warning("%s: %s It is tried once more at the end of the run." % (job.machine.title, error))
         self._status_log.end(job.method.value, "RETRY", job.machine.name)
 
     def _record(self, job: Job, outcome: Outcome, began_s: float) -> Outcome:
         """The outcome is in the list and the status log."""
-        outcome = outcome._replace(seconds=self._clock.monotonic() - began_s)
+        outcome = outcome._replace(seconds=self._services.clock.monotonic() - began_s)
         self._outcomes.append(outcome)
         if outcome.error is None:
             self._status_log.success(job.method.value, job.machine.name, outcome.seconds, outcome.size_bytes)
@@ -7597,7 +7586,7 @@ class BackupRun:
     def _add_finding(self, severity: Severity, subject: str, sentence: str) -> None:
         """Noted for the report, and told now."""
         self._findings.append(Finding(severity, subject, sentence))
-        self._log.finding(self._findings[-1])
+        self._services.log.finding(self._findings[-1])
 
     def _note_storage(self, error: BackupError) -> None:
         """After storage that misbehaved nothing is pruned; after one that hangs nothing of it is waited for."""
@@ -7613,11 +7602,11 @@ class BackupRun:
         if self.way_out.storage_hangs:
             raise StorageStalled("it was not tried, as the backup storage hangs: %s" % self._storage_problem)
         with stage("STORAGE-FAIL"):
-            self._catalog.check_in_place()
+            self._services.catalog.check_in_place()
         with self._own_folder(job.machine) as folder:
             self._clear_unfinished(folder)
             copies = self._placement.own_view(folder, job.machine)
-            if self._configuration.pre_clean:
+            if self._services.settings.pre_clean:
                 self._prune(job, copies, job.keep - 1, "to make room")
             outcome = self._make_copy(job, folder)
             try:                                   # whatever comes now, the new copy is sealed and good
@@ -7627,7 +7616,7 @@ class BackupRun:
                 self._add_finding(Severity.WARNING, job.machine.title, "older copies were not pruned: %s" % error)
             except Exception as bug:
                 self._had_bug = True
-                self._log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
+                self._services.log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
             return outcome
 
     @contextlib.contextmanager
@@ -7635,7 +7624,7 @@ class BackupRun:
         """The VM's directory, listed, its lock ours; an empty one is removed at the end."""
         while True:
             name = self._placement.folder_name(machine)
-            lock = self._catalog.folder_lock(name)
+            lock = self._services.catalog.folder_lock(name)
             with stage("LOCK-FAIL"):
                 self._wait_for_lock(lock, name)
             try:
@@ -7648,41 +7637,41 @@ class BackupRun:
 
     def _leave_folder(self, name: str, lock: LockFile) -> None:
         """The directory is gone if it is empty, and its lock is free; raises nothing that could hide what went wrong."""
-        self.way_out.tidy("leaving %s" % name, lambda: self._catalog.root.remove_if_empty(name))
+        self.way_out.tidy("leaving %s" % name, lambda: self._services.catalog.root.remove_if_empty(name))
         self.way_out.tidy("unlocking %s" % name, lock.release)
 
     def _wait_for_lock(self, lock: LockFile, name: str) -> None:
         """The lock is ours, or BackupError when lock_wait is over."""
-        give_up_at = self._clock.monotonic() + self._configuration.lock_wait * MINUTE_S
+        give_up_at = self._services.clock.monotonic() + self._services.settings.lock_wait * MINUTE_S
         told = False
         while not lock.take():
-            if self._clock.monotonic() >= give_up_at:
+            if self._services.clock.monotonic() >= give_up_at:
                 raise BackupError("the directory %s is in use by another run (%s) since before lock_wait=%d minutes. "
                                   "Nothing was done for this VM." % (name, holder_text(lock.text()),
-                                                                     self._configuration.lock_wait))
+                                                                     self._services.settings.lock_wait))
             if not told:
-                self._log.info("%s is in use by another run (%s); waiting." % (name, holder_text(lock.text())))
+                self._services.log.info("%s is in use by another run (%s); waiting." % (name, holder_text(lock.text())))
                 told = True
-            self._signals.sleep(1)
+            self._services.signals.sleep(1)
         with contextlib.suppress(CatalogError):    # the text is for people; a full store must not cost the lock
             lock.write_text(self._signature())
 
     def _signature(self) -> Dict[str, Any]:
         """Who we are, for the text of a lock."""
-        return {"host": self._journal.header["host"], "pid": os.getpid(), "since": format_utc(self._clock.utc())}
+        return {"host": self._services.journal.header["host"], "pid": os.getpid(), "since": format_utc(self._services.clock.utc())}
 
     def _make_copy(self, job: Job, folder: Folder) -> Outcome:
         """A new sealed copy in that directory."""
-        taken_at = self._clock.utc()
+        taken_at = self._services.clock.utc()
         machine = self._read_again(job)
         with stage("DIR-FAIL"):
-            copy = self._catalog.new_copy(folder.name, self._clock.local())
+            copy = self._services.catalog.new_copy(folder.name, self._services.clock.local())
         try:
-            self._log.info("%s: %s into %s/%s" % (machine.title, job.method.value, folder.name, copy.name))
+            self._services.log.info("%s: %s into %s/%s" % (machine.title, job.method.value, folder.name, copy.name))
             with stage("METADATA-FAIL"):
                 metadata = self._exporter.metadata(machine)
                 self._in_store("writing the metadata", lambda: copy.write(VM_METADATA, metadata))
-                interfaces, os_version = self._pool.interfaces(machine), self._pool.os_version(machine)
+                interfaces, os_version = self._services.pool.interfaces(machine), self._services.pool.os_version(machine)
                 self._tell_problems(job, machine, interfaces)
                 files = metadata_files(machine, machine.disks, interfaces, os_version)
                 self._in_store("writing the metadata", lambda: copy.write_texts(          # the sizes are those of the snapshot
@@ -7695,25 +7684,25 @@ class BackupRun:
                 self._in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if name.endswith(VDI_CFG)))
                 self._in_store("finishing the copy", lambda: copy.finish(self._manifest(job, machine, image, taken_at, folder)))
-                if self._configuration.verify_after:
+                if self._services.settings.verify_after:
                     self._read_back(machine, copy, image)
-                self._in_store("sealing the copy", lambda: (self._check_alive(), self._catalog.check_in_place(), copy.seal()))
+                self._in_store("sealing the copy", lambda: (self._check_alive(), self._services.catalog.check_in_place(), copy.seal()))
         except BaseException as error:
             self._discard(copy, error)
             raise
         finally:
             copy.close()
-        self._log.info("%s: %s/%s is complete: %s, proven %s." % (
+        self._services.log.info("%s: %s/%s is complete: %s, proven %s." % (
             machine.title, folder.name, copy.name, format_size(image.size), proof_text(image)))
         return Outcome(job, None, "SUCCESS", folder.name, copy.name, image.size, 0.0, 0, False)
 
     def _in_store(self, doing: str, work: Callable[[], Any]) -> Any:
         """What the work in the store gives; a store that hangs is left after stall_timeout, after a signal soon."""
         try:
-            return within(self._configuration.stall_timeout * MINUTE_S, doing, work, lambda: self._signals.noted)
+            return within(self._services.settings.stall_timeout * MINUTE_S, doing, work, lambda: self._services.signals.noted)
         except StorageStalled:
             self.way_out.storage_hangs = True
-            self._signals.check()
+            self._services.signals.check()
             raise
 
     def _discard(self, copy: NewCopy, error: BaseException) -> None:
@@ -7723,21 +7712,21 @@ class BackupRun:
         if isinstance(error, Interrupted):
             self.way_out.patience_s = WAY_OUT_S
         if not isinstance(error, TakenOver):
-            with self._signals.shielded():
+            with self._services.signals.shielded():
                 self.way_out.tidy("removing %s" % (copy.name + PARTIAL), copy.discard)
 
     def _check_alive(self) -> None:
         """Raises BackupError if another run took us for dead: then nothing more may be sealed, deleted or swept."""
-        if not self._journal.is_still_ours():
+        if not self._services.journal.is_still_ours():
             raise TakenOver("another run took this one for dead (its journal %s was taken over): nothing more "
-                            "is sealed or deleted. Do the clocks and locks of the share work?" % self._journal.name)
+                            "is sealed or deleted. Do the clocks and locks of the share work?" % self._services.journal.name)
 
     def _read_again(self, job: Job) -> VirtualMachine:
         """The VM as it is just before its snapshot; differences from the plan are told."""
         planned = job.machine
         with stage("VM-GONE"):
             try:
-                machine = self._pool.real_machine(planned)
+                machine = self._services.pool.real_machine(planned)
             except ApiFailure as failure:
                 if is_gone(failure, "VM"):
                     raise BackupError("%s is no longer in the pool, so it was not backed up. Its earlier copies are "
@@ -7747,10 +7736,10 @@ class BackupRun:
                                   ("power state", planned.power_state, machine.power_state),
                                   ("disks", disk_list(planned.disks), disk_list(machine.disks))):
             if before != now:
-                self._log.info("%s: its %s changed since the run was planned: %s, before %s." % (
+                self._services.log.info("%s: its %s changed since the run was planned: %s, before %s." % (
                     planned.title, what, one_line(now) or "none", one_line(before) or "none"))
         if machine.power_state == "Suspended":             # a snapshot of it is halted (tried on a real server)
-            self._log.info("%s is suspended: the copy holds its disks, but not its memory." % machine.title)
+            self._services.log.info("%s is suspended: the copy holds its disks, but not its memory." % machine.title)
         return machine
 
     def _tell_problems(self, job: Job, machine: VirtualMachine, interfaces: Sequence[Interface]) -> None:
@@ -7783,11 +7772,11 @@ class BackupRun:
 
     def _check_sr_space(self, machine: VirtualMachine, disks: Sequence[Disk]) -> None:
         """Raises BackupError if a snapshot of those disks could fill their SR."""
-        if not self._configuration.min_sr_free:
+        if not self._services.settings.min_sr_free:
             return
         with stage("SNAPSHOT-FAIL"):
-            check_sr_space(self._pool.storage_repositories(disk.sr_ref for disk in disks if disk.sr_uuid),
-                           self._configuration.min_sr_free, "no snapshot of %s was made" % machine.title)
+            check_sr_space(self._services.pool.storage_repositories(disk.sr_ref for disk in disks if disk.sr_uuid),
+                           self._services.settings.min_sr_free, "no snapshot of %s was made" % machine.title)
 
     def _manifest(self, job: Job, machine: VirtualMachine, image: ImageReport, taken_at: datetime,
                   folder: Folder) -> Dict[str, Any]:
@@ -7795,7 +7784,7 @@ class BackupRun:
         inventory = self._inventory
         return {
             "format": MANIFEST_FORMAT, "program": "VmBackup " + VERSION, "kind": job.method.value, "folder": folder.name,
-            "taken_at": format_utc(taken_at), "finished_at": format_utc(self._clock.utc()),
+            "taken_at": format_utc(taken_at), "finished_at": format_utc(self._services.clock.utc()),
             "sequence": next_sequence(folder.copies), "copies_to_keep": job.keep, "chosen_by": job.chosen_by,
             "vm": {"uuid": machine.uuid, "name": machine.name, "power_state": machine.power_state},
             "pool": {"uuid": inventory.pool_uuid, "name": inventory.pool_name},
@@ -7808,16 +7797,16 @@ class BackupRun:
             "disks": list(image.disks),
             "verified": {"structure": True, "block_digests": image.block_digests,
                          "block_digests_checked": image.block_digests_checked, "blocks": image.blocks,
-                         "read_back": self._configuration.verify_after},
+                         "read_back": self._services.settings.verify_after},
         }
 
     def _read_back(self, machine: VirtualMachine, copy: NewCopy, image: ImageReport) -> None:
         """Raises StorageMisbehaved unless the storage gives back what was written."""
-        self._log.info("%s: reading %s back from storage." % (machine.title, image.name))
+        self._services.log.info("%s: reading %s back from storage." % (machine.title, image.name))
         digest = Digest()
         fd = copy.inside.open_file(image.name)
         forget_cached(fd)
-        pump([Flow(fd, [digest])], lambda progress: self._signals.check(), "reading %s back" % image.name)
+        pump([Flow(fd, [digest])], lambda progress: self._services.signals.check(), "reading %s back" % image.name)
         if (digest.total_bytes, digest.hexdigest()) != (image.size, image.sha256):
             raise StorageMisbehaved("the storage gives back other bytes than were written to %s: the copy was not kept, "
                                     "and nothing is pruned. Check the share or disk." % image.name)
@@ -7826,15 +7815,15 @@ class BackupRun:
 
     def _retain(self, job: Job, folder_name: str, sealed: str) -> int:
         """Older copies beyond the number to keep are gone, never the one just sealed; the number of good ones there."""
-        folder = self._catalog.folder(folder_name)
+        folder = self._services.catalog.folder(folder_name)
         copies = self._placement.own_view(folder, job.machine)
         for copy in copies:
             if not copy.is_good:
-                self._log.info("%s/%s is not a good copy and is left: %s." % (folder_name, copy.name, copy.trouble))
+                self._services.log.info("%s/%s is not a good copy and is left: %s." % (folder_name, copy.name, copy.trouble))
             elif copy.aside and copy.uuid == job.machine.uuid:
-                self._log.info("%s/%s is left: %s." % (folder_name, copy.name, copy.aside))
+                self._services.log.info("%s/%s is left: %s." % (folder_name, copy.name, copy.aside))
         for name in folder.strangers:
-            self._log.info("%s/%s is not ours and is left." % (folder_name, one_line(name)))
+            self._services.log.info("%s/%s is not ours and is left." % (folder_name, one_line(name)))
         removed = self._prune(job, copies, job.keep, "retention", sealed)
         return sum(1 for copy in copies if copy.counts_for(job.machine.uuid, job.method)) - removed
 
@@ -7845,15 +7834,15 @@ class BackupRun:
             if verdict.keep:
                 continue
             if self._storage_problem or self._clock_went_back:
-                self._log.info("%s: nothing is pruned, as %s." % (
+                self._services.log.info("%s: nothing is pruned, as %s." % (
                     job.machine.title, "the storage misbehaved in this run" if self._storage_problem
                     else "the clock went back"))
                 return removed
             try:
                 self._check_alive()
-                self._catalog.check_in_place()
-                if not self._catalog.remove_copy(verdict.copy):
-                    self._log.info("%s: %s/%s is being read by a restore or drill: a later run removes it." % (
+                self._services.catalog.check_in_place()
+                if not self._services.catalog.remove_copy(verdict.copy):
+                    self._services.log.info("%s: %s/%s is being read by a restore or drill: a later run removes it." % (
                         job.machine.title, verdict.copy.folder, verdict.copy.name))
                     continue
             except TakenOver:
@@ -7863,7 +7852,7 @@ class BackupRun:
                 self._add_finding(Severity.WARNING, job.machine.title, str(error))
                 return removed
             removed += 1
-            self._log.info("%s: removed %s/%s (%s): %s." % (job.machine.title, verdict.copy.folder,
+            self._services.log.info("%s: removed %s/%s (%s): %s." % (job.machine.title, verdict.copy.folder,
                                                             verdict.copy.name, why, verdict.reason))
         return removed
 
@@ -7873,13 +7862,13 @@ class BackupRun:
             return
         largest = max((outcome.size_bytes for outcome in self._outcomes), default=0)
         try:
-            free = self._catalog.free_bytes()
+            free = self._services.catalog.free_bytes()
         except CatalogError as error:              # every VM is done by now
             self._note_storage(error)
-            self._add_finding(Severity.WARNING, self._configuration.backup_dir, str(error))
+            self._add_finding(Severity.WARNING, self._services.settings.backup_dir, str(error))
             return
         if free is not None and free < largest:
-            self._add_finding(Severity.WARNING, self._configuration.backup_dir, "only %s are free, and the largest copy "
+            self._add_finding(Severity.WARNING, self._services.settings.backup_dir, "only %s are free, and the largest copy "
                               "of this run has %s: the next run may not fit." % (format_size(free),
                                                                                  format_size(largest)))
 
@@ -7888,14 +7877,14 @@ class BackupRun:
     def _dump_pool_database(self) -> None:
         """One dump more in METADATA_<host>, and old ones pruned; a failure is the run's to report."""
         try:
-            self._catalog.check_in_place()
-            folder = dump_folder(self._catalog, self._inventory)
-            name = self._catalog.new_pool_dump(folder, self._clock.local(), self._exporter.pool_database)
-            self._log.info("pool database: %s/%s is complete." % (folder, name))
+            self._services.catalog.check_in_place()
+            folder = dump_folder(self._services.catalog, self._inventory)
+            name = self._services.catalog.new_pool_dump(folder, self._services.clock.local(), self._exporter.pool_database)
+            self._services.log.info("pool database: %s/%s is complete." % (folder, name))
         except BackupError as error:
             self._note_storage(error)
             self._pool_database_error = str(error)
-            self._log.error("pool database: %s" % error)
+            self._services.log.error("pool database: %s" % error)
             return
         try:
             self._prune_pool_dumps(folder, name)
@@ -7908,20 +7897,20 @@ class BackupRun:
     def _prune_pool_dumps(self, folder: str, newest: str) -> None:
         """Older dumps of this pool beyond the number to keep are gone."""
         problems = []                      # type: List[CatalogError]
-        dumps = [name for name, pool in self._catalog.pool_dumps(folder, problems) if pool == self._inventory.pool_uuid]
+        dumps = [name for name, pool in self._services.catalog.pool_dumps(folder, problems) if pool == self._inventory.pool_uuid]
         for problem in problems:
             self._tell_left(problem)
         if self._storage_problem or self._clock_went_back or dumps[-1:] != [newest]:
-            self._log.info("pool database: nothing is pruned, as %s." % (
+            self._services.log.info("pool database: nothing is pruned, as %s." % (
                 "the storage misbehaved in this run" if self._storage_problem else
                 "the clock went back" if self._clock_went_back or newest in dumps else
                 "%s/%s, just made, can't be read back" % (folder, newest)))
             return
-        for old in dumps[:-self._configuration.max_backups]:
+        for old in dumps[:-self._services.settings.max_backups]:
             self._check_alive()
-            self._catalog.remove_pool_dump(folder, old)
-            self._log.info("pool database: removed %s/%s: %s kept." % (
-                folder, old, counted(self._configuration.max_backups, "dump", "is")))
+            self._services.catalog.remove_pool_dump(folder, old)
+            self._services.log.info("pool database: removed %s/%s: %s kept." % (
+                folder, old, counted(self._services.settings.max_backups, "dump", "is")))
 
 
 def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
@@ -9086,9 +9075,8 @@ class ImportedVm(NamedTuple):
 class ImportWatch(Watch):
     """The watch over an import: the tasks are ours, and their progress is a sign of life."""
 
-    def __init__(self, doing: str, size_bytes: int, tasks: Sequence[str], pool: Pool, configuration: Configuration,
-                 log: Log, signals: Signals) -> None:
-        super().__init__(doing, tasks[0] if tasks else None, (), size_bytes, pool, configuration, log, signals)
+    def __init__(self, services: Services, doing: str, size_bytes: int, tasks: Sequence[str]) -> None:
+        super().__init__(services, doing, tasks[0] if tasks else None, (), size_bytes)
         self._own_tasks = tasks
         self.size_bytes = size_bytes
 
@@ -9105,16 +9093,10 @@ class ImportWatch(Watch):
 class Importer:
     """Makes VMs of copies, journal first; everything is taken back unless the entry is closed."""
 
-    def __init__(self, pool: Pool, xe: XeProgram, configuration: Configuration, journal: RunJournal,
-                 snapshots: Snapshots, clock: Clock, log: Log, signals: Signals) -> None:
-        self._pool = pool
+    def __init__(self, services: Services, xe: XeProgram, snapshots: Snapshots) -> None:
+        self._services = services
         self._xe = xe
-        self._configuration = configuration
-        self._journal = journal
         self._snapshots = snapshots
-        self._clock = clock
-        self._log = log
-        self._signals = signals
 
     @contextlib.contextmanager
     def imported(self, plan: RestorePlan, inside: Directory, kind: str, force: bool = False,
@@ -9125,9 +9107,9 @@ class Importer:
         pattern = DRILL_VM_NAME if kind == "drill" else NEW_VM_NAME
         name = pattern % (plan.source.vm_name if kind == "drill" else plan.name, token)
         names = [name] + [PART_NAME % (name, part + 1) for part in range(1, len(plan.parts))]
-        entry = self._journal.open_entry(
+        entry = self._services.journal.open_entry(
             kind=kind, token=token, vm_uuid=plan.source.vm_uuid or "?", vm_name=plan.source.vm_name, names=names, tasks=[],
-            called_at=format_utc(self._clock.utc()))
+            called_at=format_utc(self._services.clock.utc()))
         try:
             if plan.source.has_only_cfg_files:
                 problem = self._create(entry, plan, inside, force, sink)
@@ -9145,11 +9127,11 @@ class Importer:
                 for part, name in enumerate(entry.facts["names"])]
         tasks = []                         # type: List[str]
         for name in entry.facts["names"]:
-            tasks.append(self._pool.call("making the task of " + doing, "task.create", name, "VmBackup " + VERSION))
+            tasks.append(self._services.pool.call("making the task of " + doing, "task.create", name, "VmBackup " + VERSION))
             entry.note(tasks=list(tasks))
-        uuids = [self._pool.ask(doing, "task.get_uuid", ref) for ref in tasks]
+        uuids = [self._services.pool.ask(doing, "task.get_uuid", ref) for ref in tasks]
         size = inside.status(plan.source.copy.image).st_size
-        watch = ImportWatch(doing, size, tasks, self._pool, self._configuration, self._log, self._signals)
+        watch = ImportWatch(self._services, doing, size, tasks)
         problem = ""
         try:
             with contextlib.ExitStack() as stack:
@@ -9171,28 +9153,27 @@ class Importer:
         record = plan.source.record
         vdi = ova_objects(plan.source.ova, "VDI")[disk.id]
         vbd = next(one for one in ova_objects(plan.source.ova, "VBD").values() if one["VDI"] == disk.id)
-        machine = self._pool.call(doing, "VM.create", dict(
+        machine = self._services.pool.call(doing, "VM.create", dict(
             NEW_HVM_FIELDS, name_label=entry.facts["names"][0], name_description=record.get("name_description", ""),
             memory_static_max=record["memory_dynamic_max"], memory_dynamic_max=record["memory_dynamic_max"],
             memory_dynamic_min=record["memory_dynamic_max"], VCPUs_max=record["VCPUs_max"],
             VCPUs_at_startup=record["VCPUs_at_startup"], other_config={key: ""}))
-        entry.note(uuids=[self._pool.ask(doing, "VM.get_uuid", machine)])
-        new_disk = self._pool.call(doing, "VDI.create", {
+        entry.note(uuids=[self._services.pool.ask(doing, "VM.get_uuid", machine)])
+        new_disk = self._services.pool.call(doing, "VDI.create", {
             "SR": plan.disks[0].sr.ref, "virtual_size": str(disk.virtual_size), "type": vdi["type"], "sharable": False,
             "read_only": False, "other_config": {key: ""}, "name_label": vdi["name_label"],
             "name_description": vdi["name_description"]})
-        uuid = self._pool.ask(doing, "VDI.get_uuid", new_disk)
+        uuid = self._services.pool.ask(doing, "VDI.get_uuid", new_disk)
         entry.note(disks=[uuid])
-        self._pool.call(doing, "VBD.create", vbd_fields(dict(vbd, VDI=new_disk), machine))
-        watch = ImportWatch(doing, inside.status(plan.source.copy.image).st_size, (), self._pool, self._configuration,
-                            self._log, self._signals)
+        self._services.pool.call(doing, "VBD.create", vbd_fields(dict(vbd, VDI=new_disk), machine))
+        watch = ImportWatch(self._services, doing, inside.status(plan.source.copy.image).st_size, ())
         problem = ""
         try:
             with contextlib.ExitStack() as stack:
                 imports = _Imports(self._xe, stack, [("vdi-import", "uuid=" + uuid, "filename=/dev/stdin",
                                                       "format=raw")])
                 feed = RawFeed(PartPipe(lambda: imports.start(0)),
-                               int(self._pool.ask(doing, "VDI.get_virtual_size", new_disk)))
+                               int(self._services.pool.ask(doing, "VDI.get_virtual_size", new_disk)))
                 problem = self._feed(doing, plan.source, inside, imports, Sinks(feed, sink) if sink else feed, watch,
                                      force=force)
                 if not imports.programs:
@@ -9202,7 +9183,7 @@ class Importer:
             if not force:
                 raise
             problem = problem or str(error)
-        self._pool.ask(doing, "VDI.remove_from_other_config", new_disk, key)
+        self._services.pool.ask(doing, "VDI.remove_from_other_config", new_disk, key)
         return problem
 
     def _feed(self, doing: str, source: Source, inside: Directory, imports: "_Imports", sink: Any, watch: ImportWatch,
@@ -9246,10 +9227,10 @@ class Importer:
     def _await_imports(self, doing: str, imports: "_Imports", watch: ImportWatch, tasks: Sequence[str], was_proven: bool) -> None:
         """All imports have ended well. An xe that lost its connection proves nothing: then the task tells. `was_proven`:
         what went in matched its digests, so that what is wrong now is not the copy."""
-        began_s = self._clock.monotonic()
+        began_s = self._services.clock.monotonic()
         for number, program in enumerate(imports.programs):
             while program.wait(TICK_S) is None:
-                watch(Progress(watch.size_bytes, self._clock.monotonic() - began_s, "server"))
+                watch(Progress(watch.size_bytes, self._services.clock.monotonic() - began_s, "server"))
             problem = xe_problem(program.wait(0), program.said)
             if problem and not (tasks and self._has_succeeded(tasks[number])):
                 raise import_failure(doing, problem, was_proven)
@@ -9257,7 +9238,7 @@ class Importer:
     def _has_succeeded(self, task: str) -> bool:
         """Does the pool say that the import of that task is done?"""
         try:
-            return self._pool.ask("asking what became of an import", "task.get_status", task) == "success"
+            return self._services.pool.ask("asking what became of an import", "task.get_status", task) == "success"
         except ApiFailure as failure:
             if is_gone(failure, "task"):
                 return False
@@ -9268,7 +9249,7 @@ class Importer:
         doing = "reading what was imported of " + entry.title
         found = {}                         # type: Dict[str, str]
         for name in entry.facts["names"]:
-            refs = self._pool.ask(doing, "VM.get_by_name_label", name)
+            refs = self._services.pool.ask(doing, "VM.get_by_name_label", name)
             if len(refs) == 1:
                 found[name] = refs[0]
         missing = [name for name in entry.facts["names"] if name not in found]
@@ -9277,12 +9258,12 @@ class Importer:
         if missing and not problem:
             raise BackupError("%s: xe reported no failure, but there is no VM named %s." % (entry.title, missing[0]))
         names = [name for name in entry.facts["names"] if name in found]     # of a damaged copy the last may be lost
-        machines = [self._pool.ask(doing, "VM.get_record", found[name]) for name in names]
-        vbds = [{vbd["userdevice"]: vbd for vbd in self._pool.ask(doing, "VBD.get_all_records_where",
+        machines = [self._services.pool.ask(doing, "VM.get_record", found[name]) for name in names]
+        vbds = [{vbd["userdevice"]: vbd for vbd in self._services.pool.ask(doing, "VBD.get_all_records_where",
                                                                   'field "VM" = "%s"' % found[name]).values()
                  if vbd["type"] != "CD"} for name in names]
         disks = [vbd["VDI"] for part in vbds for vbd in part.values() if vbd["VDI"] != NULL_REF]
-        records = {ref: self._pool.ask(doing, "VDI.get_record", ref) for ref in disks}
+        records = {ref: self._services.pool.ask(doing, "VDI.get_record", ref) for ref in disks}
         entry.note(uuids=[machine["uuid"] for machine in machines],
                    disks=sorted(record["uuid"] for record in records.values()))
         vdis = {}
@@ -9296,7 +9277,7 @@ class Importer:
         else:
             self._check_disks(entry, plan, vdis, records)
         if problem:
-            self._log.warning("%s: %s It is kept, as force=yes asks for." % (entry.title, problem))
+            self._services.log.warning("%s: %s It is kept, as force=yes asks for." % (entry.title, problem))
         main = found[names[0]]
         self._join_parts(entry, main, [found[name] for name in names[1:]], vbds[1:])
         return ImportedVm(entry, main, machines[0]["uuid"], vdis, problem)
@@ -9332,8 +9313,8 @@ class Importer:
         for existing in plan.existing:
             if existing.vdi_ref:
                 self._attach(existing, plan.source, imported, doing)
-        self._signals.check()
-        with self._signals.shielded():
+        self._services.signals.check()
+        with self._services.signals.shielded():
             with contextlib.suppress(CatalogError):            # a full store: then the new name alone says that it is theirs
                 imported.entry.note(restored=True)
             try:
@@ -9343,13 +9324,13 @@ class Importer:
 
     def _attach(self, existing: ExistingDisk, source: Source, imported: ImportedVm, doing: str) -> None:
         """That disk hangs on the VM too, unless somebody else has it by now: an import takes hours."""
-        record = self._pool.ask(doing, "VDI.get_record", existing.vdi_ref)
+        record = self._services.pool.ask(doing, "VDI.get_record", existing.vdi_ref)
         strangers = self._snapshots.strangers_on(record, (imported.ref,), doing)
         if strangers:
             self._snapshots.findings.append(Finding(
                 Severity.WARNING, imported.entry.title, "its disk %s hangs on another VM by now, %s, so it was not attached."
-                % (existing.disk.title, quote_name(self._pool.ask(doing, "VM.get_name_label", strangers[0])))))
-            self._log.finding(self._snapshots.findings[-1])
+                % (existing.disk.title, quote_name(self._services.pool.ask(doing, "VM.get_name_label", strangers[0])))))
+            self._services.log.finding(self._snapshots.findings[-1])
             return
         # An archive's own drives are those of its disks; one that it lacks is attached as a plain data disk.
         vbds = ova_objects(source.ova, "VBD").values() if source.file_format != "xva" else ()
@@ -9364,11 +9345,11 @@ class Importer:
         """The VM has that VIF or VBD. A call without an answer is repeated only if nothing stands in its place: an import
         of hours must not be given up for it."""
         try:
-            self._pool.call(doing, class_name + ".create", fields)
+            self._services.pool.call(doing, class_name + ".create", fields)
         except AnswerLost:
-            there = self._pool.ask(doing, class_name + ".get_all_records_where", 'field "VM" = "%s"' % fields["VM"])
+            there = self._services.pool.ask(doing, class_name + ".get_all_records_where", 'field "VM" = "%s"' % fields["VM"])
             if not any(record[place] == fields[place] for record in there.values()):
-                self._pool.call(doing, class_name + ".create", fields)
+                self._services.pool.call(doing, class_name + ".create", fields)
 
     def _make_interface(self, interface: PlannedInterface, imported: ImportedVm, doing: str) -> None:
         """The VM has that VIF. Where the pool has no licence for VIF locking it is made without, as the server's own
@@ -9386,11 +9367,11 @@ class Importer:
                 Severity.WARNING, imported.entry.title, "its interface %s was restricted (locking_mode %s, addresses "
                 "allowed: %s), for which this pool has no licence: it was made WITHOUT that restriction." % (
                     interface.device, mode, ", ".join(allowed) or "none")))
-            self._log.finding(self._snapshots.findings[-1])
+            self._services.log.finding(self._snapshots.findings[-1])
 
     def _give_back(self, plan: RestorePlan, imported: ImportedVm, doing: str) -> None:
         """The VM has its own other_config, blocked operations and name."""
-        ask = self._pool.ask
+        ask = self._services.pool.ask
         ask(doing, "VM.remove_from_other_config", imported.ref, "import_task")
         ask(doing, "VM.remove_from_other_config", imported.ref, KEY_PREFIX + imported.entry.facts["token"])
         blocked = plan.source.original.get("blocked_operations")
@@ -9596,13 +9577,10 @@ class DrillOutcome(NamedTuple):
 class Drill:
     """Imports copies for a while and looks at them."""
 
-    def __init__(self, importer: Importer, exporter: Exporter, pool: Pool, clock: Clock, log: Log, signals: Signals) -> None:
+    def __init__(self, services: Services, importer: Importer, exporter: Exporter) -> None:
+        self._services = services
         self._importer = importer
         self._exporter = exporter
-        self._pool = pool
-        self._clock = clock
-        self._log = log
-        self._signals = signals
 
     def run(self, plan: RestorePlan, inside: Directory, boot_s: float) -> str:
         """What was proven, in words; raises what went wrong. Nothing of it is left in the pool, or a finding says so."""
@@ -9617,11 +9595,11 @@ class Drill:
     def _compare(self, plan: RestorePlan, imported: ImportedVm, planned: PlannedDisk, expected: ContentDigests) -> None:
         """Raises ProgramError unless the disk in the pool holds what the image held: that matched its digests."""
         doing = "reading back disk %s of %s" % (planned.disk.device, imported.entry.title)
-        record = self._pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
+        record = self._services.pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
         size = int(record["virtual_size"])
         is_sparse = planned.sr.type in VHD_SR_TYPES and size <= VHD_EXPORT_LIMIT_BYTES
         found = ContentDigests()
-        self._log.info("%s, %s." % (doing, format_size(size)))
+        self._services.log.info("%s, %s." % (doing, format_size(size)))
         try:
             self._exporter.disk_contents(doing, record["uuid"], size, "vhd" if is_sparse else "raw", found)
         except VerificationError as error:
@@ -9638,12 +9616,12 @@ class Drill:
         doing = "starting %s" % imported.entry.title
         metrics = self._guest_metrics(imported.ref, doing)
         # the copy may bear what blocked the start of its VM: of this one nobody but us knows
-        self._pool.ask(doing, "VM.remove_from_blocked_operations", imported.ref, "start")
-        self._pool.call(doing, "VM.start", imported.ref, False, False)
-        began_s = self._clock.monotonic()
+        self._services.pool.ask(doing, "VM.remove_from_blocked_operations", imported.ref, "start")
+        self._services.pool.call(doing, "VM.start", imported.ref, False, False)
+        began_s = self._services.clock.monotonic()
         while True:
-            record = self._pool.ask(doing, "VM.get_record", imported.ref)
-            after_s = self._clock.monotonic() - began_s
+            record = self._services.pool.ask(doing, "VM.get_record", imported.ref)
+            after_s = self._services.clock.monotonic() - began_s
             if record["power_state"] != "Running":
                 raise BackupError("%s: it started, and was %s after %s." % (
                     imported.entry.title, record["power_state"].lower(), format_duration(after_s)))
@@ -9652,15 +9630,15 @@ class Drill:
                 return "the guest's tools answered after %s" % format_duration(after_s)
             if after_s >= boot_s:
                 return "running after %s, no guest tools seen" % format_duration(after_s)
-            self._signals.sleep(BOOT_POLL_S)
+            self._services.signals.sleep(BOOT_POLL_S)
 
     def _guest_metrics(self, ref: str, doing: str) -> str:
         """What changes when the guest's tools report; "" if they never did."""
-        metrics = self._pool.ask(doing, "VM.get_guest_metrics", ref)
+        metrics = self._services.pool.ask(doing, "VM.get_guest_metrics", ref)
         if metrics == NULL_REF:
             return ""
         try:
-            record = self._pool.ask(doing, "VM_guest_metrics.get_record", metrics)
+            record = self._services.pool.ask(doing, "VM_guest_metrics.get_record", metrics)
         except ApiFailure as failure:
             if is_gone(failure, "VM_guest_metrics"):
                 return ""
@@ -9711,11 +9689,10 @@ STATUS_LOG_LIMIT_S = 20           # it often lies on the very share that hangs
 class StatusLog:
     """The older program's status lines, appended; people parse them. No backup fails for it."""
 
-    def __init__(self, path: str, host: str, clock: Clock, log: Log) -> None:
-        self._path = path
+    def __init__(self, services: Services, host: str) -> None:
+        self._services = services
+        self._path = services.settings.status_log
         self._host = host
-        self._clock = clock
-        self._log = log
         self._fd = None                    # type: Optional[int]
 
     def open(self) -> None:
@@ -9727,7 +9704,7 @@ class StatusLog:
         try:
             self._fd = within(STATUS_LOG_LIMIT_S, "opening the status log", opened)
         except CatalogError as error:
-            self._log.info("no status log is written: %s" % error)
+            self._services.log.info("no status log is written: %s" % error)
 
     def begin(self, what: str, name: str = "") -> None:
         """`what` has begun, for that VM or for the run."""
@@ -9749,7 +9726,7 @@ class StatusLog:
     def _line(self, what: str, rest: str) -> None:
         if self._fd is None:
             return
-        stamp = self._clock.local().strftime("%Y/%m/%d %H:%M:%S")
+        stamp = self._services.clock.local().strftime("%Y/%m/%d %H:%M:%S")
         line = ("%s,%s,%s,%s\n" % (stamp, what, self._host, rest)).encode("utf-8", "surrogateescape")
 
         def write(fd: int = self._fd) -> None:
@@ -9759,7 +9736,7 @@ class StatusLog:
         try:
             within(STATUS_LOG_LIMIT_S, "writing the status log", write)
         except CatalogError as error:
-            self._log.info("the status log can't be written: %s" % error)
+            self._services.log.info("the status log can't be written: %s" % error)
             self._fd = None
 
 
@@ -10079,13 +10056,10 @@ class Outbox:
 class Mailer:
     """Sends mail; what can't be sent goes into the outbox, and out with the next run's."""
 
-    def __init__(self, configuration: Configuration, outbox: Optional[Outbox], clock: Clock, log: Log,
-                 signals: Signals) -> None:
-        self._configuration = configuration
+    def __init__(self, services: Services, outbox: Optional[Outbox]) -> None:
+        configuration = services.settings
+        self._services = services
         self._outbox = outbox
-        self._clock = clock
-        self._log = log
-        self._signals = signals
         self._recipients = tuple(collections.OrderedDict.fromkeys(configuration.mail_to))
         self._host = this_host()
         self._sender = configuration.mail_from or "root@" + self._host
@@ -10096,7 +10070,7 @@ class Mailer:
 
     def send(self, report: MailReport) -> bool:
         """True if the mail is with the server for every recipient; those kept from earlier runs have followed it."""
-        now = self._clock.utc()
+        now = self._services.clock.utc()
         message = compose_mail(report, self._sender, self._recipients, now)
         refused = self._deliver(message, MAIL_PAUSES_S)
         if not refused:
@@ -10105,16 +10079,16 @@ class Mailer:
             advice = self._keep(message, now)
         else:
             advice = "The other recipients have it."
-        self._log.warning("%s %s" % (self._failure_text(refused), advice))
+        self._services.log.warning("%s %s" % (self._failure_text(refused), advice))
         return False
 
     def send_test(self, report: MailReport) -> None:
         """The mail is with the server; BackupError if it is not, and nothing is kept."""
-        refused = self._deliver(compose_mail(report, self._sender, self._recipients, self._clock.utc()),
+        refused = self._deliver(compose_mail(report, self._sender, self._recipients, self._services.clock.utc()),
                                 MAIL_PAUSES_S)
         if refused:
             raise BackupError(self._failure_text(refused))
-        self._log.show("%s has taken the mail for %s." % (self._server_title, ", ".join(self._recipients)))
+        self._services.log.show("%s has taken the mail for %s." % (self._server_title, ", ".join(self._recipients)))
 
     def send_kept(self) -> bool:
         """The mails that earlier runs could not send are with the server, unless it takes none now. False if one had to
@@ -10124,16 +10098,16 @@ class Mailer:
             for name in self._outbox.names() if self._outbox else []:
                 refused = self._deliver(self._outbox.read(name), ())
                 if refused and not all(refusal.is_for_good for refusal in refused.values()):
-                    self._log.info("%s Mails of earlier runs are still kept." % self._failure_text(refused))
+                    self._services.log.info("%s Mails of earlier runs are still kept." % self._failure_text(refused))
                     break
                 self._outbox.remove(name)
                 if refused:
                     all_well = False
-                    self._log.warning("%s It is one of an earlier run, and is given up." % self._failure_text(refused))
+                    self._services.log.warning("%s It is one of an earlier run, and is given up." % self._failure_text(refused))
                 else:
-                    self._log.info("a mail that an earlier run could not send was sent.")
+                    self._services.log.info("a mail that an earlier run could not send was sent.")
         except BackupError as error:
-            self._log.info("mails that earlier runs could not send are not in reach: %s" % error)
+            self._services.log.info("mails that earlier runs could not send are not in reach: %s" % error)
         return all_well
 
     def _failure_text(self, refused: Dict[str, Refusal]) -> str:
@@ -10160,9 +10134,9 @@ class Mailer:
         waiting = list(self._recipients)
         for pause_s in (0,) + pauses_s:
             if pause_s:
-                self._log.info("%s Trying again in %s." % (
+                self._services.log.info("%s Trying again in %s." % (
                     self._failure_text({address: refused[address] for address in waiting}), format_duration(pause_s)))
-                self._signals.sleep(pause_s)
+                self._services.signals.sleep(pause_s)
             for address in waiting:
                 refused.pop(address, None)
             refused.update(self._try_once(waiting, message))
@@ -10173,7 +10147,7 @@ class Mailer:
 
     def _prepare(self) -> None:
         """What the settings name is read; BackupError if it can't be used."""
-        settings = self._configuration
+        settings = self._services.settings
         if settings.smtp_security != "none" and self._context is None:
             try:
                 self._context = ssl.create_default_context(
@@ -10190,17 +10164,17 @@ class Mailer:
         hangs nor a server that sends a byte a minute can make the try longer.
         """
         answers = queue.Queue()            # type: queue.Queue
-        talk = SmtpTalk(self._configuration, self._port, self._host, self._context, self._passwords)
+        talk = SmtpTalk(self._services.settings, self._port, self._host, self._context, self._passwords)
         thread = threading.Thread(target=talk.hold, args=(self._sender, list(recipients), message, answers), daemon=True)
         thread.start()
-        give_up_at = self._clock.monotonic() + MAIL_TRY_LIMIT_S
+        give_up_at = self._services.clock.monotonic() + MAIL_TRY_LIMIT_S
         while True:
             try:
                 answer = answers.get(timeout=0.25)
                 break
             except queue.Empty:
-                self._signals.check()
-            if self._clock.monotonic() > give_up_at:
+                self._services.signals.check()
+            if self._services.clock.monotonic() > give_up_at:
                 talk.break_off()
                 reason = "it had not taken the mail after %s" % format_duration(MAIL_TRY_LIMIT_S)
                 return {address: Refusal(reason, False) for address in recipients}
@@ -10219,7 +10193,7 @@ class Mailer:
         """The text without the password, which a server may repeat as it was sent."""
         for password in self._passwords:
             raw = password.encode("utf-8", "surrogateescape")
-            for secret in (base64.b64encode(("\0%s\0" % self._configuration.smtp_user).encode("utf-8") + raw),
+            for secret in (base64.b64encode(("\0%s\0" % self._services.settings.smtp_user).encode("utf-8") + raw),
                            base64.b64encode(raw), raw):
                 if secret:
                     text = text.replace(secret.decode("utf-8", "surrogateescape"), "***")
@@ -10708,54 +10682,45 @@ def check_server_can_import(configuration: Configuration, plan: Plan, inventory:
                                            + inventory.master.api_version))
 
 
-class Context(NamedTuple):
-    """What every command is given."""
-    arguments: Arguments
-    configuration: Configuration
-    clock: Clock
-    log: Log
-    signals: Signals
-
-
-def make_pool(context: Context, patience_s: float = 0) -> Pool:
+def make_pool(services: Services, patience_s: float = 0) -> Pool:
     """The pool that the config and password mean, not connected yet; UsageError if they contradict."""
-    configuration = context.configuration
-    password = read_password(context.arguments.password)
+    configuration = services.settings
+    password = read_password(services.arguments.password)
     if password is None and configuration.pool is not None:
         raise UsageError("pool= needs a password: - means root on this host, which another pool does not know.")
-    context.log.keep_secret(password or "")
+    services.log.keep_secret(password or "")
     return Pool(configuration.pool, password, Doorway.of_environment(dict(os.environ)),
                 Trust(configuration.ca_file, configuration.ca_fingerprint),
-                patience_s or configuration.stall_timeout * MINUTE_S, context.log, context.signals)
+                patience_s or configuration.stall_timeout * MINUTE_S, services.log, services.signals)
 
 
-def make_xe(context: Context, pool: Pool) -> XeProgram:
-    """How xe is called for that pool."""
-    return XeProgram(find_xe(context.configuration), pool.xe_address,
-                     read_password(context.arguments.password) or "")
+def make_xe(services: Services) -> XeProgram:
+    """How xe is called for the pool."""
+    return XeProgram(find_xe(services.settings), services.pool.xe_address,
+                     read_password(services.arguments.password) or "")
 
 
 # --- preview and backup ----------------------------------------------------------------------
 
 
-def command_preview(context: Context) -> int:
+def command_preview(services: Services) -> int:
     """Shown: the plan, and what retention would then remove."""
-    catalog = open_catalog(context.configuration, context.log)
-    find_xe(context.configuration)
-    check_compressor_there(context.configuration)
-    pool = make_pool(context)
+    catalog = open_catalog(services.settings, services.log)
+    find_xe(services.settings)
+    check_compressor_there(services.settings)
+    pool = make_pool(services)
     pool.connect()
     try:
         pool.changes_allowed = False
         inventory = pool.inventory()
     finally:
         pool.close()
-    plan = make_plan(context.configuration, inventory)
-    check_server_can_import(context.configuration, plan, inventory)
+    plan = make_plan(services.settings, inventory)
+    check_server_can_import(services.settings, plan, inventory)
     placement = Placement(catalog, inventory)
     placement.claim_all(job.machine for job in plan.jobs)
     views, findings = {}, list(plan.findings)        # type: Dict[str, Tuple[str, List[Copy]]], List[Finding]
-    utc, local = context.clock.utc(), context.clock.local()
+    utc, local = services.clock.utc(), services.clock.local()
     for job in plan.jobs:
         try:
             folder = placement.folder(placement.folder_name(job.machine))
@@ -10768,118 +10733,118 @@ def command_preview(context: Context) -> int:
     plan = plan._replace(findings=tuple(findings))
     clock_is_wrong = any(clock_went_back(copies, utc) for _, copies in views.values())
     futures = {job.machine.uuid: (views[job.machine.uuid][0], future_verdicts(
-        job, views[job.machine.uuid][1], local, clock_is_wrong, context.configuration.pre_clean)) for job in plan.jobs}
-    context.log.show(preview_text(context.configuration, inventory, plan, futures, catalog))
+        job, views[job.machine.uuid][1], local, clock_is_wrong, services.settings.pre_clean)) for job in plan.jobs}
+    services.log.show(preview_text(services.settings, inventory, plan, futures, catalog))
     severities = {finding.severity for finding in plan.findings}
     if Severity.ERROR in severities:
         return ExitStatus.FAILED
-    return ExitStatus.WARNING if Severity.WARNING in severities or context.configuration.warnings else ExitStatus.OK
+    return ExitStatus.WARNING if Severity.WARNING in severities or services.settings.warnings else ExitStatus.OK
 
 
-def command_backup(context: Context) -> int:
+def command_backup(services: Services) -> int:
     """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
-    with early_end_mailed(context, "backed up"):
-        return backup(context)
+    with early_end_mailed(services, "backed up"):
+        return backup(services)
 
 
 @contextlib.contextmanager
-def early_end_mailed(context: Context, done: str) -> Iterator[None]:
+def early_end_mailed(services: Services, done: str) -> Iterator[None]:
     """A mail is out about a run that ended before it could report what it has done; the error itself is told by main."""
     try:
         yield
     except (Exception, Interrupted) as error:
-        with context.signals.shielded():
-            if mail_is_wanted(context.configuration, "ERROR") and not context.arguments.preview:
+        with services.signals.shielded():
+            if mail_is_wanted(services.settings, "ERROR") and not services.arguments.preview:
                 catalog = None                         # type: Optional[Catalog]
                 with contextlib.suppress(CatalogError):             # no store is what such a mail is often about
-                    catalog = within(OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(context.configuration.backup_dir))
+                    catalog = within(OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(services.settings.backup_dir))
                 host = socket.gethostname().split(".")[0]
-                make_mailer(context, catalog).send(early_end_report(
-                    error, context.configuration.source, host, context.clock.utc(), done))
+                make_mailer(services, catalog).send(early_end_report(
+                    error, services.settings.source, host, services.clock.utc(), done))
         raise
 
 
-def make_mailer(context: Context, catalog: Optional[Catalog]) -> Mailer:
+def make_mailer(services: Services, catalog: Optional[Catalog]) -> Mailer:
     """What sends this config's mail, and keeps in that store what can't be sent."""
-    outbox = Outbox(catalog, config_place(context.arguments)) if catalog is not None else None
-    return Mailer(context.configuration, outbox, context.clock, context.log, context.signals)
+    outbox = Outbox(catalog, config_place(services.arguments)) if catalog is not None else None
+    return Mailer(services, outbox)
 
 
-def backup(context: Context) -> int:
+def backup(services: Services) -> int:
     """The exit status of a run; raises what ends it before it has a plan."""
-    configuration = context.configuration
-    catalog = open_catalog(configuration, context.log)
+    configuration = services.settings
+    catalog = open_catalog(configuration, services.log)
     check_compressor_there(configuration)
     find_xe(configuration)
-    pool = make_pool(context)
+    pool = make_pool(services)
+    services = services._replace(pool=pool, catalog=catalog)
     pool.connect()
     try:
         inventory = pool.inventory()
         plan = make_plan(configuration, inventory)
         check_server_can_import(configuration, plan, inventory)
-        lock = catalog.lock_file("config", config_identity(context, inventory))
-        neighbour = take_config_lock(context, lock, inventory, catalog.locks_are_local)
+        lock = catalog.lock_file("config", config_identity(services, inventory))
+        neighbour = take_config_lock(services, lock, inventory, catalog.locks_are_local)
         if neighbour:
-            context.log.info(neighbour)
+            services.log.info(neighbour)
             return ExitStatus.OK
         status = ExitStatus.BUG            # for the text of the lock, if even the report fails
         try:
-            status = run_backup(context, inventory, plan, pool, catalog, lock)
+            status = run_backup(services, inventory, plan, lock)
             return status
         finally:
             if lock.is_held:
                 with contextlib.suppress(CatalogError):    # it ends with this process
                     end_config_lock(lock, int(status))
     finally:
-        with context.signals.shielded():
+        with services.signals.shielded():
             pool.close()
 
 
-def begin_journal(context: Context, catalog: Catalog, inventory: Inventory) -> RunJournal:
-    """The journal of this run, locked."""
-    now = context.clock.utc()
+def with_journal(services: Services, inventory: Inventory) -> Services:
+    """The services with the journal of this run, which is begun and locked."""
+    now = services.clock.utc()
     host = inventory.host.short_name
-    return catalog.begin_run("%s-%s-%d-%s" % (now.strftime("%Y%m%dT%H%M%SZ"), safe_name(host), os.getpid(),
-                                              secrets.token_hex(3)),
-                             {"pool": inventory.pool_uuid, "host": host, "pid": os.getpid(),
-                              "since": format_utc(now), "config": context.configuration.source}, now.timestamp())
+    name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{secrets.token_hex(3)}"
+    journal = services.catalog.begin_run(name, {
+        "pool": inventory.pool_uuid, "host": host, "pid": os.getpid(), "since": format_utc(now),
+        "config": services.settings.source}, now.timestamp())
+    journal.limit_s = services.settings.stall_timeout * MINUTE_S
+    return services._replace(journal=journal)
 
 
-def run_backup(context: Context, inventory: Inventory, plan: Plan, pool: Pool, catalog: Catalog,
-               lock: LockFile) -> int:
+def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockFile) -> int:
     """The run and its report; raises Interrupted after both if a signal ended it."""
-    configuration, clock, log = context.configuration, context.clock, context.log
+    configuration, log = services.settings, services.log
     host = inventory.host.short_name
-    if catalog.locks_are_local:
+    if services.catalog.locks_are_local:
         log.info("the mount options of %s keep locks within this host: what a run of another host left is touched "
                  "only after a day." % configuration.backup_dir)
     for warning in configuration.warnings:
         log.warning(warning)
-    status_log = StatusLog(configuration.status_log, host, clock, log)
+    status_log = StatusLog(services, host)
     status_log.open()
-    journal = begin_journal(context, catalog, inventory)
+    services = with_journal(services, inventory)
     status_log.begin("vmbackup.py")
     log.info("VmBackup %s: %s of %s in pool %s; %s." % (
         VERSION, counted(len(plan.jobs), "VM"), configuration.source,
         inventory.pool_title, "host " + host))
     for machine in plan.provisional:
         log.info("left out: " + provisional_text(machine))
-    exporter = Exporter(pool, make_xe(context, pool), configuration, log, context.signals)
-    run = BackupRun(configuration, inventory, plan, pool, catalog, journal, exporter, status_log, clock, log,
-                    context.signals)
+    run = BackupRun(services, inventory, plan, Exporter(services, make_xe(services)), status_log)
     outcome = run.run()
-    with context.signals.shielded():
+    with services.signals.shielded():
         run.finish()
         numbers = tally(plan, outcome)
         numbers = numbers._replace(warnings=numbers.warnings + len(configuration.warnings))
-        if not mail_run(context, inventory, catalog, plan, outcome, numbers, run.way_out.storage_hangs):
+        if not mail_run(services, inventory, plan, outcome, numbers, run.way_out.storage_hangs):
             numbers = numbers._replace(warnings=numbers.warnings + 1)
         status = 128 + run.interrupted.number if run.interrupted else int(exit_status_of(numbers, outcome))
         run.way_out.tidy("giving back the lock of this config", lambda: end_config_lock(lock, status))
         if run.way_out.storage_hangs:
             lock.abandon()
         status_log.end_run(numbers.word, numbers.successes, numbers.warnings, numbers.errors)
-        context.signals.come_too_late()
+        services.signals.come_too_late()
         log.info(summary_text(plan, outcome, numbers, status))
     return status
 
@@ -10890,13 +10855,13 @@ def mail_is_wanted(configuration: Configuration, word: str) -> bool:
                                             or configuration.mail_when == "problems" and word != "SUCCESS")
 
 
-def mail_run(context: Context, inventory: Inventory, catalog: Catalog, plan: Plan, outcome: RunOutcome,
-             numbers: Tally, storage_hangs: bool) -> bool:
+def mail_run(services: Services, inventory: Inventory, plan: Plan, outcome: RunOutcome, numbers: Tally,
+             storage_hangs: bool) -> bool:
     """True unless a mail about the run was wanted and could not be sent."""
-    configuration = context.configuration
+    configuration = services.settings
     if not configuration.mail_to or configuration.mail_when == "never":
         return True
-    mailer = make_mailer(context, None if storage_hangs else catalog)
+    mailer = make_mailer(services, None if storage_hangs else services.catalog)
     if not mail_is_wanted(configuration, numbers.word):
         return mailer.send_kept()
     place = "pool %s, %s" % (inventory.pool_title, inventory.host.short_name)
@@ -10904,7 +10869,7 @@ def mail_run(context: Context, inventory: Inventory, catalog: Catalog, plan: Pla
         inventory.host.short_name, inventory.pool_title, configuration.source, format_local(outcome.began_at),
         format_local(outcome.ended_at))
     facts = StoreFacts(configuration.backup_dir, (), None, "the backup storage hangs.") if storage_hangs \
-        else store_facts(catalog, context.clock.local())
+        else store_facts(services.catalog, services.clock.local())
     told = outcome._replace(findings=outcome.findings + tuple(
         Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in configuration.warnings))
     return mailer.send(MailReport(mail_subject(plan, outcome, numbers, place),
@@ -10932,13 +10897,13 @@ def newest_copies(catalog: Catalog, now: datetime) -> Tuple[NewestCopy, ...]:
     return tuple(found)
 
 
-def command_test_mail(context: Context) -> int:
+def command_test_mail(services: Services) -> int:
     """A mail that says that mail works is with the server."""
-    configuration = context.configuration
+    configuration = services.settings
     if not configuration.mail_to:
         raise UsageError("mail_to is not set, so there is nobody to write to.")
     host = socket.gethostname().split(".")[0]
-    make_mailer(context, None).send_test(MailReport(
+    make_mailer(services, None).send_test(MailReport(
         "OK: test mail (%s)" % host,
         "Somebody asked for this mail with `VmBackup.py ... test-mail` on host %s. As you can read it, the mail settings "
         "of %s work. %s\n" % (
@@ -10958,42 +10923,42 @@ def config_place(arguments: Arguments) -> str:
     return "vm-export=" + arguments.target
 
 
-def config_identity(context: Context, inventory: Inventory) -> str:
+def config_identity(services: Services, inventory: Inventory) -> str:
     """What a config is, and its lock is named after: the pool, what decides about copies, and the config's place. Two
     pools with one path, hosts with different files there, and other selectors by hand are different configs."""
-    return "%s/%s/%s" % (inventory.pool_uuid, context.configuration.decisions, config_place(context.arguments))
+    return "%s/%s/%s" % (inventory.pool_uuid, services.settings.decisions, config_place(services.arguments))
 
 
-def take_config_lock(context: Context, lock: LockFile, inventory: Inventory, locks_are_local: bool) -> str:
+def take_config_lock(services: Services, lock: LockFile, inventory: Inventory, locks_are_local: bool) -> str:
     """"" if the lock is ours; else the sentence that leaves this run to another host of the pool.
 
     Raises LockHeld if another run of this config goes on.
     """
-    force = parse_flag(context.arguments, "force")
+    force = parse_flag(services.arguments, "force")
     ours = lock.take()
-    text = lock.text() if ours else settled_text(context, lock)
-    neighbour = "" if force or context.configuration.pool is not None else neighbour_text(
-        text, inventory, context.clock.utc(), not ours or locks_are_local)
+    text = lock.text() if ours else settled_text(services, lock)
+    neighbour = "" if force or services.settings.pool is not None else neighbour_text(
+        text, inventory, services.clock.utc(), not ours or locks_are_local)
     if neighbour:
         if ours:
             lock.release()
         return neighbour
     if not ours:
         raise LockHeld("another run of %s is still going: %s. Nothing was started."
-                       % (context.configuration.source, holder_text(text)))
+                       % (services.settings.source, holder_text(text)))
     lock.write_text({"host": inventory.host.short_name, "pid": os.getpid(), "pool": inventory.pool_uuid,
-                     "since": format_utc(context.clock.utc()), "state": "running"})
+                     "since": format_utc(services.clock.utc()), "state": "running"})
     return ""
 
 
-def settled_text(context: Context, lock: LockFile) -> Dict[str, Any]:
+def settled_text(services: Services, lock: LockFile) -> Dict[str, Any]:
     """The text of a held lock, once its holder, who may have taken it this very second, has written it."""
-    give_up_at = context.clock.monotonic() + LOCK_TEXT_PATIENCE_S
+    give_up_at = services.clock.monotonic() + LOCK_TEXT_PATIENCE_S
     while True:
         text = lock.text()
-        if text.get("state") == "running" or context.clock.monotonic() > give_up_at:
+        if text.get("state") == "running" or services.clock.monotonic() > give_up_at:
             return text
-        context.signals.sleep(0.2)
+        services.signals.sleep(0.2)
 
 
 LOCK_TEXT_PATIENCE_S = 5
@@ -11132,39 +11097,39 @@ def parse_minutes(arguments: Arguments, name: str) -> Optional[int]:
     return int(word)
 
 
-def command_verify(context: Context) -> int:
+def command_verify(services: Services) -> int:
     """Every chosen copy was read and judged; the verdicts are shown and on record."""
-    parameters = context.arguments.parameters
-    minutes = parse_minutes(context.arguments, "max_time")
-    block_digests = "yes" if parse_flag(context.arguments, "block_digests") else "auto"
-    catalog = open_store(context.configuration)
+    parameters = services.arguments.parameters
+    minutes = parse_minutes(services.arguments, "max_time")
+    block_digests = "yes" if parse_flag(services.arguments, "block_digests") else "auto"
+    catalog = open_store(services.settings)
     misbehaved = []                        # type: List[CatalogError]
-    copies = [copy for stored in chosen_vms(catalog, context.arguments.vm, context.log, misbehaved)
+    copies = [copy for stored in chosen_vms(catalog, services.arguments.vm, services.log, misbehaved)
               for copy in chosen_copies(stored, parameters.get("from", ""))]
     if not copies and parameters.get("from"):
         raise UsageError("there is no copy %s of %s." % (
-            one_line(parameters["from"]), quote_name(context.arguments.vm) if context.arguments.vm else "any VM"))
+            one_line(parameters["from"]), quote_name(services.arguments.vm) if services.arguments.vm else "any VM"))
     if not copies:
         raise BackupError("%s holds no copy. Is it the right directory, and is the share mounted?" % catalog.path)
     if minutes:                            # the copies that were longest not looked at come first
         copies.sort(key=lambda copy: text_of(catalog.facts(copy), "verified_at") or "")
-    verifier = Verifier(catalog, block_digests, context.clock, context.log, context.signals)
-    stop_at = context.clock.monotonic() + minutes * MINUTE_S if minutes else None
+    verifier = Verifier(services._replace(catalog=catalog), block_digests)
+    stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
     verdicts, untold = [], True
     for copy in copies:
-        context.signals.check()
-        if stop_at is not None and verdicts and context.clock.monotonic() >= stop_at:
+        services.signals.check()
+        if stop_at is not None and verdicts and services.clock.monotonic() >= stop_at:
             break
         verdict = verifier.verify(copy)
         verdicts.append(verdict)
-        context.log.show("%-14s %s/%s: %s" % (verdict.state.value, copy.folder, copy.name, verdict.reason))
+        services.log.show("%-14s %s/%s: %s" % (verdict.state.value, copy.folder, copy.name, verdict.reason))
         try:
             record_verdict(catalog, verdict)
         except CatalogError as error:      # a store that can only be read, for one: said once
             if untold:
-                context.log.info("verdicts are not recorded: %s" % error)
+                services.log.info("verdicts are not recorded: %s" % error)
             untold = False
-    status = verify_summary(context, verdicts, len(copies))
+    status = verify_summary(services, verdicts, len(copies))
     return ExitStatus.FAILED if misbehaved else status
 
 
@@ -11180,13 +11145,13 @@ def text_of(facts: Dict[str, Any], key: str) -> Optional[str]:
     return facts[key] if isinstance(facts.get(key), str) else None
 
 
-def verify_summary(context: Context, verdicts: Sequence[CopyVerdict], chosen: int) -> int:
+def verify_summary(services: Services, verdicts: Sequence[CopyVerdict], chosen: int) -> int:
     """Shown: how many copies were in which state; the exit status of a verify."""
     counts = ["%d %s" % (number, state.value) for state, number in
               ((state, sum(1 for verdict in verdicts if verdict.state is state)) for state in CopyState) if number]
     bad = [verdict for verdict in verdicts if not verdict.is_fine]
     left = chosen - len(verdicts)
-    context.log.show("%s: %s%s." % (counted(len(verdicts), "copy") + " verified", ", ".join(counts) or "none",
+    services.log.show("%s: %s%s." % (counted(len(verdicts), "copy") + " verified", ", ".join(counts) or "none",
                                     "; %s left for the next run" % counted(left, "copy") if left else ""))
     return ExitStatus.FAILED if bad else ExitStatus.OK
 
@@ -11214,18 +11179,18 @@ def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optiona
 LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only adds which VMs it still has
 
 
-def asked_pool(context: Context) -> Optional[Inventory]:
+def asked_pool(services: Services) -> Optional[Inventory]:
     """What is in the pool, None if no pool can be asked from here."""
-    if context.arguments.password == "-" and not os.path.exists(
+    if services.arguments.password == "-" and not os.path.exists(
             fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
         return None
-    pool = make_pool(context, LIST_PATIENCE_S)
+    pool = make_pool(services, LIST_PATIENCE_S)
     try:
         pool.connect()
         pool.changes_allowed = False
         return pool.inventory()
     except (PoolError, ApiFailure) as error:
-        context.log.info("the pool was not asked which VMs it knows: %s" % error)
+        services.log.info("the pool was not asked which VMs it knows: %s" % error)
         return None
     finally:
         pool.close()
@@ -11238,33 +11203,33 @@ def is_in_pool(inventory: Optional[Inventory], uuid: str, pool: str) -> Optional
     return any(machine.uuid == uuid for machine in inventory.machines)
 
 
-def command_list(context: Context) -> int:
+def command_list(services: Services) -> int:
     """Shown: what is in the store, as text or JSON."""
-    wanted = context.arguments.parameters.get("format", "text")
+    wanted = services.arguments.parameters.get("format", "text")
     if wanted not in ("text", "json"):
         raise UsageError("format=%s is not allowed; allowed: text, json." % one_line(wanted))
-    catalog = open_store(context.configuration)
-    inventory = asked_pool(context) if wanted == "json" else None
-    now = context.clock.local()
-    rows = [list_row(stored, context.configuration, catalog, inventory, now)
-            for stored in chosen_vms(catalog, context.arguments.vm, context.log)]
-    strangers = [] if context.arguments.vm else list_strangers(catalog)
+    catalog = open_store(services.settings)
+    inventory = asked_pool(services) if wanted == "json" else None
+    now = services.clock.local()
+    rows = [list_row(stored, services.settings, catalog, inventory, now)
+            for stored in chosen_vms(catalog, services.arguments.vm, services.log)]
+    strangers = [] if services.arguments.vm else list_strangers(catalog)
     if wanted == "json":
-        context.log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
+        services.log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
                                     sort_keys=True))
         return ExitStatus.OK
     tell_pools = len({row["pool"] for row in rows} - {""}) > 1
     for row in rows:
-        context.log.show(list_text(row, tell_pools))
+        services.log.show(list_text(row, tell_pools))
     for stranger in strangers:
-        context.log.show("not ours, left alone: %s" % one_line(stranger))
-    inventory = asked_pool(context)
+        services.log.show("not ours, left alone: %s" % one_line(stranger))
+    inventory = asked_pool(services)
     for row in rows:
         if is_in_pool(inventory, row["uuid"], row["pool"]) is False:
-            context.log.show("NO LONGER IN THE POOL: %s  %s  in %s/" % (quote_name(row["name"]), row["uuid"] or "uuid unknown",
+            services.log.show("NO LONGER IN THE POOL: %s  %s  in %s/" % (quote_name(row["name"]), row["uuid"] or "uuid unknown",
                                                                         row["folder"]))
     good = sum(1 for row in rows for copy in row["copies"] if copy["good"])
-    context.log.show("%s of %s, %s good, %s." % (
+    services.log.show("%s of %s, %s good, %s." % (
         counted(sum(len(row["copies"]) for row in rows), "copy"), counted(len({row["uuid"] for row in rows}), "VM"),
         good, free_text(catalog.free_bytes())))
     return ExitStatus.OK
@@ -11334,16 +11299,16 @@ def list_strangers(catalog: Catalog) -> List[str]:
     return found
 
 
-def command_prune(context: Context) -> int:
+def command_prune(services: Services) -> int:
     """Retention was applied without a backup and without a pool; with preview it is only shown."""
-    arguments = context.arguments
-    catalog = open_store(context.configuration) if arguments.preview else open_catalog(context.configuration, context.log)
+    arguments = services.arguments
+    catalog = open_store(services.settings) if arguments.preview else open_catalog(services.settings, services.log)
     misbehaved = []                        # type: List[CatalogError]
-    chosen = chosen_vms(catalog, arguments.vm, context.log, misbehaved)
+    chosen = chosen_vms(catalog, arguments.vm, services.log, misbehaved)
     if misbehaved:
         raise StorageMisbehaved("nothing is removed while the storage misbehaves: %s" % misbehaved[0])
     for stored in chosen:
-        problem = clock_went_back(stored.around, context.clock.utc())
+        problem = clock_went_back(stored.around, services.clock.utc())
         if problem:
             raise BackupError("%s: %s" % (stored.title, problem))
     if is_pruned_by_hand(arguments) and (len({stored.uuid for stored in chosen}) > 1
@@ -11352,19 +11317,19 @@ def command_prune(context: Context) -> int:
             quote_name(arguments.vm), len(chosen), ", ".join(sorted({stored.uuid or "?" for stored in chosen}))))
     removed, failed, warnings = 0, False, set()        # type: int, bool, Set[str]
     for stored in chosen:
-        keep, rule = prune_rule(context, stored)
+        keep, rule = prune_rule(services, stored)
         if keep is None:
-            context.log.show("left: %s: %s in %s/: %s; `prune vm=... max_backups=N` removes by hand." % (
+            services.log.show("left: %s: %s in %s/: %s; `prune vm=... max_backups=N` removes by hand." % (
                 stored.title, counted(len(stored.copies), "copy"), stored.folder, rule))
             continue
         try:
-            removed += prune_one(context, catalog, stored, warnings)
+            removed += prune_one(services, catalog, stored, warnings)
         except BackupError as error:
             failed = True
-            context.log.error("%s: %s" % (stored.title, error))
+            services.log.error("%s: %s" % (stored.title, error))
             if isinstance(error, StorageMisbehaved):
                 break                      # nothing more is removed in this run
-    context.log.show("%s %s." % (counted(removed, "copy"), "would be removed" if arguments.preview else "removed"))
+    services.log.show("%s %s." % (counted(removed, "copy"), "would be removed" if arguments.preview else "removed"))
     return ExitStatus.FAILED if failed else ExitStatus.WARNING if warnings else ExitStatus.OK
 
 
@@ -11373,19 +11338,19 @@ def is_pruned_by_hand(arguments: Arguments) -> bool:
     return bool(arguments.vm) and any(setting.name == "max_backups" for setting in arguments.settings)
 
 
-def prune_rule(context: Context, stored: StoredVm) -> Tuple[Optional[int], str]:
+def prune_rule(services: Services, stored: StoredVm) -> Tuple[Optional[int], str]:
     """As stored_keep(), but what is said by hand wins."""
-    if is_pruned_by_hand(context.arguments) and stored.method is not None:
-        return context.configuration.max_backups, "max_backups on the command line"
-    return stored_keep(stored, context.configuration)
+    if is_pruned_by_hand(services.arguments) and stored.method is not None:
+        return services.settings.max_backups, "max_backups on the command line"
+    return stored_keep(stored, services.settings)
 
 
-def prune_one(context: Context, catalog: Catalog, chosen: StoredVm, warnings: Set[str]) -> int:
+def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: Set[str]) -> int:
     """The VM's copies beyond the number to keep are gone, or shown in a preview; how many. `warnings`: those told so far.
 
     What goes is decided on what is there under the lock, whatever was there when the VM was chosen.
     """
-    preview, folder = context.arguments.preview, chosen.folder
+    preview, folder = services.arguments.preview, chosen.folder
     lock = None if preview else catalog.folder_lock(folder)
     if lock is not None and not lock.take():
         raise BackupError("its directory %s is in use by another run (%s); nothing was removed."
@@ -11393,28 +11358,28 @@ def prune_one(context: Context, catalog: Catalog, chosen: StoredVm, warnings: Se
     try:
         now = {(stored.uuid, stored.pool, stored.method): stored for stored in stored_in(catalog.folder(folder))}
         stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(copies=(), around=()))
-        keep, _ = prune_rule(context, stored)
-        problem = clock_went_back(stored.around, context.clock.utc())
+        keep, _ = prune_rule(services, stored)
+        problem = clock_went_back(stored.around, services.clock.utc())
         if problem:
             raise BackupError(problem)
-        for warning in retention_warnings(stored.around, context.clock.utc(), context.clock.local()):
+        for warning in retention_warnings(stored.around, services.clock.utc(), services.clock.local()):
             if warning not in warnings:
-                context.log.warning("%s: %s" % (stored.title, warning))
+                services.log.warning("%s: %s" % (stored.title, warning))
             warnings.add(warning)
         removed = 0
         for verdict in judge(stored.around, stored.uuid, stored.method, keep) if keep else ():
             if verdict.keep:
                 if not verdict.copy.is_good or verdict.copy.aside:
-                    context.log.show("left: %s/%s: %s" % (folder, verdict.copy.name, verdict.reason))
+                    services.log.show("left: %s/%s: %s" % (folder, verdict.copy.name, verdict.reason))
                 continue
-            context.signals.check()
+            services.signals.check()
             if not preview:
                 catalog.check_in_place()
                 if not catalog.remove_copy(verdict.copy):
-                    context.log.show("left: %s/%s is being read by a restore or drill" % (stored.folder, verdict.copy.name))
+                    services.log.show("left: %s/%s is being read by a restore or drill" % (stored.folder, verdict.copy.name))
                     continue
             removed += 1
-            context.log.show("%s: %s/%s: %s" % ("would remove" if preview else "removed", folder, verdict.copy.name,
+            services.log.show("%s: %s/%s: %s" % ("would remove" if preview else "removed", folder, verdict.copy.name,
                                                 verdict.reason))
         return removed
     finally:
@@ -11435,9 +11400,9 @@ class Chosen(NamedTuple):
 
 
 @contextlib.contextmanager
-def chosen_copy(context: Context, force: bool) -> Iterator[Chosen]:
+def chosen_copy(services: Services, force: bool) -> Iterator[Chosen]:
     """The copy that VM and from= mean, open. UsageError if they mean none or several, BackupError if it is not good."""
-    arguments = context.arguments
+    arguments = services.arguments
     wanted = arguments.parameters.get("from", "latest")
     with contextlib.ExitStack() as stack:
         if "/" in wanted:
@@ -11445,9 +11410,9 @@ def chosen_copy(context: Context, force: bool) -> Iterator[Chosen]:
         elif not arguments.vm:
             raise UsageError("%s of what? Name a VM, or a copy with from=PATH." % arguments.action.name)
         else:
-            catalog = open_store(context.configuration)
+            catalog = open_store(services.settings)
             chosen = stack.enter_context(held_copy(
-                context, catalog, lambda: choose_copy(catalog, arguments.vm, wanted, context.log)))
+                services, catalog, lambda: choose_copy(catalog, arguments.vm, wanted, services.log)))
         copy = chosen.copy
         if copy.trouble and not (force and copy.image):
             raise BackupError("%s is not a good copy: %s. %s" % (
@@ -11456,21 +11421,21 @@ def chosen_copy(context: Context, force: bool) -> Iterator[Chosen]:
 
 
 @contextlib.contextmanager
-def held_copy(context: Context, catalog: Catalog, choose: Callable[[], Copy]) -> Iterator[Chosen]:
+def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy]) -> Iterator[Chosen]:
     """The copy that `choose` gives, open; nobody removes it meanwhile, where this store can be locked from here: who reads
     goes on without. One that went away before it was held is chosen anew."""
     while True:
         copy = choose()
         with contextlib.ExitStack() as stack:
             try:
-                is_free = context.arguments.preview or not catalog.is_writable() \
+                is_free = services.arguments.preview or not catalog.is_writable() \
                     or stack.enter_context(catalog.copy_lock(copy, shared=True))
             except CatalogError as error:              # a full store, or one that can't lock
                 is_free = True
-                context.log.info("%s/%s is read all the same, and a run that prunes could remove it meanwhile: %s" % (
+                services.log.info("%s/%s is read all the same, and a run that prunes could remove it meanwhile: %s" % (
                     copy.folder, copy.name, error))
             if not is_free:
-                context.signals.sleep(0.5)             # a run is removing it just now
+                services.signals.sleep(0.5)             # a run is removing it just now
                 continue
             try:
                 inside = stack.enter_context(catalog.open_copy(copy))
@@ -11542,10 +11507,10 @@ def copy_at_path(path: str) -> Copy:
         raise UsageError("%s can't be read: %s" % (path, str(error).rstrip(".") + "."))
 
 
-def opened_source(context: Context, chosen: Chosen, force: bool = False, without_vm: bool = False) -> Source:
+def opened_source(services: Services, chosen: Chosen, force: bool = False, without_vm: bool = False) -> Source:
     """What the chosen copy holds; BackupError with what is wrong with it."""
     try:
-        return read_source(chosen.inside, chosen.copy, force, without_vm, lambda progress: context.signals.check())
+        return read_source(chosen.inside, chosen.copy, force, without_vm, lambda progress: services.signals.check())
     except VerificationError as error:
         raise type(error)("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
     except ValueError as error:
@@ -11562,79 +11527,79 @@ def check_vm_word(arguments: Arguments, chosen: Chosen, source: Source) -> None:
             source.title, quote_name(source.vm_name), quote_name(arguments.vm)))
 
 
-def reading_progress(context: Context, title: str, size_bytes: int) -> Callable[[Progress], None]:
+def reading_progress(services: Services, title: str, size_bytes: int) -> Callable[[Progress], None]:
     """What is done once a second while an image is only read."""
-    began_at = context.clock.monotonic()
+    began_at = services.clock.monotonic()
 
     def on_tick(progress: Progress) -> None:
-        context.signals.check()
-        context.log.progress(progress_text(title, progress.bytes_read, size_bytes, context.clock.monotonic() - began_at))
+        services.signals.check()
+        services.log.progress(progress_text(title, progress.bytes_read, size_bytes, services.clock.monotonic() - began_at))
     return on_tick
 
 
-def restore_wishes(context: Context, chosen: Chosen) -> Wishes:
+def restore_wishes(services: Services, chosen: Chosen) -> Wishes:
     """What the command line of a restore asks for."""
-    given = context.arguments.parameters
+    given = services.arguments.parameters
     return Wishes(given.get("to", ""), given.get("sr", ""), given.get("network", ""),
-                  parse_flag(context.arguments, "preserve"), parse_flag(context.arguments, "start"),
-                  parse_flag(context.arguments, "attach_existing_disks"), False,
+                  parse_flag(services.arguments, "preserve"), parse_flag(services.arguments, "start"),
+                  parse_flag(services.arguments, "attach_existing_disks"), False,
                   chosen.copy.taken_at.strftime("%Y-%m-%d"))
 
 
-def command_restore(context: Context) -> int:
+def command_restore(services: Services) -> int:
     """A VM is back as a new VM, proven, or nothing of it is left and the person knows why."""
-    force, verify_first = parse_flag(context.arguments, "force"), parse_flag(context.arguments, "verify_first")
-    with chosen_copy(context, force) as chosen:
-        wishes = restore_wishes(context, chosen)
-        source = opened_source(context, chosen, force)
-        check_vm_word(context.arguments, chosen, source)
-        find_xe(context.configuration)
-        pool = make_pool(context)
+    force, verify_first = parse_flag(services.arguments, "force"), parse_flag(services.arguments, "verify_first")
+    with chosen_copy(services, force) as chosen:
+        wishes = restore_wishes(services, chosen)
+        source = opened_source(services, chosen, force)
+        check_vm_word(services.arguments, chosen, source)
+        find_xe(services.settings)
+        pool = make_pool(services)
+        services = services._replace(pool=pool)
         pool.connect()
         try:
-            pool.changes_allowed = not context.arguments.preview
+            pool.changes_allowed = not services.arguments.preview
             inventory = pool.inventory()
             plan = plan_restore(source, read_pool_view(pool, inventory), wishes)
-            if context.arguments.preview:
-                context.log.show(plan_text(plan))
+            if services.arguments.preview:
+                services.log.show(plan_text(plan))
                 return ExitStatus.FAILED if plan.problems else ExitStatus.OK
             if plan.problems:
                 raise BackupError("%s is not restored:\n%s\nNothing was started." % (
                     quote_name(source.vm_name), "\n".join("* " + problem for problem in plan.problems)))
-            context.log.info(plan_text(plan))
+            services.log.info(plan_text(plan))
             if verify_first:
-                read_once(context, source, chosen.inside)
-            return restore(context, pool, inventory, plan, chosen, force)
+                read_once(services, source, chosen.inside)
+            return restore(services, inventory, plan, chosen, force)
         finally:
-            with context.signals.shielded():
+            with services.signals.shielded():
                 pool.close()
 
 
-def read_once(context: Context, source: Source, inside: Directory) -> None:
+def read_once(services: Services, source: Source, inside: Directory) -> None:
     """The whole image was read and is what it should be; BackupError if not."""
     title = "verifying " + source.title
-    context.log.info(title)
+    services.log.info(title)
     try:
-        stream_image(source, inside, None, [], reading_progress(context, title, source.copy.size_bytes))
+        stream_image(source, inside, None, [], reading_progress(services, title, source.copy.size_bytes))
     except VerificationError as error:
         raise BackupError("%s %s: %s. Nothing was started." % (source.title, error.verdict, str(error).rstrip(".")))
 
 
 @contextlib.contextmanager
-def making_run(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog) -> Iterator[Tuple[Importer, Snapshots]]:
+def making_run(services: Services, inventory: Inventory) -> Iterator[Tuple[Importer, Snapshots]]:
     """A journal is begun, what dead runs left is cleared, and in the end the journals are put away."""
-    journal = begin_journal(context, catalog, inventory)
-    configuration, clock, log, signals = context.configuration, context.clock, context.log, context.signals
-    journal.limit_s = configuration.stall_timeout * MINUTE_S
-    snapshots = Snapshots(pool, journal, clock, log, signals, journal.limit_s)
+    services = with_journal(services, inventory)
+    journal, log, signals = services.journal, services.log, services.signals
+    snapshots = Snapshots(services)
     way_out = WayOut(log, journal.limit_s)
     try:
-        journals, problems = catalog.dead_runs(journal, inventory.pool_uuid, clock.utc().timestamp())
+        journals, problems = services.catalog.dead_runs(journal, inventory.pool_uuid, services.clock.utc().timestamp())
         for problem in problems:
             log.info("%s It is left." % problem)
         snapshots.sweep(journals)
-        yield Importer(pool, make_xe(context, pool), configuration, journal, snapshots, clock, log, signals), snapshots
-        if pool.was_shaken:
+        yield Importer(services, make_xe(services), snapshots), snapshots
+        if services.pool.was_shaken:
             snapshots.look_again()
     finally:
         with signals.shielded():
@@ -11644,13 +11609,13 @@ def making_run(context: Context, pool: Pool, inventory: Inventory, catalog: Cata
                 way_out.tidy("putting the journal %s away" % one.name, one.finish)
 
 
-def journal_catalog(context: Context, chosen: Chosen) -> Catalog:
+def journal_catalog(services: Services, chosen: Chosen) -> Catalog:
     """The directory whose .vmbackup holds the journal: backup_dir, or where the copy itself lies."""
     if chosen.catalog is not None:
         candidates = [chosen.catalog.path]
     else:
         above = os.path.dirname(os.path.dirname(os.path.abspath(fs_path(chosen.inside.shown))))
-        candidates = [context.configuration.backup_dir, chosen.inside.shown]
+        candidates = [services.settings.backup_dir, chosen.inside.shown]
         if parse_copy_name(os.path.basename(chosen.inside.shown.rstrip("/"))):
             candidates.insert(1, fs_text(above))
     for path in candidates:
@@ -11662,35 +11627,35 @@ def journal_catalog(context: Context, chosen: Chosen) -> Catalog:
                      "directory for it with backup_dir=. Nothing was started." % ", ".join(candidates))
 
 
-def restore(context: Context, pool: Pool, inventory: Inventory, plan: RestorePlan, chosen: Chosen, force: bool) -> int:
+def restore(services: Services, inventory: Inventory, plan: RestorePlan, chosen: Chosen, force: bool) -> int:
     """The plan was carried out; the exit status. Raises what went wrong, when nothing of it is left."""
-    catalog = journal_catalog(context, chosen)
-    began_s = context.clock.monotonic()
+    services = services._replace(catalog=journal_catalog(services, chosen))
+    began_s = services.clock.monotonic()
     with contextlib.ExitStack() as stack:
-        importer, snapshots = stack.enter_context(making_run(context, pool, inventory, catalog))
-        context.log.info("%s: importing %s." % (quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes)))
+        importer, snapshots = stack.enter_context(making_run(services, inventory))
+        services.log.info("%s: importing %s." % (quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes)))
         with importer.imported(plan, chosen.inside, "restore", force) as imported:
             importer.finish(plan, imported)
-        context.signals.come_too_late()                    # the VM is there
-        context.log.info("%s: the import %s: %s in %s." % (
+        services.signals.come_too_late()                    # the VM is there
+        services.log.info("%s: the import %s: %s in %s." % (
             quote_name(plan.source.vm_name), "is over" if imported.problem else "is proven", format_size(chosen.copy.size_bytes),
-            format_duration(context.clock.monotonic() - began_s)))
-        status = started_status(context, pool, plan, imported)
-        context.log.show(restored_text(pool, plan, imported, status))
+            format_duration(services.clock.monotonic() - began_s)))
+        status = started_status(services, plan, imported)
+        services.log.show(restored_text(services.pool, plan, imported, status))
         if imported.problem:
             return ExitStatus.WARNING
         return status if status != ExitStatus.OK or not snapshots.findings else ExitStatus.WARNING
 
 
-def started_status(context: Context, pool: Pool, plan: RestorePlan, imported: ImportedVm) -> int:
+def started_status(services: Services, plan: RestorePlan, imported: ImportedVm) -> int:
     """The VM was started if that was asked for; FAILED if it could not be."""
     if not plan.start or imported.problem:
         return ExitStatus.OK
     try:
-        pool.call("starting %s" % quote_name(plan.name), "VM.start", imported.ref, False, False)
+        services.pool.call("starting %s" % quote_name(plan.name), "VM.start", imported.ref, False, False)
         return ExitStatus.OK
     except BackupError as error:
-        context.log.error("%s The VM itself is whole; start it when that is settled." % error)
+        services.log.error("%s The VM itself is whole; start it when that is settled." % error)
         return ExitStatus.FAILED
 
 
@@ -11728,25 +11693,25 @@ def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: i
     return "\n".join(lines)
 
 
-def command_extract(context: Context) -> int:
+def command_extract(services: Services) -> int:
     """A disk of a copy, or its metadata, is in a file."""
-    given = context.arguments.parameters
+    given = services.arguments.parameters
     path = given.get("to", "")
     if path and os.path.lexists(fs_path(path)):
         raise UsageError("to=%s exists already and was left as it is." % path)
-    with chosen_copy(context, False) as chosen:
-        source = opened_source(context, chosen, without_vm="metadata" not in given)
-        check_vm_word(context.arguments, chosen, source)
+    with chosen_copy(services, False) as chosen:
+        source = opened_source(services, chosen, without_vm="metadata" not in given)
+        check_vm_word(services.arguments, chosen, source)
         if "metadata" in given:
-            return extract_metadata(context, source, chosen.inside, path)
+            return extract_metadata(services, source, chosen.inside, path)
         disk = wanted_disk(source, given.get("disk", ""))
         if not path:
             raise UsageError("say with to= which file to write.")
         title = "extracting disk %s of %s" % (disk.device, source.title)
-        context.log.info(title)
+        services.log.info(title)
         try:
-            written, check = extract_disk(source, chosen.inside, disk, path, context.log.warning,
-                                          reading_progress(context, title, source.copy.size_bytes))
+            written, check = extract_disk(source, chosen.inside, disk, path, services.log.warning,
+                                          reading_progress(services, title, source.copy.size_bytes))
         except VerificationError as error:
             raise BackupError("%s %s: %s. No file was left." % (source.title, error.verdict, str(error).rstrip(".")))
         except CatalogError as error:
@@ -11754,22 +11719,22 @@ def command_extract(context: Context) -> int:
     proven = "its digests match" if source.manifest else source.digests_text + (
         "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked else
         "; the structure is whole")
-    context.log.show("%s: disk %s of %s (%s), %s, of which %s are not zeros; %s." % (
+    services.log.show("%s: disk %s of %s (%s), %s, of which %s are not zeros; %s." % (
         path, disk.title, quote_name(source.vm_name), source.copy.name,
         format_size(disk.virtual_size or check.report.virtual_size), format_size(written), proven))
     return ExitStatus.OK
 
 
-def extract_metadata(context: Context, source: Source, inside: Directory, path: str) -> int:
+def extract_metadata(services: Services, source: Source, inside: Directory, path: str) -> int:
     """The VM's ova.xml is in the file, or on stdout."""
     text = inside.read(VM_METADATA) if inside.status(VM_METADATA) is not None else ova_text(source.ova)
     if not path:
-        context.log.show(text.decode("utf-8", "replace"))
+        services.log.show(text.decode("utf-8", "replace"))
         return ExitStatus.OK
     with NewFile(path) as file, storage_errors("writing %s" % path):
         write_all(file.fd, text)
         file.complete()
-    context.log.show("%s: the metadata of %s (%s)." % (path, quote_name(source.vm_name), source.copy.name))
+    services.log.show("%s: the metadata of %s (%s)." % (path, quote_name(source.vm_name), source.copy.name))
     return ExitStatus.OK
 
 
@@ -11794,17 +11759,17 @@ def check_drill_words(arguments: Arguments) -> None:
         raise UsageError("drill needs a VM, or newest-of-each, or sample=N.")
 
 
-def drill_copies(context: Context, catalog: Catalog, vm: str) -> Tuple[List[Copy], List[Finding]]:
+def drill_copies(services: Services, catalog: Catalog, vm: str) -> Tuple[List[Copy], List[Finding]]:
     """The newest good copy of each VM that the drill is to try, and what was passed over for it.
 
     A VM that has none gives the newest of its others, whose drill fails. UsageError if the store has no such VM.
     """
-    sample = context.arguments.parameters.get("sample")
+    sample = services.arguments.parameters.get("sample")
     if vm and vm != NEWEST_OF_EACH:
-        return [choose_copy(catalog, vm, "latest", context.log)], []
+        return [choose_copy(catalog, vm, "latest", services.log)], []
     newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
     misbehaved = []                        # type: List[CatalogError]
-    for stored in chosen_vms(catalog, "", context.log, misbehaved):
+    for stored in chosen_vms(catalog, "", services.log, misbehaved):
         findings += [Finding(Severity.WARNING, "%s/%s" % (copy.folder, copy.name), "not drilled: %s." % copy.problem)
                      for copy in stored.copies if copy.is_newer]         # nothing is known of it, least of all a verdict
         known = [copy for copy in stored.copies if not copy.is_newer]
@@ -11820,7 +11785,7 @@ def drill_copies(context: Context, catalog: Catalog, vm: str) -> Tuple[List[Copy
             newest[stored.uuid or stored.folder] = best
     findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in misbehaved]
     for finding in findings:
-        context.log.finding(finding)
+        services.log.finding(finding)
     copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
     return copies if sample is None else longest_not_drilled(copies, catalog.last_drills(), int(sample)), findings
 
@@ -11829,75 +11794,75 @@ NEWEST_OF_EACH = "newest-of-each"
 NOT_TRIED = "COULD NOT BE TRIED"
 
 
-def command_drill(context: Context) -> int:
+def command_drill(services: Services) -> int:
     """The chosen copies were imported, compared and removed again; verdicts, report and exit status tell how it went."""
-    boot_s = parse_boot(context.arguments)
-    check_drill_words(context.arguments)
-    with early_end_mailed(context, "drilled"):
-        catalog = open_store(context.configuration)
-        copies, findings = drill_copies(context, catalog, context.arguments.vm)
+    boot_s = parse_boot(services.arguments)
+    check_drill_words(services.arguments)
+    with early_end_mailed(services, "drilled"):
+        catalog = open_store(services.settings)
+        copies, findings = drill_copies(services, catalog, services.arguments.vm)
         if not copies:
             raise BackupError("%s holds no good copy to drill." % catalog.path)
-        find_xe(context.configuration)
-        pool = make_pool(context)
+        find_xe(services.settings)
+        pool = make_pool(services)
+        services = services._replace(pool=pool, catalog=catalog)
         pool.connect()
         try:
             inventory = pool.inventory()
-            if context.arguments.preview:
+            if services.arguments.preview:
                 pool.changes_allowed = False
-                return preview_drill(context, pool, inventory, catalog, copies)
-            return run_drill(context, pool, inventory, catalog, copies, findings, boot_s)
+                return preview_drill(services, inventory, copies)
+            return run_drill(services, inventory, copies, findings, boot_s)
         finally:
-            with context.signals.shielded():
+            with services.signals.shielded():
                 pool.close()
 
 
-def drill_plan(context: Context, pool: Pool, view: PoolView, chosen: Chosen) -> RestorePlan:
+def drill_plan(services: Services, view: PoolView, chosen: Chosen) -> RestorePlan:
     """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read anew."""
     if not chosen.copy.is_good:
         raise BackupError("it is no good copy (%s), and there is no good one of this VM." % chosen.copy.trouble)
-    wishes = Wishes("", context.arguments.parameters.get("sr", ""), "", False, False, False, True, "")
-    plan = plan_restore(opened_source(context, chosen), view._replace(srs=target_srs(pool, view.master)), wishes)
+    wishes = Wishes("", services.arguments.parameters.get("sr", ""), "", False, False, False, True, "")
+    plan = plan_restore(opened_source(services, chosen), view._replace(srs=target_srs(services.pool, view.master)), wishes)
     if plan.problems:
         raise BackupError(" ".join(plan.problems))
     return plan
 
 
-def preview_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog, copies: Sequence[Copy]) -> int:
+def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Copy]) -> int:
     """Shown: what a drill would try."""
     status = ExitStatus.OK
-    view = read_pool_view(pool, inventory)
+    view = read_pool_view(services.pool, inventory)
     for copy in copies:
         try:
-            with catalog.open_copy(copy) as inside:
-                plan = drill_plan(context, pool, view, Chosen(copy, inside, catalog))
+            with services.catalog.open_copy(copy) as inside:
+                plan = drill_plan(services, view, Chosen(copy, inside, services.catalog))
             text = ", ".join("disk %s on SR %s" % (item.disk.title, item.sr.title) for item in plan.disks) or "no disk"
         except BackupError as error:
             status, text = ExitStatus.FAILED, "can't be drilled: %s" % error
-        context.log.show("%s/%s: %s" % (copy.folder, copy.name, text))
+        services.log.show("%s/%s: %s" % (copy.folder, copy.name, text))
     return status
 
 
-def run_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catalog, copies: Sequence[Copy],
-              findings: Sequence[Finding], boot_s: float) -> int:
+def run_drill(services: Services, inventory: Inventory, copies: Sequence[Copy], findings: Sequence[Finding],
+              boot_s: float) -> int:
     """The exit status of a drill, after its report."""
-    status_log = StatusLog(context.configuration.status_log, inventory.host.short_name, context.clock, context.log)
+    status_log = StatusLog(services, inventory.host.short_name)
     status_log.open()
     status_log.begin("vmbackup.py")
     outcomes, interrupted = [], None       # type: List[DrillOutcome], Optional[Interrupted]
-    with making_run(context, pool, inventory, catalog) as (importer, snapshots):
-        exporter = Exporter(pool, make_xe(context, pool), context.configuration, context.log, context.signals)
-        drill = Drill(importer, exporter, pool, context.clock, context.log, context.signals)
+    with making_run(services, inventory) as (importer, snapshots):
+        drill = Drill(services, importer, Exporter(services, make_xe(services)))
         try:
-            view = read_pool_view(pool, inventory)
+            view = read_pool_view(services.pool, inventory)
             for copy in copies:
-                context.signals.check()
+                services.signals.check()
                 status_log.begin("drill", copy.vm_name)
                 if snapshots.storage_hangs:
                     outcome = DrillOutcome(copy, "it was not tried, as the backup storage hangs.", NOT_TRIED, copy.size_bytes, 0.0)
-                    context.log.error("%s/%s: %s" % (copy.folder, copy.name, outcome.error))
+                    services.log.error("%s/%s: %s" % (copy.folder, copy.name, outcome.error))
                 else:
-                    outcome = drill_one(context, pool, view, catalog, drill, copy, boot_s)
+                    outcome = drill_one(services, view, drill, copy, boot_s)
                 outcomes.append(outcome)
                 if outcome.error is None:
                     status_log.success("drill", copy.vm_name, outcome.seconds, outcome.size_bytes)
@@ -11905,48 +11870,47 @@ def run_drill(context: Context, pool: Pool, inventory: Inventory, catalog: Catal
                     status_log.end("drill", "DRILL-FAIL", copy.vm_name)
         except Interrupted as stop:
             interrupted = stop
-    with context.signals.shielded():
-        return report_drill(context, inventory, catalog, status_log, outcomes, list(findings) + snapshots.findings,
+    with services.signals.shielded():
+        return report_drill(services, inventory, status_log, outcomes, list(findings) + snapshots.findings,
                             interrupted)
 
 
-def drill_one(context: Context, pool: Pool, view: PoolView, catalog: Catalog, drill: Drill, copy: Copy,
-              boot_s: float) -> DrillOutcome:
+def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy, boot_s: float) -> DrillOutcome:
     """What the drill of that copy found; its verdict is on record."""
-    began_s = context.clock.monotonic()
+    began_s = services.clock.monotonic()
     title = "%s/%s" % (copy.folder, copy.name)
     try:
-        with held_copy(context, catalog, lambda: still_there(context, catalog, copy)) as chosen:
+        with held_copy(services, services.catalog, lambda: still_there(services, services.catalog, copy)) as chosen:
             copy, title = chosen.copy, "%s/%s" % (chosen.copy.folder, chosen.copy.name)
-            context.log.info("%s: drill of %s." % (title, format_size(copy.size_bytes)))
-            said, error = drill.run(drill_plan(context, pool, view, chosen), chosen.inside, boot_s), None
-            context.log.info("%s: %s." % (title, said))
+            services.log.info("%s: drill of %s." % (title, format_size(copy.size_bytes)))
+            said, error = drill.run(drill_plan(services, view, chosen), chosen.inside, boot_s), None
+            services.log.info("%s: %s." % (title, said))
     except BackupError as problem:
         # what the pool, an SR, the store or another run is to blame for says nothing about the copy
         is_the_copys = isinstance(problem, VerificationError) and not isinstance(problem, UnknownFormat)
         said = NOT_RESTORABLE if is_the_copys else NOT_TRIED
         error = str(problem)
-        context.log.error("%s: %s" % (title, error))
+        services.log.error("%s: %s" % (title, error))
     try:
         if copy.mark and said != NOT_TRIED:
-            catalog.record(copy, drilled_at=format_utc(context.clock.utc()), drill=said, drill_reason=error or "")
+            services.catalog.record(copy, drilled_at=format_utc(services.clock.utc()), drill=said, drill_reason=error or "")
     except BackupError as problem:
-        context.log.info("the verdict is not recorded: %s" % problem)
-    return DrillOutcome(copy, error, said, copy.size_bytes, context.clock.monotonic() - began_s)
+        services.log.info("the verdict is not recorded: %s" % problem)
+    return DrillOutcome(copy, error, said, copy.size_bytes, services.clock.monotonic() - began_s)
 
 
-def still_there(context: Context, catalog: Catalog, copy: Copy) -> Copy:
+def still_there(services: Services, catalog: Catalog, copy: Copy) -> Copy:
     """The copy if nothing has removed it, else the one that a drill of its VM takes now; BackupError if there is none."""
     with contextlib.suppress(NotThere), catalog.open_copy(copy):
         return copy
-    context.log.info("%s/%s was removed meanwhile; the newest copy of %s is taken." % (
+    services.log.info("%s/%s was removed meanwhile; the newest copy of %s is taken." % (
         copy.folder, copy.name, quote_name(copy.vm_name)))
-    for other in drill_copies(context, catalog, "uuid:" + copy.uuid)[0]:
+    for other in drill_copies(services, catalog, "uuid:" + copy.uuid)[0]:
         return other
     raise BackupError("it was removed meanwhile, and no other copy of this VM is there.")
 
 
-def report_drill(context: Context, inventory: Inventory, catalog: Catalog, status_log: StatusLog,
+def report_drill(services: Services, inventory: Inventory, status_log: StatusLog,
                  outcomes: Sequence[DrillOutcome], findings: Sequence[Finding], interrupted: Optional[Interrupted]) -> int:
     """The exit status, after status log, mail and summary."""
     failed = [outcome for outcome in outcomes if outcome.error is not None]
@@ -11955,22 +11919,22 @@ def report_drill(context: Context, inventory: Inventory, catalog: Catalog, statu
     status = 128 + interrupted.number if interrupted else int(
         ExitStatus.FAILED if errors else ExitStatus.WARNING if findings else ExitStatus.OK)
     place = "pool %s, %s" % (inventory.pool_title, inventory.host.short_name)
-    if not mail_drill(context, catalog, word, MailReport(drill_subject(outcomes, place), drill_body(outcomes, findings))) \
+    if not mail_drill(services, word, MailReport(drill_subject(outcomes, place), drill_body(outcomes, findings))) \
             and status == ExitStatus.OK:
         status = int(ExitStatus.WARNING)
     status_log.end_run(word, len(outcomes) - len(failed), len(findings), errors)
-    context.signals.come_too_late()
-    context.log.info("drill %s: %d of %s came back%s." % (
+    services.signals.come_too_late()
+    services.log.info("drill %s: %d of %s came back%s." % (
         word, len(outcomes) - len(failed), counted(len(outcomes), "copy"), ", stopped by a signal" if interrupted else ""))
     return status
 
 
-def mail_drill(context: Context, catalog: Catalog, word: str, report: MailReport) -> bool:
+def mail_drill(services: Services, word: str, report: MailReport) -> bool:
     """True unless a mail about the drill was wanted and could not be sent."""
-    configuration = context.configuration
+    configuration = services.settings
     if not configuration.mail_to or configuration.mail_when == "never":
         return True
-    mailer = make_mailer(context, catalog)
+    mailer = make_mailer(services, services.catalog)
     return mailer.send(report) if mail_is_wanted(configuration, word) else mailer.send_kept()
 
 
@@ -12076,8 +12040,8 @@ def main(argv: Sequence[str]) -> int:
             return ExitStatus.OK
         arguments = parse_arguments(words)
         configuration = load_configuration(arguments)
-        context = Context(arguments, configuration, clock, log, signals)
-        return COMMANDS[arguments.action.name](context)
+        services = Services(configuration, clock, log, signals, arguments)
+        return COMMANDS[arguments.action.name](services)
     except (UsageError, ConfigurationError) as error:
         log.complain(str(error))
         return error.exit_status

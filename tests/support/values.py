@@ -103,3 +103,14 @@ def a_run(*outcomes: VmBackup.Outcome, **facts: Any) -> VmBackup.RunOutcome:
     values = dict(outcomes=tuple(outcomes), findings=(), missing=0, pool_database_error=None, began_at=began_at,
                   ended_at=began_at + timedelta(hours=1), ended_by=None, had_bug=False)
     return VmBackup.RunOutcome(**dict(values, **facts))
+
+
+def services(text: str = '', log: Any = None, **doors: Any) -> VmBackup.Services:
+    """What a deed is handed under that config: the clock and the log of the program, and these doors."""
+    log = log or VmBackup.Log(VmBackup.Clock())
+    return VmBackup.Services(configured(text), VmBackup.Clock(), log, VmBackup.Signals(log), **doors)
+
+
+def verifier(catalog: VmBackup.Catalog) -> VmBackup.Verifier:
+    """What judges the copies of that store."""
+    return VmBackup.Verifier(services(catalog=catalog), 'auto')

@@ -15,7 +15,7 @@ import pytest
 
 import VmBackup
 from support.process import TESTS
-from support.values import GIBIBYTE, NIGHT, US_UUID, a_copy
+from support.values import GIBIBYTE, NIGHT, US_UUID, a_copy, services
 from VmBackup import Catalog, CatalogError, LockFile, Method, NameTaken, RunJournal, StorageFull, find_mount, free_text, parse_object
 
 # Lines as Linux writes them (proc(5)): id, parent, major:minor, root, mount point, options, optional fields, "-", kind, source,
@@ -445,7 +445,8 @@ def swept(folder, journal, is_away):
     said = []
     log = VmBackup.Log(VmBackup.Clock())
     log.info = log.warning = said.append
-    snapshots = VmBackup.Snapshots(ForgetfulPool(is_away), journal, VmBackup.Clock(), log, VmBackup.Signals(log), 1.0)
+    journal.limit_s = 1.0
+    snapshots = VmBackup.Snapshots(services(log=log, pool=ForgetfulPool(is_away), journal=journal))
     snapshots.sweep([journal])
     return said + [finding.sentence for finding in snapshots.findings]
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from support.values import (GIBIBYTE, NIGHT, US_UUID, a_copy, a_disk, a_run, a_vm, an_inventory, an_outcome, configured, planned,
                             vms)
-from VmBackup import (ExitStatus, Finding, Method, Severity, StatusLog, exit_status_of, first_disk, future_verdicts, preview_text,
+from VmBackup import (ExitStatus, Finding, Method, Services, Severity, StatusLog, exit_status_of, first_disk, future_verdicts, preview_text,
                       judge, next_sequence, summary_text, tally)
 from unit.test_retention import shelves
 
@@ -127,8 +127,12 @@ class Log:
         self.lines.append(sentence)
 
 
+def a_status_log(path, log=None):
+    return StatusLog(Services(configured('status_log=%s' % path), Clock(), log or Log(), None), 'xcp1')
+
+
 def written(path, deed):
-    status_log = StatusLog(str(path), 'xcp1', Clock(), Log())
+    status_log = a_status_log(path)
     status_log.open()
     deed(status_log)
     return path.read_text(encoding='utf-8')
@@ -160,7 +164,7 @@ def test_status_lines_are_appended(tmp_path):
 @given(st.text(st.characters(blacklist_categories=('Cs',))))
 def test_a_name_never_breaks_a_status_line(name):
     lines = []
-    status_log = StatusLog('/nowhere', 'xcp1', Clock(), Log())
+    status_log = a_status_log('/nowhere')
     status_log._line = lambda what, rest: lines.append('%s,%s' % (what, rest))
     status_log.begin('vm-export', name)
     status_log.success('vm-export', name, 1.0, 1)
@@ -170,7 +174,7 @@ def test_a_name_never_breaks_a_status_line(name):
 
 def test_a_status_log_without_a_directory_is_said_once_and_stops_nothing(tmp_path):
     log = Log()
-    status_log = StatusLog(str(tmp_path / 'missing' / 'status.log'), 'xcp1', Clock(), log)
+    status_log = a_status_log(tmp_path / 'missing' / 'status.log', log)
     status_log.open()
     status_log.begin('vmbackup.py')
     status_log.end_run('SUCCESS', 1, 0, 0)

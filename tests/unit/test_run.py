@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.values import an_inventory, configured, planned
-from VmBackup import (AnswerLost, ApiFailure, BackupRun, Clock, Log, PoolError, Progress, Severity, Signals, StorageMisbehaved,
+from support.values import an_inventory, planned, services
+from VmBackup import (AnswerLost, ApiFailure, BackupRun, Clock, Log, PoolError, Progress, Severity, StorageMisbehaved,
                       StreamStalled, Watch)
 
 
@@ -28,7 +28,7 @@ class RefusingPool:
                          ids=['login', 'lost', 'failure'])
 def test_a_pool_that_refuses_to_tell_of_a_task_ends_no_healthy_export_and_a_stalled_one_as_stalled(error):
     pool = RefusingPool(error)
-    watch = Watch('the export of web', 'OpaqueRef:snapshot', (), 0, pool, configured('stall_timeout=1'), LOG, Signals(LOG))
+    watch = Watch(services('stall_timeout=1', pool=pool), 'the export of web', 'OpaqueRef:snapshot', (), 0)
     watch._task_asked_at -= 3600
     watch(Progress(0, 30.0, 'xe'))
     assert pool.calls == ['VM.get_current_operations']
@@ -44,8 +44,8 @@ def a_run(**catalog):
     log = Log(Clock())
     log.lines = []
     log.info = log.lines.append
-    run = BackupRun(configured('backup_dir=/store\nmax_backups=1'), an_inventory(), planned('vm-export=*'), None,
-                    SimpleNamespace(**catalog), SimpleNamespace(limit_s=0), None, None, Clock(), log, Signals(log))
+    run = BackupRun(services('backup_dir=/store\nmax_backups=1', log, catalog=SimpleNamespace(**catalog),
+                             journal=SimpleNamespace(limit_s=0)), an_inventory(), planned('vm-export=*'), None, None)
     return run, log
 
 
