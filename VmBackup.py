@@ -2480,9 +2480,6 @@ F_SETPIPE_SZ = 1031             # linux/fcntl.h; Python names it only since 3.10
 # hashlib has no XXH64. A hasher here has `update(view)` and `hexdigest()`, as an archive writes the digest: 16 upper-case
 # digits (stream_vdi.ml@v26.17.0 write_block: "%016LX").
 
-PRIME_1, PRIME_2, PRIME_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
-PRIME_4, PRIME_5 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
-MASK_64 = (1 << 64) - 1
 XXH64_VECTORS = ((b"", "EF46DB3751D8E999"), (bytes(range(101)), "E99038495F85381E"))
 
 
@@ -2550,19 +2547,6 @@ class ModuleXxh64:
         return "%016X" % self._digest()
 
 
-class PureXxh64:
-    """XXH64 in Python alone, when it is asked for: some 30 MiB/s on a machine where the library does 9,000."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def update(self, view: memoryview) -> None:
-        self._data += view
-
-    def hexdigest(self) -> str:
-        return "%016X" % xxh64_pure(self._data)
-
-
 @functools.lru_cache(maxsize=None)
 def block_hasher() -> Optional[Callable[[], Any]]:
     """The fastest XXH64 that works here, tried once against known digests; None if there is none."""
@@ -2582,69 +2566,6 @@ def _digest_in_two(new_hasher: Callable[[], Any], message: bytes) -> str:
     hasher.update(view[:37])
     hasher.update(view[37:])
     return hasher.hexdigest()
-
-
-def xxh64_pure(message: bytes) -> int:
-    """XXH64 with seed 0 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md)."""
-    whole = len(message) // 32 * 32
-    digest = _xxh64_stripes(message, whole) if whole else PRIME_5
-    digest = (digest + len(message)) & MASK_64
-    at = whole
-    while at + 8 <= len(message):
-        lane = int.from_bytes(message[at:at + 8], "little") * PRIME_2 & MASK_64
-        digest = (_rotate(digest ^ _rotate(lane, 31) * PRIME_1 & MASK_64, 27) * PRIME_1 + PRIME_4) & MASK_64
-        at += 8
-    if at + 4 <= len(message):
-        digest ^= int.from_bytes(message[at:at + 4], "little") * PRIME_1 & MASK_64
-        digest = (_rotate(digest, 23) * PRIME_2 + PRIME_3) & MASK_64
-        at += 4
-    for byte in message[at:]:
-        digest = _rotate(digest ^ byte * PRIME_5 & MASK_64, 11) * PRIME_1 & MASK_64
-    digest = (digest ^ digest >> 33) * PRIME_2 & MASK_64
-    digest = (digest ^ digest >> 29) * PRIME_3 & MASK_64
-    return digest ^ digest >> 32
-
-
-def _rotate(lane: int, bits: int) -> int:
-    return (lane << bits | lane >> 64 - bits) & MASK_64
-
-
-def _pack(lanes: Sequence[int]) -> int:
-    return sum(lane << 128 * index for index, lane in enumerate(lanes))
-
-
-XXH64_WINDOW_BYTES = 16 * 1024
-XXH64_START = ((PRIME_1 + PRIME_2) & MASK_64, PRIME_2, 0, -PRIME_1 & MASK_64)
-
-
-def _xxh64_stripes(message: bytes, whole: int) -> int:
-    """The four accumulators after all 32-byte stripes, merged.
-
-    They are kept in one integer, 128 bits apart: a product of 64 bits by 64 has room there, so that one Python operation
-    does the work of four, and the multiplication of the input a whole window's.
-    """
-    packed, mask = _pack(XXH64_START), _pack((MASK_64,) * 4)
-    for start in range(0, whole, XXH64_WINDOW_BYTES):
-        window = message[start:min(start + XXH64_WINDOW_BYTES, whole)]
-        products = _spread_products(window)
-        for at in range(0, len(products), 64):
-            packed = packed + int.from_bytes(products[at:at + 64], "little") & mask
-            packed = (packed << 31 | packed >> 33) & mask
-            packed = packed * PRIME_1 & mask
-    lanes = [packed >> 128 * index & MASK_64 for index in range(4)]
-    digest = sum(_rotate(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18))) & MASK_64
-    for lane in lanes:
-        digest ^= _rotate(lane * PRIME_2 & MASK_64, 31) * PRIME_1 & MASK_64
-        digest = (digest * PRIME_1 + PRIME_4) & MASK_64
-    return digest
-
-
-def _spread_products(window: bytes) -> bytes:
-    """Each 8 bytes of the window times PRIME_2, modulo 2**64, 16 bytes apart."""
-    spread = array("Q", bytes(2 * len(window)))
-    spread[::2] = array("Q", bytes(window))
-    mask = int.from_bytes((b"\xff" * 8 + bytes(8)) * (len(window) // 8), "little")
-    return (int.from_bytes(spread.tobytes(), "little") * PRIME_2 & mask).to_bytes(2 * len(window), "little")
 
 
 # ---- The file `blocks`: what an image alone can't show ---------------------------------------------------------------
@@ -3214,12 +3135,11 @@ class XvaCheck(ArchiveReader):
     """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the exact end.
 
     `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's list holds in
-    any case. `block_digests`: "auto", "yes" (XXH64 in Python alone where there is nothing faster) or "no". With
-    `holds_disks` false it is a metadata export: ova.xml alone. `sink` is shown the disks' contents: `at(disk, offset)`
+    any case. With `holds_disks` false it is a metadata export: ova.xml alone. `sink` is shown the disks' contents: `at(disk, offset)`
     gives what takes the pieces from there. `report` stands after `finish`.
     """
 
-    def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None, block_digests: str = "auto",
+    def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None,
                  holds_disks: bool = True, sink: Any = None, strict: bool = True) -> None:
         super().__init__(strict, blocks)
         self._sink = sink
@@ -3230,7 +3150,7 @@ class XvaCheck(ArchiveReader):
         self._holds_disks = holds_disks
         self._disks: Dict[str, _DiskProgress] = {}
         self._current: Optional[_DiskProgress] = None
-        self._hashers = _hashers(block_digests)
+        self._hashers = _hashers()
         self._suffix = ""
         self._unchecked = 0
 
@@ -3337,10 +3257,8 @@ class XvaCheck(ArchiveReader):
                                    sum(disk.virtual_size for disk in disks), self._ova_xml)
 
 
-def _hashers(block_digests: str) -> Dict[str, Callable[[], Any]]:
-    if block_digests == "no":
-        return {}
-    xxh64 = block_hasher() or (PureXxh64 if block_digests == "yes" else None)
+def _hashers() -> Dict[str, Callable[[], Any]]:
+    xxh64 = block_hasher()
     return {".checksum": hashlib.sha1, ".xxhash": xxh64} if xxh64 else {".checksum": hashlib.sha1}
 
 
@@ -6988,10 +6906,8 @@ class CopyVerdict(NamedTuple):
 class Verifier:
     """Reads copies of a catalog and judges them."""
 
-    def __init__(self, services: Services, block_digests: str) -> None:
-        """`block_digests`: auto, or yes to compute XXH64 in pure Python where there is no library."""
+    def __init__(self, services: Services) -> None:
         self._services = services
-        self._block_digests = block_digests
 
     def verify(self, copy: Copy) -> CopyVerdict:
         """The verdict on that copy. Raises Interrupted only."""
@@ -7076,7 +6992,7 @@ class Verifier:
         plain, compression = Digest(), image_compression(inside, copy, manifest)
         stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
         with open(inside.open_file(BLOCKS), "rb") as blocks:
-            check = new_image_check(manifest, BlockComparer(blocks), self._block_digests) if check_it else None
+            check = new_image_check(manifest, BlockComparer(blocks)) if check_it else None
             inner = [plain] + ([check] if check else [])
             self._stream(inside, copy, compression, [] if stored is plain else [stored], inner)
         problem = digest_problem(copy, image, stored, plain)
@@ -7090,14 +7006,14 @@ class Verifier:
             return "the compressed image of the manifest inside it"
         number = sum(disk.blocks for disk in check.report.disks)
         if not check.report.digests_checked and check.report.digest_kind:
-            return "%s by number (their digests need libxxhash or block_digests=yes)" % counted(number, "block")
+            return "%s by number (their digests need libxxhash)" % counted(number, "block")
         return counted(number, "block")
 
     # --- copies of the older program -----------------------------------------------------
 
     def _judge_old(self, copy: Copy, inside: Directory) -> Tuple[CopyState, str]:
         """The image of an older copy has the structure that its kind has."""
-        check = old_image_check(copy, inside, self._block_digests)
+        check = old_image_check(copy, inside)
         self._stream(inside, copy, image_compression(inside, copy, {}), [], [check])
         return CopyState.UNPROVEN, "the older program recorded no digests; the structure is whole"
 
@@ -7182,12 +7098,12 @@ def is_foreign_vhd(copy: Copy) -> bool:
     return copy.is_old and image_format(copy.image) == "vhd"
 
 
-def new_image_check(manifest: Dict[str, Any], blocks: Any, block_digests: str, sink: Any = None) -> Any:
+def new_image_check(manifest: Dict[str, Any], blocks: Any, sink: Any = None) -> Any:
     """The check for the image that the manifest describes."""
     sizes = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
     file_format = manifest["image"].get("format")
     if file_format == "xva":
-        return XvaCheck(sizes, blocks, block_digests, sink=sink)
+        return XvaCheck(sizes, blocks, sink=sink)
     size = list(sizes.values())[0] if len(sizes) == 1 else None
     return RawCheck(size, blocks, sink) if file_format == "raw" else VhdCheck(size, blocks, sink)
 
@@ -7206,10 +7122,10 @@ def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Dig
     return ""
 
 
-def old_image_check(copy: Copy, inside: Directory, block_digests: str, sink: Any = None) -> Any:
+def old_image_check(copy: Copy, inside: Directory, sink: Any = None) -> Any:
     """The check for an image without a manifest, a raw one with the size that cfg files beside it give."""
     if image_format(copy.image) == "xva":
-        return XvaCheck(None, None, block_digests, sink=sink, strict=False)
+        return XvaCheck(sink=sink, strict=False)
     if image_format(copy.image) == "vhd":
         return VhdCheck(None, None, sink)
     ova = ova_of_cfg_files(inside, False)
@@ -8173,7 +8089,7 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
     metadata = read_metadata(inside, copy, manifest, force)
     original = own_vm(metadata, copy.uuid)[1] if metadata else {}
     if file_format == "xva":
-        look = FirstLook(block_digests="no", strict=bool(manifest))
+        look = FirstLook(strict=bool(manifest))
         try:
             look_into(inside, copy, manifest, look, force, on_tick)
         except VerificationError as error:
@@ -9463,13 +9379,13 @@ def image_check(source: Source, inside: Directory, stack: contextlib.ExitStack, 
     """The check of that image; where the manifest has a digest of every block, they are compared too."""
     image = source.manifest.get("image", {})
     if not source.manifest:
-        return old_image_check(source.copy, inside, "auto", sink)
+        return old_image_check(source.copy, inside, sink)
     if source.copy.image != image["name"] and image.get("compression") != "none":
         raise VerificationError("%s was compressed a second time: decompress it once" % source.copy.image)
     comparer = None
     if compare and inside.status(BLOCKS) is not None:
         comparer = BlockComparer(stack.enter_context(open(inside.open_file(BLOCKS), "rb")))
-    return new_image_check(source.manifest, comparer, "auto", sink)
+    return new_image_check(source.manifest, comparer, sink)
 
 
 def vbd_fields(vbd: Dict[str, Any], machine: str) -> Dict[str, Any]:
@@ -10428,8 +10344,7 @@ ACTIONS = (
     Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.", False, True, False, ()),
     Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.", True, False, False, (
         Parameter("from", "latest: the newest copy of each VM; or the stamp of one copy."),
-        Parameter("max_time", "Stops after so many minutes; the next run goes on with what was longest not verified."),
-        Parameter("block_digests", "yes: computes XXH64 in pure Python where there is no library (slow)."))),
+        Parameter("max_time", "Stops after so many minutes; the next run goes on with what was longest not verified."))),
     Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.", True, False, False, (
         Parameter("format", "text or json."),)),
     Action("restore", "Brings a VM back from a copy, as a new VM; with the word preview it only shows what would be made.",
@@ -11101,7 +11016,6 @@ def command_verify(services: Services) -> int:
     """Every chosen copy was read and judged; the verdicts are shown and on record."""
     parameters = services.arguments.parameters
     minutes = parse_minutes(services.arguments, "max_time")
-    block_digests = "yes" if parse_flag(services.arguments, "block_digests") else "auto"
     catalog = open_store(services.settings)
     misbehaved = []                        # type: List[CatalogError]
     copies = [copy for stored in chosen_vms(catalog, services.arguments.vm, services.log, misbehaved)
@@ -11113,7 +11027,7 @@ def command_verify(services: Services) -> int:
         raise BackupError("%s holds no copy. Is it the right directory, and is the share mounted?" % catalog.path)
     if minutes:                            # the copies that were longest not looked at come first
         copies.sort(key=lambda copy: text_of(catalog.facts(copy), "verified_at") or "")
-    verifier = Verifier(services._replace(catalog=catalog), block_digests)
+    verifier = Verifier(services._replace(catalog=catalog))
     stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
     verdicts, untold = [], True
     for copy in copies:
