@@ -791,6 +791,7 @@ OPTIONS = (
            example="/usr/bin/xe"),
 )
 OPTION_NAMES = tuple(option.name for option in OPTIONS)
+BOOT_MINUTES = 5                  # what boot=yes means: a guest's tools are up by then, or something is wrong
 TRUE_WORDS = ("true", "yes", "1")
 FALSE_WORDS = ("false", "no", "0")
 
@@ -990,7 +991,7 @@ def parse_value(option: Option, text: str) -> Any:
         return "gzip"
     if option.name == "compress" and word in FALSE_WORDS:
         return "none"
-    if option.kind == "bool":
+    if option.kind in ("bool", "word"):
         if word not in TRUE_WORDS + FALSE_WORDS:
             raise ValueError('"%s" is neither yes nor no; allowed: True, False, yes, no, 1, 0.' % one_line(text))
         return word in TRUE_WORDS
@@ -1004,6 +1005,14 @@ def parse_value(option: Option, text: str) -> Any:
         if word not in option.choices:
             raise ValueError('"%s" is not allowed; allowed: %s.' % (one_line(text), ", ".join(option.choices)))
         return word
+    if option.kind == "minutes":
+        if word in FALSE_WORDS:
+            return 0.0
+        if word in TRUE_WORDS and word != "1":
+            return float(BOOT_MINUTES)
+        if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,2})?", word):
+            raise ValueError('"%s" is neither yes nor no nor a number of minutes.' % one_line(text))
+        return float(word)
     if option.kind == "pool":
         return parse_pool_address(text)
     if option.kind == "fingerprint":
@@ -1021,7 +1030,7 @@ def parse_value(option: Option, text: str) -> Any:
             raise ValueError("one address is wanted, not %d." % len(words))
         return words if option.kind == "addresses" else words[0]
     if not text:
-        raise ValueError("the value is empty; leave the line out for the default, %s." % (option.default or "none"))
+        raise ValueError(f"the value is empty; leave it out for the default, {option.default or 'none'}.")
     return text
 
 
@@ -1117,6 +1126,152 @@ def _parse_keep(rest: str) -> Optional[int]:
     if not match or int(match.group(1)) < 1:
         raise ValueError('"%s" behind the selector is not :N with N a whole number from 1.' % one_line(rest))
     return int(match.group(1))
+
+
+# --- the command line --------------------------------------------------------------
+
+
+class Action(NamedTuple):
+    """An action of the command line."""
+    name: str
+    help: str
+    takes_vm: bool
+    needs_work: bool              # a config that selects nothing is an error
+    has_preview: bool             # takes the word preview behind it
+    parameters: Tuple[Option, ...]
+
+
+def parameter(name: str, kind: str, help: str, default: Any = "", choices: Tuple[str, ...] = ()) -> Option:
+    """A NAME=VALUE that belongs to one action; of kind `word`, its bare name will do."""
+    return Option(name, kind, default, "", help, choices, minimum=1)
+
+
+ACTIONS = (
+    Action("backup", "Backs up what the config selects (the default).", False, True, True, (
+        parameter("force", "bool", "yes: run even if another host of the pool has just run this config.", False),)),
+    Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.",
+           False, True, False, ()),
+    Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.",
+           True, False, False, (
+               parameter("from", "text", "latest: the newest copy of each VM; or the stamp of one copy."),
+               parameter("max_time", "int", "Stops after so many minutes; the next run goes on with what was longest "
+                         "not verified.", 0))),
+    Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.",
+           True, False, False, (parameter("format", "choice", "text or json.", "text", ("text", "json")),)),
+    Action("restore", "Brings a VM back from a copy, as a new VM; with the word preview it only shows what would be "
+           "made.", True, False, True, (
+               parameter("from", "text", "latest: the newest good copy (the default); a stamp; or the path of an "
+                         "image or of a copy's directory, for which no store is needed.", "latest"),
+               parameter("to", "text", "The name of the new VM; without it, the VM's own, or NAME (restored DATE) if "
+                         "that is taken."),
+               parameter("sr", "text", "Puts all disks on this SR (name or uuid); without it, each goes where it came "
+                         "from."),
+               parameter("network", "text", "Puts all interfaces on this network (name or uuid); without it, each on "
+                         "the one of its network's name."),
+               parameter("preserve", "bool", "yes: keeps the VM's uuid and MAC addresses; refused while they are in "
+                         "use.", False),
+               parameter("attach_existing_disks", "bool", "yes: attaches those disks that the copy lacks, where they "
+                         "are in the pool and on no VM.", False),
+               parameter("start", "bool", "yes: starts the VM when all is proven.", False),
+               parameter("verify_first", "bool", "yes: reads the whole copy once before anything is made.", False),
+               parameter("force", "bool", "yes: takes a copy that is not good, and keeps what a damaged one gave.",
+                         False))),
+    Action("extract", "Writes a disk of a copy into a sparse raw image; needs no pool, no password, no xe.",
+           True, False, False, (
+               parameter("disk", "text", "Which disk: device (xvda), userdevice (0), uuid or name; needed if there "
+                         "are several."),
+               parameter("to", "text", "The file to write, which must not exist."),
+               parameter("from", "text", "latest (the default), a stamp, or a path, as with restore.", "latest"),
+               parameter("metadata", "word", "Writes the VM's metadata (ova.xml) instead of a disk, to stdout unless "
+                         "to= is given.", False))),
+    Action("drill", "Imports copies for a while, compares their disks, and removes everything again. VM: a VM, or "
+           "newest-of-each.", True, False, True, (
+               parameter("sample", "int", "Takes so many VMs, those that were longest not drilled.", 0),
+               parameter("sr", "text", "Puts all disks on this SR; without it, each goes where it came from."),
+               parameter("boot", "minutes", "yes: boots the VM, without network, and waits up to 5 minutes for its "
+                         "tools; or so many minutes.", 0.0))),
+    Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
+    Action("prune", "Applies retention without a backup and without a pool; with the word preview it only shows.",
+           True, False, True, ()),
+)
+ACTION_NAMES = tuple(action.name for action in ACTIONS)
+
+
+class Arguments(NamedTuple):
+    """The command line, cut up. `vm` is the action's VM; `parameters` has a value for each that the action takes."""
+    password: str
+    target: str
+    action: Action
+    vm: str
+    preview: bool
+    settings: Tuple[Setting, ...]
+    parameters: Dict[str, Any]
+
+
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """The command line; UsageError with a sentence if it is wrong."""
+    if len(words) < 2:
+        raise UsageError(f"TARGET is missing: a config file or a selector.\n\n{usage_text()}")
+    password, target = words[0], words[1]
+    name, equals, _ = target.partition("=")
+    if equals and name not in ("vm-export", "vdi-export") and (name in OPTION_NAMES or name == "vm"):
+        raise UsageError(f"TARGET is missing before {one_line(target)}: a config file or a selector.\n\n{usage_text()}")
+    plain = [word for word in words[2:] if "=" not in word]
+    action_word = plain.pop(0) if plain else "backup"
+    if action_word not in ACTION_NAMES:
+        raise UsageError(f'"{one_line(action_word)}" is not an action; the actions are {", ".join(ACTION_NAMES)}.')
+    action = ACTIONS[ACTION_NAMES.index(action_word)]
+    preview = "preview" in plain and action.has_preview
+    if preview:
+        plain.remove("preview")
+        if action.name == "backup":
+            action = ACTIONS[ACTION_NAMES.index("preview")]
+    settings, given = _settings_and_parameters([word for word in words[2:] if "=" in word], action)
+    vm = given.pop("vm", "")
+    if plain and action.takes_vm and not vm:
+        vm = plain.pop(0)
+    parameters = {own.name: own.default for own in action.parameters}
+    for own in action.parameters:
+        if own.kind == "word" and own.name in plain:
+            plain.remove(own.name)
+            given[own.name] = "yes"
+        if own.name in given:
+            try:
+                parameters[own.name] = parse_value(own, given[own.name])
+            except ValueError as problem:
+                raise UsageError(f"{own.name}: {problem}")
+    if plain:
+        raise UsageError(f'"{one_line(plain[0])}" is one word too many: {action.name} takes '
+                         f'{"one VM" if action.takes_vm else "only NAME=VALUE words"}.')
+    return Arguments(password, target, action, vm, preview, tuple(settings), parameters)
+
+
+def _settings_and_parameters(words: Sequence[str], action: Action) -> Tuple[List[Setting], Dict[str, str]]:
+    """The config keys of the command line, and what the action itself is given, its VM too, as it was written."""
+    own = [parameter.name for parameter in action.parameters] + (["vm"] if action.takes_vm else [])
+    settings, given = [], {}               # type: List[Setting], Dict[str, str]
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in OPTION_NAMES:
+            settings.append(Setting(name, value.strip(), "command line"))
+        elif name in own and name not in given:
+            given[name] = value
+        elif name in own:
+            raise UsageError(f"{name}= is given twice.")
+        else:
+            near = get_close_matches(name, list(OPTION_NAMES) + own, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f'"{one_line(name)}" is neither a config key nor a parameter of {action.name}{hint}.')
+    return settings, given
+
+
+def usage_text() -> str:
+    """The usage lines."""
+    return "\n".join((
+        "usage: VmBackup.py PASSWORD TARGET [ACTION] [NAME=VALUE ...]",
+        "       VmBackup.py PASSWORD create-password-file=FILE",
+        "       VmBackup.py help [config | example | ACTION]",
+        "       VmBackup.py --version"))
 
 
 # --- what the table says to people ------------------------------------------------
@@ -10321,125 +10476,6 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
 # and password files.
 
 
-class Parameter(NamedTuple):
-    """A NAME=VALUE that belongs to one action; `is_word`: its bare name will do."""
-    name: str
-    help: str
-    is_word: bool = False
-
-
-class Action(NamedTuple):
-    """An action of the command line."""
-    name: str
-    help: str
-    takes_vm: bool
-    needs_work: bool              # a config that selects nothing is an error
-    has_preview: bool             # takes the word preview behind it
-    parameters: Tuple[Parameter, ...]
-
-
-FORCE = Parameter("force", "yes: run even if another host of the pool has just run this config.")
-ACTIONS = (
-    Action("backup", "Backs up what the config selects (the default).", False, True, True, (FORCE,)),
-    Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.", False, True, False, ()),
-    Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.", True, False, False, (
-        Parameter("from", "latest: the newest copy of each VM; or the stamp of one copy."),
-        Parameter("max_time", "Stops after so many minutes; the next run goes on with what was longest not verified."))),
-    Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.", True, False, False, (
-        Parameter("format", "text or json."),)),
-    Action("restore", "Brings a VM back from a copy, as a new VM; with the word preview it only shows what would be made.",
-           True, False, True, (
-               Parameter("from", "latest: the newest good copy (the default); a stamp; or the path of an image or of a copy's "
-                         "directory, for which no store is needed."),
-               Parameter("to", "The name of the new VM; without it, the VM's own, or NAME (restored DATE) if that is taken."),
-               Parameter("sr", "Puts all disks on this SR (name or uuid); without it, each goes where it came from."),
-               Parameter("network", "Puts all interfaces on this network (name or uuid); without it, each on the one of its "
-                         "network's name."),
-               Parameter("preserve", "yes: keeps the VM's uuid and MAC addresses; refused while they are in use."),
-               Parameter("attach_existing_disks", "yes: attaches those disks that the copy lacks, where they are in the pool "
-                         "and on no VM."),
-               Parameter("start", "yes: starts the VM when all is proven."),
-               Parameter("verify_first", "yes: reads the whole copy once before anything is made."),
-               Parameter("force", "yes: takes a copy that is not good, and keeps what a damaged one gave."))),
-    Action("extract", "Writes a disk of a copy into a sparse raw image; needs no pool, no password, no xe.", True, False, False, (
-        Parameter("disk", "Which disk: device (xvda), userdevice (0), uuid or name; needed if there are several."),
-        Parameter("to", "The file to write, which must not exist."),
-        Parameter("from", "latest (the default), a stamp, or a path, as with restore."),
-        Parameter("metadata", "Writes the VM's metadata (ova.xml) instead of a disk, to stdout unless to= is given.", True))),
-    Action("drill", "Imports copies for a while, compares their disks, and removes everything again. VM: a VM, or "
-           "newest-of-each.", True, False, True, (
-               Parameter("sample", "Takes so many VMs, those that were longest not drilled."),
-               Parameter("sr", "Puts all disks on this SR; without it, each goes where it came from."),
-               Parameter("boot", "yes: boots the VM, without network, and waits up to 5 minutes for its tools; or so many "
-                         "minutes."))),
-    Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
-    Action("prune", "Applies retention without a backup and without a pool; with the word preview it only shows.",
-           True, False, True, ()),
-)
-ACTION_NAMES = tuple(action.name for action in ACTIONS)
-
-
-class Arguments(NamedTuple):
-    """The command line, cut up. `vm` is the action's VM; `parameters` are the action's own."""
-    password: str
-    target: str
-    action: Action
-    vm: str
-    preview: bool
-    settings: Tuple[Setting, ...]
-    parameters: Dict[str, str]
-
-
-def parse_arguments(words: Sequence[str]) -> Arguments:
-    """The command line; UsageError with a sentence if it is wrong."""
-    if len(words) < 2:
-        raise UsageError("TARGET is missing: a config file or a selector.\n\n" + usage_text())
-    password, target = words[0], words[1]
-    name, equals, _ = target.partition("=")
-    if equals and name not in ("vm-export", "vdi-export") and (name in OPTION_NAMES or name == "vm"):
-        raise UsageError("TARGET is missing before %s: a config file or a selector.\n\n%s" % (one_line(target),
-                                                                                              usage_text()))
-    plain = [word for word in words[2:] if "=" not in word]
-    action_word = plain.pop(0) if plain else "backup"
-    if action_word not in ACTION_NAMES:
-        near = get_close_matches(action_word, ACTION_NAMES, 1)
-        raise UsageError('"%s" is not an action%s; the actions are %s.' % (
-            one_line(action_word), " (did you mean %s?)" % near[0] if near else "", ", ".join(ACTION_NAMES)))
-    action = ACTIONS[ACTION_NAMES.index(action_word)]
-    preview = "preview" in plain and action.has_preview
-    if preview:
-        plain.remove("preview")
-        if action.name == "backup":
-            action = ACTIONS[ACTION_NAMES.index("preview")]
-    settings, parameters = [], {}          # type: List[Setting], Dict[str, str]
-    own = [parameter.name for parameter in action.parameters] + (["vm"] if action.takes_vm else [])
-    for word in words[2:]:
-        name, equals, value = word.partition("=")
-        if not equals:
-            continue
-        if name in OPTION_NAMES:
-            settings.append(Setting(name, value.strip(), "command line"))
-        elif name in own and name not in parameters:
-            parameters[name] = value
-        elif name in own:
-            raise UsageError("%s= is given twice." % name)
-        else:
-            near = get_close_matches(name, list(OPTION_NAMES) + own, 1)
-            raise UsageError('"%s" is neither a config key nor a parameter of %s%s.' % (
-                one_line(name), action.name, "; did you mean %s?" % near[0] if near else ""))
-    vm = parameters.pop("vm", "")
-    if plain and action.takes_vm and not vm:
-        vm = plain.pop(0)
-    for parameter in action.parameters:
-        if parameter.is_word and parameter.name in plain:
-            plain.remove(parameter.name)
-            parameters[parameter.name] = "yes"
-    if plain:
-        raise UsageError('"%s" is one word too many: %s takes %s.' % (
-            one_line(plain[0]), action.name, "one VM" if action.takes_vm else "only NAME=VALUE words"))
-    return Arguments(password, target, action, vm, preview, tuple(settings), parameters)
-
-
 def is_config_path(target: str) -> bool:
     """Is TARGET a config file, rather than a selector?"""
     if re.match(r"(vm-export|vdi-export)=", target):
@@ -10849,7 +10885,7 @@ def take_config_lock(services: Services, lock: LockFile, inventory: Inventory, l
 
     Raises LockHeld if another run of this config goes on.
     """
-    force = parse_flag(services.arguments, "force")
+    force = services.arguments.parameters["force"]
     ours = lock.take()
     text = lock.text() if ours else settled_text(services, lock)
     neighbour = "" if force or services.settings.pool is not None else neighbour_text(
@@ -10994,33 +11030,15 @@ def chosen_copies(stored: StoredVm, wanted: str) -> List[Copy]:
     return [copy for copy in stored.copies if wanted in (copy.name, copy.name[len("backup-"):])]
 
 
-def parse_flag(arguments: Arguments, name: str) -> bool:
-    """A yes-or-no parameter of an action; UsageError for any other word."""
-    word = arguments.parameters.get(name, "no").lower()
-    if word not in TRUE_WORDS + FALSE_WORDS:
-        raise UsageError('%s=%s is neither yes nor no.' % (name, one_line(word)))
-    return word in TRUE_WORDS
-
-
-def parse_minutes(arguments: Arguments, name: str) -> Optional[int]:
-    """A parameter in whole minutes, None if it is not given; UsageError for anything else."""
-    word = arguments.parameters.get(name)
-    if word is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,6}", word) or not int(word):
-        raise UsageError("%s=%s is not a whole number of minutes from 1." % (name, one_line(word)))
-    return int(word)
-
-
 def command_verify(services: Services) -> int:
     """Every chosen copy was read and judged; the verdicts are shown and on record."""
     parameters = services.arguments.parameters
-    minutes = parse_minutes(services.arguments, "max_time")
+    minutes = parameters["max_time"]
     catalog = open_store(services.settings)
     misbehaved = []                        # type: List[CatalogError]
     copies = [copy for stored in chosen_vms(catalog, services.arguments.vm, services.log, misbehaved)
-              for copy in chosen_copies(stored, parameters.get("from", ""))]
-    if not copies and parameters.get("from"):
+              for copy in chosen_copies(stored, parameters["from"])]
+    if not copies and parameters["from"]:
         raise UsageError("there is no copy %s of %s." % (
             one_line(parameters["from"]), quote_name(services.arguments.vm) if services.arguments.vm else "any VM"))
     if not copies:
@@ -11119,9 +11137,7 @@ def is_in_pool(inventory: Optional[Inventory], uuid: str, pool: str) -> Optional
 
 def command_list(services: Services) -> int:
     """Shown: what is in the store, as text or JSON."""
-    wanted = services.arguments.parameters.get("format", "text")
-    if wanted not in ("text", "json"):
-        raise UsageError("format=%s is not allowed; allowed: text, json." % one_line(wanted))
+    wanted = services.arguments.parameters["format"]
     catalog = open_store(services.settings)
     inventory = asked_pool(services) if wanted == "json" else None
     now = services.clock.local()
@@ -11303,8 +11319,6 @@ def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: 
 
 # --- restore, extract and drill ---------------------------------------------------------------------
 
-BOOT_MINUTES = 5
-
 
 class Chosen(NamedTuple):
     """A copy that was chosen, its open directory, and the store (None: the copy was named by its path)."""
@@ -11317,7 +11331,7 @@ class Chosen(NamedTuple):
 def chosen_copy(services: Services, force: bool) -> Iterator[Chosen]:
     """The copy that VM and from= mean, open. UsageError if they mean none or several, BackupError if it is not good."""
     arguments = services.arguments
-    wanted = arguments.parameters.get("from", "latest")
+    wanted = arguments.parameters["from"]
     with contextlib.ExitStack() as stack:
         if "/" in wanted:
             chosen = Chosen(copy_at_path(wanted), stack.enter_context(Directory.open_path(copy_directory(wanted))), None)
@@ -11454,15 +11468,14 @@ def reading_progress(services: Services, title: str, size_bytes: int) -> Callabl
 def restore_wishes(services: Services, chosen: Chosen) -> Wishes:
     """What the command line of a restore asks for."""
     given = services.arguments.parameters
-    return Wishes(given.get("to", ""), given.get("sr", ""), given.get("network", ""),
-                  parse_flag(services.arguments, "preserve"), parse_flag(services.arguments, "start"),
-                  parse_flag(services.arguments, "attach_existing_disks"), False,
+    return Wishes(given["to"], given["sr"], given["network"], given["preserve"], given["start"],
+                  given["attach_existing_disks"], False,
                   chosen.copy.taken_at.strftime("%Y-%m-%d"))
 
 
 def command_restore(services: Services) -> int:
     """A VM is back as a new VM, proven, or nothing of it is left and the person knows why."""
-    force, verify_first = parse_flag(services.arguments, "force"), parse_flag(services.arguments, "verify_first")
+    force, verify_first = services.arguments.parameters["force"], services.arguments.parameters["verify_first"]
     with chosen_copy(services, force) as chosen:
         wishes = restore_wishes(services, chosen)
         source = opened_source(services, chosen, force)
@@ -11610,15 +11623,15 @@ def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: i
 def command_extract(services: Services) -> int:
     """A disk of a copy, or its metadata, is in a file."""
     given = services.arguments.parameters
-    path = given.get("to", "")
+    path = given["to"]
     if path and os.path.lexists(fs_path(path)):
         raise UsageError("to=%s exists already and was left as it is." % path)
     with chosen_copy(services, False) as chosen:
-        source = opened_source(services, chosen, without_vm="metadata" not in given)
+        source = opened_source(services, chosen, without_vm=not given["metadata"])
         check_vm_word(services.arguments, chosen, source)
-        if "metadata" in given:
+        if given["metadata"]:
             return extract_metadata(services, source, chosen.inside, path)
-        disk = wanted_disk(source, given.get("disk", ""))
+        disk = wanted_disk(source, given["disk"])
         if not path:
             raise UsageError("say with to= which file to write.")
         title = "extracting disk %s of %s" % (disk.device, source.title)
@@ -11652,24 +11665,11 @@ def extract_metadata(services: Services, source: Source, inside: Directory, path
     return ExitStatus.OK
 
 
-def parse_boot(arguments: Arguments) -> float:
-    """How long a drill's VM is watched, in seconds; 0 if it is not booted."""
-    word = arguments.parameters.get("boot", "no").lower()
-    if word in FALSE_WORDS:
-        return 0
-    if word in TRUE_WORDS and word != "1":
-        return BOOT_MINUTES * MINUTE_S
-    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,2})?", word):
-        raise UsageError("boot=%s is neither yes nor no nor a number of minutes." % one_line(word))
-    return float(word) * MINUTE_S
-
-
 def check_drill_words(arguments: Arguments) -> None:
     """UsageError unless the command line says what to drill."""
-    vm, sample = arguments.vm, arguments.parameters.get("sample")
-    if sample is not None and (vm or not re.fullmatch(r"[1-9][0-9]{0,5}", sample)):
-        raise UsageError("sample= takes a whole number from 1, and no VM beside it.")
-    if not vm and sample is None:
+    if arguments.vm and arguments.parameters["sample"]:
+        raise UsageError("sample= takes no VM beside it.")
+    if not arguments.vm and not arguments.parameters["sample"]:
         raise UsageError("drill needs a VM, or newest-of-each, or sample=N.")
 
 
@@ -11678,7 +11678,7 @@ def drill_copies(services: Services, catalog: Catalog, vm: str) -> Tuple[List[Co
 
     A VM that has none gives the newest of its others, whose drill fails. UsageError if the store has no such VM.
     """
-    sample = services.arguments.parameters.get("sample")
+    sample = services.arguments.parameters["sample"]
     if vm and vm != NEWEST_OF_EACH:
         return [choose_copy(catalog, vm, "latest", services.log)], []
     newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
@@ -11701,7 +11701,7 @@ def drill_copies(services: Services, catalog: Catalog, vm: str) -> Tuple[List[Co
     for finding in findings:
         services.log.finding(finding)
     copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
-    return copies if sample is None else longest_not_drilled(copies, catalog.last_drills(), int(sample)), findings
+    return longest_not_drilled(copies, catalog.last_drills(), sample) if sample else copies, findings
 
 
 NEWEST_OF_EACH = "newest-of-each"
@@ -11710,7 +11710,7 @@ NOT_TRIED = "COULD NOT BE TRIED"
 
 def command_drill(services: Services) -> int:
     """The chosen copies were imported, compared and removed again; verdicts, report and exit status tell how it went."""
-    boot_s = parse_boot(services.arguments)
+    boot_s = services.arguments.parameters["boot"] * MINUTE_S
     check_drill_words(services.arguments)
     with early_end_mailed(services, "drilled"):
         catalog = open_store(services.settings)
@@ -11736,7 +11736,7 @@ def drill_plan(services: Services, view: PoolView, chosen: Chosen) -> RestorePla
     """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read anew."""
     if not chosen.copy.is_good:
         raise BackupError("it is no good copy (%s), and there is no good one of this VM." % chosen.copy.trouble)
-    wishes = Wishes("", services.arguments.parameters.get("sr", ""), "", False, False, False, True, "")
+    wishes = Wishes("", services.arguments.parameters["sr"], "", False, False, False, True, "")
     plan = plan_restore(opened_source(services, chosen), view._replace(srs=target_srs(services.pool, view.master)), wishes)
     if plan.problems:
         raise BackupError(" ".join(plan.problems))
@@ -11860,15 +11860,6 @@ COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": comm
 # --- help --------------------------------------------------------------------------------------
 
 
-def usage_text() -> str:
-    """The usage lines."""
-    return "\n".join((
-        "usage: VmBackup.py PASSWORD TARGET [ACTION] [NAME=VALUE ...]",
-        "       VmBackup.py PASSWORD create-password-file=FILE",
-        "       VmBackup.py help [config | example | ACTION]",
-        "       VmBackup.py --version"))
-
-
 def help_text() -> str:
     """`VmBackup.py help`."""
     lines = [usage_text(), "",
@@ -11890,7 +11881,7 @@ def action_help_text(action: Action) -> str:
     """`VmBackup.py help ACTION`."""
     lines = ["VmBackup.py PASSWORD TARGET %s%s [NAME=VALUE ...]" % (action.name, " [VM]" if action.takes_vm else ""),
              "", action.help]
-    lines += ["  %s%s  %s" % (parameter.name, "" if parameter.is_word else "=", parameter.help)
+    lines += ["  %s%s  %s" % (parameter.name, "" if parameter.kind == "word" else "=", parameter.help)
               for parameter in action.parameters]
     return "\n".join(lines)
 

@@ -122,7 +122,7 @@ def test_an_unknown_key_is_only_a_warning_where_extra_keys_are_ignored(a_pool: A
 
 BAD_WORDS = [
     ('an unknown action', ['explode'], ['"explode"', 'is not an action']),
-    ('an action with a slip', ['preveiw'], ['did you mean preview?']),
+    ('an action with a slip', ['preveiw'], ['"preveiw"', 'is not an action']),
     ('an unknown key', ['max_backup=3'], ['max_backup', 'did you mean max_backups?']),
     ('a parameter of another action', ['preview', 'force=yes'], ['force']),
     ('a bad number', ['max_backups=0'], ['command line', 'max_backups', '"0"']),

@@ -33,7 +33,7 @@ def configuration_of(tmp_path, text, *words):
 def test_without_an_action_it_is_a_backup():
     arguments = parsed('secret weekend.cfg')
     assert (arguments.password, arguments.target, arguments.action.name) == ('secret', 'weekend.cfg', 'backup')
-    assert arguments.settings == () and arguments.parameters == {}
+    assert arguments.settings == () and arguments.parameters == {'force': False}
 
 
 @pytest.mark.parametrize('line', ['- x.cfg preview', '- x.cfg backup preview', '- x.cfg preview compress=True',
@@ -65,7 +65,7 @@ def test_the_older_words_stay(line):
 
 
 @pytest.mark.parametrize('line, hint', [
-    ('-', 'TARGET is missing'), ('- x.cfg privew', 'did you mean preview'), ('- x.cfg backup db', 'one word too many'),
+    ('-', 'TARGET is missing'), ('- x.cfg privew', 'the actions are backup, preview'), ('- x.cfg backup db', 'one word too many'),
     ('- x.cfg colour=red', 'colour'), ('- x.cfg max_backup=3', 'did you mean max_backups'), ('- x.cfg preview force=yes', 'force'),
     ('- x.cfg force=yes force=no', 'twice'), ('- x.cfg backup backup', 'one word too many'), ('- max_backups=3', 'TARGET is missing'),
     ('- exclude=web', 'TARGET is missing'), ('- x.cfg --help', 'not an action'), ('- x.cfg =x', 'neither')])
@@ -83,6 +83,23 @@ def test_a_parameter_of_another_action_is_refused():
                     continue
                 with pytest.raises(UsageError):
                     parsed('- x.cfg %s %s=1' % (action.name, parameter.name))
+
+
+@pytest.mark.parametrize('line, name, value', [
+    ('verify', 'max_time', 0), ('verify max_time=90', 'max_time', 90), ('list', 'format', 'text'), ('list format=JSON', 'format', 'json'),
+    ('restore', 'from', 'latest'), ('restore start=YES', 'start', True), ('restore start=no', 'start', False),
+    ('extract web metadata', 'metadata', True), ('extract metadata=no', 'metadata', False), ('drill boot=yes', 'boot', 5.0),
+    ('drill boot=0.5', 'boot', 0.5), ('drill boot=no', 'boot', 0.0), ('drill sample=3', 'sample', 3)])
+def test_a_parameter_of_an_action_means_what_its_kind_says(line, name, value):
+    assert parsed('- x.cfg ' + line).parameters[name] == value
+
+
+@pytest.mark.parametrize('line', ['verify max_time=0', 'verify max_time=x', 'list format=xml', 'restore start=maybe', 'restore to=',
+                                  'drill boot=often', 'drill sample=0', 'drill sample=1.5'])
+def test_a_parameter_that_means_nothing_is_refused_by_its_name(line):
+    with pytest.raises(UsageError) as caught:
+        parsed('- x.cfg ' + line)
+    assert str(caught.value).startswith(line.split()[1].partition('=')[0] + ': ')
 
 
 @given(st.lists(st.one_of(st.text(), st.sampled_from(['-', 'x.cfg', 'web', 'preview', 'backup', 'list', 'vm=a', 'force=yes', 'max_backups=3',
@@ -225,7 +242,7 @@ def test_the_help_tells_every_action_and_exit_status():
 def test_the_help_of_an_action_tells_its_parameters():
     for action in ACTIONS:
         text = asked_help(['help', action.name])
-        assert all(parameter.name + ('' if parameter.is_word else '=') in text and parameter.help in text for parameter in action.parameters)
+        assert all(parameter.name + ('' if parameter.kind == 'word' else '=') in text and parameter.help in text for parameter in action.parameters)
 
 
 # --- another host's run of this config -------------------------------------------------------------------------------------
