@@ -7179,16 +7179,21 @@ class Verifier:
         fd = inside.open_file(copy.image)
         size = status_of(fd).st_size
         forget_cached(fd)                                # what is proven is the storage, not a cache
-        began_at = self._services.clock.monotonic()
-        title = "verifying %s/%s" % (copy.folder, copy.name)
-
-        def on_tick(progress: Progress) -> None:
-            self._services.signals.check()
-            self._services.log.progress(progress_text(title, progress.bytes_read, size, self._services.clock.monotonic() - began_at))
-
+        title = f"verifying {copy.folder}/{copy.name}"
         with contextlib.ExitStack() as stack:
             flows = plain_flows(stack, fd, compression, stored, plain, is_foreign_vhd(copy))
-            pump(flows, on_tick, title)
+            pump(flows, reading_progress(self._services, title, size), title)
+
+
+def reading_progress(services: Services, title: str, size_bytes: int) -> Callable[[Progress], None]:
+    """What is done once a second while an image is only read."""
+    began_at = services.clock.monotonic()
+
+    def on_tick(progress: Progress) -> None:
+        services.signals.check()
+        seconds = services.clock.monotonic() - began_at
+        services.log.progress(progress_text(title, progress.bytes_read, size_bytes, seconds))
+    return on_tick
 
 
 def plain_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: List[Any], plain: List[Any],
@@ -9632,7 +9637,6 @@ def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str,
 # digests matched, it is booted if asked, and everything is removed again.
 
 VHD_SR_TYPES = ("ext", "nfs", "smb", "lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")     # VHD there leaves out what is empty
-VHD_EXPORT_LIMIT_BYTES = VHD_LARGEST_BYTES
 BOOT_POLL_S = 2
 
 
@@ -9668,7 +9672,7 @@ class Drill:
         doing = "reading back disk %s of %s" % (planned.disk.device, imported.entry.title)
         record = self._services.pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
         size = int(record["virtual_size"])
-        is_sparse = planned.sr.type in VHD_SR_TYPES and size <= VHD_EXPORT_LIMIT_BYTES
+        is_sparse = planned.sr.type in VHD_SR_TYPES and size <= VHD_LARGEST_BYTES
         found = ContentDigests()
         self._services.log.info("%s, %s." % (doing, format_size(size)))
         try:
@@ -11453,16 +11457,6 @@ def check_vm_word(arguments: Arguments, chosen: Chosen, source: Source) -> None:
     if chosen.catalog is None and arguments.vm and arguments.vm not in names:
         raise UsageError("%s is a copy of %s, not of %s: name that VM, or none." % (
             source.title, quote_name(source.vm_name), quote_name(arguments.vm)))
-
-
-def reading_progress(services: Services, title: str, size_bytes: int) -> Callable[[Progress], None]:
-    """What is done once a second while an image is only read."""
-    began_at = services.clock.monotonic()
-
-    def on_tick(progress: Progress) -> None:
-        services.signals.check()
-        services.log.progress(progress_text(title, progress.bytes_read, size_bytes, services.clock.monotonic() - began_at))
-    return on_tick
 
 
 def restore_wishes(services: Services, chosen: Chosen) -> Wishes:

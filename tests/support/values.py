@@ -113,4 +113,4 @@ def services(text: str = '', log: Any = None, **doors: Any) -> VmBackup.Services
 
 def verifier(catalog: VmBackup.Catalog) -> VmBackup.Verifier:
     """What judges the copies of that store."""
-    return VmBackup.Verifier(services(catalog=catalog), 'auto')
+    return VmBackup.Verifier(services(catalog=catalog))
