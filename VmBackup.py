@@ -10132,16 +10132,16 @@ class Mailer:
     """Sends mail; what can't be sent goes into the outbox, and out with the next run's."""
 
     def __init__(self, services: Services, outbox: Optional[Outbox]) -> None:
-        configuration = services.settings
+        settings = services.settings
         self._services = services
         self._outbox = outbox
-        self._recipients = tuple(collections.OrderedDict.fromkeys(configuration.mail_to))
+        self._recipients = tuple(collections.OrderedDict.fromkeys(settings.mail_to))
         self._host = this_host()
-        self._sender = configuration.mail_from or "root@" + self._host
-        self._port = configuration.smtp_port or SMTP_PORTS[configuration.smtp_security]
-        self._server_title = "%s:%d" % (configuration.smtp_server, self._port)
+        self._sender = settings.mail_from or "root@" + self._host
+        self._port = settings.smtp_port or SMTP_PORTS[settings.smtp_security]
+        self._server_title = f"{settings.smtp_server}:{self._port}"
         self._context = None               # type: Optional[ssl.SSLContext]
-        self._passwords = ()               # type: Tuple[str, ...]
+        self._password = ""
 
     def send(self, report: MailReport) -> bool:
         """True if the mail is with the server for every recipient; those kept from earlier runs have followed it."""
@@ -10154,7 +10154,7 @@ class Mailer:
             advice = self._keep(message, now)
         else:
             advice = "The other recipients have it."
-        self._services.log.warning("%s %s" % (self._failure_text(refused), advice))
+        self._services.log.warning(f"{self._failure_text(refused)} {advice}")
         return False
 
     def send_test(self, report: MailReport) -> None:
@@ -10163,7 +10163,7 @@ class Mailer:
                                 MAIL_PAUSES_S)
         if refused:
             raise BackupError(self._failure_text(refused))
-        self._services.log.show("%s has taken the mail for %s." % (self._server_title, ", ".join(self._recipients)))
+        self._services.log.show(f"{self._server_title} has taken the mail for {', '.join(self._recipients)}.")
 
     def send_kept(self) -> bool:
         """The mails that earlier runs could not send are with the server, unless it takes none now. False if one had to
@@ -10173,21 +10173,22 @@ class Mailer:
             for name in self._outbox.names() if self._outbox else []:
                 refused = self._deliver(self._outbox.read(name), ())
                 if refused and not all(refusal.is_for_good for refusal in refused.values()):
-                    self._services.log.info("%s Mails of earlier runs are still kept." % self._failure_text(refused))
+                    self._services.log.info(f"{self._failure_text(refused)} Mails of earlier runs are still kept.")
                     break
                 self._outbox.remove(name)
                 if refused:
                     all_well = False
-                    self._services.log.warning("%s It is one of an earlier run, and is given up." % self._failure_text(refused))
+                    self._services.log.warning(
+                        f"{self._failure_text(refused)} It is one of an earlier run, and is given up.")
                 else:
                     self._services.log.info("a mail that an earlier run could not send was sent.")
         except BackupError as error:
-            self._services.log.info("mails that earlier runs could not send are not in reach: %s" % error)
+            self._services.log.info(f"mails that earlier runs could not send are not in reach: {error}")
         return all_well
 
     def _failure_text(self, refused: Dict[str, Refusal]) -> str:
-        reasons = sorted({refusal.reason for refusal in refused.values()})
-        return "the mail to %s was not sent: %s: %s." % (", ".join(refused), self._server_title, "; ".join(reasons))
+        reasons = "; ".join(sorted({refusal.reason for refusal in refused.values()}))
+        return f"the mail to {', '.join(refused)} was not sent: {self._server_title}: {reasons}."
 
     def _keep(self, message: bytes, now: datetime) -> str:
         """The message is in the outbox, or it can't be: the sentence that says which."""
@@ -10197,7 +10198,7 @@ class Mailer:
             self._outbox.keep(message, now)
             return "It is kept and goes out with the next run's."
         except BackupError as error:
-            return "It could not be kept either: %s" % error
+            return f"It could not be kept either: {error}"
 
     def _deliver(self, message: bytes, pauses_s: Tuple[int, ...]) -> Dict[str, Refusal]:
         """The recipients whose mail is not with the server after all tries, and why; none if all is well."""
@@ -10209,8 +10210,8 @@ class Mailer:
         waiting = list(self._recipients)
         for pause_s in (0,) + pauses_s:
             if pause_s:
-                self._services.log.info("%s Trying again in %s." % (
-                    self._failure_text({address: refused[address] for address in waiting}), format_duration(pause_s)))
+                failure = self._failure_text({address: refused[address] for address in waiting})
+                self._services.log.info(f"{failure} Trying again in {format_duration(pause_s)}.")
                 self._services.signals.sleep(pause_s)
             for address in waiting:
                 refused.pop(address, None)
@@ -10228,87 +10229,81 @@ class Mailer:
                 self._context = ssl.create_default_context(
                     cafile=fs_path(settings.smtp_ca_file) if settings.smtp_ca_file else None)
             except OSError as error:
-                raise BackupError("smtp_ca_file %s can't be used: %s" % (settings.smtp_ca_file, os_reason(error)))
-        if settings.smtp_user and not self._passwords:
-            self._passwords = read_smtp_passwords(settings.smtp_password_file)
+                raise BackupError(f"smtp_ca_file {settings.smtp_ca_file} can't be used: {os_reason(error)}")
+        if settings.smtp_user and not self._password:
+            self._password = read_smtp_password(settings.smtp_password_file)
 
     def _try_once(self, recipients: Sequence[str], message: bytes) -> Dict[str, Refusal]:
-        """The recipients whose mail is not with the server after one try, and why.
-
-        A thread of its own talks to the server, so that neither a resolver that
-        hangs nor a server that sends a byte a minute can make the try longer.
-        """
-        answers = queue.Queue()            # type: queue.Queue
-        talk = SmtpTalk(self._services.settings, self._port, self._host, self._context, self._passwords)
-        thread = threading.Thread(target=talk.hold, args=(self._sender, list(recipients), message, answers), daemon=True)
-        thread.start()
-        give_up_at = self._services.clock.monotonic() + MAIL_TRY_LIMIT_S
-        while True:
-            try:
-                answer = answers.get(timeout=0.25)
-                break
-            except queue.Empty:
-                self._services.signals.check()
-            if self._services.clock.monotonic() > give_up_at:
-                talk.break_off()
-                reason = "it had not taken the mail after %s" % format_duration(MAIL_TRY_LIMIT_S)
-                return {address: Refusal(reason, False) for address in recipients}
-        thread.join(MAIL_GOODBYE_S)
-        if isinstance(answer, (OSError, smtplib.SMTPException, ValueError)):
-            is_final = is_final_refusal(answer)
-            refusal = Refusal(self._struck_out(smtp_reason(answer)), is_final,
-                              is_final and isinstance(answer, smtplib.SMTPDataError))
+        """The recipients whose mail is not with the server after one try, and why."""
+        talk = SmtpTalk(self._services.settings, self._port, self._host, self._context, self._password)
+        try:
+            answers = within(MAIL_TRY_LIMIT_S, "the mail", lambda: talk.hand_over(self._sender, list(recipients), message),
+                             self._services.signals.check)
+        except StorageStalled:             # it is the mail server that hangs
+            talk.break_off()
+            reason = f"it had not taken the mail after {format_duration(MAIL_TRY_LIMIT_S)}"
+            return {address: Refusal(reason, False) for address in recipients}
+        except (OSError, smtplib.SMTPException, ValueError) as error:
+            is_final = is_final_refusal(error)
+            refusal = Refusal(self._struck_out(smtp_reason(error)), is_final,
+                              is_final and isinstance(error, smtplib.SMTPDataError))
             return {address: refusal for address in recipients}
-        if isinstance(answer, Exception):
-            raise answer
+        with contextlib.suppress(StorageStalled):      # the mail is taken, or is not, already
+            within(MAIL_GOODBYE_S, "the good-bye", talk.leave)
         return {address: Refusal(self._struck_out(answer_text(code, text)), code >= 500, code >= 500)
-                for address, (code, text) in answer.items()}
+                for address, (code, text) in answers.items()}
 
     def _struck_out(self, text: str) -> str:
         """The text without the password, which a server may repeat as it was sent."""
-        for password in self._passwords:
-            raw = password.encode("utf-8", "surrogateescape")
-            for secret in (base64.b64encode(("\0%s\0" % self._services.settings.smtp_user).encode("utf-8") + raw),
-                           base64.b64encode(raw), raw):
-                if secret:
-                    text = text.replace(secret.decode("utf-8", "surrogateescape"), "***")
+        raw = self._password.encode("utf-8", "surrogateescape")
+        for secret in (base64.b64encode(f"\0{self._services.settings.smtp_user}\0".encode("utf-8") + raw),
+                       base64.b64encode(raw), raw) if raw else ():
+            text = text.replace(secret.decode("utf-8", "surrogateescape"), "***")
         return text
 
 
 class SmtpTalk:
-    """One conversation with the mail server, held by a thread of its own."""
+    """One conversation with the mail server. Threads of their own hold it, so that neither a resolver that hangs nor a server
+    that sends a byte a minute can make it longer."""
 
-    def __init__(self, configuration: Configuration, port: int, host: str, context: Optional[ssl.SSLContext],
-                 passwords: Sequence[str]) -> None:
-        self._settings = configuration
+    def __init__(self, settings: Configuration, port: int, host: str, context: Optional[ssl.SSLContext],
+                 password: str) -> None:
+        self._settings = settings
         self._port = port
         self._host = host
         self._context = context
-        self._passwords = passwords
+        self._password = password
         self._is_over = False
         self._server = None                # type: Optional[smtplib.SMTP]
 
-    def hold(self, sender: str, recipients: List[str], message: bytes, answers: queue.Queue) -> None:
-        """In `answers`: the recipients that the server refused and its words, or the exception that ended it."""
+    def hand_over(self, sender: str, recipients: List[str], message: bytes) -> Dict[str, Tuple[int, bytes]]:
+        """The server has the mail, but for the recipients that it refused with these words; raises what ended it."""
+        limit_s = 2 * MAIL_TRY_LIMIT_S     # the one who waits has the shorter limit
+        if self._settings.smtp_security == "tls":
+            server = smtplib.SMTP_SSL(self._settings.smtp_server, self._port, self._host, timeout=limit_s,
+                                      context=self._context)
+        else:
+            server = smtplib.SMTP(self._settings.smtp_server, self._port, self._host, timeout=limit_s)
+        self._server = server
         try:
-            server = self._server = self._connected()
-            try:
-                if self._is_over:
-                    return
-                if self._settings.smtp_security == "starttls":
-                    server.starttls(context=self._context)
-                if self._passwords:
-                    self._log_in(server)
-                try:
-                    answers.put(server.sendmail(sender, recipients, message))
-                except smtplib.SMTPRecipientsRefused as error:
-                    answers.put(error.recipients)
-                with contextlib.suppress(OSError, smtplib.SMTPException):      # the mail is taken, or is not, already
-                    server.quit()
-            finally:
-                server.close()
-        except Exception as error:         # raised again by the thread that waits for the answer
-            answers.put(error)
+            if self._is_over:
+                raise smtplib.SMTPServerDisconnected("it came too late")
+            if self._settings.smtp_security == "starttls":
+                server.starttls(context=self._context)
+            if self._password:
+                server.login(self._settings.smtp_user, self._password)
+            return server.sendmail(sender, recipients, message)
+        except smtplib.SMTPRecipientsRefused as error:
+            return error.recipients
+        except Exception:
+            server.close()
+            raise
+
+    def leave(self) -> None:
+        """The conversation is over, with a good-bye if the server listens."""
+        with contextlib.suppress(OSError, smtplib.SMTPException):
+            self._server.quit()
+        self._server.close()
 
     def break_off(self) -> None:
         """The conversation ends where it is, from another thread."""
@@ -10316,49 +10311,29 @@ class SmtpTalk:
         with contextlib.suppress(OSError, AttributeError):
             self._server.sock.shutdown(socket.SHUT_RDWR)
 
-    def _connected(self) -> smtplib.SMTP:
-        """The server has greeted us."""
-        limit_s = 2 * MAIL_TRY_LIMIT_S     # the one who waits has the shorter limit
-        if self._settings.smtp_security == "tls":
-            return smtplib.SMTP_SSL(self._settings.smtp_server, self._port, self._host, timeout=limit_s,
-                                    context=self._context)
-        return smtplib.SMTP(self._settings.smtp_server, self._port, self._host, timeout=limit_s)
-
-    def _log_in(self, server: smtplib.SMTP) -> None:
-        """The server knows us, by one of the passwords that the file can mean."""
-        for password in self._passwords[:-1]:
-            with contextlib.suppress(smtplib.SMTPAuthenticationError):
-                server.login(self._settings.smtp_user, password)
-                return
-        server.login(self._settings.smtp_user, self._passwords[-1])
-
 
 def is_final_refusal(error: Exception) -> bool:
     """Is another try useless: a no for good (5xx), a certificate, something the server can't do, a wrong setting?"""
     if isinstance(error, smtplib.SMTPResponseException):
         return error.smtp_code >= 500
-    return isinstance(error, (smtplib.SMTPNotSupportedError, ValueError)) or is_certificate_error(error)
-
-
-def is_certificate_error(error: Exception) -> bool:
-    """Was the server's certificate not accepted?"""
-    return isinstance(error, ssl.CertificateError) or getattr(error, "reason", None) == "CERTIFICATE_VERIFY_FAILED"
+    return isinstance(error, (smtplib.SMTPNotSupportedError, ValueError)) or is_certificate_refusal(error)
 
 
 def smtp_reason(error: Exception) -> str:
     """Why a mail was not sent, in words; never what we sent."""
     if isinstance(error, smtplib.SMTPAuthenticationError):
-        return "the login was refused: %s; look at smtp_user and smtp_password_file" % answer_text(error.smtp_code,
-                                                                                                error.smtp_error)
+        return (f"the login was refused: {answer_text(error.smtp_code, error.smtp_error)}; look at smtp_user and "
+                f"smtp_password_file")
     if isinstance(error, smtplib.SMTPResponseException):
         return answer_text(error.smtp_code, error.smtp_error)
     if isinstance(error, smtplib.SMTPServerDisconnected):
         return "it closed the connection before it had taken the mail"
-    if is_certificate_error(error):
-        return ("its certificate was not accepted (%s): smtp_ca_file must hold the CA that signed it, and smtp_server "
-                "the name that it is made out to" % (getattr(error, "verify_message", "") or one_line(str(error))))
+    if is_certificate_refusal(error):
+        reason = getattr(error, "verify_message", "") or one_line(str(error))
+        return (f"its certificate was not accepted ({reason}): smtp_ca_file must hold the CA that signed it, and "
+                f"smtp_server the name that it is made out to")
     if isinstance(error, ssl.SSLError):
-        return "no TLS: %s; is smtp_security right for this port?" % one_line(error.reason or str(error))
+        return f"no TLS: {one_line(error.reason or str(error))}; is smtp_security right for this port?"
     if isinstance(error, UnicodeError):
         return "an address, a name or the password holds characters other than ASCII, which mail servers do not all take"
     return one_line(os_reason(error)).rstrip(".")
@@ -10367,11 +10342,11 @@ def smtp_reason(error: Exception) -> str:
 def answer_text(code: int, text: Union[bytes, str]) -> str:
     """What a mail server answered, in one line."""
     said = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-    return cut("%d %s" % (code, one_line(" ".join(said.split()))), 300).rstrip(".")
+    return cut(f"{code} {one_line(' '.join(said.split()))}", 300).rstrip(".")
 
 
-def read_smtp_passwords(path: str) -> Tuple[str, ...]:
-    """What the password in that file can be, likeliest first: as create-password-file writes it, or plain.
+def read_smtp_password(path: str) -> str:
+    """The password in that file: what create-password-file hid in it, or else the text itself.
 
     BackupError unless only its owner can read the file.
     """
@@ -10380,19 +10355,18 @@ def read_smtp_passwords(path: str) -> Tuple[str, ...]:
     try:
         with open(fs_path(path), "rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise BackupError("smtp_password_file %s can be read by others: chmod 600 it, and change the password."
-                                  % path)
+                raise BackupError(f"smtp_password_file {path} can be read by others: chmod 600 it, and change the password.")
             raw = file.read(64 * KIBIBYTE)
     except OSError as error:
-        raise BackupError("smtp_password_file %s can't be read: %s." % (path, os_reason(error)))
+        raise BackupError(f"smtp_password_file {path} can't be read: {os_reason(error)}.")
     plain = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
     if not plain:
-        raise BackupError("smtp_password_file %s is empty." % path)
+        raise BackupError(f"smtp_password_file {path} is empty.")
     with contextlib.suppress(ValueError):
-        decoded = base64.b64decode(b"".join(raw.split()), validate=True).decode("utf-8")
-        if decoded.isprintable() and decoded:
-            return decoded, plain
-    return (plain,)
+        hidden = base64.b64decode(b"".join(raw.split()), validate=True).decode("utf-8")
+        if hidden.isprintable() and hidden:
+            return hidden
+    return plain
 
 
 # --- preview --------------------------------------------------------------------------

@@ -399,8 +399,8 @@ def test_login_with_a_password_file(a_shelf: Any, a_mail_server: Any, content: b
     assert server.mail().login == 'backup'
 
 
-def test_a_plain_password_that_could_be_base64_logs_in_all_the_same(a_shelf: Any, a_mail_server: Any) -> None:
-    shelf, server = a_shelf(), a_mail_server(login=['backup', 'dGVzdA=='])
+def test_a_password_that_could_be_base64_is_taken_for_what_create_password_file_wrote(a_shelf: Any, a_mail_server: Any) -> None:
+    shelf, server = a_shelf(), a_mail_server(login=['backup', 'test'])
     run = send_test(shelf, *server.lines('smtp_user=backup', password_file(shelf, b'dGVzdA==\n')))
     assert run.exit_status == 0 and server.mail().login == 'backup', run
 
