@@ -97,7 +97,7 @@ import zlib
 from array import array
 from datetime import datetime, timedelta, timezone
 from difflib import get_close_matches
-from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional,
+from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, Tuple, Union)
 
 VERSION = "4.0.0"
@@ -1566,7 +1566,7 @@ class Copy(NamedTuple):
     where nothing tells. `is_newer`: its manifest is of a later version than this.
     `aside` says why it is neither counted nor removed, good as it may be, "" if it
     is. `mark` is what a verdict on it belongs to, the SHA-256 of its manifest;
-    `verdict` what the last verdict on record has against it.
+    `checks` what is on record of later checks.
     """
     folder: str
     name: str
@@ -1588,7 +1588,7 @@ class Copy(NamedTuple):
     aside: str = ""
     is_unreadable: bool = False
     mark: str = ""
-    verdict: str = ""
+    checks: Mapping[str, Any] = {}
 
     @property
     def is_good(self) -> bool:
@@ -1600,19 +1600,22 @@ class Copy(NamedTuple):
         """Why it is not good, "" if it is."""
         return self.problem or self.verdict
 
+    @property
+    def verdict(self) -> str:
+        """What the last check on record has against it, in a sentence, "" if nothing: the later of verify and drill."""
+        drill = (self.checked("drilled_at"), self.checked("drill") == NOT_RESTORABLE,
+                 "a drill", NOT_RESTORABLE, self.checks.get("drill_reason"))
+        verify = (self.checked("verified_at"), self.checked("verdict") == DAMAGED, "verify", DAMAGED, self.checks.get("reason"))
+        at, is_bad, who, word, why = max((drill, verify), key=lambda check: (check[0] or "", check[1]))
+        return f"{who} of {at[:10]} found it {word} ({one_line(str(why)).rstrip('.')})" if at is not None and is_bad else ""
+
+    def checked(self, key: str) -> Optional[str]:
+        """A text on record of its checks, None if it is not there, or is what no version of this program writes."""
+        return self.checks[key] if isinstance(self.checks.get(key), str) else None
+
     def counts_for(self, uuid: str, method: Method) -> bool:
         """Is it one of the good copies of that VM and kind that retention counts?"""
         return self.is_good and not self.aside and self.uuid == uuid and self.method is method
-
-
-def condemned(facts: Dict[str, Any]) -> str:
-    """What the last check on record has against a copy, in a sentence; "" if nothing: the later of verify and drill counts."""
-    checks = [(facts.get(at), facts.get(word) == bad, said, facts.get(why)) for at, word, bad, said, why in (
-        ("drilled_at", "drill", NOT_RESTORABLE, "a drill of %s found it " + NOT_RESTORABLE, "drill_reason"),
-        ("verified_at", "verdict", DAMAGED, "verify of %s found it " + DAMAGED, "reason"))]
-    at, is_bad, said, why = max((check for check in checks if isinstance(check[0], str)), key=lambda check: check[:2],
-                                default=("", False, "", ""))
-    return "%s (%s)" % (said % at[:10], one_line(str(why)).rstrip(".")) if is_bad else ""
 
 
 DAMAGED = "DAMAGED"
@@ -1652,7 +1655,7 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
     counted_ones = [copy for copy in ordered if copy.counts_for(uuid, method)]
     keep = max(keep, 1)
     last_made = {sealed}.union(copy.name for copy in [copy for copy in counted_ones if not copy.is_old][-1:])
-    unknown = [copy for copy in ordered if copy.is_newer or copy.is_unreadable]
+    unknown = not_known(ordered)
     going = {copy.name: position for position, copy in enumerate(counted_ones[:-keep], 1)}
     verdicts = []
     for copy in ordered:
@@ -1667,8 +1670,8 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
         elif copy.name not in going:
             verdicts.append(Verdict(copy, True, "one of the newest %d" % keep))
         elif unknown:
-            verdicts.append(Verdict(copy, True, "%s %s, so nothing here is removed" % (
-                unknown[0].name, "was made by a newer VmBackup" if unknown[0].is_newer else "can't be read now")))
+            why = "was made by a newer VmBackup" if unknown.is_newer else "can't be read now"
+            verdicts.append(Verdict(copy, True, f"{unknown.name} {why}, so nothing here is removed"))
         elif copy.name in last_made:
             verdicts.append(Verdict(copy, True, "the last one made, whatever stamps copies of the older program bear"))
         else:
@@ -1677,41 +1680,57 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
     return verdicts
 
 
-def with_inherited_uuid(copies: Sequence[Copy], uuid: str, vm_name: str, name_is_unique: bool,
-                        folder_is_plain: bool) -> List[Copy]:
-    """The copies, those of the older program without a readable uuid given to the VM if they can only be its own.
+def not_known(copies: Iterable[Copy]) -> Optional[Copy]:
+    """A copy of which it is not known here what it is, or needs of those beside it; None if there is none."""
+    return min((copy for copy in copies if copy.is_unreadable or copy.is_newer), key=lambda copy: copy.is_newer, default=None)
 
-    That is so when the directory is the VM's plain one, no other VM of the
-    pool bears the name, and no copy in it bears another uuid.
+
+class Owner(NamedTuple):
+    """A VM whose copies are looked for: it is its uuid in its pool. `name` is what it is called there, None where no pool
+    is asked; `is_only_one`: no other VM of the pool bears that name."""
+    uuid: str
+    pool: str
+    name: Optional[str] = None
+    is_only_one: bool = False
+
+
+def as_seen_by(owner: Owner, folder: str, copies: Iterable[Copy]) -> List[Copy]:
+    """The copies of that directory, in order, as they are that VM's or not: the one answer to whose a copy is.
+
+    Those of the older program without a readable uuid are its own where they can be nobody else's: the directory is the
+    VM's plain one, no other VM of the pool bears the name, and no copy there bears another uuid. Where no pool is asked,
+    what tells no uuid or pool goes with the only one that is told there; without a uuid it is put aside.
+
+    Put aside is, too, what somebody moved there to keep it: it was made in another directory, or does not tell in which
+    (as earlier versions and the older program made them) where the directory bears no name of its VM; and what is, or
+    may be, of the VM that has this uuid in another pool.
     """
-    others = {copy.uuid for copy in copies if copy.uuid and copy.uuid != uuid}
-    if others or not name_is_unique or not folder_is_plain:
-        return list(copies)
-    return [copy._replace(uuid=uuid, vm_name=vm_name) if copy.is_old and not copy.uuid else copy
-            for copy in copies]
-
-
-def with_moved_aside(copies: Sequence[Copy], folder: str, own_names: Sequence[str] = ()) -> List[Copy]:
-    """The copies, those put aside that somebody moved into that directory to keep them: they were made in another; or do
-    not tell where (as earlier versions and the older program made them), and the directory bears no name of their VM.
-
-    `own_names`: those of the VM that looks at it, today.
-    """
-    here = folded(folder)
+    copies, here = in_order(copies), folded(folder)
+    uuids = {copy.uuid for copy in copies if copy.uuid}
     at_home = {copy.uuid for copy in copies if folded(copy.home) == here}
-    is_own = here in {folded(name) for name in own_names}
-    return [copy if folded(copy.home) == here or not copy.home and (is_own or copy.uuid in at_home)
-            else copy._replace(aside="%s, so it is kept and not counted" % (
-                "moved here by hand from %s/" % quote_name(copy.home) if copy.home
-                else "it lies where no name of its VM is, as if moved here by hand"))
-            for copy in copies]
-
-
-def with_pools_told_apart(copies: Sequence[Copy], uuid: str, pool: str) -> List[Copy]:
-    """The copies, those put aside that bear the VM's uuid but are, or may be, of the VM that has it in another pool."""
-    pools = {copy.pool for copy in copies if copy.uuid == uuid and copy.pool}
-    return [copy._replace(aside="of another pool (%s), so it is kept and not counted" % (copy.pool or "unknown which"))
-            if copy.uuid == uuid and copy.pool != pool and (copy.pool or pools - {pool}) else copy for copy in copies]
+    is_named, is_heir = False, uuids == {owner.uuid}
+    if owner.name is not None:
+        is_named = here in map(folded, own_folder_names(owner.name, owner.uuid, owner.pool))
+        is_heir = uuids <= {owner.uuid} and owner.is_only_one and folder in (safe_name(owner.name), owner.name)
+    seen = []
+    for copy in copies:
+        if folded(copy.home) != here and (copy.home or not is_named and copy.uuid not in at_home):
+            why = f"moved here by hand from {quote_name(copy.home)}/" if copy.home \
+                else "it lies where no name of its VM is, as if moved here by hand"
+            copy = copy._replace(aside=f"{why}, so it is kept and not counted")
+        if not copy.uuid and is_heir and owner.name is None:
+            copy = copy._replace(uuid=owner.uuid, aside="it tells no uuid (uuid unknown), so it is kept and not counted")
+        elif not copy.uuid and is_heir and copy.is_old:
+            copy = copy._replace(uuid=owner.uuid, vm_name=owner.name)
+        seen.append(copy)
+    pools = {copy.pool for copy in seen if copy.uuid == owner.uuid and copy.pool}
+    for position, copy in enumerate(seen):
+        if copy.uuid == owner.uuid and not copy.pool and pools == {owner.pool}:
+            seen[position] = copy._replace(pool=owner.pool)
+        elif copy.uuid == owner.uuid and (copy.pool and copy.pool != owner.pool or not copy.pool and pools):
+            seen[position] = copy._replace(
+                aside=f"of another pool ({copy.pool or 'unknown which'}), so it is kept and not counted")
+    return seen
 
 
 def clock_went_back(copies: Sequence[Copy], now: datetime) -> Optional[str]:
@@ -1737,22 +1756,16 @@ def clock_is_behind(copies: Sequence[Copy], local: datetime) -> Optional[str]:
             % (local.strftime("%Y-%m-%d %H:%M:%S"), newest.name))
 
 
-def not_known_here(copies: Sequence[Copy]) -> Optional[str]:
-    """The sentence to say where a later version has made copies, or one can't be read, else None."""
-    newer = [copy for copy in copies if copy.is_newer]
-    for copy in copies:
-        if copy.is_unreadable:
-            return "%s/%s: %s: nothing is pruned in %s/ until it can be read again." % (
-                copy.folder, copy.name, copy.problem, copy.folder)
-    if not newer:
-        return None
-    return ("%s/%s/backup.json is of a format that only a newer VmBackup knows: nothing is pruned in %s/ until that version "
-            "is used here again." % (newer[0].folder, newer[0].name, newer[0].folder))
-
-
 def retention_warnings(copies: Sequence[Copy], utc: datetime, local: datetime) -> List[str]:
     """What is to be said before a VM's copies are pruned, now being that time."""
-    found = (clock_went_back(copies, utc), clock_is_behind(copies, local), not_known_here(copies))
+    found = [clock_went_back(copies, utc), clock_is_behind(copies, local)]
+    unknown = not_known(copies)
+    if unknown is not None:
+        place = f"{unknown.folder}/{unknown.name}"
+        found.append(f"{place}: {unknown.problem}: nothing is pruned in {unknown.folder}/ until it can be read again."
+                     if unknown.is_unreadable else
+                     f"{place}/backup.json is of a format that only a newer VmBackup knows: nothing is pruned in "
+                     f"{unknown.folder}/ until that version is used here again.")
     return [sentence for sentence in found if sentence]
 
 
@@ -5085,7 +5098,7 @@ SUCCESS = "success"
 BLOCKS = "blocks"
 VM_METADATA = "vm-metadata.xml"
 OLD_MARKERS = ("success", "success_restore", "success_compress", "success_compressing")
-IMAGE_NAME = re.compile(r".+\.(xva|raw|vhd)(\.gz|\.zst)?", re.DOTALL)
+IMAGE_NAME = re.compile(r"((.+)\.(xva|raw|vhd))(\.gz|\.zst)?", re.DOTALL)
 COMPRESSED_MAGIC = ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"))
 OTHER_MAGIC = (("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh"), ("lz4", b"\x04\x22\x4d\x18"), ("7z", b"7z\xbc\xaf"), ("zip", b"PK\3\4"),
                ("lzip", b"LZIP"), ("VMDK", b"KDMV"), ("qcow2", b"QFI\xfb"), ("VHDX", b"vhdxfile"))
@@ -5417,7 +5430,7 @@ class Catalog:
         """The copy as it is now, what was learned of its VM from elsewhere kept; NotThere if it is gone."""
         with self.root.child(copy.folder) as folder:
             now = read_copy(folder, copy.folder, copy.name, copy.taken_at, copy.is_old)
-        return self._with_verdict(now._replace(uuid=now.uuid or copy.uuid))
+        return self.with_checks(now._replace(uuid=now.uuid or copy.uuid))
 
     def open_copy(self, copy: Copy) -> Directory:
         """The copy's directory; NotThere if it is gone."""
@@ -5560,7 +5573,7 @@ class Catalog:
                         strangers.append(item)
                     elif parsed is not None:
                         with contextlib.suppress(NotThere):    # gone meanwhile: another run is at work here
-                            copies.append(self._with_verdict(read_copy(folder, name, item, *parsed)))
+                            copies.append(self.with_checks(read_copy(folder, name, item, *parsed)))
                     elif is_unfinished_name(item):
                         unfinished.append(item)
                     else:
@@ -5579,21 +5592,15 @@ class Catalog:
 
     # --- what later checks found: a small file a copy, as sealed copies are never written again ---
 
-    def facts(self, copy: Copy) -> Dict[str, Any]:
-        """What is on record about the copy, {} if nothing, or if that can't be read now: then `folder` says so."""
-        with contextlib.suppress(CatalogError):
-            return self._facts(copy)
-        return {}
-
-    def _with_verdict(self, copy: Copy) -> Copy:
-        """The copy with what the last check on record has against it; unreadable if that can't be known now."""
+    def with_checks(self, copy: Copy) -> Copy:
+        """The copy with what is on record of later checks; unreadable if that can't be known now."""
         try:
-            return copy._replace(verdict=condemned(self._facts(copy)))
+            return copy._replace(checks=self._checks(copy))
         except CatalogError as error:
-            return copy._replace(problem=copy.problem or "whether a check has condemned it can't be read now: %s"
-                                 % str(error).rstrip("."), is_unreadable=True)
+            return copy._replace(problem=copy.problem or "whether a check has condemned it can't be read now: "
+                                 + str(error).rstrip("."), is_unreadable=True)
 
-    def _facts(self, copy: Copy) -> Dict[str, Any]:
+    def _checks(self, copy: Copy) -> Dict[str, Any]:
         """What is on record about the copy, {} if nothing. It belongs to the copy's manifest, whatever its name is."""
         with contextlib.suppress(NotThere, WrongKind, ValueError):
             self._verdicts = self._verdicts or self.state_if_there(VERDICT_FOLDER)       # asked for each copy: opened once
@@ -5603,7 +5610,7 @@ class Catalog:
 
     def record(self, copy: Copy, **facts: Any) -> None:
         """The facts are on record beside earlier ones; CatalogError if the store can't be written."""
-        text = dict(self._facts(copy), folder=copy.folder, copy=copy.name, **facts)
+        text = dict(self._checks(copy), folder=copy.folder, copy=copy.name, **facts)
         with self.state(VERDICT_FOLDER) as folder:
             folder.put(copy.mark[:32] + ".json", (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
 
@@ -5719,6 +5726,186 @@ class Catalog:
         return max(times)
 
 
+# --- whose the copies are ---------------------------------------------------------------
+
+
+class Placement:
+    """Which directory belongs to which VM. A VM is its uuid in its pool: it keeps the directory whose copies bear both.
+
+    Each directory is read once, and again under its lock.
+    """
+
+    def __init__(self, catalog: Catalog, inventory: Inventory) -> None:
+        self._catalog = catalog
+        self._pool = inventory.pool_uuid
+        self._names = collections.Counter(machine.name for machine in inventory.machines)
+        self._claims = {}                  # type: Dict[str, str]
+        self._folders = {}                 # type: Dict[str, Folder]
+        self._spellings = None             # type: Optional[Dict[str, List[str]]]
+        self._homes = None                 # type: Optional[Dict[str, List[str]]]
+
+    def claim_all(self, machines: Iterable[VirtualMachine]) -> None:
+        """Every VM of the run has its directory; among several of one name the lowest uuid takes the plain one."""
+        for machine in sorted(machines, key=lambda one: one.uuid):
+            with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
+                self.folder_name(machine)
+
+    def folder_name(self, machine: VirtualMachine) -> str:
+        """The directory of that VM, as the store was when it was read; CatalogError if one of its name can't be."""
+        new = (safe_name(machine.name), newcomer_name(machine.name, machine.uuid))
+        name = self._owned(machine) or next((name for name in new if self._is_free(name, machine)),
+                                            newcomer_name(machine.name, self._pool))   # another pool's VM has that uuid too
+        self._claims[folded(name)] = machine.uuid
+        return name
+
+    def folder(self, name: str) -> Folder:
+        """The directory as it was last read; CatalogError if it can't be."""
+        return self._folders[name] if name in self._folders else self.look_again(name)
+
+    def look_again(self, name: str) -> Folder:
+        """The directory as it is now, for its owner to be told anew: call it with its lock held."""
+        self._folders.pop(name, None)
+        self._folders[name] = self._catalog.folder(name)
+        return self._folders[name]
+
+    def _owned(self, machine: VirtualMachine) -> Optional[str]:
+        """The directory that holds copies of the VM, one of its names before others."""
+        names = own_folder_names(machine.name, machine.uuid, self._pool)
+        for name in itertools.chain(names, self._homes_of(machine.uuid)):
+            if any(copy.uuid == machine.uuid and not copy.aside for copy in self.own_view(self.folder(name), machine)):
+                return name
+        return None
+
+    def _homes_of(self, uuid: str) -> Iterator[str]:
+        """The directories in which copies with that uuid were made."""
+        if self._homes is None:            # only a VM that is new here, or was renamed, costs this
+            homes = {}                     # type: Dict[str, List[str]]
+            for name in itertools.chain(*self._spelled().values()):
+                try:
+                    copies = self.folder(name).copies
+                except StorageMisbehaved:          # whose it is, it will tell another night: nobody begins anew for that
+                    raise
+                except CatalogError:               # a directory that we may not list is nobody's
+                    continue
+                for owner in {copy.uuid for copy in copies}:
+                    if any(copy.uuid == owner and not copy.aside
+                           for copy in as_seen_by(Owner(owner, self._pool), name, copies)):
+                        homes.setdefault(owner, []).append(name)
+            self._homes = homes
+        yield from self._homes.get(uuid, ())
+
+    def _spelled(self) -> Dict[str, List[str]]:
+        """The store's directories by their folded names."""
+        if self._spellings is None:
+            self._spellings = {}
+            for name in self._catalog.folder_names():
+                self._spellings.setdefault(folded(name), []).append(name)
+        return self._spellings
+
+    def _is_free(self, name: str, machine: VirtualMachine) -> bool:
+        """Has no other VM that directory? CatalogError where a copy in it can't be read."""
+        if self._claims.get(folded(name), machine.uuid) != machine.uuid:
+            return False
+        copies = [copy for spelling in {name}.union(self._spelled().get(folded(name), ()))
+                  for copy in self.own_view(self.folder(spelling), machine)]
+        for copy in copies:
+            if copy.is_unreadable:
+                raise CatalogError("whose directory %s is can't be known: %s: %s." % (name, copy.name, copy.problem))
+        return not any(copy.uuid != machine.uuid or copy.pool not in ("", self._pool) for copy in copies)
+
+    def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
+        """The copies of the directory as retention sees them for that VM."""
+        return as_seen_by(Owner(machine.uuid, self._pool, machine.name, self._names[machine.name] == 1),
+                          folder.name, folder.copies)
+
+
+class StoredVm(NamedTuple):
+    """The copies of one VM (uuid and pool) and kind in one directory. `around`: all that lie there, oldest first, as
+    retention for this VM sees them."""
+    folder: str
+    uuid: str
+    pool: str
+    method: Optional[Method]
+    around: Tuple[Copy, ...]
+
+    @property
+    def copies(self) -> Tuple[Copy, ...]:
+        """Its own, oldest first."""
+        return tuple(copy for copy in self.around
+                     if (copy.uuid, copy.pool, copy.method) == (self.uuid, self.pool, self.method))
+
+    @property
+    def name(self) -> str:
+        """The VM's name as its newest copy knows it."""
+        return next((copy.vm_name for copy in reversed(self.copies) if copy.vm_name), self.folder)
+
+    @property
+    def title(self) -> str:
+        """The VM for a line: name, uuid, kind."""
+        return "%s (%s), %s" % (quote_name(self.name), self.uuid[:8] or "uuid unknown",
+                                self.method.value if self.method else "kind unknown")
+
+    def bears(self, vm: str) -> bool:
+        """Is it the VM that the word means: `uuid:UUID`, a name, or a directory?"""
+        if vm.startswith("uuid:"):
+            return self.uuid == vm[len("uuid:"):].lower()
+        return vm in (self.name, self.folder) or any(copy.vm_name == vm for copy in self.copies)
+
+
+def stored_in(folder: Folder) -> List[StoredVm]:
+    """The VMs of that directory. Whether copies that tell no uuid are the VM's that they are shown with is known only
+    where the pool is."""
+    def only(told: Set[str]) -> Set[str]:
+        """What is told; where that is one, what tells nothing goes with it."""
+        return told - {""} if len(told - {""}) == 1 else told
+
+    found = []
+    for uuid in sorted(only({copy.uuid for copy in folder.copies})):
+        seen = as_seen_by(Owner(uuid, ""), folder.name, folder.copies)
+        for pool in sorted(only({copy.pool for copy in seen if copy.uuid == uuid})):
+            around = tuple(as_seen_by(Owner(uuid, pool), folder.name, folder.copies))
+            methods = {copy.method for copy in around if (copy.uuid, copy.pool) == (uuid, pool)}
+            found += [StoredVm(folder.name, uuid, pool, method, around)
+                      for method in sorted(methods, key=lambda method: method.value if method else "")]
+    return found
+
+
+class Listing(NamedTuple):
+    """What stands in the store. `strangers`: what is no copy of ours; `problems`: why something could not be listed."""
+    vms: List[StoredVm]
+    strangers: List[str]
+    problems: List[CatalogError]
+
+    @property
+    def misbehaved(self) -> List[CatalogError]:
+        """The problems for which the storage is to blame, and not somebody else's directory."""
+        return [problem for problem in self.problems if isinstance(problem, StorageMisbehaved)]
+
+
+def list_store(catalog: Catalog) -> Listing:
+    """All of the store, read once. What can't be listed costs only itself."""
+    found = Listing([], [], [])
+    for name in catalog.root.names():
+        if name == STATE_FOLDER or name.upper().startswith("METADATA_"):
+            continue
+        is_hidden = name.startswith(".")           # never a VM's
+        try:
+            if not catalog.root.is_directory(name):
+                found.strangers.append(name)
+                continue
+            folder = catalog.folder(name)
+        except CatalogError as error:
+            found.problems.extend([] if is_hidden else [error])
+            continue
+        found.vms.extend([] if is_hidden else stored_in(folder))
+        found.strangers.extend(f"{name}/{item}" for item in folder.strangers)
+        found.strangers.extend(f"{name}/{item} (unfinished)" for item in folder.unfinished)
+    return found
+
+
+# --- dumps of the pool database ----------------------------------------------------------
+
+
 def is_whole_dump(folder: Directory, name: str) -> bool:
     """Does the pool dump end as a whole one does?"""
     with contextlib.suppress(NotThere, WrongKind):
@@ -5832,30 +6019,34 @@ def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[st
     return "", "the image %s is not there" % name
 
 
+def image_format(name: str) -> str:
+    """xva, raw or vhd, as an image's name says."""
+    return IMAGE_NAME.fullmatch(name).group(3)
+
+
 def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
     """A copy that the older program wrote: known by its marker and its image."""
     names = inside.names()
-    images = [name for name in names if IMAGE_NAME.fullmatch(name)]
-    statuses = {name: inside.status(name) for name in images}
+    statuses = {name: inside.status(name) for name in names if IMAGE_NAME.fullmatch(name)}
     sizes = {name: status.st_size for name, status in statuses.items() if status and stat.S_ISREG(status.st_mode)}
-    images = sorted(sizes)
-    image = max(images, key=lambda name: sizes[name]) if images else ""
-    method = None
-    if image:
-        method = Method.VM if re.search(r"\.xva(\.gz|\.zst)?$", image) else Method.VDI
+    image = max(sorted(sizes), key=lambda name: sizes[name], default="")
+    copy = with_old_image(inside, blank, image, sizes[image]) if image else blank._replace(uuid=_old_uuid(inside))
+    problem = ""
     if not any(marker in names for marker in OLD_MARKERS):
         problem = "the older program did not mark it as a success"
     elif not image:
         problem = "it holds no image"
     elif not sizes[image]:
-        problem = "its image %s is empty" % image
-    else:
-        problem = ""
+        problem = f"its image {image} is empty"
     # It has no manifest: this is what tells it from others, also after its image was compressed later.
-    own = "%s %s %s" % (blank.name, _old_uuid(inside), re.sub(r"\.(gz|zst)$", "", image))
-    return _at_home(blank._replace(
-        mark=hashlib.sha256(own.encode("utf-8", "surrogateescape")).hexdigest(), uuid=_old_uuid(inside), vm_name=re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image), method=method, image=image,
-        size_bytes=sizes.get(image, 0), problem=problem))
+    own = f"{copy.name} {copy.uuid} {IMAGE_NAME.fullmatch(image).group(1) if image else ''}"
+    return _at_home(copy._replace(problem=problem, mark=hashlib.sha256(own.encode("utf-8", "surrogateescape")).hexdigest()))
+
+
+def with_old_image(inside: Directory, copy: Copy, image: str, size_bytes: int) -> Copy:
+    """The copy with that image, and what its name and the files beside it tell."""
+    return copy._replace(uuid=_old_uuid(inside), vm_name=IMAGE_NAME.fullmatch(image).group(2), image=image,
+                         size_bytes=size_bytes, method=Method.VM if image_format(image) == "xva" else Method.VDI)
 
 
 def _old_uuid(inside: Directory) -> str:
@@ -7248,11 +7439,6 @@ def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -
     return by_name if image_format(copy.image) == "raw" else "none"
 
 
-def image_format(name: str) -> str:
-    """xva, raw or vhd, as an image's name says."""
-    return re.sub(r"\.(gz|zst)$", "", name).rpartition(".")[2]
-
-
 def is_foreign_vhd(copy: Copy) -> bool:
     """Is it a VHD that need not lie as the server streams one?"""
     return copy.is_old and image_format(copy.image) == "vhd"
@@ -7375,97 +7561,6 @@ class RunOutcome(NamedTuple):
     ended_at: datetime
     ended_by: Optional[str]
     had_bug: bool
-
-
-class Placement:
-    """Which directory belongs to which VM. A VM is its uuid in its pool: it keeps the directory whose copies bear both.
-
-    Each directory is read once, and again under its lock.
-    """
-
-    def __init__(self, catalog: Catalog, inventory: Inventory) -> None:
-        self._catalog = catalog
-        self._pool = inventory.pool_uuid
-        self._names = collections.Counter(machine.name for machine in inventory.machines)
-        self._claims = {}                  # type: Dict[str, str]
-        self._folders = {}                 # type: Dict[str, Folder]
-        self._spellings = None             # type: Optional[Dict[str, List[str]]]
-        self._homes = None                 # type: Optional[Dict[str, List[str]]]
-
-    def claim_all(self, machines: Iterable[VirtualMachine]) -> None:
-        """Every VM of the run has its directory; among several of one name the lowest uuid takes the plain one."""
-        for machine in sorted(machines, key=lambda one: one.uuid):
-            with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
-                self.folder_name(machine)
-
-    def folder_name(self, machine: VirtualMachine) -> str:
-        """The directory of that VM, as the store was when it was read; CatalogError if one of its name can't be."""
-        new = (safe_name(machine.name), newcomer_name(machine.name, machine.uuid))
-        name = self._owned(machine) or next((name for name in new if self._is_free(name, machine)),
-                                            newcomer_name(machine.name, self._pool))   # another pool's VM has that uuid too
-        self._claims[folded(name)] = machine.uuid
-        return name
-
-    def folder(self, name: str) -> Folder:
-        """The directory as it was last read; CatalogError if it can't be."""
-        return self._folders[name] if name in self._folders else self.look_again(name)
-
-    def look_again(self, name: str) -> Folder:
-        """The directory as it is now, for its owner to be told anew: call it with its lock held."""
-        self._folders.pop(name, None)
-        self._folders[name] = self._catalog.folder(name)
-        return self._folders[name]
-
-    def _owned(self, machine: VirtualMachine) -> Optional[str]:
-        """The directory that holds copies of the VM, one of its names before others."""
-        names = own_folder_names(machine.name, machine.uuid, self._pool)
-        for name in itertools.chain(names, self._homes_of(machine.uuid)):
-            if any(copy.uuid == machine.uuid and not copy.aside for copy in self.own_view(self.folder(name), machine)):
-                return name
-        return None
-
-    def _homes_of(self, uuid: str) -> Iterator[str]:
-        """The directories in which copies with that uuid were made."""
-        if self._homes is None:            # only a VM that is new here, or was renamed, costs this
-            homes = {}                     # type: Dict[str, List[str]]
-            for name in itertools.chain(*self._spelled().values()):
-                try:
-                    copies = with_moved_aside(self.folder(name).copies, name)
-                except StorageMisbehaved:          # whose it is, it will tell another night: nobody begins anew for that
-                    raise
-                except CatalogError:               # a directory that we may not list is nobody's
-                    continue
-                for owner in {copy.uuid for copy in copies if not copy.aside}:
-                    homes.setdefault(owner, []).append(name)
-            self._homes = homes
-        yield from self._homes.get(uuid, ())
-
-    def _spelled(self) -> Dict[str, List[str]]:
-        """The store's directories by their folded names."""
-        if self._spellings is None:
-            self._spellings = {}
-            for name in self._catalog.folder_names():
-                self._spellings.setdefault(folded(name), []).append(name)
-        return self._spellings
-
-    def _is_free(self, name: str, machine: VirtualMachine) -> bool:
-        """Has no other VM that directory? CatalogError where a copy in it can't be read."""
-        if self._claims.get(folded(name), machine.uuid) != machine.uuid:
-            return False
-        copies = [copy for spelling in {name}.union(self._spelled().get(folded(name), ()))
-                  for copy in self.own_view(self.folder(spelling), machine)]
-        for copy in copies:
-            if copy.is_unreadable:
-                raise CatalogError("whose directory %s is can't be known: %s: %s." % (name, copy.name, copy.problem))
-        return not any(copy.uuid != machine.uuid or copy.pool not in ("", self._pool) for copy in copies)
-
-    def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
-        """The copies of the directory as that VM sees them: old ones without a uuid are its own if nobody else's; those
-        that were moved there, and of another pool, are put aside."""
-        copies = with_inherited_uuid(folder.copies, machine.uuid, machine.name, self._names[machine.name] == 1,
-                                     folder.name in (safe_name(machine.name), machine.name))
-        names = own_folder_names(machine.name, machine.uuid, self._pool)
-        return with_pools_told_apart(with_moved_aside(copies, folder.name, names), machine.uuid, self._pool)
 
 
 class BackupRun:
@@ -10819,7 +10914,7 @@ def store_facts(catalog: Catalog, now: datetime) -> StoreFacts:
 def newest_copies(catalog: Catalog, now: datetime) -> Tuple[NewestCopy, ...]:
     """The newest good copy of each VM and kind of the store."""
     found = []
-    for stored in stored_vms(catalog, []):
+    for stored in list_store(catalog).vms:
         good = [copy for copy in stored.copies if copy.is_good]
         found.append(NewestCopy(stored.uuid, stored.name, stored.title, len(good),
                                 (now - good[-1].taken_at).total_seconds() if good else None))
@@ -10920,83 +11015,19 @@ def end_config_lock(lock: LockFile, status: int) -> None:
 # --- verify, list and prune: what is in the store ------------------------------------------------
 
 
-class StoredVm(NamedTuple):
-    """The copies of one VM (uuid and pool) and kind in one directory, oldest first. `around`: all that lie there, as
-    retention for this VM sees them."""
-    folder: str
-    uuid: str
-    method: Optional[Method]
-    copies: Tuple[Copy, ...]
-    pool: str = ""
-    around: Tuple[Copy, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The VM's name as its newest copy knows it."""
-        return next((copy.vm_name for copy in reversed(self.copies) if copy.vm_name), self.folder)
-
-    @property
-    def title(self) -> str:
-        """The VM for a line: name, uuid, kind."""
-        return "%s (%s), %s" % (quote_name(self.name), self.uuid[:8] or "uuid unknown",
-                                self.method.value if self.method else "kind unknown")
-
-    def bears(self, vm: str) -> bool:
-        """Is it the VM that the word means: `uuid:UUID`, a name, or a directory?"""
-        if vm.startswith("uuid:"):
-            return self.uuid == vm[len("uuid:"):].lower()
-        return vm in (self.name, self.folder) or any(copy.vm_name == vm for copy in self.copies)
-
-
-def stored_vms(catalog: Catalog, problems: List[CatalogError]) -> List[StoredVm]:
-    """All VMs of the store. What can't be listed costs only itself, and is among the problems."""
-    found = []
-    for name in catalog.folder_names(problems):
-        try:
-            found += stored_in(catalog.folder(name))
-        except CatalogError as error:
-            problems.append(error)
-    return found
-
-
-def stored_in(folder: Folder) -> List[StoredVm]:
-    """The VMs of that directory. Copies that tell no uuid or no pool are shown and restored with the only one that is told
-    there; whether they are that VM's to count and remove is known only where the pool is."""
-    copies = with_moved_aside(in_order(folder.copies), folder.name)
-    untold = {copy.name for copy in copies if not copy.uuid}
-    uuids = {copy.uuid for copy in copies if copy.uuid}
-    if len(uuids) == 1:
-        copies = [copy._replace(uuid=copy.uuid or min(uuids)) for copy in copies]
-    found = []
-    for uuid in uuids:
-        pools = {copy.pool for copy in copies if copy.uuid == uuid and copy.pool}
-        if len(pools) == 1:
-            copies = [copy._replace(pool=min(pools)) if copy.uuid == uuid else copy for copy in copies]
-    for uuid, pool, kind in sorted({(copy.uuid, copy.pool, copy.method.value if copy.method else "") for copy in copies}):
-        around = with_pools_told_apart(copies, uuid, pool)
-        method = Method(kind) if kind else None
-        found.append(StoredVm(folder.name, uuid, method, tuple(
-            copy for copy in around if (copy.uuid, copy.pool, copy.method) == (uuid, pool, method)), pool, tuple(
-                copy._replace(uuid="") if copy.name in untold else copy for copy in around)))
-    return found
-
-
-def chosen_vms(catalog: Catalog, vm: str, log: Log, misbehaved: Optional[List[CatalogError]] = None) -> List[StoredVm]:
+def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
     """The VMs of the store that the word means, all if it is empty; UsageError if there is none. What can't be listed is
-    told, and is among `misbehaved` where the storage is to blame and not somebody else's directory."""
-    problems = []                          # type: List[CatalogError]
-    every = stored_vms(catalog, problems)
-    for problem in problems:
-        log.info("%s It is left out." % problem)
-        if misbehaved is not None and isinstance(problem, StorageMisbehaved):
-            misbehaved.append(problem)
-    found = [stored for stored in every if not vm or stored.bears(vm)]
+    told."""
+    listing = list_store(catalog)
+    for problem in listing.problems:
+        log.info(f"{problem} It is left out.")
+    found = [stored for stored in listing.vms if not vm or stored.bears(vm)]
     if vm and not found:
-        near = get_close_matches(vm, sorted({stored.name for stored in every}), 1)
+        near = get_close_matches(vm, sorted({stored.name for stored in listing.vms}), 1)
         raise UsageError("%s holds no backup of %s%s.%s" % (
             catalog.path, quote_name(vm), "; did you mean %s?" % quote_name(near[0]) if near else "",
-            " Not all of it could be read: see above." if problems else ""))
-    return found
+            " Not all of it could be read: see above." if listing.problems else ""))
+    return listing._replace(vms=found)
 
 
 def chosen_copies(stored: StoredVm, wanted: str) -> List[Copy]:
@@ -11013,16 +11044,15 @@ def command_verify(services: Services) -> int:
     parameters = services.arguments.parameters
     minutes = parameters["max_time"]
     catalog = open_store(services.settings)
-    misbehaved = []                        # type: List[CatalogError]
-    copies = [copy for stored in chosen_vms(catalog, services.arguments.vm, services.log, misbehaved)
-              for copy in chosen_copies(stored, parameters["from"])]
+    listing = chosen_vms(catalog, services.arguments.vm, services.log)
+    copies = [copy for stored in listing.vms for copy in chosen_copies(stored, parameters["from"])]
     if not copies and parameters["from"]:
         raise UsageError("there is no copy %s of %s." % (
             one_line(parameters["from"]), quote_name(services.arguments.vm) if services.arguments.vm else "any VM"))
     if not copies:
         raise BackupError("%s holds no copy. Is it the right directory, and is the share mounted?" % catalog.path)
     if minutes:                            # the copies that were longest not looked at come first
-        copies.sort(key=lambda copy: text_of(catalog.facts(copy), "verified_at") or "")
+        copies.sort(key=lambda copy: copy.checked("verified_at") or "")
     verifier = Verifier(services._replace(catalog=catalog))
     stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
     verdicts, untold = [], True
@@ -11040,7 +11070,7 @@ def command_verify(services: Services) -> int:
                 services.log.info("verdicts are not recorded: %s" % error)
             untold = False
     status = verify_summary(services, verdicts, len(copies))
-    return ExitStatus.FAILED if misbehaved else status
+    return ExitStatus.FAILED if listing.misbehaved else status
 
 
 def record_verdict(catalog: Catalog, verdict: CopyVerdict) -> None:
@@ -11048,11 +11078,6 @@ def record_verdict(catalog: Catalog, verdict: CopyVerdict) -> None:
     if verdict.state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED) and verdict.copy.mark:
         catalog.record(verdict.copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
                        reason=verdict.reason, look=verdict.look)
-
-
-def text_of(facts: Dict[str, Any], key: str) -> Optional[str]:
-    """A fact on record that is a text, None if it is not there, or is what no version of this program writes."""
-    return facts[key] if isinstance(facts.get(key), str) else None
 
 
 def verify_summary(services: Services, verdicts: Sequence[CopyVerdict], chosen: int) -> int:
@@ -11119,9 +11144,9 @@ def command_list(services: Services) -> int:
     catalog = open_store(services.settings)
     inventory = asked_pool(services) if wanted == "json" else None
     now = services.clock.local()
-    rows = [list_row(stored, services.settings, catalog, inventory, now)
-            for stored in chosen_vms(catalog, services.arguments.vm, services.log)]
-    strangers = [] if services.arguments.vm else list_strangers(catalog)
+    listing = chosen_vms(catalog, services.arguments.vm, services.log)
+    rows = [list_row(stored, services.settings, catalog, inventory, now) for stored in listing.vms]
+    strangers = [] if services.arguments.vm else listing.strangers
     if wanted == "json":
         services.log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
                                     sort_keys=True))
@@ -11151,19 +11176,18 @@ def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, i
                 judge(stored.around, stored.uuid, stored.method, keep)} if keep and stored.method else {}
     copies = []
     for copy in stored.copies:
-        facts = catalog.facts(copy)
-        verdict_word = text_of(facts, "verdict")
+        verdict_word = copy.checked("verdict")
         if verdict_word and verdict_word != DAMAGED:
             with contextlib.suppress(CatalogError):
-                if catalog.look_of(copy) != facts.get("look"):
+                if catalog.look_of(copy) != copy.checks.get("look"):
                     verdict_word = "CHANGED SINCE IT WAS " + verdict_word
         verdict = verdicts.get(copy.name)
         copies.append({
             "name": copy.name, "taken_at": copy.taken_at.strftime("%Y-%m-%d %H:%M:%S"),
             "age_s": max(0, int((now - copy.taken_at).total_seconds())), "size": copy.size_bytes,
             "disks": list(copy.disks), "good": copy.is_good, "problem": copy.trouble, "of_older_program": copy.is_old, "image": copy.image,
-            "verified_at": text_of(facts, "verified_at"), "verdict": verdict_word,
-            "drilled_at": text_of(facts, "drilled_at"), "drill": text_of(facts, "drill"),
+            "verified_at": copy.checked("verified_at"), "verdict": verdict_word,
+            "drilled_at": copy.checked("drilled_at"), "drill": copy.checked("drill"),
             "fate": "kept: " + rule if verdict is None else
                     ("kept: " if verdict.keep else "goes with the next pruning: ") + verdict.reason})
     return {"name": stored.name, "names": sorted({copy.vm_name for copy in stored.copies if copy.vm_name}),
@@ -11191,30 +11215,14 @@ def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
     return "\n".join(lines)
 
 
-def list_strangers(catalog: Catalog) -> List[str]:
-    """What stands in the store that is no copy of ours."""
-    found = []
-    for name in catalog.root.names():
-        if name == STATE_FOLDER or name.upper().startswith("METADATA_"):
-            continue
-        with contextlib.suppress(CatalogError):            # told already
-            if not catalog.root.is_directory(name):
-                found.append(name)
-                continue
-            folder = catalog.folder(name)
-            found += ["%s/%s" % (name, item) for item in folder.strangers]
-            found += ["%s/%s (unfinished)" % (name, item) for item in folder.unfinished]
-    return found
-
-
 def command_prune(services: Services) -> int:
     """Retention was applied without a backup and without a pool; with preview it is only shown."""
     arguments = services.arguments
     catalog = open_store(services.settings) if arguments.preview else open_catalog(services.settings, services.log)
-    misbehaved = []                        # type: List[CatalogError]
-    chosen = chosen_vms(catalog, arguments.vm, services.log, misbehaved)
-    if misbehaved:
-        raise StorageMisbehaved("nothing is removed while the storage misbehaves: %s" % misbehaved[0])
+    listing = chosen_vms(catalog, arguments.vm, services.log)
+    chosen = listing.vms
+    if listing.misbehaved:
+        raise StorageMisbehaved(f"nothing is removed while the storage misbehaves: {listing.misbehaved[0]}")
     for stored in chosen:
         problem = clock_went_back(stored.around, services.clock.utc())
         if problem:
@@ -11265,7 +11273,7 @@ def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: 
                           % (folder, holder_text(lock.text())))
     try:
         now = {(stored.uuid, stored.pool, stored.method): stored for stored in stored_in(catalog.folder(folder))}
-        stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(copies=(), around=()))
+        stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(around=()))
         keep, _ = prune_rule(services, stored)
         problem = clock_went_back(stored.around, services.clock.utc())
         if problem:
@@ -11353,7 +11361,7 @@ def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy]) 
 
 def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
     """The copy of that VM that `wanted` (latest, or a stamp) means, of whichever kind."""
-    found = chosen_vms(catalog, vm, log)
+    found = chosen_vms(catalog, vm, log).vms
     if len({stored.uuid for stored in found}) > 1:
         raise UsageError("%s stands for %d VMs in the store: name one. %s" % (
             quote_name(vm), len({stored.uuid for stored in found}), "; ".join(sorted({
@@ -11391,25 +11399,23 @@ def copy_directory(path: str) -> str:
 
 def copy_at_path(path: str) -> Copy:
     """The copy at that path: a copy's directory, the image in one, or an image alone. UsageError if there is none."""
-    place, is_file = copy_directory(path), not os.path.isdir(fs_path(path))
+    place, image = copy_directory(path), os.path.basename(path)
+    absolute = fs_text(os.path.realpath(fs_path(place)))
+    folder, name = os.path.basename(os.path.dirname(absolute)), os.path.basename(absolute)
     try:
-        absolute = fs_text(os.path.realpath(fs_path(place)))
-        folder, name = os.path.basename(os.path.dirname(absolute)), os.path.basename(absolute)
         with Directory.open_path(place) as inside, Directory.open_path(place + "/..") as parent:
-            parsed = parse_copy_name(name) or (datetime.fromtimestamp(int(os.fstat(inside.fd).st_mtime)), True)
-            copy = read_copy(parent, folder, name, *parsed)
-            is_copy = not copy.is_old or parse_copy_name(name) is not None
-            if not is_file or copy.is_newer or is_copy and copy.image == os.path.basename(path):
+            written_at = datetime.fromtimestamp(int(status_of(inside.fd).st_mtime))
+            copy = read_copy(parent, folder, name, *(parse_copy_name(name) or (written_at, True)))
+            if os.path.isdir(fs_path(path)) or copy.is_newer or copy.image == image and (
+                    not copy.is_old or parse_copy_name(name)):
                 return copy
-            image = os.path.basename(path)
             status = inside.status(image)
             if status is None or not IMAGE_NAME.fullmatch(image):
                 raise UsageError("%s is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is or with .gz or .zst."
                                  % path if status else "%s is not there." % path)
-            kind = Method.VM if re.search(r"\.xva(\.gz|\.zst)?$", image) else Method.VDI
-            return Copy(folder, name, datetime.fromtimestamp(int(status.st_mtime)), True, kind, _old_uuid(inside),
-                        re.sub(r"\.(xva|raw|vhd)(\.gz|\.zst)?$", "", image), 0, None, None, image, status.st_size, "")
-    except (CatalogError, OSError) as error:
+            alone = Copy(folder, name, datetime.fromtimestamp(int(status.st_mtime)), True, None, "", "", 0, None, None, "", 0, "")
+            return with_old_image(inside, alone, image, status.st_size)
+    except CatalogError as error:
         raise UsageError("%s can't be read: %s" % (path, str(error).rstrip(".") + "."))
 
 
@@ -11650,8 +11656,8 @@ def drill_copies(services: Services, catalog: Catalog, vm: str) -> Tuple[List[Co
     if vm and vm != NEWEST_OF_EACH:
         return [choose_copy(catalog, vm, "latest", services.log)], []
     newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
-    misbehaved = []                        # type: List[CatalogError]
-    for stored in chosen_vms(catalog, "", services.log, misbehaved):
+    listing = chosen_vms(catalog, "", services.log)
+    for stored in listing.vms:
         findings += [Finding(Severity.WARNING, "%s/%s" % (copy.folder, copy.name), "not drilled: %s." % copy.problem)
                      for copy in stored.copies if copy.is_newer]         # nothing is known of it, least of all a verdict
         known = [copy for copy in stored.copies if not copy.is_newer]
@@ -11665,7 +11671,7 @@ def drill_copies(services: Services, catalog: Catalog, vm: str) -> Tuple[List[Co
         rival = newest.get(stored.uuid or stored.folder)
         if rival is None or (rival.is_good, rival.taken_at) < (best.is_good, best.taken_at):
             newest[stored.uuid or stored.folder] = best
-    findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in misbehaved]
+    findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in listing.misbehaved]
     for finding in findings:
         services.log.finding(finding)
     copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))

@@ -246,7 +246,7 @@ def mutated(value: Any) -> Iterator[Any]:
 
 def read_as_all_commands_do(store: VmBackup.Catalog, target: str) -> None:
     """What list, verify, restore and extract read of the only copy; what is wrong with it is an error of ours."""
-    (stored,) = VmBackup.stored_vms(store, [])
+    (stored,) = VmBackup.list_store(store).vms
     (found,) = stored.copies
     assert verifier(store).verify(found).state.name in ('GOOD', 'DAMAGED', 'UNCHECKED')
     with store.open_copy(found) as inside:

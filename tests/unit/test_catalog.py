@@ -487,12 +487,12 @@ def test_an_entry_of_the_store_that_can_not_be_looked_at_costs_no_other(tmp_path
     make_own(tmp_path)
     make(tmp_path, 'dead')
     broken(monkeypatch, 'dead', number=number)
-    problems = []
     catalog = Catalog(str(tmp_path))
     assert catalog.folder_names() == ['web']
-    assert [stored.folder for stored in VmBackup.stored_vms(catalog, problems)] == ['web']
-    assert [type(problem) for problem in problems] == [VmBackup.StorageMisbehaved] and '/dead' in str(problems[0])
-    assert VmBackup.list_strangers(catalog) == []
+    listing = VmBackup.list_store(catalog)
+    assert [stored.folder for stored in listing.vms] == ['web']
+    assert [type(problem) for problem in listing.problems] == [VmBackup.StorageMisbehaved] and '/dead' in str(listing.problems[0])
+    assert listing.strangers == []
 
 
 def test_a_copy_that_can_not_be_looked_at_costs_no_other_and_nothing_beside_it_is_removed(tmp_path, monkeypatch):
@@ -518,7 +518,7 @@ def test_a_copy_whose_verdict_can_not_be_read_is_not_good_now_and_costs_no_other
         broken(patch, newer.mark[:32] + '.json')
         found = Catalog(str(tmp_path)).folder('web').copies
         assert [(copy.is_good, copy.is_unreadable) for copy in found] == [(True, False), (False, True)]
-        assert catalog.facts(newer) == {} and catalog.last_drills() == {}
+        assert found[1].checks == {} and catalog.last_drills() == {}
         assert catalog.copy_again(newer).is_unreadable
         with pytest.raises(CatalogError):
             catalog.record(newer, verdict='good')

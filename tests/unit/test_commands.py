@@ -304,7 +304,7 @@ def pruned(store, meanwhile):
     clock = Clock()
     context = Services(configured(text), clock, Log(clock), Unstopped(), parsed('- %s/weekend.cfg prune' % store))
     catalog = Catalog(str(store))
-    (chosen,) = chosen_vms(catalog, '', context.log)
+    (chosen,) = chosen_vms(catalog, '', context.log).vms
     meanwhile(store / 'web', lambda number: 'backup-2016-04-1%d-001000' % number)
     number = prune_one(context, catalog, chosen, set())
     return number, sorted(int(path.name[16]) for path in (store / 'web').iterdir())

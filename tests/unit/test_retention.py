@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.values import NIGHT, a_copy, uuid_of
-from VmBackup import (Method, clock_is_behind, clock_went_back, in_order, judge, next_sequence, retention_warnings,
-                      with_inherited_uuid, with_moved_aside, with_pools_told_apart)
+from VmBackup import Method, Owner, as_seen_by, clock_is_behind, clock_went_back, in_order, judge, next_sequence, retention_warnings
 
 US, OTHERS = uuid_of(1), uuid_of(2)
 
@@ -225,8 +224,10 @@ def test_what_was_moved_aside_tells_nothing_about_the_clock():
 
 # --- what was moved aside by hand ---------------------------------------------------------------------------------------
 
-def asides(copies, folder, *own_names):
-    return [bool(copy.aside) for copy in with_moved_aside(copies, folder, own_names)]
+def asides(copies, folder, name=None):
+    """Which of them are put aside for our VM, which bears that name in the pool, or is only known from the store."""
+    seen = {copy.name: bool(copy.aside) for copy in as_seen_by(Owner(US, '', name), folder, copies)}
+    return [seen[copy.name] for copy in copies]
 
 
 def test_a_copy_that_names_another_directory_was_moved():
@@ -254,9 +255,14 @@ def test_what_was_moved_aside_is_neither_removed_nor_counted(copies, keep):
     (['here'], [False]), (['there'], [True]), (['here', 'there'], [False, True]), (['', 'here'], [False, False]),
     (['', 'there'], [True, True]), (['', ''], [False, False])])
 def test_copies_of_another_pool_and_those_that_may_be_are_put_aside(pools, are_aside):
-    copies = [a_copy(night, pool=pool) for night, pool in enumerate(pools)]
-    assert [bool(copy.aside) for copy in with_pools_told_apart(copies, US, 'here')] == are_aside
-    assert with_pools_told_apart(copies, OTHERS, 'here') == copies
+    copies = [a_copy(night, pool=pool, home='web') for night, pool in enumerate(pools)]
+    assert [bool(copy.aside) for copy in as_seen_by(Owner(US, 'here'), 'web', copies)] == are_aside
+    assert as_seen_by(Owner(OTHERS, 'here'), 'web', copies) == copies
+
+
+def test_what_may_be_of_any_of_two_pools_is_nobodys_to_count():
+    copies = [a_copy(night, pool=pool, home='web') for night, pool in enumerate(['here', 'there', ''])]
+    assert [bool(copy.aside) for copy in as_seen_by(Owner(US, ''), 'web', copies)] == [True, True, True]
 
 
 # --- whose an old copy is ----------------------------------------------------------------------------------------------
@@ -269,11 +275,20 @@ OLD = a_copy(1, is_old=True, uuid='')
     ([a_copy(2, is_old=True, uuid=OTHERS)], True, True, False), ([a_copy(2, uuid=OTHERS, problem='x')], True, True, False),
     ([], False, True, False), ([], True, False, False)])
 def test_an_old_copy_without_a_uuid_is_the_vms_only_if_it_can_be_nobody_elses(others, is_unique, is_plain, inherits):
-    copies = with_inherited_uuid([OLD] + others, US, 'web', is_unique, is_plain)
-    assert copies[0].uuid == (US if inherits else '')
-    assert copies[1:] == others
+    others = [copy._replace(home='web') for copy in others]
+    copies = as_seen_by(Owner(US, '', 'web', is_unique), 'web' if is_plain else 'web--00000001', [OLD] + others)
+    assert [copy.uuid for copy in copies] == [US if inherits else ''] + [copy.uuid for copy in others]
+    assert [bool(copy.aside) for copy in copies if copy.uuid == US and is_plain] == [False] * sum(
+        copy.uuid == US for copy in copies)
 
 
 def test_a_copy_of_ours_without_a_readable_uuid_is_never_given_to_a_vm():
-    damaged = a_copy(1, uuid='', problem='backup.json is damaged')
-    assert with_inherited_uuid([damaged], US, 'web', True, True) == [damaged]
+    damaged = a_copy(1, uuid='', problem='backup.json is damaged', home='web')
+    assert as_seen_by(Owner(US, '', 'web', True), 'web', [damaged]) == [damaged]
+
+
+def test_where_no_pool_is_asked_a_copy_without_a_uuid_is_shown_with_the_only_vm_there_and_not_counted():
+    (shown, own) = as_seen_by(Owner(US, ''), 'web', [OLD, a_copy(2, home='web')])
+    assert (shown.uuid, bool(shown.aside), own.aside) == (US, True, '')
+    (shown, _, _) = as_seen_by(Owner(US, ''), 'web', [OLD, a_copy(2), a_copy(3, uuid=OTHERS)])
+    assert shown.uuid == ''
