@@ -11023,10 +11023,8 @@ def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
         log.info(f"{problem} It is left out.")
     found = [stored for stored in listing.vms if not vm or stored.bears(vm)]
     if vm and not found:
-        near = get_close_matches(vm, sorted({stored.name for stored in listing.vms}), 1)
-        raise UsageError("%s holds no backup of %s%s.%s" % (
-            catalog.path, quote_name(vm), "; did you mean %s?" % quote_name(near[0]) if near else "",
-            " Not all of it could be read: see above." if listing.problems else ""))
+        raise UsageError(f"{catalog.path} holds no backup of {quote_name(vm)}."
+                         + (" Not all of it could be read: see above." if listing.problems else ""))
     return listing._replace(vms=found)
 
 
