@@ -30,13 +30,14 @@ The sections below stand in reading order; each uses only those above it.
     14. Snapshots and their ownership
     15. Export methods
     16. Verification of stored copies
-    17. Backup run
-    18. Restore
-    19. Extract
-    20. Drill
-    21. Report
-    22. Commands
-    23. main
+    17. Run
+    18. Backup run
+    19. Restore
+    20. Extract
+    21. Drill
+    22. Report
+    23. Commands
+    24. main
 
 Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
 """
@@ -7532,35 +7533,138 @@ CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_
 
 
 # =============================================================================
-# 17. Backup run
+# 17. Run
+# =============================================================================
+# What every deed has around it, and the value that tells how it went.
+
+
+class Outcome(NamedTuple):
+    """What became of one thing that a run was to do: of a VM to back up, of a copy to drill. `error` is None for success,
+    `what` the status log's word for the deed; sizes in bytes."""
+    what: str
+    uuid: str
+    name: str
+    title: str
+    error: Optional[str] = None
+    status_word: str = "SUCCESS"
+    said: str = ""
+    size_bytes: int = 0
+    seconds: float = 0.0
+    kept: int = 0
+    findings: Tuple[Finding, ...] = ()
+    had_bug: bool = False
+
+
+UNTRIED = "NOT-TRIED"                  # the status word of what a run did not come to
+BUG_TEXT = "a bug in VmBackup; the log of this run has the traceback."      # what it says may hold anything
+
+
+class Wording(NamedTuple):
+    """How the runs of an action are told."""
+    prefix: str
+    noun: str
+    done: str
+    undone: str
+    deed: str
+
+
+BACKUP_WORDING = Wording("", "VM", "backed up", "not backed up", "backed up")
+DRILL_WORDING = Wording("drill: ", "copy", "came back", "did not come back", "drilled")
+
+
+class Report(NamedTuple):
+    """What a run has to tell, whatever it did and however it ended: log, status log and mail show this value.
+
+    All that it was to do has an outcome. `missing` is what the config names and the pool lacks; `dump_error` is None where
+    no pool database was to be dumped, "" where it was. `ended_by` ended the run early, and `pool` is "" if it did so
+    before the first VM. Whether a run was a success is decided here, never by what was logged.
+    """
+    wording: Wording
+    source: str
+    host: str
+    began_at: datetime
+    ended_at: datetime
+    pool: str = ""
+    outcomes: Tuple[Outcome, ...] = ()
+    missing: Tuple[str, ...] = ()
+    findings: Tuple[Finding, ...] = ()
+    dump_error: Optional[str] = None
+    ended_by: Optional[BaseException] = None
+    signal: int = 0
+
+    @property
+    def failed(self) -> List[Outcome]:
+        """What was not done, tried or not."""
+        return [outcome for outcome in self.outcomes if outcome.error is not None]
+
+    @property
+    def failed_names(self) -> List[str]:
+        """The names of what was not done, what is not there included."""
+        return [quote_name(name) for name in [outcome.name for outcome in self.failed] + list(self.missing)]
+
+    @property
+    def successes(self) -> int:
+        """How much was done."""
+        return len(self.outcomes) - len(self.failed)
+
+    @property
+    def warnings(self) -> int:
+        """How much is worth a look."""
+        return sum(finding.severity is Severity.WARNING for finding in self.findings)
+
+    @property
+    def errors(self) -> int:
+        """How much was not done: each VM or copy, each literal entry, the dump, and else at least the run."""
+        errors = len(self.failed) + sum(finding.severity is Severity.ERROR for finding in self.findings)
+        return errors + bool(self.dump_error) + (self.ended_by is not None and not self.failed)
+
+    @property
+    def word(self) -> str:
+        """SUCCESS, WARNING or ERROR."""
+        return "ERROR" if self.errors else "WARNING" if self.warnings else "SUCCESS"
+
+    @property
+    def had_bug(self) -> bool:
+        """Did a bug end it, or one of its jobs?"""
+        return is_bug(self.ended_by) or any(outcome.had_bug for outcome in self.outcomes)
+
+    @property
+    def exit_status(self) -> int:
+        """What cron is told."""
+        if self.signal:
+            return 128 + self.signal
+        if self.had_bug:
+            return int(ExitStatus.BUG)
+        return int({"ERROR": ExitStatus.FAILED, "WARNING": ExitStatus.WARNING, "SUCCESS": ExitStatus.OK}[self.word])
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all that was done."""
+        return sum(outcome.size_bytes for outcome in self.outcomes if outcome.error is None)
+
+    @property
+    def duration(self) -> str:
+        """How long it took, in words."""
+        return format_duration((self.ended_at - self.began_at).total_seconds())
+
+
+def is_bug(error: Optional[BaseException]) -> bool:
+    """Is it neither an error that we know nor a signal?"""
+    return error is not None and not isinstance(error, (BackupError, Interrupted))
+
+
+# =============================================================================
+# 18. Backup run
 # =============================================================================
 # The story of a run: leftovers, pool database, jobs, second tries. One VM's
 # failure stays that VM's; what is learned becomes an Outcome.
 
 
-class Outcome(NamedTuple):
-    """What became of a job. `error` is None for success; sizes in bytes."""
-    job: Job
-    error: Optional[str]
-    status_word: str
-    folder: str
-    copy_name: str
-    size_bytes: int
-    seconds: float
-    kept: int
-    second_try: bool
-
-
-class RunOutcome(NamedTuple):
-    """What became of a run."""
-    outcomes: Tuple[Outcome, ...]
-    findings: Tuple[Finding, ...]
-    missing: int
-    pool_database_error: Optional[str]
-    began_at: datetime
-    ended_at: datetime
-    ended_by: Optional[str]
-    had_bug: bool
+def untried(job: Job) -> Outcome:
+    """The outcome of a job that the run did not come to."""
+    machine = job.machine
+    return Outcome(job.method.value, machine.uuid, machine.name, machine.title,
+                   "not backed up, as the run ended before it was done.", UNTRIED)
 
 
 class BackupRun:
@@ -7577,18 +7681,17 @@ class BackupRun:
         self._placement = Placement(services.catalog, inventory)
         self._findings = list(plan.findings)
         self._outcomes = []                # type: List[Outcome]
-        self._pool_database_error = None   # type: Optional[str]
+        self._dump_error = "not dumped, as the run ended before it was done." if services.settings.pool_db_backup else None
         self._storage_problem = ""         # once set, nothing is pruned
         self.way_out = WayOut(services.log, services.journal.limit_s)
         self._clock_went_back = False      # nor then
-        self._had_bug = False
 
     # --- the story ------------------------------------------------------------------
 
-    def run(self) -> RunOutcome:
-        """Everything of the plan was tried. A pool that stays away, or a signal, ends it early, and the outcome says so."""
+    def run(self) -> Report:
+        """Everything of the plan was tried. A pool that stays away, or a signal, ends it early, and the report says so."""
         began_at = self._services.clock.utc()
-        ended_by = None                    # type: Optional[str]
+        ended_by = None                    # type: Optional[BaseException]
         try:
             for finding in self._findings:
                 self._services.log.finding(finding)
@@ -7602,24 +7705,24 @@ class BackupRun:
                 self._snapshots.look_again()
             self._note_low_space()
         except BackupError as error:
-            ended_by = str(error)
-            self.interrupted = self._services.signals.noted
+            ended_by = error
             self._services.log.error("the run ends here: %s" % error)
         except Exception as bug:               # what was sealed stands, and is reported
-            self._had_bug = True
-            ended_by = self._services.log.struck("a bug in VmBackup: %s" % bug)
+            ended_by = bug
             self._services.log.bug("a bug in VmBackup: %s\n%s" % (bug, bug_report()))
         except Interrupted as interrupted:
-            ended_by = str(interrupted)
+            ended_by = interrupted
             self._services.log.warning("the run was %s; %s." % (interrupted, "what it has left in the pool is told above, and left to the "
                                                        "next run" if self._services.journal.open_entries() else
                                                        "what it had open was cleaned up"))
-            self.interrupted = interrupted
-        return RunOutcome(tuple(self._outcomes), tuple(self._findings + self._snapshots.findings),
-                          len(self._plan.missing), self._pool_database_error, began_at, self._services.clock.utc(),
-                          ended_by, self._had_bug)
-
-    interrupted = None                     # type: Optional[Interrupted]
+        noted = self._services.signals.noted if isinstance(ended_by, (BackupError, Interrupted)) else None
+        tried = {outcome.uuid for outcome in self._outcomes}
+        return Report(
+            BACKUP_WORDING, self._services.settings.source, self._inventory.host.short_name, began_at,
+            self._services.clock.utc(), self._inventory.pool_title,
+            tuple(self._outcomes + [untried(job) for job in self._plan.jobs if job.machine.uuid not in tried]),
+            tuple(text for _, text in self._plan.missing), tuple(self._findings + self._snapshots.findings),
+            self._dump_error, ended_by, noted.number if noted else 0)
 
     def finish(self) -> None:
         """The journals are put away: those with nothing open are removed."""
@@ -7712,47 +7815,43 @@ class BackupRun:
         began_s = self._services.clock.monotonic()
         self._status_log.begin(job.method.value, job.machine.name)
         try:
-            outcome = self._back_up(job)._replace(second_try=second_try)
+            outcome = self._back_up(job)
             if second_try:
                 self._add_finding(Severity.WARNING, job.machine.title, "it needed a second try.")
         except PoolError as error:
             if not isinstance(error, AnswerLost):      # the pool is gone: the VMs behind this one would fail too
-                self._record(job, self._failed(job, str(error), error.status_word or "POOL-FAIL", second_try), began_s)
+                self._record(job, self._failed(job, str(error), error.status_word or "POOL-FAIL"), began_s)
                 raise
             if not second_try:
                 return self._postpone(job, error)
             self._services.log.error("%s: %s" % (job.machine.title, error))
-            outcome = self._failed(job, str(error), error.status_word or "POOL-FAIL", second_try)
+            outcome = self._failed(job, str(error), error.status_word or "POOL-FAIL")
         except BackupError as error:
             self._note_storage(error)
             if error.passing and not second_try:
                 return self._postpone(job, error)
             self._services.log.error("%s: %s" % (job.machine.title, error))
-            outcome = self._failed(job, str(error), error.status_word or "EXPORT-FAIL", second_try)
+            outcome = self._failed(job, str(error), error.status_word or "EXPORT-FAIL")
         except Exception as bug:
-            self._had_bug = True
             self._services.log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
-            outcome = self._failed(job, self._services.log.struck("a bug in VmBackup: %s" % bug), "BUG", second_try)
+            outcome = self._failed(job, BUG_TEXT, "BUG")._replace(had_bug=True)
         return self._record(job, outcome, began_s)
 
     def _postpone(self, job: Job, error: BackupError) -> None:
         """The job is tried again at the end of the run."""
         self._services.log.warning("%s: %s It is tried once more at the end of the run." % (job.machine.title, error))
-        self._status_log.end(job.method.value, "RETRY", job.machine.name)
+        self._status_log.end(self._failed(job, str(error), "RETRY"))
 
     def _record(self, job: Job, outcome: Outcome, began_s: float) -> Outcome:
         """The outcome is in the list and the status log."""
         outcome = outcome._replace(seconds=self._services.clock.monotonic() - began_s)
         self._outcomes.append(outcome)
-        if outcome.error is None:
-            self._status_log.success(job.method.value, job.machine.name, outcome.seconds, outcome.size_bytes)
-        else:
-            self._status_log.end(job.method.value, outcome.status_word, job.machine.name)
+        self._status_log.end(outcome)
         return outcome
 
-    def _failed(self, job: Job, error: str, word: str, second_try: bool) -> Outcome:
+    def _failed(self, job: Job, error: str, word: str) -> Outcome:
         """The outcome of a job that failed."""
-        return Outcome(job, error, word, "", "", 0, 0.0, 0, second_try)
+        return untried(job)._replace(error=error, status_word=word)
 
     def _add_finding(self, severity: Severity, subject: str, sentence: str) -> None:
         """Noted for the report, and told now."""
@@ -7779,15 +7878,16 @@ class BackupRun:
             copies = self._placement.own_view(folder, job.machine)
             if self._services.settings.pre_clean:
                 self._prune(job, copies, job.keep - 1, "to make room")
-            outcome = self._make_copy(job, folder)
+            sealed, size_bytes = self._make_copy(job, folder)
+            outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes)
             try:                                   # whatever comes now, the new copy is sealed and good
-                return outcome._replace(kept=self._retain(job, folder.name, outcome.copy_name))
+                return outcome._replace(kept=self._retain(job, folder.name, sealed))
             except BackupError as error:
                 self._note_storage(error)
                 self._add_finding(Severity.WARNING, job.machine.title, "older copies were not pruned: %s" % error)
             except Exception as bug:
-                self._had_bug = True
                 self._services.log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
+                outcome = outcome._replace(had_bug=True)
             return outcome
 
     @contextlib.contextmanager
@@ -7831,8 +7931,8 @@ class BackupRun:
         """Who we are, for the text of a lock."""
         return {"host": self._services.journal.header["host"], "pid": os.getpid(), "since": format_utc(self._services.clock.utc())}
 
-    def _make_copy(self, job: Job, folder: Folder) -> Outcome:
-        """A new sealed copy in that directory."""
+    def _make_copy(self, job: Job, folder: Folder) -> Tuple[str, int]:
+        """The name and size of a new sealed copy in that directory."""
         taken_at = self._services.clock.utc()
         machine = self._read_again(job)
         with stage("DIR-FAIL"):
@@ -7865,7 +7965,7 @@ class BackupRun:
             copy.close()
         self._services.log.info("%s: %s/%s is complete: %s, proven %s." % (
             machine.title, folder.name, copy.name, format_size(image.size), proof_text(image)))
-        return Outcome(job, None, "SUCCESS", folder.name, copy.name, image.size, 0.0, 0, False)
+        return copy.name, image.size
 
     def _in_store(self, doing: str, work: Callable[[], Any]) -> Any:
         """What the work in the store gives; a store that hangs is left after stall_timeout, after a signal soon."""
@@ -8052,9 +8152,10 @@ class BackupRun:
             folder = dump_folder(self._services.catalog, self._inventory)
             name = self._services.catalog.new_pool_dump(folder, self._services.clock.local(), self._exporter.pool_database)
             self._services.log.info("pool database: %s/%s is complete." % (folder, name))
+            self._dump_error = ""
         except BackupError as error:
             self._note_storage(error)
-            self._pool_database_error = str(error)
+            self._dump_error = str(error)
             self._services.log.error("pool database: %s" % error)
             return
         try:
@@ -8145,7 +8246,7 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
 
 
 # =============================================================================
-# 18. Restore
+# 19. Restore
 # =============================================================================
 # The way back. What an image holds (Source) and what the pool has (PoolView) are
 # read; plan_restore, which is pure, says what will be made and why, or why not;
@@ -9660,7 +9761,7 @@ def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
 
 
 # =============================================================================
-# 19. Extract
+# 20. Extract
 # =============================================================================
 # One disk of a copy as a sparse raw image, on any machine: no pool, no xe, no
 # XenAPI. The whole image is proven while it is read; the file gets its name last.
@@ -9725,7 +9826,7 @@ def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str,
 
 
 # =============================================================================
-# 20. Drill
+# 21. Drill
 # =============================================================================
 # Proves that a copy comes back: it is imported under a name of its own with no
 # network, its disks are read back and compared with what the image held when its
@@ -9733,15 +9834,6 @@ def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str,
 
 VHD_SR_TYPES = ("ext", "nfs", "smb", "lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")     # VHD there leaves out what is empty
 BOOT_POLL_S = 2
-
-
-class DrillOutcome(NamedTuple):
-    """What a drill found of a copy: `error` None if it came back whole. Sizes in bytes."""
-    copy: Copy
-    error: Optional[str]
-    said: str
-    size_bytes: int
-    seconds: float
 
 
 class Drill:
@@ -9829,25 +9921,8 @@ def longest_not_drilled(copies: Sequence[Copy], last_drills: Dict[str, str], num
     return sorted(copies, key=lambda copy: last_drills.get(copy.folder, ""))[:number]
 
 
-def drill_subject(outcomes: Sequence[DrillOutcome], place: str) -> str:
-    """What matters of a drill, in one line."""
-    failed = [outcome.copy.vm_name for outcome in outcomes if outcome.error is not None]
-    if failed:
-        return "ERROR: drill: %d of %s did not come back: %s (%s)" % (
-            len(failed), counted(len(outcomes), "copy"), ", ".join(failed[:5]), place)
-    return "OK: drill: %s came back (%s)" % (counted(len(outcomes), "copy"), place)
-
-
-def drill_body(outcomes: Sequence[DrillOutcome], findings: Sequence[Finding]) -> str:
-    """The text of the mail about a drill."""
-    lines = ["* %s/%s: %s" % (outcome.copy.folder, outcome.copy.name, outcome.error or outcome.said)
-             for outcome in sorted(outcomes, key=lambda one: one.error is None)]
-    lines += ["* %s: %s" % (finding.subject, finding.sentence) for finding in findings]
-    return "\n".join(lines) + "\n"
-
-
 # =============================================================================
-# 21. Report
+# 22. Report
 # =============================================================================
 # Outcomes become words: status log, summary, exit status. Whether a run was a
 # success is decided by its outcomes, never by what was logged.
@@ -9874,30 +9949,26 @@ class StatusLog:
         try:
             self._fd = within(STATUS_LOG_LIMIT_S, "opening the status log", opened)
         except CatalogError as error:
-            self._services.log.info("no status log is written: %s" % error)
+            self._services.log.info(f"no status log is written: {error}")
 
     def begin(self, what: str, name: str = "") -> None:
         """`what` has begun, for that VM or for the run."""
         self._line(what, "begin" + ("," + one_line(name) if name else ""))
 
-    def success(self, what: str, name: str, seconds: float, size_bytes: int) -> None:
-        """A VM's backup is complete."""
-        self._line(what, "end,SUCCESS %s,elapse:%d size:%dG"
-                   % (one_line(name), seconds // MINUTE_S, size_bytes // GIBIBYTE))
+    def end(self, outcome: Outcome) -> None:
+        """What was to be done for a VM ended so."""
+        numbers = f",elapse:{outcome.seconds // MINUTE_S:.0f} size:{outcome.size_bytes // GIBIBYTE}G"
+        self._line(outcome.what, f"end,{outcome.status_word} {one_line(outcome.name)}{'' if outcome.error else numbers}")
 
-    def end(self, what: str, word: str, name: str) -> None:
-        """A VM's backup ended so."""
-        self._line(what, "end,%s %s" % (word, one_line(name)))
-
-    def end_run(self, word: str, successes: int, warnings: int, errors: int) -> None:
+    def end_run(self, report: Report) -> None:
         """The run ended so."""
-        self._line("vmbackup.py", "end,%s,S:%d W:%d E:%d" % (word, successes, warnings, errors))
+        self._line("vmbackup.py", f"end,{report.word},S:{report.successes} W:{report.warnings} E:{report.errors}")
 
     def _line(self, what: str, rest: str) -> None:
         if self._fd is None:
             return
         stamp = self._services.clock.local().strftime("%Y/%m/%d %H:%M:%S")
-        line = ("%s,%s,%s,%s\n" % (stamp, what, self._host, rest)).encode("utf-8", "surrogateescape")
+        line = f"{stamp},{what},{self._host},{rest}\n".encode("utf-8", "surrogateescape")
 
         def write(fd: int = self._fd) -> None:
             with storage_errors(self._path):
@@ -9906,65 +9977,23 @@ class StatusLog:
         try:
             within(STATUS_LOG_LIMIT_S, "writing the status log", write)
         except CatalogError as error:
-            self._services.log.info("the status log can't be written: %s" % error)
+            self._services.log.info(f"the status log can't be written: {error}")
             self._fd = None
 
 
-class Tally(NamedTuple):
-    """A run in numbers. `untried`: jobs that it did not come to."""
-    successes: int
-    warnings: int
-    errors: int
-    untried: int
-
-    @property
-    def word(self) -> str:
-        """SUCCESS, WARNING or ERROR."""
-        return "ERROR" if self.errors else "WARNING" if self.warnings else "SUCCESS"
-
-
-def tally(plan: Plan, run: RunOutcome) -> Tally:
-    """The run in numbers: each VM, literal entry and dump that was not backed up is an error."""
-    failed = sum(1 for outcome in run.outcomes if outcome.error is not None)
-    untried = len(plan.jobs) - len(run.outcomes)
-    errors = failed + untried + sum(1 for finding in plan.findings if finding.severity is Severity.ERROR)
-    errors += run.pool_database_error is not None
-    errors += run.ended_by is not None and not untried and not failed
-    warnings = sum(1 for finding in run.findings if finding.severity is Severity.WARNING)
-    return Tally(len(run.outcomes) - failed, warnings, errors, untried)
-
-
-def exit_status_of(numbers: Tally, run: RunOutcome) -> ExitStatus:
-    """What cron is told about a run that no signal ended."""
-    if run.had_bug:
-        return ExitStatus.BUG
-    if numbers.errors:
-        return ExitStatus.FAILED
-    return ExitStatus.WARNING if numbers.warnings else ExitStatus.OK
-
-
-def failed_names(plan: Plan, run: RunOutcome) -> List[str]:
-    """The names of what was not backed up: failed, not tried, or not there."""
-    failed = [outcome.job.machine.name for outcome in run.outcomes if outcome.error is not None]
-    tried = {outcome.job.machine.uuid for outcome in run.outcomes}
-    failed += [job.machine.name for job in plan.jobs if job.machine.uuid not in tried]
-    return [quote_name(name) for name in failed + [text for _, text in plan.missing]]
-
-
-def summary_text(plan: Plan, run: RunOutcome, numbers: Tally, status: int) -> str:
+def summary_text(report: Report) -> str:
     """The last line of a run: what was done, what not, and the exit status."""
-    size = sum(outcome.size_bytes for outcome in run.outcomes)
-    seconds = (run.ended_at - run.began_at).total_seconds()
-    parts = ["%s backed up (%s in %s)" % (counted(numbers.successes, "VM"), format_size(size),
-                                          format_duration(seconds))]
-    failed = failed_names(plan, run)
-    if failed:
-        parts.append("%d not: %s" % (len(failed), ", ".join(failed)))
-    if run.pool_database_error:
+    if report.wording is DRILL_WORDING:
+        return (f"drill {report.word}: {report.successes} of {counted(len(report.outcomes), 'copy')} came back"
+                f"{', stopped by a signal' if report.signal else ''}.")
+    parts = [f"{counted(report.successes, 'VM')} backed up ({format_size(report.size_bytes)} in {report.duration})"]
+    if report.failed_names:
+        parts.append(f"{len(report.failed_names)} not: {', '.join(report.failed_names)}")
+    if report.dump_error:
         parts.append("the pool database was not dumped")
-    if numbers.warnings:
-        parts.append(counted(numbers.warnings, "warning"))
-    return "%s: %s; exit status %d." % (numbers.word, "; ".join(parts), status)
+    if report.warnings:
+        parts.append(counted(report.warnings, "warning"))
+    return f"{report.word}: {'; '.join(parts)}; exit status {report.exit_status}."
 
 
 # --- mail ---------------------------------------------------------------------------------
@@ -9978,12 +10007,6 @@ MAIL_GOODBYE_S = 2
 MAIL_KEPT_MOST = 50                # of one config
 MAIL_NAME_MOST = 40                # characters of a VM's name in a subject
 SMTP_PORTS = {"none": 25, "starttls": 587, "tls": 465}
-
-
-class MailReport(NamedTuple):
-    """A mail before it has headers."""
-    subject: str
-    body: str
 
 
 class NewestCopy(NamedTuple):
@@ -10011,27 +10034,35 @@ class Refusal(NamedTuple):
     is_for_good: bool = False
 
 
-def mail_subject(plan: Plan, run: RunOutcome, numbers: Tally, place: str) -> str:
+def mail_subject(report: Report) -> str:
     """What matters of the run, in one line."""
-    failed = failed_names(plan, run)
-    whole = len(plan.jobs) + len(plan.missing)
-    duration = format_duration((run.ended_at - run.began_at).total_seconds())
+    if not report.pool:
+        return f"ERROR: {early_end_text(report)} ({report.host})"
+    wording, failed = report.wording, report.failed_names
+    done = f"{counted(report.successes, wording.noun)} {wording.done}"
+    whole = len(report.outcomes) + len(report.missing)
     if failed:
-        text = "ERROR: %d of %s not backed up: %s" % (len(failed), counted(whole, "VM"), shortened(failed, 5))
-    elif run.pool_database_error:
-        text = "ERROR: the pool database was not dumped"
-    elif run.ended_by:
-        text = "ERROR: the run ended early: %s" % cut(one_line(run.ended_by), 100)
-    elif numbers.errors:
-        text = "ERROR: %s backed up, but %s" % (counted(numbers.successes, "VM"), counted(numbers.errors, "error"))
-    elif numbers.warnings:
-        text = "WARNING: %s backed up, %s" % (counted(numbers.successes, "VM"), counted(numbers.warnings, "warning"))
-    elif not whole:
-        text = "OK: pool database dumped in %s" % duration
+        text = f"{len(failed)} of {counted(whole, wording.noun)} {wording.undone}: {shortened(failed, 5)}"
+    elif report.dump_error:
+        text = "the pool database was not dumped"
+    elif report.ended_by is not None:
+        text = f"the run ended early: {cut(one_line(reason_text(report.ended_by)), 100)}"
+    elif report.errors:
+        text = f"{done}, but {counted(report.errors, 'error')}"
+    elif report.warnings:
+        text = f"{done}, {counted(report.warnings, 'warning')}"
+    elif wording is DRILL_WORDING:
+        text = done
+    elif whole:
+        text = f"{counted(report.successes, 'VM')}, {format_size(report.size_bytes)} in {report.duration}"
     else:
-        size = sum(outcome.size_bytes for outcome in run.outcomes)
-        text = "OK: %s, %s in %s" % (counted(numbers.successes, "VM"), format_size(size), duration)
-    return "%s (%s)" % (text, place)
+        text = f"pool database dumped in {report.duration}"
+    return f"{'OK' if report.word == 'SUCCESS' else report.word}: {wording.prefix}{text} (pool {report.pool}, {report.host})"
+
+
+def reason_text(error: BaseException) -> str:
+    """What ended a run early, in a sentence."""
+    return BUG_TEXT if is_bug(error) else str(error)
 
 
 def shortened(names: Sequence[str], most: int) -> str:
@@ -10045,79 +10076,86 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most - 3] + "..."
 
 
-def mail_body(plan: Plan, run: RunOutcome, store: StoreFacts, headline: str, with_database: bool) -> str:
+def mail_body(report: Report, store: StoreFacts) -> str:
     """The mail's text: what failed first, then warnings, the VMs, the newest copies and the free space."""
-    blocks = [headline]
-    errors = mail_errors(plan, run, store)
+    if not report.pool:
+        return early_end_body(report)
+    warnings = [f"{finding.subject}: {finding.sentence}" for finding in report.findings
+                if finding.severity is Severity.WARNING]
+    errors = mail_errors(report, store)
+    done = [mail_line(outcome) for outcome in report.outcomes if outcome.error is None]
+    if report.wording is DRILL_WORDING:
+        return "\n".join(mail_items(errors + done + warnings)) + "\n"
+    blocks = [f"VmBackup ran on host {report.host} of pool {report.pool} with {report.source}, from "
+              f"{format_local(report.began_at)} to {format_local(report.ended_at)}."]
     if errors:
-        blocks.append(mail_block("NOT BACKED UP" if failed_names(plan, run) else "ERRORS", errors)
+        blocks.append(mail_block("NOT BACKED UP" if report.failed_names else "ERRORS", errors)
                       + "\nThe next run tries again. To run sooner, repeat the crontab line by hand. The log of this run "
                         "tells each step.")
-    warnings = ["%s: %s" % (finding.subject, finding.sentence) for finding in run.findings
-                if finding.severity is Severity.WARNING]
     if warnings:
         blocks.append(mail_block("WARNINGS", warnings))
-    done = [mail_line(outcome) for outcome in run.outcomes if outcome.error is None]
-    if with_database and not run.pool_database_error and not run.ended_by:
+    if report.dump_error == "":
         done.append("The pool database.")
     if done:
         blocks.append(mail_block("BACKED UP (vm-export: the whole VM; vdi-export: its OS disk only)", done))
     if store.newest:
-        blocks.append(mail_block("AGE OF THE NEWEST GOOD COPY OF EACH VM IN %s" % store.path,
+        blocks.append(mail_block(f"AGE OF THE NEWEST GOOD COPY OF EACH VM IN {store.path}",
                                  [newest_line(one) for one in store.newest]))
     if store.problem:
-        blocks.append("The copies in %s are not listed here: %s" % (store.path, store.problem))
+        blocks.append(f"The copies in {store.path} are not listed here: {store.problem}")
     if store.free_bytes is not None:
-        blocks.append("FREE SPACE\n%s in %s." % (format_size(store.free_bytes), store.path))
+        blocks.append(f"FREE SPACE\n{format_size(store.free_bytes)} in {store.path}.")
     return "\n\n".join(blocks) + "\n"
 
 
 def mail_block(title: str, items: Sequence[str]) -> str:
-    """A titled list. Each item keeps to its line, whatever a name in it holds."""
-    return "\n".join([title] + ["* " + "\n  ".join(one_line(line) for line in item.split("\n")) for item in items])
+    """A titled list."""
+    return "\n".join([title] + mail_items(items))
 
 
-def mail_errors(plan: Plan, run: RunOutcome, store: StoreFacts) -> List[str]:
+def mail_items(items: Sequence[str]) -> List[str]:
+    """The lines of a list. Each item keeps to its line, whatever a name in it holds."""
+    return ["* " + "\n  ".join(one_line(line) for line in item.split("\n")) for item in items]
+
+
+def mail_errors(report: Report, store: StoreFacts) -> List[str]:
     """What was not done, why, and what is left of each VM, an item each."""
-    errors = ["%s: %s\n%s" % (outcome.job.machine.title, " ".join(mail_reason(outcome).split("\n")),
-                              left_text(outcome.job.machine, store))
-              for outcome in run.outcomes if outcome.error is not None]
-    errors += ["%s: %s" % (finding.subject, finding.sentence) for finding in plan.findings
+    def item(outcome: Outcome) -> str:
+        return f"{outcome.title}: {' '.join(outcome.error.splitlines())}{left_text(outcome, report, store)}"
+
+    errors = [item(outcome) for outcome in report.failed if outcome.status_word != UNTRIED]
+    errors += [f"{finding.subject}: {finding.sentence}" for finding in report.findings
                if finding.severity is Severity.ERROR]
-    if run.pool_database_error:
-        errors.append("The pool database: %s" % run.pool_database_error)
-    if run.ended_by:
-        errors.append("The run ended early: %s" % run.ended_by.rstrip(".") + ".")
-    tried = {outcome.job.machine.uuid for outcome in run.outcomes}
-    return errors + ["%s: not backed up, as the run ended before it was done.\n%s" % (
-        job.machine.title, left_text(job.machine, store)) for job in plan.jobs if job.machine.uuid not in tried]
+    if report.dump_error:
+        errors.append(f"The pool database: {report.dump_error}")
+    if report.ended_by is not None:
+        errors.append(f"The run ended early: {reason_text(report.ended_by).rstrip('.')}.")
+    return errors + [item(outcome) for outcome in report.failed if outcome.status_word == UNTRIED]
 
 
-def mail_reason(outcome: Outcome) -> str:
-    """Why the VM was not backed up. What a bug says may hold anything, so that stays in the log."""
-    return "a bug in VmBackup; the log of this run has the traceback." if outcome.status_word == "BUG" \
-        else str(outcome.error)
-
-
-def left_text(machine: VirtualMachine, store: StoreFacts) -> str:
-    """What the store holds of a VM that was not backed up, in a sentence."""
+def left_text(outcome: Outcome, report: Report, store: StoreFacts) -> str:
+    """What the store holds of a VM that was not backed up, in a line of its own; a drill changes nothing there."""
+    if report.wording is DRILL_WORDING:
+        return ""
     if store.problem:
-        return "What the store holds of it is not known from here."
+        return "\nWhat the store holds of it is not known from here."
     own = [one for one in store.newest
-           if one.good and (one.uuid == machine.uuid or not one.uuid and one.name == machine.name)]
+           if one.good and (one.uuid == outcome.uuid or not one.uuid and one.name == outcome.name)]
     if not own:
-        return "The store holds NO good copy of it."
-    return "The store still holds %s of it, the newest %s old." % (
-        counted(sum(one.good for one in own), "good copy"), format_duration(min(max(0, one.age_s) for one in own)))
+        return "\nThe store holds NO good copy of it."
+    newest_s = min(max(0, one.age_s) for one in own)
+    return (f"\nThe store still holds {counted(sum(one.good for one in own), 'good copy')} of it, the newest "
+            f"{format_duration(newest_s)} old.")
 
 
 def mail_line(outcome: Outcome) -> str:
-    """One VM that was backed up."""
-    rate = outcome.size_bytes / 1e6 / outcome.seconds if outcome.seconds >= 1 else None
-    return "%s: %s, %s in %s%s, %s kept" % (
-        outcome.job.machine.title, outcome.job.method.value, format_size(outcome.size_bytes),
-        format_duration(outcome.seconds), " (%.0f MB/s)" % rate if rate else "",
-        counted(outcome.kept, "good copy") if outcome.kept else "all earlier copies")
+    """One VM that was backed up, or one copy that came back."""
+    if outcome.said:
+        return f"{outcome.title}: {outcome.said}"
+    rate = f" ({outcome.size_bytes / 1e6 / outcome.seconds:.0f} MB/s)" if outcome.seconds >= 1 else ""
+    kept = counted(outcome.kept, "good copy") if outcome.kept else "all earlier copies"
+    return (f"{outcome.title}: {outcome.what}, {format_size(outcome.size_bytes)} in "
+            f"{format_duration(outcome.seconds)}{rate}, {kept} kept")
 
 
 def newest_line(newest: NewestCopy) -> str:
@@ -10130,39 +10168,42 @@ def format_local(at: datetime) -> str:
     return at.astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def early_end_report(error: BaseException, source: str, host: str, now: datetime, done: str) -> MailReport:
-    """The mail of a run that ended before it could report; `done`: what it should have done with VMs."""
-    if isinstance(error, Interrupted):
-        what, item = "nothing was %s: the run was %s" % (done, error), "The run was %s before it began." % error
-    elif isinstance(error, BackupError):
-        what, item = "nothing was %s: %s" % (done, error), str(error)
-    else:
-        return MailReport(
-            "ERROR: a bug in VmBackup ended the run (%s)" % host,
-            "VmBackup was started on host %s with %s, and a bug in it (%s) ended the run at %s.\n\nThe log of this run has "
-            "the traceback, and tells which VMs were %s before. What the run may have left in the pool or in the "
-            "backup directory, the next run removes. If that one ends in the same way, report the traceback to whoever "
-            "maintains VmBackup.\n" % (host, source, type(error).__name__, format_local(now), done))
-    first = what.replace(source, os.path.basename(source)).split("\n")[0].partition(". ")[0].rstrip(".")
-    return MailReport(
-        "ERROR: %s (%s)" % (cut(first, 120), host),
-        "VmBackup was started on host %s with %s, and ended at %s before the first VM.\n\n%s\nNo VM and no earlier copy "
-        "was touched. The next run tries again. To run sooner, repeat the crontab line by hand.\n"
-        % (host, source, format_local(now), mail_block("NOTHING WAS " + done.upper(), [item])))
+def early_end_text(report: Report) -> str:
+    """Why a run ended before its first VM, for a subject."""
+    error = report.ended_by
+    if is_bug(error):
+        return "a bug in VmBackup ended the run"
+    why = f"nothing was {report.wording.deed}: {'the run was ' if isinstance(error, Interrupted) else ''}{error}"
+    return cut(why.replace(report.source, os.path.basename(report.source)).split("\n")[0].partition(". ")[0].rstrip("."), 120)
 
 
-def compose_mail(report: MailReport, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
+def early_end_body(report: Report) -> str:
+    """The mail's text about a run that ended before its first VM."""
+    error, wording, ended_at = report.ended_by, report.wording, format_local(report.ended_at)
+    started = f"VmBackup was started on host {report.host} with {report.source}, and"
+    if is_bug(error):
+        return (f"{started} a bug in it ({type(error).__name__}) ended the run at {ended_at}.\n\nThe log of this run has "
+                f"the traceback, and tells which VMs were {wording.deed} before. What the run may have left in the pool or "
+                f"in the backup directory, the next run removes. If that one ends in the same way, report the traceback to "
+                f"whoever maintains VmBackup.\n")
+    item = f"The run was {error} before it began." if isinstance(error, Interrupted) else str(error)
+    return (f"{started} ended at {ended_at} before the first VM.\n\n"
+            f"{mail_block('NOTHING WAS ' + wording.deed.upper(), [item])}\nNo VM and no earlier copy was touched. The next "
+            f"run tries again. To run sooner, repeat the crontab line by hand.\n")
+
+
+def compose_mail(subject: str, body: str, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
     """The message as it is sent, with the headers that keep it out of spam folders and loops."""
     charset = email.charset.Charset("utf-8")
     charset.body_encoding = email.charset.QP
     message = email.message.Message()
     message["From"] = sender
     message["To"] = ", ".join(recipients)
-    message["Subject"] = subject_header(report.subject)
+    message["Subject"] = subject_header(subject)
     message["Date"] = email.utils.format_datetime(now)
     message["Message-ID"] = email.utils.make_msgid(domain=sender.rpartition("@")[2])
     message["Auto-Submitted"] = "auto-generated"
-    message.set_payload("\n".join(one_line(line) for line in report.body.split("\n")), charset)
+    message.set_payload("\n".join(one_line(line) for line in body.split("\n")), charset)
     return message.as_bytes(policy=email.policy.compat32.clone(linesep="\r\n"))
 
 
@@ -10238,10 +10279,10 @@ class Mailer:
         self._context = None               # type: Optional[ssl.SSLContext]
         self._password = ""
 
-    def send(self, report: MailReport) -> bool:
+    def send(self, subject: str, body: str) -> bool:
         """True if the mail is with the server for every recipient; those kept from earlier runs have followed it."""
         now = self._services.clock.utc()
-        message = compose_mail(report, self._sender, self._recipients, now)
+        message = compose_mail(subject, body, self._sender, self._recipients, now)
         refused = self._deliver(message, MAIL_PAUSES_S)
         if not refused:
             return self.send_kept()
@@ -10252,9 +10293,9 @@ class Mailer:
         self._services.log.warning(f"{self._failure_text(refused)} {advice}")
         return False
 
-    def send_test(self, report: MailReport) -> None:
+    def send_test(self, subject: str, body: str) -> None:
         """The mail is with the server; BackupError if it is not, and nothing is kept."""
-        refused = self._deliver(compose_mail(report, self._sender, self._recipients, self._services.clock.utc()),
+        refused = self._deliver(compose_mail(subject, body, self._sender, self._recipients, self._services.clock.utc()),
                                 MAIL_PAUSES_S)
         if refused:
             raise BackupError(self._failure_text(refused))
@@ -10543,7 +10584,7 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
 
 
 # =============================================================================
-# 22. Commands
+# 23. Commands
 # =============================================================================
 # One function per action: the only place that shows things, and reads config
 # and password files.
@@ -10767,24 +10808,25 @@ def command_preview(services: Services) -> int:
 
 def command_backup(services: Services) -> int:
     """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
-    with early_end_mailed(services, "backed up"):
+    with early_end_mailed(services, BACKUP_WORDING):
         return backup(services)
 
 
 @contextlib.contextmanager
-def early_end_mailed(services: Services, done: str) -> Iterator[None]:
+def early_end_mailed(services: Services, wording: Wording) -> Iterator[None]:
     """A mail is out about a run that ended before it could report what it has done; the error itself is told by main."""
+    began_at = services.clock.utc()
     try:
         yield
     except (Exception, Interrupted) as error:
-        with services.signals.shielded():
-            if mail_is_wanted(services.settings, "ERROR") and not services.arguments.preview:
+        if mail_is_wanted(services.settings) and not services.arguments.preview:
+            with services.signals.shielded():
                 catalog = None                         # type: Optional[Catalog]
                 with contextlib.suppress(CatalogError):             # no store is what such a mail is often about
                     catalog = within(OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(services.settings.backup_dir))
                 host = socket.gethostname().split(".")[0]
-                make_mailer(services, catalog).send(early_end_report(
-                    error, services.settings.source, host, services.clock.utc(), done))
+                mailed(services._replace(catalog=catalog), Report(
+                    wording, services.settings.source, host, began_at, services.clock.utc(), ended_by=error))
         raise
 
 
@@ -10838,77 +10880,77 @@ def with_journal(services: Services, inventory: Inventory) -> Services:
 
 
 def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockFile) -> int:
-    """The run and its report; raises Interrupted after both if a signal ended it."""
-    configuration, log = services.settings, services.log
+    """The exit status of the run, after its report."""
+    settings, log = services.settings, services.log
     host = inventory.host.short_name
     if services.catalog.locks_are_local:
-        log.info("the mount options of %s keep locks within this host: what a run of another host left is touched "
-                 "only after a day." % configuration.backup_dir)
-    for warning in configuration.warnings:
+        log.info(f"the mount options of {settings.backup_dir} keep locks within this host: what a run of another host left "
+                 f"is touched only after a day.")
+    for warning in settings.warnings:
         log.warning(warning)
     status_log = StatusLog(services, host)
     status_log.open()
     services = with_journal(services, inventory)
     status_log.begin("vmbackup.py")
-    log.info("VmBackup %s: %s of %s in pool %s; %s." % (
-        VERSION, counted(len(plan.jobs), "VM"), configuration.source,
-        inventory.pool_title, "host " + host))
+    log.info(f"VmBackup {VERSION}: {counted(len(plan.jobs), 'VM')} of {settings.source} in pool {inventory.pool_title}; "
+             f"host {host}.")
     for machine in plan.provisional:
         log.info("left out: " + provisional_text(machine))
     run = BackupRun(services, inventory, plan, Exporter(services, make_xe(services)), status_log)
-    outcome = run.run()
+    report = run.run()
+    report = report._replace(findings=report.findings + tuple(
+        Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings))
     with services.signals.shielded():
         run.finish()
-        numbers = tally(plan, outcome)
-        numbers = numbers._replace(warnings=numbers.warnings + len(configuration.warnings))
-        if not mail_run(services, inventory, plan, outcome, numbers, run.way_out.storage_hangs):
-            numbers = numbers._replace(warnings=numbers.warnings + 1)
-        status = 128 + run.interrupted.number if run.interrupted else int(exit_status_of(numbers, outcome))
-        run.way_out.tidy("giving back the lock of this config", lambda: end_config_lock(lock, status))
+        report = mailed(services, report, run.way_out.storage_hangs)
+        run.way_out.tidy("giving back the lock of this config", lambda: end_config_lock(lock, report.exit_status))
         if run.way_out.storage_hangs:
             lock.abandon()
-        status_log.end_run(numbers.word, numbers.successes, numbers.warnings, numbers.errors)
-        services.signals.come_too_late()
-        log.info(summary_text(plan, outcome, numbers, status))
-    return status
+        return report_told(services, report, status_log)
 
 
-def mail_is_wanted(configuration: Configuration, word: str) -> bool:
-    """Does a run that ended with that word (SUCCESS, WARNING, ERROR) send a mail?"""
-    return bool(configuration.mail_to) and (configuration.mail_when == "always"
-                                            or configuration.mail_when == "problems" and word != "SUCCESS")
+def report_told(services: Services, report: Report, status_log: StatusLog) -> int:
+    """The exit status of a run whose last lines stand in status log and log."""
+    status_log.end_run(report)
+    services.signals.come_too_late()
+    services.log.info(summary_text(report))
+    return report.exit_status
 
 
-def mail_run(services: Services, inventory: Inventory, plan: Plan, outcome: RunOutcome, numbers: Tally,
-             storage_hangs: bool) -> bool:
-    """True unless a mail about the run was wanted and could not be sent."""
-    configuration = services.settings
-    if not configuration.mail_to or configuration.mail_when == "never":
-        return True
+def mail_is_wanted(settings: Configuration) -> bool:
+    """Are there runs of this config that send a mail?"""
+    return bool(settings.mail_to) and settings.mail_when != "never"
+
+
+def mailed(services: Services, report: Report, storage_hangs: bool = False) -> Report:
+    """The report, which went out by mail if that was wanted; with a warning more if that, or a mail of an earlier run, could
+    not be sent."""
+    settings = services.settings
+    if not mail_is_wanted(settings):
+        return report
     mailer = make_mailer(services, None if storage_hangs else services.catalog)
-    if not mail_is_wanted(configuration, numbers.word):
-        return mailer.send_kept()
-    place = "pool %s, %s" % (inventory.pool_title, inventory.host.short_name)
-    headline = "VmBackup ran on host %s of pool %s with %s, from %s to %s." % (
-        inventory.host.short_name, inventory.pool_title, configuration.source, format_local(outcome.began_at),
-        format_local(outcome.ended_at))
-    facts = StoreFacts(configuration.backup_dir, (), None, "the backup storage hangs.") if storage_hangs \
-        else store_facts(services.catalog, services.clock.local())
-    told = outcome._replace(findings=outcome.findings + tuple(
-        Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in configuration.warnings))
-    return mailer.send(MailReport(mail_subject(plan, outcome, numbers, place),
-                                  mail_body(plan, told, facts, headline, bool(configuration.pool_db_backup))))
+    if settings.mail_when == "problems" and report.word == "SUCCESS":
+        is_sent = mailer.send_kept()
+    else:
+        is_sent = mailer.send(mail_subject(report), mail_body(report, store_facts(services, report, storage_hangs)))
+    return report if is_sent else report._replace(findings=report.findings + (
+        Finding(Severity.WARNING, "mail", "it was not sent."),))
 
 
-def store_facts(catalog: Catalog, now: datetime) -> StoreFacts:
-    """What a mail tells about the store; a store in trouble costs no mail."""
-    newest, free_bytes, problem = (), None, ""     # type: Tuple[NewestCopy, ...], Optional[int], str
+def store_facts(services: Services, report: Report, storage_hangs: bool) -> StoreFacts:
+    """What the mail tells about the store after a backup; a store in trouble costs no mail."""
+    nothing = StoreFacts(services.settings.backup_dir, (), None, "")
+    if report.wording is not BACKUP_WORDING or not report.pool:
+        return nothing
+    if storage_hangs:
+        return nothing._replace(problem="the backup storage hangs.")
+    catalog = services.catalog
     try:
         free_bytes, newest = within(STORE_FACTS_LIMIT_S, "listing the store", lambda: (
-            catalog.free_bytes(), newest_copies(catalog, now)))
+            catalog.free_bytes(), newest_copies(catalog, services.clock.local())))
+        return StoreFacts(catalog.path, newest, free_bytes, "")
     except BackupError as error:
-        problem = str(error)
-    return StoreFacts(catalog.path, newest, free_bytes, problem)
+        return nothing._replace(problem=str(error))
 
 
 def newest_copies(catalog: Catalog, now: datetime) -> Tuple[NewestCopy, ...]:
@@ -10923,18 +10965,17 @@ def newest_copies(catalog: Catalog, now: datetime) -> Tuple[NewestCopy, ...]:
 
 def command_test_mail(services: Services) -> int:
     """A mail that says that mail works is with the server."""
-    configuration = services.settings
-    if not configuration.mail_to:
+    settings = services.settings
+    if not settings.mail_to:
         raise UsageError("mail_to is not set, so there is nobody to write to.")
     host = socket.gethostname().split(".")[0]
-    make_mailer(services, None).send_test(MailReport(
-        "OK: test mail (%s)" % host,
-        "Somebody asked for this mail with `VmBackup.py ... test-mail` on host %s. As you can read it, the mail settings "
-        "of %s work. %s\n" % (
-            host, configuration.source,
-            {"always": "Every backup run will send a report to this address.",
-             "problems": "Backup runs will send a report to this address when they had problems.",
-             "never": "But mail_when=never is set, so no backup run will send a report."}[configuration.mail_when])))
+    consequence = {"always": "Every backup run will send a report to this address.",
+                   "problems": "Backup runs will send a report to this address when they had problems.",
+                   "never": "But mail_when=never is set, so no backup run will send a report."}[settings.mail_when]
+    make_mailer(services, None).send_test(
+        f"OK: test mail ({host})",
+        f"Somebody asked for this mail with `VmBackup.py ... test-mail` on host {host}. As you can read it, the mail settings "
+        f"of {settings.source} work. {consequence}\n")
     return ExitStatus.OK
 
 
@@ -11684,7 +11725,7 @@ def command_drill(services: Services) -> int:
     """The chosen copies were imported, compared and removed again; verdicts, report and exit status tell how it went."""
     boot_s = services.arguments.parameters["boot"] * MINUTE_S
     check_drill_words(services.arguments)
-    with early_end_mailed(services, "drilled"):
+    with early_end_mailed(services, DRILL_WORDING):
         catalog = open_store(services.settings)
         copies, findings = drill_copies(services, catalog, services.arguments.vm)
         if not copies:
@@ -11733,56 +11774,64 @@ def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Cop
 def run_drill(services: Services, inventory: Inventory, copies: Sequence[Copy], findings: Sequence[Finding],
               boot_s: float) -> int:
     """The exit status of a drill, after its report."""
+    began_at, ended_by = services.clock.utc(), None        # type: datetime, Optional[BaseException]
     status_log = StatusLog(services, inventory.host.short_name)
     status_log.open()
     status_log.begin("vmbackup.py")
-    outcomes, interrupted = [], None       # type: List[DrillOutcome], Optional[Interrupted]
+    outcomes = [undrilled(copy) for copy in copies]
     with making_run(services, inventory) as (importer, snapshots):
         drill = Drill(services, importer, Exporter(services, make_xe(services)))
         try:
             view = read_pool_view(services.pool, inventory)
-            for copy in copies:
+            for number, copy in enumerate(copies):
                 services.signals.check()
                 status_log.begin("drill", copy.vm_name)
                 if snapshots.storage_hangs:
-                    outcome = DrillOutcome(copy, "it was not tried, as the backup storage hangs.", NOT_TRIED, copy.size_bytes, 0.0)
-                    services.log.error("%s/%s: %s" % (copy.folder, copy.name, outcome.error))
+                    outcome = undrilled(copy)._replace(error="it was not tried, as the backup storage hangs.",
+                                                       status_word="DRILL-FAIL")
+                    services.log.error(f"{outcome.title}: {outcome.error}")
                 else:
                     outcome = drill_one(services, view, drill, copy, boot_s)
-                outcomes.append(outcome)
-                if outcome.error is None:
-                    status_log.success("drill", copy.vm_name, outcome.seconds, outcome.size_bytes)
-                else:
-                    status_log.end("drill", "DRILL-FAIL", copy.vm_name)
-        except Interrupted as stop:
-            interrupted = stop
+                outcomes[number] = outcome
+                status_log.end(outcome)
+        except Interrupted as interrupted:
+            ended_by = interrupted
     with services.signals.shielded():
-        return report_drill(services, inventory, status_log, outcomes, list(findings) + snapshots.findings,
-                            interrupted)
+        report = Report(DRILL_WORDING, services.settings.source, inventory.host.short_name, began_at, services.clock.utc(),
+                        inventory.pool_title, tuple(outcomes), (), tuple(findings) + tuple(snapshots.findings), None,
+                        ended_by, ended_by.number if ended_by else 0)
+        return report_told(services, mailed(services, report), status_log)
 
 
-def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy, boot_s: float) -> DrillOutcome:
+def undrilled(copy: Copy) -> Outcome:
+    """The outcome of a copy that the drill did not come to."""
+    return Outcome("drill", copy.uuid, copy.vm_name, f"{copy.folder}/{copy.name}",
+                   "not drilled, as the run ended before it was done.", UNTRIED, size_bytes=copy.size_bytes)
+
+
+def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy, boot_s: float) -> Outcome:
     """What the drill of that copy found; its verdict is on record."""
     began_s = services.clock.monotonic()
-    title = "%s/%s" % (copy.folder, copy.name)
+    title = f"{copy.folder}/{copy.name}"
     try:
         with held_copy(services, services.catalog, lambda: still_there(services, services.catalog, copy)) as chosen:
-            copy, title = chosen.copy, "%s/%s" % (chosen.copy.folder, chosen.copy.name)
-            services.log.info("%s: drill of %s." % (title, format_size(copy.size_bytes)))
+            copy, title = chosen.copy, f"{chosen.copy.folder}/{chosen.copy.name}"
+            services.log.info(f"{title}: drill of {format_size(copy.size_bytes)}.")
             said, error = drill.run(drill_plan(services, view, chosen), chosen.inside, boot_s), None
-            services.log.info("%s: %s." % (title, said))
+            services.log.info(f"{title}: {said}.")
     except BackupError as problem:
         # what the pool, an SR, the store or another run is to blame for says nothing about the copy
         is_the_copys = isinstance(problem, VerificationError) and not isinstance(problem, UnknownFormat)
         said = NOT_RESTORABLE if is_the_copys else NOT_TRIED
         error = str(problem)
-        services.log.error("%s: %s" % (title, error))
+        services.log.error(f"{title}: {error}")
     try:
         if copy.mark and said != NOT_TRIED:
             services.catalog.record(copy, drilled_at=format_utc(services.clock.utc()), drill=said, drill_reason=error or "")
     except BackupError as problem:
-        services.log.info("the verdict is not recorded: %s" % problem)
-    return DrillOutcome(copy, error, said, copy.size_bytes, services.clock.monotonic() - began_s)
+        services.log.info(f"the verdict is not recorded: {problem}")
+    return undrilled(copy)._replace(error=error, status_word="DRILL-FAIL" if error else "SUCCESS", said=said,
+                                    seconds=services.clock.monotonic() - began_s)
 
 
 def still_there(services: Services, catalog: Catalog, copy: Copy) -> Copy:
@@ -11794,34 +11843,6 @@ def still_there(services: Services, catalog: Catalog, copy: Copy) -> Copy:
     for other in drill_copies(services, catalog, "uuid:" + copy.uuid)[0]:
         return other
     raise BackupError("it was removed meanwhile, and no other copy of this VM is there.")
-
-
-def report_drill(services: Services, inventory: Inventory, status_log: StatusLog,
-                 outcomes: Sequence[DrillOutcome], findings: Sequence[Finding], interrupted: Optional[Interrupted]) -> int:
-    """The exit status, after status log, mail and summary."""
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    errors = len(failed) + (1 if interrupted else 0) + sum(finding.severity is Severity.ERROR for finding in findings)
-    word = "ERROR" if errors else "WARNING" if findings else "SUCCESS"
-    status = 128 + interrupted.number if interrupted else int(
-        ExitStatus.FAILED if errors else ExitStatus.WARNING if findings else ExitStatus.OK)
-    place = "pool %s, %s" % (inventory.pool_title, inventory.host.short_name)
-    if not mail_drill(services, word, MailReport(drill_subject(outcomes, place), drill_body(outcomes, findings))) \
-            and status == ExitStatus.OK:
-        status = int(ExitStatus.WARNING)
-    status_log.end_run(word, len(outcomes) - len(failed), len(findings), errors)
-    services.signals.come_too_late()
-    services.log.info("drill %s: %d of %s came back%s." % (
-        word, len(outcomes) - len(failed), counted(len(outcomes), "copy"), ", stopped by a signal" if interrupted else ""))
-    return status
-
-
-def mail_drill(services: Services, word: str, report: MailReport) -> bool:
-    """True unless a mail about the drill was wanted and could not be sent."""
-    configuration = services.settings
-    if not configuration.mail_to or configuration.mail_when == "never":
-        return True
-    mailer = make_mailer(services, services.catalog)
-    return mailer.send(report) if mail_is_wanted(configuration, word) else mailer.send_kept()
 
 
 COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify, "list": command_list,
@@ -11880,7 +11901,7 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 
 
 # =============================================================================
-# 23. main
+# 24. main
 # =============================================================================
 # From argv to an exit status: help, arguments, config, the action, and one
 # place that turns errors into what people and cron are told.

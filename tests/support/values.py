@@ -93,16 +93,19 @@ def jobs_of(plan: VmBackup.Plan) -> Dict[str, Any]:
 
 
 def an_outcome(job: VmBackup.Job, error: Optional[str] = None, **facts: Any) -> VmBackup.Outcome:
-    values = dict(job=job, error=error, status_word='SUCCESS' if error is None else 'VM-EXPORT-FAIL', folder='web',
-                  copy_name='', size_bytes=GIBIBYTE, seconds=60.0, kept=1, second_try=False)
-    return VmBackup.Outcome(**dict(values, **facts))
+    values = dict(error=error, status_word='SUCCESS' if error is None else 'VM-EXPORT-FAIL', size_bytes=GIBIBYTE if error is None else 0,
+                  seconds=60.0, kept=1)
+    return VmBackup.untried(job)._replace(**dict(values, **facts))
 
 
-def a_run(*outcomes: VmBackup.Outcome, **facts: Any) -> VmBackup.RunOutcome:
+def a_report(plan: VmBackup.Plan, *outcomes: VmBackup.Outcome, **facts: Any) -> VmBackup.Report:
+    """What a run of the plan has to tell that lasted an hour and gave these outcomes; it did not come to the other jobs."""
     began_at = NIGHT.replace(tzinfo=timezone.utc)
-    values = dict(outcomes=tuple(outcomes), findings=(), missing=0, pool_database_error=None, began_at=began_at,
-                  ended_at=began_at + timedelta(hours=1), ended_by=None, had_bug=False)
-    return VmBackup.RunOutcome(**dict(values, **facts))
+    tried = {outcome.uuid for outcome in outcomes}
+    untried = tuple(VmBackup.untried(job) for job in plan.jobs if job.machine.uuid not in tried)
+    values = dict(outcomes=outcomes + untried, missing=tuple(text for _, text in plan.missing), findings=plan.findings)
+    return VmBackup.Report(VmBackup.BACKUP_WORDING, 'weekend.cfg', 'xcp1', began_at, began_at + timedelta(hours=1), 'production',
+                           **dict(values, **facts))
 
 
 def services(text: str = '', log: Any = None, **doors: Any) -> VmBackup.Services:

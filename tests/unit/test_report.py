@@ -6,18 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.values import (GIBIBYTE, NIGHT, US_UUID, a_copy, a_disk, a_run, a_vm, an_inventory, an_outcome, configured, planned,
+from support.values import (GIBIBYTE, NIGHT, US_UUID, a_copy, a_disk, a_report, a_vm, an_inventory, an_outcome, configured, planned,
                             vms)
-from VmBackup import (ExitStatus, Finding, Method, Services, Severity, StatusLog, exit_status_of, first_disk, future_verdicts, preview_text,
-                      judge, next_sequence, summary_text, tally)
+from VmBackup import (UNTRIED, CatalogError, ExitStatus, Finding, Method, Outcome, PoolError, Services, Severity, StatusLog, first_disk,
+                      future_verdicts, preview_text, judge, next_sequence, summary_text)
 from unit.test_retention import shelves
 
 WARNING = Finding(Severity.WARNING, 'web', 'something worth a look.')
 INFO = Finding(Severity.INFO, 'web', 'nothing to worry about.')
 
 
-def status_of(plan, run):
-    return exit_status_of(tally(plan, run), run)
+def status_of(report):
+    return report.exit_status
+
+
+def numbers_of(report):
+    untried = sum(1 for outcome in report.outcomes if outcome.status_word == UNTRIED)
+    return report.successes, report.warnings, report.errors, untried
 
 
 def plan_of(number=2):
@@ -32,63 +37,62 @@ def all_good(plan):
 
 def test_all_done_is_0():
     plan = plan_of()
-    assert status_of(plan, a_run(*all_good(plan), findings=(INFO,))) == ExitStatus.OK
-    assert tally(plan, a_run(*all_good(plan))) == (2, 0, 0, 0)
+    assert status_of(a_report(plan, *all_good(plan), findings=(INFO,))) == ExitStatus.OK
+    assert numbers_of(a_report(plan, *all_good(plan))) == (2, 0, 0, 0)
 
 
 def test_a_vm_that_failed_is_1_whatever_else_went_well():
     plan = plan_of()
-    run = a_run(an_outcome(plan.jobs[0], 'no space left'), an_outcome(plan.jobs[1]), findings=(WARNING,))
-    assert status_of(plan, run) == ExitStatus.FAILED
-    assert tally(plan, run) == (1, 1, 1, 0)
+    run = a_report(plan, an_outcome(plan.jobs[0], 'no space left'), an_outcome(plan.jobs[1]), findings=(WARNING,))
+    assert status_of(run) == ExitStatus.FAILED
+    assert numbers_of(run) == (1, 1, 1, 0)
 
 
 def test_a_vm_that_the_run_did_not_come_to_is_an_error():
     plan = plan_of(3)
-    run = a_run(an_outcome(plan.jobs[0]), ended_by='the pool went away')
-    assert tally(plan, run) == (1, 0, 2, 2)
-    assert status_of(plan, run) == ExitStatus.FAILED
+    run = a_report(plan, an_outcome(plan.jobs[0]), ended_by=PoolError('the pool went away'))
+    assert numbers_of(run) == (1, 0, 2, 2)
+    assert status_of(run) == ExitStatus.FAILED
 
 
 def test_a_selected_vm_that_is_not_in_the_pool_is_an_error():
     plan = planned('vm-export=web\nvm-export=gone\n', *vms('web'))
-    run = a_run(*all_good(plan), findings=plan.findings)
-    assert status_of(plan, run) == ExitStatus.FAILED
-    assert 'gone' in summary_text(plan, run, tally(plan, run), 1)
+    run = a_report(plan, *all_good(plan), findings=plan.findings)
+    assert status_of(run) == ExitStatus.FAILED
+    assert 'gone' in summary_text(run)
 
 
 def test_a_pool_database_that_was_not_dumped_is_an_error():
     plan = plan_of()
-    run = a_run(*all_good(plan), pool_database_error='no space left')
-    assert status_of(plan, run) == ExitStatus.FAILED
-    assert 'pool database' in summary_text(plan, run, tally(plan, run), 1)
+    run = a_report(plan, *all_good(plan), dump_error='no space left')
+    assert status_of(run) == ExitStatus.FAILED
+    assert 'pool database' in summary_text(run)
 
 
 def test_a_run_that_ended_early_is_never_0():
     for plan in (plan_of(), planned('pool_db_backup=1\n')):
-        assert status_of(plan, a_run(*all_good(plan), ended_by='the share went away')) == ExitStatus.FAILED
+        assert status_of(a_report(plan, *all_good(plan), ended_by=CatalogError('the share went away'))) == ExitStatus.FAILED
 
 
 def test_all_done_with_a_warning_is_3():
     plan = plan_of()
-    assert status_of(plan, a_run(*all_good(plan), findings=(WARNING, INFO))) == ExitStatus.WARNING
+    assert status_of(a_report(plan, *all_good(plan), findings=(WARNING, INFO))) == ExitStatus.WARNING
 
 
 def test_a_bug_is_70_even_if_all_is_done():
     plan = plan_of()
-    assert status_of(plan, a_run(*all_good(plan), had_bug=True)) == ExitStatus.BUG
+    assert status_of(a_report(plan, *all_good(plan), ended_by=KeyError())) == ExitStatus.BUG
 
 
 @given(st.lists(st.sampled_from(['good', 'bad', 'untried'])), st.lists(st.sampled_from([WARNING, INFO])), st.booleans())
 def test_the_exit_status_is_0_exactly_if_every_job_succeeded_without_a_warning(ends, findings, has_dump_error):
     plan = planned('vm-export=*\n', *[a_vm('vm%d' % number, number) for number in range(1, len(ends) + 1)])
     outcomes = [an_outcome(job, None if end == 'good' else 'it broke') for job, end in zip(plan.jobs, ends) if end != 'untried']
-    run = a_run(*outcomes, findings=tuple(findings), pool_database_error='no space' if has_dump_error else None)
+    run = a_report(plan, *outcomes, findings=tuple(findings), dump_error='no space' if has_dump_error else None)
     is_clean = set(ends) <= {'good'} and WARNING not in findings and not has_dump_error
-    assert (status_of(plan, run) == ExitStatus.OK) is is_clean
-    numbers = tally(plan, run)
-    assert numbers.successes + numbers.errors == len(ends) + has_dump_error
-    assert numbers.word == {0: 'SUCCESS', 1: 'ERROR', 3: 'WARNING'}[status_of(plan, run)]
+    assert (status_of(run) == ExitStatus.OK) is is_clean
+    assert run.successes + run.errors == len(ends) + has_dump_error
+    assert run.word == {0: 'SUCCESS', 1: 'ERROR', 3: 'WARNING'}[status_of(run)]
 
 
 def test_the_exit_statuses_are_those_that_the_help_promises():
@@ -100,19 +104,23 @@ def test_the_exit_statuses_are_those_that_the_help_promises():
 
 def test_the_summary_is_one_line_that_names_what_is_missing_and_the_exit_status():
     plan = plan_of(3)
-    run = a_run(an_outcome(plan.jobs[0]), an_outcome(plan.jobs[1], 'no space left\non the share'), findings=(WARNING,))
-    text = summary_text(plan, run, tally(plan, run), 1)
-    assert text.startswith('ERROR: 1 VM backed up (2.0 GiB in 1 h 0 min); 2 not: db, mail; 1 warning')
+    run = a_report(plan, an_outcome(plan.jobs[0]), an_outcome(plan.jobs[1], 'no space left\non the share'), findings=(WARNING,))
+    text = summary_text(run)
+    assert text.startswith('ERROR: 1 VM backed up (1.0 GiB in 1 h 0 min); 2 not: db, mail; 1 warning')
     assert text.endswith('exit status 1.') and '\n' not in text
 
 
 def test_the_summary_of_a_good_run_says_success():
     plan = plan_of()
-    run = a_run(*all_good(plan))
-    assert summary_text(plan, run, tally(plan, run), 0) == 'SUCCESS: 2 VMs backed up (2.0 GiB in 1 h 0 min); exit status 0.'
+    run = a_report(plan, *all_good(plan))
+    assert summary_text(run) == 'SUCCESS: 2 VMs backed up (2.0 GiB in 1 h 0 min); exit status 0.'
 
 
 # --- the status log --------------------------------------------------------------------------------------------------
+
+def ended(what, name, error=None, word='SUCCESS', seconds=1.0, size_bytes=1):
+    return Outcome(what, US_UUID, name, name, error, word, seconds=seconds, size_bytes=size_bytes)
+
 
 class Clock:
     def local(self):
@@ -142,10 +150,11 @@ def test_the_status_lines_are_those_of_the_older_program(tmp_path):
     def deed(status_log):
         status_log.begin('vmbackup.py')
         status_log.begin('vm-export', 'web')
-        status_log.success('vm-export', 'web', 754.2, 5 * GIBIBYTE + 1)
+        status_log.end(ended('vm-export', 'web', seconds=754.2, size_bytes=5 * GIBIBYTE + 1))
         status_log.begin('vdi-export', 'File server 1')
-        status_log.end('vdi-export', 'SNAPSHOT-FAIL', 'File server 1')
-        status_log.end_run('ERROR', 1, 0, 1)
+        status_log.end(ended('vdi-export', 'File server 1', 'no space', 'SNAPSHOT-FAIL'))
+        plan = plan_of(2)
+        status_log.end_run(a_report(plan, an_outcome(plan.jobs[0]), an_outcome(plan.jobs[1], 'no space')))
     assert written(tmp_path / 'status.log', deed).splitlines() == [
         '2016/01/29 10:33:49,vmbackup.py,xcp1,begin',
         '2016/01/29 10:33:49,vm-export,xcp1,begin,web',
@@ -167,8 +176,8 @@ def test_a_name_never_breaks_a_status_line(name):
     status_log = a_status_log('/nowhere')
     status_log._line = lambda what, rest: lines.append('%s,%s' % (what, rest))
     status_log.begin('vm-export', name)
-    status_log.success('vm-export', name, 1.0, 1)
-    status_log.end('vm-export', 'VM-EXPORT-FAIL', name)
+    status_log.end(ended('vm-export', name))
+    status_log.end(ended('vm-export', name, 'it broke', 'VM-EXPORT-FAIL'))
     assert all(line.isprintable() for line in lines)
 
 
@@ -177,7 +186,7 @@ def test_a_status_log_without_a_directory_is_said_once_and_stops_nothing(tmp_pat
     status_log = a_status_log(tmp_path / 'missing' / 'status.log', log)
     status_log.open()
     status_log.begin('vmbackup.py')
-    status_log.end_run('SUCCESS', 1, 0, 0)
+    status_log.end_run(a_report(plan_of(0)))
     assert len(log.lines) == 1 and 'status.log' in log.lines[0]
 
 
