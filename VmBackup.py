@@ -4644,7 +4644,11 @@ class Pool:
                 self._login_at(xenapi, self._master)
         except ApiFailure as failure:
             self._forget_session()
-            raise PoolError(self._refusal_text(failure))
+            if failure.code == "SESSION_AUTHENTICATION_FAILED":
+                raise PoolError("the pool refused the login of root: the password is wrong. No VM was touched. Check the "
+                                "password, or the password file.")
+            raise PoolError(f"the pool refused the login: {failure_text(failure.code, failure.parameters)} No VM was "
+                            "touched.")
         except PoolError:
             self._forget_session()
             raise
@@ -4658,36 +4662,26 @@ class Pool:
             return PoolAddress("https", host, 443 if port == 80 else port + 1)
         return self._address._replace(host=host)
 
-    def _refusal_text(self, failure: ApiFailure) -> str:
-        """The sentence for a login that was refused."""
-        if failure.code == "SESSION_AUTHENTICATION_FAILED":
-            return ("the pool refused the login of root: the password is wrong. No VM was touched. Check the "
-                    "password, or the password file.")
-        return "the pool refused the login: %s No VM was touched." % failure_text(failure.code, failure.parameters)
-
     def _login_at(self, xenapi: Any, address: Optional[PoolAddress]) -> None:
         """Logged in there; raises ApiFailure or AnswerLost."""
         self._forget_session()
+        target = address or self._doorway.plain_address()
         if address is None and self._password is None:
-            path = self._doorway.socket_path
-            url, connect = "http://localhost/", lambda timeout_s: _UnixConnection(path, timeout_s)
+            url = "http://localhost/"
+            self._transport = Transport(lambda timeout_s: _UnixConnection(self._doorway.socket_path, timeout_s))
+        elif target.scheme == "http":
+            url = target.url
+            self._transport = Transport(lambda timeout_s: http.client.HTTPConnection(target.host, target.port,
+                                                                                    timeout=timeout_s))
         else:
-            target = address or self._doorway.plain_address()
-            url, connect = target.url, self._connector(target)
-        self._transport = Transport(connect)
+            url, context = target.url, self._trust.context()
+            self._transport = Transport(lambda timeout_s: _TlsConnection(target.host, target.port, timeout_s, context,
+                                                                         self._trust.fingerprint))
         self._transport.timeout_s = min(READ_TIMEOUT_S, self._patience_s)
         self._session = xenapi.Session(url, transport=self._transport)
         self._guarded("the login", lambda: self._session.login_with_password(
             "root", self._password or "", "1.0", ORIGINATOR))
         self._handle = self._session.handle
-
-    def _connector(self, target: PoolAddress) -> Callable[[float], http.client.HTTPConnection]:
-        """What opens a connection to that TCP address."""
-        if target.scheme == "http":
-            return lambda timeout_s: http.client.HTTPConnection(target.host, target.port, timeout=timeout_s)
-        context = self._trust.context()
-        return lambda timeout_s: _TlsConnection(target.host, target.port, timeout_s, context,
-                                                self._trust.fingerprint)
 
     @property
     def xe_address(self) -> Optional[PoolAddress]:
@@ -4750,6 +4744,15 @@ class Pool:
                 self._log.info("the pool is starting (%s); trying again." % failure.code)
             self._signals.sleep(pause_s)
             pause_s = min(pause_s * 2, 15)
+
+    def ask_if_there(self, missing: Any, doing: str, method: str, ref: str) -> Any:
+        """The answer about that object, or `missing` if it is gone."""
+        try:
+            return self.ask(doing, method, ref)
+        except ApiFailure as failure:
+            if failure.code == "HANDLE_INVALID":
+                return missing
+            raise
 
     def _reconnect(self) -> None:
         """A new session, at the master of now; raises AnswerLost or PoolError."""
@@ -4885,27 +4888,17 @@ class Pool:
     def _sr_uuid(self, ref: str) -> str:
         """The SR's uuid, asked for once; "" if there is no such SR."""
         if ref not in self._sr_uuids:
-            try:
-                self._sr_uuids[ref] = "" if ref in ("", NULL_REF) else self.ask("reading an SR", "SR.get_uuid", ref)
-            except ApiFailure as failure:
-                if failure.code != "HANDLE_INVALID":
-                    raise
-                self._sr_uuids[ref] = ""
+            self._sr_uuids[ref] = "" if ref in ("", NULL_REF) else self.ask_if_there(
+                "", "reading an SR", "SR.get_uuid", ref)
         return self._sr_uuids[ref]
 
     def machine(self, ref: str, doing: str, record: Optional[Dict[str, Any]] = None) -> VirtualMachine:
         """The VM, or snapshot, as it is now; ApiFailure HANDLE_INVALID if it is gone."""
         record = record or self.ask(doing, "VM.get_record", ref)
         vbds = self.ask(doing, "VBD.get_all_records_where", 'field "VM" = "%s"' % ref)
-        vdis = {}
-        for vbd in vbds.values():
-            if vbd.get("type") == "Disk" and isinstance(vbd.get("VDI"), str) and vbd["VDI"] != NULL_REF:
-                try:
-                    vdis[vbd["VDI"]] = self.ask(doing, "VDI.get_record", vbd["VDI"])
-                except ApiFailure as failure:                  # a drive whose disk is gone: _machine tells of it
-                    if failure.code != "HANDLE_INVALID":
-                        raise
-        return self._machine(ref, record, vbds, vdis)
+        vdis = {vbd["VDI"]: self.ask_if_there(None, doing, "VDI.get_record", vbd["VDI"]) for vbd in vbds.values()
+                if vbd.get("type") == "Disk" and isinstance(vbd.get("VDI"), str) and vbd["VDI"] != NULL_REF}
+        return self._machine(ref, record, vbds, {ref: vdi for ref, vdi in vdis.items() if vdi is not None})
 
     def real_machine(self, planned: VirtualMachine) -> VirtualMachine:
         """The VM as it is now; BackupError if that ref is no longer the VM that was planned."""
@@ -4920,13 +4913,9 @@ class Pool:
         """The VM's VIFs, by device; where the network of one is gone, its name is empty and `problem` says so."""
         doing = "reading the network interfaces of %s" % machine.title
         vifs = self.ask(doing, "VIF.get_all_records_where", 'field "VM" = "%s"' % machine.ref)
-        networks = {}
-        for ref in {str(vif.get("network")) for vif in vifs.values()} - {NULL_REF}:
-            try:
-                networks[ref] = {"name_label": self.ask(doing, "network.get_name_label", ref)}
-            except ApiFailure as failure:
-                if failure.code != "HANDLE_INVALID":
-                    raise
+        names = {ref: self.ask_if_there(None, doing, "network.get_name_label", ref)
+                 for ref in {str(vif.get("network")) for vif in vifs.values()} - {NULL_REF}}
+        networks = {ref: {"name_label": name} for ref, name in names.items() if name is not None}
         found = [Interface(vif.text("uuid"), vif.text("device"), name, vif.text("MTU"), vif.text("MAC"),
                            tuple(sorted(vif.texts_by_key("other_config").items())), problem)
                  for vif, name, problem in _networks_of({"VIFs": list(vifs)}, vifs, networks)]
@@ -4936,13 +4925,8 @@ class Pool:
         """The name of the guest's system as its tools report it; "" if they never did."""
         if machine.guest_metrics_ref == NULL_REF:
             return ""
-        try:
-            version = self.ask("reading the guest metrics of %s" % machine.title,
-                               "VM_guest_metrics.get_os_version", machine.guest_metrics_ref)
-        except ApiFailure as failure:
-            if failure.code == "HANDLE_INVALID":
-                return ""
-            raise
+        version = self.ask_if_there({}, f"reading the guest metrics of {machine.title}",
+                                    "VM_guest_metrics.get_os_version", machine.guest_metrics_ref)
         return str(version.get("name", ""))
 
     def server_time(self, doing: str) -> datetime:
