@@ -6896,7 +6896,9 @@ COMPRESSOR_OPTIONS = {"pigz": ("-c", "-n"), "gzip": ("-c", "-n"), "zstd": ("-q",
 COMPRESSED_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 XE_PASSING = re.compile(r"Lost connection|Connection refused|Connection reset|Broken pipe|EPIPE|ECONNRESET|SESSION_INVALID|"
                         r"Another operation involving|OTHER_OPERATION_IN_PROGRESS|SR_BACKEND_FAILURE_(?:37|46|47|82|1200)\b|"
-                        r"Unable to contact|End_of_file|still booting")
+                        r"Unable to contact|End_of_file|still booting|"
+                        # a server that starts may listen on TCP before it does on its socket, where no password is needed
+                        r"Authentication failed")
 
 
 class ImageReport(NamedTuple):
