@@ -24,20 +24,23 @@ The sections below stand in reading order; each uses only those above it.
      8. Run environment
      9. Programs
     10. Storage
-    11. Streams and their proof
-    12. Pool
-    13. Catalog
-    14. Snapshots and their ownership
-    15. Export methods
-    16. Verification of stored copies
-    17. Run
-    18. Backup run
-    19. Restore
-    20. Extract
-    21. Drill
-    22. Report
-    23. Commands
-    24. main
+    11. The pump
+    12. Blocks and digests
+    13. Image formats
+    14. Files, pipes, compressors
+    15. Pool
+    16. Catalog
+    17. Snapshots and their ownership
+    18. Export methods
+    19. Verification of stored copies
+    20. Run
+    21. Backup run
+    22. Restore
+    23. Extract
+    24. Drill
+    25. Report
+    26. Commands
+    27. main
 
 Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
 """
@@ -57,7 +60,6 @@ if __name__ == "__main__":
     sys.path[:] = [place for place in sys.path
                    if os.path.realpath(place or ".") != os.path.dirname(os.path.realpath(__file__))]
 
-import abc
 import base64
 import binascii
 import collections
@@ -98,7 +100,7 @@ import zlib
 from array import array
 from datetime import datetime, timedelta, timezone
 from difflib import get_close_matches
-from typing import (Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+from typing import (Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, Tuple, Union)
 
 VERSION = "4.0.0"
@@ -692,7 +694,7 @@ def fs_text(path: str) -> str:
 # =============================================================================
 # From text to one checked value, all problems at once, each with its place.
 # OPTIONS declares every key once: the parser, `help config`, example.cfg and
-# README's table come from it. Pure: files are read in section 18.
+# README's table come from it. Pure: files are read by the commands.
 
 
 class Option(NamedTuple):
@@ -2627,22 +2629,438 @@ class NewFile:
 
 
 # =============================================================================
-# 11. Streams and their proof
+# 11. The pump
 # =============================================================================
 # Data is read once. `pump` reads each source in a thread of its own and hands every buffer to all consumers of that
-# source, each in a thread of its own: digests, the check of the format, the file, a compressor. The caller's thread only
-# watches: it is never inside a read or a write, so a server that stalls or a share that hangs can always be left.
-# What a check has seen wrong is a VerificationError; what storage says (ENOSPC, EIO) is translated in `pump`.
+# source, each in a thread of its own: digests, the check of the format, the file, a compressor. A consumer reads on as
+# from a file, from top to bottom. The caller's thread only watches: it is never inside a read or a write, so a server that
+# stalls or a share that hangs can always be left. What a check has seen wrong is a VerificationError; what storage says
+# (ENOSPC, EIO) is translated in `pump`.
 # May touch: the descriptors that it is given. May not: names on disk, programs, the pool.
 
 SECTOR_BYTES = 512
 BUFFER_BYTES = MEBIBYTE         # one system call and a few Python steps per buffer: more gains nothing, the caches lose
-BUFFERS_PER_FLOW = 16           # bounds memory: with a compressor there are two flows
+BUFFERS_PER_FLOW = 16           # bounds memory: with a compressor there are three flows
 TICK_S = 1.0
-PROGRAM_ENDING_S = 120          # how long a program may take to end after its last byte: a task of xe turns final later
 GRACE_S = 2.0                   # how long an aborted pump waits for its threads before it leaves them
 F_SETPIPE_SZ = 1031             # linux/fcntl.h; Python names it only since 3.10
+TAIL_BYTES = 1024
 
+
+class Progress(NamedTuple):
+    """`bytes_read` from the first source; `quiet_s` since anything moved at all; `waiting_for` the source's name, or that
+    of the consumer that holds everything up."""
+
+    bytes_read: int
+    quiet_s: float
+    waiting_for: str
+
+
+class Flow(NamedTuple):
+    """One source and the consumers that each see all of it; one of them may be a further flow.
+
+    `source`: a descriptor, which is taken over, or a function that gives pieces of any length. It is called with no
+    argument, or, where the flow is itself a consumer, with the reader of what passes there (what decompresses, for one).
+    `at_end` is called at the end of the source, before the consumers learn of it: what it raises (a program's exit
+    status) is then the reason, not the truncated stream that follows from it.
+    """
+
+    source: Any
+    consumers: Sequence[Any]
+    name: str = "source"
+    at_end: Optional[Callable[[], None]] = None
+
+
+def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str = "a stream",
+         problems: Optional[List[VerificationError]] = None) -> int:
+    """Every source was read to its end and every consumer has done its work; the number of bytes of the first source.
+
+    `on_tick` is called about once a second and may raise, which aborts. So does the first exception of a consumer, which
+    is raised here as it is; what storage said, as the CatalogError that `doing` begins. A thread that is stuck in the
+    kernel is left to itself. With `problems`, for what is wanted although it is damaged: what a source or a consumer
+    finds wrong is noted there and ends its work, not the others'; that a source is not supported is raised all the same.
+    """
+    run = _PumpRun(flows, problems)
+    try:
+        run.start()
+        while not run.is_done():
+            run.news.wait(TICK_S)
+            run.news.clear()
+            run.raise_failure(doing)
+            on_tick(run.progress())
+        run.raise_failure(doing)
+    finally:
+        run.stop()
+    return run.flows[0].bytes_read
+
+
+class Reader:
+    """The bytes of a stream for one consumer: what it asks for comes, or a VerificationError says where the stream ends.
+
+    A piece is a view into a buffer and gone when the next one is asked for: it is used at once or copied. `image` is what
+    the stream is called in sentences; `position` is that of the next byte; `tail` is the last KiB that came.
+    """
+
+    def __init__(self, views: Iterator[memoryview], image: str = "the stream") -> None:
+        self.image = image
+        self.position = 0
+        self.tail = b""
+        self._views = views
+        self._view = memoryview(b"")
+
+    def some(self, most: int) -> memoryview:
+        """The next piece, not longer than that; an empty one at the end of the stream."""
+        if not len(self._view):
+            self._view = next(self._views, self._view)
+            self.tail = (self.tail + bytes(self._view[-TAIL_BYTES:]))[-TAIL_BYTES:]
+        piece, self._view = self._view[:most], self._view[most:]
+        self.position += len(piece)
+        return piece
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """All that is left, piece by piece."""
+        piece = self.some(BUFFER_BYTES)
+        while len(piece):
+            yield piece
+            piece = self.some(BUFFER_BYTES)
+
+    def pieces(self, count: int, where: str) -> Iterator[memoryview]:
+        """The next `count` bytes, piece by piece."""
+        while count:
+            piece = self.some(count)
+            if not len(piece):
+                raise VerificationError(f"{self.image} ends at byte {self.position}, in {where}{self._servers_words()}")
+            count -= len(piece)
+            yield piece
+
+    def take(self, count: int, where: str) -> bytes:
+        """The next `count` bytes."""
+        return b"".join(self.pieces(count, where))
+
+    def zeros(self, count: int, where: str) -> None:
+        """The next `count` bytes have passed, and were zeros."""
+        at = self.position
+        if self.take(count, where).count(0) != count:
+            raise VerificationError(f"{self.image} has something else than zeros at byte {at}, in {where}")
+
+    def end(self) -> None:
+        """The stream has ended."""
+        at, piece = self.position, self.some(TAIL_BYTES)
+        if len(piece):
+            raise VerificationError(f"{self.image} should end at byte {at}, but goes on with {excerpt(piece)}")
+
+    def _servers_words(self) -> str:
+        """What the server says at the end of a stream that it broke off: xapi puts its HTTP error behind the data."""
+        _, found, answer = self.tail.partition(b"HTTP/1.")
+        body = " ".join(re.sub("<[^>]*>", " ", answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace")).split())
+        return f"; the server says: {ascii(body[:200])}" if found else ""
+
+
+def excerpt(piece: bytes) -> str:
+    """The beginning of what stands there, fit for a sentence: often it is the server's own error text."""
+    return ascii(bytes(piece[:60]).decode("latin-1"))
+
+
+class Consumer:
+    """What reads a stream, in a thread of its own. `name` is for people.
+
+    A descriptor is taken over: whoever wants to keep one gives a copy (os.dup). So no thread that is left behind on a hung
+    share can ever write into a file that was opened later under the same number.
+    """
+
+    name = ""
+
+    def __init__(self, fd: Optional[int] = None) -> None:
+        self.fd = fd
+
+    def read(self, reader: Reader) -> None:
+        """All work on the stream is done. What it leaves of the stream unread passes by."""
+        raise NotImplementedError
+
+    def salvage(self) -> None:
+        """The best is made of what came before the damage that `read` has raised: only if damage is to be put up with."""
+
+    def close(self) -> None:
+        """Nothing is held open. Called last in every case."""
+        if self.fd is not None:
+            fd, self.fd = self.fd, None
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def closed_aside(consumers: Sequence[Any]) -> Iterator[None]:
+    """What ends the block leaves none of the consumers' descriptors open; nobody waits for that, as the store may hang."""
+    try:
+        yield
+    except BaseException:                  # whatever ended it, the pump, which closes them, will never have them
+        for consumer in consumers:
+            threading.Thread(target=consumer.close, daemon=True).start()
+        raise
+
+
+def widen_pipe(pipe_fd: int) -> None:
+    """A MiB of room instead of 64 KiB: fewer switches between the programs at its ends. Best effort."""
+    try:
+        fcntl.fcntl(pipe_fd, F_SETPIPE_SZ, MEBIBYTE)
+    except OSError:
+        pass        # not a pipe, or the user's share of pipe memory is used up
+
+
+class _Stopped(BaseException):
+    """The pump was stopped: raised in its threads, and seen by none but them."""
+
+
+class _PumpRun:
+    """The state that all threads of one pump share."""
+
+    def __init__(self, flows: Sequence[Flow], problems: Optional[List[VerificationError]]) -> None:
+        self.news = threading.Event()       # a thread has ended or failed
+        self.stopping = False
+        self.failure: Optional[BaseException] = None
+        self.problems = problems
+        self.flows: List[_FlowRun] = []     # each before those that are its consumers
+        self._lock = threading.Lock()
+        self._moved: Tuple[int, ...] = ()
+        self._moved_at = time.monotonic()
+        roots = [_FlowRun(flow, self) for flow in flows]
+        self._threads = [threading.Thread(target=flow.read, name="read " + flow.name, daemon=True) for flow in roots]
+        self._threads += [lane.thread for flow in self.flows for lane in flow.lanes]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def is_done(self) -> bool:
+        return all(flow.has_ended and all(lane.is_done for lane in flow.lanes) for flow in self.flows)
+
+    def fail(self, problem: BaseException) -> None:
+        """The first failure is the reason; those that follow from it are not told."""
+        with self._lock:
+            if self.failure is None and not self.stopping:
+                self.failure = problem
+            self.stopping = True
+        self.news.set()
+
+    def raise_failure(self, doing: str) -> None:
+        if self.failure is not None:
+            with storage_errors(doing):
+                raise self.failure
+
+    def progress(self) -> Progress:
+        now = time.monotonic()
+        moved = tuple(flow.bytes_read for flow in self.flows) + tuple(
+            lane.buffers_read for flow in self.flows for lane in flow.lanes)
+        if moved != self._moved:
+            self._moved, self._moved_at = moved, now
+        return Progress(self.flows[0].bytes_read, now - self._moved_at, self._waiting_for())
+
+    def _waiting_for(self) -> str:
+        """Seen from the far end: a full store also holds up the compressor and the source before it."""
+        for flow in reversed(self.flows):
+            busy = [lane for lane in flow.lanes if not lane.is_done]
+            if busy and (flow.is_starved or flow.has_ended):
+                return min(busy, key=lambda lane: lane.buffers_read).name
+        return next((flow.name for flow in self.flows if not flow.has_ended), self.flows[-1].name)
+
+    def stop(self) -> None:
+        """Let the threads end; those that can't within GRACE_S are daemons and end when the kernel lets them."""
+        self.stopping = True
+        deadline = time.monotonic() + GRACE_S
+        for flow in self.flows:
+            flow.wake()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class _Buffer:
+    """Its memory is taken when it is first filled: most files need one of the buffers only."""
+    __slots__ = ("view", "length", "readers")
+
+    def __init__(self) -> None:
+        self.view: Optional[memoryview] = None
+        self.length = self.readers = 0
+
+
+class _FlowRun(Consumer):
+    """One flow at work: its source is read, in a thread of its own or in its lane of the flow above, and every buffer is
+    handed to a lane for each consumer."""
+
+    def __init__(self, flow: Flow, run: _PumpRun) -> None:
+        super().__init__()
+        run.flows.append(self)
+        self.name = flow.name
+        self.bytes_read = 0
+        self.has_ended = self.is_starved = False
+        self._flow, self._run = flow, run
+        self._lock = threading.Lock()
+        self._free: Any = queue.Queue()
+        for _ in range(BUFFERS_PER_FLOW):
+            self._free.put(_Buffer())
+        self.lanes = [_Lane(_FlowRun(consumer, run) if isinstance(consumer, Flow) else consumer, self, run)
+                      for consumer in flow.consumers]
+
+    def wake(self) -> None:
+        self._free.put(None)
+        for lane in self.lanes:
+            lane.inbox.put(None)
+
+    def release(self, buffer: _Buffer) -> None:
+        with self._lock:
+            buffer.readers -= 1
+            is_free = not buffer.readers
+        if is_free:
+            self._free.put(buffer)
+
+    def read(self, reader: Optional[Reader] = None) -> None:
+        """The source was read to its end, and the lanes know it; what went wrong is the run's."""
+        try:
+            try:
+                if isinstance(self._flow.source, int):
+                    self._read_descriptor(self._flow.source)
+                else:
+                    self._read_pieces(self._flow.source() if reader is None else self._flow.source(reader))
+                if self._flow.at_end is not None:
+                    self._flow.at_end()
+            except UnknownFormat:
+                raise
+            except VerificationError as problem:
+                if self._run.problems is None:
+                    raise
+                self._run.problems.append(problem)
+            for lane in self.lanes:
+                lane.inbox.put(None)
+        except _Stopped:
+            pass
+        except BaseException as problem:    # whatever it is, the caller's thread must hear of it
+            self._run.fail(problem)
+        finally:
+            self.has_ended = True
+            self._run.news.set()
+
+    def _read_descriptor(self, source_fd: int) -> None:
+        try:
+            widen_pipe(source_fd)
+            poll = select.poll()
+            poll.register(source_fd, select.POLLIN)
+            has_more = True
+            while has_more:
+                buffer = self._free_buffer()
+                has_more = self._fill(buffer, source_fd, poll)
+                self._hand_over(buffer)
+        finally:
+            with contextlib.suppress(OSError):      # what was read was read: some file systems report old errors here
+                os.close(source_fd)
+
+    def _fill(self, buffer: _Buffer, source_fd: int, poll: Any) -> bool:
+        """Read until the buffer is full or the source pauses; false at its end."""
+        while buffer.length < BUFFER_BYTES:
+            if not poll.poll(TICK_S * 1000):
+                if self._run.stopping:
+                    raise _Stopped
+                if buffer.length:
+                    return True
+                continue
+            count = os.readv(source_fd, [buffer.view[buffer.length:]])
+            if not count:
+                return False
+            buffer.length += count
+            self.bytes_read += count
+        return True
+
+    def _read_pieces(self, pieces: Iterator[Any]) -> None:
+        """Copied into buffers, as pieces may be small, and their memory used again. What came before damage is handed on."""
+        buffer: Optional[_Buffer] = None
+        with contextlib.closing(pieces):
+            try:
+                for piece in map(memoryview, pieces):
+                    while len(piece):
+                        buffer = buffer or self._free_buffer()
+                        count = min(len(piece), BUFFER_BYTES - buffer.length)
+                        buffer.view[buffer.length:buffer.length + count] = piece[:count]
+                        buffer.length += count
+                        self.bytes_read += count
+                        piece = piece[count:]
+                        if buffer.length == BUFFER_BYTES:
+                            full, buffer = buffer, None
+                            self._hand_over(full)
+            finally:
+                if buffer is not None:
+                    self._hand_over(buffer)
+
+    def _free_buffer(self) -> _Buffer:
+        self.is_starved = True
+        buffer = self._free.get()
+        self.is_starved = False
+        if self._run.stopping:
+            raise _Stopped
+        buffer.length = 0
+        if buffer.view is None:
+            buffer.view = memoryview(bytearray(BUFFER_BYTES))
+        return buffer
+
+    def _hand_over(self, buffer: _Buffer) -> None:
+        if not (self.lanes and buffer.length):
+            self._free.put(buffer)
+            return
+        buffer.readers = len(self.lanes)
+        for lane in self.lanes:
+            lane.inbox.put(buffer)
+
+
+class _Lane:
+    """One consumer and its thread."""
+
+    def __init__(self, consumer: Any, flow: _FlowRun, run: _PumpRun) -> None:
+        self.name = consumer.name
+        self.buffers_read = 0
+        self.is_done = False
+        self.inbox: Any = queue.Queue()
+        self._consumer, self._flow, self._run = consumer, flow, run
+        self.thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+
+    def _work(self) -> None:
+        reader = Reader(self._views())
+        self._do(lambda: self._read(reader))
+        self._do(self._consumer.close)
+        self._do(lambda: collections.deque(reader, 0))      # what the consumer left passes by
+        self.is_done = True
+        self._run.news.set()
+
+    def _do(self, step: Callable[[], Any]) -> None:
+        try:
+            step()
+        except _Stopped:
+            pass
+        except BaseException as problem:    # whatever it is, the caller's thread must hear of it
+            self._run.fail(problem)
+
+    def _read(self, reader: Reader) -> None:
+        try:
+            self._consumer.read(reader)
+        except VerificationError as problem:
+            if self._run.problems is None:
+                raise
+            self._run.problems.append(problem)
+            self._consumer.salvage()
+
+    def _views(self) -> Iterator[memoryview]:
+        """The buffers as they come, each given back when the next one is asked for."""
+        while True:
+            buffer = self.inbox.get()
+            if self._run.stopping:
+                raise _Stopped
+            if buffer is None:
+                return
+            yield buffer.view[:buffer.length]
+            self.buffers_read += 1
+            self._flow.release(buffer)
+# =============================================================================
+# 12. Blocks and digests
+# =============================================================================
+# What proves that bytes are the same: the SHA-256 of a stream, the digests that an archive brings for its blocks, the
+# list of blocks that is kept beside an image, and the digests of what a disk holds, MiB by MiB.
+# May touch: the descriptors that it is given. May not: names on disk, programs, the pool.
 
 # ---- XXH64: the block digest of newer archives ----------------------------------------------------------------------
 #
@@ -2689,7 +3107,7 @@ class CtypesXxh64:
             self.functions[2](self._state, bytes(view), len(view))
 
     def hexdigest(self) -> str:
-        return "%016X" % self.functions[3](self._state)
+        return f"{self.functions[3](self._state):016X}"
 
     def __del__(self) -> None:
         if getattr(self, "_state", None):
@@ -2713,7 +3131,7 @@ class ModuleXxh64:
         self._digest = hasher.intdigest
 
     def hexdigest(self) -> str:
-        return "%016X" % self._digest()
+        return f"{self._digest():016X}"
 
 
 @functools.lru_cache(maxsize=None)
@@ -2735,6 +3153,22 @@ def _digest_in_two(new_hasher: Callable[[], Any], message: bytes) -> str:
     hasher.update(view[:37])
     hasher.update(view[37:])
     return hasher.hexdigest()
+
+
+class Digest(Consumer):
+    """The SHA-256 and the length of all that passes."""
+
+    def __init__(self, name: str = "SHA-256") -> None:
+        super().__init__()
+        self.name = name
+        self.total_bytes = 0
+        self._sha256 = hashlib.sha256()
+        self.hexdigest = self._sha256.hexdigest
+
+    def read(self, reader: Reader) -> None:
+        for view in reader:
+            self._sha256.update(view)
+        self.total_bytes = reader.position
 
 
 # ---- The file `blocks`: what an image alone can't show ---------------------------------------------------------------
@@ -2793,10 +3227,11 @@ class BlocksFile:
 
 
 class BlockComparer:
-    """Holds the lines of an image against those recorded at its export, both read in step."""
+    """Holds the lines of an image against those recorded at its export, both read in step; the file is taken over."""
 
     def __init__(self, recorded: io.BufferedIOBase) -> None:
         self._recorded = recorded
+        self.close = recorded.close
 
     def line(self, found: bytes) -> None:
         recorded = self._recorded.readline(LONGEST_LINE_BYTES)
@@ -2804,31 +3239,24 @@ class BlockComparer:
             raise VerificationError(_difference(recorded, found))
 
     def end(self) -> None:
-        recorded = self._recorded.readline(LONGEST_LINE_BYTES)
-        if recorded:
-            raise VerificationError(_difference(recorded, b""))
-
-    def close(self) -> None:
-        """The file is the caller's."""
+        self.line(b"")
 
 
 def _difference(recorded: bytes, found: bytes) -> str:
     there, here = _parse_block(recorded), _parse_block(found)
     if there is None and recorded:
-        return "the list of recorded blocks has a line that is none: {}".format(_excerpt(recorded))
+        return f"the list of recorded blocks has a line that is none: {excerpt(recorded)}"
     if there is None:
-        return "{} is in the image, but not among the blocks recorded at its export".format(_name_block(here, found))
+        return f"{_name_block(here, found)} is in the image, but not among the blocks recorded at its export"
     if here is not None and (there.disk, there.number) == (here.disk, here.number):
-        return "{} has the digest {}, {} was recorded at the export".format(
-            _name_block(here, found), here.digest, there.digest)
-    return "{} was recorded at the export, the image has {} in its place".format(
-        _name_block(there, recorded), _name_block(here, found))
+        return f"{_name_block(here, found)} has the digest {here.digest}, {there.digest} was recorded at the export"
+    return f"{_name_block(there, recorded)} was recorded at the export, the image has {_name_block(here, found)} in its place"
 
 
 def _name_block(block: Optional[Block], line: bytes) -> str:
     if block is not None:
-        return "block {} of disk {}".format(block.number, block.disk)
-    return "the line {}".format(_excerpt(line)) if line else "no further block"
+        return f"block {block.number} of disk {block.disk}"
+    return f"the line {excerpt(line)}" if line else "no further block"
 
 
 def _parse_block(line: bytes) -> Optional[Block]:
@@ -2836,10 +3264,97 @@ def _parse_block(line: bytes) -> Optional[Block]:
     return match and Block(match.group("disk").decode(), int(match.group("number")), match.group("digest").decode())
 
 
-def _excerpt(piece: bytes) -> str:
-    """The beginning of what stands there, fit for a sentence: often it is the server's own error text."""
-    return ascii(bytes(piece[:60]).decode("latin-1"))
+def listed(reader: Reader, blocks: Any) -> Iterator[memoryview]:
+    """All that the reader gives, each MiB of it with a line in the list of blocks."""
+    blocks.line(STREAM_BLOCKS_HEADING)
+    number = filled = crc = 0
+    for view in reader:
+        at = 0
+        while at < len(view):
+            piece = view[at:at + MEBIBYTE - filled]
+            crc, filled, at = zlib.crc32(piece, crc), filled + len(piece), at + len(piece)
+            if filled == MEBIBYTE:
+                blocks.line(b"image %d %08x\n" % (number, crc))
+                number, filled, crc = number + 1, 0, 0
+        yield view
+    if filled:
+        blocks.line(b"image %d %08x\n" % (number, crc))
 
+
+# ---- Sinks: what is done with the contents of disks ------------------------------------------------------------------
+
+ZERO_MEBIBYTE = bytes(MEBIBYTE)
+
+
+class MebibyteSink:
+    """Is shown the contents of disks by a check, puts them together to MiBs, and has `mebibyte` do something with each that
+    is not all zeros, in order. What was left out of an image is zeros and is not shown."""
+
+    def __init__(self) -> None:
+        self._chunk = bytearray(MEBIBYTE)
+        self._disk, self._number = "", 0
+
+    def put(self, disk: str, offset: int, view: memoryview) -> None:
+        """That part of the disk is taken; the view is gone with the call."""
+        while len(view):
+            number, begin = divmod(offset, MEBIBYTE)
+            if (disk, number) != (self._disk, self._number):
+                self._flush()
+                self._disk, self._number = disk, number
+            piece = view[:MEBIBYTE - begin]
+            self._chunk[begin:begin + len(piece)] = piece
+            offset += len(piece)
+            view = view[len(piece):]
+
+    def _flush(self) -> None:
+        if self._chunk != ZERO_MEBIBYTE:
+            self.mebibyte(self._disk, self._number, memoryview(self._chunk))
+            self._chunk[:] = ZERO_MEBIBYTE
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        """Takes one MiB of a disk that is not all zeros; the content is gone with the call."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """All has been shown, and the check is content."""
+        self._flush()
+
+    def salvage(self) -> None:
+        """What was shown counts, although there is damage behind it."""
+        self._flush()
+
+    def close(self) -> None:
+        """Nothing is held open. Called last in every case."""
+
+
+class ContentDigests(MebibyteSink):
+    """The first 64 bits of the SHA-1 of each MiB, by disk: enough to see damage, and 8 MiB for a disk of a TiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disks: Dict[str, array] = {}
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        digests = self.disks.setdefault(disk, array("Q"))
+        if number >= len(digests):
+            digests.extend(array("Q", bytes(8 * (number + 1 - len(digests)))))
+        digests[number] = int.from_bytes(hashlib.sha1(content).digest()[:8], "big")
+
+
+def first_difference(expected: array, found: array) -> int:
+    """The number of the first MiB that differs, -1 if none does; what one of them does not reach to is zeros."""
+    for number in range(max(len(expected), len(found))):
+        if (expected[number] if number < len(expected) else 0) != (found[number] if number < len(found) else 0):
+            return number
+    return -1
+
+
+# =============================================================================
+# 13. Image formats
+# =============================================================================
+# XVA, VHD, raw and ova.xml, read and written beside each other. A check reads a format from top to bottom as it passes,
+# and refuses what is not as it should be in one sentence.
+# May touch: the descriptors that it is given. May not: names on disk, programs, the pool.
 
 # ---- ova.xml ---------------------------------------------------------------------------------------------------------
 
@@ -2905,7 +3420,7 @@ def parse_ova(text: bytes) -> Dict[str, Any]:
         if re.match(br"\s*(<\?xml[^>]*>\s*)?<appliance\b", text):
             raise UnknownFormat("it is an XVA of version 1, as XenServer before 4.1 and its P2V tool wrote it, which is not "
                                 "supported") from None
-        raise VerificationError("ova.xml can't be parsed: {}".format(ascii(str(problem)))) from None
+        raise VerificationError(f"ova.xml can't be parsed: {ascii(str(problem))}") from None
     if not (isinstance(ova, dict) and isinstance(ova.get("version"), dict) and isinstance(ova.get("objects"), list)):
         raise VerificationError("ova.xml has no version and objects")
     return ova
@@ -2913,6 +3428,42 @@ def parse_ova(text: bytes) -> Dict[str, Any]:
 
 def _refuse_doctype(*_: Any) -> None:
     raise VerificationError("ova.xml has a DOCTYPE, which xapi never writes")
+
+
+def ova_text(ova: Dict[str, Any]) -> bytes:
+    """What parse_ova read, written as xapi writes it (ocaml-rpc src/lib/xmlrpc.ml): whole numbers and strings without a tag."""
+    parts = []                             # type: List[str]
+    _write_value(ova, parts)
+    return "".join(parts).encode("utf-8")
+
+
+def _write_value(value: Any, parts: List[str]) -> None:
+    """The value as XML, appended."""
+    if isinstance(value, dict):
+        parts.append("<value><struct>")
+        for key, item in value.items():
+            parts.append(f"<member><name>{_escaped(key)}</name>")
+            _write_value(item, parts)
+            parts.append("</member>")
+        parts.append("</struct></value>")
+    elif isinstance(value, (list, tuple)):
+        parts.append("<value><array><data>")
+        for item in value:
+            _write_value(item, parts)
+        parts.append("</data></array></value>")
+    elif isinstance(value, bool):
+        parts.append(f"<value><boolean>{value:d}</boolean></value>")
+    elif isinstance(value, float):
+        parts.append(f"<value><double>{value:.16g}</double></value>")
+    elif isinstance(value, OvaDate):
+        parts.append(f"<value><dateTime.iso8601>{_escaped(value)}</dateTime.iso8601></value>")
+    else:
+        parts.append(f"<value>{_escaped(str(value))}</value>")
+
+
+def _escaped(text: str) -> str:
+    """Text between tags; a carriage return by its number, as a parser would make it a newline."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;").replace("\r", "&#13;")
 
 
 # The fields that are used here, if they are there, by what they hold: text, a flag, a map or a list of texts.
@@ -2947,8 +3498,7 @@ def ova_objects(ova: Dict[str, Any], class_name: str) -> Dict[str, Dict[str, Any
             found = record.get(field, kind())
             inside = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
             if type(found) is not kind or any(type(item) is not str for item in inside):
-                raise UnknownFormat("ova.xml has a {} of {} {} that is not of the kind that it should be".format(
-                    field, name, ascii(key)))
+                raise UnknownFormat(f"ova.xml has a {field} of {name} {ascii(key)} that is not of the kind that it should be")
         records[key] = record
     return records
 
@@ -2956,7 +3506,7 @@ def ova_objects(ova: Dict[str, Any], class_name: str) -> Dict[str, Dict[str, Any
 def needed(class_name: str, key: str, record: Dict[str, Any], field: str) -> Any:
     """That field of a record in ova.xml; UnknownFormat if it is not there."""
     if field not in record:
-        raise UnknownFormat("ova.xml lacks {} of {} {}".format(field, class_name, ascii(key)))
+        raise UnknownFormat(f"ova.xml lacks {field} of {class_name} {ascii(key)}")
     return record[field]
 
 
@@ -2969,13 +3519,8 @@ def exported_disks(ova: Dict[str, Any]) -> Dict[str, ExportedDisk]:
     vdis, srs = ova_objects(ova, "VDI"), ova_objects(ova, "SR")
     wanted = [needed("VBD", key, vbd, "VDI") for key, vbd in ova_objects(ova, "VBD").items() if vbd.get("type") != "CD"]
     wanted += [vm.get("suspend_VDI", "") for vm in ova_objects(ova, "VM").values() if vm.get("power_state") == "Suspended"]
-    disks = {}
-    for disk_id in wanted:
-        vdi = vdis.get(disk_id)
-        if vdi is None or _content_type(srs, vdi) == "iso":
-            continue
-        disks[disk_id] = _exported_disk(disk_id, vdi)
-    return disks
+    return {disk_id: _exported_disk(disk_id, vdis[disk_id]) for disk_id in wanted
+            if disk_id in vdis and _content_type(srs, vdis[disk_id]) != "iso"}
 
 
 def _content_type(srs: Dict[str, Dict[str, Any]], vdi: Dict[str, Any]) -> Any:
@@ -2985,9 +3530,9 @@ def _content_type(srs: Dict[str, Dict[str, Any]], vdi: Dict[str, Any]) -> Any:
 def _exported_disk(disk_id: str, vdi: Dict[str, Any]) -> ExportedDisk:
     size = needed("VDI", disk_id, vdi, "virtual_size")
     if not DISK_ID.fullmatch(disk_id):
-        raise VerificationError("ova.xml names a disk {}".format(_excerpt(disk_id.encode("utf-8", "replace"))))
+        raise VerificationError(f"ova.xml names a disk {excerpt(disk_id.encode('utf-8', 'replace'))}")
     if not re.fullmatch("[0-9]{1,18}", size):
-        raise UnknownFormat("ova.xml gives disk {} the virtual_size {}".format(disk_id, ascii(size[:40])))
+        raise UnknownFormat(f"ova.xml gives disk {disk_id} the virtual_size {ascii(size[:40])}")
     return ExportedDisk(disk_id, vdi.get("uuid", ""), int(size))
 
 
@@ -3019,93 +3564,52 @@ class StreamReport(NamedTuple):
     ova_xml: bytes
 
 
-Reading = Generator[int, memoryview, Any]
-TAIL_BYTES = 1024
+class Enough(Exception):
+    """The part of a stream that a first look wants has passed: the pump ends with it."""
 
 
-def _servers_words(tail: bytes) -> str:
-    """What the server says at the end of a stream that it broke off: xapi puts its HTTP error behind the data."""
-    _, found, answer = tail.partition(b"HTTP/1.")
-    body = re.sub("<[^>]*>", " ", answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace"))
-    return "; the server says: {}".format(ascii(" ".join(body.split())[:200])) if found else ""
+class Check(Consumer):
+    """A consumer that reads a format; `report` stands when all of it was as it should be.
 
-
-class StreamCheck(abc.ABC):
-    """Reads a format in buffers as they come, by a generator that reads on as if from a file.
-
-    `_parse` yields how many bytes it wants next and is sent a piece of them, as long as the buffer allows and not longer
-    than it wants; an empty piece is the end of the stream. A piece is gone with its buffer: it is used at once or copied.
+    `blocks` takes the lines of the list of blocks (BlocksFile, BlockComparer), `sinks` are shown what the disks hold.
+    With `is_first_look` it ends with Enough where the first block begins.
     """
 
     name = "check"
-    image = "the stream"
 
-    def __init__(self, blocks: Any = None) -> None:
-        self.offset = 0                     # of the first byte that is not read yet
-        self._blocks = blocks
-        self._parser = self._parse()
-        self._wanted = 0
-        self._tail = b""
+    def __init__(self, blocks: Any = None, sinks: Sequence[MebibyteSink] = (), is_first_look: bool = False) -> None:
+        super().__init__()
+        self.report: Optional[StreamReport] = None
+        self._blocks, self._sinks, self._is_first_look = blocks, sinks, is_first_look
 
-    def feed(self, view: memoryview) -> None:
-        self._tail = (self._tail + bytes(view[-TAIL_BYTES:]))[-TAIL_BYTES:]
-        at, end = 0, len(view)
-        wanted = self._wanted or next(self._parser)
-        while at < end:
-            piece = view[at:at + wanted]
-            at += len(piece)
-            self.offset += len(piece)
-            wanted = self._parser.send(piece)
-        self._wanted = wanted
+    def read(self, reader: Reader) -> None:
+        report = self._check(reader)
+        if self._blocks:
+            self._blocks.end()
+        self.report = report
+        for sink in self._sinks:
+            sink.finish()
 
-    def finish(self) -> None:
-        """The stream has ended; VerificationError unless it may end here."""
-        if not self._wanted:
-            next(self._parser)
-        try:
-            self._parser.send(memoryview(b""))
-        except StopIteration:
-            return
-        raise RuntimeError("the check reads on after the end of the stream")
+    def salvage(self) -> None:
+        for sink in self._sinks:
+            sink.salvage()
 
     def close(self) -> None:
-        """The list of blocks is given back."""
         if self._blocks:
             self._blocks.close()
+        for sink in self._sinks:
+            sink.close()
 
-    @abc.abstractmethod
-    def _parse(self) -> Reading:
+    def _check(self, reader: Reader) -> StreamReport:
         """Reads the whole format, to the end of the stream."""
+        raise NotImplementedError
 
-    def _pass(self, count: int, where: str, *watchers: Callable[[memoryview], Any]) -> Reading:
-        """Let `count` bytes by, each piece shown to the watchers."""
-        while count:
-            piece = yield count
-            if not len(piece):
-                raise VerificationError("{} ends at byte {}, in {}{}".format(
-                    self.image, self.offset, where, _servers_words(self._tail)))
-            for watch in watchers:
-                watch(piece)
-            count -= len(piece)
+    def _show(self, disk: str, offset: int, piece: memoryview) -> None:
+        for sink in self._sinks:
+            sink.put(disk, offset, piece)
 
-    def _take(self, count: int, where: str) -> Reading:
-        """The next `count` bytes."""
-        taken = bytearray()
-        yield from self._pass(count, where, taken.extend)
-        return bytes(taken)
 
-    def _zeros(self, count: int, where: str) -> Reading:
-        at = self.offset
-        if (yield from self._take(count, where)).count(0) != count:
-            raise VerificationError("{} has something else than zeros at byte {}, in {}".format(self.image, at, where))
-
-    def _end(self) -> Reading:
-        """Nothing may follow."""
-        at = self.offset
-        piece = yield LONGEST_LINE_BYTES
-        if len(piece):
-            raise VerificationError("{} should end at byte {}, but goes on with {}".format(
-                self.image, at, _excerpt(piece)))
+# ---- XVA: a tar archive ----------------------------------------------------------------------------------------------
 
 
 class Member(NamedTuple):
@@ -3117,11 +3621,16 @@ class Member(NamedTuple):
     kind: bytes = b"0"
 
 
+XVA_END = bytes(2 * SECTOR_BYTES)
 TAR_NUMBER = re.compile(rb"[ ]*([0-7]+)[ \0]*")
 REGULAR_FILE = (b"\0", b"0")
 PASSED_OVER = (b"5", b"g", b"K", b"V")          # directories, and what is said of all files, of links and of the archive
 SAID_BEFORE = (b"x", b"L")                      # what is said of the next file: POSIX, GNU
 LONGEST_SAID_BYTES = 64 * 1024
+BLOCK_NAME = re.compile(r"(?P<disk>[^/]+)/(?P<number>[0-9]{8,18})", re.ASCII)
+BLOCK_FILE = re.compile(r"(?P<disk>[^/]+)/(?P<number>[0-9]{1,20})(?P<suffix>\.checksum|\.xxhash)?", re.ASCII)
+DIGEST_KINDS = {".checksum": ("sha1", re.compile(rb"[0-9a-f]{40}"), 40),
+                ".xxhash": ("xxh64", re.compile(rb"[0-9A-F]{16}"), 16)}
 
 
 def parse_tar_header(header: bytes, at: int, strict: bool = True) -> Member:
@@ -3132,24 +3641,40 @@ def parse_tar_header(header: bytes, at: int, strict: bool = True) -> Member:
     """
     checksum = TAR_NUMBER.fullmatch(header[148:156])
     if not checksum:
-        raise VerificationError("the archive has {} at byte {}, which is no tar header".format(_excerpt(header), at))
+        raise VerificationError(f"the archive has {excerpt(header)} at byte {at}, which is no tar header")
     stored = int(checksum.group(1), 8)
     computed = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if stored != computed:
-        raise VerificationError("the archive has no sound tar header at byte {}: its checksum is {:o}, not {:o}".format(
-            at, computed, stored))
+        raise VerificationError(f"the archive has no sound tar header at byte {at}: its checksum is {computed:o}, not "
+                                f"{stored:o}")
     name, kind = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace"), header[156:157]
     prefix = header[345:500].rstrip(b"\0") if header.startswith(b"ustar\0" if not strict else b"ustar", 257) else b""
     if strict and (kind not in REGULAR_FILE or prefix):
-        raise VerificationError("the archive has {} at byte {}, which is not a plain file".format(ascii(name), at))
+        raise VerificationError(f"the archive has {ascii(name)} at byte {at}, which is not a plain file")
     if prefix:
-        name = "{}/{}".format(prefix.decode("ascii", "backslashreplace"), name)
+        name = f"{prefix.decode('ascii', 'backslashreplace')}/{name}"
     size = TAR_NUMBER.fullmatch(header[124:136])
     if size:
         return Member(name, int(size.group(1), 8), at, kind)
     if not strict and header[124] == 0x80:          # a number in binary, as GNU tar writes large ones
         return Member(name, int.from_bytes(header[125:136], "big"), at, kind)
-    raise VerificationError("the archive has a file {} of no readable size at byte {}".format(ascii(name), at))
+    raise VerificationError(f"the archive has a file {ascii(name)} of no readable size at byte {at}")
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """A header as xapi writes it: V7, no magic, type NUL, mode 0400 (ocaml-tar's default level)."""
+    header = bytearray(SECTOR_BYTES)
+    encoded = name.encode("ascii")
+    header[:len(encoded)] = encoded
+    header[100:148] = b"0000400\0" b"0000000\0" b"0000000\0" + b"%011o\0%011o\0" % (size, 0)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%07o\0" % sum(header)
+    return bytes(header)
+
+
+def tar_member(name: str, content: Any) -> bytes:
+    """A whole member: header, content, padding."""
+    return tar_header(name, len(content)) + bytes(content) + bytes(-len(content) % SECTOR_BYTES)
 
 
 def pax_records(text: bytes) -> Dict[str, str]:
@@ -3168,63 +3693,65 @@ def pax_records(text: bytes) -> Dict[str, str]:
     return said
 
 
-class ArchiveReader(StreamCheck):
+class Archive:
     """Reads the members of an XVA one after the other.
 
     `strict`: as an export of ours passes, to the exact end. Otherwise also as other programs wrote it, or tar packed it
     anew: with other headers, directories, files that no import has a use for, numbers of 20 digits, and padding behind
     the end or no end at all (the server's importer looks at none of it: ocaml/xapi/stream_vdi.ml@v26.17.0). Names are then
-    given as the server writes them.
+    given as the server writes them. `has_no_end`: the stream ended without the two zero blocks.
     """
 
-    image = "the archive"
-
-    def __init__(self, strict: bool = True, blocks: Any = None) -> None:
-        super().__init__(blocks)
+    def __init__(self, reader: Reader, strict: bool) -> None:
+        reader.image = "the archive"
+        self.reader = reader
+        self.has_no_end = False
         self._strict = strict
-        self._is_at_end = False         # of the stream
 
-    def _ova_member(self) -> Reading:
+    def ova(self) -> bytes:
         """The first member, which is ova.xml."""
-        member = yield from self._next_member("the header of ova.xml")
+        member = self.next_member("the header of ova.xml")
         if member is None or member.name != "ova.xml":
-            error = VerificationError if member is None or self._strict else UnknownFormat
-            raise error("the archive begins with {}, not with ova.xml{}".format(
-                "its end" if member is None else ascii(member.name),
-                "" if error is VerificationError else ": pack it again with that one first (tar -cf NEW.xva ova.xml Ref*)"))
+            found = "its end" if member is None else ascii(member.name)
+            if member is None or self._strict:
+                raise VerificationError(f"the archive begins with {found}, not with ova.xml")
+            raise UnknownFormat(f"the archive begins with {found}, not with ova.xml: pack it again with that one first "
+                                "(tar -cf NEW.xva ova.xml Ref*)")
         if member.size > OVA_LIMIT_BYTES:
-            raise VerificationError("the archive's ova.xml has {} bytes, more than any real one".format(member.size))
-        return member
+            raise VerificationError(f"the archive's ova.xml has {member.size} bytes, more than any real one")
+        return b"".join(self.body(member))
 
-    def _next_member(self, where: str) -> Reading:
-        """The next member, or None at the two zero blocks that end the archive."""
-        said = {}                       # type: Dict[str, str]
+    def next_member(self, where: str) -> Optional[Member]:
+        """The next member, or None at the end of the archive: two zero blocks."""
+        said: Dict[str, str] = {}
         while True:
-            at = self.offset
-            header = b"" if self._strict else bytes((yield SECTOR_BYTES))
-            self._is_at_end = not (self._strict or header)
-            if self._is_at_end:
-                return None
-            header += yield from self._take(SECTOR_BYTES - len(header), where)
+            at, header = self.reader.position, b""
+            if not self._strict:
+                header = bytes(self.reader.some(SECTOR_BYTES))
+                if not header:
+                    self.has_no_end = True
+                    return None
+            header += self.reader.take(SECTOR_BYTES - len(header), where)
             if not any(header):
                 if self._strict:
-                    yield from self._zeros(SECTOR_BYTES, "the two zero blocks at its end")
+                    self.reader.zeros(SECTOR_BYTES, "the two zero blocks at its end")
                 return None
             member = parse_tar_header(header, at, self._strict)
             if self._strict:
                 return member
             if member.kind in SAID_BEFORE and member.size <= LONGEST_SAID_BYTES:
-                text = yield from self._take(member.size, "what stands before a file")
-                yield from self._zeros(-member.size % SECTOR_BYTES, "the padding of that")
-                said.update(pax_records(text) if member.kind == b"x" else {"path": text.rstrip(b"\0").decode("ascii", "replace")})
+                text = self.reader.take(member.size, "what stands before a file")
+                self.reader.zeros(-member.size % SECTOR_BYTES, "the padding of that")
+                said.update(pax_records(text) if member.kind == b"x" else
+                            {"path": text.rstrip(b"\0").decode("ascii", "replace")})
                 continue
             if member.kind not in REGULAR_FILE + PASSED_OVER or any(key.startswith("GNU.sparse") for key in said):
-                raise UnknownFormat("the archive has {} at byte {}, which is not stored as a plain file".format(
-                    ascii(member.name), at))
+                raise UnknownFormat(f"the archive has {ascii(member.name)} at byte {at}, which is not stored as a plain file")
             member = self._plain(member, said)
             if member.kind in REGULAR_FILE and (member.name == "ova.xml" or BLOCK_FILE.fullmatch(member.name)):
                 return member
-            yield from self._body(member)
+            for _ in self.body(member):
+                pass
             said = {}
 
     @staticmethod
@@ -3233,24 +3760,24 @@ class ArchiveReader(StreamCheck):
         name, size = re.sub(r"\A(\./+)+", "", said.get("path", member.name)), said.get("size", str(member.size))
         block = BLOCK_FILE.fullmatch(name)
         if block:
-            name = "{}/{:08d}{}".format(block.group("disk"), int(block.group("number")), block.group("suffix") or "")
+            name = f"{block.group('disk')}/{int(block.group('number')):08d}{block.group('suffix') or ''}"
         return member._replace(name=name, size=int(size) if re.fullmatch("[0-9]{1,18}", size) else member.size)
 
-    def _body(self, member: Member, *watchers: Callable[[memoryview], Any]) -> Reading:
-        yield from self._pass(member.size, member.name, *watchers)
-        yield from self._zeros(-member.size % SECTOR_BYTES, "the padding of " + member.name)
+    def body(self, member: Member) -> Iterator[memoryview]:
+        """What the member holds, piece by piece; behind it is its padding."""
+        yield from self.reader.pieces(member.size, member.name)
+        self.reader.zeros(-member.size % SECTOR_BYTES, "the padding of " + member.name)
 
-    def _end(self) -> Reading:
+    def end(self) -> None:
         """Nothing but zeros may follow, and if `strict` nothing at all."""
         if self._strict:
-            yield from super()._end()
-        while not (self._strict or self._is_at_end):
-            at = self.offset
-            piece = yield BUFFER_BYTES
-            self._is_at_end = not len(piece)
+            self.reader.end()
+        at = self.reader.position
+        for piece in self.reader:
             if bytes(piece).count(0) != len(piece):
-                raise VerificationError("{} should end at byte {}, but goes on with {}".format(
-                    self.image, at, _excerpt(bytes(piece).lstrip(b"\0"))))
+                raise VerificationError(f"the archive should end at byte {at}, but goes on with "
+                                        f"{excerpt(bytes(piece).lstrip(bytes(1)))}")
+            at = self.reader.position
 
 
 class _DiskProgress:
@@ -3268,17 +3795,16 @@ class _DiskProgress:
         first and last block are always there.
         """
         if number and not self.blocks:
-            raise VerificationError("block {} at byte {} comes first: block 0 of the disk is missing".format(
-                member.name, member.at))
+            raise VerificationError(f"block {member.name} at byte {member.at} comes first: block 0 of the disk is missing")
         if number < self.next_number:
-            raise VerificationError("block {} at byte {} is out of order: number {} or a later one should come".format(
-                member.name, member.at, self.next_number))
+            raise VerificationError(f"block {member.name} at byte {member.at} is out of order: number {self.next_number} or a "
+                                    "later one should come")
         start = self.position + (number - self.next_number) * MEBIBYTE
         room = min(MEBIBYTE, self.disk.virtual_size - start)
         is_keep_alive = length == 0 and self.blocks
         if room <= 0 or (length != room and not is_keep_alive):
-            raise VerificationError("block {} at byte {} has {} bytes, where the disk's size of {} has room for {}".format(
-                member.name, member.at, length, self.disk.virtual_size, max(room, 0)))
+            raise VerificationError(f"block {member.name} at byte {member.at} has {length} bytes, where the disk's size of "
+                                    f"{self.disk.virtual_size} has room for {max(room, 0)}")
         self.next_number = number + 1
         self.position = start + length
         self.blocks += 1
@@ -3286,90 +3812,90 @@ class _DiskProgress:
 
     def finish(self, at: int) -> None:
         if self.position != self.disk.virtual_size:
-            raise VerificationError("disk {} (uuid {}) is incomplete: its blocks end at byte {} of the archive, {} of {} bytes"
-                                    " of the disk are there".format(self.disk.id, self.disk.uuid, at, self.position,
-                                                                   self.disk.virtual_size))
-
-    def report(self) -> DiskReport:
-        return DiskReport(*self.disk, blocks=self.blocks, stored_bytes=self.stored_bytes)
+            raise VerificationError(f"disk {self.disk.id} (uuid {self.disk.uuid}) is incomplete: its blocks end at byte {at} of "
+                                    f"the archive, {self.position} of {self.disk.virtual_size} bytes of the disk are there")
 
 
-BLOCK_NAME = re.compile(r"(?P<disk>[^/]+)/(?P<number>[0-9]{8,18})", re.ASCII)
-BLOCK_FILE = re.compile(r"(?P<disk>[^/]+)/(?P<number>[0-9]{1,20})(?P<suffix>\.checksum|\.xxhash)?", re.ASCII)
-DIGEST_KINDS = {".checksum": ("sha1", re.compile(rb"[0-9a-f]{40}"), 40),
-                ".xxhash": ("xxh64", re.compile(rb"[0-9A-F]{16}"), 16)}
-
-
-class XvaCheck(ArchiveReader):
+class XvaCheck(Check):
     """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the exact end.
 
     `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's list holds in
-    any case. With `holds_disks` false it is a metadata export: ova.xml alone. `sink` is shown the disks' contents: `at(disk, offset)`
-    gives what takes the pieces from there. `report` stands after `finish`.
+    any case. With `holds_disks` false it is a metadata export: ova.xml alone. `strict`: see Archive. `ova` and
+    `first_disk`, whose block is the first, stand when they have passed.
     """
 
-    def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None,
-                 holds_disks: bool = True, sink: Any = None, strict: bool = True) -> None:
-        super().__init__(strict, blocks)
-        self._sink = sink
+    def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None, sinks: Sequence[MebibyteSink] = (),
+                 holds_disks: bool = True, strict: bool = True, is_first_look: bool = False) -> None:
+        super().__init__(blocks, sinks, is_first_look)
         self.ova: Dict[str, Any] = {}
-        self.report: Optional[StreamReport] = None
-        self._ova_xml = b""
+        self.first_disk = ""
         self._expected = expected or {}
-        self._holds_disks = holds_disks
+        self._holds_disks, self._strict = holds_disks, strict
         self._disks: Dict[str, _DiskProgress] = {}
         self._current: Optional[_DiskProgress] = None
-        self._hashers = _hashers()
-        self._suffix = ""
-        self._unchecked = 0
+        self._suffix = ""                   # of the digests, "" before the first
+        self._unchecked = 0                 # so many digests could not be computed
 
-    def _parse(self) -> Reading:
+    def _check(self, reader: Reader) -> StreamReport:
         if self._blocks:
             self._blocks.line(XVA_BLOCKS_HEADING)
-        yield from self._read_ova()
-        member = yield from self._next_member("the header of the first block")
-        while member is not None:
-            yield from self._read_block(member)
-            member = yield from self._next_member("the header of a block")
-        self._finish_disks()
-        yield from self._end()
-        self._conclude()
-
-    def _read_ova(self) -> Reading:
-        member = yield from self._ova_member()
-        text = bytearray()
-        yield from self._body(member, text.extend)
-        self._ova_xml = bytes(text)
-        self.ova = parse_ova(self._ova_xml)
+        archive = Archive(reader, self._strict)
+        ova_xml = archive.ova()
+        self.ova = parse_ova(ova_xml)
         disks = exported_disks(self.ova)
-        self._compare_with_pool(disks)
-        self._disks = {disk.id: _DiskProgress(disk) for disk in disks.values()} if self._holds_disks else {}
+        self._compare_with_pool({disk.uuid: disk.virtual_size for disk in disks.values()})
+        if self._holds_disks:
+            self._disks = {disk.id: _DiskProgress(disk) for disk in disks.values()}
+        member = archive.next_member("the header of the first block")
+        while member is not None:
+            if self._is_first_look:
+                self.first_disk = member.name.partition("/")[0]
+                raise Enough
+            self._read_block(archive, member)
+            member = archive.next_member("the header of a block")
+        progress = self._disks.values()
+        if not (self._strict or self._current or archive.has_no_end) and any(one.disk.virtual_size for one in progress):
+            raise UnknownFormat("it is a metadata export, which names the VM's disks and holds nothing of them: it is not "
+                                "supported")
+        for one in progress:
+            one.finish(reader.position)
+        archive.end()
+        reports = tuple(DiskReport(*one.disk, blocks=one.blocks, stored_bytes=one.stored_bytes) for one in progress)
+        return StreamReport(reports, DIGEST_KINDS[self._suffix][0] if self._suffix else "", not self._unchecked,
+                            reader.position, sum(one.virtual_size for one in reports), ova_xml)
 
-    def _compare_with_pool(self, disks: Dict[str, ExportedDisk]) -> None:
-        sizes = {disk.uuid: disk.virtual_size for disk in disks.values()}
+    def _compare_with_pool(self, sizes: Dict[str, int]) -> None:
         for uuid, size in self._expected.items():
             if uuid not in sizes:
-                raise VerificationError("the archive's ova.xml lacks the disk with uuid {}, which the VM has".format(uuid))
+                raise VerificationError(f"the archive's ova.xml lacks the disk with uuid {uuid}, which the VM has")
             if sizes[uuid] != size:
-                raise VerificationError("the archive's ova.xml gives the disk with uuid {} {} bytes, the pool {}".format(
-                    uuid, sizes[uuid], size))
+                raise VerificationError(f"the archive's ova.xml gives the disk with uuid {uuid} {sizes[uuid]} bytes, the pool "
+                                        f"{size}")
 
-    def _read_block(self, member: Member) -> Reading:
+    def _read_block(self, archive: Archive, member: Member) -> None:
+        """A block, which is that disk's next, and the digest that it should have."""
         match = BLOCK_NAME.fullmatch(member.name)
         if match is None or match.group("disk") not in self._disks:
-            raise VerificationError("the archive has a file {} at byte {}, which is no block of a disk in its ova.xml".format(
-                ascii(member.name), member.at))
-        number = int(match.group("number"))
+            raise VerificationError(f"the archive has a file {ascii(member.name)} at byte {member.at}, which is no block of a "
+                                    "disk in its ova.xml")
         disk = self._disk(match.group("disk"), member)
+        number = int(match.group("number"))
         disk.advance(number, member.size, member)
         # The digest and its kind come after the block: of the first block both kinds are computed.
-        hashers = {suffix: new() for suffix, new in self._hashers.items() if self._suffix in ("", suffix)}
-        watchers = [hasher.update for hasher in hashers.values()]
-        if self._sink:
-            watchers.append(self._sink.at(disk.disk.id, disk.position - member.size))
-        yield from self._body(member, *watchers)
-        suffix, digest = yield from self._read_digest(member)
-        self._compare_digest(member, digest, hashers.get(suffix))
+        hashers = {suffix: new() for suffix, new in ((".checksum", hashlib.sha1), (".xxhash", block_hasher()))
+                   if new and self._suffix in ("", suffix)}
+        offset = disk.position - member.size
+        for piece in archive.body(member):
+            for hasher in hashers.values():
+                hasher.update(piece)
+            self._show(disk.disk.id, offset, piece)
+            offset += len(piece)
+        digest = self._read_digest(archive, member)
+        if self._suffix not in hashers:
+            self._unchecked += 1
+        elif hashers[self._suffix].hexdigest() != digest:
+            raise VerificationError(f"block {member.name} at byte {member.at} is damaged: its digest is "
+                                    f"{hashers[self._suffix].hexdigest()}, not {digest}")
         if self._blocks:
             self._blocks.line(b"%b %d %b\n" % (disk.disk.id.encode(), number, digest.encode()))
 
@@ -3380,119 +3906,236 @@ class XvaCheck(ArchiveReader):
             if current is not None:
                 current.finish(member.at)
                 if disk_id < current.disk.id if self._strict else disk.blocks:
-                    raise VerificationError("block {} at byte {} is out of order: disk {} comes before {}".format(
-                        member.name, member.at, disk_id, current.disk.id))
+                    raise VerificationError(f"block {member.name} at byte {member.at} is out of order: disk {disk_id} comes "
+                                            f"before {current.disk.id}")
             self._current = disk
         return disk
 
-    def _read_digest(self, block: Member) -> Reading:
-        """The suffix and text of the digest file that follows each block."""
-        member = yield from self._next_member("the header of the digest of " + block.name)
+    def _read_digest(self, archive: Archive, block: Member) -> str:
+        """The text of the digest file that follows each block, all with one suffix."""
+        member = archive.next_member("the header of the digest of " + block.name)
         name = "" if member is None else member.name
         suffix = name[len(block.name):]
         if not name.startswith(block.name) or suffix not in DIGEST_KINDS or self._suffix not in ("", suffix):
-            raise VerificationError("block {} at byte {} is followed by {}, not by its digest".format(
-                block.name, block.at, ascii(name) if name else "the end of the archive"))
+            raise VerificationError(f"block {block.name} at byte {block.at} is followed by "
+                                    f"{ascii(name) if name else 'the end of the archive'}, not by its digest")
         self._suffix = suffix
         _, pattern, length = DIGEST_KINDS[suffix]
-        digest = bytearray()
-        if member.size == length:
-            yield from self._body(member, digest.extend)
+        digest = b"".join(archive.body(member)) if member.size == length else b""
         if not pattern.fullmatch(digest):
-            raise VerificationError("{} at byte {} is not a digest".format(name, member.at))
-        return suffix, digest.decode()
-
-    def _compare_digest(self, member: Member, digest: str, hasher: Any) -> None:
-        if hasher is None:
-            self._unchecked += 1
-        elif hasher.hexdigest() != digest:
-            raise VerificationError("block {} at byte {} is damaged: its digest is {}, not {}".format(
-                member.name, member.at, hasher.hexdigest(), digest))
-
-    def _finish_disks(self) -> None:
-        disks = self._disks.values()
-        if not (self._strict or self._current or self._is_at_end) and any(disk.disk.virtual_size for disk in disks):
-            raise UnknownFormat("it is a metadata export, which names the VM's disks and holds nothing of them: it is not "
-                                "supported")
-        for disk in self._disks.values():
-            disk.finish(self.offset)
-
-    def _conclude(self) -> None:
-        if self._blocks:
-            self._blocks.end()
-        disks = tuple(disk.report() for disk in self._disks.values())
-        kind = DIGEST_KINDS[self._suffix][0] if self._suffix else ""
-        self.report = StreamReport(disks, kind, not self._unchecked, self.offset,
-                                   sum(disk.virtual_size for disk in disks), self._ova_xml)
+            raise VerificationError(f"{name} at byte {member.at} is not a digest")
+        return digest.decode()
 
 
-def _hashers() -> Dict[str, Callable[[], Any]]:
-    xxh64 = block_hasher()
-    return {".checksum": hashlib.sha1, ".xxhash": xxh64} if xxh64 else {".checksum": hashlib.sha1}
+class PartPipe:
+    """The stdin of one part's import; the import starts when the first byte comes."""
+
+    def __init__(self, start: Callable[[], int]) -> None:
+        self._start = start
+        self._fd: Optional[int] = None
+        self._is_over = False
+
+    def write(self, view: Any) -> None:
+        """The bytes are with the import; BrokenPipeError if it has ended. What comes after `close` is of no part: its
+        descriptor may be another file's by then."""
+        if self._is_over:
+            raise UnknownFormat("the archive's disks are mingled, and the server reads one after the other: `extract` each disk")
+        if self._fd is None:
+            self._fd = self._start()
+            widen_pipe(self._fd)
+        write_all(self._fd, memoryview(view))
+
+    def close(self) -> None:
+        """No more is coming."""
+        if self._fd is not None and not self._is_over:
+            os.close(self._fd)
+        self._is_over = True
 
 
-class DiskImageCheck(StreamCheck):
-    """An image of one disk, with a CRC-32 per MiB of the stream for the file `blocks`; `report` stands after `finish`."""
+class ArchiveFeed(Consumer):
+    """Feeds an archive to its parts' imports: each gets an ova.xml of its own and the members of its disks, as the server
+    writes them. `is_whole`: of one part, and all its disks are wanted: behind ova.xml, all passes as it comes."""
 
-    image = "the image"
+    name = "import"
 
-    def __init__(self, virtual_size: Optional[int] = None, blocks: Any = None, sink: Any = None) -> None:
-        super().__init__(blocks)
-        self._sink = sink
-        self.report: Optional[StreamReport] = None
+    def __init__(self, pipes: Sequence[PartPipe], ovas: Sequence[bytes], parts: Sequence[Sequence[str]], strict: bool,
+                 is_whole: bool = False) -> None:
+        super().__init__()
+        self._pipes, self._ovas, self._strict, self._is_whole = pipes, ovas, strict, is_whole
+        self._part_of = {disk: number for number, part in enumerate(parts) for disk in part}
+
+    def read(self, reader: Reader) -> None:
+        """What may stand behind the end is the check's to judge."""
+        archive = Archive(reader, self._strict)
+        archive.ova()
+        self._pipes[0].write(tar_member("ova.xml", self._ovas[0]))
+        if self._is_whole:
+            for piece in reader:
+                self._pipes[0].write(piece)
+            return
+        part, last_disk = 0, ""
+        member = archive.next_member("the header of a block")
+        while member is not None:
+            disk = member.name.partition("/")[0]
+            wanted = self._part_of.get(disk)           # a disk of no part (a snapshot's) goes nowhere
+            if wanted is not None and wanted != part:
+                self._pipes[part].write(XVA_END)
+                self._pipes[part].close()
+                part = wanted
+                self._pipes[part].write(tar_member("ova.xml", self._ovas[part]))
+            elif wanted is not None and disk < last_disk:
+                raise UnknownFormat(f"the archive holds disk {last_disk} before {disk}, and the server reads them in the order "
+                                    "of these names: `extract` each disk")
+            if wanted is not None:
+                last_disk = disk
+                self._pipes[part].write(tar_header(member.name, member.size))
+            for piece in reader.pieces(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, member.name):
+                if wanted is not None:
+                    self._pipes[part].write(piece)
+            member = archive.next_member("the header of a block")
+        self._pipes[part].write(XVA_END)
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+
+
+class ImageFeed(MebibyteSink):
+    """The sink of an image's check that makes an archive of its one disk, for the import.
+
+    A block for each MiB with SHA-1, which all versions of the importer know; MiBs of zeros are left out but for the first
+    and the last (stream_vdi.ml@v26.17.0).
+    """
+
+    def __init__(self, pipe: PartPipe, ova: bytes, disk_id: str, virtual_size: int) -> None:
+        super().__init__()
+        self._pipe, self._ova, self._id, self._size = pipe, ova, disk_id, virtual_size
+        self._last = max(0, -(-virtual_size // MEBIBYTE) - 1)
+        self._next = -1                    # the number that comes next; -1 before ova.xml
+        self.close = pipe.close
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        """That block is in the archive."""
+        if self._next < 0:
+            self._pipe.write(tar_member("ova.xml", self._ova))
+            self._next = 0
+        if number > self._last:
+            raise VerificationError(f"the image has data behind the end of the disk, in its MiB {number}")
+        if number and not self._next:
+            self._write(0, memoryview(ZERO_MEBIBYTE))
+        self._write(number, content)
+
+    def _write(self, number: int, content: memoryview) -> None:
+        content = content[:self._size - number * MEBIBYTE]
+        name = f"{self._id}/{number:08d}"
+        self._pipe.write(tar_header(name, len(content)))
+        self._pipe.write(content)
+        self._pipe.write(bytes(-len(content) % SECTOR_BYTES)
+                         + tar_member(name + ".checksum", hashlib.sha1(content).hexdigest().encode("ascii")))
+        self._next = number + 1
+
+    def salvage(self) -> None:
+        """The archive is complete with what came up to here, the rest zeros; none is made if nothing came."""
+        self._flush()
+        if self._next >= 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """The archive is complete: call it when the image has ended well."""
+        self._flush()
+        if self._next <= self._last:
+            self.mebibyte(self._id, self._last, memoryview(ZERO_MEBIBYTE))
+        self._pipe.write(XVA_END)
+        self._pipe.close()
+
+
+# ---- Raw -------------------------------------------------------------------------------------------------------------
+
+
+class DiskCheck(Check):
+    """The check of an image of one disk, of `virtual_size` if that is known; its list of blocks has the CRC-32 of each MiB
+    of the stream."""
+
+    def __init__(self, virtual_size: Optional[int] = None, blocks: Any = None, sinks: Sequence[MebibyteSink] = (),
+                 is_first_look: bool = False) -> None:
+        super().__init__(blocks, sinks, is_first_look)
         self._virtual_size = virtual_size
-        self._number = self._filled = self._crc = 0
-        if blocks:
-            blocks.line(STREAM_BLOCKS_HEADING)
 
-    def feed(self, view: memoryview) -> None:
+    def _check(self, reader: Reader) -> StreamReport:
         if self._blocks:
-            self._digest(view)
-        super().feed(view)
+            reader = Reader(listed(reader, self._blocks))
+        reader.image = "the image"
+        virtual_size, blocks, stored_bytes = self._check_disk(reader)
+        return StreamReport((DiskReport("image", "", virtual_size, blocks, stored_bytes),), "", True, reader.position,
+                            virtual_size, b"")
 
-    def _digest(self, view: memoryview) -> None:
-        at = 0
-        while at < len(view):
-            piece = view[at:at + MEBIBYTE - self._filled]
-            self._crc = zlib.crc32(piece, self._crc)
-            self._filled += len(piece)
-            at += len(piece)
-            if self._filled == MEBIBYTE:
-                self._record()
-
-    def _record(self) -> None:
-        self._blocks.line(b"image %d %08x\n" % (self._number, self._crc))
-        self._number, self._filled, self._crc = self._number + 1, 0, 0
-
-    def _watchers(self, offset: int) -> List[Callable[[memoryview], Any]]:
-        """What is shown the disk's contents from that offset on."""
-        return [self._sink.at("image", offset)] if self._sink else []
-
-    def _conclude(self, virtual_size: int, blocks: int, stored_bytes: int) -> None:
-        if self._blocks:
-            if self._filled:
-                self._record()
-            self._blocks.end()
-        disk = DiskReport("image", "", virtual_size, blocks, stored_bytes)
-        self.report = StreamReport((disk,), "", True, self.offset, virtual_size, b"")
+    def _check_disk(self, reader: Reader) -> Tuple[int, int, int]:
+        """Reads the whole image: the disk's size, how many blocks are there, and their bytes."""
+        raise NotImplementedError
 
 
-class RawCheck(DiskImageCheck):
+class RawCheck(DiskCheck):
     """A raw image: as many bytes as the disk has, no more and no less. Its `blocks` are MiB."""
 
-    def _parse(self) -> Reading:
-        watchers = self._watchers(0)
-        if self._virtual_size is None:
-            piece = yield MEBIBYTE
-            while len(piece):
-                for watch in watchers:
-                    watch(piece)
-                piece = yield MEBIBYTE
-        else:
-            yield from self._pass(self._virtual_size, "a disk of {} bytes".format(self._virtual_size), *watchers)
-            yield from self._end()
-        self._conclude(self.offset, -(-self.offset // MEBIBYTE), self.offset)
+    def _check_disk(self, reader: Reader) -> Tuple[int, int, int]:
+        size = self._virtual_size
+        for piece in reader if size is None else reader.pieces(size, f"a disk of {size} bytes"):
+            self._show("image", reader.position - len(piece), piece)
+        reader.end()
+        return reader.position, -(-reader.position // MEBIBYTE), reader.position
 
+
+class RawFeed(MebibyteSink):
+    """The sink of an image's check that gives a disk's whole contents, zeros too, to `xe vdi-import format=raw`."""
+
+    def __init__(self, pipe: PartPipe, virtual_size: int) -> None:
+        super().__init__()
+        self._pipe, self._size, self._next = pipe, virtual_size, 0
+        self.close = pipe.close
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        """All up to that MiB is with xe."""
+        for _ in range(self._next, number):
+            self._pipe.write(ZERO_MEBIBYTE)
+        self._pipe.write(content[:max(0, self._size - number * MEBIBYTE)])
+        self._next = number + 1
+
+    def salvage(self) -> None:
+        """What came up to here is with xe, the rest zeros; xe is not started if nothing came."""
+        self._flush()
+        if self._next:
+            self.finish()
+
+    def finish(self) -> None:
+        """All is with xe: call it when the image has ended well."""
+        self._flush()
+        while self._next * MEBIBYTE < self._size:
+            self._pipe.write(ZERO_MEBIBYTE[:self._size - self._next * MEBIBYTE])
+            self._next += 1
+        self._pipe.close()
+
+
+class SparseImage(MebibyteSink):
+    """The sink that writes one disk into a file, leaving out MiBs of zeros; the descriptor stays the caller's."""
+
+    def __init__(self, fd: int, disk: str) -> None:
+        super().__init__()
+        self._fd, self._wanted = fd, disk
+        self.written_bytes = 0
+
+    def put(self, disk: str, offset: int, view: memoryview) -> None:
+        """That part of the disk is taken; those of other disks are only checked."""
+        if disk == self._wanted:
+            super().put(disk, offset, view)
+
+    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
+        """That MiB is in the file."""
+        os.lseek(self._fd, number * MEBIBYTE, os.SEEK_SET)
+        write_all(self._fd, content)
+        self.written_bytes += len(content)
+
+
+# ---- VHD -------------------------------------------------------------------------------------------------------------
 
 VHD_BAT_OFFSET = 2048
 VHD_NOT_PRESENT = 0xFFFFFFFF
@@ -3501,82 +4144,86 @@ VHD_FIXED, VHD_DYNAMIC, VHD_DIFFERENCING = 2, 3, 4
 VHD_LARGEST_BYTES = 2040 * 1024 * MEBIBYTE      # vhd_format/f.ml@v26.17.0 Constants.max_vhd_size
 
 
-class VhdCheck(DiskImageCheck):
+class VhdCheck(DiskCheck):
     """A dynamic VHD as xapi streams it (vhd_format/f.ml@v26.17.0 Vhd_input): blocks in the BAT's order and nothing else.
 
     VHDs of other origin may lie in any order: VhdInOrder makes one like this of them. VHD has no digests: a bit flipped
-    inside a block shows in the SHA-256 and the recorded CRCs only.
+    inside a block shows in the SHA-256 and the recorded CRCs only. `size` is the disk's, once its footer has passed.
     """
 
-    def _parse(self) -> Reading:
-        footer = yield from self._take(SECTOR_BYTES, "the copy of its footer")
-        size = self._read_footer(footer)
-        header = yield from self._take(2 * SECTOR_BYTES, "its header")
-        entries, block_bytes = self._read_header(header, size)
-        yield from self._zeros(SECTOR_BYTES, "the empty sector after its header")
-        present = yield from self._read_bat(entries, block_bytes)
-        for number in present:
-            yield from self._read_block(block_bytes, number)
-        at = self.offset
-        if (yield from self._take(SECTOR_BYTES, "its footer")) != footer:
-            raise VerificationError("the image's footer at byte {} differs from its copy at byte 0".format(at))
-        yield from self._end()
-        self._conclude(size, len(present), len(present) * block_bytes)
+    size = 0
 
-    def _read_footer(self, footer: bytes) -> int:
+    def _check_disk(self, reader: Reader) -> Tuple[int, int, int]:
+        footer = reader.take(SECTOR_BYTES, "the copy of its footer")
+        self.size = self._parse_footer(footer)
+        entries, block_bytes = self._parse_header(reader.take(2 * SECTOR_BYTES, "its header"))
+        reader.zeros(SECTOR_BYTES, "the empty sector after its header")
+        present = self._read_bat(reader, entries, block_bytes)
+        if self._is_first_look:
+            raise Enough
+        for number in present:
+            at = reader.position
+            bitmap = reader.take(_bitmap_bytes(block_bytes), "the bitmap of a block")
+            used = block_bytes // SECTOR_BYTES // 8
+            if bitmap[:used].count(0xFF) != used:
+                raise VerificationError(f"the image's bitmap at byte {at} leaves sectors out, which xapi never does")
+            offset = number * block_bytes
+            for piece in reader.pieces(block_bytes, "a block"):
+                self._show("image", offset, piece)
+                offset += len(piece)
+        at = reader.position
+        if reader.take(SECTOR_BYTES, "its footer") != footer:
+            raise VerificationError(f"the image's footer at byte {at} differs from its copy at byte 0")
+        reader.end()
+        return self.size, len(present), len(present) * block_bytes
+
+    @staticmethod
+    def _parse_footer(footer: bytes) -> int:
         """The virtual size."""
         if not footer.startswith(b"conectix"):
-            raise VerificationError("the image begins with {}, not with a VHD's footer".format(_excerpt(footer)))
+            raise VerificationError(f"the image begins with {excerpt(footer)}, not with a VHD's footer")
         _check_vhd_sum(footer, 64, "footer at byte 0")
         size, kind = int.from_bytes(footer[48:56], "big"), int.from_bytes(footer[60:64], "big")
         if kind != VHD_DYNAMIC or int.from_bytes(footer[16:24], "big") != SECTOR_BYTES:
-            raise VerificationError("the image is no full dynamic VHD: its footer at byte 0 says type {}".format(kind))
+            raise VerificationError(f"the image is no full dynamic VHD: its footer at byte 0 says type {kind}")
         if size > VHD_LARGEST_BYTES or size % SECTOR_BYTES:
-            raise VerificationError("the image's footer at byte 0 gives an impossible disk size of {} bytes".format(size))
+            raise VerificationError(f"the image's footer at byte 0 gives an impossible disk size of {size} bytes")
         return size
 
-    def _read_header(self, header: bytes, size: int) -> Tuple[int, int]:
+    def _parse_header(self, header: bytes) -> Tuple[int, int]:
         """How many entries the BAT has, and the size of a block."""
         if not header.startswith(b"cxsparse"):
-            raise VerificationError("the image has {} at byte 512, not a VHD's header".format(_excerpt(header)))
+            raise VerificationError(f"the image has {excerpt(header)} at byte 512, not a VHD's header")
         _check_vhd_sum(header, 36, "header at byte 512")
         table = int.from_bytes(header[16:24], "big")
         entries, block_bytes = int.from_bytes(header[28:32], "big"), int.from_bytes(header[32:36], "big")
-        if table != VHD_BAT_OFFSET or block_bytes not in VHD_BLOCK_SIZES or entries != -(-size // block_bytes):
-            raise VerificationError("the image's header at byte 512 doesn't fit a disk of {} bytes: block table of {} entries"
-                                    " at byte {}, blocks of {} bytes".format(size, entries, table, block_bytes))
+        if table != VHD_BAT_OFFSET or block_bytes not in VHD_BLOCK_SIZES or entries != -(-self.size // block_bytes):
+            raise VerificationError(f"the image's header at byte 512 doesn't fit a disk of {self.size} bytes: block table of "
+                                    f"{entries} entries at byte {table}, blocks of {block_bytes} bytes")
         # A raw source is rounded up to whole blocks, a VHD source not.
         wanted = self._virtual_size
-        if wanted is not None and size not in (wanted, -(-wanted // block_bytes) * block_bytes):
-            raise VerificationError("the image is of a disk of {} bytes, the pool says {}".format(size, wanted))
+        if wanted is not None and self.size not in (wanted, -(-wanted // block_bytes) * block_bytes):
+            raise VerificationError(f"the image is of a disk of {self.size} bytes, the pool says {wanted}")
         return entries, block_bytes
 
-    def _read_bat(self, entries: int, block_bytes: int) -> Reading:
+    @staticmethod
+    def _read_bat(reader: Reader, entries: int, block_bytes: int) -> array:
         """The numbers of the blocks that follow: each must lie right behind the one before."""
-        table = yield from self._take(4 * entries, "its block table")
-        padding = yield from self._take(-len(table) % SECTOR_BYTES, "the padding of its block table")
+        table = reader.take(4 * entries, "its block table")
+        padding = reader.take(-len(table) % SECTOR_BYTES, "the padding of its block table")
         if padding.strip(b"\xff") and padding.strip(b"\0"):
             raise VerificationError("the image has no padding after its block table at byte 2048")
-        sectors = memoryview(_byteswapped(table))
-        first = self.offset // SECTOR_BYTES
+        first = reader.position // SECTOR_BYTES
         step = (_bitmap_bytes(block_bytes) + block_bytes) // SECTOR_BYTES
         present = array("L")
-        for number, sector in enumerate(sectors):
+        for number, sector in enumerate(memoryview(_byteswapped(table))):
             if sector == VHD_NOT_PRESENT:
                 continue
             if sector != first + len(present) * step:
-                raise VerificationError("the image's block table puts block {} at sector {}, not {}".format(
-                    number, sector, first + len(present) * step))
+                raise VerificationError(f"the image's block table puts block {number} at sector {sector}, not "
+                                        f"{first + len(present) * step}")
             present.append(number)
         return present
-
-    def _read_block(self, block_bytes: int, number: int) -> Reading:
-        at = self.offset
-        bitmap = yield from self._take(_bitmap_bytes(block_bytes), "the bitmap of a block")
-        used = block_bytes // SECTOR_BYTES // 8
-        if bitmap[:used].count(0xFF) != used:
-            raise VerificationError("the image's bitmap at byte {} leaves sectors out, which xapi never does".format(at))
-        yield from self._pass(block_bytes, "a block", *self._watchers(number * block_bytes))
 
 
 def _bitmap_bytes(block_bytes: int) -> int:
@@ -3599,56 +4246,54 @@ def _vhd_sum(structure: bytes, field: int) -> int:
 def _check_vhd_sum(structure: bytes, field: int, what: str) -> None:
     stored, computed = int.from_bytes(structure[field:field + 4], "big"), _vhd_sum(structure, field)
     if stored != computed:
-        raise VerificationError("the image's {} is damaged: its checksum is {:08x}, not {:08x}".format(
-            what, computed, stored))
+        raise VerificationError(f"the image's {what} is damaged: its checksum is {computed:08x}, not {stored:08x}")
 
 
-class VhdInOrder(threading.Thread):
-    """Reads a VHD of any writer and passes it on as the server streams one: blocks in order, each whole, the sectors that
-    its bitmap leaves out as zeros (Microsoft's Virtual Hard Disk Image Format Specification 1.0; batmap: blktap's vhd.h).
+class VhdInOrder:
+    """The source of a flow that gives a VHD of any writer as the server streams one: blocks in order, each whole, the
+    sectors that its bitmap leaves out as zeros (Microsoft's Virtual Hard Disk Image Format Specification 1.0; batmap:
+    blktap's vhd.h).
 
-    A thread as a consumer is one. From a file, parts are read wherever they lie. A stream can't go back: UnknownFormat.
-    `is_whole` false: of a damaged file as much as can be read. Both descriptors are taken over.
+    With a descriptor, which is taken over, it is a file, whose parts are read wherever they lie. Without, it is the stream
+    of the flow above, which can't go back: UnknownFormat. `is_whole` false: of a damaged file as much as can be read.
     """
 
-    def __init__(self, source_fd: int, target_fd: int, is_file: bool, is_whole: bool = True) -> None:
-        super().__init__(daemon=True)
-        self._fd, self._target_fd, self._is_whole = source_fd, target_fd, is_whole
-        self._file_bytes = os.fstat(source_fd).st_size if is_file else None
-        self._at = 0                    # how far a stream was read
-        self._size = self._block_bytes = 0
-        self.problem = None             # type: Optional[Exception]
+    def __init__(self, fd: Optional[int] = None, is_whole: bool = True) -> None:
+        self._fd, self._is_whole = fd, is_whole
+        self._reader: Optional[Reader] = None
+        self._file_bytes = self._size = self._block_bytes = 0
 
-    def run(self) -> None:
-        """All of it is in the pipe, or there is a problem, which is the caller's to raise when the pipe has ended."""
+    def pieces(self, reader: Optional[Reader] = None) -> Iterator[bytes]:
+        """The image in order; VerificationError and UnknownFormat come where they are found."""
+        self._reader = reader
+        if reader is not None:
+            yield from self._pieces()
+            return
         try:
-            for piece in self._pieces():
-                write_all(self._target_fd, memoryview(piece))
-        except Exception as problem:    # whatever it is: raised where somebody waits for the end of the pipe
-            self.problem = problem
-        os.close(self._target_fd)
-        with contextlib.suppress(OSError):          # what feeds a stream shall not fail before the reason is told
-            while self._file_bytes is None and os.read(self._fd, BUFFER_BYTES):
-                pass
-        os.close(self._fd)
+            self._file_bytes = os.fstat(self._fd).st_size
+            yield from self._pieces()
+        finally:
+            with contextlib.suppress(OSError):      # as of every source
+                os.close(self._fd)
 
     def _read(self, at: int, count: int, where: str) -> bytes:
-        if self._file_bytes is None and at < self._at:
-            raise UnknownFormat("its {} lies before what was read already, so it can't be read as a compressed stream: "
-                                "decompress it first".format(where))
-        if not count:
-            return b""
-        found, wanted = bytearray(), count + (at - self._at if self._file_bytes is None else 0)
-        is_behind = self._file_bytes is not None and at + count > self._file_bytes       # pread takes no number of 64 bits
-        while wanted:
-            most = min(wanted, BUFFER_BYTES)
-            piece = b"" if is_behind else os.read(self._fd, most) if self._file_bytes is None else \
-                os.pread(self._fd, most, at + len(found))
-            if not piece:
-                raise VerificationError("the image ends in {}, which should be at byte {}".format(where, at))
-            self._at += len(piece)
-            wanted -= len(piece)
-            found = (found + piece)[-count:] if self._file_bytes is None else found + piece
+        """Those bytes."""
+        if self._reader is not None and at < self._reader.position:
+            raise UnknownFormat(f"its {where} lies before what was read already, so it can't be read as a compressed stream: "
+                                "decompress it first")
+        found, is_behind = bytearray(), self._reader is None and at + count > self._file_bytes
+        while len(found) < count:
+            if self._reader is not None:            # what lies before is passed over
+                begin = self._reader.position
+                piece = self._reader.some(at + count - begin)
+                is_behind = not len(piece)
+                piece = piece[max(0, at - begin):]
+            elif not is_behind:                     # pread takes no number of 64 bits
+                piece = os.pread(self._fd, min(count - len(found), BUFFER_BYTES), at + len(found))
+                is_behind = not piece
+            if is_behind:
+                raise VerificationError(f"the image ends in {where}, which should be at byte {at}")
+            found += piece
         return bytes(found)
 
     def _pieces(self) -> Iterator[bytes]:
@@ -3658,31 +4303,31 @@ class VhdInOrder(threading.Thread):
             raise UnknownFormat("it is a differencing VHD, which holds only what differs from its parent, and is not "
                                 "supported: bring both together first")
         if kind not in (VHD_FIXED, VHD_DYNAMIC):
-            raise VerificationError("the image's footer says that it is of type {}".format(kind))
-        sectors, bitmaps = self._fixed() if kind == VHD_FIXED else self._dynamic(footer)
+            raise VerificationError(f"the image's footer says that it is of type {kind}")
+        sectors, batmap = self._fixed() if kind == VHD_FIXED else self._dynamic(footer)
         yield from self._head(footer, sectors)
         for number, sector in enumerate(sectors):
             if sector != VHD_NOT_PRESENT:
                 yield b"\xff" * _bitmap_bytes(self._block_bytes)
-                yield from self._block(number, sector, bitmaps)
-        if self._file_bytes is None:
+                yield from self._block(number, sector, batmap)
+        if self._reader is not None:
             self._check_stream_end(footer)
         yield self._like_ours(footer)
 
     def _footer(self) -> bytes:
         """A file's at its end, where that of old Virtual PCs lacks its last byte; a stream's copy at its beginning."""
-        if self._file_bytes is None:
+        if self._reader is not None:
             footer = self._read(0, SECTOR_BYTES, "the copy of its footer")
             if not footer.startswith(b"conectix"):
-                raise UnknownFormat("it begins with {}, not with a VHD's footer, as a dynamic one does; others can't be read as "
-                                    "a compressed stream: decompress it first".format(_excerpt(footer)))
+                raise UnknownFormat(f"it begins with {excerpt(footer)}, not with a VHD's footer, as a dynamic one does; others "
+                                    "can't be read as a compressed stream: decompress it first")
             _check_vhd_sum(footer, 64, "footer at byte 0")
             return footer
         for count in (SECTOR_BYTES, SECTOR_BYTES - 1):
             at = self._file_bytes - count
             footer = self._read(at, count, "its footer") + b"\0" * (SECTOR_BYTES - count) if at >= 0 else b""
             if footer.startswith(b"conectix"):
-                _check_vhd_sum(footer, 64, "footer at byte {}".format(at))
+                _check_vhd_sum(footer, 64, f"footer at byte {at}")
                 self._file_bytes = at
                 return footer
         if not self._is_whole:
@@ -3692,7 +4337,7 @@ class VhdInOrder(threading.Thread):
     def _fixed(self) -> Tuple[array, None]:
         self._block_bytes = 2 * MEBIBYTE
         if self._is_whole and self._file_bytes < self._size or self._size > VHD_LARGEST_BYTES:
-            raise VerificationError("the image has {} bytes of a disk of {}".format(self._file_bytes, self._size))
+            raise VerificationError(f"the image has {self._file_bytes} bytes of a disk of {self._size}")
         step = self._block_bytes // SECTOR_BYTES
         return array("L", range(0, -(-self._size // self._block_bytes) * step, step)), None
 
@@ -3701,22 +4346,22 @@ class VhdInOrder(threading.Thread):
         header_at = int.from_bytes(footer[16:24], "big")
         header = self._read(header_at, 2 * SECTOR_BYTES, "header")
         if not header.startswith(b"cxsparse"):
-            raise VerificationError("the image has {} at byte {}, not a VHD's header".format(_excerpt(header), header_at))
-        _check_vhd_sum(header, 36, "header at byte {}".format(header_at))
+            raise VerificationError(f"the image has {excerpt(header)} at byte {header_at}, not a VHD's header")
+        _check_vhd_sum(header, 36, f"header at byte {header_at}")
         table_at, entries = int.from_bytes(header[16:24], "big"), int.from_bytes(header[28:32], "big")
         self._block_bytes = int.from_bytes(header[32:36], "big")
         blocks = -(-self._size // self._block_bytes) if self._block_bytes in VHD_BLOCK_SIZES else entries + 1
         if blocks > entries or self._size > VHD_LARGEST_BYTES:
-            raise VerificationError("the image's header at byte {} doesn't fit a disk of {} bytes: block table of {} entries, "
-                                    "blocks of {} bytes".format(header_at, self._size, entries, self._block_bytes))
+            raise VerificationError(f"the image's header at byte {header_at} doesn't fit a disk of {self._size} bytes: block "
+                                    f"table of {entries} entries, blocks of {self._block_bytes} bytes")
         sectors = _byteswapped(self._read(table_at, 4 * blocks, "block table"))
         map_at = table_at + -(-4 * entries // SECTOR_BYTES) * SECTOR_BYTES
-        whole = self._batmap(map_at, blocks) if footer.startswith(b"tap\0", 28) else b""
+        batmap = self._batmap(map_at, blocks) if footer.startswith(b"tap\0", 28) else b""
         self._check_places(sectors, [(0, SECTOR_BYTES), (header_at, 2 * SECTOR_BYTES), (table_at, 4 * blocks)]
-                           + ([(map_at, SECTOR_BYTES + len(whole))] if whole else []))
-        if self._file_bytes is not None and self._is_whole and not self._is_same(self._read(0, SECTOR_BYTES, ""), footer):
+                           + ([(map_at, SECTOR_BYTES + len(batmap))] if batmap else []))
+        if self._reader is None and self._is_whole and not self._is_same(self._read(0, SECTOR_BYTES, ""), footer):
             raise VerificationError("the image's footer differs from its copy at byte 0")
-        return sectors, whole
+        return sectors, batmap
 
     def _batmap(self, at: int, blocks: int) -> bytes:
         """Bits for the blocks that were written whole, if the map is there, right behind its header, and sound. No sum covers
@@ -3732,7 +4377,7 @@ class VhdInOrder(threading.Thread):
     def _check_places(self, sectors: array, others: Sequence[Tuple[int, int]]) -> None:
         """No block lies in another, in a structure or behind the end; in a stream they lie in order."""
         present = [sector for sector in sectors if sector != VHD_NOT_PRESENT]
-        if self._file_bytes is None:
+        if self._reader is not None:
             if any(after <= before for before, after in zip(present, present[1:])):
                 raise UnknownFormat("its blocks do not lie in order, so it can't be read as a compressed stream: decompress "
                                     "it first")
@@ -3745,8 +4390,8 @@ class VhdInOrder(threading.Thread):
         if clash:
             raise VerificationError("the image's block table puts one block over another, or over the table itself")
         if self._is_whole and present and present[-1] * SECTOR_BYTES + step > self._file_bytes:
-            raise VerificationError("the image's block table puts a block at sector {}, behind the end at byte {}: it was cut "
-                                    "off".format(present[-1], self._file_bytes))
+            raise VerificationError(f"the image's block table puts a block at sector {present[-1]}, behind the end at byte "
+                                    f"{self._file_bytes}: it was cut off")
 
     def _head(self, footer: bytes, sectors: array) -> Iterator[bytes]:
         """Footer, header and block table as the server writes them."""
@@ -3768,18 +4413,18 @@ class VhdInOrder(threading.Thread):
         made = footer[:16] + SECTOR_BYTES.to_bytes(8, "big") + footer[24:60] + VHD_DYNAMIC.to_bytes(4, "big") + footer[64:]
         return made[:64] + _vhd_sum(made, 64).to_bytes(4, "big") + made[68:]
 
-    def _block(self, number: int, sector: int, bitmaps: Optional[bytes]) -> Iterator[bytes]:
+    def _block(self, number: int, sector: int, batmap: Optional[bytes]) -> Iterator[bytes]:
         """The contents of a block; what lies behind the end of the disk is zeros, as are the sectors that have no bit."""
         at, bitmap = sector * SECTOR_BYTES, b""
-        if bitmaps is not None:
-            bitmap = self._read(at, _bitmap_bytes(self._block_bytes), "bitmap of block {}".format(number))
+        if batmap is not None:
+            bitmap = self._read(at, _bitmap_bytes(self._block_bytes), f"bitmap of block {number}")
             at += len(bitmap)
-            if bitmaps[number // 8:number // 8 + 1] and bitmaps[number // 8] << number % 8 & 0x80:
+            if batmap[number // 8:number // 8 + 1] and batmap[number // 8] << number % 8 & 0x80:
                 bitmap = b""
         for start in range(0, self._block_bytes, BUFFER_BYTES):
             count = min(BUFFER_BYTES, self._block_bytes - start)
             there = max(0, min(count, self._size - number * self._block_bytes - start))
-            piece = bytearray(self._read(at + start, there, "block {}".format(number)) + bytes(count - there))
+            piece = bytearray(self._read(at + start, there, f"block {number}") + bytes(count - there))
             bits = bitmap[start // SECTOR_BYTES // 8:(start + count) // SECTOR_BYTES // 8]
             if bits.count(0xFF) != len(bits):
                 for index in range(count // SECTOR_BYTES):
@@ -3789,11 +4434,10 @@ class VhdInOrder(threading.Thread):
 
     def _check_stream_end(self, footer: bytes) -> None:
         """A stream ends with the same footer, or with all of it but its last byte."""
-        tail = piece = b"?"
-        while piece:
-            piece = os.read(self._fd, BUFFER_BYTES)
-            tail = (tail + piece)[-SECTOR_BYTES:]
-        if not (self._is_same(tail, footer) or self._is_same(tail[1:] + b"\0", footer)):
+        begin = self._reader.position
+        collections.deque(self._reader, 0)
+        tail = self._reader.tail[-min(TAIL_BYTES, self._reader.position - begin):] if self._reader.position > begin else b""
+        if not (self._is_same(tail[-SECTOR_BYTES:], footer) or self._is_same(tail[1 - SECTOR_BYTES:] + b"\0", footer)):
             raise VerificationError("the image does not end with the footer that it begins with")
 
     @staticmethod
@@ -3803,663 +4447,189 @@ class VhdInOrder(threading.Thread):
             and _vhd_sum(one, 64) == int.from_bytes(one[64:68], "big")
 
 
-# ---- Sinks: what is done with the contents of disks ----------------------------------------------------------------------
-#
-# A check shows its sink the contents of the disks that pass: `at(disk, offset)` gives what takes the pieces from there.
-# What was left out of an image is zeros and is not shown. `finish` comes behind the check's, `close` last in every case.
-
-ZERO_MEBIBYTE = bytes(MEBIBYTE)
-
-
-class MebibyteSink(abc.ABC):
-    """Puts the pieces together to MiBs, and has `mebibyte` do something with each that is not all zeros, in order."""
-
-    def __init__(self) -> None:
-        self._chunk = bytearray(MEBIBYTE)
-        self._disk, self._number = "", 0
-
-    def at(self, disk: str, offset: int) -> Callable[[memoryview], None]:
-        position = [offset]
-
-        def take(view: memoryview) -> None:
-            self._take(disk, position[0], view)
-            position[0] += len(view)
-        return take
-
-    def _take(self, disk: str, offset: int, view: memoryview) -> None:
-        while len(view):
-            number, begin = divmod(offset, MEBIBYTE)
-            if (disk, number) != (self._disk, self._number):
-                self._flush()
-                self._disk, self._number = disk, number
-            piece = view[:MEBIBYTE - begin]
-            self._chunk[begin:begin + len(piece)] = piece
-            offset += len(piece)
-            view = view[len(piece):]
-
-    def _flush(self) -> None:
-        if self._chunk != ZERO_MEBIBYTE:
-            self.mebibyte(self._disk, self._number, memoryview(self._chunk))
-            self._chunk[:] = ZERO_MEBIBYTE
-
-    @abc.abstractmethod
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        """Takes one MiB of a disk that is not all zeros; the content is gone with the call."""
-
-    def finish(self) -> None:
-        self._flush()
-
-    def close(self) -> None:
-        """Nothing is held open."""
-
-
-class ContentDigests(MebibyteSink):
-    """The first 64 bits of the SHA-1 of each MiB, by disk: enough to see damage, and 8 MiB for a disk of a TiB."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.disks: Dict[str, array] = {}
-
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        digests = self.disks.setdefault(disk, array("Q"))
-        if number >= len(digests):
-            digests.extend(array("Q", bytes(8 * (number + 1 - len(digests)))))
-        digests[number] = int.from_bytes(hashlib.sha1(content).digest()[:8], "big")
-
-
-class Sinks:
-    """Several sinks as one."""
-
-    def __init__(self, *sinks: Any) -> None:
-        self._sinks = sinks
-
-    def at(self, disk: str, offset: int) -> Callable[[memoryview], None]:
-        takers = [sink.at(disk, offset) for sink in self._sinks]
-
-        def take(view: memoryview) -> None:
-            for taker in takers:
-                taker(view)
-        return take
-
-    def finish(self) -> None:
-        for sink in self._sinks:
-            sink.finish()
-
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
-
-
-class CheckedFeed:
-    """A consumer: a check, and behind its end that of its sink."""
-
-    def __init__(self, check: Any, sink: Any = None) -> None:
-        self._check, self._sink = check, sink
-        self.name = check.name
-        self.feed = check.feed
-
-    def finish(self) -> None:
-        self._check.finish()
-        if self._sink:
-            self._sink.finish()
-
-    def close(self) -> None:
-        self._check.close()
-        if self._sink:
-            self._sink.close()
-
-
-class Forgiving:
-    """A consumer around another one, for what is wanted although it is damaged: what that one finds wrong is noted and
-    ends its work, `at_problem` being the last of it, and not the stream's."""
-
-    def __init__(self, consumer: Any, problems: List[str], at_problem: Optional[Callable[[], Any]] = None) -> None:
-        self.name = consumer.name
-        self.close = consumer.close
-        self._consumer, self._problems, self._at_problem = consumer, problems, at_problem or consumer.close
-        self._is_over = False
-
-    def feed(self, view: memoryview) -> None:
-        self._try(self._consumer.feed, view)
-
-    def finish(self) -> None:
-        self._try(self._consumer.finish)
-
-    def _try(self, step: Callable[..., Any], *arguments: Any) -> None:
-        if self._is_over:
-            return
-        try:
-            step(*arguments)
-        except VerificationError as error:
-            self._is_over = True
-            self._problems.append(str(error))
-            self._at_problem()
-
-
-# ---- Other consumers -------------------------------------------------------------------------------------------------
-#
-# A consumer has a `name` for people, `feed(view)` for each buffer in order, `finish()` at the end of a stream that ended
-# well, and `close()`, called last in every case. It runs in a thread of its own. Descriptors are taken over: whoever
-# wants to keep one gives a copy (os.dup). So no thread that is left behind on a hung share can ever write into a file
-# that was opened later under the same number.
-
-
-class Digest:
-    """The SHA-256 of all that passes."""
-
-    def __init__(self, name: str = "SHA-256") -> None:
-        self.name = name
-        self.total_bytes = 0
-        self._sha256 = hashlib.sha256()
-        self.hexdigest = self._sha256.hexdigest
-
-    def feed(self, view: memoryview) -> None:
-        self._sha256.update(view)
-        self.total_bytes += len(view)
-
-    def finish(self) -> None:
-        """Nothing is left to do."""
-
-    def close(self) -> None:
-        """Nothing is held open."""
-
+# =============================================================================
+# 14. Files, pipes, compressors
+# =============================================================================
+# Where streams go to and come from: files on the store, programs, and what decompresses.
+# May touch: the descriptors that it is given, the program zstd. May not: names on disk, the pool.
 
 WRITE_BACK_BYTES = 16 * MEBIBYTE
+GZIP_INPUT_BYTES = 64 * 1024
+PROGRAM_ENDING_S = 120          # how long a program may take to end after its last byte: a task of xe turns final later
 
 
-class FileWriter:
-    """Writes into a file and syncs it; the descriptor is taken over."""
+class FileWriter(Consumer):
+    """Writes into a file and syncs it."""
 
     name = "storage"
 
-    def __init__(self, file_fd: int) -> None:
-        self._fd: Optional[int] = file_fd
-        self._written = self._advised = 0
-
-    def feed(self, view: memoryview) -> None:
-        write_all(self._fd, view)
-        self._written += len(view)
-        if self._written - self._advised >= WRITE_BACK_BYTES:
-            self._start_write_back()
-
-    def _start_write_back(self) -> None:
-        """Have the kernel write now, and drop what it has written: else the sync at the end waits for gigabytes, and the
-        small memory of a host is filled with pages that nobody reads again."""
-        forget_cached(self._fd, max(0, self._advised - WRITE_BACK_BYTES))
-        self._advised = self._written
-
-    def finish(self) -> None:
-        """All is on disk: NFS and CIFS may tell of a full disk only here."""
-        os.fsync(self._fd)
-        self.close()
-
-    def close(self) -> None:
-        if self._fd is not None:
-            file_fd, self._fd = self._fd, None
-            os.close(file_fd)
+    def read(self, reader: Reader) -> None:
+        """All is on disk: NFS and CIFS may tell of a full disk only when it is synced or closed."""
+        advised = 0
+        for view in reader:
+            write_all(self.fd, view)
+            if reader.position - advised >= WRITE_BACK_BYTES:
+                # Have the kernel write now, and drop what it has written: else the sync at the end waits for gigabytes, and
+                # the small memory of a host is filled with pages that nobody reads again.
+                forget_cached(self.fd, max(0, advised - WRITE_BACK_BYTES))
+                advised = reader.position
+        os.fsync(self.fd)
 
 
-class PipeWriter:
-    """Writes into a pipe, a program's stdin for one, and closes it at the end; the descriptor is taken over. A reader that
-    ends before it has read all gets no more: the program's exit status, or what it made, tells why."""
+class PipeWriter(Consumer):
+    """Writes into a pipe, a program's stdin for one. A reader that ends before it has read all gets no more: the program's
+    exit status, or what it made, tells why."""
 
-    def __init__(self, pipe_fd: int, name: str = "compressor") -> None:
+    was_refused = False
+
+    def __init__(self, fd: int, name: str = "compressor") -> None:
+        super().__init__(fd)
         self.name = name
-        self.was_refused = False
-        self._fd: Optional[int] = pipe_fd
-        widen_pipe(pipe_fd)
 
-    def feed(self, view: memoryview) -> None:
-        if self._fd is not None:
-            try:
-                write_all(self._fd, view)
-            except BrokenPipeError:
-                self.was_refused = True
-                PipeWriter.close(self)          # of the pipe alone: what a subclass holds is still in use
-
-    def finish(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._fd is not None:
-            pipe_fd, self._fd = self._fd, None
-            os.close(pipe_fd)
-
-
-GZIP_INPUT_BYTES = 64 * 1024
-
-
-class Gunzip(PipeWriter):
-    """Decompresses gzip into a pipe; VerificationError if it is damaged, cut short or followed by anything but zeros.
-
-    Several gzip members in a row are one gzip file (RFC 1952, 2.2), and gzip passes over zeros behind it (a tape's blocks).
-    """
-
-    def __init__(self, pipe_fd: int) -> None:
-        super().__init__(pipe_fd, "gunzip")
-        self._member = zlib.decompressobj(zlib.MAX_WBITS + 16)
-        self._offset = 0
-        self._is_padded = False
-
-    def feed(self, view: memoryview) -> None:
-        # Small pieces: what zlib leaves over is copied each time that the output is full.
-        for at in range(0, len(view), GZIP_INPUT_BYTES):
-            self._inflate(view[at:at + GZIP_INPUT_BYTES])
-
-    def _inflate(self, piece: memoryview) -> None:
-        self._offset += len(piece)
-        while len(piece):
-            if self._member.eof:
-                self._is_padded = self._is_padded or not piece[0]
-                if self._is_padded and bytes(piece).count(0) == len(piece):
-                    return
-                self._member = zlib.decompressobj(zlib.MAX_WBITS + 16)
-            self._decompress(b"?" if self._is_padded else piece)        # what stands behind zeros is no gzip
-            piece = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
-
-    def _decompress(self, piece: memoryview) -> int:
-        """How many bytes came out, a MiB at most: a few bytes of gzip can be a thousand times as many of zeros."""
+    def read(self, reader: Reader) -> None:
+        widen_pipe(self.fd)
         try:
-            plain = self._member.decompress(piece, MEBIBYTE)
+            for view in reader:
+                write_all(self.fd, view)
+        except BrokenPipeError:
+            self.was_refused = True
+
+
+class Tail(Consumer):
+    """Remembers the end of what passed."""
+
+    name = "memory"
+
+    def read(self, reader: Reader) -> None:
+        collections.deque(reader, 0)
+        self.last = reader.tail
+
+
+def gunzip(reader: Reader) -> Iterator[bytes]:
+    """The source of a flow: gzip decompressed; CompressionDamaged if it is damaged, cut short or followed by anything but
+    zeros. Several gzip members in a row are one gzip file (RFC 1952, 2.2), and gzip passes over zeros behind it (a tape's
+    blocks)."""
+    member, is_padded = zlib.decompressobj(zlib.MAX_WBITS + 16), False
+
+    def inflated(piece: Any) -> bytes:
+        """A MiB at most: a few bytes of gzip can be a thousand times as many of zeros."""
+        try:
+            return member.decompress(piece, MEBIBYTE)
         except zlib.error as problem:
-            raise CompressionDamaged("the gzip file is damaged, or followed by something else, before byte {}: {}".format(
-                self._offset, problem)) from None
-        super().feed(memoryview(plain))
-        return len(plain)
+            raise CompressionDamaged(f"the gzip file is damaged, or followed by something else, before byte "
+                                     f"{reader.position}: {problem}") from None
 
-    def finish(self) -> None:
-        while not self._member.eof:
-            if not self._decompress(memoryview(b"")):
-                raise CompressionDamaged("the gzip file is cut short: it ends at byte {}".format(self._offset))
-        super().finish()
-
-
-class Unzstd(PipeWriter):
-    """Decompresses zstd into a pipe by the host's libzstd, through ctypes; raises as Gunzip does."""
-
-    class _Buffer:
-        """ZSTD_inBuffer and ZSTD_outBuffer (facebook/zstd, lib/zstd.h): made once ctypes is there."""
-
-    library: Any = None
-
-    @classmethod
-    def load(cls) -> bool:
-        """False where there is no such library."""
-        if cls.library is None:
-            try:
-                import ctypes           # some minimal builds of Python lack it
-                cls.library = ctypes.CDLL("libzstd.so.1")
-            except (ImportError, OSError):
-                return False
-            pointer, size = ctypes.c_void_p, ctypes.c_size_t
-            buffer = cls._Buffer = type("_Buffer", (ctypes.Structure,), {"_fields_": [
-                ("at", pointer), ("size", size), ("position", size)]})
-            cls.ctypes = ctypes
-            for name, result, arguments in (
-                    ("createDStream", pointer, ()), ("freeDStream", size, (pointer,)), ("isError", ctypes.c_uint, (size,)),
-                    ("getErrorName", ctypes.c_char_p, (size,)),
-                    ("decompressStream", size, (pointer, ctypes.POINTER(buffer), ctypes.POINTER(buffer)))):
-                function = getattr(cls.library, "ZSTD_" + name)
-                function.restype, function.argtypes = result, arguments
-        return True
-
-    def __init__(self, pipe_fd: int) -> None:
-        super().__init__(pipe_fd, "unzstd")
-        self._stream = self.library.ZSTD_createDStream()
-        self._plain = bytearray(MEBIBYTE)
-        self._address = self.ctypes.addressof(self.ctypes.c_char.from_buffer(self._plain))
-        self._missing = 1               # what the frame still wants; 0 at its end
-        self._offset = 0
-
-    def feed(self, view: memoryview) -> None:
-        piece = bytearray(view) if view.readonly else view
-        source = self._Buffer(self.ctypes.addressof(self.ctypes.c_char.from_buffer(piece)), len(view), 0)
-        is_full = False
-        while source.position < source.size or is_full and self._missing:
-            plain = self._Buffer(self._address, MEBIBYTE, 0)
-            self._missing = self.library.ZSTD_decompressStream(self._stream, self.ctypes.byref(plain), self.ctypes.byref(source))
-            if self.library.ZSTD_isError(self._missing):
-                if b"memory" in self.library.ZSTD_getErrorName(self._missing):       # of a frame made with --long, or here
-                    raise ProgramError("the host's libzstd has not the memory that this image needs (was it compressed with "
-                                       "--long?)")
-                raise CompressionDamaged("the zstd file is damaged, or followed by something else, before byte {}: {}".format(
-                    self._offset + source.position, self.library.ZSTD_getErrorName(self._missing).decode("ascii", "replace")))
-            is_full = plain.position == MEBIBYTE
-            super().feed(memoryview(self._plain)[:plain.position])
-        self._offset += len(view)
-
-    def finish(self) -> None:
-        if self._missing:
-            raise CompressionDamaged("the zstd file is cut short: it ends at byte {}".format(self._offset))
-        super().finish()
-
-    def close(self) -> None:
-        if self._stream:
-            stream, self._stream = self._stream, None
-            self.library.ZSTD_freeDStream(stream)
-        super().close()
+    while True:
+        # Small pieces: what zlib leaves over is copied each time that the output is full.
+        piece: Any = reader.some(GZIP_INPUT_BYTES)
+        if not len(piece):
+            break
+        while len(piece):
+            if member.eof:
+                is_padded = is_padded or not piece[0]
+                if is_padded and bytes(piece).count(0) == len(piece):
+                    break
+                member = zlib.decompressobj(zlib.MAX_WBITS + 16)
+            yield inflated(b"?" if is_padded else piece)        # what stands behind zeros is no gzip
+            piece = member.unused_data if member.eof else member.unconsumed_tail
+    while not member.eof:
+        plain = inflated(b"")
+        if not plain:
+            raise CompressionDamaged(f"the gzip file is cut short: it ends at byte {reader.position}")
+        yield plain
 
 
-def widen_pipe(pipe_fd: int) -> None:
-    """A MiB of room instead of 64 KiB: fewer switches between the programs at its ends. Best effort."""
+@functools.lru_cache(maxsize=None)
+def libzstd() -> Any:
+    """The host's libzstd, None where there is none; `ctypes` and the type of its buffers are attributes of it."""
     try:
-        fcntl.fcntl(pipe_fd, F_SETPIPE_SZ, MEBIBYTE)
-    except OSError:
-        pass        # not a pipe, or the user's share of pipe memory is used up
+        import ctypes           # some minimal builds of Python lack it
+        library: Any = ctypes.CDLL("libzstd.so.1")
+    except (ImportError, OSError):
+        return None
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    # ZSTD_inBuffer and ZSTD_outBuffer (facebook/zstd, lib/zstd.h)
+    buffer: Any = type("Buffer", (ctypes.Structure,), {"_fields_": [("at", pointer), ("size", size), ("position", size)]})
+    for name, result, arguments in (
+            ("createDStream", pointer, ()), ("freeDStream", size, (pointer,)), ("isError", ctypes.c_uint, (size,)),
+            ("getErrorName", ctypes.c_char_p, (size,)),
+            ("decompressStream", size, (pointer, ctypes.POINTER(buffer), ctypes.POINTER(buffer)))):
+        function = getattr(library, "ZSTD_" + name)
+        function.restype, function.argtypes = result, arguments
+    library.ctypes, library.buffer = ctypes, buffer
+    return library
 
 
-# ---- The pump --------------------------------------------------------------------------------------------------------
+def unzstd(reader: Reader) -> Iterator[memoryview]:
+    """The source of a flow: zstd decompressed by the host's libzstd; raises as gunzip does."""
+    library = libzstd()
+    buffer, byref, byte = library.buffer, library.ctypes.byref, library.ctypes.c_char
+    plain = bytearray(MEBIBYTE)
+    address = library.ctypes.addressof(byte.from_buffer(plain))
+    missing = 1                 # what the frame still wants; 0 at its end
+    stream = library.ZSTD_createDStream()
+    try:
+        for view in reader:
+            piece, begin, is_full = bytearray(view) if view.readonly else view, reader.position - len(view), False
+            source = buffer(library.ctypes.addressof(byte.from_buffer(piece)), len(view), 0)
+            while source.position < source.size or is_full and missing:
+                target = buffer(address, MEBIBYTE, 0)
+                missing = library.ZSTD_decompressStream(stream, byref(target), byref(source))
+                if library.ZSTD_isError(missing):
+                    reason = library.ZSTD_getErrorName(missing).decode("ascii", "replace")
+                    if "memory" in reason:      # of a frame made with --long, or here
+                        raise ProgramError("the host's libzstd has not the memory that this image needs (was it compressed "
+                                           "with --long?)")
+                    raise CompressionDamaged("the zstd file is damaged, or followed by something else, before byte "
+                                             f"{begin + source.position}: {reason}")
+                is_full = target.position == MEBIBYTE
+                yield memoryview(plain)[:target.position]
+    finally:
+        library.ZSTD_freeDStream(stream)
+    if missing:
+        raise CompressionDamaged(f"the zstd file is cut short: it ends at byte {reader.position}")
 
 
-class Progress(NamedTuple):
-    """`bytes_read` from the first source; `quiet_s` since anything moved at all; `waiting_for` the source's name, or that
-    of the consumer that holds everything up."""
+def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: Sequence[Any], plain: Sequence[Any],
+                  is_foreign_vhd: bool = False, is_whole: bool = True) -> List[Flow]:
+    """Flows that bring the stored bytes of an image to `stored` and their plain content to `plain`.
 
-    bytes_read: int
-    quiet_s: float
-    waiting_for: str
-
-
-class Flow(NamedTuple):
-    """One source and the consumers that each see all of it; the descriptor is taken over.
-
-    `at_end` is called at the end of the source, before the consumers finish: what it raises (a program's exit status) is
-    then the reason, not the truncated stream that follows from it.
+    The VHD of another program arrives there as the server would stream it, in `stored` too where it is not compressed;
+    `is_whole` false: as much of it as can be read. A program that is needed lives as long as the stack. ProgramError if
+    it is not here: then nothing is open any more.
     """
-
-    source_fd: int
-    consumers: Sequence[Any]
-    name: str = "source"
-    at_end: Optional[Callable[[], None]] = None
-
-
-def through_program(stdin_fd: int, stdout_fd: int, name: str = "compressor") -> Tuple[PipeWriter, int]:
-    """A converter for `staged`: a running program's two ends."""
-    return PipeWriter(stdin_fd, name), stdout_fd
-
-
-def through_library(writer: Callable[[int], PipeWriter]) -> Tuple[PipeWriter, int]:
-    """A converter for `staged` that needs no program."""
-    read_fd, write_fd = os.pipe()
-    return writer(write_fd), read_fd
-
-
-def staged(source_fd: int, before: Sequence[Any], after: Sequence[Any],
-           converter: Optional[Tuple[PipeWriter, int]] = None) -> List[Flow]:
-    """The flows of an export (before: the plain stream, after: what is stored) or of reading one back (the reverse)."""
-    if converter is None:
-        return [Flow(source_fd, [*before, *after])]
-    feeder, output_fd = converter
-    return [Flow(source_fd, [*before, feeder]), Flow(output_fd, after, feeder.name)]
-
-
-def decompressing_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: List[Any],
-                        plain: List[Any], problems: Optional[List[str]] = None) -> List[Flow]:
-    """Flows that bring the compressed bytes to `stored` and their plain content to `plain`; a program that is needed
-    lives as long as the stack. ProgramError if it is not here; VerificationError arrives from the pump, or, where
-    `problems` is given, is noted there, and the plain content ends."""
+    stored, plain, path = list(stored), list(plain), None
+    if compression == "zstd" and not libzstd():
+        path = find_program(("zstd",))
+        if path is None:
+            os.close(fd)
+            for consumer in stored + plain:
+                consumer.close()
+            raise ProgramError("the program zstd is not here, which this image needs")
+    if is_foreign_vhd and compression == "none":
+        return [Flow(VhdInOrder(fd, is_whole).pieces, stored + plain)]
+    if is_foreign_vhd:
+        plain = [Flow(VhdInOrder(None, is_whole).pieces, plain, "VHD")]
     if compression == "none":
-        return staged(fd, stored, plain)
-    if compression == "gzip" or Unzstd.load():
-        writer, plain_fd = through_library(Gunzip if compression == "gzip" else Unzstd)
-        return staged(fd, stored, plain, (writer if problems is None else Forgiving(writer, problems), plain_fd))
-    path = find_program(("zstd",))
+        return [Flow(fd, stored + plain)]
+    if compression == "gzip":
+        return [Flow(fd, stored + [Flow(gunzip, plain, "gunzip")])]
     if path is None:
-        os.close(fd)
-        raise ProgramError("the program zstd is not here, which this image needs")
+        return [Flow(fd, stored + [Flow(unzstd, plain, "unzstd")])]
     program = stack.enter_context(Program((path, "-q", "-d", "-c"), stdin=subprocess.PIPE))
-
-    feeder, plain_fd = through_program(os.dup(program.stdin_fd), os.dup(program.stdout_fd), "zstd")
+    feeder = PipeWriter(os.dup(program.stdin_fd), "zstd")
 
     def check_ending() -> None:
-        status = program.wait(PROGRAM_ENDING_S)
-        if status == 0 and not feeder.was_refused:
-            return
-        problem = "the zstd file is damaged or cut short: %s" % one_line(program.said or "no reason given")
-        if problems is None:
-            raise CompressionDamaged(problem)
-        problems.append(problem)
+        if program.wait(PROGRAM_ENDING_S) != 0 or feeder.was_refused:
+            raise CompressionDamaged(f"the zstd file is damaged or cut short: {one_line(program.said or 'no reason given')}")
 
-    flows = staged(fd, stored, plain, (feeder, plain_fd))
+    plain_fd = os.dup(program.stdout_fd)
     program.close_stdin()
-    return [flows[0], flows[1]._replace(at_end=check_ending)]
-
-
-def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str = "a stream") -> int:
-    """Every source was read to its end and every consumer has finished; the number of bytes of the first source.
-
-    `on_tick` is called about once a second and may raise, which aborts. So does the first exception of a consumer, which
-    is raised here as it is; what storage said, as the CatalogError that `doing` begins. After an abort no consumer
-    finishes; a thread that is stuck in the kernel is left to itself.
-    """
-    run = _PumpRun(flows)
-    try:
-        run.start()
-        while not run.is_done():
-            run.news.wait(TICK_S)
-            run.news.clear()
-            run.raise_failure(doing)
-            on_tick(run.progress())
-        run.raise_failure(doing)
-    finally:
-        run.stop()
-    return run.flows[0].bytes_read
-
-
-class _Buffer:
-    """Its memory is taken when it is first filled: most files need one of the buffers only."""
-    __slots__ = ("view", "length", "readers")
-
-    def __init__(self) -> None:
-        self.view: Optional[memoryview] = None
-        self.length = self.readers = 0
-
-
-class _PumpRun:
-    """The state that all threads of one pump share."""
-
-    def __init__(self, flows: Sequence[Flow]) -> None:
-        self.news = threading.Event()       # a thread has ended or failed
-        self.stopping = False
-        self.failure: Optional[BaseException] = None
-        self._lock = threading.Lock()
-        self.flows = [_FlowRun(flow, self) for flow in flows]
-        self._moved: Tuple[int, ...] = ()
-        self._moved_at = time.monotonic()
-
-    def start(self) -> None:
-        for flow in self.flows:
-            flow.start()
-
-    def is_done(self) -> bool:
-        return all(flow.is_done() for flow in self.flows)
-
-    def fail(self, problem: BaseException) -> None:
-        """The first failure is the reason; those that follow from it are not told."""
-        with self._lock:
-            if self.failure is None and not self.stopping:
-                self.failure = problem
-            self.stopping = True
-        self.news.set()
-
-    def raise_failure(self, doing: str) -> None:
-        if self.failure is not None:
-            with storage_errors(doing):
-                raise self.failure
-
-    def progress(self) -> Progress:
-        now = time.monotonic()
-        moved = tuple(flow.bytes_read for flow in self.flows) + tuple(
-            lane.fed for flow in self.flows for lane in flow.lanes)
-        if moved != self._moved:
-            self._moved, self._moved_at = moved, now
-        return Progress(self.flows[0].bytes_read, now - self._moved_at, self._waiting_for())
-
-    def _waiting_for(self) -> str:
-        """Seen from the far end: a full store also holds up the compressor and the source before it."""
-        for flow in reversed(self.flows):
-            slowest = flow.slowest()
-            if slowest is not None:
-                return slowest
-        return next((flow.name for flow in self.flows if not flow.has_ended), self.flows[-1].name)
-
-    def stop(self) -> None:
-        """Let the threads end; those that can't within GRACE_S are daemons and end when the kernel lets them."""
-        self.stopping = True
-        deadline = time.monotonic() + GRACE_S
-        for flow in self.flows:
-            flow.wake()
-        for thread in [thread for flow in self.flows for thread in flow.threads]:
-            if thread.ident is not None:
-                thread.join(max(0.0, deadline - time.monotonic()))
-
-
-class _FlowRun:
-    """One flow at work: a thread that reads, and a lane for each consumer."""
-
-    def __init__(self, flow: Flow, run: _PumpRun) -> None:
-        self.name = flow.name
-        self.bytes_read = 0
-        self.handed = 0
-        self.has_ended = False
-        self._is_starved = False
-        self._source_fd, self._at_end, self._run = flow.source_fd, flow.at_end, run
-        self._free: Any = queue.Queue()
-        self._lock = threading.Lock()
-        self.lanes = [_Lane(consumer, self, run) for consumer in flow.consumers]
-        self._reader = threading.Thread(target=self._read, name="read " + self.name, daemon=True)
-        self.threads = [self._reader] + [lane.thread for lane in self.lanes]
-
-    def start(self) -> None:
-        widen_pipe(self._source_fd)
-        for _ in range(BUFFERS_PER_FLOW):
-            self._free.put(_Buffer())
-        for thread in self.threads:
-            thread.start()
-
-    def is_done(self) -> bool:
-        return self.has_ended and all(lane.is_done for lane in self.lanes)
-
-    def slowest(self) -> Optional[str]:
-        """The consumer that everything waits for, if it is one."""
-        if not (self._is_starved or self.has_ended):
-            return None
-        busy = [lane for lane in self.lanes if not lane.is_done]
-        return min(busy, key=lambda lane: lane.fed).name if busy else None
-
-    def wake(self) -> None:
-        self._free.put(None)
-        for lane in self.lanes:
-            lane.inbox.put(None)
-
-    def release(self, buffer: _Buffer) -> None:
-        with self._lock:
-            buffer.readers -= 1
-            is_free = not buffer.readers
-        if is_free:
-            self._free.put(buffer)
-
-    def _read(self) -> None:
-        try:
-            if self._read_to_end():
-                if self._at_end is not None:
-                    self._at_end()
-                for lane in self.lanes:
-                    lane.inbox.put(None)
-        except BaseException as problem:    # whatever it is, the caller's thread must hear of it
-            self._run.fail(problem)
-        finally:
-            with contextlib.suppress(OSError):      # what was read was read: some file systems report old errors here
-                os.close(self._source_fd)
-            self.has_ended = True
-            self._run.news.set()
-
-    def _read_to_end(self) -> bool:
-        """False if the pump was stopped before."""
-        poll = select.poll()
-        poll.register(self._source_fd, select.POLLIN)
-        while True:
-            self._is_starved = True
-            buffer = self._free.get()
-            self._is_starved = False
-            if self._run.stopping:
-                return False
-            has_more = self._fill(buffer, poll)
-            if buffer.length:
-                self._hand_over(buffer)
-            if not has_more:
-                return not self._run.stopping
-
-    def _fill(self, buffer: _Buffer, poll: Any) -> bool:
-        """Read until the buffer is full or the source pauses; false at its end."""
-        buffer.length = 0
-        if buffer.view is None:
-            buffer.view = memoryview(bytearray(BUFFER_BYTES))
-        while buffer.length < BUFFER_BYTES:
-            if not poll.poll(TICK_S * 1000):
-                if self._run.stopping:
-                    return False
-                if buffer.length:
-                    return True
-                continue
-            count = os.readv(self._source_fd, [buffer.view[buffer.length:]])
-            if not count:
-                return False
-            buffer.length += count
-            self.bytes_read += count
-        return True
-
-    def _hand_over(self, buffer: _Buffer) -> None:
-        buffer.readers = len(self.lanes)
-        if not self.lanes:
-            self._free.put(buffer)
-        for lane in self.lanes:
-            lane.inbox.put(buffer)
-
-
-class _Lane:
-    """One consumer and its thread."""
-
-    def __init__(self, consumer: Any, flow: _FlowRun, run: _PumpRun) -> None:
-        self.name = consumer.name
-        self.fed = 0
-        self.is_done = False
-        self.inbox: Any = queue.Queue()
-        self._consumer, self._flow, self._run = consumer, flow, run
-        self.thread = threading.Thread(target=self._work, name=self.name, daemon=True)
-
-    def _work(self) -> None:
-        try:
-            if self._feed_all():
-                self._consumer.finish()
-        except BaseException as problem:    # whatever it is, the caller's thread must hear of it
-            self._run.fail(problem)
-        finally:
-            self._close()
-            self.is_done = True
-            self._run.news.set()
-
-    def _feed_all(self) -> bool:
-        """False if the pump was stopped before the end."""
-        while True:
-            buffer = self.inbox.get()
-            if self._run.stopping:
-                return False
-            if buffer is None:
-                return True
-            self._consumer.feed(buffer.view[:buffer.length])
-            self.fed += 1
-            self._flow.release(buffer)
-
-    def _close(self) -> None:
-        try:
-            self._consumer.close()
-        except BaseException as problem:    # as above
-            self._run.fail(problem)
+    return [Flow(fd, stored + [feeder]), Flow(plain_fd, plain, "zstd", check_ending)]
 
 
 # =============================================================================
-# 12. Pool
+# 15. Pool
 # =============================================================================
 # The only place that speaks XenAPI. It knows refs and gives values. A call that
 # only asks, or can be repeated without harm, goes through ask(), which waits
@@ -5069,7 +5239,7 @@ def connection_reason(error: Exception) -> str:
 
 
 # =============================================================================
-# 13. Catalog
+# 16. Catalog
 # =============================================================================
 # The only place that touches the backup directory. It is opened once and all
 # is done relative to that descriptor, never through a symbolic link, so that
@@ -6181,7 +6351,7 @@ def checksum_line(digest: str, name: str) -> str:
 
 
 # =============================================================================
-# 14. Snapshots and their ownership
+# 17. Snapshots and their ownership
 # =============================================================================
 # Makes and removes snapshots, journal first. Ours is only what an open entry of
 # a journal proves: by the uuid noted when the answer came, or by the token that
@@ -6881,7 +7051,7 @@ def unnamed_text(entry: OpenEntry) -> str:
 
 
 # =============================================================================
-# 15. Export methods
+# 18. Export methods
 # =============================================================================
 # From a snapshot to an image on disk, proven on the way. A method knows its
 # xe command, its format and its check; the flow of the data is the same.
@@ -6994,8 +7164,8 @@ class Exporter:
 
     def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str, sink: Any) -> None:
         """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never written."""
-        check = (RawCheck if file_format == "raw" else VhdCheck)(virtual_size, None, sink)
-        self._run_xe(doing, [CheckedFeed(check, sink)], self._watch(doing, None, (), virtual_size), "vdi-export",
+        check = (RawCheck if file_format == "raw" else VhdCheck)(virtual_size, None, [sink])
+        self._run_xe(doing, [check], self._watch(doing, None, (), virtual_size), "vdi-export",
                      "uuid=" + vdi_uuid, "filename=", "format=" + file_format)
 
     # --- the flow -----------------------------------------------------------------------
@@ -7021,7 +7191,7 @@ class Exporter:
             if compressor is not None:
                 flows[0].consumers.append(PipeWriter(os.dup(compressor.stdin_fd)))
                 compressor.close_stdin()
-                proving = decompressing_flows(stack, os.dup(compressor.stdout_fd), compression, list(stored), list(again))
+                proving = reading_flows(stack, os.dup(compressor.stdout_fd), compression, stored, again)
                 flows += [proving[0]._replace(name=compressor.name, at_end=lambda: check_compressor(compressor))] + proving[1:]
             try:
                 pump(flows, watch, doing)
@@ -7046,35 +7216,6 @@ class Exporter:
                                passing=bool(XE_PASSING.search(xe.said)))
         if xe.said:
             self._services.log.info("%s: xe said: %s" % (doing, one_line(xe.said[-400:])))
-
-
-@contextlib.contextmanager
-def closed_aside(consumers: Sequence[Any]) -> Iterator[None]:
-    """What ends the block leaves none of the consumers' descriptors open; nobody waits for that, as the store may hang."""
-    try:
-        yield
-    except BaseException:                  # whatever ended it, the pump, which closes them, will never have them
-        for consumer in consumers:
-            threading.Thread(target=consumer.close, daemon=True).start()
-        raise
-
-
-class Tail:
-    """A consumer that remembers the end of what passed."""
-    name = "memory"
-
-    def __init__(self) -> None:
-        self.last = b""
-
-    def feed(self, view: memoryview) -> None:
-        """The view has passed."""
-        self.last = (self.last + bytes(view[-KIBIBYTE:]))[-KIBIBYTE:]
-
-    def finish(self) -> None:
-        """Nothing is left to do."""
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 def start_compressor(compression: str) -> Program:
@@ -7207,7 +7348,7 @@ def progress_text(doing: str, done_bytes: int, size_bytes: int, seconds: float) 
 
 
 # =============================================================================
-# 16. Verification of stored copies
+# 19. Verification of stored copies
 # =============================================================================
 # Is what lies on disk what was exported? Reads copies and changes none: works on
 # any machine that sees the store, without pool, password, xe or XenAPI.
@@ -7324,10 +7465,8 @@ class Verifier:
         check_it = not recompressed or image.get("compression") == "none"
         plain, compression = Digest(), image_compression(inside, copy, manifest)
         stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
-        with open(inside.open_file(BLOCKS), "rb") as blocks:
-            check = new_image_check(manifest, BlockComparer(blocks)) if check_it else None
-            inner = [plain] + ([check] if check else [])
-            self._stream(inside, copy, compression, [] if stored is plain else [stored], inner)
+        check = new_image_check(manifest, BlockComparer(open(inside.open_file(BLOCKS), "rb"))) if check_it else None
+        self._stream(inside, copy, compression, [] if stored is plain else [stored], [plain] + ([check] if check else []))
         problem = digest_problem(copy, image, stored, plain)
         if problem:
             raise VerificationError(problem)
@@ -7359,7 +7498,7 @@ class Verifier:
         forget_cached(fd)                                # what is proven is the storage, not a cache
         title = f"verifying {copy.folder}/{copy.name}"
         with contextlib.ExitStack() as stack:
-            flows = plain_flows(stack, fd, compression, stored, plain, is_foreign_vhd(copy))
+            flows = reading_flows(stack, fd, compression, stored, plain, is_foreign_vhd(copy))
             pump(flows, reading_progress(self._services, title, size), title)
 
 
@@ -7372,31 +7511,6 @@ def reading_progress(services: Services, title: str, size_bytes: int) -> Callabl
         seconds = services.clock.monotonic() - began_at
         services.log.progress(progress_text(title, progress.bytes_read, size_bytes, seconds))
     return on_tick
-
-
-def plain_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: List[Any], plain: List[Any],
-                put_in_order: bool, problems: Optional[List[str]] = None) -> List[Flow]:
-    """decompressing_flows, and if `put_in_order` (the VHD of another program) the plain content is as the server would
-    stream it. Then `stored` sees that too, where it is not compressed."""
-    flows = decompressing_flows(stack, fd, compression, stored, plain, problems)
-    if not put_in_order:
-        return flows
-    source, (read_fd, write_fd) = flows[-1], os.pipe()
-    reader = VhdInOrder(source.source_fd, write_fd, compression == "none", problems is None)
-
-    def check_ending() -> None:
-        if isinstance(reader.problem, UnknownFormat):
-            raise reader.problem
-        if source.at_end:
-            source.at_end()
-        if isinstance(reader.problem, VerificationError) and problems is not None:
-            problems.append(str(reader.problem))
-        elif reader.problem:
-            raise reader.problem
-
-    widen_pipe(write_fd)
-    reader.start()
-    return flows[:-1] + [source._replace(source_fd=read_fd, at_end=check_ending)]
 
 
 def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -> str:
@@ -7431,14 +7545,14 @@ def is_foreign_vhd(copy: Copy) -> bool:
     return copy.is_old and image_format(copy.image) == "vhd"
 
 
-def new_image_check(manifest: Dict[str, Any], blocks: Any, sink: Any = None) -> Any:
+def new_image_check(manifest: Dict[str, Any], blocks: Any, sinks: Sequence[MebibyteSink] = ()) -> Check:
     """The check for the image that the manifest describes."""
     sizes = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
     file_format = manifest["image"].get("format")
     if file_format == "xva":
-        return XvaCheck(sizes, blocks, sink=sink)
+        return XvaCheck(sizes, blocks, sinks)
     size = list(sizes.values())[0] if len(sizes) == 1 else None
-    return RawCheck(size, blocks, sink) if file_format == "raw" else VhdCheck(size, blocks, sink)
+    return RawCheck(size, blocks, sinks) if file_format == "raw" else VhdCheck(size, blocks, sinks)
 
 
 def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Digest) -> str:
@@ -7455,16 +7569,16 @@ def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Dig
     return ""
 
 
-def old_image_check(copy: Copy, inside: Directory, sink: Any = None) -> Any:
+def old_image_check(copy: Copy, inside: Directory, sinks: Sequence[MebibyteSink] = ()) -> Check:
     """The check for an image without a manifest, a raw one with the size that cfg files beside it give."""
     if image_format(copy.image) == "xva":
-        return XvaCheck(sink=sink, strict=False)
+        return XvaCheck(sinks=sinks, strict=False)
     if image_format(copy.image) == "vhd":
-        return VhdCheck(None, None, sink)
+        return VhdCheck(sinks=sinks)
     ova = ova_of_cfg_files(inside, False)
     sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
              for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
-    return RawCheck(next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None), None, sink)
+    return RawCheck(next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None), None, sinks)
 
 
 def read_if_file(folder: Directory, name: str) -> bytes:
@@ -7519,7 +7633,7 @@ CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_
 
 
 # =============================================================================
-# 17. Run
+# 20. Run
 # =============================================================================
 # What every deed has around it, and the value that tells how it went.
 
@@ -7640,7 +7754,7 @@ def is_bug(error: Optional[BaseException]) -> bool:
 
 
 # =============================================================================
-# 18. Backup run
+# 21. Backup run
 # =============================================================================
 # The story of a run: leftovers, pool database, jobs, second tries. One VM's
 # failure stays that VM's; what is learned becomes an Outcome.
@@ -8232,7 +8346,7 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
 
 
 # =============================================================================
-# 19. Restore
+# 22. Restore
 # =============================================================================
 # The way back. What an image holds (Source) and what the pool has (PoolView) are
 # read; plan_restore, which is pure, says what will be made and why, or why not;
@@ -8246,7 +8360,6 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
 # SR, an archive whose disks belong on several is cut into parts, each imported on its
 # own; the disks are then hung on the VM of the first.
 
-XVA_END = bytes(2 * SECTOR_BYTES)
 THICK_SR_TYPES = ("lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")      # a disk takes its whole size there
 ISO_SR_TYPES = ("iso", "udev")
 ORIGINAL_FIELDS = ("name_description", "tags", "other_config", "user_version", "start_delay", "shutdown_delay",
@@ -8346,50 +8459,24 @@ class Source(NamedTuple):
         return "the older program recorded no digests" if stamp and stamp[1] else "no digests of it are on record"
 
 
-class _Enough(Exception):
-    """The part of a stream that was wanted has passed."""
-
-
-class FirstLook(XvaCheck):
-    """Reads an archive up to its first block, and ends the pump with _Enough."""
-
-    first_disk = ""
-
-    def _read_block(self, member: Member) -> Reading:
-        self.first_disk = member.name.partition("/")[0]
-        yield from ()
-        raise _Enough
-
-
-class VhdSize(VhdCheck):
-    """Reads a VHD up to its first block: `size` is then that of its disk. Ends the pump with _Enough."""
-
-    size = 0
-
-    def _read_footer(self, footer: bytes) -> int:
-        self.size = super()._read_footer(footer)
-        return self.size
-
-    def _read_bat(self, entries: int, block_bytes: int) -> Reading:
-        yield from super()._read_bat(entries, block_bytes)
-        raise _Enough
-
-
-def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Any, force: bool,
+def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Check, force: bool,
               on_tick: Callable[[Progress], Any]) -> None:
     """The beginning of the image went through that check; VerificationError if it does not begin as it should, or an
     uncompressed archive does not end as one: that is seen at once."""
     compression = image_compression(inside, copy, manifest)
     fd = inside.open_file(copy.image)
-    if isinstance(look, FirstLook) and compression == "none" and not force:
+    if isinstance(look, XvaCheck) and compression == "none" and not force:
         end = inside.read_tail(copy.image, 2 * SECTOR_BYTES)
         # An archive of others may lack the zero blocks: then it ends with a digest.
         if status_of(fd).st_size % SECTOR_BYTES or end != XVA_END and (manifest or not DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])):
             os.close(fd)
             raise VerificationError("the archive does not end with two zero blocks: it was cut off or overwritten")
-    with contextlib.ExitStack() as stack, contextlib.suppress(_Enough):
-        pump(plain_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), [] if force else None), on_tick,
-             "reading " + copy.image)
+    problems: List[VerificationError] = []
+    with contextlib.ExitStack() as stack, contextlib.suppress(Enough):
+        pump(reading_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), not force), on_tick,
+             "reading " + copy.image, problems if force else None)
+        if problems:                        # the last is what the look itself has found
+            raise problems[-1]
 
 
 DIGEST_AT_END = re.compile(br"([0-9A-Fa-f]{16,40})?\0+")
@@ -8431,7 +8518,7 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
     metadata = read_metadata(inside, copy, manifest, force)
     original = own_vm(metadata, copy.uuid)[1] if metadata else {}
     if file_format == "xva":
-        look = FirstLook(strict=bool(manifest))
+        look = XvaCheck(strict=bool(manifest), is_first_look=True)
         try:
             look_into(inside, copy, manifest, look, force, on_tick)
         except VerificationError as error:
@@ -8471,7 +8558,7 @@ def image_disk_size(inside: Directory, copy: Copy, manifest: Dict[str, Any], for
         return 0
     try:
         if is_foreign_vhd(copy):
-            look = VhdSize()
+            look = VhdCheck(is_first_look=True)
             look_into(inside, copy, manifest, look, force, on_tick)
             return look.size
         return inside.status(copy.image).st_size if image_compression(inside, copy, manifest) == "none" else 0
@@ -8991,58 +9078,6 @@ def plan_text(plan: RestorePlan) -> str:
 # --- ova.xml as it goes in --------------------------------------------------------------------
 
 
-def ova_text(ova: Dict[str, Any]) -> bytes:
-    """What parse_ova read, written as xapi writes it (ocaml-rpc src/lib/xmlrpc.ml): whole numbers and strings without a tag."""
-    parts = []                             # type: List[str]
-    _write_value(ova, parts)
-    return "".join(parts).encode("utf-8")
-
-
-def _write_value(value: Any, parts: List[str]) -> None:
-    """The value as XML, appended."""
-    if isinstance(value, dict):
-        parts.append("<value><struct>")
-        for key, item in value.items():
-            parts.append("<member><name>%s</name>" % _escaped(key))
-            _write_value(item, parts)
-            parts.append("</member>")
-        parts.append("</struct></value>")
-    elif isinstance(value, (list, tuple)):
-        parts.append("<value><array><data>")
-        for item in value:
-            _write_value(item, parts)
-        parts.append("</data></array></value>")
-    elif isinstance(value, bool):
-        parts.append("<value><boolean>%d</boolean></value>" % value)
-    elif isinstance(value, float):
-        parts.append("<value><double>%.16g</double></value>" % value)
-    elif isinstance(value, OvaDate):
-        parts.append("<value><dateTime.iso8601>%s</dateTime.iso8601></value>" % _escaped(value))
-    else:
-        parts.append("<value>%s</value>" % _escaped(str(value)))
-
-
-def _escaped(text: str) -> str:
-    """Text between tags; a carriage return by its number, as a parser would make it a newline."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;").replace("\r", "&#13;")
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """A header as xapi writes it: V7, no magic, type NUL, mode 0400 (ocaml-tar's default level)."""
-    header = bytearray(SECTOR_BYTES)
-    encoded = name.encode("ascii")
-    header[:len(encoded)] = encoded
-    header[100:148] = b"0000400\0" b"0000000\0" b"0000000\0" + b"%011o\0%011o\0" % (size, 0)
-    header[148:156] = b" " * 8
-    header[148:156] = b"%07o\0" % sum(header)
-    return bytes(header)
-
-
-def tar_member(name: str, content: Any) -> bytes:
-    """A whole member: header, content, padding."""
-    return tar_header(name, len(content)) + bytes(content) + bytes(-len(content) % SECTOR_BYTES)
-
-
 def own_other_config(record: Dict[str, Any]) -> Dict[str, str]:
     """The record's other_config without what backups and imports put there."""
     return {key: value for key, value in record.get("other_config", {}).items()
@@ -9133,180 +9168,6 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str], 
 
 
 # --- feeding imports ------------------------------------------------------------------------------
-
-
-class PartPipe:
-    """The stdin of one part's import; the import starts when the first byte comes."""
-
-    def __init__(self, start: Callable[[], int]) -> None:
-        self._start = start
-        self._fd = None                    # type: Optional[int]
-        self._is_over = False
-
-    def write(self, view: Any) -> None:
-        """The bytes are with the import; BrokenPipeError if it has ended. What comes after `close` is of no part: its
-        descriptor may be another file's by then."""
-        if self._is_over:
-            raise UnknownFormat("the archive's disks are mingled, and the server reads one after the other: `extract` each disk")
-        if self._fd is None:
-            self._fd = self._start()
-            widen_pipe(self._fd)
-        write_all(self._fd, memoryview(view))
-
-    def close(self) -> None:
-        """No more is coming."""
-        if self._fd is not None and not self._is_over:
-            os.close(self._fd)
-        self._is_over = True
-
-
-class ArchiveFeed(ArchiveReader):
-    """Feeds an archive to its parts' imports: each gets an ova.xml of its own and the members of its disks, as the server
-    writes them."""
-
-    name = "import"
-
-    def __init__(self, pipes: Sequence[PartPipe], ovas: Sequence[bytes], parts: Sequence[Sequence[str]], strict: bool) -> None:
-        super().__init__(strict)
-        self._pipes, self._ovas = pipes, ovas
-        self._part_of = {disk: number for number, part in enumerate(parts) for disk in part}
-        self._part, self._disk = 0, ""
-
-    def _parse(self) -> Reading:
-        member = yield from self._ova_member()
-        yield from self._body(member)
-        self._pipes[0].write(tar_member("ova.xml", self._ovas[0]))
-        yield from self._feed_members()
-        while not self._is_at_end:         # what may stand here is the check's to judge
-            self._is_at_end = not len((yield MEBIBYTE))
-
-    def _feed_members(self) -> Reading:
-        member = yield from self._next_member("the header of a block")
-        while member is not None:
-            write = self._writer(member.name.partition("/")[0])
-            write(tar_header(member.name, member.size))
-            yield from self._pass(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, member.name, write)
-            member = yield from self._next_member("the header of a block")
-        self._pipes[self._part].write(XVA_END)
-
-    def _writer(self, disk: str) -> Callable[[Any], Any]:
-        """What takes the members of that disk; a disk of no part (a snapshot's) goes nowhere."""
-        part = self._part_of.get(disk)
-        if part is None:
-            return lambda piece: None
-        if part != self._part:
-            self._pipes[self._part].write(XVA_END)
-            self._pipes[self._part].close()
-            self._part = part
-            self._pipes[part].write(tar_member("ova.xml", self._ovas[part]))
-        elif disk < self._disk:
-            raise UnknownFormat("the archive holds disk {} before {}, and the server reads them in the order of these names: "
-                                "`extract` each disk".format(self._disk, disk))
-        self._disk = disk
-        return self._pipes[part].write
-
-    def finish(self) -> None:
-        super().finish()
-        self.close()
-
-    def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
-
-
-class WholeArchiveFeed(ArchiveFeed):
-    """The same for an archive of one part, all of whose disks are wanted: behind ova.xml, buffers pass as they come."""
-
-    def _feed_members(self) -> Reading:
-        while not self._is_at_end:
-            piece = yield BUFFER_BYTES
-            self._is_at_end = not len(piece)
-            self._pipes[0].write(piece)
-
-
-class ImageFeed(MebibyteSink):
-    """The sink of an image's check that makes an archive of its one disk, for the import.
-
-    A block for each MiB with SHA-1, which all versions of the importer know; MiBs of zeros
-    are left out but for the first and the last (stream_vdi.ml@v26.17.0).
-    """
-
-    def __init__(self, pipe: PartPipe, ova: bytes, disk: SourceDisk) -> None:
-        super().__init__()
-        self._pipe, self._ova, self._id, self._size = pipe, ova, disk.id, disk.virtual_size
-        self._last = max(0, -(-disk.virtual_size // MEBIBYTE) - 1)
-        self._next = -1                    # the number that comes next; -1 before ova.xml
-
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        """That block is in the archive."""
-        if self._next < 0:
-            self._pipe.write(tar_member("ova.xml", self._ova))
-            self._next = 0
-        if number > self._last:
-            raise VerificationError("the image has data behind the end of the disk, in its MiB {}".format(number))
-        if number and not self._next:
-            self._write(0, memoryview(ZERO_MEBIBYTE))
-        self._write(number, content)
-
-    def _write(self, number: int, content: memoryview) -> None:
-        content = content[:self._size - number * MEBIBYTE]
-        name = "%s/%08d" % (self._id, number)
-        self._pipe.write(tar_header(name, len(content)))
-        self._pipe.write(content)
-        self._pipe.write(bytes(-len(content) % SECTOR_BYTES)
-                         + tar_member(name + ".checksum", hashlib.sha1(content).hexdigest().encode("ascii")))
-        self._next = number + 1
-
-    def salvage(self) -> None:
-        """The archive is complete with what came up to here, the rest zeros; none is made if nothing came."""
-        self._flush()
-        if self._next >= 0:
-            self.finish()
-
-    def finish(self) -> None:
-        """The archive is complete: call it when the image has ended well."""
-        super().finish()
-        if self._next <= self._last:
-            self.mebibyte(self._id, self._last, memoryview(ZERO_MEBIBYTE))
-        self._pipe.write(XVA_END)
-        self._pipe.close()
-
-    def close(self) -> None:
-        """No more is coming."""
-        self._pipe.close()
-
-
-class RawFeed(MebibyteSink):
-    """The sink of an image's check that gives a disk's whole contents, zeros too, to `xe vdi-import format=raw`."""
-
-    def __init__(self, pipe: PartPipe, virtual_size: int) -> None:
-        super().__init__()
-        self._pipe, self._size, self._next = pipe, virtual_size, 0
-
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        """All up to that MiB is with xe."""
-        for _ in range(self._next, number):
-            self._pipe.write(ZERO_MEBIBYTE)
-        self._pipe.write(content[:max(0, self._size - number * MEBIBYTE)])
-        self._next = number + 1
-
-    def salvage(self) -> None:
-        """What came up to here is with xe, the rest zeros; xe is not started if nothing came."""
-        self._flush()
-        if self._next:
-            self.finish()
-
-    def finish(self) -> None:
-        """All is with xe: call it when the image has ended well."""
-        super().finish()
-        while self._next * MEBIBYTE < self._size:
-            self._pipe.write(ZERO_MEBIBYTE[:self._size - self._next * MEBIBYTE])
-            self._next += 1
-        self._pipe.close()
-
-    def close(self) -> None:
-        """No more is coming."""
-        self._pipe.close()
 
 
 NEW_HVM_FIELDS = {
@@ -9432,7 +9293,7 @@ class Importer:
                                                       "format=raw")])
                 feed = RawFeed(PartPipe(lambda: imports.start(0)),
                                int(self._services.pool.ask(doing, "VDI.get_virtual_size", new_disk)))
-                problem = self._feed(doing, plan.source, inside, imports, Sinks(feed, sink) if sink else feed, watch,
+                problem = self._feed(doing, plan.source, inside, imports, [feed] + ([sink] if sink else []), watch,
                                      force=force)
                 if not imports.programs:
                     raise BackupError("%s: nothing of it can be brought back. %s" % (entry.title, problem))
@@ -9444,13 +9305,13 @@ class Importer:
         self._services.pool.ask(doing, "VDI.remove_from_other_config", new_disk, key)
         return problem
 
-    def _feed(self, doing: str, source: Source, inside: Directory, imports: "_Imports", sink: Any, watch: ImportWatch,
-              more: Sequence[Any] = (), check_it: bool = True, force: bool = False) -> str:
+    def _feed(self, doing: str, source: Source, inside: Directory, imports: "_Imports", sinks: Sequence[MebibyteSink],
+              watch: ImportWatch, more: Sequence[Any] = (), check_it: bool = True, force: bool = False) -> str:
         """The image went through; "" or, with force, what is wrong with it. What is wrong with the copy goes before
         what xe said of it, and what xe said before what followed from that."""
-        problems = [] if force else None   # type: Optional[List[str]]
+        problems: Optional[List[VerificationError]] = [] if force else None
         try:
-            stream_image(source, inside, sink, more, watch, check_it, problems)
+            stream_image(source, inside, sinks, more, watch, check_it, problems)
         except VerificationError as error:
             imports.let_end()
             raise type(error)("%s: the copy %s: %s.%s" % (doing, error.verdict, str(error).rstrip("."),
@@ -9458,7 +9319,7 @@ class Importer:
         except BrokenPipeError:
             imports.raise_failure(doing)
             raise ProgramError("%s: xe closed its input and said nothing." % doing)
-        return "%s: the copy is damaged: %s." % (doing, problems[0].rstrip(".")) if problems else ""
+        return "%s: the copy is damaged: %s." % (doing, str(problems[0]).rstrip(".")) if problems else ""
 
     @staticmethod
     def _command(plan: RestorePlan, part: int, task_uuid: str, force: bool) -> Tuple[str, ...]:
@@ -9474,13 +9335,12 @@ class Importer:
         source = plan.source
         pipes = [PartPipe(lambda number=number: imports.start(number)) for number in range(len(ovas))]
         if source.file_format != "xva":
-            feed = ImageFeed(pipes[0], ovas[0], source.disks[0])
-            return self._feed(doing, source, inside, imports, Sinks(feed, sink) if sink else feed, watch, force=force)
+            feed = ImageFeed(pipes[0], ovas[0], source.disks[0].id, source.disks[0].virtual_size)
+            return self._feed(doing, source, inside, imports, [feed] + ([sink] if sink else []), watch, force=force)
         whole = source.manifest and len(ovas) == 1 and set(exported_disks(source.ova)) == set(plan.parts[0])
-        feed_class = WholeArchiveFeed if whole else ArchiveFeed
         # The digest of bytes that were proven once says all that their structure could say again, at half the cost.
-        feed = feed_class(pipes, ovas, plan.parts, bool(source.manifest))
-        return self._feed(doing, source, inside, imports, sink, watch, [feed], not source.manifest, force)
+        feed = ArchiveFeed(pipes, ovas, plan.parts, bool(source.manifest), bool(whole))
+        return self._feed(doing, source, inside, imports, [sink] if sink else [], watch, [feed], not source.manifest, force)
 
     def _await_imports(self, doing: str, imports: "_Imports", watch: ImportWatch, tasks: Sequence[str], was_proven: bool) -> None:
         """All imports have ended well. An xe that lost its connection proves nothing: then the task tells. `was_proven`:
@@ -9680,27 +9540,25 @@ class _Imports:
             program.__exit__()
 
 
-def stream_image(source: Source, inside: Directory, sink: Any, more: Sequence[Any], on_tick: Callable[[Progress], Any],
-                 check_it: bool = True, problems: Optional[List[str]] = None) -> Any:
-    """The whole image passed through its check (whose sink is shown the disks' contents) and through `more`, and its
+def stream_image(source: Source, inside: Directory, sinks: Sequence[MebibyteSink], more: Sequence[Consumer],
+                 on_tick: Callable[[Progress], Any], check_it: bool = True,
+                 problems: Optional[List[VerificationError]] = None) -> Check:
+    """The whole image passed through its check (whose sinks are shown the disks' contents) and through `more`, and its
     digests are those on record; the check. VerificationError if anything is not as it was at the export; where
     `problems` is given that is noted there, and as much passes as can be read."""
+    check_it = check_it or bool(sinks)
+    check = image_check(source, inside, sinks, check_it and problems is None)
     plain, compression = Digest(), image_compression(inside, source.copy, source.manifest)
     stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
     with contextlib.ExitStack() as stack:
-        check = image_check(source, inside, stack, sink, problems is None)
-        checked, passed = ([CheckedFeed(check, sink)] if check_it or sink else []), list(more)      # type: Any, Any
-        if problems is not None:
-            checked = [Forgiving(one, problems, sink.salvage if sink else check.close) for one in checked]
-            passed = [Forgiving(one, problems) for one in passed]
-        flows = plain_flows(stack, inside.open_file(source.copy.image), compression, [] if stored is plain else [stored],
-                            [plain] + checked + passed, is_foreign_vhd(source.copy), problems)
-        pump(flows, on_tick, "reading " + source.title)
+        flows = reading_flows(stack, inside.open_file(source.copy.image), compression, [] if stored is plain else [stored],
+                              [plain] + ([check] if check_it else []) + list(more), is_foreign_vhd(source.copy), problems is None)
+        pump(flows, on_tick, "reading " + source.title, problems)
     problem = digest_problem(source.copy, source.manifest["image"], stored, plain) if source.manifest else ""
     if problem and problems is None:
         raise VerificationError(problem)
     if problem and problems is not None:
-        problems.append(problem)
+        problems.append(VerificationError(problem))
     return check
 
 
@@ -9717,17 +9575,17 @@ def import_failure(doing: str, problem: str, was_proven: bool = False) -> Backup
     return ProgramError("%s failed: %s." % (doing, problem))
 
 
-def image_check(source: Source, inside: Directory, stack: contextlib.ExitStack, sink: Any, compare: bool = True) -> Any:
+def image_check(source: Source, inside: Directory, sinks: Sequence[MebibyteSink], compare: bool = True) -> Check:
     """The check of that image; where the manifest has a digest of every block, they are compared too."""
     image = source.manifest.get("image", {})
     if not source.manifest:
-        return old_image_check(source.copy, inside, sink)
+        return old_image_check(source.copy, inside, sinks)
     if source.copy.image != image["name"] and image.get("compression") != "none":
         raise VerificationError("%s was compressed a second time: decompress it once" % source.copy.image)
     comparer = None
     if compare and inside.status(BLOCKS) is not None:
-        comparer = BlockComparer(stack.enter_context(open(inside.open_file(BLOCKS), "rb")))
-    return new_image_check(source.manifest, comparer, sink)
+        comparer = BlockComparer(open(inside.open_file(BLOCKS), "rb"))
+    return new_image_check(source.manifest, comparer, sinks)
 
 
 def vbd_fields(vbd: Dict[str, Any], machine: str) -> Dict[str, Any]:
@@ -9747,29 +9605,10 @@ def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
 
 
 # =============================================================================
-# 20. Extract
+# 23. Extract
 # =============================================================================
 # One disk of a copy as a sparse raw image, on any machine: no pool, no xe, no
 # XenAPI. The whole image is proven while it is read; the file gets its name last.
-
-
-class SparseImage(MebibyteSink):
-    """The sink that writes one disk into a file, leaving out MiBs of zeros; the descriptor stays the caller's."""
-
-    def __init__(self, fd: int, disk: str) -> None:
-        super().__init__()
-        self._fd, self._wanted = fd, disk
-        self.written_bytes = 0
-
-    def at(self, disk: str, offset: int) -> Callable[[memoryview], None]:
-        """What takes the pieces from that offset on; those of other disks are only checked."""
-        return super().at(disk, offset) if disk == self._wanted else lambda view: None
-
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        """That MiB is in the file."""
-        os.lseek(self._fd, number * MEBIBYTE, os.SEEK_SET)
-        write_all(self._fd, content)
-        self.written_bytes += len(content)
 
 
 def wanted_disk(source: Source, word: str) -> SourceDisk:
@@ -9806,13 +9645,13 @@ def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str,
     with NewFile(path) as file:
         check_room(source, disk, file, warn)
         sink = SparseImage(file.fd, "image" if source.file_format != "xva" else disk.id)
-        check = stream_image(source, inside, sink, [], on_tick)
+        check = stream_image(source, inside, [sink], [], on_tick)
         file.complete(disk.virtual_size or check.report.virtual_size)
     return sink.written_bytes, check
 
 
 # =============================================================================
-# 21. Drill
+# 24. Drill
 # =============================================================================
 # Proves that a copy comes back: it is imported under a name of its own with no
 # network, its disks are read back and compared with what the image held when its
@@ -9894,21 +9733,13 @@ class Drill:
         return "%s %s" % (metrics, record["last_updated"])
 
 
-def first_difference(expected: array, found: array) -> int:
-    """The number of the first MiB that differs, -1 if none does; what one of them does not reach to is zeros."""
-    for number in range(max(len(expected), len(found))):
-        if (expected[number] if number < len(expected) else 0) != (found[number] if number < len(found) else 0):
-            return number
-    return -1
-
-
 def longest_not_drilled(copies: Sequence[Copy], last_drills: Dict[str, str], number: int) -> List[Copy]:
     """So many of the copies, those first whose VM was never drilled, or longest ago."""
     return sorted(copies, key=lambda copy: last_drills.get(copy.folder, ""))[:number]
 
 
 # =============================================================================
-# 22. Report
+# 25. Report
 # =============================================================================
 # Outcomes become words: status log, summary, exit status. Whether a run was a
 # success is decided by its outcomes, never by what was logged.
@@ -10570,7 +10401,7 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
 
 
 # =============================================================================
-# 23. Commands
+# 26. Commands
 # =============================================================================
 # One function per action: the only place that shows things, and reads config
 # and password files.
@@ -11507,7 +11338,7 @@ def read_once(services: Services, source: Source, inside: Directory) -> None:
     title = "verifying " + source.title
     services.log.info(title)
     try:
-        stream_image(source, inside, None, [], reading_progress(services, title, source.copy.size_bytes))
+        stream_image(source, inside, [], [], reading_progress(services, title, source.copy.size_bytes))
     except VerificationError as error:
         raise BackupError("%s %s: %s. Nothing was started." % (source.title, error.verdict, str(error).rstrip(".")))
 
@@ -11887,7 +11718,7 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 
 
 # =============================================================================
-# 24. main
+# 27. main
 # =============================================================================
 # From argv to an exit status: help, arguments, config, the action, and one
 # place that turns errors into what people and cron are told.

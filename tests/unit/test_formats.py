@@ -50,6 +50,10 @@ def refused(folder, name, content):
     return caught.value
 
 
+def reader_of(*pieces):
+    return VmBackup.Reader(memoryview(bytearray(piece)) for piece in pieces)
+
+
 # --- XVA -------------------------------------------------------------------------------------------------------------
 
 ARCHIVES = {
@@ -85,8 +89,7 @@ def test_an_archive_of_another_program_gives_its_disks(tmp_path, what):
 def test_what_an_export_of_ours_never_looks_like_is_refused_of_ours(what):
     check = VmBackup.XvaCheck()
     with pytest.raises(VerificationError):
-        check.feed(memoryview(bytearray(ARCHIVES[what])))
-        check.finish()
+        check.read(reader_of(ARCHIVES[what]))
 
 
 SMALL = others.xva(tail=10240)
@@ -99,12 +102,9 @@ HEADERS = [0] + [SMALL.index(name) for name in (b'Ref:2/00000000\0', b'Ref:2/000
 def test_leniency_finds_every_flipped_bit_behind_ova_xml(at, bit):
     damaged = bytearray(SMALL)
     damaged[at] ^= 1 << bit
-    check, seen = VmBackup.XvaCheck(strict=False), VmBackup.ContentDigests()
-    check._sink = seen
+    seen = VmBackup.ContentDigests()
     try:
-        check.feed(memoryview(damaged))
-        check.finish()
-        seen.finish()
+        VmBackup.XvaCheck(sinks=[seen], strict=False).read(reader_of(damaged))
     except VerificationError:
         return
     # What passes has all its blocks all the same: a letter in ova.xml, or the NUL that ends a number become a blank.
@@ -116,8 +116,7 @@ def test_leniency_finds_every_flipped_bit_behind_ova_xml(at, bit):
 def test_leniency_finds_every_cut_before_the_end_of_the_last_block(length):
     check = VmBackup.XvaCheck(strict=False)
     with pytest.raises(VerificationError):
-        check.feed(memoryview(bytearray(others.xva(tail=0)[:length])))
-        check.finish()
+        check.read(reader_of(others.xva(tail=0)[:length]))
 
 
 @pytest.mark.parametrize('more', [b'HTTP/1.0 500 Internal Error\r\n', bytes(5000) + b'x', others.xva()[:4096]], ids=['http', 'x', 'twice'])
@@ -171,13 +170,19 @@ def test_a_part_that_was_ended_takes_nothing_more_nor_does_what_has_its_descript
 
     first, second = part(0), part(1)
     feed = VmBackup.ArchiveFeed([first, second], [b'<a/>', b'<b/>'], [['Ref:2'], ['Ref:4']], False)
-    feed.feed(memoryview(others.member('ova.xml', b'<value/>') + others.member('Ref:2/00000000', b'x')))
-    feed.feed(memoryview(others.member('Ref:4/00000000', b'y')))
-    assert started[0] == started[1]                # the kernel gives the lowest number that is free
-    before = (tmp_path / 'second').read_bytes()
+    before = b''
+
+    def views():
+        nonlocal before
+        yield memoryview(others.member('ova.xml', b'<value/>') + others.member('Ref:2/00000000', b'x'))
+        yield memoryview(others.member('Ref:4/00000000', b'y'))
+        assert started[0] == started[1]            # the kernel gives the lowest number that is free
+        before = (tmp_path / 'second').read_bytes()
+        yield memoryview(others.member('Ref:2/00000001', b'z'))
+
     with pytest.raises(UnknownFormat) as caught:
-        feed.feed(memoryview(others.member('Ref:2/00000001', b'z')))
-    assert 'extract' in str(caught.value) and (tmp_path / 'second').read_bytes() in (before, before + bytes(1024))
+        feed.read(VmBackup.Reader(views()))
+    assert before and 'extract' in str(caught.value) and (tmp_path / 'second').read_bytes() in (before, before + bytes(1024))
     assert b'z' not in (tmp_path / 'second').read_bytes() and len(started) == 2
     feed.close()
     with pytest.raises(UnknownFormat):
@@ -307,9 +312,8 @@ class Contents:
     def __init__(self):
         self.disk = bytearray()
 
-    def at(self, disk, offset):
-        self.disk += bytes(offset - len(self.disk))
-        return self.disk.extend
+    def put(self, disk, offset, view):
+        self.disk += bytes(offset - len(self.disk)) + view
 
     def finish(self):
         pass
@@ -321,10 +325,9 @@ def disk_in(content, is_file):
     with tempfile.TemporaryFile() as image:
         image.write(content)
         image.seek(0)
-        check = VmBackup.VhdCheck(None, None, sink)
-        for piece in VmBackup.VhdInOrder(image.fileno(), -1, is_file)._pieces():
-            check.feed(memoryview(piece))
-        check.finish()
+        source = VmBackup.VhdInOrder(os.dup(image.fileno())).pieces() if is_file else \
+            VmBackup.VhdInOrder().pieces(reader_of(content))
+        VmBackup.VhdCheck(sinks=[sink]).read(VmBackup.Reader(map(memoryview, source)))
     size = int.from_bytes(content[48:56], 'big')
     return bytes(sink.disk).ljust(size, b'\0')[:size]
 
@@ -361,7 +364,7 @@ def test_a_wild_number_with_a_sum_that_fits_is_damage(tmp_path, name, at, struct
     refused(tmp_path, name, gzip.compress(content, 1) if name.endswith('gz') else content)
     with opened(tmp_path / name) as (image, inside), contextlib.suppress(VerificationError):
         source = VmBackup.read_source(inside, image, True, without_vm=True)
-        VmBackup.stream_image(source, inside, None, [], lambda progress: None, problems=[])
+        VmBackup.stream_image(source, inside, [], [], lambda progress: None, problems=[])
 
 
 def test_a_fixed_vhd_of_a_wild_size_is_damage_for_force_too(tmp_path):
@@ -380,10 +383,9 @@ def test_a_foreign_vhd_that_is_cut_or_longer_is_damaged(tmp_path, content):
 def test_of_a_damaged_foreign_vhd_force_gives_what_is_there(tmp_path):
     seen, problems = VmBackup.ContentDigests(), []
     (tmp_path / 'web.vhd').write_bytes(WHOLE.file[:-MIB])
-    seen.salvage = seen.finish
     with opened(tmp_path / 'web.vhd') as (image, inside):
         source = VmBackup.read_source(inside, image, True, without_vm=True)
-        VmBackup.stream_image(source, inside, seen, [], lambda progress: None, problems=problems)
+        VmBackup.stream_image(source, inside, [seen], [], lambda progress: None, problems=problems)
     assert problems and list(seen.disks['image'])[:1] == [int.from_bytes(hashlib.sha1(WHOLE.disk()[:MIB]).digest()[:8], 'big')]
 
 
