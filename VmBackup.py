@@ -5270,11 +5270,6 @@ def free_text(free_bytes: Optional[int]) -> str:
 # --- the journal of what is open in pools -------------------------------------------
 
 
-ENTRY_TEXTS = {"vm-snapshot": ("token", "vm_uuid", "vm_name", "name"), "vdi-snapshot": ("token", "vm_uuid", "vm_name", "disk"),
-               "restore": ("token", "vm_uuid", "vm_name"), "drill": ("token", "vm_uuid", "vm_name")}
-ENTRY_LISTS = ("names", "tasks", "uuids", "disks", "drives", "known")
-
-
 class OpenEntry:
     """Something that we have, or may have, in a pool: what it is and how to prove that it is ours.
 
@@ -5304,32 +5299,19 @@ class OpenEntry:
         finally:
             self._journal.limit_s = patience_s
 
+    def remember(self, **facts: Any) -> None:
+        """The facts are on disk too, if they can be written: to be remembered is enough for who acts on them now."""
+        with contextlib.suppress(CatalogError):
+            self.note(**facts)
+
     def close(self, reason: str) -> None:
         """Nothing of it is left in the pool. If that can't be written, the next run finds nothing and closes it."""
-        with contextlib.suppress(CatalogError):
-            self.note(closed=reason)
+        self.remember(closed=reason)
 
     @property
     def is_open(self) -> bool:
         """May something of it still be in the pool?"""
         return not self.facts.get("closed")
-
-    @property
-    def is_understood(self) -> bool:
-        """Is it one that this version writes? Then all that its removal reads is there, and of its kind."""
-        facts = self.facts
-        try:
-            texts = ENTRY_TEXTS[facts["kind"]] + tuple(key for key in ("uuid", "answer", "closed") if key in facts)
-            filled = ("names",) if facts["kind"] in ("restore", "drill") else ()
-            filled += ("uuids",) if facts.get("restored") else ()
-            was_called = ("calling_at",) if "calling_at" in facts or "known" in facts else ()
-            return all(2000 < parse_utc(facts[key]).year < 9000 for key in ("called_at",) + was_called) \
-                and all(isinstance(facts[key], str) for key in texts) \
-                and all(facts[key] for key in filled) and ("known" in facts or not was_called) \
-                and all(isinstance(facts[key], list) and all(isinstance(item, str) for item in facts[key])
-                        for key in ENTRY_LISTS if key in facts)
-        except (LookupError, TypeError, ValueError):
-            return False
 
     @property
     def title(self) -> str:
@@ -6353,9 +6335,10 @@ def checksum_line(digest: str, name: str) -> str:
 # =============================================================================
 # 17. Snapshots and their ownership
 # =============================================================================
-# Makes and removes snapshots, journal first. Ours is only what an open entry of
-# a journal proves: by the uuid noted when the answer came, or by the token that
-# the snapshot was born with. A name without the token proves nothing.
+# What is ours in a pool: snapshots of VMs and of disks, and what restore and drill
+# make, journal first. Ours is only what an open entry of a journal proves: by the uuid
+# noted when the answer came, or by the token that the thing was born with. A name
+# without the token proves nothing.
 
 BUSY_PATIENCE_S = 180          # how long a disk that is still attached to a control domain is waited for
 BUSY_PAUSE_S = 2
@@ -6368,7 +6351,6 @@ STILL_BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
 UNSURE_ANSWERS = ("lost", "INTERNAL_ERROR", "CANNOT_CONTACT_HOST", "HOST_OFFLINE", "TASK_CANCELLED")
 HOST_CLOCKS_DIFFER_S = 60      # snapshot_time is by the clock of the host that made it, the call's by that of the master
 MOST_LEFT_SNAPSHOTS = 2
-IMPORT_KINDS = ("restore", "drill")
 IMPORT_END_PATIENCE_S = 180    # how long an import that was broken off is waited for: the server takes back what it made
 
 
@@ -6377,8 +6359,646 @@ def is_gone(failure: ApiFailure, *class_names: str) -> bool:
     return failure.code in GONE and bool(failure.parameters) and failure.parameters[0] in class_names
 
 
+def ask_if_there(pool: Pool, doing: str, method: str, ref: str, *arguments: Any) -> Any:
+    """The pool's answer about that object, None if it does not exist any more."""
+    try:
+        return pool.ask(doing, method, ref, *arguments)
+    except ApiFailure as failure:
+        if is_gone(failure, method.partition(".")[0]):
+            return None
+        raise
+
+
+def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
+    """The object is gone. A call without an answer is repeated only after the pool said that it still exists."""
+    limit_s = services.journal.limit_s
+    give_up_at = services.clock.monotonic() + limit_s
+    while True:
+        try:
+            services.pool.call(doing, class_name + ".destroy", ref, timeout_s=limit_s)
+            return
+        except ApiFailure as failure:
+            if is_gone(failure, class_name):
+                return
+            raise
+        except AnswerLost:
+            if ask_if_there(services.pool, doing, class_name + ".get_uuid", ref) is None:
+                return
+            if services.clock.monotonic() > give_up_at:
+                raise
+        services.signals.sleep(1)
+
+
+def strangers_on(pool: Pool, record: Dict[str, Any], own: Iterable[str], doing: str) -> List[str]:
+    """The refs of VMs that the disk hangs on, other than ours and control domains."""
+    machines = [ask_if_there(pool, doing, "VBD.get_VM", vbd) for vbd in record["VBDs"]]
+    return [machine for machine in machines if machine is not None and machine not in own
+            and ask_if_there(pool, doing, "VM.get_is_control_domain", machine) is False]
+
+
+# --- a thing of ours, by its entry in a journal -----------------------------------------------
+
+
+class Owned(abc.ABC):
+    """Something that we have, or may have, in the pool. Its entry tells how to find it again and prove that it is ours."""
+    TEXTS = ()                             # type: Tuple[str, ...] # the facts that its entry has from the first
+    DISKS_ARE_SNAPSHOTS = True
+
+    def __init__(self, services: Services, entry: OpenEntry, tell: Callable[[OpenEntry, str], None]) -> None:
+        """`tell` makes a finding of a sentence about an entry."""
+        self._services = services
+        self._entry = entry
+        self._facts = entry.facts
+        self._tell = tell
+
+    @abc.abstractmethod
+    def remove(self) -> None:
+        """Nothing of it is left in the pool and its entry is closed; or a later run is to try again, and what stands and
+        can't be removed is told."""
+
+    @property
+    @abc.abstractmethod
+    def _thing(self) -> str:
+        """What it is, for a sentence about what is left."""
+
+    @abc.abstractmethod
+    def _commands(self, without_disks: bool) -> List[str]:
+        """What removes it by hand; what is left to do of that when its disks are gone."""
+
+    @property
+    def left(self) -> str:
+        """What a run that died with the entry open did, for a log line."""
+        return "left a snapshot, or may have; removing it"
+
+    def tell_left(self, what: str, by_hand: Sequence[str] = ()) -> None:
+        """A finding about something of ours that stays in the pool, with the commands that remove it."""
+        commands = "; then ".join(by_hand or self._commands(False))
+        self._tell(self._entry, f"{self._thing} {what} The next run tries again{commands and '; by hand: ' + commands}.")
+
+    @property
+    def _doing(self) -> str:
+        """What is being done while it is removed."""
+        return "removing what was made for " + self._entry.title
+
+    @property
+    def _key(self) -> str:
+        """The key in other_config that what we make bears."""
+        return KEY_PREFIX + self._facts["token"]
+
+    @property
+    def _is_of_this_run(self) -> bool:
+        """Did this run open the entry?"""
+        return self._entry in self._services.journal.entries
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """The pool's answer."""
+        return self._services.pool.ask(self._doing, method, *arguments)
+
+    def _ask_if_there(self, method: str, ref: str, *arguments: Any) -> Any:
+        """The pool's answer about that object, None if it does not exist any more."""
+        return ask_if_there(self._services.pool, self._doing, method, ref, *arguments)
+
+    def _call(self, method: str, ref: str) -> None:
+        """Done once, and waited for as long as the pool may take for a large object."""
+        self._services.pool.call(self._doing, method, ref, timeout_s=self._services.journal.limit_s)
+
+    def _ref(self, class_name: str, uuid: str) -> Optional[str]:
+        """The ref of that object, None if it is gone or was never known."""
+        return self._ask_if_there(class_name + ".get_by_uuid", uuid) if uuid else None
+
+    def _is_old(self) -> bool:
+        """Is the call so long ago that nothing of it can appear any more?"""
+        age = self._services.clock.utc() - parse_utc(self._facts["called_at"])
+        return age.total_seconds() > LOST_ENTRY_LIFE_S
+
+    def _take_key(self, ref: str, record: Dict[str, Any], is_plausible: bool) -> None:
+        """Our key is gone from that disk; what copied it is told of, and how to remove it if it may be ours all the same."""
+        self._ask_if_there("VDI.remove_from_other_config", ref, self._key)
+        what = f"disk {quote_name(record['name_label'])} ({record['uuid']}) had copied our mark from it"
+        if is_plausible:
+            self._tell(self._entry, f"the {what} and is not proven to be ours, so only the mark was removed. If nobody else "
+                       f"made it, it can go: xe vdi-destroy uuid={record['uuid']}")
+        elif record["uuid"] != self._facts.get("disk"):
+            self._services.log.info(f"{self._entry.title}: the {what} and is not ours: only the mark was removed.")
+
+    # --- its disks ------------------------------------------------------------------
+
+    def _destroy_disk(self, uuid: str, own: Iterable[str] = ()) -> bool:
+        """True if that disk is gone; False, with a finding, if it must stay. `own`: the refs of VMs of ours."""
+        give_up_at = self._services.clock.monotonic() + BUSY_PATIENCE_S
+        while True:
+            ref = self._ref("VDI", uuid)
+            if ref is None:
+                return True
+            record = self._ask_if_there("VDI.get_record", ref)
+            if record is not None:
+                if self.DISKS_ARE_SNAPSHOTS and not record["is_a_snapshot"]:
+                    self.tell_left(f"has a disk, {uuid}, that is no snapshot any more, so it was left.")
+                    return False
+                strangers = strangers_on(self._services.pool, record, own, self._doing)
+                if strangers:
+                    self.tell_left(f"has a disk, {uuid}, that hangs on another VM, "
+                                   f"{self._ask('VM.get_name_label', strangers[0])}, so it was left.")
+                    return False
+                try:
+                    destroy(self._services, "VDI", ref, self._doing)
+                    return True
+                except ApiFailure as failure:
+                    if failure.code not in STILL_BUSY:
+                        raise
+                    reason = failure_text(failure.code, failure.parameters)
+                is_over = self._services.clock.monotonic() > give_up_at
+                drives = self._drives_of_hosts(record)
+                if self._let_go(record, drives, is_over):
+                    continue
+                if is_over:
+                    self.tell_left(f"has a disk, {uuid}, that is still in use ({reason}).",
+                                   self._commands_for_busy(uuid, drives.values()))
+                    return False
+            self._services.signals.sleep(BUSY_PAUSE_S)
+
+    def _drives_of_hosts(self, disk: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+        """The records, by ref, of the VBDs by which the disk hangs on control domains."""
+        drives = {ref: self._ask_if_there("VBD.get_record", ref) for ref in disk["VBDs"]}
+        return {ref: drive for ref, drive in drives.items()
+                if drive is not None and self._ask_if_there("VM.get_is_control_domain", drive["VM"])}
+
+    def _let_go(self, disk: Dict[str, Any], drives: Dict[str, Dict[str, Any]], has_waited: bool) -> bool:
+        """True if one of the drives that a server left on our disk, when it died in an export or import, is gone.
+
+        Nothing there clears them up. A server that will not let go of one is believed.
+        """
+        gone = False
+        for ref, drive in drives.items():
+            if not self._is_abandoned(disk, drive, has_waited):
+                continue
+            known = list(self._facts.get("drives", ()))
+            is_new = drive["uuid"] not in known
+            if is_new:
+                self._services.log.info(f"{self._entry.title}: the server left {disk['uuid']} attached to a control domain; "
+                                        "detaching it.")
+                self._entry.remember(drives=known + [drive["uuid"]])
+            try:
+                if drive["currently_attached"]:
+                    self._call("VBD.unplug", ref)
+                destroy(self._services, "VBD", ref, self._doing)
+                gone = True
+            except ApiFailure as failure:                      # it may do so a little later; what stays is told at the end
+                if is_new:
+                    self._services.log.info(f"{self._entry.title}: {failure}")
+        return gone
+
+    def _is_abandoned(self, disk: Dict[str, Any], drive: Dict[str, Any], has_waited: bool) -> bool:
+        """Does nothing in the pool work with that drive of a control domain any more?
+
+        The server's own test: its task is gone, or has ended (has_vbd_leaked in
+        ocaml/xapi/attach_helpers.ml@v24.19.2). Without a task noted, waiting has to tell.
+        """
+        if drive["current_operations"] or "related_to" in drive["other_config"]:
+            return False
+        task = drive["other_config"].get("task_id")
+        if task:
+            return self._ask_if_there("task.get_status", task) not in ("pending", "cancelling")
+        return has_waited and not disk["current_operations"]
+
+    def _commands_for_busy(self, uuid: str, drives: Iterable[Dict[str, Any]]) -> List[str]:
+        """What removes such a disk by hand: `xe snapshot-uninstall` would fail after it had destroyed the VM's record."""
+        commands = [f"xe {word} uuid={drive['uuid']}" for drive in drives for word in ("vbd-unplug", "vbd-destroy")]
+        disks = list(self._facts.get("disks", ()))
+        commands += [f"xe vdi-destroy uuid={disk}" for disk in (disks[disks.index(uuid):] if uuid in disks else [uuid])]
+        return commands + self._commands(True)
+
+
+class Snapshot(Owned):
+    """A snapshot, of a VM or of a disk."""
+    WORD = "snapshot"
+    COMMANDS = ("snapshot-uninstall", "snapshot-destroy")      # what removes it, and when its disks are gone
+    ORIGINAL_CLASS, ORIGINAL = "VM", "vm_uuid"                 # what it is made of, and the fact that tells its uuid
+
+    @property
+    def _doing(self) -> str:
+        return f"removing the {self.WORD} of {self._entry.title}"
+
+    @property
+    def _thing(self) -> str:
+        return f"its {self.WORD} {self._facts.get('uuid') or '(uuid unknown)'}"
+
+    def _commands(self, without_disks: bool) -> List[str]:
+        word, uuid = self.COMMANDS[without_disks], self._facts.get("uuid")
+        return [f"xe {word} uuid={uuid}"] if word and uuid else []
+
+    @abc.abstractmethod
+    def _find(self) -> List[str]:
+        """The refs of the snapshots that the entry proves to be ours."""
+
+    def _make(self, doing: str, method: str, *arguments: Any) -> str:
+        """The ref of the new snapshot, also when the answer to the call was lost but the call did its work."""
+        journal = self._services.journal
+        with self._not_called_yet():
+            self._services.signals.check()
+        try:
+            return self._services.pool.call(doing, method, *arguments, timeout_s=journal.limit_s)
+        except ApiFailure as failure:
+            self._entry.note(answer=failure.code)
+            raise
+        except AnswerLost as lost:
+            self._entry.note(answer="lost")
+            self._services.log.info(f"{lost} Asking the pool what became of it.")
+            ref = self._await_lost()
+            if ref is None:
+                raise
+            return ref
+
+    @contextlib.contextmanager
+    def _not_called_yet(self) -> Iterator[None]:
+        """What ends the block proves that the snapshot call was never made, so that nothing has to be looked for."""
+        try:
+            yield
+        except (BackupError, Interrupted):
+            self._entry.remember(answer="not called")
+            raise
+
+    def _await_lost(self) -> Optional[str]:
+        """The one snapshot that a call without an answer made, None if none appears."""
+        now = self._services.clock.monotonic
+        give_up_at, quiet_until = now() + self._services.journal.limit_s, now() + LOST_ANSWER_PATIENCE_S
+        while now() < give_up_at:
+            at_work = self._is_being_made()
+            found = self._find()
+            if len(found) == 1:
+                return found[0]
+            if not at_work:
+                if not self._facts.get("seen_idle"):
+                    self._entry.note(seen_idle=True)
+                if now() > quiet_until:
+                    return None
+            self._services.signals.sleep(1)
+        return None
+
+    def _is_being_made(self) -> bool:
+        """Is a snapshot of the original being made now?"""
+        ref = self._ref(self.ORIGINAL_CLASS, self._facts[self.ORIGINAL])
+        operations = ref and self._ask_if_there(self.ORIGINAL_CLASS + ".get_current_operations", ref)
+        return bool(operations) and "snapshot" in operations.values()
+
+    def _may_forget(self, was_called: bool) -> bool:
+        """May an entry of which nothing is found be closed?
+
+        Yes if the call was refused or never made, and none is going on; a call
+        whose answer was lost is looked for until a day has passed.
+        """
+        if self._facts.get("answer", "lost") != "lost" or not was_called:
+            return not self._is_being_made()
+        return self._is_old()
+
+
+class VmSnapshot(Snapshot):
+    """A snapshot of a VM: born with the token in its name."""
+    TEXTS = ("token", "vm_uuid", "vm_name", "name")
+
+    def make(self, machine: VirtualMachine, label: str) -> VirtualMachine:
+        """It is there, ready for export; raises ApiFailure or AnswerLost if not."""
+        doing, pool = f"the snapshot of {machine.title}", self._services.pool
+        ref = self._make(doing, "VM.snapshot", machine.ref, self._facts["name"])
+        snapshot = pool.machine(ref, "reading " + doing)
+        self._entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
+        pool.ask("naming " + doing, "VM.set_name_label", ref, label)
+        # a snapshot is a template too, and would be imported as one (ocaml/xapi/export.ml, v26.17.0)
+        pool.ask("preparing " + doing, "VM.set_is_a_template", ref, False)
+        return snapshot
+
+    def _find(self) -> List[str]:
+        known = self._ref("VM", self._facts.get("uuid", ""))
+        refs = ([known] if known else []) + [
+            ref for ref in self._ask("VM.get_by_name_label", self._facts["name"]) if ref != known]
+        return [ref for ref in refs if self._ask_if_there("VM.get_is_a_snapshot", ref)]
+
+    def remove(self) -> None:
+        """Disks first, the VM snapshot last: VM.destroy leaves disks behind, with nothing that tells whose they are."""
+        found = self._find()
+        if len(found) > 1:
+            self.tell_left(f"bears a token that {len(found)} snapshots bear, so none was removed.")
+            return
+        if found and "disks" not in self._facts:
+            snapshot = self._services.pool.machine(found[0], self._doing)
+            self._entry.remember(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
+        if not all(self._destroy_disk(uuid, found) for uuid in self._facts.get("disks", ())):
+            return
+        if found:
+            destroy(self._services, "VM", found[0], self._doing)
+        elif "uuid" not in self._facts and not self._may_forget(True):
+            return
+        if self._remove_message() or self._is_old():
+            self._entry.close("removed" if found else "not there")
+
+    def _remove_message(self) -> bool:
+        """True if the event message of our own snapshot is gone, so that nights don't pile up in the event list."""
+        doing = "removing the event message of the snapshot of " + self._entry.title
+        since = parse_utc(self._facts["called_at"]) - timedelta(days=1)       # clocks differ
+        try:
+            messages = self._services.pool.ask(doing, "message.get", "VM", self._facts["vm_uuid"],
+                                               xmlrpc.client.DateTime(since.strftime("%Y%m%dT%H:%M:%SZ")))
+            for ref, record in messages.items():
+                if record["name"] == "VM_SNAPSHOTTED" and TOKEN_MARK + self._facts["token"] in record["body"]:
+                    self._services.pool.call(doing, "message.destroy", ref)
+            return True
+        except BackupError as error:
+            self._services.log.info(f"{error} It is only a line in the event list; the next run tries again.")
+            return False
+
+
+class DiskSnapshot(Snapshot):
+    """A snapshot of a disk: born with our key in its other_config, which the server copies from the disk."""
+    TEXTS = ("token", "vm_uuid", "vm_name", "disk")
+    WORD, COMMANDS = "disk snapshot", ("vdi-destroy", "")
+    ORIGINAL_CLASS, ORIGINAL = "VDI", "disk"
+
+    def make(self, machine: VirtualMachine, disk: Disk) -> Disk:
+        """It is there, ready for export; raises ApiFailure or AnswerLost if not."""
+        doing, pool = f"the snapshot of disk {disk.device} of {machine.title}", self._services.pool
+        with self._not_called_yet():
+            try:
+                pool.ask("marking " + doing, "VDI.add_to_other_config", disk.vdi_ref, self._key,
+                         format_utc(self._services.clock.utc()))
+            except ApiFailure as failure:
+                if failure.code != "MAP_DUPLICATE_KEY":        # a repeated call whose first answer was lost
+                    raise
+            self._entry.note(known=[record["uuid"] for record in self._bearers().values()],
+                             calling_at=format_utc(pool.server_time(doing)))
+        ref = self._make(doing, "VDI.snapshot", disk.vdi_ref, {})
+        record = pool.ask("reading " + doing, "VDI.get_record", ref)
+        self._entry.note(uuid=record["uuid"])
+        pool.ask("marking " + doing, "VDI.remove_from_other_config", ref, self._key)
+        pool.ask("marking " + doing, "VDI.remove_from_other_config", disk.vdi_ref, self._key)
+        return disk._replace(vdi_ref=ref, vdi_uuid=record["uuid"], virtual_size=int(record["virtual_size"]))
+
+    def _bearers(self) -> Dict[str, Dict[str, Any]]:
+        """The records, by ref, of all disks that bear the entry's key: the disk, and what was made of it meanwhile.
+
+        Our own run's key stands for moments: before the call, and once its snapshot is known, only the disk and its
+        snapshots are looked at, as an SR may have thousands of disks. Else only what lies on the same SR can have copied
+        it; a dead run's may have stood for days, for any copy of the disk.
+        """
+        disk = self._ref("VDI", self._facts["disk"])
+        records = {}                       # type: Dict[str, Dict[str, Any]]
+        if disk is None or not self._is_of_this_run:
+            records = self._ask("VDI.get_all_records")
+        else:
+            record = self._ask_if_there("VDI.get_record", disk)
+            if record is not None:
+                is_clean = "calling_at" not in self._facts or "uuid" in self._facts
+                field, value = ("snapshot_of", disk) if is_clean else ("SR", record["SR"])
+                records = dict(self._ask("VDI.get_all_records_where", f'field "{field}" = "{value}"'))
+                records[disk] = record
+        return {ref: record for ref, record in records.items() if self._key in (record.get("other_config") or ())}
+
+    def _find(self) -> List[str]:
+        return self._proven(self._plausible(self._bearers()))
+
+    def _plausible(self, bearers: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+        """Those bearers of the key that may be the snapshot that our call made: none if it was not made or was refused.
+
+        Another tool's snapshot copies the key too. What bore it before the call is not ours.
+        """
+        facts = self._facts
+        if "calling_at" not in facts or facts.get("answer", "lost") not in UNSURE_ANSWERS:
+            return {}
+        disk = self._ref("VDI", facts["disk"])
+        return {ref: record for ref, record in bearers.items()
+                if record["is_a_snapshot"] and record["uuid"] not in facts["known"]
+                and (disk is None or record["snapshot_of"] == disk)
+                and not strangers_on(self._services.pool, record, (), self._doing)}
+
+    def _proven(self, plausible: Dict[str, Dict[str, Any]]) -> List[str]:
+        """The one of them that was made while our call can have been under way; [] if there is not exactly one."""
+        if self._facts.get("seen_idle") or not plausible:
+            return []
+        called_at = parse_utc(self._facts["calling_at"])
+        earliest = called_at - timedelta(seconds=HOST_CLOCKS_DIFFER_S)
+        latest = called_at + timedelta(seconds=self._services.journal.limit_s)
+        found = [ref for ref, record in plausible.items()
+                 if earliest <= parse_server_time(record["snapshot_time"]) <= latest]
+        return found if len(found) == 1 else []
+
+    def remove(self) -> None:
+        """The disk's snapshot is gone, and the key from whatever bears it; if it is not sure which is ours, only the key."""
+        is_known, is_at_work = "uuid" in self._facts, self._is_being_made()
+        if is_at_work and not is_known:
+            return
+        bearers = self._bearers()
+        plausible = {} if is_known else self._plausible(bearers)
+        known = self._ref("VDI", self._facts["uuid"]) if is_known else None
+        ours = self._proven(plausible) if not is_known else [known] if known else []
+        if ours and not is_known:
+            self._entry.remember(uuid=bearers[ours[0]]["uuid"])
+        for ref in [] if is_at_work else set(bearers) - set(ours):
+            self._take_key(ref, bearers[ref], ref in plausible)
+        if ours and not self._destroy_disk(self._facts["uuid"]):
+            return
+        if not is_at_work and (ours or is_known or self._may_forget("calling_at" in self._facts)):
+            self._entry.close("removed" if ours else "not there")
+
+
+class ImportedVms(Owned):
+    """What a restore or drill makes: the VMs of its imports, their disks and tasks.
+
+    Its entry: token, vm_uuid, vm_name, names (the provisional names of the VMs that imports make), tasks (their refs,
+    noted before an import starts), called_at, then uuids (of the VMs) and disks (uuids), and `restored` once it is whole
+    and the person's. Ours is a VM whose uuid was noted, or, when an answer was lost, one with a provisional name whose
+    import_task is a noted task; and a disk that was noted, or whose sm_config bears such a task: the importer writes the
+    task there before it writes the first block (ocaml/xapi/import.ml@v26.17.0; recorded on 24.19.2). What is made by API
+    calls has the key `vmbackup:TOKEN` in its other_config instead.
+    """
+    TEXTS = ("token", "vm_uuid", "vm_name")
+    DISKS_ARE_SNAPSHOTS = False
+
+    @property
+    def left(self) -> str:
+        """What a run that died with the entry open did, for a log line."""
+        return "restored it and ended before its last steps; doing them" if self._facts.get("restored") \
+            else f"left a VM of a {self._facts['kind']}, or may have; removing it"
+
+    @property
+    def _thing(self) -> str:
+        named = ", ".join(self._facts.get("uuids", ())) or "named " + self._facts["names"][0]
+        return f"the VM that a {self._facts['kind']} made of it, {named},"
+
+    def _commands(self, without_disks: bool) -> List[str]:
+        return [f"xe vm-uninstall uuid={uuid}" for uuid in self._facts.get("uuids", ())]
+
+    def tell_left(self, what: str, by_hand: Sequence[str] = ()) -> None:
+        """A finding about something of ours that stays in the pool, with the commands that remove it."""
+        if self._facts.get("restored"):
+            self._tell(self._entry, "the restored VM is whole; only the record of its import in the pool's list of tasks "
+                       + what)
+        else:
+            super().tell_left(what, by_hand)
+
+    def remove(self) -> None:
+        """Disks first, VMs last, tasks behind them; only what the entry proves, and never a VM that is in use."""
+        if self._facts.get("restored"):
+            self._finish_restored()
+            return
+        if not self._imports_have_ended(self._tasks()):
+            self.tell_left("is still being imported; it was left.")
+            return
+        machines = self._find()
+        refusal = self._refusal(machines)
+        if refusal:
+            self.tell_left(refusal)
+            return
+        disks = set(self._facts.get("disks", ())) | self._disks_made()
+        if machines or disks:
+            self._entry.remember(uuids=[record["uuid"] for record in machines.values()], disks=sorted(disks))
+        if not all(self._destroy_disk(uuid, machines) for uuid in sorted(disks)):
+            return
+        for ref in machines:
+            destroy(self._services, "VM", ref, self._doing)
+        self._forget_tasks()
+        self._entry.close("removed" if machines or disks else "not there")
+
+    def _finish_restored(self) -> None:
+        """A VM that came back whole is the person's: only its tasks go. They are told if it has not got its name; of this
+        run's own they know."""
+        ref = None if self._is_of_this_run else self._ref("VM", self._facts["uuids"][0])
+        if ref and self._ask_if_there("VM.get_name_label", ref) in self._facts["names"]:
+            self._tell(self._entry, unnamed_text(self._entry))
+        self._forget_tasks()
+        self._entry.close("restored")
+
+    def _tasks(self) -> List[str]:
+        """The refs of the entry's tasks that still exist; one that was made but not noted bears a provisional name."""
+        tasks = list(self._facts.get("tasks", ()))
+        for name in self._facts["names"]:
+            tasks += [ref for ref in self._ask("task.get_by_name_label", name) if ref not in tasks]
+        return [ref for ref in tasks if self._ask_if_there("task.get_status", ref) is not None]
+
+    def _imports_have_ended(self, tasks: Sequence[str]) -> bool:
+        """True when no import of the tasks goes on any more; those that do are asked to stop and waited for.
+
+        A task that no import has taken stays pending for ever: when nothing of it
+        was seen for a while it is ended, so that none takes it later.
+        """
+        now = self._services.clock.monotonic
+        quiet_until, give_up_at = now() + LOST_ANSWER_PATIENCE_S, now() + IMPORT_END_PATIENCE_S
+        while True:
+            states = {ref: self._state_of_import(ref) for ref in tasks}
+            for ref, state in states.items():
+                if state == "at work":
+                    with contextlib.suppress(ApiFailure):      # OPERATION_NOT_ALLOWED: not at this point
+                        self._ask("task.cancel", ref)
+                elif state == "not taken" and now() > quiet_until:
+                    self._end_task(ref)
+                    states[ref] = ""
+            if not any(states.values()):
+                return True
+            if now() > give_up_at:
+                return False
+            self._services.signals.sleep(0.5)
+
+    def _state_of_import(self, task: str) -> str:
+        """What is seen of the import of that task: `at work`, `not taken` (yet), "" when it has ended."""
+        for name in self._facts["names"]:
+            for ref in self._ask("VM.get_by_name_label", name):
+                if task in (self._ask_if_there("VM.get_current_operations", ref) or ()):
+                    return "at work"
+        progress = None
+        if self._ask_if_there("task.get_status", task) == "pending":
+            progress = self._ask_if_there("task.get_progress", task)
+        return "" if progress is None else "at work" if float(progress) > 0 else "not taken"
+
+    def _end_task(self, task: str) -> None:
+        """The task is pending no more; a pending one would only be marked by task.destroy
+        (ocaml/xapi/xapi_task.ml@v26.17.0)."""
+        if self._ask_if_there("task.get_status", task) == "pending":
+            self._ask_if_there("task.set_status", task, "cancelled")
+
+    def _forget_tasks(self) -> None:
+        """The entry's tasks are gone from the pool's list, where they would stay for hours."""
+        for ref in self._tasks():
+            self._end_task(ref)
+            self._ask_if_there("task.destroy", ref)
+
+    def _find(self) -> Dict[str, Dict[str, Any]]:
+        """The records, by ref, of the VMs that the entry proves to be ours."""
+        found = {}
+        for uuid in self._facts.get("uuids", ()):
+            ref = self._ref("VM", uuid)
+            record = ref and self._ask_if_there("VM.get_record", ref)
+            if record:
+                found[ref] = record
+        tasks = self._facts.get("tasks", ())
+        for name in self._facts["names"]:
+            for ref in self._ask("VM.get_by_name_label", name):
+                record = self._ask_if_there("VM.get_record", ref)
+                if record and not record["is_a_snapshot"] and not record["is_a_template"] and (
+                        record["other_config"].get("import_task") in tasks or self._key in record["other_config"]):
+                    found[ref] = record
+        return found
+
+    def _refusal(self, machines: Dict[str, Dict[str, Any]]) -> str:
+        """Why those VMs must stay, "" if they may go; a drill's own VM that runs is switched off."""
+        if len(machines) > len(self._facts["names"]):
+            return f"can't be told from others: {len(machines)} VMs bear its marks, so none was removed."
+        for ref, record in machines.items():
+            if record["name_label"] not in self._facts["names"] or record["is_a_snapshot"] or record["is_a_template"]:
+                return f"was taken over by somebody (its name is now {quote_name(record['name_label'])}), so it was left."
+            if record["power_state"] == "Halted":
+                continue
+            if self._facts["kind"] != "drill":
+                return f"is {record['power_state'].lower()}, so it was left."
+            self._call("VM.hard_shutdown", ref)
+        return ""
+
+    def _disks_made(self) -> Set[str]:
+        """The uuids of the disks that the entry's imports, or its VDI.create, made, whether or not a VM has them.
+
+        VDI.create makes one. What else bears our key has copied it: that is not ours, and loses the key.
+        """
+        tasks, noted = self._facts.get("tasks", ()), self._facts.get("disks", ())
+        records = self._services.pool.records(self._doing, "VDI")
+        bearers = [ref for ref, record in records.items() if self._key in (record.get("other_config") or ())]
+        plausible = [ref for ref in bearers if not noted and not records[ref]["is_a_snapshot"]]
+        made = {records[plausible[0]]["uuid"]} if len(plausible) == 1 else set()
+        for ref in bearers:
+            if records[ref]["uuid"] not in made and records[ref]["uuid"] not in noted:
+                self._take_key(ref, records[ref], ref in plausible)
+        return made | {record["uuid"] for record in records.values() if record.get("is_a_snapshot") is False
+                       and (record.get("sm_config") or {}).get("import_task") in tasks}
+
+
+def unnamed_text(entry: OpenEntry) -> str:
+    """What to tell of a restored VM that has not got its name."""
+    uuid = entry.facts["uuids"][0]
+    return (f"the restored VM {uuid} is whole, but is still named {quote_name(entry.facts['names'][0])}. Name it: "
+            f"xe vm-param-set uuid={uuid} name-label=...")
+
+
+OWNED_KINDS = {"vm-snapshot": VmSnapshot, "vdi-snapshot": DiskSnapshot, "restore": ImportedVms, "drill": ImportedVms}
+ENTRY_LISTS = ("names", "tasks", "uuids", "disks", "drives", "known")
+
+
+def is_understood(facts: Dict[str, Any]) -> bool:
+    """Is it an entry that this version writes? Then all that its removal reads is there, and of its kind."""
+    try:
+        kind = OWNED_KINDS[facts["kind"]]
+        texts = kind.TEXTS + tuple(key for key in ("uuid", "answer", "closed") if key in facts)
+        filled = (("names",) if kind is ImportedVms else ()) + (("uuids",) if facts.get("restored") else ())
+        was_called = ("calling_at",) if "calling_at" in facts or "known" in facts else ()
+        return all(2000 < parse_utc(facts[key]).year < 9000 for key in ("called_at",) + was_called) \
+            and all(isinstance(facts[key], str) for key in texts) \
+            and all(facts[key] for key in filled) and ("known" in facts or not was_called) \
+            and all(isinstance(facts[key], list) and all(isinstance(item, str) for item in facts[key])
+                    for key in ENTRY_LISTS if key in facts)
+    except (LookupError, TypeError, ValueError):
+        return False
+
+
+# --- all of them ------------------------------------------------------------------------
+
+
 class Snapshots:
-    """The snapshots that this run makes, and those that dead runs left."""
+    """What this run makes in the pool, and what dead runs left there."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -6390,7 +7010,14 @@ class Snapshots:
         """Did the store that holds the journal give no answer? Then nothing can be begun in the pool."""
         return self._services.journal.is_mute
 
-    # --- making -----------------------------------------------------------------
+    def tell(self, entry: OpenEntry, sentence: str) -> None:
+        """A warning about what the entry is about, noted for the report, and told now."""
+        self.findings.append(Finding(Severity.WARNING, entry.title, sentence))
+        self._services.log.finding(self.findings[-1])
+
+    def owned(self, entry: OpenEntry) -> Owned:
+        """What the entry is about."""
+        return OWNED_KINDS[entry.facts["kind"]](self._services, entry, self.tell)
 
     @contextlib.contextmanager
     def of_vm(self, machine: VirtualMachine, label: str) -> Iterator[VirtualMachine]:
@@ -6400,210 +7027,27 @@ class Snapshots:
         be removed is a finding; it never hides another error.
         """
         token = secrets.token_hex(8)
-        born_name = "%s %s%s" % (label, TOKEN_MARK, token)
-        entry = self._services.journal.open_entry(
-            kind="vm-snapshot", token=token, vm_uuid=machine.uuid, vm_name=machine.name, name=born_name,
-            called_at=format_utc(self._services.clock.utc()))
-        try:
-            doing = "the snapshot of %s" % machine.title
-            ref = self._make(entry, doing, "VM.snapshot", (machine.ref, born_name),
-                             lambda: self._find_vm_snapshots(entry),
-                             lambda: self._is_snapshotting("VM", machine.ref))
-            snapshot = self._services.pool.machine(ref, "reading " + doing)
-            entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
-            self._services.pool.ask("naming " + doing, "VM.set_name_label", ref, label)
-            # a snapshot is a template too, and would be imported as one (ocaml/xapi/export.ml, v26.17.0)
-            self._services.pool.ask("preparing " + doing, "VM.set_is_a_template", ref, False)
-            yield snapshot
-        except StorageStalled:
-            self._services.journal.is_mute = True
-            raise
-        finally:
-            self.remove(entry)
+        with self._begun(machine, kind="vm-snapshot", token=token, name=f"{label} {TOKEN_MARK}{token}") as snapshot:
+            yield snapshot.make(machine, label)
 
     @contextlib.contextmanager
     def of_disk(self, machine: VirtualMachine, disk: Disk) -> Iterator[Disk]:
         """A snapshot of the VM's disk, removed on every way out; raises as of_vm does."""
-        token = secrets.token_hex(8)
-        key = KEY_PREFIX + token
-        entry = self._services.journal.open_entry(
-            kind="vdi-snapshot", token=token, vm_uuid=machine.uuid, vm_name=machine.name, disk=disk.vdi_uuid,
-            called_at=format_utc(self._services.clock.utc()))
+        with self._begun(machine, kind="vdi-snapshot", token=secrets.token_hex(8), disk=disk.vdi_uuid) as snapshot:
+            yield snapshot.make(machine, disk)
+
+    @contextlib.contextmanager
+    def _begun(self, machine: VirtualMachine, **facts: Any) -> Iterator[Any]:
+        """The thing that is then made, its entry on disk before that; removed on every way out."""
+        entry = self._services.journal.open_entry(vm_uuid=machine.uuid, vm_name=machine.name,
+                                                  called_at=format_utc(self._services.clock.utc()), **facts)
         try:
-            doing = "the snapshot of disk %s of %s" % (disk.device, machine.title)
-            with self._not_called_yet(entry):
-                self._mark_disk(disk.vdi_ref, key, doing)
-                entry.note(known=[record["uuid"] for record in self._bearers(entry, doing).values()],
-                           calling_at=format_utc(self._services.pool.server_time(doing)))
-            ref = self._make(entry, doing, "VDI.snapshot", (disk.vdi_ref, {}),
-                             lambda: self._find_disk_snapshots(entry),
-                             lambda: self._is_snapshotting("VDI", disk.vdi_ref))
-            record = self._services.pool.ask("reading " + doing, "VDI.get_record", ref)
-            entry.note(uuid=record["uuid"])
-            self._services.pool.ask("marking " + doing, "VDI.remove_from_other_config", ref, key)
-            self._services.pool.ask("marking " + doing, "VDI.remove_from_other_config", disk.vdi_ref, key)
-            yield disk._replace(vdi_ref=ref, vdi_uuid=record["uuid"], virtual_size=int(record["virtual_size"]))
+            yield self.owned(entry)
         except StorageStalled:
             self._services.journal.is_mute = True
             raise
         finally:
             self.remove(entry)
-
-    def _mark_disk(self, ref: str, key: str, doing: str) -> None:
-        """The disk bears the key, which the server copies to its snapshot."""
-        try:
-            self._services.pool.ask("marking " + doing, "VDI.add_to_other_config", ref, key, format_utc(self._services.clock.utc()))
-        except ApiFailure as failure:
-            if failure.code != "MAP_DUPLICATE_KEY":        # a repeated call whose first answer was lost
-                raise
-
-    @contextlib.contextmanager
-    def _not_called_yet(self, entry: OpenEntry) -> Iterator[None]:
-        """What ends the block proves that the snapshot call was never made, so that nothing has to be looked for."""
-        try:
-            yield
-        except (BackupError, Interrupted):
-            with contextlib.suppress(CatalogError):
-                entry.note(answer="not called")
-            raise
-
-    def _make(self, entry: OpenEntry, doing: str, method: str, arguments: Tuple[Any, ...],
-              find: Callable[[], List[str]], is_at_work: Callable[[], bool]) -> str:
-        """The ref of the new snapshot, also when the answer to the call was lost but the call did its work."""
-        with self._not_called_yet(entry):
-            self._services.signals.check()
-        try:
-            return self._services.pool.call(doing, method, *arguments, timeout_s=self._services.journal.limit_s)
-        except ApiFailure as failure:
-            entry.note(answer=failure.code)
-            raise
-        except AnswerLost as lost:
-            entry.note(answer="lost")
-            self._services.log.info("%s Asking the pool what became of it." % lost)
-            ref = self._await_lost(entry, find, is_at_work)
-            if ref is None:
-                raise
-            return ref
-
-    def _await_lost(self, entry: OpenEntry, find: Callable[[], List[str]],
-                    is_at_work: Callable[[], bool]) -> Optional[str]:
-        """The one snapshot that a call without an answer made, None if none appears."""
-        give_up_at = self._services.clock.monotonic() + self._services.journal.limit_s
-        quiet_until = self._services.clock.monotonic() + LOST_ANSWER_PATIENCE_S
-        while self._services.clock.monotonic() < give_up_at:
-            at_work = is_at_work()
-            found = find()
-            if len(found) == 1:
-                return found[0]
-            if not at_work:
-                if not entry.facts.get("seen_idle"):
-                    entry.note(seen_idle=True)
-                if self._services.clock.monotonic() > quiet_until:
-                    return None
-            self._services.signals.sleep(1)
-        return None
-
-    def _is_snapshotting(self, class_name: str, ref: str) -> bool:
-        """Is a snapshot of that VM or VDI being made now?"""
-        try:
-            operations = self._services.pool.ask("asking what the pool is doing", class_name + ".get_current_operations", ref)
-        except ApiFailure as failure:
-            if is_gone(failure, class_name):
-                return False
-            raise
-        return "snapshot" in operations.values()
-
-    # --- finding ------------------------------------------------------------------
-
-    def _find_vm_snapshots(self, entry: OpenEntry) -> List[str]:
-        """The refs of the VM snapshots that the entry proves to be ours."""
-        doing = "looking for the snapshot of " + entry.title
-        refs = self._by_uuid("VM", entry.facts.get("uuid"), doing)
-        refs += [ref for ref in self._services.pool.ask(doing, "VM.get_by_name_label", entry.facts["name"])
-                 if ref not in refs]
-        found = []
-        for ref in refs:
-            with self._unless_gone("VM"):
-                if self._services.pool.ask(doing, "VM.get_is_a_snapshot", ref):
-                    found.append(ref)
-        return found
-
-    def _bearers(self, entry: OpenEntry, doing: str) -> Dict[str, Dict[str, Any]]:
-        """The records, by ref, of all disks that bear the entry's key: the disk, and what was made of it meanwhile.
-
-        Our own run's key stands for moments: before the call, and once its snapshot is known, only the disk and its
-        snapshots are looked at, as an SR may have thousands of disks. Else only what lies on the same SR can have copied
-        it; a dead run's may have stood for days, for any copy of the disk.
-        """
-        key = KEY_PREFIX + entry.facts["token"]
-        records = {}                       # type: Dict[str, Dict[str, Any]]
-        disks = self._by_uuid("VDI", entry.facts["disk"], doing)
-        if disks and entry in self._services.journal.entries:
-            with self._unless_gone("VDI"):
-                record = self._services.pool.ask(doing, "VDI.get_record", disks[0])
-                is_clean = "calling_at" not in entry.facts or "uuid" in entry.facts
-                where = ("snapshot_of", disks[0]) if is_clean else ("SR", record["SR"])
-                records = dict(self._services.pool.ask(doing, "VDI.get_all_records_where", 'field "%s" = "%s"' % where))
-                records[disks[0]] = record
-        else:
-            records = self._services.pool.ask(doing, "VDI.get_all_records")
-        return {ref: record for ref, record in records.items() if key in (record.get("other_config") or ())}
-
-    def _find_disk_snapshots(self, entry: OpenEntry) -> List[str]:
-        """The ref of the disk snapshot that is proven to be ours, or none."""
-        doing = "looking for the disk snapshot of " + entry.title
-        return self._proven(entry, self._plausible(entry, self._bearers(entry, doing), doing))
-
-    def _plausible(self, entry: OpenEntry, bearers: Dict[str, Dict[str, Any]], doing: str) -> Dict[str, Dict[str, Any]]:
-        """Those bearers of the key that may be the snapshot that our call made: none if it was not made or was refused.
-
-        Another tool's snapshot copies the key too. What bore it before the call is not ours.
-        """
-        facts = entry.facts
-        if "calling_at" not in facts or facts.get("answer", "lost") not in UNSURE_ANSWERS:
-            return {}
-        disks = self._by_uuid("VDI", facts["disk"], doing)
-        return {ref: record for ref, record in bearers.items()
-                if record["is_a_snapshot"] and record["uuid"] not in facts["known"]
-                and (not disks or record["snapshot_of"] == disks[0]) and not self.strangers_on(record, (), doing)}
-
-    def _proven(self, entry: OpenEntry, plausible: Dict[str, Dict[str, Any]]) -> List[str]:
-        """The one of them that was made while our call can have been under way; [] if there is not exactly one."""
-        if entry.facts.get("seen_idle") or not plausible:
-            return []
-        called_at = parse_utc(entry.facts["calling_at"])
-        earliest, latest = called_at - timedelta(seconds=HOST_CLOCKS_DIFFER_S), called_at + timedelta(seconds=self._services.journal.limit_s)
-        found = [ref for ref, record in plausible.items()
-                 if earliest <= parse_server_time(record["snapshot_time"]) <= latest]
-        return found if len(found) == 1 else []
-
-    def _by_uuid(self, class_name: str, uuid: Optional[str], doing: str) -> List[str]:
-        """The ref of that object, [] if it is gone or was never known."""
-        if uuid:
-            with self._unless_gone(class_name):
-                return [self._services.pool.ask(doing, class_name + ".get_by_uuid", uuid)]
-        return []
-
-    @contextlib.contextmanager
-    def _unless_gone(self, *class_names: str) -> Iterator[None]:
-        """Inside, an object of these classes that no longer exists ends the block."""
-        try:
-            yield
-        except ApiFailure as failure:
-            if not is_gone(failure, *class_names):
-                raise
-
-    def strangers_on(self, record: Dict[str, Any], own: Sequence[str], doing: str) -> List[str]:
-        """The refs of VMs that the disk hangs on, other than ours and control domains."""
-        strangers = []
-        for vbd in record["VBDs"]:
-            with self._unless_gone("VBD", "VM"):
-                machine = self._services.pool.ask(doing, "VBD.get_VM", vbd)
-                if machine not in own and not self._services.pool.ask(doing, "VM.get_is_control_domain", machine):
-                    strangers.append(machine)
-        return strangers
-
-    # --- removing -------------------------------------------------------------------
 
     def remove(self, entry: OpenEntry) -> None:
         """Nothing of the entry is left in the pool, or a finding says what and how to remove it.
@@ -6611,443 +7055,42 @@ class Snapshots:
         Signals wait. Never raises for what the pool or the storage does, so
         that the error before it is the one that is told.
         """
+        owned = self.owned(entry)
         with self._services.signals.shielded(), entry.hurried():
             try:
-                if entry.facts["kind"] == "vm-snapshot":
-                    self._remove_vm_snapshot(entry)
-                elif entry.facts["kind"] in IMPORT_KINDS:
-                    self._remove_imports(entry)
-                else:
-                    self._remove_disk_snapshot(entry)
+                owned.remove()
             except BackupError as error:
-                self._report_left(entry, "could not be removed now: %s" % error)
-
-    def _add_finding(self, entry: OpenEntry, sentence: str) -> None:
-        """A warning about what the entry is about, noted for the report, and told now."""
-        self.findings.append(Finding(Severity.WARNING, entry.title, sentence))
-        self._services.log.finding(self.findings[-1])
-
-    def _report_left(self, entry: OpenEntry, what: str, by_hand: Sequence[str] = ()) -> None:
-        """A finding about something of ours that stays in the pool, with the commands that remove it."""
-        kind, uuid = entry.facts["kind"], entry.facts.get("uuid", "")
-        if entry.facts.get("restored"):
-            self._add_finding(entry, "the restored VM is whole; only the record of its import in the pool's list of tasks %s"
-                              % what)
-            return
-        if kind in IMPORT_KINDS:
-            uuids = entry.facts.get("uuids", ())
-            thing = "the VM that a %s made of it, %s," % (kind, ", ".join(uuids) or "named " + entry.facts["names"][0])
-            last = ["xe vm-uninstall uuid=%s" % uuid for uuid in uuids]
-        else:
-            word, command = ("snapshot", "snapshot-uninstall") if kind == "vm-snapshot" else ("disk snapshot", "vdi-destroy")
-            thing = "its %s %s" % (word, uuid or "(uuid unknown)")
-            last = ["xe %s uuid=%s" % (command, uuid)] if uuid else []
-        commands = "; then ".join(list(by_hand) or last)
-        self._add_finding(entry, "%s %s The next run tries again%s." % (thing, what, commands and "; by hand: " + commands))
-
-    def _remove_vm_snapshot(self, entry: OpenEntry) -> None:
-        """Disks first, the VM snapshot last: VM.destroy leaves disks behind, with nothing that tells whose they are."""
-        found = self._find_vm_snapshots(entry)
-        if len(found) > 1:
-            self._report_left(entry, "bears a token that %d snapshots bear, so none was removed." % len(found))
-            return
-        doing = "removing the snapshot of " + entry.title
-        if found and "disks" not in entry.facts:
-            snapshot = self._services.pool.machine(found[0], doing)
-            with contextlib.suppress(CatalogError):            # a full store: what is remembered is enough for now
-                entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
-        for uuid in entry.facts.get("disks", ()):
-            if not self._destroy_disk(entry, uuid, found, doing):
-                return
-        if found:
-            self.destroy("VM", found[0], doing)
-        elif "uuid" not in entry.facts and not self._may_forget(entry, "VM", entry.facts["vm_uuid"]):
-            return
-        if self._remove_message(entry) or self._is_old(entry):
-            entry.close("removed" if found else "not there")
-
-    def _remove_disk_snapshot(self, entry: OpenEntry) -> None:
-        """The disk's snapshot is gone, and the key from whatever bears it; if it is not sure which is ours, only the key."""
-        doing = "removing the disk snapshot of " + entry.title
-        is_known = "uuid" in entry.facts
-        disks = self._by_uuid("VDI", entry.facts["disk"], doing)
-        is_at_work = bool(disks) and self._is_snapshotting("VDI", disks[0])
-        if is_at_work and not is_known:
-            return
-        bearers = self._bearers(entry, doing)
-        plausible = {} if is_known else self._plausible(entry, bearers, doing)
-        ours = self._by_uuid("VDI", entry.facts["uuid"], doing) if is_known else self._proven(entry, plausible)
-        if ours and not is_known:
-            with contextlib.suppress(CatalogError):            # a full store: what is remembered is enough for now
-                entry.note(uuid=bearers[ours[0]]["uuid"])
-        for ref in [] if is_at_work else set(bearers) - set(ours):
-            self._take_key(entry, ref, bearers[ref], ref in plausible, doing)
-        for ref in ours:
-            if not self._destroy_disk(entry, entry.facts["uuid"], (), doing):
-                return
-        if not is_at_work and (ours or is_known or self._may_forget(entry, "VDI", entry.facts["disk"])):
-            entry.close("removed" if ours else "not there")
-
-    def _take_key(self, entry: OpenEntry, ref: str, record: Dict[str, Any], is_plausible: bool, doing: str) -> None:
-        """Our key is gone from that disk; what copied it is told of, and how to remove it if it may be ours all the same."""
-        with self._unless_gone("VDI"):
-            self._services.pool.ask(doing, "VDI.remove_from_other_config", ref, KEY_PREFIX + entry.facts["token"])
-        what = "disk %s (%s) had copied our mark from it" % (quote_name(record["name_label"]), record["uuid"])
-        if is_plausible:
-            self._add_finding(entry, "the %s and is not proven to be ours, so only the mark was removed. If nobody else made it, "
-                              "it can go: xe vdi-destroy uuid=%s" % (what, record["uuid"]))
-        elif record["uuid"] != entry.facts.get("disk"):
-            self._services.log.info("%s: the %s and is not ours: only the mark was removed." % (entry.title, what))
-
-    def _may_forget(self, entry: OpenEntry, class_name: str, uuid: str) -> bool:
-        """May an entry of which nothing is found be closed?
-
-        Yes if the call was refused or never made, and none is going on; a call
-        whose answer was lost is looked for until a day has passed.
-        """
-        was_made = entry.facts["kind"] == "vm-snapshot" or "calling_at" in entry.facts
-        if entry.facts.get("answer", "lost") != "lost" or not was_made:
-            refs = self._by_uuid(class_name, uuid, "asking for " + entry.title)
-            return not (refs and self._is_snapshotting(class_name, refs[0]))
-        return self._is_old(entry)
-
-    def _is_old(self, entry: OpenEntry) -> bool:
-        """Is the call so long ago that nothing of it can appear any more?"""
-        age = self._services.clock.utc() - parse_utc(entry.facts["called_at"])
-        return age.total_seconds() > LOST_ENTRY_LIFE_S
-
-    def _destroy_disk(self, entry: OpenEntry, uuid: str, own: Sequence[str], doing: str, snapshot: bool = True) -> bool:
-        """True if that disk (a snapshot, unless told otherwise) is gone; False, with a finding, if it must stay."""
-        give_up_at = self._services.clock.monotonic() + BUSY_PATIENCE_S
-        while True:
-            refs = self._by_uuid("VDI", uuid, doing)
-            if not refs:
-                return True
-            with self._unless_gone("VDI"):
-                record = self._services.pool.ask(doing, "VDI.get_record", refs[0])
-                if snapshot and not record["is_a_snapshot"]:
-                    self._report_left(entry, "has a disk, %s, that is no snapshot any more, so it was left." % uuid)
-                    return False
-                strangers = self.strangers_on(record, own, doing)
-                if strangers:
-                    self._report_left(entry, "has a disk, %s, that hangs on another VM, %s, so it was left." % (
-                        uuid, self._services.pool.ask(doing, "VM.get_name_label", strangers[0])))
-                    return False
-                try:
-                    self.destroy("VDI", refs[0], doing)
-                    return True
-                except ApiFailure as failure:
-                    if failure.code not in STILL_BUSY:
-                        raise
-                    is_over = self._services.clock.monotonic() > give_up_at
-                    drives = self._drives_of_hosts(record, doing)
-                    if self._let_go(entry, record, drives, is_over, doing):
-                        continue
-                    if is_over:
-                        self._report_left(entry, "has a disk, %s, that is still in use (%s)."
-                                          % (uuid, failure_text(failure.code, failure.parameters)),
-                                          self._commands_for_busy(entry, uuid, drives.values()))
-                        return False
-            self._services.signals.sleep(BUSY_PAUSE_S)
-
-    def _drives_of_hosts(self, record: Dict[str, Any], doing: str) -> Dict[str, Dict[str, Any]]:
-        """The records, by ref, of the VBDs by which the disk hangs on control domains."""
-        drives = {}
-        for ref in record["VBDs"]:
-            with self._unless_gone("VBD", "VM"):
-                drive = self._services.pool.ask(doing, "VBD.get_record", ref)
-                if self._services.pool.ask(doing, "VM.get_is_control_domain", drive["VM"]):
-                    drives[ref] = drive
-        return drives
-
-    def _let_go(self, entry: OpenEntry, disk: Dict[str, Any], drives: Dict[str, Dict[str, Any]], has_waited: bool,
-                doing: str) -> bool:
-        """True if one of the drives that a server left on our disk, when it died in an export or import, is gone.
-
-        Nothing there clears them up. A server that will not let go of one is believed.
-        """
-        gone = False
-        for ref, drive in drives.items():
-            if not self._is_abandoned(disk, drive, has_waited, doing):
-                continue
-            is_new = drive["uuid"] not in entry.facts.get("drives", ())
-            if is_new:
-                self._services.log.info("%s: the server left %s attached to a control domain; detaching it." % (entry.title, disk["uuid"]))
-                with contextlib.suppress(CatalogError):        # a full store: what is remembered is enough for now
-                    entry.note(drives=list(entry.facts.get("drives", ())) + [drive["uuid"]])
-            try:
-                if drive["currently_attached"]:
-                    self._services.pool.call(doing, "VBD.unplug", ref, timeout_s=self._services.journal.limit_s)
-                self.destroy("VBD", ref, doing)
-                gone = True
-            except ApiFailure as failure:                      # it may do so a little later; what stays is told at the end
-                if is_new:
-                    self._services.log.info("%s: %s" % (entry.title, failure))
-        return gone
-
-    def _is_abandoned(self, disk: Dict[str, Any], drive: Dict[str, Any], has_waited: bool, doing: str) -> bool:
-        """Does nothing in the pool work with that drive of a control domain any more?
-
-        The server's own test: its task is gone, or has ended (has_vbd_leaked in
-        ocaml/xapi/attach_helpers.ml@v24.19.2). Without a task noted, waiting has to tell.
-        """
-        if drive["current_operations"] or "related_to" in drive["other_config"]:
-            return False
-        task = drive["other_config"].get("task_id")
-        if task:
-            with self._unless_gone("task"):
-                return self._services.pool.ask(doing, "task.get_status", task) not in ("pending", "cancelling")
-            return True
-        return has_waited and not disk["current_operations"]
-
-    def _commands_for_busy(self, entry: OpenEntry, uuid: str, drives: Iterable[Dict[str, Any]]) -> List[str]:
-        """What removes such a disk by hand: `xe snapshot-uninstall` would fail after it had destroyed the VM's record."""
-        commands = ["xe %s uuid=%s" % (word, drive["uuid"]) for drive in drives for word in ("vbd-unplug", "vbd-destroy")]
-        disks = list(entry.facts.get("disks", ()))
-        commands += ["xe vdi-destroy uuid=%s" % disk for disk in (disks[disks.index(uuid):] if uuid in disks else [uuid])]
-        if entry.facts["kind"] == "vm-snapshot" and entry.facts.get("uuid"):
-            return commands + ["xe snapshot-destroy uuid=%s" % entry.facts["uuid"]]
-        return commands + ["xe vm-uninstall uuid=%s" % machine for machine in entry.facts.get("uuids", ())]
-
-    def destroy(self, class_name: str, ref: str, doing: str) -> None:
-        """The object is gone. A call without an answer is repeated only after the pool said that it still exists."""
-        give_up_at = self._services.clock.monotonic() + self._services.journal.limit_s
-        while True:
-            try:
-                self._services.pool.call(doing, class_name + ".destroy", ref, timeout_s=self._services.journal.limit_s)
-                return
-            except ApiFailure as failure:
-                if is_gone(failure, class_name):
-                    return
-                raise
-            except AnswerLost:
-                if not self._exists(class_name, ref, doing):
-                    return
-                if self._services.clock.monotonic() > give_up_at:
-                    raise
-            self._services.signals.sleep(1)
-
-    def _exists(self, class_name: str, ref: str, doing: str) -> bool:
-        """Is the object still there?"""
-        with self._unless_gone(class_name):
-            self._services.pool.ask(doing, class_name + ".get_uuid", ref)
-            return True
-        return False
-
-    def _remove_message(self, entry: OpenEntry) -> bool:
-        """True if the event message of our own snapshot is gone, so that nights don't pile up in the event list."""
-        doing = "removing the event message of the snapshot of " + entry.title
-        since = parse_utc(entry.facts["called_at"]) - timedelta(days=1)       # clocks differ
-        try:
-            messages = self._services.pool.ask(doing, "message.get", "VM", entry.facts["vm_uuid"],
-                                      xmlrpc.client.DateTime(since.strftime("%Y%m%dT%H:%M:%SZ")))
-            for ref, record in messages.items():
-                if record["name"] == "VM_SNAPSHOTTED" and TOKEN_MARK + entry.facts["token"] in record["body"]:
-                    self._services.pool.call(doing, "message.destroy", ref)
-            return True
-        except BackupError as error:
-            self._services.log.info("%s It is only a line in the event list; the next run tries again." % error)
-            return False
-
-    # --- what restore and drill make ------------------------------------------------------
-    #
-    # An entry of kind `restore` or `drill`: token, vm_uuid, vm_name, names (the provisional names of the VMs that
-    # imports make), tasks (their refs, noted before an import starts), called_at, then uuids (of the VMs)
-    # and disks (uuids), and `restored` once it is whole and the person's. Ours is a VM whose uuid was noted, or, when
-    # an answer was lost, one with a provisional name whose import_task is a noted task; and a disk that was noted, or
-    # whose sm_config bears such a task: the importer writes the task there before it writes the first block
-    # (ocaml/xapi/import.ml@v26.17.0; recorded on 24.19.2). What is made by API calls has the key `vmbackup:TOKEN` in
-    # its other_config instead.
-
-    def _remove_imports(self, entry: OpenEntry) -> None:
-        """Disks first, VMs last, tasks behind them; only what the entry proves, and never a VM that is in use."""
-        doing = "removing what was made for " + entry.title
-        if entry.facts.get("restored"):
-            self._finish_restored(entry, doing)
-            return
-        tasks = self._import_tasks(entry, doing)
-        if not self._imports_have_ended(entry, tasks, doing):
-            self._report_left(entry, "is still being imported; it was left.")
-            return
-        machines = self._find_imports(entry, doing)
-        refusal = self._refusal_to_remove(entry, machines, doing)
-        if refusal:
-            self._report_left(entry, refusal)
-            return
-        disks = set(entry.facts.get("disks", ())) | self._disks_made(entry, doing)
-        if machines or disks:
-            with contextlib.suppress(CatalogError):            # a full store: what is remembered is enough for now
-                entry.note(uuids=[record["uuid"] for record in machines.values()], disks=sorted(disks))
-        for uuid in sorted(disks):
-            if not self._destroy_disk(entry, uuid, list(machines), doing, snapshot=False):
-                return
-        for ref in machines:
-            self.destroy("VM", ref, doing)
-        self.forget_tasks(entry, doing)
-        entry.close("removed" if machines or disks else "not there")
-
-    def _finish_restored(self, entry: OpenEntry, doing: str) -> None:
-        """A VM that came back whole is the person's: only its tasks go. They are told if it has not got its name; of this
-        run's own they know."""
-        is_own = entry in self._services.journal.entries
-        for ref in [] if is_own else self._by_uuid("VM", entry.facts["uuids"][0], doing):
-            with self._unless_gone("VM"):
-                name = self._services.pool.ask(doing, "VM.get_name_label", ref)
-                if name in entry.facts["names"]:
-                    self._add_finding(entry, unnamed_text(entry))
-        self.forget_tasks(entry, doing)
-        entry.close("restored")
-
-    def _import_tasks(self, entry: OpenEntry, doing: str) -> List[str]:
-        """The refs of the entry's tasks that still exist; one that was made but not noted bears a provisional name."""
-        tasks = list(entry.facts.get("tasks", ()))
-        for name in entry.facts["names"]:
-            tasks += [ref for ref in self._services.pool.ask(doing, "task.get_by_name_label", name) if ref not in tasks]
-        alive = []
-        for ref in tasks:
-            with self._unless_gone("task"):
-                self._services.pool.ask(doing, "task.get_status", ref)
-                alive.append(ref)
-        return alive
-
-    def _imports_have_ended(self, entry: OpenEntry, tasks: Sequence[str], doing: str) -> bool:
-        """True when no import of the tasks goes on any more; those that do are asked to stop and waited for.
-
-        A task that no import has taken stays pending for ever: when nothing of it
-        was seen for a while it is ended, so that none takes it later.
-        """
-        quiet_until = self._services.clock.monotonic() + LOST_ANSWER_PATIENCE_S
-        give_up_at = self._services.clock.monotonic() + IMPORT_END_PATIENCE_S
-        while True:
-            states = {ref: self._import_state(entry, ref, doing) for ref in tasks}
-            for ref, state in states.items():
-                if state == "at work":
-                    with contextlib.suppress(ApiFailure):      # OPERATION_NOT_ALLOWED: not at this point
-                        self._services.pool.ask(doing, "task.cancel", ref)
-                elif state == "not taken" and self._services.clock.monotonic() > quiet_until:
-                    self._end_task(ref, doing)
-                    states[ref] = ""
-            if not any(states.values()):
-                return True
-            if self._services.clock.monotonic() > give_up_at:
-                return False
-            self._services.signals.sleep(0.5)
-
-    def _import_state(self, entry: OpenEntry, task: str, doing: str) -> str:
-        """What is seen of the import of that task: `at work`, `not taken` (yet), "" when it has ended."""
-        for name in entry.facts["names"]:
-            for ref in self._services.pool.ask(doing, "VM.get_by_name_label", name):
-                with self._unless_gone("VM"):
-                    if task in self._services.pool.ask(doing, "VM.get_current_operations", ref):
-                        return "at work"
-        with self._unless_gone("task"):
-            if self._services.pool.ask(doing, "task.get_status", task) == "pending":
-                return "at work" if float(self._services.pool.ask(doing, "task.get_progress", task)) > 0 else "not taken"
-        return ""
-
-    def _end_task(self, task: str, doing: str) -> None:
-        """The task is pending no more; a pending one would only be marked by task.destroy
-        (ocaml/xapi/xapi_task.ml@v26.17.0)."""
-        with self._unless_gone("task"):
-            if self._services.pool.ask(doing, "task.get_status", task) == "pending":
-                self._services.pool.ask(doing, "task.set_status", task, "cancelled")
-
-    def _find_imports(self, entry: OpenEntry, doing: str) -> Dict[str, Dict[str, Any]]:
-        """The records, by ref, of the VMs that the entry proves to be ours."""
-        refs = [ref for uuid in entry.facts.get("uuids", ()) for ref in self._by_uuid("VM", uuid, doing)]
-        found = {}
-        for ref in refs:
-            with self._unless_gone("VM"):
-                found[ref] = self._services.pool.ask(doing, "VM.get_record", ref)
-        tasks, key = entry.facts.get("tasks", ()), KEY_PREFIX + entry.facts["token"]
-        for name in entry.facts["names"]:
-            for ref in self._services.pool.ask(doing, "VM.get_by_name_label", name):
-                with self._unless_gone("VM"):
-                    record = self._services.pool.ask(doing, "VM.get_record", ref)
-                    if (record["other_config"].get("import_task") in tasks or key in record["other_config"]) \
-                            and not record["is_a_snapshot"] and not record["is_a_template"]:
-                        found[ref] = record
-        return found
-
-    def _refusal_to_remove(self, entry: OpenEntry, machines: Dict[str, Dict[str, Any]], doing: str) -> str:
-        """Why those VMs must stay, "" if they may go; a drill's own VM that runs is switched off."""
-        if len(machines) > len(entry.facts["names"]):
-            return "can't be told from others: %d VMs bear its marks, so none was removed." % len(machines)
-        for ref, record in machines.items():
-            if record["name_label"] not in entry.facts["names"] or record["is_a_snapshot"] or record["is_a_template"]:
-                return "was taken over by somebody (its name is now %s), so it was left." % quote_name(
-                    record["name_label"])
-            if record["power_state"] == "Halted":
-                continue
-            if entry.facts["kind"] != "drill":
-                return "is %s, so it was left." % record["power_state"].lower()
-            self._services.pool.call(doing, "VM.hard_shutdown", ref, timeout_s=self._services.journal.limit_s)
-        return ""
-
-    def _disks_made(self, entry: OpenEntry, doing: str) -> Set[str]:
-        """The uuids of the disks that the entry's imports, or its VDI.create, made, whether or not a VM has them.
-
-        VDI.create makes one. What else bears our key has copied it: that is not ours, and loses the key.
-        """
-        tasks, key, noted = entry.facts.get("tasks", ()), KEY_PREFIX + entry.facts["token"], entry.facts.get("disks", ())
-        records = self._services.pool.records(doing, "VDI")
-        bearers = [ref for ref, record in records.items() if key in (record.get("other_config") or ())]
-        plausible = [ref for ref in bearers if not noted and not records[ref]["is_a_snapshot"]]
-        made = {records[plausible[0]]["uuid"]} if len(plausible) == 1 else set()
-        for ref in bearers:
-            if records[ref]["uuid"] not in made and records[ref]["uuid"] not in noted:
-                self._take_key(entry, ref, records[ref], ref in plausible, doing)
-        return made | {record["uuid"] for record in records.values() if record.get("is_a_snapshot") is False
-                       and (record.get("sm_config") or {}).get("import_task") in tasks}
-
-    def forget_tasks(self, entry: OpenEntry, doing: str) -> None:
-        """The entry's tasks are gone from the pool's list, where they would stay for hours."""
-        for ref in self._import_tasks(entry, doing):
-            self._end_task(ref, doing)
-            with self._unless_gone("task"):
-                self._services.pool.ask(doing, "task.destroy", ref)
-
-    # --- what others left --------------------------------------------------------------
+                owned.tell_left(f"could not be removed now: {error}")
 
     def sweep(self, journals: Sequence[RunJournal]) -> None:
         """What those dead runs had open in this pool is removed."""
         self.inherited.extend(journals)
         for journal in journals:
             for entry in journal.open_entries():
-                if not entry.is_understood:
-                    self._services.log.info("%s: entry %d is not one that this version writes; it is left. A newer version of "
-                                   "VmBackup deals with it." % (journal.name, entry.number))
+                if not is_understood(entry.facts):
+                    self._services.log.info(f"{journal.name}: entry {entry.number} is not one that this version writes; it is "
+                                            "left. A newer version of VmBackup deals with it.")
                     continue
-                left = "a VM of a " + entry.facts["kind"] if entry.facts["kind"] in IMPORT_KINDS else "a snapshot"
-                self._services.log.info("%s: a run on %s that began %s %s." % (
-                    entry.title, journal.header.get("host", "another host"), journal.header.get("since", "earlier"),
-                    "restored it and ended before its last steps; doing them" if entry.facts.get("restored")
-                    else "left %s, or may have; removing it" % left))
+                host, since = journal.header.get("host", "another host"), journal.header.get("since", "earlier")
+                self._services.log.info(f"{entry.title}: a run on {host} that began {since} {self.owned(entry).left}.")
                 self.remove(entry)
 
     def look_again(self) -> None:
         """What this run removed is really gone, also where the server restarted and forgot its last seconds."""
         for entry in self._services.journal.entries:
             if not entry.is_open:
-                with contextlib.suppress(CatalogError):
-                    entry.note(closed="")
+                entry.remember(closed="")
                 self.remove(entry)
 
     def check_none_left(self, machine: VirtualMachine) -> None:
         """Raises BackupError if the VM still has two snapshots of ours that could not be removed."""
         left = [entry.facts["uuid"] for journal in self.inherited + [self._services.journal]
                 for entry in journal.open_entries()
-                if entry.is_understood and entry.facts["vm_uuid"] == machine.uuid and entry.facts.get("uuid")]
+                if is_understood(entry.facts) and entry.facts["vm_uuid"] == machine.uuid and entry.facts.get("uuid")]
         if len(left) >= MOST_LEFT_SNAPSHOTS:
-            raise BackupError("%s still has %d snapshots of earlier backups that could not be removed: %s. No further "
-                              "one is made. Remove them by hand (xe snapshot-uninstall uuid=UUID, or xe vdi-destroy "
-                              "uuid=UUID), then run again." % (machine.title, len(left), ", ".join(left)))
-
-
-def unnamed_text(entry: OpenEntry) -> str:
-    """What to tell of a restored VM that has not got its name."""
-    return ("the restored VM %s is whole, but is still named %s. Name it: xe vm-param-set uuid=%s name-label=..." % (
-        entry.facts["uuids"][0], quote_name(entry.facts["names"][0]), entry.facts["uuids"][0]))
+            raise BackupError(f"{machine.title} still has {len(left)} snapshots of earlier backups that could not be removed: "
+                              f"{', '.join(left)}. No further one is made. Remove them by hand (xe snapshot-uninstall "
+                              "uuid=UUID, or xe vdi-destroy uuid=UUID), then run again.")
 
 
 # =============================================================================
@@ -9418,7 +9461,7 @@ class Importer:
         for helper, part in zip(helpers, vbds):
             for vbd in part.values():
                 self._create_once(doing, "VBD", "userdevice", vbd_fields(vbd, main))
-            self._snapshots.destroy("VM", helper, doing)
+            destroy(self._services, "VM", helper, doing)
 
     # --- from an imported VM to the person's own -------------------------------------------------------
 
@@ -9443,12 +9486,11 @@ class Importer:
     def _attach(self, existing: ExistingDisk, source: Source, imported: ImportedVm, doing: str) -> None:
         """That disk hangs on the VM too, unless somebody else has it by now: an import takes hours."""
         record = self._services.pool.ask(doing, "VDI.get_record", existing.vdi_ref)
-        strangers = self._snapshots.strangers_on(record, (imported.ref,), doing)
+        strangers = strangers_on(self._services.pool, record, (imported.ref,), doing)
         if strangers:
-            self._snapshots.findings.append(Finding(
-                Severity.WARNING, imported.entry.title, "its disk %s hangs on another VM by now, %s, so it was not attached."
-                % (existing.disk.title, quote_name(self._services.pool.ask(doing, "VM.get_name_label", strangers[0])))))
-            self._services.log.finding(self._snapshots.findings[-1])
+            name = quote_name(self._services.pool.ask(doing, "VM.get_name_label", strangers[0]))
+            self._snapshots.tell(imported.entry, f"its disk {existing.disk.title} hangs on another VM by now, {name}, so it "
+                                 "was not attached.")
             return
         # An archive's own drives are those of its disks; one that it lacks is attached as a plain data disk.
         vbds = ova_objects(source.ova, "VBD").values() if source.file_format != "xva" else ()
@@ -9481,11 +9523,9 @@ class Importer:
             mode, allowed = fields["locking_mode"], fields.get("ipv4_allowed", []) + fields.get("ipv6_allowed", [])
             self._create_once(doing, "VIF", "device", dict(
                 fields, ipv4_allowed=[], ipv6_allowed=[], locking_mode="network_default" if mode == "locked" else mode))
-            self._snapshots.findings.append(Finding(
-                Severity.WARNING, imported.entry.title, "its interface %s was restricted (locking_mode %s, addresses "
-                "allowed: %s), for which this pool has no licence: it was made WITHOUT that restriction." % (
-                    interface.device, mode, ", ".join(allowed) or "none")))
-            self._services.log.finding(self._snapshots.findings[-1])
+            self._snapshots.tell(imported.entry, f"its interface {interface.device} was restricted (locking_mode {mode}, "
+                                 f"addresses allowed: {', '.join(allowed) or 'none'}), for which this pool has no licence: it "
+                                 "was made WITHOUT that restriction.")
 
     def _give_back(self, plan: RestorePlan, imported: ImportedVm, doing: str) -> None:
         """The VM has its own other_config, blocked operations and name."""
