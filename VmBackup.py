@@ -4759,6 +4759,11 @@ class Doorway(NamedTuple):
         return PoolAddress("https", host, 443 if plain.port == 80 else plain.port + 1)
 
 
+def is_gone(failure: ApiFailure, class_name: str) -> bool:
+    """Does the failure say that an object of that class does not exist? (Both codes name the class first.)"""
+    return failure.code in ("HANDLE_INVALID", "UUID_INVALID") and failure.parameters[:1] == (class_name,)
+
+
 class Pool:
     """A session with the pool's master. Close it, or it stays open there for a day."""
 
@@ -4915,12 +4920,12 @@ class Pool:
             self._signals.sleep(pause_s)
             pause_s = min(pause_s * 2, 15)
 
-    def ask_if_there(self, missing: Any, doing: str, method: str, ref: str) -> Any:
-        """The answer about that object, or `missing` if it is gone."""
+    def ask_if_there(self, doing: str, method: str, ref: str, *arguments: Any, missing: Any = None) -> Any:
+        """The answer about the object of that ref or uuid, `missing` if it does not exist (any more)."""
         try:
-            return self.ask(doing, method, ref)
+            return self.ask(doing, method, ref, *arguments)
         except ApiFailure as failure:
-            if failure.code == "HANDLE_INVALID":
+            if is_gone(failure, method.partition(".")[0]):
                 return missing
             raise
 
@@ -5059,14 +5064,14 @@ class Pool:
         """The SR's uuid, asked for once; "" if there is no such SR."""
         if ref not in self._sr_uuids:
             self._sr_uuids[ref] = "" if ref in ("", NULL_REF) else self.ask_if_there(
-                "", "reading an SR", "SR.get_uuid", ref)
+                "reading an SR", "SR.get_uuid", ref, missing="")
         return self._sr_uuids[ref]
 
     def machine(self, ref: str, doing: str, record: Optional[Dict[str, Any]] = None) -> VirtualMachine:
         """The VM, or snapshot, as it is now; ApiFailure HANDLE_INVALID if it is gone."""
         record = record or self.ask(doing, "VM.get_record", ref)
         vbds = self.ask(doing, "VBD.get_all_records_where", 'field "VM" = "%s"' % ref)
-        vdis = {vbd["VDI"]: self.ask_if_there(None, doing, "VDI.get_record", vbd["VDI"]) for vbd in vbds.values()
+        vdis = {vbd["VDI"]: self.ask_if_there(doing, "VDI.get_record", vbd["VDI"]) for vbd in vbds.values()
                 if vbd.get("type") == "Disk" and isinstance(vbd.get("VDI"), str) and vbd["VDI"] != NULL_REF}
         return self._machine(ref, record, vbds, {ref: vdi for ref, vdi in vdis.items() if vdi is not None})
 
@@ -5083,7 +5088,7 @@ class Pool:
         """The VM's VIFs, by device; where the network of one is gone, its name is empty and `problem` says so."""
         doing = "reading the network interfaces of %s" % machine.title
         vifs = self.ask(doing, "VIF.get_all_records_where", 'field "VM" = "%s"' % machine.ref)
-        names = {ref: self.ask_if_there(None, doing, "network.get_name_label", ref)
+        names = {ref: self.ask_if_there(doing, "network.get_name_label", ref)
                  for ref in {str(vif.get("network")) for vif in vifs.values()} - {NULL_REF}}
         networks = {ref: {"name_label": name} for ref, name in names.items() if name is not None}
         found = [Interface(vif.text("uuid"), vif.text("device"), name, vif.text("MTU"), vif.text("MAC"),
@@ -5095,8 +5100,8 @@ class Pool:
         """The name of the guest's system as its tools report it; "" if they never did."""
         if machine.guest_metrics_ref == NULL_REF:
             return ""
-        version = self.ask_if_there({}, f"reading the guest metrics of {machine.title}",
-                                    "VM_guest_metrics.get_os_version", machine.guest_metrics_ref)
+        version = self.ask_if_there(f"reading the guest metrics of {machine.title}",
+                                    "VM_guest_metrics.get_os_version", machine.guest_metrics_ref, missing={})
         return str(version.get("name", ""))
 
     def server_time(self, doing: str) -> datetime:
@@ -6344,7 +6349,6 @@ BUSY_PATIENCE_S = 180          # how long a disk that is still attached to a con
 BUSY_PAUSE_S = 2
 LOST_ANSWER_PATIENCE_S = 10    # a snapshot whose maker's connection died can appear some seconds later
 LOST_ENTRY_LIFE_S = DAY_S
-GONE = ("HANDLE_INVALID", "UUID_INVALID")
 STILL_BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
 # Answers to VDI.snapshot behind which a snapshot may stand: the server writes other_config after the storage has made it
 # (ocaml/xapi/xapi_vdi.ml, snapshot, v26.17.0), so any other failure leaves none that bears our key.
@@ -6352,21 +6356,6 @@ UNSURE_ANSWERS = ("lost", "INTERNAL_ERROR", "CANNOT_CONTACT_HOST", "HOST_OFFLINE
 HOST_CLOCKS_DIFFER_S = 60      # snapshot_time is by the clock of the host that made it, the call's by that of the master
 MOST_LEFT_SNAPSHOTS = 2
 IMPORT_END_PATIENCE_S = 180    # how long an import that was broken off is waited for: the server takes back what it made
-
-
-def is_gone(failure: ApiFailure, *class_names: str) -> bool:
-    """Does the failure say that an object of these classes no longer exists? (Both codes name the class first.)"""
-    return failure.code in GONE and bool(failure.parameters) and failure.parameters[0] in class_names
-
-
-def ask_if_there(pool: Pool, doing: str, method: str, ref: str, *arguments: Any) -> Any:
-    """The pool's answer about that object, None if it does not exist any more."""
-    try:
-        return pool.ask(doing, method, ref, *arguments)
-    except ApiFailure as failure:
-        if is_gone(failure, method.partition(".")[0]):
-            return None
-        raise
 
 
 def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
@@ -6382,7 +6371,7 @@ def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
                 return
             raise
         except AnswerLost:
-            if ask_if_there(services.pool, doing, class_name + ".get_uuid", ref) is None:
+            if services.pool.ask_if_there(doing, class_name + ".get_uuid", ref) is None:
                 return
             if services.clock.monotonic() > give_up_at:
                 raise
@@ -6391,9 +6380,9 @@ def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
 
 def strangers_on(pool: Pool, record: Dict[str, Any], own: Iterable[str], doing: str) -> List[str]:
     """The refs of VMs that the disk hangs on, other than ours and control domains."""
-    machines = [ask_if_there(pool, doing, "VBD.get_VM", vbd) for vbd in record["VBDs"]]
+    machines = [pool.ask_if_there(doing, "VBD.get_VM", vbd) for vbd in record["VBDs"]]
     return [machine for machine in machines if machine is not None and machine not in own
-            and ask_if_there(pool, doing, "VM.get_is_control_domain", machine) is False]
+            and pool.ask_if_there(doing, "VM.get_is_control_domain", machine) is False]
 
 
 # --- a thing of ours, by its entry in a journal -----------------------------------------------
@@ -6456,7 +6445,7 @@ class Owned(abc.ABC):
 
     def _ask_if_there(self, method: str, ref: str, *arguments: Any) -> Any:
         """The pool's answer about that object, None if it does not exist any more."""
-        return ask_if_there(self._services.pool, self._doing, method, ref, *arguments)
+        return self._services.pool.ask_if_there(self._doing, method, ref, *arguments)
 
     def _call(self, method: str, ref: str) -> None:
         """Done once, and waited for as long as the pool may take for a large object."""

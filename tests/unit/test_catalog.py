@@ -436,6 +436,8 @@ class ForgetfulPool:
             raise VmBackup.ApiFailure('UUID_INVALID', [method.split('.')[0], 'x'], doing)
         return {} if 'record' in method or method.startswith('message') else []
 
+    ask_if_there = VmBackup.Pool.ask_if_there
+
     def records(self, doing, class_name):
         return self.ask(doing, class_name + '.get_all_records')
 
