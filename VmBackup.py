@@ -6388,8 +6388,13 @@ def strangers_on(pool: Pool, record: Dict[str, Any], own: Iterable[str], doing: 
 # --- a thing of ours, by its entry in a journal -----------------------------------------------
 
 
-class Owned(abc.ABC):
-    """Something that we have, or may have, in the pool. Its entry tells how to find it again and prove that it is ours."""
+class Owned:
+    """Something that we have, or may have, in the pool. Its entry tells how to find it again and prove that it is ours.
+
+    Each kind has `_find` (what the entry proves to be ours), `_thing` (what it is, for a sentence about what is left),
+    `_commands` (what removes it by hand; or what is left to do of that without its disks), and `remove`: nothing of it is
+    left in the pool and its entry is closed; or a later run is to try again, and what stands and can't be removed is told.
+    """
     TEXTS = ()                             # type: Tuple[str, ...] # the facts that its entry has from the first
     DISKS_ARE_SNAPSHOTS = True
 
@@ -6399,20 +6404,6 @@ class Owned(abc.ABC):
         self._entry = entry
         self._facts = entry.facts
         self._tell = tell
-
-    @abc.abstractmethod
-    def remove(self) -> None:
-        """Nothing of it is left in the pool and its entry is closed; or a later run is to try again, and what stands and
-        can't be removed is told."""
-
-    @property
-    @abc.abstractmethod
-    def _thing(self) -> str:
-        """What it is, for a sentence about what is left."""
-
-    @abc.abstractmethod
-    def _commands(self, without_disks: bool) -> List[str]:
-        """What removes it by hand; what is left to do of that when its disks are gone."""
 
     @property
     def left(self) -> str:
@@ -6575,10 +6566,6 @@ class Snapshot(Owned):
     def _commands(self, without_disks: bool) -> List[str]:
         word, uuid = self.COMMANDS[without_disks], self._facts.get("uuid")
         return [f"xe {word} uuid={uuid}"] if word and uuid else []
-
-    @abc.abstractmethod
-    def _find(self) -> List[str]:
-        """The refs of the snapshots that the entry proves to be ours."""
 
     def _make(self, doing: str, method: str, *arguments: Any) -> str:
         """The ref of the new snapshot, also when the answer to the call was lost but the call did its work."""
