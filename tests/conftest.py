@@ -3,7 +3,7 @@
 import shutil
 import signal
 import zlib
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 
@@ -49,12 +49,20 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 ON_EVERY_PYTHON = ('test_surroundings.py', 'test_names.py')
 
 
+LONGEST_ID = 200
+
+
 def pytest_addoption(parser: Any) -> None:
     parser.addoption('--share', default='1/1', help='N/M: of the scenarios that do not depend on the Python, the Nth of M shares')
 
 
 def pytest_configure(config: Any) -> None:
     config.addinivalue_line('markers', 'needs_zstd: left out where there is no zstd program')
+
+
+def pytest_make_parametrize_id(val: Any, argname: str) -> Optional[str]:
+    """A text that nobody would type is called by its length: some are megabytes, and every worker tells every name."""
+    return '%s-of-%d' % (argname, len(val)) if isinstance(val, (str, bytes)) and len(val) > LONGEST_ID else None
 
 
 def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
