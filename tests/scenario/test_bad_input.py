@@ -9,7 +9,7 @@ import pytest
 
 import VmBackup
 from support.deeds import backup
-from support.language import described, vm
+from support.language import described, disk, vm
 from support.process import Pool, Run, run_program
 from support.shelf import Shelf, complete
 from support.values import verifier
@@ -261,7 +261,7 @@ def read_as_all_commands_do(store: VmBackup.Catalog, target: str) -> None:
 
 @pytest.mark.parametrize('line', ['vm-export=web', 'vdi-export=web'])
 def test_every_field_of_a_manifest_missing_or_of_another_kind_is_damage_and_never_a_bug(a_pool: Any, a_shelf: Any, line: str) -> None:
-    pool, shelf = a_pool(vm('web')), a_shelf()
+    pool, shelf = a_pool(vm('web', disks=[disk(size=64 * 1024, used=1)])), a_shelf()
     assert backup(pool, shelf, line, 'compress=none').exit_status == 0
     path = shelf.at('web', shelf.newest('web'), 'backup.json')
     real = shelf.manifest('web', shelf.newest('web'))
