@@ -3,15 +3,15 @@
 import os
 import re
 import signal
-import sys
 import time
-from typing import Any
+from typing import Any, List
 
 import pytest
 
-from support.deeds import Process, backup, beginning, is_exporting, objects
+from support import warm
+from support.deeds import Process, backup, beginning, in_trouble, is_exporting, objects
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import PROGRAM, TESTS, Pool, run, write_json
+from support.process import Pool, ended
 from support.shelf import complete, unfinished
 from support.wire import eventually
 
@@ -358,22 +358,12 @@ def test_leftovers_on_the_shelf_alone_are_removed_and_said_and_the_exit_status_s
 
 # --- a store that hangs while somebody wants the run to end ------------------------------------------------------------
 
-def hanging_backup(pool: Pool, shelf: Any, step: int, *lines: str) -> Process:
-    """A run whose store hangs for good from that step on."""
-    trouble = os.path.join(pool.home, 'TROUBLE.json')
-    write_json(trouble, {'store': shelf.path, 'step': step, 'do': 'hang', 'stays': True})
-    return Process(['-', shelf.config(*lines)], pool.environment(),
-                   program=[os.path.join(TESTS, 'support', 'troubled.py'), trouble, PROGRAM])
-
-
 def steps_before(pool: Pool, shelf: Any, wanted: str, *lines: str) -> int:
     """How many steps of the storage the second backup does before the first that reads so: the first makes more."""
     assert backup(pool, shelf, *lines).exit_status == 0
     trace = os.path.join(pool.home, 'trace')
-    trouble = os.path.join(pool.home, 'TROUBLE.json')
-    write_json(trouble, {'store': shelf.path, 'trace': trace})
-    assert run([sys.executable, os.path.join(TESTS, 'support', 'troubled.py'), trouble, PROGRAM, '-', shelf.config(*lines)],
-               pool.environment()).exit_status == 0
+    assert ended(warm.start(in_trouble(pool, store=shelf.path, trace=trace) + ['-', shelf.config(*lines)],
+                            pool.environment())).exit_status == 0
     with open(trace) as file:
         return [bool(re.match(wanted, line)) for line in file].index(True)
 
@@ -383,12 +373,19 @@ def steps_before(pool: Pool, shelf: Any, wanted: str, *lines: str) -> int:
 def test_a_signal_while_the_store_hangs_still_clears_the_pool_and_ends_the_run(a_pool: Any, a_shelf: Any, line: str,
                                                                               where: str) -> None:
     pool, shelf = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)])), a_shelf()
-    step = steps_before(pool, shelf, where, line, 'stall_timeout=1440')
+    step = steps_before(pool, shelf, where, line, 'stall_timeout=1440') + 1
     began = len(pool.calls('api:V*.snapshot'))
-    process = hanging_backup(pool, shelf, step + 1, line, 'stall_timeout=1440')
-    assert eventually(lambda: len(pool.calls('api:V*.snapshot')) > began, 60), process.output
-    time.sleep(3)
+    trace = os.path.join(pool.home, 'trace of the run that hangs')
+    process = Process(['-', shelf.config(line, 'stall_timeout=1440')], pool.environment(),
+                      in_trouble(pool, store=shelf.path, trace=trace, step=step, do='hang', stays=True, hurried=True))
+    assert eventually(lambda: os.path.exists(trace) and len(lines_of(trace)) >= step, 60), process.output
+    assert len(pool.calls('api:V*.snapshot')) > began, process.output
     process.signal(signal.SIGTERM)
     assert eventually(lambda: pool.has_no_snapshots_of_ours(), 40), process.output
-    ended = process.ending(150)
-    assert ended.exit_status == 128 + signal.SIGTERM and ended.never_says('Traceback'), ended
+    run = process.ending(60)
+    assert run.exit_status == 128 + signal.SIGTERM and run.never_says('Traceback'), run
+
+
+def lines_of(path: str) -> List[str]:
+    with open(path) as file:
+        return file.readlines()

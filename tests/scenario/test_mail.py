@@ -237,9 +237,8 @@ def test_a_share_that_is_not_mounted_is_told_by_mail(a_pool: Any, a_shelf: Any, 
 def test_a_bug_is_told_by_mail_and_what_it_quotes_is_not(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
     pool, shelf, server = a_pool(vm('web')), a_shelf(complete('web', 7)), a_mail_server()
     config = shelf.config('vm-export=web', *server.lines())
-    for place, name in (('def make_plan(', 'mail-bug.txt'), ('def _make_copy(', 'mail-bug-of-a-vm.txt')):
-        run = hasty_run(shelf, PASSWORD, config, environment=pool.environment(), spoilt=place,
-                        by='raise KeyError("quoted " + repr(sys.argv))')
+    for place, name in (('make_plan', 'mail-bug.txt'), ('_make_copy', 'mail-bug-of-a-vm.txt')):
+        run = hasty_run(shelf, PASSWORD, config, environment=pool.environment(), broken=place)
         assert run.exit_status == 70 and 'Traceback' in run.stderr, run
         text = as_told(server.mails()[-1], shelf)
         assert text == golden(name, text)

@@ -13,7 +13,7 @@ import threading
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 from support import warm
-from support.process import PROGRAM, TESTS, TIME_LIMIT_S, Pool, Run, ended, run_program, text_of, write_json
+from support.process import PROGRAM, TIME_LIMIT_S, TROUBLED, Pool, Run, ended, run_program, text_of, write_json
 from support.shelf import Shelf
 from support.wire import eventually
 
@@ -33,7 +33,7 @@ def in_trouble(pool: Pool, **trouble: Any) -> List[str]:
     """How the program is started on a machine in that trouble, as troubled.py knows it."""
     path = os.path.join(pool.home, 'TROUBLE.json')
     write_json(path, trouble)
-    return [os.path.join(TESTS, 'support', 'troubled.py'), path, PROGRAM]
+    return [TROUBLED, path, PROGRAM]
 
 
 def hurried(pool: Pool) -> List[str]:

@@ -19,9 +19,8 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Se
 
 from support import contents, warm
 from support.language import at, described, disk, vm
-from support.process import CRON_PATH, PASSWORD, PROGRAM, TESTS, Pool, Run, ended, text_of, write_json
+from support.process import CRON_PATH, PASSWORD, PROGRAM, TROUBLED, Pool, Run, ended, text_of, write_json
 
-TROUBLED = os.path.join(TESTS, 'support', 'troubled.py')
 MEBIBYTE = 1 << 20
 COPIES = 2
 RUN_LIMIT_S = 180
@@ -180,7 +179,6 @@ class Place:
                  free_bytes: int = 0) -> None:
         self.base = base
         self.pool = Pool(base.description, faults)
-        self.pool.first_snapshots = []
         self.home = self.pool.home
         self.seen = 0
         self.store = os.path.join(self.home, 'store')

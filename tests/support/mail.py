@@ -10,10 +10,8 @@ Texts that are compared with golden ones have what changes from night to night r
 import email
 import email.message
 import email.policy
-import functools
 import json
 import os
-import py_compile
 import re
 import shutil
 import socket
@@ -22,7 +20,9 @@ import sys
 import tempfile
 from typing import Any, Dict, List
 
-from support.process import CRON_PATH, PROGRAM, START_LIMIT_S, TESTS, Run, end, first_line, run
+from support import warm
+from support.process import (CRON_PATH, PROGRAM, START_LIMIT_S, TESTS, TROUBLED, Run, end, ended, first_line,
+                             write_json)
 from support.shelf import Shelf
 
 PROGRAM_OF_SERVER = os.path.join(TESTS, 'support', 'mail_server.py')
@@ -120,33 +120,11 @@ def kept(shelf: Shelf) -> List[str]:
     return sorted(path for path in shelf.tree() if path.startswith('.vmbackup/mail/'))
 
 
-@functools.lru_cache(maxsize=None)
-def hasty(spoilt: str, by: str) -> bytes:
-    """VmBackup.py, compiled, but for its patience with mail servers, which is a second.
-
-    The function whose line begins with `spoilt` does what `by` says instead."""
-    with open(PROGRAM, encoding='utf-8') as file:
-        source = file.read()
-    for name, value in (('MAIL_TRY_LIMIT_S', '1'), ('MAIL_PAUSES_S', '(0.1, 0.3)'), ('MAIL_GOODBYE_S', '0.2')):
-        source, count = re.subn(r'(?m)^%s = (\([^)]*\)|\S+)' % name, '%s = %s' % (name, value), source)
-        assert count == 1, name
-    if spoilt:
-        source, count = re.subn(r'(?m)^( *)(%s(?:.*\n)*?.*:\n)' % re.escape(spoilt), r'\1\2\1    %s\n' % by, source)
-        assert count == 1, spoilt
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'VmBackup.py')
-        with open(path, 'w', encoding='utf-8') as file:
-            file.write(source)
-        with open(py_compile.compile(path, path + 'c', doraise=True), 'rb') as file:
-            return file.read()
-
-
-def hasty_run(shelf: Shelf, *words: str, environment: Any = None, spoilt: str = '', by: str = '') -> Run:
-    """A run of it with these words."""
-    path = os.path.join(shelf.home, 'VmBackup.pyc')
-    with open(path, 'wb') as file:
-        file.write(hasty(spoilt, by))
-    return run([sys.executable, '-W', 'error', path] + list(words), environment or {'PATH': CRON_PATH})
+def hasty_run(shelf: Shelf, *words: str, environment: Any = None, broken: str = '') -> Run:
+    """A run with these words whose patience with mail servers is a second. `broken`: a function of it that has a bug."""
+    trouble = os.path.join(shelf.home, 'TROUBLE.json')
+    write_json(trouble, dict({'hasty': True}, **{'broken': broken} if broken else {}))
+    return ended(warm.start([TROUBLED, trouble, PROGRAM] + list(words), environment or {'PATH': CRON_PATH}))
 
 
 def plain_text(text: str, shelf: Shelf) -> str:

@@ -21,6 +21,7 @@ TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROOT = os.path.dirname(TESTS)
 PROGRAM = os.path.join(ROOT, 'VmBackup.py')
 SIMPOOL = os.path.join(TESTS, 'simpool')
+TROUBLED = os.path.join(TESTS, 'support', 'troubled.py')
 
 CRON_PATH = '/usr/bin:/bin'
 PASSWORD = 'password'
@@ -91,11 +92,11 @@ class Pool:
         # Not pytest's tmp_path: the path of a unix socket has room for 107 bytes only.
         self.home = tempfile.mkdtemp(prefix='simpool-')
         self.dir = os.path.join(self.home, 'd')
+        self.first_dir = os.path.join(self.home, 'first')      # what `dir` was when it had served nothing yet
         self.description = description
         self.process: Any = None
         self.url = ''
         self.sessions: List[Any] = []
-        self.first_snapshots: Optional[List[str]] = None
         write_json(os.path.join(self.home, 'POOL.json'), description)
         self.set_faults(faults)
 
@@ -118,8 +119,8 @@ class Pool:
             self.stop()
             raise AssertionError('simpool said %r instead of "ready URL"\n%s' % (line, complaint))
         self.url = line.split()[1]
-        if self.first_snapshots is None:
-            self.first_snapshots = self.snapshots()
+        if not os.path.exists(self.first_dir):
+            shutil.copytree(os.path.join(self.dir, 'private'), os.path.join(self.first_dir, 'private'))
         return self
 
     def stop(self) -> None:
@@ -190,9 +191,9 @@ class Pool:
 
     # --- what is in it ---
 
-    def dump(self) -> Dict[str, Dict[str, Dict[str, Any]]]:
+    def dump(self, of: str = '') -> Dict[str, Dict[str, Dict[str, Any]]]:
         """All objects: {"VM": {ref: record}}."""
-        return json.loads(self.command('dump', '--dir', self.dir).decode('utf-8'))
+        return json.loads(self.command('dump', '--dir', of or self.dir).decode('utf-8'))
 
     def read(self, vdi_uuid: str) -> bytes:
         """The bytes of a VDI."""
@@ -212,15 +213,15 @@ class Pool:
     def never_saw(self, pattern: str) -> bool:
         return not self.calls(pattern)
 
-    def snapshots(self) -> List[str]:
+    def snapshots(self, of: str = '') -> List[str]:
         """The names of all VM snapshots, and of the disks of snapshots, whether or not their VM is still there."""
-        objects = self.dump()
+        objects = self.dump(of)
         return sorted('%s %s %s' % (kind, record['uuid'], record['name_label'])
                       for kind in ('VM', 'VDI') for record in objects[kind].values() if record['is_a_snapshot'])
 
     def has_no_snapshots_of_ours(self) -> bool:
         """All snapshots there are were in POOL.json."""
-        return set(self.snapshots()) <= set(self.first_snapshots)
+        return set(self.snapshots()) <= set(self.snapshots(self.first_dir))
 
 
 def end(process: Any) -> None:

@@ -3,7 +3,7 @@
 
     troubled.py TROUBLE.json VmBackup.py ARGUMENT ...
 
-The program is run unchanged, in this process, as `__main__`. TROUBLE.json:
+The program is run in this process as `__main__`, its text unchanged. TROUBLE.json:
 
     {"store": DIR, "trace": FILE}                        every step of the storage below DIR is written to FILE, a line each
     {"store": DIR, "step": 17, "do": "ENOSPC"}           step 17 fails so; also any other errno by name
@@ -14,6 +14,8 @@ The program is run unchanged, in this process, as `__main__`. TROUBLE.json:
     {"store": DIR, "step": 17, "do": "short"}            a write takes half of what it was given
     {"unreadable": [NAME, ...], "do": "EIO"}             looking at or opening what bears one of these names fails so
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
+    {"hasty": true}                                      its patience with mail servers is a second
+    {"broken": NAME}                                     the function or method of that name has a bug
 
 A step is a call that changes what is below DIR: write, pwrite, ftruncate, fsync, create, mkdir, rename, unlink, rmdir.
 """
@@ -24,7 +26,6 @@ import functools
 import io
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -157,38 +158,47 @@ def hide(names: Sequence[str], number: int) -> None:
     os.stat, os.open = on(os.stat), on(os.open)
 
 
-#: What the program waits for when it is in a hurry, in seconds. Each is a constant of VmBackup.py, in a line of its own.
-HURRY = {'MINUTE_S': 0.5, 'READ_TIMEOUT_S': 2, 'LOGOUT_TIMEOUT_S': 2, 'BUSY_PATIENCE_S': 6, 'LOST_ANSWER_PATIENCE_S': 2,
-         'PROGRAM_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SILENCE_BEFORE_POLL_S': 0.5}
-
-
-def hurried(source: str) -> str:
-    """The program's text with shorter minutes and less patience; hours and days stay as they are."""
-    wanted = dict(HURRY, HOUR_S=3600)
-    for name, value in wanted.items():
-        source, count = re.subn(r'(?m)^%s = \S+( \* MINUTE_S)?' % name, '%s = %r' % (name, value), source)
-        assert count == 1, name
-    return source
+#: Constants of VmBackup.py, and what they are when it is in a hurry: shorter minutes and less patience; hours and days stay.
+HURRY = {'MINUTE_S': 0.5, 'HOUR_S': 3600, 'READ_TIMEOUT_S': 2, 'LOGOUT_TIMEOUT_S': 2, 'BUSY_PATIENCE_S': 6,
+         'LOST_ANSWER_PATIENCE_S': 2, 'PROGRAM_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SILENCE_BEFORE_POLL_S': 0.5,
+         'WAY_OUT_S': 4, 'CLEAN_UP_LIMIT_S': 4, 'STATUS_LOG_LIMIT_S': 4, 'OUTBOX_LIMIT_S': 4}
+#: When it has a second for mail servers.
+HASTE = {'MAIL_TRY_LIMIT_S': 1, 'MAIL_PAUSES_S': (0.1, 0.3), 'MAIL_GOODBYE_S': 0.2}
 
 
 @functools.lru_cache(maxsize=None)
-def loaded(program: str, changed_at: float, is_hurried: bool) -> Any:
-    """The program, read once; in a hurry or not."""
+def loaded(program: str, changed_at: float, is_hurried: bool, is_hasty: bool) -> Any:
+    """The program, read once for each pace."""
     import warm
-    return warm.load(program, hurried if is_hurried else str)
+    constants = dict(HURRY if is_hurried else {})
+    constants.update(HASTE if is_hasty else {})
+    return warm.load(program, constants)
 
 
 def prepare(words: Sequence[str]) -> Any:
     """The program of these words and what is to befall it: (what warm.load gives, the content of TROUBLE.json)."""
     with REAL_OPEN(words[1], encoding='utf-8') as file:
         trouble = json.load(file)
-    return loaded(words[2], os.stat(words[2]).st_mtime, bool(trouble.get('hurried'))), trouble
+    return loaded(words[2], os.stat(words[2]).st_mtime, bool(trouble.get('hurried')), bool(trouble.get('hasty'))), trouble
+
+
+def break_down(module: Any, name: str) -> None:
+    """The only function or method of that name fails from now on as a bug does, and quotes what nobody else may see."""
+    def broken(*_arguments: Any, **_options: Any) -> Any:
+        raise KeyError('quoted ' + repr(sys.argv))
+
+    owners = [owner for owner in [module] + list(vars(module).values())
+              if (owner is module or isinstance(owner, type)) and callable(vars(owner).get(name))]
+    assert len(owners) == 1, '%s: %s' % (name, owners)
+    setattr(owners[0], name, broken)
 
 
 def main() -> None:
     program, trouble = prepare(sys.argv)
     if 'unreadable' in trouble:
         hide(trouble['unreadable'], getattr(errno, trouble['do']))
+    if 'broken' in trouble:
+        break_down(program.module, trouble['broken'])
     if 'store' in trouble:
         install(Storage(trouble))
     sys.argv[:] = sys.argv[2:]

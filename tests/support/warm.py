@@ -27,7 +27,8 @@ import threading
 import time
 import traceback
 import types
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from types import MappingProxyType
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 SUPPORT = os.path.dirname(os.path.abspath(__file__))
 CRON_PATH = '/usr/bin:/bin'
@@ -285,18 +286,47 @@ class Loaded(NamedTuple):
     beginning: types.CodeType
 
 
-def load(path: str, changed: Callable[[str], str] = str) -> Loaded:
-    """The program in that file, its text first `changed`."""
+class Definitions(dict):
+    """Where a module's statements write: all of it arrives in the module, but these constants have another value from the
+    moment they are defined, so that what is reckoned from them follows."""
+
+    def __init__(self, module: types.ModuleType, constants: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._names = module.__dict__
+        self._constants = dict(constants)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._names[name] = value = self._constants.pop(name, value)
+        super().__setitem__(name, value)
+
+    def unused(self) -> List[str]:
+        """The constants that the module does not define."""
+        return sorted(self._constants)
+
+
+def load(path: str, constants: Mapping[str, Any] = MappingProxyType({})) -> Loaded:
+    """The program in that file, with other values of these constants of it."""
+    definitions, beginning = parts(path, os.stat(path).st_mtime)
+    module = types.ModuleType('__main__')
+    module.__dict__.update(__file__=path, __builtins__=__builtins__)
+    place = Definitions(module, constants)
+    exec(definitions, module.__dict__, place)
+    if place.unused():
+        raise AssertionError('%s has no constant %s' % (path, ', '.join(place.unused())))
+    return Loaded(module, beginning)
+
+
+@functools.lru_cache(maxsize=None)
+def parts(path: str, changed_at: float) -> Tuple[types.CodeType, types.CodeType]:
+    """What the program defines, and what it does as `__main__`."""
     with open(path, encoding='utf-8') as file:
-        tree = ast.parse(changed(file.read()), path)
+        tree = ast.parse(file.read(), path)
     guarded = [statement for statement in tree.body if isinstance(statement, ast.If)
                and any(isinstance(node, ast.Name) and node.id == '__name__' for node in ast.walk(statement.test))]
     tree.body = [statement for statement in tree.body if statement not in guarded]
-    module = types.ModuleType('__main__')
-    module.__dict__.update(__file__=path, __builtins__=__builtins__)
-    exec(compile(tree, path, 'exec'), module.__dict__)
+    definitions = compile(tree, path, 'exec')
     tree.body = list(guarded)
-    return Loaded(module, compile(tree, path, 'exec'))
+    return definitions, compile(tree, path, 'exec')
 
 
 @functools.lru_cache(maxsize=None)
