@@ -1837,13 +1837,11 @@ class Log:
         """From now on the password is struck out of what a bug's traceback quotes; our own sentences never hold it."""
         self._secret = password
 
-    def bug(self, text: str) -> None:
-        """An unexpected exception, with all that is known of it."""
-        self.error(self.struck(text))
-
-    def struck(self, text: str) -> str:
-        """The text with the password struck out."""
-        return text.replace(self._secret, "***") if self._secret else text
+    def bug(self, bug: BaseException, subject: str = "") -> None:
+        """The unexpected exception that is being handled, with all that is known of it but the password."""
+        text = (f"{subject}a bug in VmBackup: {bug}\n{traceback.format_exc()}VmBackup {VERSION}, "
+                f"Python {sys.version.split()[0]}")
+        self.error(text.replace(self._secret, "***") if self._secret else text)
 
     def info(self, sentence: str) -> None:
         """Something happened as it should."""
@@ -2029,26 +2027,6 @@ def within(limit_s: float, doing: str, work: Callable[[], Any], is_hurried: Call
 
 
 WAY_OUT_S = 30                 # how long a run that was told to stop waits for each thing that it leaves in order
-
-
-class WayOut:
-    """What is left in order in the store at the end: none of it keeps a run that has cleaned up in the pool."""
-
-    def __init__(self, log: Log, patience_s: float) -> None:
-        self._log = log
-        self.patience_s = patience_s       # how long the store is waited for
-        self.storage_hangs = False         # then nothing of it is waited for any more
-
-    def tidy(self, doing: str, work: Callable[[], Any]) -> None:
-        """It is done in the store; what can't be done now is left to the next run. A store that hangs is found out here at
-        the latest."""
-        if self.storage_hangs:
-            return
-        try:
-            within(self.patience_s, doing, work)
-        except CatalogError as error:
-            self.storage_hangs = isinstance(error, StorageStalled)
-            self._log.info("%s: left to the next run: %s" % (doing, error))
 
 
 def read_text_file(path: str) -> str:
@@ -7654,7 +7632,9 @@ CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_
 # =============================================================================
 # 20. Run
 # =============================================================================
-# What every deed has around it, and the value that tells how it went.
+# What every deed has around it: the values that tell how it went, and the
+# frame (journal, what dead runs left, the way out) of one that makes things in
+# the pool.
 
 
 class Outcome(NamedTuple):
@@ -7670,7 +7650,6 @@ class Outcome(NamedTuple):
     size_bytes: int = 0
     seconds: float = 0.0
     kept: int = 0
-    findings: Tuple[Finding, ...] = ()
     had_bug: bool = False
 
 
@@ -7767,6 +7746,111 @@ class Report(NamedTuple):
         return format_duration((self.ended_at - self.began_at).total_seconds())
 
 
+class Run:
+    """The frame of a deed that makes things in the pool: its journal, what it makes there, and how the store does meanwhile.
+
+    A context manager: in the end, whatever that was, the journals are put away.
+    """
+
+    def __init__(self, services: Services, inventory: Inventory) -> None:
+        """The journal is begun and locked, and kept by the run's own services."""
+        now, host = services.clock.utc(), inventory.host.short_name
+        name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{secrets.token_hex(3)}"
+        journal = services.catalog.begin_run(name, dict(signature(services, inventory), config=services.settings.source),
+                                             now.timestamp())
+        journal.limit_s = services.settings.stall_timeout * MINUTE_S
+        self.services = services._replace(journal=journal)
+        self.inventory = inventory
+        self.began_at = now
+        self.snapshots = Snapshots(self.services)
+        self.store_problem = ""            # once the store misbehaved, nothing is pruned
+        self.storage_hangs = False         # then nothing of it is waited for any more
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        journal = self.services.journal
+        with self.services.signals.shielded():
+            self.storage_hangs |= journal.is_mute
+            for one in self.snapshots.inherited + [journal]:
+                self.tidy(f"putting the journal {one.name} away", one.finish)
+
+    def sweep(self) -> List[CatalogError]:
+        """What dead runs left in this pool is gone; why journals of others can't be used and were left."""
+        journals, problems = self.services.catalog.dead_runs(
+            self.services.journal, self.inventory.pool_uuid, self.services.clock.utc().timestamp())
+        self.snapshots.sweep(journals)
+        return problems
+
+    def look_again(self) -> None:
+        """What the run removed in the pool is really gone, also where a server that was shaken forgot its last seconds."""
+        if self.services.pool.was_shaken:
+            self.snapshots.look_again()
+
+    def check_alive(self) -> None:
+        """Raises TakenOver if another run took us for dead: then nothing more may be sealed, deleted or swept."""
+        journal = self.services.journal
+        if not journal.is_still_ours():
+            raise TakenOver(f"another run took this one for dead (its journal {journal.name} was taken over): nothing more "
+                            f"is sealed or deleted. Do the clocks and locks of the share work?")
+
+    # --- how the store does ---------------------------------------------------------
+
+    def note(self, error: BaseException) -> None:
+        """After storage that misbehaved nothing is pruned; after one that hangs nothing of it is waited for."""
+        if isinstance(error, StorageMisbehaved):
+            self.store_problem = str(error)
+        if isinstance(error, StorageStalled):
+            self.storage_hangs = True
+
+    def in_store(self, doing: str, work: Callable[[], Any]) -> Any:
+        """What the work in the store gives; a store that hangs is left after stall_timeout, after a signal soon."""
+        signals = self.services.signals
+        try:
+            return within(self.services.settings.stall_timeout * MINUTE_S, doing, work, lambda: signals.noted)
+        except StorageStalled as error:
+            self.note(error)
+            signals.check()
+            raise
+
+    def tidy(self, doing: str, work: Callable[[], Any]) -> None:
+        """It is done in the store; what can't be done now is left to the next run, so that no store keeps a run that has
+        cleaned up in the pool, and nothing hides what went wrong before. Signals wait."""
+        if self.storage_hangs:
+            return
+        try:
+            with self.services.signals.shielded():
+                self.in_store(doing, work)
+        except CatalogError as error:
+            self.services.log.info(f"{doing}: left to the next run: {error}")
+
+
+def signature(services: Services, inventory: Inventory) -> Dict[str, Any]:
+    """Who we are, for locks and journals."""
+    return {"host": inventory.host.short_name, "pid": os.getpid(), "pool": inventory.pool_uuid,
+            "since": format_utc(services.clock.utc())}
+
+
+def ended_by(services: Services, deed: Callable[[], None]) -> Optional[BaseException]:
+    """What ended the deed before its time, told; None if nothing did. What was done till then stands, and is reported."""
+    try:
+        deed()
+    except BackupError as error:
+        services.log.error(f"the run ends here: {error}")
+        return error
+    except Exception as bug:
+        services.log.bug(bug)
+        return bug
+    except Interrupted as interrupted:
+        is_left = bool(services.journal.open_entries())
+        services.log.warning(f"the run was {interrupted}; " + (
+            "what it has left in the pool is told above, and left to the next run." if is_left else
+            "what it had open was cleaned up."))
+        return interrupted
+    return None
+
+
 def is_bug(error: Optional[BaseException]) -> bool:
     """Is it neither an error that we know nor a signal?"""
     return error is not None and not isinstance(error, (BackupError, Interrupted))
@@ -7775,7 +7859,7 @@ def is_bug(error: Optional[BaseException]) -> bool:
 # =============================================================================
 # 21. Backup run
 # =============================================================================
-# The story of a run: leftovers, pool database, jobs, second tries. One VM's
+# The story of a backup: leftovers, pool database, jobs, second tries. One VM's
 # failure stays that VM's; what is learned becomes an Outcome.
 
 
@@ -7787,391 +7871,392 @@ def untried(job: Job) -> Outcome:
 
 
 class BackupRun:
-    """One run of a plan."""
+    """The plan within its run: leftovers, pool database, jobs, second tries."""
 
-    def __init__(self, services: Services, inventory: Inventory, plan: Plan, exporter: Exporter,
-                 status_log: "StatusLog") -> None:
-        self._services = services
-        self._inventory = inventory
+    def __init__(self, run: Run, plan: Plan, exporter: Exporter, status_log: "StatusLog") -> None:
+        self.run = run
+        self.exporter = exporter
+        self.placement = Placement(run.services.catalog, run.inventory)
+        self.clock_went_back = False
+        self._services = run.services
         self._plan = plan
-        self._exporter = exporter
         self._status_log = status_log
-        self._snapshots = Snapshots(services)
-        self._placement = Placement(services.catalog, inventory)
-        self._findings = list(plan.findings)
+        self._findings = []                # type: List[Finding]
         self._outcomes = []                # type: List[Outcome]
-        self._dump_error = "not dumped, as the run ended before it was done." if services.settings.pool_db_backup else None
-        self._storage_problem = ""         # once set, nothing is pruned
-        self.way_out = WayOut(services.log, services.journal.limit_s)
-        self._clock_went_back = False      # nor then
+        self._dump_error = "not dumped, as the run ended before it was done." if self._services.settings.pool_db_backup else None
 
-    # --- the story ------------------------------------------------------------------
-
-    def run(self) -> Report:
+    def report(self) -> Report:
         """Everything of the plan was tried. A pool that stays away, or a signal, ends it early, and the report says so."""
-        began_at = self._services.clock.utc()
-        ended_by = None                    # type: Optional[BaseException]
-        try:
-            for finding in self._findings:
-                self._services.log.finding(finding)
-            self._clear_leftovers()
-            self._placement.claim_all(job.machine for job in self._plan.jobs)
-            self._check_retention()
-            if self._services.settings.pool_db_backup:
-                self._dump_pool_database()
-            self._do_jobs()
-            if self._services.pool.was_shaken:
-                self._snapshots.look_again()
-            self._note_low_space()
-        except BackupError as error:
-            ended_by = error
-            self._services.log.error("the run ends here: %s" % error)
-        except Exception as bug:               # what was sealed stands, and is reported
-            ended_by = bug
-            self._services.log.bug("a bug in VmBackup: %s\n%s" % (bug, bug_report()))
-        except Interrupted as interrupted:
-            ended_by = interrupted
-            self._services.log.warning("the run was %s; %s." % (interrupted, "what it has left in the pool is told above, and left to the "
-                                                       "next run" if self._services.journal.open_entries() else
-                                                       "what it had open was cleaned up"))
-        noted = self._services.signals.noted if isinstance(ended_by, (BackupError, Interrupted)) else None
+        services, inventory = self._services, self.run.inventory
+        ended = ended_by(services, self._do_all)
+        noted = services.signals.noted if ended is not None and not is_bug(ended) else None
         tried = {outcome.uuid for outcome in self._outcomes}
         return Report(
-            BACKUP_WORDING, self._services.settings.source, self._inventory.host.short_name, began_at,
-            self._services.clock.utc(), self._inventory.pool_title,
+            BACKUP_WORDING, services.settings.source, inventory.host.short_name, self.run.began_at, services.clock.utc(),
+            inventory.pool_title,
             tuple(self._outcomes + [untried(job) for job in self._plan.jobs if job.machine.uuid not in tried]),
-            tuple(text for _, text in self._plan.missing), tuple(self._findings + self._snapshots.findings),
-            self._dump_error, ended_by, noted.number if noted else 0)
+            tuple(text for _, text in self._plan.missing), tuple(self._findings + self.run.snapshots.findings),
+            self._dump_error, ended, noted.number if noted else 0)
 
-    def finish(self) -> None:
-        """The journals are put away: those with nothing open are removed."""
-        self.way_out.tidy("keeping a reserve", self._services.catalog.keep_reserve)
-        for journal in self._snapshots.inherited + [self._services.journal]:
-            self.way_out.tidy("putting the journal %s away" % journal.name, journal.finish)
+    def _do_all(self) -> None:
+        self._tell(self._plan.findings)
+        self._tell(self._clear_leftovers())
+        self.placement.claim_all(job.machine for job in self._plan.jobs)
+        self._tell(self._check_retention())
+        if self._services.settings.pool_db_backup:
+            self._tell(self._dump_pool_database())
+        for job in self._try_jobs(self._plan.jobs, is_last=False):
+            self._services.log.info(f"{job.machine.title}: trying once more.")
+            self._try_jobs([job], is_last=True)
+        self.run.look_again()
+        self._tell(self._low_space())
 
-    def _clear_leftovers(self) -> None:
+    def _tell(self, findings: Iterable[Finding]) -> None:
+        """Each is told as soon as it is found, once, and noted for the report."""
+        for finding in findings:
+            if finding not in self._findings:
+                self._services.log.finding(finding)
+                self._findings.append(finding)
+
+    @property
+    def why_not_pruned(self) -> str:
+        """Why nothing is pruned in this run, "" if nothing stands in the way."""
+        return "the storage misbehaved in this run" if self.run.store_problem else \
+            "the clock went back" if self.clock_went_back else ""
+
+    def left(self, error: CatalogError) -> Finding:
+        """What can't be read or removed in the store costs only itself: it is left, and a warning if that stops the pruning."""
+        if isinstance(error, TakenOver):
+            raise error
+        self.run.note(error)
+        return Finding(Severity.WARNING if isinstance(error, StorageMisbehaved) else Severity.INFO,
+                       self._services.settings.backup_dir, f"{error} It is left.")
+
+    # --- what dead runs left ----------------------------------------------------------
+
+    def _clear_leftovers(self) -> Iterator[Finding]:
         """What dead runs left in this pool and in the store is gone."""
-        now_s = self._services.clock.utc().timestamp()
-        journals, problems = self._services.catalog.dead_runs(self._services.journal, self._inventory.pool_uuid, now_s)
-        self._snapshots.sweep(journals)
-        with self._passed_over():
-            self._services.catalog.clear_temporaries(now_s)
-        for name in self._services.catalog.folder_names(problems):
-            with self._passed_over():              # lost+found on a share, and the like
-                self._clear_folder(name)
-        for problem in problems:
-            self._tell_left(problem)
-
-    @contextlib.contextmanager
-    def _passed_over(self) -> Iterator[None]:
-        """What inside can't be read or removed costs only itself: it is told, and left."""
+        catalog = self._services.catalog
+        problems = self.run.sweep()
         try:
-            yield
-        except TakenOver:
-            raise
+            catalog.clear_temporaries(self._services.clock.utc().timestamp())
         except CatalogError as error:
-            self._tell_left(error)
+            yield self.left(error)
+        for name in catalog.folder_names(problems):
+            try:
+                yield from self._clear_folder(name)
+            except CatalogError as error:              # lost+found on a share, and the like
+                yield self.left(error)
+        yield from map(self.left, problems)
 
-    def _tell_left(self, error: CatalogError) -> None:
-        """What of the store is left is told, once; as a warning if that stops the pruning."""
-        self._note_storage(error)
-        finding = Finding(Severity.WARNING, self._services.settings.backup_dir, "%s It is left." % error)
-        if not isinstance(error, StorageMisbehaved):
-            self._services.log.info(finding.sentence)
-        elif finding not in self._findings:
-            self._add_finding(*finding)
-
-    def _clear_folder(self, name: str) -> None:
+    def _clear_folder(self, name: str) -> Iterator[Finding]:
         """What dead runs left in that VM's directory is gone, unless another run is busy there."""
-        lock = self._services.catalog.folder_lock(name) if self._services.catalog.has_unfinished(name) else None
+        catalog = self._services.catalog
+        lock = catalog.folder_lock(name) if catalog.has_unfinished(name) else None
         if lock is None or not lock.take():
             return
         try:
-            self._clear_unfinished(self._services.catalog.folder(name))
-            self._services.catalog.root.remove_if_empty(name)
+            yield from self.clear_unfinished(catalog.folder(name))
+            catalog.root.remove_if_empty(name)
         finally:
             lock.release()
 
-    def _clear_unfinished(self, folder: Folder) -> None:
+    def clear_unfinished(self, folder: Folder) -> Iterator[Finding]:
         """Unfinished copies of a directory whose lock is ours are gone; call it with the lock held only.
 
         Where locks do not reach other hosts, only what was not written for a day.
         """
+        catalog = self._services.catalog
         for name in folder.unfinished:
-            with self._passed_over():
+            try:
                 now_s = self._services.clock.utc().timestamp()
-                if self._services.catalog.locks_are_local \
-                        and now_s - self._services.catalog.newest_change_s(folder.name, name) < WEAK_LOCK_PATIENCE_S:
+                if catalog.locks_are_local and now_s - catalog.newest_change_s(folder.name, name) < WEAK_LOCK_PATIENCE_S:
                     continue
-                self._check_alive()
-                self._services.log.info("%s/%s: left by a run that died; removing it." % (folder.name, name))
-                self._services.catalog.remove_unfinished(folder.name, name)
+                self.run.check_alive()
+                self._services.log.info(f"{folder.name}/{name}: left by a run that died; removing it.")
+                catalog.remove_unfinished(folder.name, name)
+            except CatalogError as error:
+                yield self.left(error)
 
-    def _check_retention(self) -> None:
+    # --- the jobs ---------------------------------------------------------------------
+
+    def _check_retention(self) -> Iterator[Finding]:
         """What stands in the way of pruning is told; where the clock went back since any of these VMs' newest copies,
         nothing is pruned tonight."""
+        utc, local = self._services.clock.utc(), self._services.clock.local()
         for job in self._plan.jobs:
             with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
-                folder = self._placement.folder(self._placement.folder_name(job.machine))
-                copies = self._placement.own_view(folder, job.machine)
-                self._clock_went_back |= clock_went_back(copies, self._services.clock.utc()) is not None
-                for warning in retention_warnings(copies, self._services.clock.utc(), self._services.clock.local()):
-                    self._add_finding(Severity.WARNING, job.machine.title, warning)
+                folder = self.placement.folder(self.placement.folder_name(job.machine))
+                copies = self.placement.own_view(folder, job.machine)
+                self.clock_went_back |= clock_went_back(copies, utc) is not None
+                for warning in retention_warnings(copies, utc, local):
+                    yield Finding(Severity.WARNING, job.machine.title, warning)
 
-    def _do_jobs(self) -> None:
-        """Every job was tried, those that failed for a passing reason a second time."""
-        again = []                         # type: List[Job]
-        for job in self._plan.jobs:
-            if self._try_job(job, False) is None:
+    def _try_jobs(self, jobs: Iterable[Job], is_last: bool) -> List[Job]:
+        """Each of the jobs has its outcome, but for those that are worth another try. PoolError if the pool is gone: the VMs
+        behind that one would fail too."""
+        again = []
+        for job in jobs:
+            self._services.signals.check()
+            outcome, error = self._tried(job)
+            is_pool_gone = isinstance(error, PoolError) and not isinstance(error, AnswerLost)
+            if error is not None and error.passing and not is_last and not is_pool_gone:
+                self._services.log.warning(f"{job.machine.title}: {error} It is tried once more at the end of the run.")
+                self._status_log.end(outcome._replace(status_word="RETRY"))
                 again.append(job)
-        for job in again:
-            self._services.log.info("%s: trying once more." % job.machine.title)
-            self._try_job(job, True)
+                continue
+            self._outcomes.append(outcome)
+            self._status_log.end(outcome)
+            if is_pool_gone:
+                raise error
+            if error is not None:
+                self._services.log.error(f"{job.machine.title}: {error}")
+            elif is_last and outcome.error is None:
+                self._tell([Finding(Severity.WARNING, job.machine.title, "it needed a second try.")])
+        return again
 
-    def _try_job(self, job: Job, second_try: bool) -> Optional[Outcome]:
-        """The job's outcome, also in the list; None if it is worth a second try."""
-        self._services.signals.check()
+    def _tried(self, job: Job) -> Tuple[Outcome, Optional[BackupError]]:
+        """The outcome of the job, and the error that it ended with if it was none of our bugs."""
         began_s = self._services.clock.monotonic()
         self._status_log.begin(job.method.value, job.machine.name)
+        outcome, ended = untried(job), None        # type: Outcome, Optional[BackupError]
         try:
-            outcome = self._back_up(job)
-            if second_try:
-                self._add_finding(Severity.WARNING, job.machine.title, "it needed a second try.")
-        except PoolError as error:
-            if not isinstance(error, AnswerLost):      # the pool is gone: the VMs behind this one would fail too
-                self._record(job, self._failed(job, str(error), error.status_word or "POOL-FAIL"), began_s)
-                raise
-            if not second_try:
-                return self._postpone(job, error)
-            self._services.log.error("%s: %s" % (job.machine.title, error))
-            outcome = self._failed(job, str(error), error.status_word or "POOL-FAIL")
+            outcome = BackupJob(self, job, self._tell).done()
         except BackupError as error:
-            self._note_storage(error)
-            if error.passing and not second_try:
-                return self._postpone(job, error)
-            self._services.log.error("%s: %s" % (job.machine.title, error))
-            outcome = self._failed(job, str(error), error.status_word or "EXPORT-FAIL")
+            self.run.note(error)
+            word = error.status_word or ("POOL-FAIL" if isinstance(error, PoolError) else "EXPORT-FAIL")
+            outcome, ended = outcome._replace(error=str(error), status_word=word), error
         except Exception as bug:
-            self._services.log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
-            outcome = self._failed(job, BUG_TEXT, "BUG")._replace(had_bug=True)
-        return self._record(job, outcome, began_s)
+            self._services.log.bug(bug, job.machine.title + ": ")
+            outcome = outcome._replace(error=BUG_TEXT, status_word="BUG", had_bug=True)
+        return outcome._replace(seconds=self._services.clock.monotonic() - began_s), ended
 
-    def _postpone(self, job: Job, error: BackupError) -> None:
-        """The job is tried again at the end of the run."""
-        self._services.log.warning("%s: %s It is tried once more at the end of the run." % (job.machine.title, error))
-        self._status_log.end(self._failed(job, str(error), "RETRY"))
+    def _low_space(self) -> Iterator[Finding]:
+        """A warning if the next run's largest copy may not fit."""
+        place = self._services.settings.backup_dir
+        largest = max((outcome.size_bytes for outcome in self._outcomes), default=0)
+        try:
+            free = None if self.run.store_problem else self._services.catalog.free_bytes()
+        except CatalogError as error:              # every VM is done by now
+            self.run.note(error)
+            yield Finding(Severity.WARNING, place, str(error))
+            return
+        if free is not None and free < largest:
+            yield Finding(Severity.WARNING, place, f"only {format_size(free)} are free, and the largest copy of this run has "
+                          f"{format_size(largest)}: the next run may not fit.")
 
-    def _record(self, job: Job, outcome: Outcome, began_s: float) -> Outcome:
-        """The outcome is in the list and the status log."""
-        outcome = outcome._replace(seconds=self._services.clock.monotonic() - began_s)
-        self._outcomes.append(outcome)
-        self._status_log.end(outcome)
-        return outcome
+    # --- the pool database --------------------------------------------------------------
 
-    def _failed(self, job: Job, error: str, word: str) -> Outcome:
-        """The outcome of a job that failed."""
-        return untried(job)._replace(error=error, status_word=word)
+    def _dump_pool_database(self) -> Iterator[Finding]:
+        """One dump more in METADATA_<host>, and old ones pruned; a failure is the run's to report."""
+        catalog = self._services.catalog
+        try:
+            catalog.check_in_place()
+            folder = dump_folder(catalog, self.run.inventory)
+            name = catalog.new_pool_dump(folder, self._services.clock.local(), self.exporter.pool_database)
+            self._services.log.info(f"pool database: {folder}/{name} is complete.")
+            self._dump_error = ""
+        except BackupError as error:
+            self.run.note(error)
+            self._dump_error = str(error)
+            self._services.log.error(f"pool database: {error}")
+            return
+        try:
+            yield from self._prune_pool_dumps(folder, name)
+        except TakenOver:
+            raise
+        except CatalogError as error:              # the new dump is there all the same
+            self.run.note(error)
+            yield Finding(Severity.WARNING, "pool database", f"older dumps were not pruned: {error}")
 
-    def _add_finding(self, severity: Severity, subject: str, sentence: str) -> None:
-        """Noted for the report, and told now."""
-        self._findings.append(Finding(severity, subject, sentence))
-        self._services.log.finding(self._findings[-1])
+    def _prune_pool_dumps(self, folder: str, newest: str) -> Iterator[Finding]:
+        """Older dumps of this pool beyond the number to keep are gone."""
+        problems = []                      # type: List[CatalogError]
+        catalog, most = self._services.catalog, self._services.settings.max_backups
+        dumps = [name for name, pool in catalog.pool_dumps(folder, problems) if pool == self.run.inventory.pool_uuid]
+        yield from map(self.left, problems)
+        reason = self.why_not_pruned
+        if not reason and dumps[-1:] != [newest]:
+            reason = "the clock went back" if newest in dumps else f"{folder}/{newest}, just made, can't be read back"
+        if reason:
+            self._services.log.info(f"pool database: nothing is pruned, as {reason}.")
+            return
+        for old in dumps[:-most]:
+            self.run.check_alive()
+            catalog.remove_pool_dump(folder, old)
+            self._services.log.info(f"pool database: removed {folder}/{old}: {counted(most, 'dump', 'is')} kept.")
 
-    def _note_storage(self, error: BackupError) -> None:
-        """After storage that misbehaved nothing is pruned; after one that hangs nothing of it is waited for."""
-        if isinstance(error, StorageMisbehaved):
-            self._storage_problem = str(error)
-        if isinstance(error, StorageStalled):
-            self.way_out.storage_hangs = True
 
-    # --- one VM -------------------------------------------------------------------------
+class BackupJob:
+    """One copy more of one VM, from its directory's lock to retention. It knows nothing of the jobs before and behind it."""
 
-    def _back_up(self, job: Job) -> Outcome:
-        """One copy more of that VM, sealed, and older ones pruned. Raises BackupError; then nothing of it is left."""
-        if self.way_out.storage_hangs:
-            raise StorageStalled("it was not tried, as the backup storage hangs: %s" % self._storage_problem)
+    def __init__(self, backup: BackupRun, job: Job, tell: Callable[[Iterable[Finding]], None]) -> None:
+        self._backup = backup
+        self._run = backup.run
+        self._services = backup.run.services
+        self._job = job
+        self._tell = tell
+
+    def done(self) -> Outcome:
+        """The outcome of a copy that is sealed, older ones pruned. Raises BackupError; then nothing of it is left."""
+        job, run = self._job, self._run
+        if run.storage_hangs:
+            raise StorageStalled(f"it was not tried, as the backup storage hangs: {run.store_problem}")
         with stage("STORAGE-FAIL"):
             self._services.catalog.check_in_place()
-        with self._own_folder(job.machine) as folder:
-            self._clear_unfinished(folder)
-            copies = self._placement.own_view(folder, job.machine)
+        with self._own_folder() as folder:
+            self._tell(self._backup.clear_unfinished(folder))
             if self._services.settings.pre_clean:
-                self._prune(job, copies, job.keep - 1, "to make room")
-            sealed, size_bytes = self._make_copy(job, folder)
+                self._prune(self._backup.placement.own_view(folder, job.machine), job.keep - 1, "to make room")
+            sealed, size_bytes = self._make_copy(folder)
             outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes)
             try:                                   # whatever comes now, the new copy is sealed and good
-                return outcome._replace(kept=self._retain(job, folder.name, sealed))
+                return outcome._replace(kept=self._retain(folder.name, sealed))
             except BackupError as error:
-                self._note_storage(error)
-                self._add_finding(Severity.WARNING, job.machine.title, "older copies were not pruned: %s" % error)
+                run.note(error)
+                self._warn(f"older copies were not pruned: {error}")
             except Exception as bug:
-                self._services.log.bug("%s: a bug in VmBackup: %s\n%s" % (job.machine.title, bug, bug_report()))
+                self._services.log.bug(bug, job.machine.title + ": ")
                 outcome = outcome._replace(had_bug=True)
             return outcome
 
+    def _warn(self, sentence: str) -> None:
+        self._tell([Finding(Severity.WARNING, self._job.machine.title, sentence)])
+
     @contextlib.contextmanager
-    def _own_folder(self, machine: VirtualMachine) -> Iterator[Folder]:
+    def _own_folder(self) -> Iterator[Folder]:
         """The VM's directory, listed, its lock ours; an empty one is removed at the end."""
+        placement, catalog = self._backup.placement, self._services.catalog
         while True:
-            name = self._placement.folder_name(machine)
-            lock = self._services.catalog.folder_lock(name)
+            name = placement.folder_name(self._job.machine)
+            lock = catalog.folder_lock(name)
             with stage("LOCK-FAIL"):
                 self._wait_for_lock(lock, name)
             try:
-                folder = self._placement.look_again(name)              # under the lock
-                if self._placement.folder_name(machine) == name:
+                folder = placement.look_again(name)                    # under the lock
+                if placement.folder_name(self._job.machine) == name:
                     yield folder
                     return
             finally:
-                self._leave_folder(name, lock)
-
-    def _leave_folder(self, name: str, lock: LockFile) -> None:
-        """The directory is gone if it is empty, and its lock is free; raises nothing that could hide what went wrong."""
-        self.way_out.tidy("leaving %s" % name, lambda: self._services.catalog.root.remove_if_empty(name))
-        self.way_out.tidy("unlocking %s" % name, lock.release)
+                self._run.tidy(f"leaving {name}", lambda: catalog.root.remove_if_empty(name))
+                self._run.tidy(f"unlocking {name}", lock.release)
 
     def _wait_for_lock(self, lock: LockFile, name: str) -> None:
         """The lock is ours, or BackupError when lock_wait is over."""
-        give_up_at = self._services.clock.monotonic() + self._services.settings.lock_wait * MINUTE_S
+        clock, lock_wait = self._services.clock, self._services.settings.lock_wait
+        give_up_at = clock.monotonic() + lock_wait * MINUTE_S
         told = False
         while not lock.take():
-            if self._services.clock.monotonic() >= give_up_at:
-                raise BackupError("the directory %s is in use by another run (%s) since before lock_wait=%d minutes. "
-                                  "Nothing was done for this VM." % (name, holder_text(lock.text()),
-                                                                     self._services.settings.lock_wait))
+            holder = f"{name} is in use by another run ({holder_text(lock.text())})"
+            if clock.monotonic() >= give_up_at:
+                raise BackupError(f"the directory {holder} since before lock_wait={lock_wait} minutes. Nothing was done for "
+                                  f"this VM.")
             if not told:
-                self._services.log.info("%s is in use by another run (%s); waiting." % (name, holder_text(lock.text())))
+                self._services.log.info(f"{holder}; waiting.")
                 told = True
             self._services.signals.sleep(1)
         with contextlib.suppress(CatalogError):    # the text is for people; a full store must not cost the lock
-            lock.write_text(self._signature())
+            lock.write_text(signature(self._services, self._run.inventory))
 
-    def _signature(self) -> Dict[str, Any]:
-        """Who we are, for the text of a lock."""
-        return {"host": self._services.journal.header["host"], "pid": os.getpid(), "since": format_utc(self._services.clock.utc())}
+    # --- the copy -----------------------------------------------------------------------
 
-    def _make_copy(self, job: Job, folder: Folder) -> Tuple[str, int]:
+    def _make_copy(self, folder: Folder) -> Tuple[str, int]:
         """The name and size of a new sealed copy in that directory."""
-        taken_at = self._services.clock.utc()
-        machine = self._read_again(job)
+        run, services, exporter = self._run, self._services, self._backup.exporter
+        taken_at = services.clock.utc()
+        machine = self._read_again()
         with stage("DIR-FAIL"):
-            copy = self._services.catalog.new_copy(folder.name, self._services.clock.local())
+            copy = services.catalog.new_copy(folder.name, services.clock.local())
         try:
-            self._services.log.info("%s: %s into %s/%s" % (machine.title, job.method.value, folder.name, copy.name))
+            services.log.info(f"{machine.title}: {self._job.method.value} into {folder.name}/{copy.name}")
             with stage("METADATA-FAIL"):
-                metadata = self._exporter.metadata(machine)
-                self._in_store("writing the metadata", lambda: copy.write(VM_METADATA, metadata))
-                interfaces, os_version = self._services.pool.interfaces(machine), self._services.pool.os_version(machine)
-                self._tell_problems(job, machine, interfaces)
+                metadata = exporter.metadata(machine)
+                run.in_store("writing the metadata", lambda: copy.write(VM_METADATA, metadata))
+                interfaces, os_version = services.pool.interfaces(machine), services.pool.os_version(machine)
+                self._tell_problems(machine, interfaces)
                 files = metadata_files(machine, machine.disks, interfaces, os_version)
-                self._in_store("writing the metadata", lambda: copy.write_texts(          # the sizes are those of the snapshot
+                run.in_store("writing the metadata", lambda: copy.write_texts(          # the sizes are those of the snapshot
                     (name, text) for name, text in files if not name.endswith(VDI_CFG)))
-            image, disks = self._export(job, machine, copy)
+            image, disks = self._export(machine, copy)
             with stage("SEAL-FAIL"):
                 files = metadata_files(machine, disks, interfaces, os_version)
                 copy.note_file(image.name, image.size, image.sha256)
                 copy.note_file(BLOCKS, image.blocks_size, image.blocks_sha256)
-                self._in_store("writing the metadata", lambda: copy.write_texts(
+                run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if name.endswith(VDI_CFG)))
-                self._in_store("finishing the copy", lambda: copy.finish(self._manifest(job, machine, image, taken_at, folder)))
-                if self._services.settings.verify_after:
+                run.in_store("finishing the copy", lambda: copy.finish(self._manifest(machine, image, taken_at, folder)))
+                if services.settings.verify_after:
                     self._read_back(machine, copy, image)
-                self._in_store("sealing the copy", lambda: (self._check_alive(), self._services.catalog.check_in_place(), copy.seal()))
-        except BaseException as error:
-            self._discard(copy, error)
+                run.in_store("sealing the copy", lambda: (
+                    run.check_alive(), services.catalog.check_in_place(), copy.seal()))
+        except BaseException as error:             # whatever ended it: what was written goes, unless the storage is what failed
+            run.note(error)
+            if not isinstance(error, TakenOver):
+                run.tidy(f"removing {copy.name}{PARTIAL}", copy.discard)
             raise
         finally:
             copy.close()
-        self._services.log.info("%s: %s/%s is complete: %s, proven %s." % (
-            machine.title, folder.name, copy.name, format_size(image.size), proof_text(image)))
+        services.log.info(f"{machine.title}: {folder.name}/{copy.name} is complete: {format_size(image.size)}, proven "
+                          f"{proof_text(image)}.")
         return copy.name, image.size
 
-    def _in_store(self, doing: str, work: Callable[[], Any]) -> Any:
-        """What the work in the store gives; a store that hangs is left after stall_timeout, after a signal soon."""
-        try:
-            return within(self._services.settings.stall_timeout * MINUTE_S, doing, work, lambda: self._services.signals.noted)
-        except StorageStalled:
-            self.way_out.storage_hangs = True
-            self._services.signals.check()
-            raise
-
-    def _discard(self, copy: NewCopy, error: BaseException) -> None:
-        """What was written of a copy that failed is gone, unless the storage is what failed."""
-        if isinstance(error, BackupError):
-            self._note_storage(error)
-        if isinstance(error, Interrupted):
-            self.way_out.patience_s = WAY_OUT_S
-        if not isinstance(error, TakenOver):
-            with self._services.signals.shielded():
-                self.way_out.tidy("removing %s" % (copy.name + PARTIAL), copy.discard)
-
-    def _check_alive(self) -> None:
-        """Raises BackupError if another run took us for dead: then nothing more may be sealed, deleted or swept."""
-        if not self._services.journal.is_still_ours():
-            raise TakenOver("another run took this one for dead (its journal %s was taken over): nothing more "
-                            "is sealed or deleted. Do the clocks and locks of the share work?" % self._services.journal.name)
-
-    def _read_again(self, job: Job) -> VirtualMachine:
+    def _read_again(self) -> VirtualMachine:
         """The VM as it is just before its snapshot; differences from the plan are told."""
-        planned = job.machine
+        planned, log = self._job.machine, self._services.log
         with stage("VM-GONE"):
             try:
                 machine = self._services.pool.real_machine(planned)
             except ApiFailure as failure:
                 if is_gone(failure, "VM"):
-                    raise BackupError("%s is no longer in the pool, so it was not backed up. Its earlier copies are "
-                                      "left as they are." % planned.title)
+                    raise BackupError(f"{planned.title} is no longer in the pool, so it was not backed up. Its earlier copies "
+                                      f"are left as they are.")
                 raise
         for what, before, now in (("name", planned.name, machine.name),
                                   ("power state", planned.power_state, machine.power_state),
                                   ("disks", disk_list(planned.disks), disk_list(machine.disks))):
             if before != now:
-                self._services.log.info("%s: its %s changed since the run was planned: %s, before %s." % (
-                    planned.title, what, one_line(now) or "none", one_line(before) or "none"))
+                log.info(f"{planned.title}: its {what} changed since the run was planned: {one_line(now) or 'none'}, before "
+                         f"{one_line(before) or 'none'}.")
         if machine.power_state == "Suspended":             # a snapshot of it is halted (tried on a real server)
-            self._services.log.info("%s is suspended: the copy holds its disks, but not its memory." % machine.title)
+            log.info(f"{machine.title} is suspended: the copy holds its disks, but not its memory.")
         return machine
 
-    def _tell_problems(self, job: Job, machine: VirtualMachine, interfaces: Sequence[Interface]) -> None:
-        """What the pool's records lack is a warning, once; the plan has told of what was so by then."""
-        for problem in machine.problems + tuple(vif.problem for vif in interfaces if vif.problem):
-            finding = Finding(Severity.WARNING, machine.title, problem)
-            if problem not in job.machine.problems and finding not in self._findings:
-                self._add_finding(*finding)
+    def _tell_problems(self, machine: VirtualMachine, interfaces: Sequence[Interface]) -> None:
+        """What the pool's records lack is a warning; the plan has told of what was so by then."""
+        problems = machine.problems + tuple(vif.problem for vif in interfaces if vif.problem)
+        self._tell(Finding(Severity.WARNING, machine.title, problem) for problem in problems
+                   if problem not in self._job.machine.problems)
 
-    def _export(self, job: Job, machine: VirtualMachine, copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
+    def _export(self, machine: VirtualMachine, copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
         """The image, and the VM's disks with the sizes that their snapshots have."""
-        label = "%s (backup %s)" % (machine.name, parse_copy_name(copy.name)[0].strftime("%Y-%m-%d %H:%M:%S"))
-        base = safe_name(machine.name)
-        self._snapshots.check_none_left(machine)
-        if job.method is Method.VM:
+        exporter, snapshots, base = self._backup.exporter, self._run.snapshots, safe_name(machine.name)
+        snapshots.check_none_left(machine)
+        if self._job.method is Method.VM:
+            label = f"{machine.name} (backup {parse_copy_name(copy.name)[0]:%Y-%m-%d %H:%M:%S})"
             self._check_sr_space(machine, machine.disks)
-            with stage("SNAPSHOT-FAIL"), self._snapshots.of_vm(machine, label) as snapshot, stage("VM-EXPORT-FAIL"):
-                image = self._exporter.vm_image(snapshot, machine, copy.inside, base)
+            with stage("SNAPSHOT-FAIL"), snapshots.of_vm(machine, label) as snapshot, stage("VM-EXPORT-FAIL"):
+                image = exporter.vm_image(snapshot, machine, copy.inside, base)
                 sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
         else:
             with stage("VDI-EXPORT-FAIL"):
                 disk = first_disk(machine)
             self._check_sr_space(machine, (disk,))
-            with stage("SNAPSHOT-FAIL"), self._snapshots.of_disk(machine, disk) as snapshot, \
-                    stage("VDI-EXPORT-FAIL"):
-                image = self._exporter.disk_image(snapshot, machine, copy.inside, base)
+            with stage("SNAPSHOT-FAIL"), snapshots.of_disk(machine, disk) as snapshot, stage("VDI-EXPORT-FAIL"):
+                image = exporter.disk_image(snapshot, machine, copy.inside, base)
                 sizes = {disk.vdi_ref: snapshot.virtual_size}
-        return image, [disk._replace(virtual_size=sizes.get(disk.vdi_ref, disk.virtual_size))
-                       for disk in machine.disks]
+        return image, [disk._replace(virtual_size=sizes.get(disk.vdi_ref, disk.virtual_size)) for disk in machine.disks]
 
     def _check_sr_space(self, machine: VirtualMachine, disks: Sequence[Disk]) -> None:
         """Raises BackupError if a snapshot of those disks could fill their SR."""
-        if not self._services.settings.min_sr_free:
-            return
-        with stage("SNAPSHOT-FAIL"):
-            check_sr_space(self._services.pool.storage_repositories(disk.sr_ref for disk in disks if disk.sr_uuid),
-                           self._services.settings.min_sr_free, "no snapshot of %s was made" % machine.title)
+        min_free = self._services.settings.min_sr_free
+        if min_free:
+            with stage("SNAPSHOT-FAIL"):
+                check_sr_space(self._services.pool.storage_repositories(disk.sr_ref for disk in disks if disk.sr_uuid),
+                               min_free, f"no snapshot of {machine.title} was made")
 
-    def _manifest(self, job: Job, machine: VirtualMachine, image: ImageReport, taken_at: datetime,
-                  folder: Folder) -> Dict[str, Any]:
+    def _manifest(self, machine: VirtualMachine, image: ImageReport, taken_at: datetime, folder: Folder) -> Dict[str, Any]:
         """backup.json: what, when, from where, and what was verified. `files` is added when all are written."""
-        inventory = self._inventory
+        inventory, job = self._run.inventory, self._job
         return {
             "format": MANIFEST_FORMAT, "program": "VmBackup " + VERSION, "kind": job.method.value, "folder": folder.name,
             "taken_at": format_utc(taken_at), "finished_at": format_utc(self._services.clock.utc()),
@@ -8192,116 +8277,58 @@ class BackupRun:
 
     def _read_back(self, machine: VirtualMachine, copy: NewCopy, image: ImageReport) -> None:
         """Raises StorageMisbehaved unless the storage gives back what was written."""
-        self._services.log.info("%s: reading %s back from storage." % (machine.title, image.name))
+        self._services.log.info(f"{machine.title}: reading {image.name} back from storage.")
         digest = Digest()
         fd = copy.inside.open_file(image.name)
         forget_cached(fd)
-        pump([Flow(fd, [digest])], lambda progress: self._services.signals.check(), "reading %s back" % image.name)
+        pump([Flow(fd, [digest])], lambda progress: self._services.signals.check(), f"reading {image.name} back")
         if (digest.total_bytes, digest.hexdigest()) != (image.size, image.sha256):
-            raise StorageMisbehaved("the storage gives back other bytes than were written to %s: the copy was not kept, "
-                                    "and nothing is pruned. Check the share or disk." % image.name)
+            raise StorageMisbehaved(f"the storage gives back other bytes than were written to {image.name}: the copy was not "
+                                    f"kept, and nothing is pruned. Check the share or disk.")
 
-    # --- retention -------------------------------------------------------------------------
+    # --- retention ------------------------------------------------------------------------
 
-    def _retain(self, job: Job, folder_name: str, sealed: str) -> int:
+    def _retain(self, folder_name: str, sealed: str) -> int:
         """Older copies beyond the number to keep are gone, never the one just sealed; the number of good ones there."""
+        job, log = self._job, self._services.log
         folder = self._services.catalog.folder(folder_name)
-        copies = self._placement.own_view(folder, job.machine)
+        copies = self._backup.placement.own_view(folder, job.machine)
         for copy in copies:
             if not copy.is_good:
-                self._services.log.info("%s/%s is not a good copy and is left: %s." % (folder_name, copy.name, copy.trouble))
+                log.info(f"{folder_name}/{copy.name} is not a good copy and is left: {copy.trouble}.")
             elif copy.aside and copy.uuid == job.machine.uuid:
-                self._services.log.info("%s/%s is left: %s." % (folder_name, copy.name, copy.aside))
+                log.info(f"{folder_name}/{copy.name} is left: {copy.aside}.")
         for name in folder.strangers:
-            self._services.log.info("%s/%s is not ours and is left." % (folder_name, one_line(name)))
-        removed = self._prune(job, copies, job.keep, "retention", sealed)
+            log.info(f"{folder_name}/{one_line(name)} is not ours and is left.")
+        removed = self._prune(copies, job.keep, "retention", sealed)
         return sum(1 for copy in copies if copy.counts_for(job.machine.uuid, job.method)) - removed
 
-    def _prune(self, job: Job, copies: Sequence[Copy], keep: int, why: str, sealed: str = "") -> int:
+    def _prune(self, copies: Sequence[Copy], keep: int, why: str, sealed: str = "") -> int:
         """What the verdicts let go is gone; how many copies that were. A copy that can't be removed is a warning."""
+        job, title, log = self._job, self._job.machine.title, self._services.log
         removed = 0
         for verdict in judge(copies, job.machine.uuid, job.method, keep, sealed):
             if verdict.keep:
                 continue
-            if self._storage_problem or self._clock_went_back:
-                self._services.log.info("%s: nothing is pruned, as %s." % (
-                    job.machine.title, "the storage misbehaved in this run" if self._storage_problem
-                    else "the clock went back"))
-                return removed
+            if self._backup.why_not_pruned:
+                log.info(f"{title}: nothing is pruned, as {self._backup.why_not_pruned}.")
+                break
+            place = f"{verdict.copy.folder}/{verdict.copy.name}"
             try:
-                self._check_alive()
+                self._run.check_alive()
                 self._services.catalog.check_in_place()
                 if not self._services.catalog.remove_copy(verdict.copy):
-                    self._services.log.info("%s: %s/%s is being read by a restore or drill: a later run removes it." % (
-                        job.machine.title, verdict.copy.folder, verdict.copy.name))
+                    log.info(f"{title}: {place} is being read by a restore or drill: a later run removes it.")
                     continue
             except TakenOver:
                 raise
             except CatalogError as error:
-                self._note_storage(error)
-                self._add_finding(Severity.WARNING, job.machine.title, str(error))
-                return removed
+                self._run.note(error)
+                self._warn(str(error))
+                break
             removed += 1
-            self._services.log.info("%s: removed %s/%s (%s): %s." % (job.machine.title, verdict.copy.folder,
-                                                            verdict.copy.name, why, verdict.reason))
+            log.info(f"{title}: removed {place} ({why}): {verdict.reason}.")
         return removed
-
-    def _note_low_space(self) -> None:
-        """A warning if the next run's largest copy may not fit."""
-        if self._storage_problem:
-            return
-        largest = max((outcome.size_bytes for outcome in self._outcomes), default=0)
-        try:
-            free = self._services.catalog.free_bytes()
-        except CatalogError as error:              # every VM is done by now
-            self._note_storage(error)
-            self._add_finding(Severity.WARNING, self._services.settings.backup_dir, str(error))
-            return
-        if free is not None and free < largest:
-            self._add_finding(Severity.WARNING, self._services.settings.backup_dir, "only %s are free, and the largest copy "
-                              "of this run has %s: the next run may not fit." % (format_size(free),
-                                                                                 format_size(largest)))
-
-    # --- the pool database -----------------------------------------------------------------
-
-    def _dump_pool_database(self) -> None:
-        """One dump more in METADATA_<host>, and old ones pruned; a failure is the run's to report."""
-        try:
-            self._services.catalog.check_in_place()
-            folder = dump_folder(self._services.catalog, self._inventory)
-            name = self._services.catalog.new_pool_dump(folder, self._services.clock.local(), self._exporter.pool_database)
-            self._services.log.info("pool database: %s/%s is complete." % (folder, name))
-            self._dump_error = ""
-        except BackupError as error:
-            self._note_storage(error)
-            self._dump_error = str(error)
-            self._services.log.error("pool database: %s" % error)
-            return
-        try:
-            self._prune_pool_dumps(folder, name)
-        except TakenOver:
-            raise
-        except CatalogError as error:              # the new dump is there all the same
-            self._note_storage(error)
-            self._add_finding(Severity.WARNING, "pool database", "older dumps were not pruned: %s" % error)
-
-    def _prune_pool_dumps(self, folder: str, newest: str) -> None:
-        """Older dumps of this pool beyond the number to keep are gone."""
-        problems = []                      # type: List[CatalogError]
-        dumps = [name for name, pool in self._services.catalog.pool_dumps(folder, problems) if pool == self._inventory.pool_uuid]
-        for problem in problems:
-            self._tell_left(problem)
-        if self._storage_problem or self._clock_went_back or dumps[-1:] != [newest]:
-            self._services.log.info("pool database: nothing is pruned, as %s." % (
-                "the storage misbehaved in this run" if self._storage_problem else
-                "the clock went back" if self._clock_went_back or newest in dumps else
-                "%s/%s, just made, can't be read back" % (folder, newest)))
-            return
-        for old in dumps[:-self._services.settings.max_backups]:
-            self._check_alive()
-            self._services.catalog.remove_pool_dump(folder, old)
-            self._services.log.info("pool database: removed %s/%s: %s kept." % (
-                folder, old, counted(self._services.settings.max_backups, "dump", "is")))
 
 
 def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
@@ -8309,7 +8336,7 @@ def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
     came first."""
     plain = "METADATA_" + inventory.host.short_name
     pools = {pool for _, pool in catalog.pool_dumps(plain)} - {""}
-    return plain if not pools or inventory.pool_uuid in pools else "%s--%s" % (plain, inventory.pool_uuid[:8])
+    return plain if not pools or inventory.pool_uuid in pools else f"{plain}--{inventory.pool_uuid[:8]}"
 
 
 @contextlib.contextmanager
@@ -8322,17 +8349,12 @@ def stage(word: str) -> Iterator[None]:
         raise
 
 
-def bug_report() -> str:
-    """Traceback and versions of an unexpected exception."""
-    return "%sVmBackup %s, Python %s" % (traceback.format_exc(), VERSION, sys.version.split()[0])
-
-
 def proof_text(image: ImageReport) -> str:
     """What was proven of an image, in words."""
     if not image.block_digests:
         return "in structure and size"
     if image.block_digests_checked:
-        return "block by block (%s)" % counted(image.blocks, "digest")
+        return f"block by block ({counted(image.blocks, 'digest')})"
     return "in structure; block digests need libxxhash, which is not here"
 
 
@@ -9757,8 +9779,8 @@ def longest_not_drilled(copies: Sequence[Copy], last_drills: Dict[str, str], num
 # =============================================================================
 # 25. Report
 # =============================================================================
-# Outcomes become words: status log, summary, exit status. Whether a run was a
-# success is decided by its outcomes, never by what was logged.
+# A Report becomes words: status log, last line, mail. And the way out of the
+# mails, and what a preview shows.
 
 
 STATUS_LOG_LIMIT_S = 20           # it often lies on the very share that hangs
@@ -10700,18 +10722,6 @@ def backup(services: Services) -> int:
             pool.close()
 
 
-def with_journal(services: Services, inventory: Inventory) -> Services:
-    """The services with the journal of this run, which is begun and locked."""
-    now = services.clock.utc()
-    host = inventory.host.short_name
-    name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{secrets.token_hex(3)}"
-    journal = services.catalog.begin_run(name, {
-        "pool": inventory.pool_uuid, "host": host, "pid": os.getpid(), "since": format_utc(now),
-        "config": services.settings.source}, now.timestamp())
-    journal.limit_s = services.settings.stall_timeout * MINUTE_S
-    return services._replace(journal=journal)
-
-
 def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockFile) -> int:
     """The exit status of the run, after its report."""
     settings, log = services.settings, services.log
@@ -10723,21 +10733,20 @@ def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockF
         log.warning(warning)
     status_log = StatusLog(services, host)
     status_log.open()
-    services = with_journal(services, inventory)
-    status_log.begin("vmbackup.py")
-    log.info(f"VmBackup {VERSION}: {counted(len(plan.jobs), 'VM')} of {settings.source} in pool {inventory.pool_title}; "
-             f"host {host}.")
-    for machine in plan.provisional:
-        log.info("left out: " + provisional_text(machine))
-    run = BackupRun(services, inventory, plan, Exporter(services, make_xe(services)), status_log)
-    report = run.run()
+    with Run(services, inventory) as run:
+        status_log.begin("vmbackup.py")
+        log.info(f"VmBackup {VERSION}: {counted(len(plan.jobs), 'VM')} of {settings.source} in pool {inventory.pool_title}; "
+                 f"host {host}.")
+        for machine in plan.provisional:
+            log.info("left out: " + provisional_text(machine))
+        report = BackupRun(run, plan, Exporter(run.services, make_xe(services)), status_log).report()
+        run.tidy("keeping a reserve", services.catalog.keep_reserve)
     report = report._replace(findings=report.findings + tuple(
         Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings))
     with services.signals.shielded():
-        run.finish()
-        report = mailed(services, report, run.way_out.storage_hangs)
-        run.way_out.tidy("giving back the lock of this config", lambda: end_config_lock(lock, report.exit_status))
-        if run.way_out.storage_hangs:
+        report = mailed(services, report, run.storage_hangs)
+        run.tidy("giving back the lock of this config", lambda: end_config_lock(lock, report.exit_status))
+        if run.storage_hangs:
             lock.abandon()
         return report_told(services, report, status_log)
 
@@ -11359,29 +11368,6 @@ def read_once(services: Services, source: Source, inside: Directory) -> None:
         raise BackupError("%s %s: %s. Nothing was started." % (source.title, error.verdict, str(error).rstrip(".")))
 
 
-@contextlib.contextmanager
-def making_run(services: Services, inventory: Inventory) -> Iterator[Tuple[Importer, Snapshots]]:
-    """A journal is begun, what dead runs left is cleared, and in the end the journals are put away."""
-    services = with_journal(services, inventory)
-    journal, log, signals = services.journal, services.log, services.signals
-    snapshots = Snapshots(services)
-    way_out = WayOut(log, journal.limit_s)
-    try:
-        journals, problems = services.catalog.dead_runs(journal, inventory.pool_uuid, services.clock.utc().timestamp())
-        for problem in problems:
-            log.info("%s It is left." % problem)
-        snapshots.sweep(journals)
-        yield Importer(services, make_xe(services), snapshots), snapshots
-        if services.pool.was_shaken:
-            snapshots.look_again()
-    finally:
-        with signals.shielded():
-            way_out.storage_hangs = journal.is_mute
-            way_out.patience_s = min(way_out.patience_s, WAY_OUT_S) if signals.noted else way_out.patience_s
-            for one in snapshots.inherited + [journal]:
-                way_out.tidy("putting the journal %s away" % one.name, one.finish)
-
-
 def journal_catalog(services: Services, chosen: Chosen) -> Catalog:
     """The directory whose .vmbackup holds the journal: backup_dir, or where the copy itself lies."""
     if chosen.catalog is not None:
@@ -11402,22 +11388,24 @@ def journal_catalog(services: Services, chosen: Chosen) -> Catalog:
 
 def restore(services: Services, inventory: Inventory, plan: RestorePlan, chosen: Chosen, force: bool) -> int:
     """The plan was carried out; the exit status. Raises what went wrong, when nothing of it is left."""
-    services = services._replace(catalog=journal_catalog(services, chosen))
+    log, name, size = services.log, quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes)
     began_s = services.clock.monotonic()
-    with contextlib.ExitStack() as stack:
-        importer, snapshots = stack.enter_context(making_run(services, inventory))
-        services.log.info("%s: importing %s." % (quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes)))
+    with Run(services._replace(catalog=journal_catalog(services, chosen)), inventory) as run:
+        for problem in run.sweep():
+            log.info(f"{problem} It is left.")
+        importer = Importer(run.services, make_xe(services), run.snapshots)
+        log.info(f"{name}: importing {size}.")
         with importer.imported(plan, chosen.inside, "restore", force) as imported:
             importer.finish(plan, imported)
         services.signals.come_too_late()                    # the VM is there
-        services.log.info("%s: the import %s: %s in %s." % (
-            quote_name(plan.source.vm_name), "is over" if imported.problem else "is proven", format_size(chosen.copy.size_bytes),
-            format_duration(services.clock.monotonic() - began_s)))
+        seconds = services.clock.monotonic() - began_s
+        log.info(f"{name}: the import {'is over' if imported.problem else 'is proven'}: {size} in {format_duration(seconds)}.")
         status = started_status(services, plan, imported)
-        services.log.show(restored_text(services.pool, plan, imported, status))
+        log.show(restored_text(services.pool, plan, imported, status))
+        run.look_again()
         if imported.problem:
             return ExitStatus.WARNING
-        return status if status != ExitStatus.OK or not snapshots.findings else ExitStatus.WARNING
+        return status if status != ExitStatus.OK or not run.snapshots.findings else ExitStatus.WARNING
 
 
 def started_status(services: Services, plan: RestorePlan, imported: ImportedVm) -> int:
@@ -11607,33 +11595,39 @@ def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Cop
 def run_drill(services: Services, inventory: Inventory, copies: Sequence[Copy], findings: Sequence[Finding],
               boot_s: float) -> int:
     """The exit status of a drill, after its report."""
-    began_at, ended_by = services.clock.utc(), None        # type: datetime, Optional[BaseException]
     status_log = StatusLog(services, inventory.host.short_name)
     status_log.open()
     status_log.begin("vmbackup.py")
     outcomes = [undrilled(copy) for copy in copies]
-    with making_run(services, inventory) as (importer, snapshots):
-        drill = Drill(services, importer, Exporter(services, make_xe(services)))
-        try:
-            view = read_pool_view(services.pool, inventory)
-            for number, copy in enumerate(copies):
-                services.signals.check()
-                status_log.begin("drill", copy.vm_name)
-                if snapshots.storage_hangs:
-                    outcome = undrilled(copy)._replace(error="it was not tried, as the backup storage hangs.",
-                                                       status_word="DRILL-FAIL")
-                    services.log.error(f"{outcome.title}: {outcome.error}")
-                else:
-                    outcome = drill_one(services, view, drill, copy, boot_s)
-                outcomes[number] = outcome
-                status_log.end(outcome)
-        except Interrupted as interrupted:
-            ended_by = interrupted
+    with Run(services, inventory) as run:
+        ended = ended_by(run.services, lambda: drill_all(run, copies, boot_s, outcomes, status_log))
     with services.signals.shielded():
-        report = Report(DRILL_WORDING, services.settings.source, inventory.host.short_name, began_at, services.clock.utc(),
-                        inventory.pool_title, tuple(outcomes), (), tuple(findings) + tuple(snapshots.findings), None,
-                        ended_by, ended_by.number if ended_by else 0)
-        return report_told(services, mailed(services, report), status_log)
+        noted = services.signals.noted if ended is not None and not is_bug(ended) else None
+        report = Report(DRILL_WORDING, services.settings.source, inventory.host.short_name, run.began_at, services.clock.utc(),
+                        inventory.pool_title, tuple(outcomes), (), tuple(findings) + tuple(run.snapshots.findings), None,
+                        ended, noted.number if noted else 0)
+        return report_told(services, mailed(services, report, run.storage_hangs), status_log)
+
+
+def drill_all(run: Run, copies: Sequence[Copy], boot_s: float, outcomes: List[Outcome], status_log: StatusLog) -> None:
+    """Each of the copies was drilled, and has its outcome in the place of the one that is there."""
+    services = run.services
+    for problem in run.sweep():
+        services.log.info(f"{problem} It is left.")
+    xe = make_xe(services)
+    drill = Drill(services, Importer(services, xe, run.snapshots), Exporter(services, xe))
+    view = read_pool_view(services.pool, run.inventory)
+    for number, copy in enumerate(copies):
+        services.signals.check()
+        status_log.begin("drill", copy.vm_name)
+        if services.journal.is_mute:
+            outcome = outcomes[number]._replace(error="it was not tried, as the backup storage hangs.", status_word="DRILL-FAIL")
+            services.log.error(f"{outcome.title}: {outcome.error}")
+        else:
+            outcome = drill_one(services, view, drill, copy, boot_s)
+        outcomes[number] = outcome
+        status_log.end(outcome)
+    run.look_again()
 
 
 def undrilled(copy: Copy) -> Outcome:
@@ -11783,7 +11777,7 @@ def main(argv: Sequence[str]) -> int:
         log.error("%s." % interrupted)
         return 128 + interrupted.number
     except Exception as bug:
-        log.bug("a bug in VmBackup: %s\n%s" % (bug, bug_report()))
+        log.bug(bug)
         return ExitStatus.BUG
 
 

@@ -652,18 +652,6 @@ def said_by(log):
     return said
 
 
-def test_a_store_that_hangs_on_the_way_out_is_waited_for_once():
-    log, done = VmBackup.Log(VmBackup.Clock()), []
-    said = said_by(log)
-    way_out = VmBackup.WayOut(log, 0.05)
-    way_out.tidy('this', lambda: broken_door(VmBackup.StorageMisbehaved('EIO.')))
-    way_out.tidy('that', lambda: done.append('that'))
-    assert done == ['that'] and said == ['this: left to the next run: EIO.'] and not way_out.storage_hangs
-    way_out.tidy('hung', lambda: time.sleep(60))
-    way_out.tidy('more', lambda: done.append('more'))
-    assert way_out.storage_hangs and done == ['that'] and len(said) == 2
-
-
 def broken_door(error):
     raise error
 

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from support.values import an_inventory, planned, services
-from VmBackup import (AnswerLost, ApiFailure, BackupRun, Clock, Log, PoolError, Progress, Severity, StorageMisbehaved,
+import VmBackup
+from VmBackup import (AnswerLost, ApiFailure, BackupRun, Clock, Log, PoolError, Progress, Run, Severity, StorageMisbehaved,
                       StreamStalled, Watch)
 
 
@@ -39,23 +40,22 @@ def test_a_pool_that_refuses_to_tell_of_a_task_ends_no_healthy_export_and_a_stal
     assert len(pool.calls) == 2
 
 
-def a_run(**catalog):
-    """A run of no VM over a store that answers so."""
+def a_backup(**catalog):
+    """A backup of no VM over a store that answers so."""
     log = Log(Clock())
     log.lines = []
     log.info = log.lines.append
-    run = BackupRun(services('backup_dir=/store\nmax_backups=1', log, catalog=SimpleNamespace(**catalog),
-                             journal=SimpleNamespace(limit_s=0)), an_inventory(), planned('vm-export=*'), None, None)
-    return run, log
+    store = SimpleNamespace(begin_run=lambda name, header, now_s: SimpleNamespace(name=name, header=header), **catalog)
+    run = Run(services('backup_dir=/store\nmax_backups=1', log, catalog=store), an_inventory())
+    return BackupRun(run, planned('vm-export=*'), None, None), log
 
 
 def test_space_that_cannot_be_asked_for_ends_no_run():
     def free_bytes():
         raise StorageMisbehaved('/store can\'t be asked for its free space: Input/output error.')
-    run, _ = a_run(free_bytes=free_bytes)
-    run._note_low_space()
-    assert [(one.severity, 'free space' in one.sentence) for one in run._findings[-1:]] == [(Severity.WARNING, True)]
-    assert run._storage_problem
+    backup, _ = a_backup(free_bytes=free_bytes)
+    assert [(one.severity, 'free space' in one.sentence) for one in backup._low_space()] == [(Severity.WARNING, True)]
+    assert backup.run.store_problem and 'misbehaved' in backup.why_not_pruned
 
 
 @pytest.mark.parametrize('dumps,words', [
@@ -63,6 +63,26 @@ def test_space_that_cannot_be_asked_for_ends_no_run():
     ([('new', 'POOL'), ('old', 'POOL')], 'the clock went back')])
 def test_why_dumps_are_not_pruned_is_told_as_it_is(dumps, words):
     pool = an_inventory().pool_uuid
-    run, log = a_run(pool_dumps=lambda folder, problems: [(name, pool if uuid else '') for name, uuid in dumps])
-    run._prune_pool_dumps('METADATA_host', 'new')
+    backup, log = a_backup(pool_dumps=lambda folder, problems: [(name, pool if uuid else '') for name, uuid in dumps])
+    assert list(backup._prune_pool_dumps('METADATA_host', 'new')) == []
     assert len(log.lines) == 1 and words in log.lines[0]
+
+
+# --- the way out ---------------------------------------------------------------------------------------------------------
+
+def test_a_store_that_hangs_on_the_way_out_is_waited_for_once(monkeypatch):
+    backup, log = a_backup()
+    run, done = backup.run, []
+
+    def broken_door():
+        raise StorageMisbehaved('EIO.')
+
+    run.tidy('this', broken_door)
+    run.tidy('that', lambda: done.append('that'))
+    assert done == ['that'] and log.lines == ['this: left to the next run: EIO.'] and not run.storage_hangs
+    monkeypatch.setattr(VmBackup, 'WAY_OUT_S', 0.05)
+    run.services.signals._noted = 15                        # told to stop, it waits less
+    run.tidy('hung', lambda: time.sleep(60))
+    run.tidy('more', lambda: done.append('more'))
+    assert run.storage_hangs and done == ['that'] and len([line for line in log.lines if line.startswith('hung')]) == 1
+    assert not [line for line in log.lines if line.startswith('more')]
