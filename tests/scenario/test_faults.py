@@ -1,13 +1,17 @@
 """A sample of the generated fault suites: whatever goes wrong in a backup, no good copy is lost, none is falsely good, and the
 pool is left as it was; whatever goes wrong in a restore or a drill, there is a whole VM or nothing. tests/soak runs all."""
 
+import fcntl
 import os
-from typing import Any, Dict, Iterator
+import pickle
+import shutil
+from typing import Any, Dict
 
 import pytest
 
 from support import faultsuite
 from support.faultsuite import Base
+from support.process import PROGRAM
 from support.recoveryfaults import RecoveryBase
 
 #: How many troubles of each kind are tried; the name of a kind says where it strikes and what it does.
@@ -26,18 +30,32 @@ def choices(sample: Dict[str, int]) -> Any:
     return pytest.mark.parametrize('kind, number', found, ids=['%s-%d' % choice for choice in found])
 
 
-@pytest.fixture(scope='module')
-def base() -> Iterator[Base]:
-    recorded = Base()
-    yield recorded
-    recorded.remove()
+@pytest.fixture(scope='session')
+def base(tmp_path_factory: Any) -> Base:
+    return recorded_once(tmp_path_factory, Base)
 
 
-@pytest.fixture(scope='module')
-def recovery_base() -> Iterator[RecoveryBase]:
-    recorded = RecoveryBase()
-    yield recorded
-    recorded.remove()
+@pytest.fixture(scope='session')
+def recovery_base(tmp_path_factory: Any) -> RecoveryBase:
+    return recorded_once(tmp_path_factory, RecoveryBase)
+
+
+def recorded_once(tmp_path_factory: Any, kind: Any) -> Any:
+    """The recording, made by the worker that asks for it first; the others wait for it. pytest removes its folder some day."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+    path = str(folder / kind.__name__)
+    with open(path + '.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(path + '.pickle'):
+            shutil.rmtree(path, ignore_errors=True)
+            os.mkdir(path)
+            recorded = pickle.dumps(kind(path, PROGRAM))
+            with open(path + '.new', 'wb') as file:
+                file.write(recorded)
+            os.rename(path + '.new', path + '.pickle')
+        with open(path + '.pickle', 'rb') as file:
+            return pickle.load(file)
 
 
 def is_survived(base: Base, kind: str, number: int, of: int) -> None:

@@ -97,9 +97,10 @@ class Base:
 
     description = POOL
 
-    def __init__(self) -> None:
-        self.home = tempfile.mkdtemp(prefix='faults-')
-        self.program = shutil.copy(PROGRAM, self.home)      # as it is now, whoever edits it meanwhile
+    def __init__(self, home: str = '', program: str = '') -> None:
+        """`home`: a directory that is there for it. Without a `program`, VmBackup.py as it is now, whoever edits it meanwhile."""
+        self.home = home or tempfile.mkdtemp(prefix='faults-')
+        self.program = program or shutil.copy(PROGRAM, self.home)
         self.pool_dir = os.path.join(self.home, 'd')
         try:
             self.record()
