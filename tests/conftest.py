@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import zlib
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import pytest
@@ -45,15 +44,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-# These scenarios depend on the Python that runs them: both run them whole.
-ON_EVERY_PYTHON = ('test_surroundings.py', 'test_names.py')
-
-
 LONGEST_ID = 200
-
-
-def pytest_addoption(parser: Any) -> None:
-    parser.addoption('--share', default='1/1', help='N/M: of the scenarios that do not depend on the Python, the Nth of M shares')
 
 
 def pytest_configure(config: Any) -> None:
@@ -71,18 +62,3 @@ def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
         for item in items:
             if item.get_closest_marker('needs_zstd'):
                 item.add_marker(pytest.mark.skip(reason='zstd was not found'))
-    number, of = (int(word) for word in config.getoption('--share').split('/'))
-    left = [item for item in items if is_shared(item) and share_of(item, of) != number]
-    if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
-
-
-def is_shared(item: Any) -> bool:
-    """Is it a scenario that says nothing about the Python it runs on?"""
-    return 'scenario' in item.nodeid.split('/') and item.nodeid.split('::')[0].split('/')[-1] not in ON_EVERY_PYTHON
-
-
-def share_of(item: Any, of: int) -> int:
-    """The share that the test belongs to, the same in every run and on every Python."""
-    return zlib.crc32(item.nodeid.encode('utf-8')) % of + 1
