@@ -100,7 +100,7 @@ import zlib
 from array import array
 from datetime import datetime, timedelta, timezone
 from difflib import get_close_matches
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, Tuple, Union)
 
 VERSION = "4.0.0"
@@ -1994,6 +1994,13 @@ class Signals:
                 return
             time.sleep(min(left, 0.5))
 
+    def until(self, limit_s: float, pause_s: float = 1.0) -> Iterator[bool]:
+        """For each try, with a pause between two: is there time for another? Who is told that there is none ends it."""
+        ends_at = time.monotonic() + limit_s
+        while True:
+            yield time.monotonic() < ends_at
+            self.sleep(pause_s)
+
 
 def within(limit_s: float, doing: str, work: Callable[[], Any], is_hurried: Callable[[], Any] = lambda: False) -> Any:
     """What the work gives, done in a thread of its own; StorageStalled if it takes longer than that, or, once somebody is
@@ -2485,6 +2492,17 @@ class LockFile:
             raise storage_error("locking %s" % self.shown, error)
         self._held.add(byte)
         return True
+
+    @contextlib.contextmanager
+    def held(self, byte: int = WHOLE_FILE, shared: bool = False) -> Iterator[bool]:
+        """Inside, and if true, the lock is ours. A store that hangs does not keep us when it is given back."""
+        is_ours = self.take(byte, shared)
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                with contextlib.suppress(StorageStalled):      # then it ends with this process
+                    within(WAY_OUT_S, f"unlocking {self.shown}", lambda: self.release(byte))
 
     def text(self) -> Dict[str, Any]:
         """What its last holder wrote, {} if nothing readable; read through the held descriptor."""
@@ -5533,18 +5551,10 @@ class Catalog:
         """The lock of a directory; two names that are one directory on a CIFS share have one lock."""
         return self.lock_file("dir", folded(name))
 
-    @contextlib.contextmanager
-    def copy_lock(self, copy: Copy, shared: bool) -> Iterator[bool]:
+    def copy_lock(self, copy: Copy, shared: bool) -> ContextManager[bool]:
         """Inside, and if true, nobody removes the copy (shared: many can read it), or nobody reads it (not shared)."""
-        lock = self.lock_file("read", folded(copy.folder))
         byte = 1 + zlib.crc32(copy.name.encode("utf-8", "surrogateescape")) % (1 << 30)
-        is_ours = lock.take(byte, shared)
-        try:
-            yield is_ours
-        finally:
-            if is_ours:
-                with contextlib.suppress(StorageStalled):      # then it ends with this process
-                    within(WAY_OUT_S, "unlocking %s" % lock.shown, lambda: lock.release(byte))
+        return self.lock_file("read", folded(copy.folder)).held(byte, shared)
 
     def copy_again(self, copy: Copy) -> Copy:
         """The copy as it is now, what was learned of its VM from elsewhere kept; NotThere if it is gone."""
@@ -5575,13 +5585,11 @@ class Catalog:
                 time.sleep(0.1)
                 tries, facts = tries - 1, file.text()
             if file.is_held:
-                try:
+                with file.held():
                     facts = file.text()
                     if not is_known() and now_s - self._last_journal_s(runs, now_s) > WEAK_LOCK_PATIENCE_S:
                         facts = {"id": secrets.token_hex(8), "inode": inode}
                         file.write_text(facts)
-                finally:
-                    file.release()
         except StorageFull:
             raise
         except CatalogError:
@@ -5773,10 +5781,9 @@ class Catalog:
 
     def new_pool_dump(self, folder_name: str, local: datetime, dump: Callable[[int], None]) -> str:
         """The name of a new, complete dump that `dump` wrote into the descriptor it was given."""
-        lock = self.folder_lock(folder_name)
-        if not lock.take():
-            raise BackupError("%s is in use by another run; no dump was made." % folder_name)
-        try:
+        with self.folder_lock(folder_name).held() as is_ours:
+            if not is_ours:
+                raise BackupError(f"{folder_name} is in use by another run; no dump was made.")
             with self.root.child_made_if_missing(folder_name) as folder:
                 for name in folder.names():
                     if POOL_DUMP.fullmatch(name[:-len(PARTIAL)]) and name.endswith(PARTIAL):
@@ -5791,8 +5798,6 @@ class Catalog:
                     folder.remove_file(name + PARTIAL)
                     raise
                 return name
-        finally:
-            lock.release()
 
     def pool_dumps(self, folder_name: str, problems: Optional[List[CatalogError]] = None) -> List[Tuple[str, str]]:
         """The complete dumps, oldest first, each with the uuid of its pool, "" if it tells none, or can't be read (why is
@@ -5819,6 +5824,7 @@ class Catalog:
 
     def remove_copy(self, copy: Copy) -> bool:
         """The copy is gone: first from its name, in one step, then from the disk. False if somebody reads it."""
+        self.check_in_place()
         with self.root.child(copy.folder) as folder:
             if parse_copy_name(copy.name) is None or not folder.is_directory(copy.name):
                 raise CatalogError("%s/%s is not a copy's directory; it is left." % (copy.folder, copy.name))
@@ -6338,11 +6344,9 @@ IMPORT_END_PATIENCE_S = 180    # how long an import that was broken off is waite
 
 def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
     """The object is gone. A call without an answer is repeated only after the pool said that it still exists."""
-    limit_s = services.journal.limit_s
-    give_up_at = services.clock.monotonic() + limit_s
-    while True:
+    for has_time in services.signals.until(services.journal.limit_s):
         try:
-            services.pool.call(doing, class_name + ".destroy", ref, timeout_s=limit_s)
+            services.pool.call(doing, class_name + ".destroy", ref, timeout_s=services.journal.limit_s)
             return
         except ApiFailure as failure:
             if is_gone(failure, class_name):
@@ -6351,9 +6355,8 @@ def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
         except AnswerLost:
             if services.pool.ask_if_there(doing, class_name + ".get_uuid", ref) is None:
                 return
-            if services.clock.monotonic() > give_up_at:
+            if not has_time:
                 raise
-        services.signals.sleep(1)
 
 
 def strangers_on(pool: Pool, record: Dict[str, Any], own: Iterable[str], doing: str) -> List[str]:
@@ -6443,8 +6446,7 @@ class Owned:
 
     def _destroy_disk(self, uuid: str, own: Iterable[str] = ()) -> bool:
         """True if that disk is gone; False, with a finding, if it must stay. `own`: the refs of VMs of ours."""
-        give_up_at = self._services.clock.monotonic() + BUSY_PATIENCE_S
-        while True:
+        for has_time in self._services.signals.until(BUSY_PATIENCE_S, BUSY_PAUSE_S):
             ref = self._ref("VDI", uuid)
             if ref is None:
                 return True
@@ -6465,15 +6467,11 @@ class Owned:
                     if failure.code not in STILL_BUSY:
                         raise
                     reason = failure_text(failure.code, failure.parameters)
-                is_over = self._services.clock.monotonic() > give_up_at
                 drives = self._drives_of_hosts(record)
-                if self._let_go(record, drives, is_over):
-                    continue
-                if is_over:
+                if not self._let_go(record, drives, not has_time) and not has_time:
                     self.tell_left(f"has a disk, {uuid}, that is still in use ({reason}).",
                                    self._commands_for_busy(uuid, drives.values()))
                     return False
-            self._services.signals.sleep(BUSY_PAUSE_S)
 
     def _drives_of_hosts(self, disk: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
         """The records, by ref, of the VBDs by which the disk hangs on control domains."""
@@ -6574,9 +6572,8 @@ class Snapshot(Owned):
 
     def _await_lost(self) -> Optional[str]:
         """The one snapshot that a call without an answer made, None if none appears."""
-        now = self._services.clock.monotonic
-        give_up_at, quiet_until = now() + self._services.journal.limit_s, now() + LOST_ANSWER_PATIENCE_S
-        while now() < give_up_at:
+        quiet_until = time.monotonic() + LOST_ANSWER_PATIENCE_S
+        for has_time in self._services.signals.until(self._services.journal.limit_s):
             at_work = self._is_being_made()
             found = self._find()
             if len(found) == 1:
@@ -6584,9 +6581,10 @@ class Snapshot(Owned):
             if not at_work:
                 if not self._facts.get("seen_idle"):
                     self._entry.note(seen_idle=True)
-                if now() > quiet_until:
+                if time.monotonic() > quiet_until:
                     return None
-            self._services.signals.sleep(1)
+            if not has_time:
+                return None
         return None
 
     def _is_being_made(self) -> bool:
@@ -6833,22 +6831,19 @@ class ImportedVms(Owned):
         A task that no import has taken stays pending for ever: when nothing of it
         was seen for a while it is ended, so that none takes it later.
         """
-        now = self._services.clock.monotonic
-        quiet_until, give_up_at = now() + LOST_ANSWER_PATIENCE_S, now() + IMPORT_END_PATIENCE_S
-        while True:
+        quiet_until = time.monotonic() + LOST_ANSWER_PATIENCE_S
+        for has_time in self._services.signals.until(IMPORT_END_PATIENCE_S, 0.5):
             states = {ref: self._state_of_import(ref) for ref in tasks}
             for ref, state in states.items():
                 if state == "at work":
                     with contextlib.suppress(ApiFailure):      # OPERATION_NOT_ALLOWED: not at this point
                         self._ask("task.cancel", ref)
-                elif state == "not taken" and now() > quiet_until:
+                elif state == "not taken" and time.monotonic() > quiet_until:
                     self._end_task(ref)
                     states[ref] = ""
-            if not any(states.values()):
-                return True
-            if now() > give_up_at:
-                return False
-            self._services.signals.sleep(0.5)
+            if not any(states.values()) or not has_time:
+                break
+        return not any(states.values())
 
     def _state_of_import(self, task: str) -> str:
         """What is seen of the import of that task: `at work`, `not taken` (yet), "" when it has ended."""
@@ -7952,14 +7947,11 @@ class BackupRun:
     def _clear_folder(self, name: str) -> Iterator[Finding]:
         """What dead runs left in that VM's directory is gone, unless another run is busy there."""
         catalog = self._services.catalog
-        lock = catalog.folder_lock(name) if catalog.has_unfinished(name) else None
-        if lock is None or not lock.take():
-            return
-        try:
-            yield from self.clear_unfinished(catalog.folder(name))
-            catalog.root.remove_if_empty(name)
-        finally:
-            lock.release()
+        if catalog.has_unfinished(name):
+            with catalog.folder_lock(name).held() as is_ours:
+                if is_ours:
+                    yield from self.clear_unfinished(catalog.folder(name))
+                    catalog.root.remove_if_empty(name)
 
     def clear_unfinished(self, folder: Folder) -> Iterator[Finding]:
         """Unfinished copies of a directory whose lock is ours are gone; call it with the lock held only.
@@ -8143,18 +8135,17 @@ class BackupJob:
 
     def _wait_for_lock(self, lock: LockFile, name: str) -> None:
         """The lock is ours, or BackupError when lock_wait is over."""
-        clock, lock_wait = self._services.clock, self._services.settings.lock_wait
-        give_up_at = clock.monotonic() + lock_wait * MINUTE_S
-        told = False
-        while not lock.take():
+        lock_wait, told = self._services.settings.lock_wait, False
+        for has_time in self._services.signals.until(lock_wait * MINUTE_S):
+            if lock.take():
+                break
             holder = f"{name} is in use by another run ({holder_text(lock.text())})"
-            if clock.monotonic() >= give_up_at:
+            if not has_time:
                 raise BackupError(f"the directory {holder} since before lock_wait={lock_wait} minutes. Nothing was done for "
                                   f"this VM.")
             if not told:
                 self._services.log.info(f"{holder}; waiting.")
                 told = True
-            self._services.signals.sleep(1)
         with contextlib.suppress(CatalogError):    # the text is for people; a full store must not cost the lock
             lock.write_text(signature(self._services, self._run.inventory))
 
@@ -8316,7 +8307,6 @@ class BackupJob:
             place = f"{verdict.copy.folder}/{verdict.copy.name}"
             try:
                 self._run.check_alive()
-                self._services.catalog.check_in_place()
                 if not self._services.catalog.remove_copy(verdict.copy):
                     log.info(f"{title}: {place} is being read by a restore or drill: a later run removes it.")
                     continue
@@ -10860,12 +10850,12 @@ def take_config_lock(services: Services, lock: LockFile, inventory: Inventory, l
 
 def settled_text(services: Services, lock: LockFile) -> Dict[str, Any]:
     """The text of a held lock, once its holder, who may have taken it this very second, has written it."""
-    give_up_at = services.clock.monotonic() + LOCK_TEXT_PATIENCE_S
-    while True:
+    text = {}                              # type: Dict[str, Any]
+    for has_time in services.signals.until(LOCK_TEXT_PATIENCE_S, 0.2):
         text = lock.text()
-        if text.get("state") == "running" or services.clock.monotonic() > give_up_at:
-            return text
-        services.signals.sleep(0.2)
+        if text.get("state") == "running" or not has_time:
+            break
+    return text
 
 
 LOCK_TEXT_PATIENCE_S = 5
@@ -11148,11 +11138,11 @@ def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: 
     What goes is decided on what is there under the lock, whatever was there when the VM was chosen.
     """
     preview, folder = services.arguments.preview, chosen.folder
-    lock = None if preview else catalog.folder_lock(folder)
-    if lock is not None and not lock.take():
-        raise BackupError("its directory %s is in use by another run (%s); nothing was removed."
-                          % (folder, holder_text(lock.text())))
-    try:
+    with contextlib.ExitStack() as stack:
+        lock = None if preview else catalog.folder_lock(folder)
+        if lock is not None and not stack.enter_context(lock.held()):
+            raise BackupError(f"its directory {folder} is in use by another run ({holder_text(lock.text())}); nothing was "
+                              "removed.")
         now = {(stored.uuid, stored.pool, stored.method): stored for stored in stored_in(catalog.folder(folder))}
         stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(around=()))
         keep, _ = prune_rule(services, stored)
@@ -11161,27 +11151,21 @@ def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: 
             raise BackupError(problem)
         for warning in retention_warnings(stored.around, services.clock.utc(), services.clock.local()):
             if warning not in warnings:
-                services.log.warning("%s: %s" % (stored.title, warning))
+                services.log.warning(f"{stored.title}: {warning}")
             warnings.add(warning)
         removed = 0
-        for verdict in judge(stored.around, stored.uuid, stored.method, keep) if keep else ():
-            if verdict.keep:
-                if not verdict.copy.is_good or verdict.copy.aside:
-                    services.log.show("left: %s/%s: %s" % (folder, verdict.copy.name, verdict.reason))
-                continue
-            services.signals.check()
-            if not preview:
-                catalog.check_in_place()
-                if not catalog.remove_copy(verdict.copy):
-                    services.log.show("left: %s/%s is being read by a restore or drill" % (stored.folder, verdict.copy.name))
-                    continue
-            removed += 1
-            services.log.show("%s: %s/%s: %s" % ("would remove" if preview else "removed", folder, verdict.copy.name,
-                                                verdict.reason))
+        for copy, stays, reason in judge(stored.around, stored.uuid, stored.method, keep) if keep else ():
+            place = f"{folder}/{copy.name}"
+            if not stays:
+                services.signals.check()
+                if preview or catalog.remove_copy(copy):
+                    removed += 1
+                    services.log.show(f"{'would remove' if preview else 'removed'}: {place}: {reason}")
+                else:
+                    services.log.show(f"left: {place} is being read by a restore or drill")
+            elif not copy.is_good or copy.aside:
+                services.log.show(f"left: {place}: {reason}")
         return removed
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 # --- restore, extract and drill ---------------------------------------------------------------------
