@@ -4592,15 +4592,13 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
 
     The VHD of another program arrives there as the server would stream it, in `stored` too where it is not compressed;
     `is_whole` false: as much of it as can be read. A program that is needed lives as long as the stack. ProgramError if
-    it is not here: then nothing is open any more.
+    it is not here.
     """
     stored, plain, path = list(stored), list(plain), None
     if compression == "zstd" and not libzstd():
         path = find_program(("zstd",))
         if path is None:
             os.close(fd)
-            for consumer in stored + plain:
-                consumer.close()
             raise ProgramError("the program zstd is not here, which this image needs")
     if is_foreign_vhd and compression == "none":
         return [Flow(VhdInOrder(fd, is_whole).pieces, stored + plain)]
@@ -7369,129 +7367,90 @@ class CopyVerdict(NamedTuple):
         return self.state in (CopyState.GOOD, CopyState.UNPROVEN, CopyState.GONE)
 
 
-class Verifier:
-    """Reads copies of a catalog and judges them."""
-
-    def __init__(self, services: Services) -> None:
-        self._services = services
-
-    def verify(self, copy: Copy) -> CopyVerdict:
-        """The verdict on that copy. Raises Interrupted only."""
-        look = ""
+def verify_copy(services: Services, copy: Copy) -> CopyVerdict:
+    """The verdict on that copy of the catalog. Raises Interrupted only."""
+    look = ""
+    try:
+        look = services.catalog.look_of(copy)
+        state, reason = _judge(services, copy)
+    except UnknownFormat as error:
+        state, reason = CopyState.UNCHECKED if copy.is_old else CopyState.DAMAGED, str(error)
+    except (VerificationError, NotThere, WrongKind) as error:
+        state, reason = CopyState.DAMAGED, str(error)
+    except CatalogError as error:
+        state, reason = CopyState.UNREADABLE, str(error)
+    except ProgramError as error:
+        state, reason = CopyState.UNCHECKED, str(error)
+    if state is CopyState.DAMAGED:
         try:
-            look = self._services.catalog.look_of(copy)
-            state, reason = self._judge(copy)
-        except UnknownFormat as error:
-            state, reason = CopyState.UNCHECKED if copy.is_old else CopyState.DAMAGED, str(error)
-        except VerificationError as error:
-            state, reason = CopyState.DAMAGED, str(error)
-        except (NotThere, WrongKind) as error:
-            state, reason = CopyState.DAMAGED, str(error)
+            services.catalog.check_in_place()
+            now = services.catalog.copy_again(copy)
+            if now.image != copy.image:                # the storage host has compressed it meanwhile
+                return verify_copy(services, now)
+        except NotThere:
+            state, reason = CopyState.GONE, "another run removed it while it was read"
         except CatalogError as error:
             state, reason = CopyState.UNREADABLE, str(error)
-        except ProgramError as error:
-            state, reason = CopyState.UNCHECKED, str(error)
-        if state is CopyState.DAMAGED:
-            try:
-                self._services.catalog.check_in_place()
-                now = self._services.catalog.copy_again(copy)
-                if now.image != copy.image:                # the storage host has compressed it meanwhile
-                    return self.verify(now)
-            except NotThere:
-                state, reason = CopyState.GONE, "another run removed it while it was read"
-            except CatalogError as error:
-                state, reason = CopyState.UNREADABLE, str(error)
-        return CopyVerdict(copy, state, reason.rstrip("."), self._services.clock.utc(), look)
+    return CopyVerdict(copy, state, reason.rstrip("."), services.clock.utc(), look)
 
-    def _judge(self, copy: Copy) -> Tuple[CopyState, str]:
-        """State and reason; raises VerificationError for damage."""
-        if copy.is_newer:
-            raise ProgramError(copy.problem)
-        if copy.is_unreadable:
-            raise CatalogError(copy.problem)
-        if copy.problem:
-            raise VerificationError(copy.problem)
-        with self._services.catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
-            if copy.is_old:
-                return self._judge_old(copy, inside)
-            manifest = self._check_files(copy, inside)
-            return self._judge_image(copy, inside, manifest)
 
-    # --- copies of ours ---------------------------------------------------------------
+def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
+    """State and reason; raises VerificationError for damage."""
+    if copy.is_newer:
+        raise ProgramError(copy.problem)
+    if copy.is_unreadable:
+        raise CatalogError(copy.problem)
+    if copy.problem:
+        raise VerificationError(copy.problem)
+    with services.catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
+        manifest = {} if copy.is_old else _check_files(services, inside)
+        with open(inside.open_file(copy.image), "rb") as image:
+            forget_cached(image.fileno())              # what is proven is the storage, not a cache
+        check: Optional[Check] = None
+        if copy.is_old:
+            check = old_image_check(copy, inside)
+        elif copy.image == manifest["image"]["name"] or manifest["image"].get("compression") == "none":
+            check = new_image_check(manifest, BlockComparer(open(inside.open_file(BLOCKS), "rb")))
+        title = f"verifying {copy.folder}/{copy.name}"
+        read_image(inside, copy, manifest, [check] if check else [],
+                   reading_progress(services, title, copy.size_bytes), title)
+    if copy.is_old:
+        return CopyState.UNPROVEN, "the older program recorded no digests; the structure is whole"
+    if check is None:
+        return CopyState.GOOD, "digest, structure and the compressed image of the manifest inside it"
+    blocks = counted(sum(disk.blocks for disk in check.report.disks), "block")
+    if check.report.digest_kind and not check.report.digests_checked:
+        blocks += " by number (their digests need libxxhash)"
+    return CopyState.GOOD, "digest, structure and " + blocks
 
-    def _check_files(self, copy: Copy, inside: Directory) -> Dict[str, Any]:
-        """The manifest, when every small file is as it and SHA256SUMS say; VerificationError otherwise."""
-        raw = inside.read(MANIFEST)
-        try:
-            manifest = parse_manifest(raw)
-        except ValueError as error:
-            raise VerificationError("%s is damaged: %s" % (MANIFEST, error))
-        sums = {MANIFEST: hashlib.sha256(raw).hexdigest()}
-        for name, facts in manifest["files"].items():
-            sums[name] = facts["sha256"]
-        if manifest["image"]["name"] not in sums or BLOCKS not in sums:
-            raise VerificationError("%s does not list the image and its blocks" % MANIFEST)
-        expected = "".join(checksum_line(digest, name) for name, digest in sorted(sums.items()))
-        if inside.read(CHECKSUMS) != expected.encode("utf-8", "surrogateescape"):
-            raise VerificationError("%s is not what %s says" % (CHECKSUMS, MANIFEST))
-        for name in sorted(set(sums) - {MANIFEST, manifest["image"]["name"]}):
-            self._check_file(inside, name, sums[name])
-        return manifest
 
-    def _check_file(self, inside: Directory, name: str, sha256: str) -> None:
-        """The file has that digest; `blocks` can be large, so it is streamed."""
-        digest = Digest()
+def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
+    """The manifest, when every small file is as it and SHA256SUMS say; VerificationError otherwise."""
+    raw = inside.read(MANIFEST)
+    try:
+        manifest = parse_manifest(raw)
+    except ValueError as error:
+        raise VerificationError(f"{MANIFEST} is damaged: {error}")
+    sums = {MANIFEST: hashlib.sha256(raw).hexdigest()}
+    for name, facts in manifest["files"].items():
+        sums[name] = facts["sha256"]
+    if manifest["image"]["name"] not in sums or BLOCKS not in sums:
+        raise VerificationError(f"{MANIFEST} does not list the image and its blocks")
+    expected = "".join(checksum_line(digest, name) for name, digest in sorted(sums.items()))
+    if inside.read(CHECKSUMS) != expected.encode("utf-8", "surrogateescape"):
+        raise VerificationError(f"{CHECKSUMS} is not what {MANIFEST} says")
+    for name in sorted(set(sums) - {MANIFEST, manifest["image"]["name"]}):
         folder, _, base = name.rpartition("/")
         if folder.startswith("/") or ".." in folder.split("/"):
-            raise VerificationError("%s names a file outside the copy: %s" % (MANIFEST, one_line(name)))
+            raise VerificationError(f"{MANIFEST} names a file outside the copy: {one_line(name)}")
+        digest = Digest()
         with contextlib.ExitStack() as stack:
             place = stack.enter_context(inside.child(folder)) if folder else inside
-            pump([Flow(place.open_file(base), [digest])], lambda progress: self._services.signals.check(), "reading " + name)
-        if digest.hexdigest() != sha256:
-            raise VerificationError("%s is not what was written: its SHA-256 differs" % name)
-
-    def _judge_image(self, copy: Copy, inside: Directory, manifest: Dict[str, Any]) -> Tuple[CopyState, str]:
-        """The image has its digest, its structure and its blocks."""
-        image = manifest["image"]
-        recompressed = copy.image != image["name"]
-        check_it = not recompressed or image.get("compression") == "none"
-        plain, compression = Digest(), image_compression(inside, copy, manifest)
-        stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
-        check = new_image_check(manifest, BlockComparer(open(inside.open_file(BLOCKS), "rb"))) if check_it else None
-        self._stream(inside, copy, compression, [] if stored is plain else [stored], [plain] + ([check] if check else []))
-        problem = digest_problem(copy, image, stored, plain)
-        if problem:
-            raise VerificationError(problem)
-        return CopyState.GOOD, "digest, structure and %s" % self._blocks_text(check, copy)
-
-    def _blocks_text(self, check: Any, copy: Copy) -> str:
-        """What was checked of the blocks, in words."""
-        if check is None:
-            return "the compressed image of the manifest inside it"
-        number = sum(disk.blocks for disk in check.report.disks)
-        if not check.report.digests_checked and check.report.digest_kind:
-            return "%s by number (their digests need libxxhash)" % counted(number, "block")
-        return counted(number, "block")
-
-    # --- copies of the older program -----------------------------------------------------
-
-    def _judge_old(self, copy: Copy, inside: Directory) -> Tuple[CopyState, str]:
-        """The image of an older copy has the structure that its kind has."""
-        check = old_image_check(copy, inside)
-        self._stream(inside, copy, image_compression(inside, copy, {}), [], [check])
-        return CopyState.UNPROVEN, "the older program recorded no digests; the structure is whole"
-
-    # --- the flow -------------------------------------------------------------------------
-
-    def _stream(self, inside: Directory, copy: Copy, compression: str, stored: List[Any], plain: List[Any]) -> None:
-        """The image went through both groups of consumers, decompressed for the second."""
-        fd = inside.open_file(copy.image)
-        size = status_of(fd).st_size
-        forget_cached(fd)                                # what is proven is the storage, not a cache
-        title = f"verifying {copy.folder}/{copy.name}"
-        with contextlib.ExitStack() as stack:
-            flows = reading_flows(stack, fd, compression, stored, plain, is_foreign_vhd(copy))
-            pump(flows, reading_progress(self._services, title, size), title)
+            # `blocks` can be large, so all of them are streamed.
+            pump([Flow(place.open_file(base), [digest])], lambda progress: services.signals.check(), "reading " + name)
+        if digest.hexdigest() != sums[name]:
+            raise VerificationError(f"{name} is not what was written: its SHA-256 differs")
+    return manifest
 
 
 def reading_progress(services: Services, title: str, size_bytes: int) -> Callable[[Progress], None]:
@@ -7503,6 +7462,29 @@ def reading_progress(services: Services, title: str, size_bytes: int) -> Callabl
         seconds = services.clock.monotonic() - began_at
         services.log.progress(progress_text(title, progress.bytes_read, size_bytes, seconds))
     return on_tick
+
+
+def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumers: Sequence[Consumer],
+               on_tick: Callable[[Progress], Any], doing: str,
+               problems: Optional[List[VerificationError]] = None) -> None:
+    """The whole image passed through the consumers, decompressed, and its digests are those of the manifest, if there is
+    one. VerificationError if anything is wrong; where `problems` is given that is noted there, and as much passes as can
+    be read."""
+    plain = stored = Digest()
+    with contextlib.ExitStack() as stack:
+        with closed_aside(consumers):
+            compression = image_compression(inside, copy, manifest)
+            if compression != "none":
+                stored = Digest("SHA-256 of the stored bytes")
+            flows = reading_flows(stack, inside.open_file(copy.image), compression,
+                                  [stored] if manifest and stored is not plain else [],
+                                  [*([plain] if manifest else []), *consumers], is_foreign_vhd(copy), problems is None)
+        pump(flows, on_tick, doing, problems)
+    problem = digest_problem(copy, manifest["image"], stored, plain) if manifest else ""
+    if problem:
+        if problems is None:
+            raise VerificationError(problem)
+        problems.append(VerificationError(problem))
 
 
 def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -> str:
@@ -9576,17 +9558,8 @@ def stream_image(source: Source, inside: Directory, sinks: Sequence[MebibyteSink
     `problems` is given that is noted there, and as much passes as can be read."""
     check_it = check_it or bool(sinks)
     check = image_check(source, inside, sinks, check_it and problems is None)
-    plain, compression = Digest(), image_compression(inside, source.copy, source.manifest)
-    stored = plain if compression == "none" else Digest("SHA-256 of the stored bytes")
-    with contextlib.ExitStack() as stack:
-        flows = reading_flows(stack, inside.open_file(source.copy.image), compression, [] if stored is plain else [stored],
-                              [plain] + ([check] if check_it else []) + list(more), is_foreign_vhd(source.copy), problems is None)
-        pump(flows, on_tick, "reading " + source.title, problems)
-    problem = digest_problem(source.copy, source.manifest["image"], stored, plain) if source.manifest else ""
-    if problem and problems is None:
-        raise VerificationError(problem)
-    if problem and problems is not None:
-        problems.append(VerificationError(problem))
+    read_image(inside, source.copy, source.manifest, ([check] if check_it else []) + list(more), on_tick,
+               "reading " + source.title, problems)
     return check
 
 
@@ -10924,14 +10897,14 @@ def command_verify(services: Services) -> int:
         raise BackupError("%s holds no copy. Is it the right directory, and is the share mounted?" % catalog.path)
     if minutes:                            # the copies that were longest not looked at come first
         copies.sort(key=lambda copy: copy.checked("verified_at") or "")
-    verifier = Verifier(services._replace(catalog=catalog))
+    services = services._replace(catalog=catalog)
     stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
     verdicts, untold = [], True
     for copy in copies:
         services.signals.check()
         if stop_at is not None and verdicts and services.clock.monotonic() >= stop_at:
             break
-        verdict = verifier.verify(copy)
+        verdict = verify_copy(services, copy)
         verdicts.append(verdict)
         services.log.show("%-14s %s/%s: %s" % (verdict.state.value, copy.folder, copy.name, verdict.reason))
         try:

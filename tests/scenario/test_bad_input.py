@@ -12,7 +12,7 @@ from support.deeds import backup
 from support.language import described, disk, vm
 from support.process import Pool, Run, run_program
 from support.shelf import Shelf, complete
-from support.values import verifier
+from support.values import verified
 
 
 def started_nothing(pool: Pool, shelf: Shelf) -> bool:
@@ -248,7 +248,7 @@ def read_as_all_commands_do(store: VmBackup.Catalog, target: str) -> None:
     """What list, verify, restore and extract read of the only copy; what is wrong with it is an error of ours."""
     (stored,) = VmBackup.list_store(store).vms
     (found,) = stored.copies
-    assert verifier(store).verify(found).state.name in ('GOOD', 'DAMAGED', 'UNCHECKED')
+    assert verified(store, found).state.name in ('GOOD', 'DAMAGED', 'UNCHECKED')
     with store.open_copy(found) as inside:
         for force in (False, True):
             try:

@@ -16,7 +16,7 @@ from support.language import MEBIBYTE, at, disk, vm
 from support.process import run_program
 from support.recovery import drill, holds, restore, serving
 from support.shelf import old
-from support.values import verifier
+from support.values import verified
 
 ROOT = disk(size=4 * MEBIBYTE, used=[[0, 2]], seed=7)
 
@@ -207,5 +207,5 @@ def test_an_image_that_the_storage_host_compresses_while_others_are_verified_is_
     with open(path, 'rb') as file, gzip.open(path + '.gz', 'wb') as packed:
         packed.write(file.read())
     os.remove(path)
-    verdict = verifier(catalog).verify(copy)
+    verdict = verified(catalog, copy)
     assert verdict.state is VmBackup.CopyState.GOOD and verdict.copy.image == 'web.xva.gz', verdict

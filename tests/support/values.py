@@ -114,6 +114,6 @@ def services(text: str = '', log: Any = None, **doors: Any) -> VmBackup.Services
     return VmBackup.Services(configured(text), VmBackup.Clock(), log, VmBackup.Signals(log), **doors)
 
 
-def verifier(catalog: VmBackup.Catalog) -> VmBackup.Verifier:
-    """What judges the copies of that store."""
-    return VmBackup.Verifier(services(catalog=catalog))
+def verified(catalog: VmBackup.Catalog, copy: VmBackup.Copy) -> VmBackup.CopyVerdict:
+    """The verdict on that copy of the store."""
+    return VmBackup.verify_copy(services(catalog=catalog), copy)
