@@ -7772,6 +7772,13 @@ class Run:
             raise TakenOver(f"another run took this one for dead (its journal {journal.name} was taken over): nothing more "
                             f"is sealed or deleted. Do the clocks and locks of the share work?")
 
+    def report(self, wording: Wording, ended: Optional[BaseException]) -> Report:
+        """How the run went, but for what became of its jobs."""
+        services = self.services
+        noted = services.signals.noted if ended is not None and not is_bug(ended) else None
+        return Report(wording, services.settings.source, self.inventory.host.short_name, self.began_at, services.clock.utc(),
+                      self.inventory.pool_title, ended_by=ended, signal=noted.number if noted else 0)
+
     # --- how the store does ---------------------------------------------------------
 
     def note(self, error: BaseException) -> None:
@@ -7864,16 +7871,12 @@ class BackupRun:
 
     def report(self) -> Report:
         """Everything of the plan was tried. A pool that stays away, or a signal, ends it early, and the report says so."""
-        services, inventory = self._services, self.run.inventory
-        ended = ended_by(services, self._do_all)
-        noted = services.signals.noted if ended is not None and not is_bug(ended) else None
+        ended = ended_by(self._services, self._do_all)
         tried = {outcome.uuid for outcome in self._outcomes}
-        return Report(
-            BACKUP_WORDING, services.settings.source, inventory.host.short_name, self.run.began_at, services.clock.utc(),
-            inventory.pool_title,
-            tuple(self._outcomes + [untried(job) for job in self._plan.jobs if job.machine.uuid not in tried]),
-            tuple(text for _, text in self._plan.missing), tuple(self._findings + self.run.snapshots.findings),
-            self._dump_error, ended, noted.number if noted else 0)
+        return self.run.report(BACKUP_WORDING, ended)._replace(
+            outcomes=tuple(self._outcomes + [untried(job) for job in self._plan.jobs if job.machine.uuid not in tried]),
+            missing=tuple(text for _, text in self._plan.missing),
+            findings=tuple(self._findings + self.run.snapshots.findings), dump_error=self._dump_error)
 
     def _do_all(self) -> None:
         self._tell(self._plan.findings)
@@ -10410,9 +10413,18 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
 
 def is_config_path(target: str) -> bool:
     """Is TARGET a config file, rather than a selector?"""
-    if re.match(r"(vm-export|vdi-export)=", target):
+    if target.startswith(SELECTOR_KEYS):
         return False
     return "/" in target or target.endswith((".cfg", ".conf")) or os.path.isfile(fs_path(target))
+
+
+SELECTOR_KEYS = ("vm-export=", "vdi-export=")
+
+
+def selector_of(target: str) -> Tuple[str, str]:
+    """The key and the value that a TARGET means which is no config file."""
+    name, _, value = target.partition("=") if target.startswith(SELECTOR_KEYS) else ("vm-export", "", target)
+    return name, value
 
 
 def load_configuration(arguments: Arguments) -> Configuration:
@@ -10424,9 +10436,7 @@ def load_configuration(arguments: Arguments) -> Configuration:
         source = arguments.target
         file_settings, problems = read_settings(read_config_file(source), source)
     else:
-        name, equals, value = arguments.target.partition("=")
-        if not (equals and name in ("vm-export", "vdi-export")):
-            name, value = "vm-export", arguments.target
+        name, value = selector_of(arguments.target)
         settings.insert(0, Setting(name, value.strip(), "command line"))
     # a copy that is named by its path needs no store
     needs_none = arguments.action.name == "test-mail" or "/" in arguments.parameters.get("from", "")
@@ -10502,108 +10512,103 @@ def create_password_file(password: str, path: str) -> str:
 # --- checks before anything starts ---------------------------------------------------------
 
 
-def open_store(configuration: Configuration) -> Catalog:
+def open_store(settings: Configuration) -> Catalog:
     """The backup directory, to be read; UsageError if it can't be."""
     try:
-        return Catalog(configuration.backup_dir)
+        return Catalog(settings.backup_dir)
     except CatalogError as error:
-        raise UsageError("%s: backup_dir: %s can't be opened: %s Is the share mounted?" % (
-            configuration.places.get("backup_dir", "default"), configuration.backup_dir, error))
+        raise UsageError(f"{settings.places.get('backup_dir', 'default')}: backup_dir: {settings.backup_dir} can't be opened: "
+                         f"{error} Is the share mounted?")
 
 
-def open_catalog(configuration: Configuration, log: Log) -> Catalog:
+def open_catalog(settings: Configuration, log: Log) -> Catalog:
     """The backup directory, opened; UsageError if it is not one to write backups to."""
-    path = configuration.backup_dir
-    place = configuration.places.get("backup_dir", "default")
-    catalog = open_store(configuration)
+    place = f"{settings.places.get('backup_dir', 'default')}: backup_dir: {settings.backup_dir}"
+    catalog = open_store(settings)
     if not catalog.is_writable():
-        raise UsageError("%s: backup_dir: %s is not writable." % (place, path))
-    wanted, where = configuration.require_mount, ""
+        raise UsageError(f"{place} is not writable.")
     if catalog.is_on_root:
         where, harm = "on the root file system", "would fill the host's own disk"
     elif catalog.mount is not None and catalog.mount.is_in_memory:
-        where, harm = "in memory (%s)" % catalog.mount.kind, "would be gone when the host restarts"
-    if where and wanted != "no":
-        if wanted == "yes" or os.path.exists(INVENTORY_FILE):
-            raise UsageError("%s: backup_dir: %s lies %s: is the share mounted? Backups there %s. require_mount=no allows "
-                             "it." % (place, path, where, harm))
-        log.info("%s lies %s; this is no host of a pool, so it is used." % (path, where))
+        where, harm = f"in memory ({catalog.mount.kind})", "would be gone when the host restarts"
+    else:
+        return catalog
+    if settings.require_mount != "no":
+        if settings.require_mount == "yes" or os.path.exists(INVENTORY_FILE):
+            raise UsageError(f"{place} lies {where}: is the share mounted? Backups there {harm}. require_mount=no allows it.")
+        log.info(f"{settings.backup_dir} lies {where}; this is no host of a pool, so it is used.")
     return catalog
 
 
-def find_xe(configuration: Configuration) -> str:
+def find_xe(settings: Configuration) -> str:
     """The path of xe; UsageError if there is none."""
-    if configuration.xe_path:
-        if os.access(fs_path(configuration.xe_path), os.X_OK) and not os.path.isdir(fs_path(configuration.xe_path)):
-            return configuration.xe_path
-        raise UsageError("%s: xe_path: %s is not a program." % (configuration.places["xe_path"],
-                                                                configuration.xe_path))
+    if settings.xe_path:
+        if os.access(fs_path(settings.xe_path), os.X_OK) and not os.path.isdir(fs_path(settings.xe_path)):
+            return settings.xe_path
+        raise UsageError(f"{settings.places['xe_path']}: xe_path: {settings.xe_path} is not a program.")
     found = find_program(("xe",), XE_FALLBACK)
     if found is None:
-        raise UsageError("the program xe was not found, neither on the PATH nor as %s: run this on a host of the pool, "
-                         "or install xe and name it with xe_path=." % XE_FALLBACK)
+        raise UsageError(f"the program xe was not found, neither on the PATH nor as {XE_FALLBACK}: run this on a host of the "
+                         f"pool, or install xe and name it with xe_path=.")
     return fs_text(found)
 
 
-def check_compressor_there(configuration: Configuration) -> None:
-    """UsageError if the compressor that the config asks for is not installed."""
-    if configuration.compress != "none" and find_program(COMPRESSORS[configuration.compress]) is None:
-        raise UsageError("%s: compress=%s needs the program %s, which is not on the PATH." % (
-            configuration.places.get("compress", "default"), configuration.compress,
-            " or ".join(COMPRESSORS[configuration.compress])))
-
-
-OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml release list
-
-
-def check_server_can_import(configuration: Configuration, plan: Plan, inventory: Inventory) -> None:
-    """UsageError if a full backup would be compressed in a way that the server's import does not know."""
-    if configuration.compress == "zstd" and (0, 0) < inventory.master.api_version < OLDEST_ZSTD_API \
-            and any(job.method is Method.VM for job in plan.jobs):
-        raise UsageError("%s: compress=zstd: this pool (API %d.%d) could not import a zstd archive: use gzip. Nothing "
-                         "was started." % ((configuration.places.get("compress", "default"),)
-                                           + inventory.master.api_version))
-
-
-def make_pool(services: Services, patience_s: float = 0) -> Pool:
-    """The pool that the config and password mean, not connected yet; UsageError if they contradict."""
-    configuration = services.settings
+@contextlib.contextmanager
+def connected(services: Services, changes_allowed: bool = True, patience_s: float = 0) -> Iterator[Tuple[Services, Inventory]]:
+    """The services with the pool that config and password mean, and what is in it; it is logged out of in the end. UsageError
+    if they contradict."""
+    settings = services.settings
     password = read_password(services.arguments.password)
-    if password is None and configuration.pool is not None:
+    if password is None and settings.pool is not None:
         raise UsageError("pool= needs a password: - means root on this host, which another pool does not know.")
     services.log.keep_secret(password or "")
-    return Pool(configuration.pool, password, Doorway.of_environment(dict(os.environ)),
-                Trust(configuration.ca_file, configuration.ca_fingerprint),
-                patience_s or configuration.stall_timeout * MINUTE_S, services.log, services.signals)
+    pool = Pool(settings.pool, password, Doorway.of_environment(dict(os.environ)), Trust(settings.ca_file, settings.ca_fingerprint),
+                patience_s or settings.stall_timeout * MINUTE_S, services.log, services.signals)
+    try:
+        pool.connect()
+        pool.changes_allowed = changes_allowed
+        yield services._replace(pool=pool), pool.inventory()
+    finally:
+        with services.signals.shielded():
+            pool.close()
 
 
 def make_xe(services: Services) -> XeProgram:
     """How xe is called for the pool."""
-    return XeProgram(find_xe(services.settings), services.pool.xe_address,
-                     read_password(services.arguments.password) or "")
+    return XeProgram(find_xe(services.settings), services.pool.xe_address, read_password(services.arguments.password) or "")
 
 
 # --- preview and backup ----------------------------------------------------------------------
 
 
+OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml release list
+
+
+@contextlib.contextmanager
+def planned(services: Services, changes_allowed: bool = True) -> Iterator[Tuple[Services, Inventory, Plan]]:
+    """Store, programs and pool are there, and the plan is made: what a backup and its preview begin with. UsageError if what
+    the config asks for can't be had."""
+    settings = services.settings
+    services = services._replace(catalog=open_catalog(settings, services.log))
+    compress = f"{settings.places.get('compress', 'default')}: compress={settings.compress}"
+    if settings.compress != "none" and find_program(COMPRESSORS[settings.compress]) is None:
+        raise UsageError(f"{compress} needs the program {' or '.join(COMPRESSORS[settings.compress])}, which is not on the PATH.")
+    find_xe(settings)
+    with connected(services, changes_allowed) as (services, inventory):
+        plan, api = make_plan(settings, inventory), inventory.master.api_version
+        if settings.compress == "zstd" and (0, 0) < api < OLDEST_ZSTD_API and any(job.method is Method.VM for job in plan.jobs):
+            raise UsageError(f"{compress}: this pool (API {api[0]}.{api[1]}) could not import a zstd archive: use gzip. Nothing "
+                             f"was started.")
+        yield services, inventory, plan
+
+
 def command_preview(services: Services) -> int:
     """Shown: the plan, and what retention would then remove."""
-    catalog = open_catalog(services.settings, services.log)
-    find_xe(services.settings)
-    check_compressor_there(services.settings)
-    pool = make_pool(services)
-    pool.connect()
-    try:
-        pool.changes_allowed = False
-        inventory = pool.inventory()
-    finally:
-        pool.close()
-    plan = make_plan(services.settings, inventory)
-    check_server_can_import(services.settings, plan, inventory)
-    placement = Placement(catalog, inventory)
-    placement.claim_all(job.machine for job in plan.jobs)
-    views, findings = {}, list(plan.findings)        # type: Dict[str, Tuple[str, List[Copy]]], List[Finding]
+    with planned(services, changes_allowed=False) as (services, inventory, plan):
+        pass                               # nothing more is asked of the pool
+    placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
     utc, local = services.clock.utc(), services.clock.local()
+    placement.claim_all(job.machine for job in plan.jobs)
     for job in plan.jobs:
         try:
             folder = placement.folder(placement.folder_name(job.machine))
@@ -10612,13 +10617,12 @@ def command_preview(services: Services) -> int:
             folder = Folder(safe_name(job.machine.name), (), (), ())
         copies = placement.own_view(folder, job.machine)
         findings += [Finding(Severity.WARNING, job.machine.title, warning) for warning in retention_warnings(copies, utc, local)]
-        views[job.machine.uuid] = (folder.name, copies)
-    plan = plan._replace(findings=tuple(findings))
-    clock_is_wrong = any(clock_went_back(copies, utc) for _, copies in views.values())
-    futures = {job.machine.uuid: (views[job.machine.uuid][0], future_verdicts(
-        job, views[job.machine.uuid][1], local, clock_is_wrong, services.settings.pre_clean)) for job in plan.jobs}
-    services.log.show(preview_text(services.settings, inventory, plan, futures, catalog))
-    severities = {finding.severity for finding in plan.findings}
+        views.append((job, folder.name, copies))
+    clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies in views)
+    futures = {job.machine.uuid: (folder, future_verdicts(job, copies, local, clock_is_wrong, services.settings.pre_clean))
+               for job, folder, copies in views}
+    services.log.show(preview_text(services.settings, inventory, plan._replace(findings=tuple(findings)), futures, services.catalog))
+    severities = {finding.severity for finding in findings}
     if Severity.ERROR in severities:
         return ExitStatus.FAILED
     return ExitStatus.WARNING if Severity.WARNING in severities or services.settings.warnings else ExitStatus.OK
@@ -10626,8 +10630,9 @@ def command_preview(services: Services) -> int:
 
 def command_backup(services: Services) -> int:
     """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
-    with early_end_mailed(services, BACKUP_WORDING):
-        return backup(services)
+    with early_end_mailed(services, BACKUP_WORDING), planned(services) as (services, inventory, plan), \
+            config_lock(services, inventory) as lock:
+        return run_backup(services, inventory, plan, lock) if lock is not None else ExitStatus.OK
 
 
 @contextlib.contextmanager
@@ -10652,37 +10657,6 @@ def make_mailer(services: Services, catalog: Optional[Catalog]) -> Mailer:
     """What sends this config's mail, and keeps in that store what can't be sent."""
     outbox = Outbox(catalog, config_place(services.arguments)) if catalog is not None else None
     return Mailer(services, outbox)
-
-
-def backup(services: Services) -> int:
-    """The exit status of a run; raises what ends it before it has a plan."""
-    configuration = services.settings
-    catalog = open_catalog(configuration, services.log)
-    check_compressor_there(configuration)
-    find_xe(configuration)
-    pool = make_pool(services)
-    services = services._replace(pool=pool, catalog=catalog)
-    pool.connect()
-    try:
-        inventory = pool.inventory()
-        plan = make_plan(configuration, inventory)
-        check_server_can_import(configuration, plan, inventory)
-        lock = catalog.lock_file("config", config_identity(services, inventory))
-        neighbour = take_config_lock(services, lock, inventory, catalog.locks_are_local)
-        if neighbour:
-            services.log.info(neighbour)
-            return ExitStatus.OK
-        status = ExitStatus.BUG            # for the text of the lock, if even the report fails
-        try:
-            status = run_backup(services, inventory, plan, lock)
-            return status
-        finally:
-            if lock.is_held:
-                with contextlib.suppress(CatalogError):    # it ends with this process
-                    end_config_lock(lock, int(status))
-    finally:
-        with services.signals.shielded():
-            pool.close()
 
 
 def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockFile) -> int:
@@ -10788,37 +10762,38 @@ def config_place(arguments: Arguments) -> str:
     """The config's path, or the selector: what its kept mails belong to, whichever pool or settings a run has."""
     if is_config_path(arguments.target):
         return fs_text(os.path.realpath(fs_path(arguments.target)))
-    if re.match(r"(vm-export|vdi-export)=", arguments.target):
-        return arguments.target
-    return "vm-export=" + arguments.target
+    return "=".join(selector_of(arguments.target))
 
 
-def config_identity(services: Services, inventory: Inventory) -> str:
-    """What a config is, and its lock is named after: the pool, what decides about copies, and the config's place. Two
-    pools with one path, hosts with different files there, and other selectors by hand are different configs."""
-    return "%s/%s/%s" % (inventory.pool_uuid, services.settings.decisions, config_place(services.arguments))
+@contextlib.contextmanager
+def config_lock(services: Services, inventory: Inventory) -> Iterator[Optional[LockFile]]:
+    """The lock of this config, its text telling that a run goes on; None if the run is left to another host of the pool,
+    which is told. LockHeld if another run of this config goes on.
 
-
-def take_config_lock(services: Services, lock: LockFile, inventory: Inventory, locks_are_local: bool) -> str:
-    """"" if the lock is ours; else the sentence that leaves this run to another host of the pool.
-
-    Raises LockHeld if another run of this config goes on.
+    What a config is: the pool, what decides about copies, and the config's place. Two pools with one path, hosts with
+    different files there, and other selectors by hand are different configs.
     """
-    force = services.arguments.parameters["force"]
+    settings = services.settings
+    lock = services.catalog.lock_file("config", "/".join(
+        (inventory.pool_uuid, settings.decisions, config_place(services.arguments))))
     ours = lock.take()
     text = lock.text() if ours else settled_text(services, lock)
-    neighbour = "" if force or services.settings.pool is not None else neighbour_text(
-        text, inventory, services.clock.utc(), not ours or locks_are_local)
-    if neighbour:
-        if ours:
+    if not services.arguments.parameters["force"] and settings.pool is None:
+        neighbour = neighbour_text(text, inventory, services.clock.utc(), not ours or services.catalog.locks_are_local)
+        if neighbour:
             lock.release()
-        return neighbour
+            services.log.info(neighbour)
+            yield None
+            return
     if not ours:
-        raise LockHeld("another run of %s is still going: %s. Nothing was started."
-                       % (services.settings.source, holder_text(text)))
-    lock.write_text({"host": inventory.host.short_name, "pid": os.getpid(), "pool": inventory.pool_uuid,
-                     "since": format_utc(services.clock.utc()), "state": "running"})
-    return ""
+        raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was started.")
+    lock.write_text(dict(signature(services, inventory), state="running"))
+    try:
+        yield lock
+    finally:
+        if lock.is_held:                   # even the report failed
+            with contextlib.suppress(CatalogError):
+                end_config_lock(lock, ExitStatus.BUG)
 
 
 def settled_text(services: Services, lock: LockFile) -> Dict[str, Any]:
@@ -10848,14 +10823,17 @@ def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, ma
     has_ended = state == "finished" and text.get("exit") in (ExitStatus.OK, ExitStatus.FAILED, ExitStatus.WARNING)
     if not -NEWEST_NEIGHBOUR_S < age_s < NEWEST_NEIGHBOUR_S or not (has_ended or state == "running" and may_be_running):
         return ""
-    return ("%s of the same pool began this config's backup at %s and %s: left to it. force=yes runs all the same."
-            % (host, text["since"], "ended with exit status %d" % text["exit"] if has_ended else "is running"))
+    how = f"ended with exit status {text['exit']:d}" if has_ended else "is running"
+    return (f"{host} of the same pool began this config's backup at {text['since']} and {how}: left to it. force=yes runs all "
+            f"the same.")
 
 
 def end_config_lock(lock: LockFile, status: int) -> None:
-    """The lock is free, its text says how the run ended."""
-    lock.write_text(dict(lock.text(), state="finished", exit=status))
-    lock.release()
+    """The lock is free, and its text says how the run ended, if that can be written."""
+    try:
+        lock.write_text(dict(lock.text(), state="finished", exit=int(status)))
+    finally:
+        lock.release()
 
 
 # --- verify, list and prune: what is in the store ------------------------------------------------
@@ -10963,16 +10941,12 @@ def asked_pool(services: Services) -> Optional[Inventory]:
     if services.arguments.password == "-" and not os.path.exists(
             fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
         return None
-    pool = make_pool(services, LIST_PATIENCE_S)
     try:
-        pool.connect()
-        pool.changes_allowed = False
-        return pool.inventory()
+        with connected(services, changes_allowed=False, patience_s=LIST_PATIENCE_S) as (_, inventory):
+            return inventory
     except (PoolError, ApiFailure) as error:
-        services.log.info("the pool was not asked which VMs it knows: %s" % error)
+        services.log.info(f"the pool was not asked which VMs it knows: {error}")
         return None
-    finally:
-        pool.close()
 
 
 def is_in_pool(inventory: Optional[Inventory], uuid: str, pool: str) -> Optional[bool]:
@@ -11287,32 +11261,25 @@ def restore_wishes(services: Services, chosen: Chosen) -> Wishes:
 
 def command_restore(services: Services) -> int:
     """A VM is back as a new VM, proven, or nothing of it is left and the person knows why."""
-    force, verify_first = services.arguments.parameters["force"], services.arguments.parameters["verify_first"]
+    arguments, log = services.arguments, services.log
+    force = arguments.parameters["force"]
     with chosen_copy(services, force) as chosen:
         wishes = restore_wishes(services, chosen)
         source = opened_source(services, chosen, force)
-        check_vm_word(services.arguments, chosen, source)
+        check_vm_word(arguments, chosen, source)
         find_xe(services.settings)
-        pool = make_pool(services)
-        services = services._replace(pool=pool)
-        pool.connect()
-        try:
-            pool.changes_allowed = not services.arguments.preview
-            inventory = pool.inventory()
-            plan = plan_restore(source, read_pool_view(pool, inventory), wishes)
-            if services.arguments.preview:
-                services.log.show(plan_text(plan))
+        with connected(services, changes_allowed=not arguments.preview) as (services, inventory):
+            plan = plan_restore(source, read_pool_view(services.pool, inventory), wishes)
+            if arguments.preview:
+                log.show(plan_text(plan))
                 return ExitStatus.FAILED if plan.problems else ExitStatus.OK
             if plan.problems:
-                raise BackupError("%s is not restored:\n%s\nNothing was started." % (
-                    quote_name(source.vm_name), "\n".join("* " + problem for problem in plan.problems)))
-            services.log.info(plan_text(plan))
-            if verify_first:
+                problems = "\n".join("* " + problem for problem in plan.problems)
+                raise BackupError(f"{quote_name(source.vm_name)} is not restored:\n{problems}\nNothing was started.")
+            log.info(plan_text(plan))
+            if arguments.parameters["verify_first"]:
                 read_once(services, source, chosen.inside)
             return restore(services, inventory, plan, chosen, force)
-        finally:
-            with services.signals.shielded():
-                pool.close()
 
 
 def read_once(services: Services, source: Source, inside: Directory) -> None:
@@ -11501,26 +11468,17 @@ NOT_TRIED = "COULD NOT BE TRIED"
 
 def command_drill(services: Services) -> int:
     """The chosen copies were imported, compared and removed again; verdicts, report and exit status tell how it went."""
-    boot_s = services.arguments.parameters["boot"] * MINUTE_S
     check_drill_words(services.arguments)
     with early_end_mailed(services, DRILL_WORDING):
-        catalog = open_store(services.settings)
-        copies, findings = drill_copies(services, catalog, services.arguments.vm)
+        services = services._replace(catalog=open_store(services.settings))
+        copies, findings = drill_copies(services, services.catalog, services.arguments.vm)
         if not copies:
-            raise BackupError("%s holds no good copy to drill." % catalog.path)
+            raise BackupError(f"{services.catalog.path} holds no good copy to drill.")
         find_xe(services.settings)
-        pool = make_pool(services)
-        services = services._replace(pool=pool, catalog=catalog)
-        pool.connect()
-        try:
-            inventory = pool.inventory()
+        with connected(services, changes_allowed=not services.arguments.preview) as (services, inventory):
             if services.arguments.preview:
-                pool.changes_allowed = False
                 return preview_drill(services, inventory, copies)
-            return run_drill(services, inventory, copies, findings, boot_s)
-        finally:
-            with services.signals.shielded():
-                pool.close()
+            return run_drill(services, inventory, copies, findings)
 
 
 def drill_plan(services: Services, view: PoolView, chosen: Chosen) -> RestorePlan:
@@ -11549,24 +11507,21 @@ def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Cop
     return status
 
 
-def run_drill(services: Services, inventory: Inventory, copies: Sequence[Copy], findings: Sequence[Finding],
-              boot_s: float) -> int:
+def run_drill(services: Services, inventory: Inventory, copies: Sequence[Copy], findings: Sequence[Finding]) -> int:
     """The exit status of a drill, after its report."""
     status_log = StatusLog(services, inventory.host.short_name)
     status_log.open()
     status_log.begin("vmbackup.py")
     outcomes = [undrilled(copy) for copy in copies]
     with Run(services, inventory) as run:
-        ended = ended_by(run.services, lambda: drill_all(run, copies, boot_s, outcomes, status_log))
+        ended = ended_by(run.services, lambda: drill_all(run, copies, outcomes, status_log))
     with services.signals.shielded():
-        noted = services.signals.noted if ended is not None and not is_bug(ended) else None
-        report = Report(DRILL_WORDING, services.settings.source, inventory.host.short_name, run.began_at, services.clock.utc(),
-                        inventory.pool_title, tuple(outcomes), (), tuple(findings) + tuple(run.snapshots.findings), None,
-                        ended, noted.number if noted else 0)
+        report = run.report(DRILL_WORDING, ended)._replace(
+            outcomes=tuple(outcomes), findings=tuple(findings) + tuple(run.snapshots.findings))
         return report_told(services, mailed(services, report, run.storage_hangs), status_log)
 
 
-def drill_all(run: Run, copies: Sequence[Copy], boot_s: float, outcomes: List[Outcome], status_log: StatusLog) -> None:
+def drill_all(run: Run, copies: Sequence[Copy], outcomes: List[Outcome], status_log: StatusLog) -> None:
     """Each of the copies was drilled, and has its outcome in the place of the one that is there."""
     services = run.services
     for problem in run.sweep():
@@ -11581,7 +11536,7 @@ def drill_all(run: Run, copies: Sequence[Copy], boot_s: float, outcomes: List[Ou
             outcome = outcomes[number]._replace(error="it was not tried, as the backup storage hangs.", status_word="DRILL-FAIL")
             services.log.error(f"{outcome.title}: {outcome.error}")
         else:
-            outcome = drill_one(services, view, drill, copy, boot_s)
+            outcome = drill_one(services, view, drill, copy)
         outcomes[number] = outcome
         status_log.end(outcome)
     run.look_again()
@@ -11593,7 +11548,7 @@ def undrilled(copy: Copy) -> Outcome:
                    "not drilled, as the run ended before it was done.", UNTRIED, size_bytes=copy.size_bytes)
 
 
-def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy, boot_s: float) -> Outcome:
+def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> Outcome:
     """What the drill of that copy found; its verdict is on record."""
     began_s = services.clock.monotonic()
     title = f"{copy.folder}/{copy.name}"
@@ -11601,6 +11556,7 @@ def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy, boot
         with held_copy(services, services.catalog, lambda: still_there(services, services.catalog, copy)) as chosen:
             copy, title = chosen.copy, f"{chosen.copy.folder}/{chosen.copy.name}"
             services.log.info(f"{title}: drill of {format_size(copy.size_bytes)}.")
+            boot_s = services.arguments.parameters["boot"] * MINUTE_S
             said, error = drill.run(drill_plan(services, view, chosen), chosen.inside, boot_s), None
             services.log.info(f"{title}: {said}.")
     except BackupError as problem:
