@@ -35,12 +35,13 @@ The sections below stand in reading order; each uses only those above it.
     19. Verification of stored copies
     20. Run
     21. Backup run
-    22. Restore
-    23. Extract
-    24. Drill
-    25. Report
-    26. Commands
-    27. main
+    22. Verify and prune
+    23. Restore
+    24. Extract
+    25. Drill
+    26. Report
+    27. Commands
+    28. main
 
 Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
 """
@@ -7609,9 +7610,9 @@ CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_
 # =============================================================================
 # 20. Run
 # =============================================================================
-# What every deed has around it: the values that tell how it went, and the
-# frame (journal, what dead runs left, the way out) of one that makes things in
-# the pool.
+# What every deed has around it: the values that tell how it went, store and
+# pool as config and password name them, and the frame (journal, what dead runs
+# left, the way out) of a deed that makes things in the pool.
 
 
 class Outcome(NamedTuple):
@@ -7721,6 +7722,121 @@ class Report(NamedTuple):
     def duration(self) -> str:
         """How long it took, in words."""
         return format_duration((self.ended_at - self.began_at).total_seconds())
+
+
+# --- what the words on the command line name ----------------------------------------
+
+
+SELECTOR_KEYS = ("vm-export=", "vdi-export=")
+
+
+def is_config_path(target: str) -> bool:
+    """Is TARGET a config file, rather than a selector?"""
+    if target.startswith(SELECTOR_KEYS):
+        return False
+    return "/" in target or target.endswith((".cfg", ".conf")) or os.path.isfile(fs_path(target))
+
+
+def selector_of(target: str) -> Tuple[str, str]:
+    """The key and the value that a TARGET means which is no config file."""
+    name, _, value = target.partition("=") if target.startswith(SELECTOR_KEYS) else ("vm-export", "", target)
+    return name, value
+
+
+def config_place(arguments: Arguments) -> str:
+    """The config's path, or the selector: what its kept mails belong to, whichever pool or settings a run has."""
+    if is_config_path(arguments.target):
+        return fs_text(os.path.realpath(fs_path(arguments.target)))
+    return "=".join(selector_of(arguments.target))
+
+
+@functools.lru_cache(maxsize=None)
+def read_password(word: str) -> Optional[str]:
+    """The password that the first argument means; None for `-`. UsageError for a file that holds none. It is read once:
+    were the file gone at a second look, its path would pass for the password."""
+    if word == "-":
+        return None
+    path = fs_path(word)
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        return word
+    try:
+        with open(path, "rb") as file:
+            raw = b"".join(file.read(64 * KIBIBYTE).split())
+        if not raw:
+            raise ValueError("it is empty")
+        return base64.b64decode(raw, validate=True).decode("utf-8", "surrogateescape")
+    except (OSError, ValueError, binascii.Error):
+        raise UsageError("%s is not a password file: make one with VmBackup.py PASSWORD create-password-file=FILE."
+                         % word)
+
+
+def open_store(settings: Configuration) -> Catalog:
+    """The backup directory, to be read; UsageError if it can't be."""
+    try:
+        return Catalog(settings.backup_dir)
+    except CatalogError as error:
+        raise UsageError(f"{settings.places.get('backup_dir', 'default')}: backup_dir: {settings.backup_dir} can't be opened: "
+                         f"{error} Is the share mounted?")
+
+
+def open_catalog(settings: Configuration, log: Log) -> Catalog:
+    """The backup directory, opened; UsageError if it is not one to write backups to."""
+    place = f"{settings.places.get('backup_dir', 'default')}: backup_dir: {settings.backup_dir}"
+    catalog = open_store(settings)
+    if not catalog.is_writable():
+        raise UsageError(f"{place} is not writable.")
+    if catalog.is_on_root:
+        where, harm = "on the root file system", "would fill the host's own disk"
+    elif catalog.mount is not None and catalog.mount.is_in_memory:
+        where, harm = f"in memory ({catalog.mount.kind})", "would be gone when the host restarts"
+    else:
+        return catalog
+    if settings.require_mount != "no":
+        if settings.require_mount == "yes" or os.path.exists(INVENTORY_FILE):
+            raise UsageError(f"{place} lies {where}: is the share mounted? Backups there {harm}. require_mount=no allows it.")
+        log.info(f"{settings.backup_dir} lies {where}; this is no host of a pool, so it is used.")
+    return catalog
+
+
+def find_xe(settings: Configuration) -> str:
+    """The path of xe; UsageError if there is none."""
+    if settings.xe_path:
+        if os.access(fs_path(settings.xe_path), os.X_OK) and not os.path.isdir(fs_path(settings.xe_path)):
+            return settings.xe_path
+        raise UsageError(f"{settings.places['xe_path']}: xe_path: {settings.xe_path} is not a program.")
+    found = find_program(("xe",), XE_FALLBACK)
+    if found is None:
+        raise UsageError(f"the program xe was not found, neither on the PATH nor as {XE_FALLBACK}: run this on a host of the "
+                         f"pool, or install xe and name it with xe_path=.")
+    return fs_text(found)
+
+
+@contextlib.contextmanager
+def connected(services: Services, changes_allowed: bool = True, patience_s: float = 0) -> Iterator[Tuple[Services, Inventory]]:
+    """The services with the pool that config and password mean, and what is in it; it is logged out of in the end. UsageError
+    if they contradict."""
+    settings = services.settings
+    password = read_password(services.arguments.password)
+    if password is None and settings.pool is not None:
+        raise UsageError("pool= needs a password: - means root on this host, which another pool does not know.")
+    services.log.keep_secret(password or "")
+    pool = Pool(settings.pool, password, Doorway.of_environment(dict(os.environ)), Trust(settings.ca_file, settings.ca_fingerprint),
+                patience_s or settings.stall_timeout * MINUTE_S, services.log, services.signals)
+    try:
+        pool.connect()
+        pool.changes_allowed = changes_allowed
+        yield services._replace(pool=pool), pool.inventory()
+    finally:
+        with services.signals.shielded():
+            pool.close()
+
+
+def make_xe(services: Services) -> XeProgram:
+    """How xe is called for the pool."""
+    return XeProgram(find_xe(services.settings), services.pool.xe_address, read_password(services.arguments.password) or "")
+
+
+# --- the frame ----------------------------------------------------------------------
 
 
 class Run:
@@ -7838,6 +7954,80 @@ def ended_by(services: Services, deed: Callable[[], None]) -> Optional[BaseExcep
 def is_bug(error: Optional[BaseException]) -> bool:
     """Is it neither an error that we know nor a signal?"""
     return error is not None and not isinstance(error, (BackupError, Interrupted))
+
+
+# --- one run of a config at a time -----------------------------------------------------
+
+
+@contextlib.contextmanager
+def config_lock(services: Services, inventory: Inventory) -> Iterator[Optional[LockFile]]:
+    """The lock of this config, its text telling that a run goes on; None if the run is left to another host of the pool,
+    which is told. LockHeld if another run of this config goes on.
+
+    What a config is: the pool, what decides about copies, and the config's place. Two pools with one path, hosts with
+    different files there, and other selectors by hand are different configs.
+    """
+    settings = services.settings
+    lock = services.catalog.lock_file("config", "/".join(
+        (inventory.pool_uuid, settings.decisions, config_place(services.arguments))))
+    ours = lock.take()
+    text = lock.text() if ours else settled_text(services, lock)
+    if not services.arguments.parameters["force"] and settings.pool is None:
+        neighbour = neighbour_text(text, inventory, services.clock.utc(), not ours or services.catalog.locks_are_local)
+        if neighbour:
+            lock.release()
+            services.log.info(neighbour)
+            yield None
+            return
+    if not ours:
+        raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was started.")
+    lock.write_text(dict(signature(services, inventory), state="running"))
+    try:
+        yield lock
+    finally:
+        if lock.is_held:                   # even the report failed
+            with contextlib.suppress(CatalogError):
+                end_config_lock(lock, ExitStatus.BUG)
+
+
+LOCK_TEXT_PATIENCE_S = 5
+
+
+def settled_text(services: Services, lock: LockFile) -> Dict[str, Any]:
+    """The text of a held lock, once its holder, who may have taken it this very second, has written it."""
+    text = {}                              # type: Dict[str, Any]
+    for has_time in services.signals.until(LOCK_TEXT_PATIENCE_S, 0.2):
+        text = lock.text()
+        if text.get("state") == "running" or not has_time:
+            break
+    return text
+
+
+def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, may_be_running: bool) -> str:
+    """The sentence that leaves this run to another host of the pool that began it less than an hour ago; "" if none
+    did. `may_be_running`: false when the lock was free, so that a run that says `running` is dead."""
+    host = text.get("host")
+    if not host or host == inventory.host.short_name or text.get("pool") != inventory.pool_uuid:
+        return ""
+    try:
+        age_s = (now - parse_utc(text.get("since", ""))).total_seconds()
+    except (ValueError, TypeError):
+        return ""
+    state = text.get("state")
+    has_ended = state == "finished" and text.get("exit") in (ExitStatus.OK, ExitStatus.FAILED, ExitStatus.WARNING)
+    if not -NEWEST_NEIGHBOUR_S < age_s < NEWEST_NEIGHBOUR_S or not (has_ended or state == "running" and may_be_running):
+        return ""
+    how = f"ended with exit status {text['exit']:d}" if has_ended else "is running"
+    return (f"{host} of the same pool began this config's backup at {text['since']} and {how}: left to it. force=yes runs all "
+            f"the same.")
+
+
+def end_config_lock(lock: LockFile, status: int) -> None:
+    """The lock is free, and its text says how the run ended, if that can be written."""
+    try:
+        lock.write_text(dict(lock.text(), state="finished", exit=int(status)))
+    finally:
+        lock.release()
 
 
 # =============================================================================
@@ -8361,8 +8551,144 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
     return files
 
 
+OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml release list
+
+
+@contextlib.contextmanager
+def planned(services: Services, changes_allowed: bool = True) -> Iterator[Tuple[Services, Inventory, Plan]]:
+    """Store, programs and pool are there, and the plan is made: what a backup and its preview begin with. UsageError if what
+    the config asks for can't be had."""
+    settings = services.settings
+    services = services._replace(catalog=open_catalog(settings, services.log))
+    compress = f"{settings.places.get('compress', 'default')}: compress={settings.compress}"
+    if settings.compress != "none" and find_program(COMPRESSORS[settings.compress]) is None:
+        raise UsageError(f"{compress} needs the program {' or '.join(COMPRESSORS[settings.compress])}, which is not on the PATH.")
+    find_xe(settings)
+    with connected(services, changes_allowed) as (services, inventory):
+        plan, api = make_plan(settings, inventory), inventory.master.api_version
+        if settings.compress == "zstd" and (0, 0) < api < OLDEST_ZSTD_API and any(job.method is Method.VM for job in plan.jobs):
+            raise UsageError(f"{compress}: this pool (API {api[0]}.{api[1]}) could not import a zstd archive: use gzip. Nothing "
+                             f"was started.")
+        yield services, inventory, plan
+
+
 # =============================================================================
-# 22. Restore
+# 22. Verify and prune
+# =============================================================================
+# What is in the store is chosen by a person's words, proven again, and let go
+# without a backup and without a pool.
+
+
+def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
+    """The VMs of the store that the word means, all if it is empty; UsageError if there is none. What can't be listed is
+    told."""
+    listing = list_store(catalog)
+    for problem in listing.problems:
+        log.info(f"{problem} It is left out.")
+    found = [stored for stored in listing.vms if not vm or stored.bears(vm)]
+    if vm and not found:
+        raise UsageError(f"{catalog.path} holds no backup of {quote_name(vm)}."
+                         + (" Not all of it could be read: see above." if listing.problems else ""))
+    return listing._replace(vms=found)
+
+
+def chosen_copies(stored: StoredVm, wanted: str) -> List[Copy]:
+    """The copies that `from=` means: all, the newest, or the one of that stamp."""
+    if not wanted:
+        return list(stored.copies)
+    if wanted == "latest":
+        return list(stored.copies[-1:])
+    return [copy for copy in stored.copies if wanted in (copy.name, copy.name[len("backup-"):])]
+
+
+def record_verdict(catalog: Catalog, verdict: CopyVerdict) -> None:
+    """The verdict is on record, if it is one on the copy."""
+    if verdict.state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED) and verdict.copy.mark:
+        catalog.record(verdict.copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
+                       reason=verdict.reason, look=verdict.look)
+
+
+def verify_summary(services: Services, verdicts: Sequence[CopyVerdict], chosen: int) -> int:
+    """Shown: how many copies were in which state; the exit status of a verify."""
+    counts = ["%d %s" % (number, state.value) for state, number in
+              ((state, sum(1 for verdict in verdicts if verdict.state is state)) for state in CopyState) if number]
+    bad = [verdict for verdict in verdicts if not verdict.is_fine]
+    left = chosen - len(verdicts)
+    services.log.show("%s: %s%s." % (counted(len(verdicts), "copy") + " verified", ", ".join(counts) or "none",
+                                    "; %s left for the next run" % counted(left, "copy") if left else ""))
+    return ExitStatus.FAILED if bad else ExitStatus.OK
+
+
+def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optional[int], str]:
+    """How many good copies stay when retention is applied without a pool, and by which rule; None: nothing is removed.
+
+    The larger of the newest manifest's number and the config's. A VM that the
+    config does not select by name, and copies without a number, are left.
+    """
+    machine = VirtualMachine("", stored.uuid, stored.name, "", "", (), "", "", "", NULL_REF, ())
+    if any(selector.matches(machine) for selector in configuration.exclude):
+        return None, "the config excludes this VM"
+    selector = choose_selector(machine, configuration.vm_export + configuration.vdi_export)
+    numbers = [copy.keep for copy in stored.copies if copy.keep is not None]
+    if stored.method is None or not stored.uuid:
+        return None, "the kind or the VM's uuid can't be read"
+    if not numbers:
+        return None, "no manifest says how many copies to keep"
+    if selector is None:
+        return None, "no selector of this config names this VM"
+    return max(numbers[-1], selector.keep or configuration.max_backups), selector.line
+
+
+def is_pruned_by_hand(arguments: Arguments) -> bool:
+    """Does somebody say by hand how many copies of one VM are to stay?"""
+    return bool(arguments.vm) and any(setting.name == "max_backups" for setting in arguments.settings)
+
+
+def prune_rule(services: Services, stored: StoredVm) -> Tuple[Optional[int], str]:
+    """As stored_keep(), but what is said by hand wins."""
+    if is_pruned_by_hand(services.arguments) and stored.method is not None:
+        return services.settings.max_backups, "max_backups on the command line"
+    return stored_keep(stored, services.settings)
+
+
+def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: Set[str]) -> int:
+    """The VM's copies beyond the number to keep are gone, or shown in a preview; how many. `warnings`: those told so far.
+
+    What goes is decided on what is there under the lock, whatever was there when the VM was chosen.
+    """
+    preview, folder = services.arguments.preview, chosen.folder
+    with contextlib.ExitStack() as stack:
+        lock = None if preview else catalog.folder_lock(folder)
+        if lock is not None and not stack.enter_context(lock.held()):
+            raise BackupError(f"its directory {folder} is in use by another run ({holder_text(lock.text())}); nothing was "
+                              "removed.")
+        now = {(stored.uuid, stored.pool, stored.method): stored for stored in stored_in(catalog.folder(folder))}
+        stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(around=()))
+        keep, _ = prune_rule(services, stored)
+        problem = clock_went_back(stored.around, services.clock.utc())
+        if problem:
+            raise BackupError(problem)
+        for warning in retention_warnings(stored.around, services.clock.utc(), services.clock.local()):
+            if warning not in warnings:
+                services.log.warning(f"{stored.title}: {warning}")
+            warnings.add(warning)
+        removed = 0
+        for copy, stays, reason in judge(stored.around, stored.uuid, stored.method, keep) if keep else ():
+            place = f"{folder}/{copy.name}"
+            if not stays:
+                services.signals.check()
+                if preview or catalog.remove_copy(copy):
+                    removed += 1
+                    services.log.show(f"{'would remove' if preview else 'removed'}: {place}: {reason}")
+                else:
+                    services.log.show(f"left: {place} is being read by a restore or drill")
+            elif not copy.is_good or copy.aside:
+                services.log.show(f"left: {place}: {reason}")
+        return removed
+
+
+# =============================================================================
+# 23. Restore
 # =============================================================================
 # The way back. What an image holds (Source) and what the pool has (PoolView) are
 # read; plan_restore, which is pure, says what will be made and why, or why not;
@@ -9609,7 +9935,7 @@ def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
 
 
 # =============================================================================
-# 23. Extract
+# 24. Extract
 # =============================================================================
 # One disk of a copy as a sparse raw image, on any machine: no pool, no xe, no
 # XenAPI. The whole image is proven while it is read; the file gets its name last.
@@ -9655,7 +9981,7 @@ def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str,
 
 
 # =============================================================================
-# 24. Drill
+# 25. Drill
 # =============================================================================
 # Proves that a copy comes back: it is imported under a name of its own with no
 # network, its disks are read back and compared with what the image held when its
@@ -9743,7 +10069,7 @@ def longest_not_drilled(copies: Sequence[Copy], last_drills: Dict[str, str], num
 
 
 # =============================================================================
-# 25. Report
+# 26. Report
 # =============================================================================
 # A Report becomes words: status log, last line, mail. And the way out of the
 # mails, and what a preview shows.
@@ -10329,6 +10655,87 @@ def read_smtp_password(path: str) -> str:
 # --- preview --------------------------------------------------------------------------
 
 
+# --- the mail of a run -------------------------------------------------------------------
+
+
+def make_mailer(services: Services, catalog: Optional[Catalog]) -> Mailer:
+    """What sends this config's mail, and keeps in that store what can't be sent."""
+    outbox = Outbox(catalog, config_place(services.arguments)) if catalog is not None else None
+    return Mailer(services, outbox)
+
+
+def mail_is_wanted(settings: Configuration) -> bool:
+    """Are there runs of this config that send a mail?"""
+    return bool(settings.mail_to) and settings.mail_when != "never"
+
+
+def mailed(services: Services, report: Report, storage_hangs: bool = False) -> Report:
+    """The report, which went out by mail if that was wanted; with a warning more if that, or a mail of an earlier run, could
+    not be sent."""
+    settings = services.settings
+    if not mail_is_wanted(settings):
+        return report
+    mailer = make_mailer(services, None if storage_hangs else services.catalog)
+    if settings.mail_when == "problems" and report.word == "SUCCESS":
+        is_sent = mailer.send_kept()
+    else:
+        is_sent = mailer.send(mail_subject(report), mail_body(report, store_facts(services, report, storage_hangs)))
+    return report if is_sent else report._replace(findings=report.findings + (
+        Finding(Severity.WARNING, "mail", "it was not sent."),))
+
+
+def store_facts(services: Services, report: Report, storage_hangs: bool) -> StoreFacts:
+    """What the mail tells about the store after a backup; a store in trouble costs no mail."""
+    nothing = StoreFacts(services.settings.backup_dir, (), None, "")
+    if report.wording is not BACKUP_WORDING or not report.pool:
+        return nothing
+    if storage_hangs:
+        return nothing._replace(problem="the backup storage hangs.")
+    catalog = services.catalog
+    try:
+        free_bytes, newest = within(STORE_FACTS_LIMIT_S, "listing the store", lambda: (
+            catalog.free_bytes(), newest_copies(catalog, services.clock.local())))
+        return StoreFacts(catalog.path, newest, free_bytes, "")
+    except BackupError as error:
+        return nothing._replace(problem=str(error))
+
+
+def newest_copies(catalog: Catalog, now: datetime) -> Tuple[NewestCopy, ...]:
+    """The newest good copy of each VM and kind of the store."""
+    found = []
+    for stored in list_store(catalog).vms:
+        good = [copy for copy in stored.copies if copy.is_good]
+        found.append(NewestCopy(stored.uuid, stored.name, stored.title, len(good),
+                                (now - good[-1].taken_at).total_seconds() if good else None))
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def early_end_mailed(services: Services, wording: Wording) -> Iterator[None]:
+    """A mail is out about a run that ended before it could report what it has done; the error itself is told by main."""
+    began_at = services.clock.utc()
+    try:
+        yield
+    except (Exception, Interrupted) as error:
+        if mail_is_wanted(services.settings) and not services.arguments.preview:
+            with services.signals.shielded():
+                catalog = None                         # type: Optional[Catalog]
+                with contextlib.suppress(CatalogError):             # no store is what such a mail is often about
+                    catalog = within(OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(services.settings.backup_dir))
+                host = socket.gethostname().split(".")[0]
+                mailed(services._replace(catalog=catalog), Report(
+                    wording, services.settings.source, host, began_at, services.clock.utc(), ended_by=error))
+        raise
+
+
+def report_told(services: Services, report: Report, status_log: StatusLog) -> int:
+    """The exit status of a run whose last lines stand in status log and log."""
+    status_log.end_run(report)
+    services.signals.come_too_late()
+    services.log.info(summary_text(report))
+    return report.exit_status
+
+
 def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
                  futures: Dict[str, Tuple[str, List[Verdict]]], catalog: Catalog) -> str:
     """What a run would do: per VM its kind, directory, copies, and what retention would then remove."""
@@ -10404,549 +10811,7 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
                     if verdict.copy is not new]
 
 
-# =============================================================================
-# 26. Commands
-# =============================================================================
-# One function per action: the only place that shows things, and reads config
-# and password files.
-
-
-def is_config_path(target: str) -> bool:
-    """Is TARGET a config file, rather than a selector?"""
-    if target.startswith(SELECTOR_KEYS):
-        return False
-    return "/" in target or target.endswith((".cfg", ".conf")) or os.path.isfile(fs_path(target))
-
-
-SELECTOR_KEYS = ("vm-export=", "vdi-export=")
-
-
-def selector_of(target: str) -> Tuple[str, str]:
-    """The key and the value that a TARGET means which is no config file."""
-    name, _, value = target.partition("=") if target.startswith(SELECTOR_KEYS) else ("vm-export", "", target)
-    return name, value
-
-
-def load_configuration(arguments: Arguments) -> Configuration:
-    """The checked configuration of that command line; ConfigurationError or UsageError with all that is wrong."""
-    settings = list(arguments.settings)
-    file_settings, problems = [], []       # type: List[Setting], List[str]
-    source = "the command line"
-    if is_config_path(arguments.target):
-        source = arguments.target
-        file_settings, problems = read_settings(read_config_file(source), source)
-    else:
-        name, value = selector_of(arguments.target)
-        settings.insert(0, Setting(name, value.strip(), "command line"))
-    # a copy that is named by its path needs no store
-    needs_none = arguments.action.name == "test-mail" or "/" in arguments.parameters.get("from", "")
-    missing = [] if needs_none else missing_backup_dir(file_settings, settings)
-    try:
-        configuration = parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
-    except ConfigurationError as error:
-        raise ConfigurationError(sorted(list(error.problems) + missing, key=line_number))
-    if missing and arguments.action.name != "backup":          # a backup tells it later, so that a mail goes out
-        raise ConfigurationError(missing)
-    return configuration
-
-
-def missing_backup_dir(file_settings: Sequence[Setting], arguments: Sequence[Setting]) -> List[str]:
-    """The problem of a backup_dir that is not there, as one of those that are told at once; [] if it is."""
-    wanted = [setting for setting in list(arguments) + list(file_settings) if setting.name == "backup_dir"]
-    path = wanted[0].value if wanted else OPTIONS[OPTION_NAMES.index("backup_dir")].default
-    if not path or os.path.isdir(fs_path(path)):
-        return []
-    return ["%s: backup_dir: %s is not there, or no directory. Is the share mounted?" % (
-        wanted[0].place if wanted else "default", one_line(path))]
-
-
-def read_config_file(path: str) -> bytes:
-    """The bytes of the config file; UsageError if it can't be read."""
-    try:
-        if os.path.isdir(fs_path(path)):
-            raise UsageError("the config %s is a directory; a file is needed." % path)
-        with open(fs_path(path), "rb") as file:
-            content = file.read(MEBIBYTE + 1)
-        if len(content) > MEBIBYTE:
-            raise UsageError("the config %s is larger than 1 MiB: is it the right file?" % path)
-        return content
-    except OSError as error:
-        raise UsageError("the config %s can't be read: %s. Is the share mounted?" % (path, os_reason(error)))
-
-
-@functools.lru_cache(maxsize=None)
-def read_password(word: str) -> Optional[str]:
-    """The password that the first argument means; None for `-`. UsageError for a file that holds none. It is read once:
-    were the file gone at a second look, its path would pass for the password."""
-    if word == "-":
-        return None
-    path = fs_path(word)
-    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        return word
-    try:
-        with open(path, "rb") as file:
-            raw = b"".join(file.read(64 * KIBIBYTE).split())
-        if not raw:
-            raise ValueError("it is empty")
-        return base64.b64decode(raw, validate=True).decode("utf-8", "surrogateescape")
-    except (OSError, ValueError, binascii.Error):
-        raise UsageError("%s is not a password file: make one with VmBackup.py PASSWORD create-password-file=FILE."
-                         % word)
-
-
-def create_password_file(password: str, path: str) -> str:
-    """The password is in a new file that only its owner can read; the sentence that says so."""
-    try:
-        fd = os.open(fs_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    except FileExistsError:
-        raise UsageError("%s exists already and was left as it is: remove it first." % path)
-    except OSError as error:
-        raise UsageError("%s can't be made: %s." % (path, os_reason(error)))
-    with open(fd, "wb") as file:
-        os.fchmod(fd, 0o600)
-        file.write(base64.b64encode(password.encode("utf-8", "surrogateescape")) + b"\n")
-    return ("The password is in %s, which only its owner can read. base64 hides it from a glance, not from a "
-            "reader: keep the file's mode." % path)
-
-
-# --- checks before anything starts ---------------------------------------------------------
-
-
-def open_store(settings: Configuration) -> Catalog:
-    """The backup directory, to be read; UsageError if it can't be."""
-    try:
-        return Catalog(settings.backup_dir)
-    except CatalogError as error:
-        raise UsageError(f"{settings.places.get('backup_dir', 'default')}: backup_dir: {settings.backup_dir} can't be opened: "
-                         f"{error} Is the share mounted?")
-
-
-def open_catalog(settings: Configuration, log: Log) -> Catalog:
-    """The backup directory, opened; UsageError if it is not one to write backups to."""
-    place = f"{settings.places.get('backup_dir', 'default')}: backup_dir: {settings.backup_dir}"
-    catalog = open_store(settings)
-    if not catalog.is_writable():
-        raise UsageError(f"{place} is not writable.")
-    if catalog.is_on_root:
-        where, harm = "on the root file system", "would fill the host's own disk"
-    elif catalog.mount is not None and catalog.mount.is_in_memory:
-        where, harm = f"in memory ({catalog.mount.kind})", "would be gone when the host restarts"
-    else:
-        return catalog
-    if settings.require_mount != "no":
-        if settings.require_mount == "yes" or os.path.exists(INVENTORY_FILE):
-            raise UsageError(f"{place} lies {where}: is the share mounted? Backups there {harm}. require_mount=no allows it.")
-        log.info(f"{settings.backup_dir} lies {where}; this is no host of a pool, so it is used.")
-    return catalog
-
-
-def find_xe(settings: Configuration) -> str:
-    """The path of xe; UsageError if there is none."""
-    if settings.xe_path:
-        if os.access(fs_path(settings.xe_path), os.X_OK) and not os.path.isdir(fs_path(settings.xe_path)):
-            return settings.xe_path
-        raise UsageError(f"{settings.places['xe_path']}: xe_path: {settings.xe_path} is not a program.")
-    found = find_program(("xe",), XE_FALLBACK)
-    if found is None:
-        raise UsageError(f"the program xe was not found, neither on the PATH nor as {XE_FALLBACK}: run this on a host of the "
-                         f"pool, or install xe and name it with xe_path=.")
-    return fs_text(found)
-
-
-@contextlib.contextmanager
-def connected(services: Services, changes_allowed: bool = True, patience_s: float = 0) -> Iterator[Tuple[Services, Inventory]]:
-    """The services with the pool that config and password mean, and what is in it; it is logged out of in the end. UsageError
-    if they contradict."""
-    settings = services.settings
-    password = read_password(services.arguments.password)
-    if password is None and settings.pool is not None:
-        raise UsageError("pool= needs a password: - means root on this host, which another pool does not know.")
-    services.log.keep_secret(password or "")
-    pool = Pool(settings.pool, password, Doorway.of_environment(dict(os.environ)), Trust(settings.ca_file, settings.ca_fingerprint),
-                patience_s or settings.stall_timeout * MINUTE_S, services.log, services.signals)
-    try:
-        pool.connect()
-        pool.changes_allowed = changes_allowed
-        yield services._replace(pool=pool), pool.inventory()
-    finally:
-        with services.signals.shielded():
-            pool.close()
-
-
-def make_xe(services: Services) -> XeProgram:
-    """How xe is called for the pool."""
-    return XeProgram(find_xe(services.settings), services.pool.xe_address, read_password(services.arguments.password) or "")
-
-
-# --- preview and backup ----------------------------------------------------------------------
-
-
-OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml release list
-
-
-@contextlib.contextmanager
-def planned(services: Services, changes_allowed: bool = True) -> Iterator[Tuple[Services, Inventory, Plan]]:
-    """Store, programs and pool are there, and the plan is made: what a backup and its preview begin with. UsageError if what
-    the config asks for can't be had."""
-    settings = services.settings
-    services = services._replace(catalog=open_catalog(settings, services.log))
-    compress = f"{settings.places.get('compress', 'default')}: compress={settings.compress}"
-    if settings.compress != "none" and find_program(COMPRESSORS[settings.compress]) is None:
-        raise UsageError(f"{compress} needs the program {' or '.join(COMPRESSORS[settings.compress])}, which is not on the PATH.")
-    find_xe(settings)
-    with connected(services, changes_allowed) as (services, inventory):
-        plan, api = make_plan(settings, inventory), inventory.master.api_version
-        if settings.compress == "zstd" and (0, 0) < api < OLDEST_ZSTD_API and any(job.method is Method.VM for job in plan.jobs):
-            raise UsageError(f"{compress}: this pool (API {api[0]}.{api[1]}) could not import a zstd archive: use gzip. Nothing "
-                             f"was started.")
-        yield services, inventory, plan
-
-
-def command_preview(services: Services) -> int:
-    """Shown: the plan, and what retention would then remove."""
-    with planned(services, changes_allowed=False) as (services, inventory, plan):
-        pass                               # nothing more is asked of the pool
-    placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
-    utc, local = services.clock.utc(), services.clock.local()
-    placement.claim_all(job.machine for job in plan.jobs)
-    for job in plan.jobs:
-        try:
-            folder = placement.folder(placement.folder_name(job.machine))
-        except CatalogError as error:
-            findings.append(Finding(Severity.ERROR, job.machine.title, str(error)))
-            folder = Folder(safe_name(job.machine.name), (), (), ())
-        copies = placement.own_view(folder, job.machine)
-        findings += [Finding(Severity.WARNING, job.machine.title, warning) for warning in retention_warnings(copies, utc, local)]
-        views.append((job, folder.name, copies))
-    clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies in views)
-    futures = {job.machine.uuid: (folder, future_verdicts(job, copies, local, clock_is_wrong, services.settings.pre_clean))
-               for job, folder, copies in views}
-    services.log.show(preview_text(services.settings, inventory, plan._replace(findings=tuple(findings)), futures, services.catalog))
-    severities = {finding.severity for finding in findings}
-    if Severity.ERROR in severities:
-        return ExitStatus.FAILED
-    return ExitStatus.WARNING if Severity.WARNING in severities or services.settings.warnings else ExitStatus.OK
-
-
-def command_backup(services: Services) -> int:
-    """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
-    with early_end_mailed(services, BACKUP_WORDING), planned(services) as (services, inventory, plan), \
-            config_lock(services, inventory) as lock:
-        return run_backup(services, inventory, plan, lock) if lock is not None else ExitStatus.OK
-
-
-@contextlib.contextmanager
-def early_end_mailed(services: Services, wording: Wording) -> Iterator[None]:
-    """A mail is out about a run that ended before it could report what it has done; the error itself is told by main."""
-    began_at = services.clock.utc()
-    try:
-        yield
-    except (Exception, Interrupted) as error:
-        if mail_is_wanted(services.settings) and not services.arguments.preview:
-            with services.signals.shielded():
-                catalog = None                         # type: Optional[Catalog]
-                with contextlib.suppress(CatalogError):             # no store is what such a mail is often about
-                    catalog = within(OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(services.settings.backup_dir))
-                host = socket.gethostname().split(".")[0]
-                mailed(services._replace(catalog=catalog), Report(
-                    wording, services.settings.source, host, began_at, services.clock.utc(), ended_by=error))
-        raise
-
-
-def make_mailer(services: Services, catalog: Optional[Catalog]) -> Mailer:
-    """What sends this config's mail, and keeps in that store what can't be sent."""
-    outbox = Outbox(catalog, config_place(services.arguments)) if catalog is not None else None
-    return Mailer(services, outbox)
-
-
-def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockFile) -> int:
-    """The exit status of the run, after its report."""
-    settings, log = services.settings, services.log
-    host = inventory.host.short_name
-    if services.catalog.locks_are_local:
-        log.info(f"the mount options of {settings.backup_dir} keep locks within this host: what a run of another host left "
-                 f"is touched only after a day.")
-    for warning in settings.warnings:
-        log.warning(warning)
-    status_log = StatusLog(services, host)
-    status_log.open()
-    with Run(services, inventory) as run:
-        status_log.begin("vmbackup.py")
-        log.info(f"VmBackup {VERSION}: {counted(len(plan.jobs), 'VM')} of {settings.source} in pool {inventory.pool_title}; "
-                 f"host {host}.")
-        for machine in plan.provisional:
-            log.info("left out: " + provisional_text(machine))
-        report = BackupRun(run, plan, Exporter(run.services, make_xe(services)), status_log).report()
-        run.tidy("keeping a reserve", services.catalog.keep_reserve)
-    report = report._replace(findings=report.findings + tuple(
-        Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings))
-    with services.signals.shielded():
-        report = mailed(services, report, run.storage_hangs)
-        run.tidy("giving back the lock of this config", lambda: end_config_lock(lock, report.exit_status))
-        if run.storage_hangs:
-            lock.abandon()
-        return report_told(services, report, status_log)
-
-
-def report_told(services: Services, report: Report, status_log: StatusLog) -> int:
-    """The exit status of a run whose last lines stand in status log and log."""
-    status_log.end_run(report)
-    services.signals.come_too_late()
-    services.log.info(summary_text(report))
-    return report.exit_status
-
-
-def mail_is_wanted(settings: Configuration) -> bool:
-    """Are there runs of this config that send a mail?"""
-    return bool(settings.mail_to) and settings.mail_when != "never"
-
-
-def mailed(services: Services, report: Report, storage_hangs: bool = False) -> Report:
-    """The report, which went out by mail if that was wanted; with a warning more if that, or a mail of an earlier run, could
-    not be sent."""
-    settings = services.settings
-    if not mail_is_wanted(settings):
-        return report
-    mailer = make_mailer(services, None if storage_hangs else services.catalog)
-    if settings.mail_when == "problems" and report.word == "SUCCESS":
-        is_sent = mailer.send_kept()
-    else:
-        is_sent = mailer.send(mail_subject(report), mail_body(report, store_facts(services, report, storage_hangs)))
-    return report if is_sent else report._replace(findings=report.findings + (
-        Finding(Severity.WARNING, "mail", "it was not sent."),))
-
-
-def store_facts(services: Services, report: Report, storage_hangs: bool) -> StoreFacts:
-    """What the mail tells about the store after a backup; a store in trouble costs no mail."""
-    nothing = StoreFacts(services.settings.backup_dir, (), None, "")
-    if report.wording is not BACKUP_WORDING or not report.pool:
-        return nothing
-    if storage_hangs:
-        return nothing._replace(problem="the backup storage hangs.")
-    catalog = services.catalog
-    try:
-        free_bytes, newest = within(STORE_FACTS_LIMIT_S, "listing the store", lambda: (
-            catalog.free_bytes(), newest_copies(catalog, services.clock.local())))
-        return StoreFacts(catalog.path, newest, free_bytes, "")
-    except BackupError as error:
-        return nothing._replace(problem=str(error))
-
-
-def newest_copies(catalog: Catalog, now: datetime) -> Tuple[NewestCopy, ...]:
-    """The newest good copy of each VM and kind of the store."""
-    found = []
-    for stored in list_store(catalog).vms:
-        good = [copy for copy in stored.copies if copy.is_good]
-        found.append(NewestCopy(stored.uuid, stored.name, stored.title, len(good),
-                                (now - good[-1].taken_at).total_seconds() if good else None))
-    return tuple(found)
-
-
-def command_test_mail(services: Services) -> int:
-    """A mail that says that mail works is with the server."""
-    settings = services.settings
-    if not settings.mail_to:
-        raise UsageError("mail_to is not set, so there is nobody to write to.")
-    host = socket.gethostname().split(".")[0]
-    consequence = {"always": "Every backup run will send a report to this address.",
-                   "problems": "Backup runs will send a report to this address when they had problems.",
-                   "never": "But mail_when=never is set, so no backup run will send a report."}[settings.mail_when]
-    make_mailer(services, None).send_test(
-        f"OK: test mail ({host})",
-        f"Somebody asked for this mail with `VmBackup.py ... test-mail` on host {host}. As you can read it, the mail settings "
-        f"of {settings.source} work. {consequence}\n")
-    return ExitStatus.OK
-
-
-def config_place(arguments: Arguments) -> str:
-    """The config's path, or the selector: what its kept mails belong to, whichever pool or settings a run has."""
-    if is_config_path(arguments.target):
-        return fs_text(os.path.realpath(fs_path(arguments.target)))
-    return "=".join(selector_of(arguments.target))
-
-
-@contextlib.contextmanager
-def config_lock(services: Services, inventory: Inventory) -> Iterator[Optional[LockFile]]:
-    """The lock of this config, its text telling that a run goes on; None if the run is left to another host of the pool,
-    which is told. LockHeld if another run of this config goes on.
-
-    What a config is: the pool, what decides about copies, and the config's place. Two pools with one path, hosts with
-    different files there, and other selectors by hand are different configs.
-    """
-    settings = services.settings
-    lock = services.catalog.lock_file("config", "/".join(
-        (inventory.pool_uuid, settings.decisions, config_place(services.arguments))))
-    ours = lock.take()
-    text = lock.text() if ours else settled_text(services, lock)
-    if not services.arguments.parameters["force"] and settings.pool is None:
-        neighbour = neighbour_text(text, inventory, services.clock.utc(), not ours or services.catalog.locks_are_local)
-        if neighbour:
-            lock.release()
-            services.log.info(neighbour)
-            yield None
-            return
-    if not ours:
-        raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was started.")
-    lock.write_text(dict(signature(services, inventory), state="running"))
-    try:
-        yield lock
-    finally:
-        if lock.is_held:                   # even the report failed
-            with contextlib.suppress(CatalogError):
-                end_config_lock(lock, ExitStatus.BUG)
-
-
-def settled_text(services: Services, lock: LockFile) -> Dict[str, Any]:
-    """The text of a held lock, once its holder, who may have taken it this very second, has written it."""
-    text = {}                              # type: Dict[str, Any]
-    for has_time in services.signals.until(LOCK_TEXT_PATIENCE_S, 0.2):
-        text = lock.text()
-        if text.get("state") == "running" or not has_time:
-            break
-    return text
-
-
-LOCK_TEXT_PATIENCE_S = 5
-
-
-def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, may_be_running: bool) -> str:
-    """The sentence that leaves this run to another host of the pool that began it less than an hour ago; "" if none
-    did. `may_be_running`: false when the lock was free, so that a run that says `running` is dead."""
-    host = text.get("host")
-    if not host or host == inventory.host.short_name or text.get("pool") != inventory.pool_uuid:
-        return ""
-    try:
-        age_s = (now - parse_utc(text.get("since", ""))).total_seconds()
-    except (ValueError, TypeError):
-        return ""
-    state = text.get("state")
-    has_ended = state == "finished" and text.get("exit") in (ExitStatus.OK, ExitStatus.FAILED, ExitStatus.WARNING)
-    if not -NEWEST_NEIGHBOUR_S < age_s < NEWEST_NEIGHBOUR_S or not (has_ended or state == "running" and may_be_running):
-        return ""
-    how = f"ended with exit status {text['exit']:d}" if has_ended else "is running"
-    return (f"{host} of the same pool began this config's backup at {text['since']} and {how}: left to it. force=yes runs all "
-            f"the same.")
-
-
-def end_config_lock(lock: LockFile, status: int) -> None:
-    """The lock is free, and its text says how the run ended, if that can be written."""
-    try:
-        lock.write_text(dict(lock.text(), state="finished", exit=int(status)))
-    finally:
-        lock.release()
-
-
-# --- verify, list and prune: what is in the store ------------------------------------------------
-
-
-def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
-    """The VMs of the store that the word means, all if it is empty; UsageError if there is none. What can't be listed is
-    told."""
-    listing = list_store(catalog)
-    for problem in listing.problems:
-        log.info(f"{problem} It is left out.")
-    found = [stored for stored in listing.vms if not vm or stored.bears(vm)]
-    if vm and not found:
-        raise UsageError(f"{catalog.path} holds no backup of {quote_name(vm)}."
-                         + (" Not all of it could be read: see above." if listing.problems else ""))
-    return listing._replace(vms=found)
-
-
-def chosen_copies(stored: StoredVm, wanted: str) -> List[Copy]:
-    """The copies that `from=` means: all, the newest, or the one of that stamp."""
-    if not wanted:
-        return list(stored.copies)
-    if wanted == "latest":
-        return list(stored.copies[-1:])
-    return [copy for copy in stored.copies if wanted in (copy.name, copy.name[len("backup-"):])]
-
-
-def command_verify(services: Services) -> int:
-    """Every chosen copy was read and judged; the verdicts are shown and on record."""
-    parameters = services.arguments.parameters
-    minutes = parameters["max_time"]
-    catalog = open_store(services.settings)
-    listing = chosen_vms(catalog, services.arguments.vm, services.log)
-    copies = [copy for stored in listing.vms for copy in chosen_copies(stored, parameters["from"])]
-    if not copies and parameters["from"]:
-        raise UsageError("there is no copy %s of %s." % (
-            one_line(parameters["from"]), quote_name(services.arguments.vm) if services.arguments.vm else "any VM"))
-    if not copies:
-        raise BackupError("%s holds no copy. Is it the right directory, and is the share mounted?" % catalog.path)
-    if minutes:                            # the copies that were longest not looked at come first
-        copies.sort(key=lambda copy: copy.checked("verified_at") or "")
-    services = services._replace(catalog=catalog)
-    stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
-    verdicts, untold = [], True
-    for copy in copies:
-        services.signals.check()
-        if stop_at is not None and verdicts and services.clock.monotonic() >= stop_at:
-            break
-        verdict = verify_copy(services, copy)
-        verdicts.append(verdict)
-        services.log.show("%-14s %s/%s: %s" % (verdict.state.value, copy.folder, copy.name, verdict.reason))
-        try:
-            record_verdict(catalog, verdict)
-        except CatalogError as error:      # a store that can only be read, for one: said once
-            if untold:
-                services.log.info("verdicts are not recorded: %s" % error)
-            untold = False
-    status = verify_summary(services, verdicts, len(copies))
-    return ExitStatus.FAILED if listing.misbehaved else status
-
-
-def record_verdict(catalog: Catalog, verdict: CopyVerdict) -> None:
-    """The verdict is on record, if it is one on the copy."""
-    if verdict.state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED) and verdict.copy.mark:
-        catalog.record(verdict.copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
-                       reason=verdict.reason, look=verdict.look)
-
-
-def verify_summary(services: Services, verdicts: Sequence[CopyVerdict], chosen: int) -> int:
-    """Shown: how many copies were in which state; the exit status of a verify."""
-    counts = ["%d %s" % (number, state.value) for state, number in
-              ((state, sum(1 for verdict in verdicts if verdict.state is state)) for state in CopyState) if number]
-    bad = [verdict for verdict in verdicts if not verdict.is_fine]
-    left = chosen - len(verdicts)
-    services.log.show("%s: %s%s." % (counted(len(verdicts), "copy") + " verified", ", ".join(counts) or "none",
-                                    "; %s left for the next run" % counted(left, "copy") if left else ""))
-    return ExitStatus.FAILED if bad else ExitStatus.OK
-
-
-def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optional[int], str]:
-    """How many good copies stay when retention is applied without a pool, and by which rule; None: nothing is removed.
-
-    The larger of the newest manifest's number and the config's. A VM that the
-    config does not select by name, and copies without a number, are left.
-    """
-    machine = VirtualMachine("", stored.uuid, stored.name, "", "", (), "", "", "", NULL_REF, ())
-    if any(selector.matches(machine) for selector in configuration.exclude):
-        return None, "the config excludes this VM"
-    selector = choose_selector(machine, configuration.vm_export + configuration.vdi_export)
-    numbers = [copy.keep for copy in stored.copies if copy.keep is not None]
-    if stored.method is None or not stored.uuid:
-        return None, "the kind or the VM's uuid can't be read"
-    if not numbers:
-        return None, "no manifest says how many copies to keep"
-    if selector is None:
-        return None, "no selector of this config names this VM"
-    return max(numbers[-1], selector.keep or configuration.max_backups), selector.line
-
-
-LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only adds which VMs it still has
-
-
-def asked_pool(services: Services) -> Optional[Inventory]:
-    """What is in the pool, None if no pool can be asked from here."""
-    if services.arguments.password == "-" and not os.path.exists(
-            fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
-        return None
-    try:
-        with connected(services, changes_allowed=False, patience_s=LIST_PATIENCE_S) as (_, inventory):
-            return inventory
-    except (PoolError, ApiFailure) as error:
-        services.log.info(f"the pool was not asked which VMs it knows: {error}")
-        return None
+# --- list -------------------------------------------------------------------------------
 
 
 def is_in_pool(inventory: Optional[Inventory], uuid: str, pool: str) -> Optional[bool]:
@@ -10954,36 +10819,6 @@ def is_in_pool(inventory: Optional[Inventory], uuid: str, pool: str) -> Optional
     if inventory is None or pool not in ("", inventory.pool_uuid):
         return None
     return any(machine.uuid == uuid for machine in inventory.machines)
-
-
-def command_list(services: Services) -> int:
-    """Shown: what is in the store, as text or JSON."""
-    wanted = services.arguments.parameters["format"]
-    catalog = open_store(services.settings)
-    inventory = asked_pool(services) if wanted == "json" else None
-    now = services.clock.local()
-    listing = chosen_vms(catalog, services.arguments.vm, services.log)
-    rows = [list_row(stored, services.settings, catalog, inventory, now) for stored in listing.vms]
-    strangers = [] if services.arguments.vm else listing.strangers
-    if wanted == "json":
-        services.log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
-                                    sort_keys=True))
-        return ExitStatus.OK
-    tell_pools = len({row["pool"] for row in rows} - {""}) > 1
-    for row in rows:
-        services.log.show(list_text(row, tell_pools))
-    for stranger in strangers:
-        services.log.show("not ours, left alone: %s" % one_line(stranger))
-    inventory = asked_pool(services)
-    for row in rows:
-        if is_in_pool(inventory, row["uuid"], row["pool"]) is False:
-            services.log.show("NO LONGER IN THE POOL: %s  %s  in %s/" % (quote_name(row["name"]), row["uuid"] or "uuid unknown",
-                                                                        row["folder"]))
-    good = sum(1 for row in rows for copy in row["copies"] if copy["good"])
-    services.log.show("%s of %s, %s good, %s." % (
-        counted(sum(len(row["copies"]) for row in rows), "copy"), counted(len({row["uuid"] for row in rows}), "VM"),
-        good, free_text(catalog.free_bytes())))
-    return ExitStatus.OK
 
 
 def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, inventory: Optional[Inventory],
@@ -11033,6 +10868,239 @@ def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
     return "\n".join(lines)
 
 
+# =============================================================================
+# 27. Commands
+# =============================================================================
+# One function per action, and what reads the config file and writes the
+# password file.
+
+
+def load_configuration(arguments: Arguments) -> Configuration:
+    """The checked configuration of that command line; ConfigurationError or UsageError with all that is wrong."""
+    settings = list(arguments.settings)
+    file_settings, problems = [], []       # type: List[Setting], List[str]
+    source = "the command line"
+    if is_config_path(arguments.target):
+        source = arguments.target
+        file_settings, problems = read_settings(read_config_file(source), source)
+    else:
+        name, value = selector_of(arguments.target)
+        settings.insert(0, Setting(name, value.strip(), "command line"))
+    # a copy that is named by its path needs no store
+    needs_none = arguments.action.name == "test-mail" or "/" in arguments.parameters.get("from", "")
+    missing = [] if needs_none else missing_backup_dir(file_settings, settings)
+    try:
+        configuration = parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
+    except ConfigurationError as error:
+        raise ConfigurationError(sorted(list(error.problems) + missing, key=line_number))
+    if missing and arguments.action.name != "backup":          # a backup tells it later, so that a mail goes out
+        raise ConfigurationError(missing)
+    return configuration
+
+
+def missing_backup_dir(file_settings: Sequence[Setting], arguments: Sequence[Setting]) -> List[str]:
+    """The problem of a backup_dir that is not there, as one of those that are told at once; [] if it is."""
+    wanted = [setting for setting in list(arguments) + list(file_settings) if setting.name == "backup_dir"]
+    path = wanted[0].value if wanted else OPTIONS[OPTION_NAMES.index("backup_dir")].default
+    if not path or os.path.isdir(fs_path(path)):
+        return []
+    return ["%s: backup_dir: %s is not there, or no directory. Is the share mounted?" % (
+        wanted[0].place if wanted else "default", one_line(path))]
+
+
+def read_config_file(path: str) -> bytes:
+    """The bytes of the config file; UsageError if it can't be read."""
+    try:
+        if os.path.isdir(fs_path(path)):
+            raise UsageError("the config %s is a directory; a file is needed." % path)
+        with open(fs_path(path), "rb") as file:
+            content = file.read(MEBIBYTE + 1)
+        if len(content) > MEBIBYTE:
+            raise UsageError("the config %s is larger than 1 MiB: is it the right file?" % path)
+        return content
+    except OSError as error:
+        raise UsageError("the config %s can't be read: %s. Is the share mounted?" % (path, os_reason(error)))
+
+
+def create_password_file(password: str, path: str) -> str:
+    """The password is in a new file that only its owner can read; the sentence that says so."""
+    try:
+        fd = os.open(fs_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except FileExistsError:
+        raise UsageError("%s exists already and was left as it is: remove it first." % path)
+    except OSError as error:
+        raise UsageError("%s can't be made: %s." % (path, os_reason(error)))
+    with open(fd, "wb") as file:
+        os.fchmod(fd, 0o600)
+        file.write(base64.b64encode(password.encode("utf-8", "surrogateescape")) + b"\n")
+    return ("The password is in %s, which only its owner can read. base64 hides it from a glance, not from a "
+            "reader: keep the file's mode." % path)
+
+
+# --- preview and backup ----------------------------------------------------------------------
+
+
+def command_preview(services: Services) -> int:
+    """Shown: the plan, and what retention would then remove."""
+    with planned(services, changes_allowed=False) as (services, inventory, plan):
+        pass                               # nothing more is asked of the pool
+    placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
+    utc, local = services.clock.utc(), services.clock.local()
+    placement.claim_all(job.machine for job in plan.jobs)
+    for job in plan.jobs:
+        try:
+            folder = placement.folder(placement.folder_name(job.machine))
+        except CatalogError as error:
+            findings.append(Finding(Severity.ERROR, job.machine.title, str(error)))
+            folder = Folder(safe_name(job.machine.name), (), (), ())
+        copies = placement.own_view(folder, job.machine)
+        findings += [Finding(Severity.WARNING, job.machine.title, warning) for warning in retention_warnings(copies, utc, local)]
+        views.append((job, folder.name, copies))
+    clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies in views)
+    futures = {job.machine.uuid: (folder, future_verdicts(job, copies, local, clock_is_wrong, services.settings.pre_clean))
+               for job, folder, copies in views}
+    services.log.show(preview_text(services.settings, inventory, plan._replace(findings=tuple(findings)), futures, services.catalog))
+    severities = {finding.severity for finding in findings}
+    if Severity.ERROR in severities:
+        return ExitStatus.FAILED
+    return ExitStatus.WARNING if Severity.WARNING in severities or services.settings.warnings else ExitStatus.OK
+
+
+def command_backup(services: Services) -> int:
+    """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
+    with early_end_mailed(services, BACKUP_WORDING), planned(services) as (services, inventory, plan), \
+            config_lock(services, inventory) as lock:
+        return run_backup(services, inventory, plan, lock) if lock is not None else ExitStatus.OK
+
+
+def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockFile) -> int:
+    """The exit status of the run, after its report."""
+    settings, log = services.settings, services.log
+    host = inventory.host.short_name
+    if services.catalog.locks_are_local:
+        log.info(f"the mount options of {settings.backup_dir} keep locks within this host: what a run of another host left "
+                 f"is touched only after a day.")
+    for warning in settings.warnings:
+        log.warning(warning)
+    status_log = StatusLog(services, host)
+    status_log.open()
+    with Run(services, inventory) as run:
+        status_log.begin("vmbackup.py")
+        log.info(f"VmBackup {VERSION}: {counted(len(plan.jobs), 'VM')} of {settings.source} in pool {inventory.pool_title}; "
+                 f"host {host}.")
+        for machine in plan.provisional:
+            log.info("left out: " + provisional_text(machine))
+        report = BackupRun(run, plan, Exporter(run.services, make_xe(services)), status_log).report()
+        run.tidy("keeping a reserve", services.catalog.keep_reserve)
+    report = report._replace(findings=report.findings + tuple(
+        Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings))
+    with services.signals.shielded():
+        report = mailed(services, report, run.storage_hangs)
+        run.tidy("giving back the lock of this config", lambda: end_config_lock(lock, report.exit_status))
+        if run.storage_hangs:
+            lock.abandon()
+        return report_told(services, report, status_log)
+
+
+def command_test_mail(services: Services) -> int:
+    """A mail that says that mail works is with the server."""
+    settings = services.settings
+    if not settings.mail_to:
+        raise UsageError("mail_to is not set, so there is nobody to write to.")
+    host = socket.gethostname().split(".")[0]
+    consequence = {"always": "Every backup run will send a report to this address.",
+                   "problems": "Backup runs will send a report to this address when they had problems.",
+                   "never": "But mail_when=never is set, so no backup run will send a report."}[settings.mail_when]
+    make_mailer(services, None).send_test(
+        f"OK: test mail ({host})",
+        f"Somebody asked for this mail with `VmBackup.py ... test-mail` on host {host}. As you can read it, the mail settings "
+        f"of {settings.source} work. {consequence}\n")
+    return ExitStatus.OK
+
+
+# --- verify, list and prune: what is in the store ------------------------------------------------
+
+
+def command_verify(services: Services) -> int:
+    """Every chosen copy was read and judged; the verdicts are shown and on record."""
+    parameters = services.arguments.parameters
+    minutes = parameters["max_time"]
+    catalog = open_store(services.settings)
+    listing = chosen_vms(catalog, services.arguments.vm, services.log)
+    copies = [copy for stored in listing.vms for copy in chosen_copies(stored, parameters["from"])]
+    if not copies and parameters["from"]:
+        raise UsageError("there is no copy %s of %s." % (
+            one_line(parameters["from"]), quote_name(services.arguments.vm) if services.arguments.vm else "any VM"))
+    if not copies:
+        raise BackupError("%s holds no copy. Is it the right directory, and is the share mounted?" % catalog.path)
+    if minutes:                            # the copies that were longest not looked at come first
+        copies.sort(key=lambda copy: copy.checked("verified_at") or "")
+    services = services._replace(catalog=catalog)
+    stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
+    verdicts, untold = [], True
+    for copy in copies:
+        services.signals.check()
+        if stop_at is not None and verdicts and services.clock.monotonic() >= stop_at:
+            break
+        verdict = verify_copy(services, copy)
+        verdicts.append(verdict)
+        services.log.show("%-14s %s/%s: %s" % (verdict.state.value, copy.folder, copy.name, verdict.reason))
+        try:
+            record_verdict(catalog, verdict)
+        except CatalogError as error:      # a store that can only be read, for one: said once
+            if untold:
+                services.log.info("verdicts are not recorded: %s" % error)
+            untold = False
+    status = verify_summary(services, verdicts, len(copies))
+    return ExitStatus.FAILED if listing.misbehaved else status
+
+
+LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only adds which VMs it still has
+
+
+def asked_pool(services: Services) -> Optional[Inventory]:
+    """What is in the pool, None if no pool can be asked from here."""
+    if services.arguments.password == "-" and not os.path.exists(
+            fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
+        return None
+    try:
+        with connected(services, changes_allowed=False, patience_s=LIST_PATIENCE_S) as (_, inventory):
+            return inventory
+    except (PoolError, ApiFailure) as error:
+        services.log.info(f"the pool was not asked which VMs it knows: {error}")
+        return None
+
+
+def command_list(services: Services) -> int:
+    """Shown: what is in the store, as text or JSON."""
+    wanted = services.arguments.parameters["format"]
+    catalog = open_store(services.settings)
+    inventory = asked_pool(services) if wanted == "json" else None
+    now = services.clock.local()
+    listing = chosen_vms(catalog, services.arguments.vm, services.log)
+    rows = [list_row(stored, services.settings, catalog, inventory, now) for stored in listing.vms]
+    strangers = [] if services.arguments.vm else listing.strangers
+    if wanted == "json":
+        services.log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
+                                    sort_keys=True))
+        return ExitStatus.OK
+    tell_pools = len({row["pool"] for row in rows} - {""}) > 1
+    for row in rows:
+        services.log.show(list_text(row, tell_pools))
+    for stranger in strangers:
+        services.log.show("not ours, left alone: %s" % one_line(stranger))
+    inventory = asked_pool(services)
+    for row in rows:
+        if is_in_pool(inventory, row["uuid"], row["pool"]) is False:
+            services.log.show("NO LONGER IN THE POOL: %s  %s  in %s/" % (quote_name(row["name"]), row["uuid"] or "uuid unknown",
+                                                                        row["folder"]))
+    good = sum(1 for row in rows for copy in row["copies"] if copy["good"])
+    services.log.show("%s of %s, %s good, %s." % (
+        counted(sum(len(row["copies"]) for row in rows), "copy"), counted(len({row["uuid"] for row in rows}), "VM"),
+        good, free_text(catalog.free_bytes())))
+    return ExitStatus.OK
+
+
 def command_prune(services: Services) -> int:
     """Retention was applied without a backup and without a pool; with preview it is only shown."""
     arguments = services.arguments
@@ -11065,54 +11133,6 @@ def command_prune(services: Services) -> int:
                 break                      # nothing more is removed in this run
     services.log.show("%s %s." % (counted(removed, "copy"), "would be removed" if arguments.preview else "removed"))
     return ExitStatus.FAILED if failed else ExitStatus.WARNING if warnings else ExitStatus.OK
-
-
-def is_pruned_by_hand(arguments: Arguments) -> bool:
-    """Does somebody say by hand how many copies of one VM are to stay?"""
-    return bool(arguments.vm) and any(setting.name == "max_backups" for setting in arguments.settings)
-
-
-def prune_rule(services: Services, stored: StoredVm) -> Tuple[Optional[int], str]:
-    """As stored_keep(), but what is said by hand wins."""
-    if is_pruned_by_hand(services.arguments) and stored.method is not None:
-        return services.settings.max_backups, "max_backups on the command line"
-    return stored_keep(stored, services.settings)
-
-
-def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: Set[str]) -> int:
-    """The VM's copies beyond the number to keep are gone, or shown in a preview; how many. `warnings`: those told so far.
-
-    What goes is decided on what is there under the lock, whatever was there when the VM was chosen.
-    """
-    preview, folder = services.arguments.preview, chosen.folder
-    with contextlib.ExitStack() as stack:
-        lock = None if preview else catalog.folder_lock(folder)
-        if lock is not None and not stack.enter_context(lock.held()):
-            raise BackupError(f"its directory {folder} is in use by another run ({holder_text(lock.text())}); nothing was "
-                              "removed.")
-        now = {(stored.uuid, stored.pool, stored.method): stored for stored in stored_in(catalog.folder(folder))}
-        stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(around=()))
-        keep, _ = prune_rule(services, stored)
-        problem = clock_went_back(stored.around, services.clock.utc())
-        if problem:
-            raise BackupError(problem)
-        for warning in retention_warnings(stored.around, services.clock.utc(), services.clock.local()):
-            if warning not in warnings:
-                services.log.warning(f"{stored.title}: {warning}")
-            warnings.add(warning)
-        removed = 0
-        for copy, stays, reason in judge(stored.around, stored.uuid, stored.method, keep) if keep else ():
-            place = f"{folder}/{copy.name}"
-            if not stays:
-                services.signals.check()
-                if preview or catalog.remove_copy(copy):
-                    removed += 1
-                    services.log.show(f"{'would remove' if preview else 'removed'}: {place}: {reason}")
-                else:
-                    services.log.show(f"left: {place} is being read by a restore or drill")
-            elif not copy.is_good or copy.aside:
-                services.log.show(f"left: {place}: {reason}")
-        return removed
 
 
 # --- restore, extract and drill ---------------------------------------------------------------------
@@ -11641,7 +11661,7 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 
 
 # =============================================================================
-# 27. main
+# 28. main
 # =============================================================================
 # From argv to an exit status: help, arguments, config, the action, and one
 # place that turns errors into what people and cron are told.
