@@ -3338,14 +3338,6 @@ class ContentDigests(MebibyteSink):
         digests[number] = int.from_bytes(hashlib.sha1(content).digest()[:8], "big")
 
 
-def first_difference(expected: array, found: array) -> int:
-    """The number of the first MiB that differs, -1 if none does; what one of them does not reach to is zeros."""
-    for number in range(max(len(expected), len(found))):
-        if (expected[number] if number < len(expected) else 0) != (found[number] if number < len(found) else 0):
-            return number
-    return -1
-
-
 # =============================================================================
 # 13. Image formats
 # =============================================================================
@@ -8724,13 +8716,13 @@ class SourceDisk(NamedTuple):
     vdi_uuid: str
     sr_uuid: str
     sr_name: str
-    stored_bytes: int
+    stored_bytes: int = -1
 
     @property
     def title(self) -> str:
         """The disk in a few words."""
-        size = " (%s)" % format_size(self.virtual_size) if self.virtual_size else ""
-        return "%s %s%s" % (self.device, quote_name(self.name), size)
+        size = f" ({format_size(self.virtual_size)})" if self.virtual_size else ""
+        return f"{self.device} {quote_name(self.name)}{size}"
 
     @property
     def is_memory(self) -> bool:
@@ -8741,21 +8733,35 @@ class SourceDisk(NamedTuple):
 class Source(NamedTuple):
     """An image to bring back, and what is known of it.
 
-    `path`: its directory. `ova`: the archive's own, or vm-metadata.xml for an image
-    of one disk; {} if there is none. `original`: the VM's own record, {} if unknown.
-    `disks` are in the image, `lacking` are the VM's others. `first_disk`: the one whose
-    blocks come first in an archive.
+    `inside`: its directory, open. `ova`: the archive's own, or vm-metadata.xml for an
+    image of one disk; {} if there is none. `original`: the VM's own record, {} if
+    unknown. `disks` are in the image, `lacking` are the VM's others. `first_disk`: the
+    one whose blocks come first in an archive.
     """
-    path: str
+    inside: Directory
     copy: Copy
     manifest: Dict[str, Any]
-    file_format: str
     ova: Dict[str, Any]
     vm_id: str
     original: Dict[str, Any]
     disks: Tuple[SourceDisk, ...]
-    lacking: Tuple[SourceDisk, ...]
+    lacking: Tuple[SourceDisk, ...] = ()
     first_disk: str = ""
+
+    @property
+    def title(self) -> str:
+        """The copy for a line."""
+        return f"{self.inside.shown}/{self.copy.image}"
+
+    @property
+    def is_archive(self) -> bool:
+        """Is it an XVA, which holds the VM with its disks, or the image of one disk?"""
+        return image_format(self.copy.image) == "xva"
+
+    @property
+    def record(self) -> Dict[str, Any]:
+        """The VM's record in `ova`."""
+        return ova_objects(self.ova, "VM").get(self.vm_id, {}) if self.ova else {}
 
     @property
     def vm_name(self) -> str:
@@ -8764,30 +8770,23 @@ class Source(NamedTuple):
             return self.original["name_label"]
         if self.manifest:
             return self.manifest["vm"]["name"]
-        match = OLD_EXPORT_NAME.fullmatch(self.record.get("name_label", ""))
-        return (match.group(1) or match.group(2)) if match else self.record.get("name_label") or self.copy.vm_name
+        name = self.record.get("name_label", "")
+        match = OLD_EXPORT_NAME.fullmatch(name)
+        return (match.group(1) or match.group(2)) if match else name or self.copy.vm_name
 
     @property
     def vm_uuid(self) -> str:
-        """The VM's own uuid, "" if it is not known. A snapshot's archive alone bears the snapshot's uuid, and the VM's in the
-        text that a snapshot has of its VM's record (snapshot_metadata: ocaml/xapi/helpers.ml vm_to_string@v24.19.2)."""
+        """The VM's own uuid, "" if it is not known. A snapshot's archive alone bears the snapshot's uuid, and the VM's
+        in the text that a snapshot has of its VM's record (snapshot_metadata: ocaml/xapi/helpers.ml
+        vm_to_string@v24.19.2)."""
         if self.original.get("uuid") or self.copy.uuid:
             return self.original.get("uuid") or self.copy.uuid
-        told = SNAPSHOT_OF_UUID.search(self.record.get("snapshot_metadata", ""))
+        about_vm = self.record.get("snapshot_metadata", "")
+        told = SNAPSHOT_OF_UUID.search(about_vm)
         if told:
             return told.group(1)
-        is_of_snapshot = self.record.get("snapshot_metadata") or OLD_EXPORT_NAME.fullmatch(self.record.get("name_label", ""))
+        is_of_snapshot = about_vm or OLD_EXPORT_NAME.fullmatch(self.record.get("name_label", ""))
         return "" if is_of_snapshot else self.record.get("uuid", "")
-
-    @property
-    def record(self) -> Dict[str, Any]:
-        """The VM's record in `ova`."""
-        return ova_objects(self.ova, "VM").get(self.vm_id, {}) if self.ova else {}
-
-    @property
-    def title(self) -> str:
-        """The copy for a line."""
-        return self.path + "/" + self.copy.image
 
     @property
     def has_only_cfg_files(self) -> bool:
@@ -8812,7 +8811,8 @@ def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Che
         # An archive of others may lack the zero blocks: then it ends with a digest.
         if status_of(fd).st_size % SECTOR_BYTES or end != XVA_END and (manifest or not DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])):
             os.close(fd)
-            raise VerificationError("the archive does not end with two zero blocks: it was cut off or overwritten")
+            raise VerificationError("the archive does not end with two zero blocks: it was cut off or "
+                                    "overwritten")
     problems: List[VerificationError] = []
     with contextlib.ExitStack() as stack, contextlib.suppress(Enough):
         pump(reading_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), not force), on_tick,
@@ -8825,30 +8825,24 @@ DIGEST_AT_END = re.compile(br"([0-9A-Fa-f]{16,40})?\0+")
 
 
 def disks_of_ova(ova: Dict[str, Any], vm_id: str) -> List[SourceDisk]:
-    """The disks of that VM in ova.xml, in order of their device."""
-    vdis, srs = ova_objects(ova, "VDI"), ova_objects(ova, "SR")
-    found = []
+    """The disks of that VM in ova.xml, in order of their device; the memory of a suspended VM is one."""
+    vdis, srs, drives = ova_objects(ova, "VDI"), ova_objects(ova, "SR"), []
     for key, vbd in ova_objects(ova, "VBD").items():
-        if needed("VBD", key, vbd, "VM") != vm_id or vbd.get("type") == "CD":
-            continue
-        vdi = vdis.get(needed("VBD", key, vbd, "VDI"))
-        if vdi is None or _content_type(srs, vdi) == "iso":
-            continue
-        needed("VBD", key, vbd, "userdevice")
-        found.append(_source_disk(vbd["VDI"], vdi, vbd, srs.get(vdi.get("SR", ""), {})))
+        if needed("VBD", key, vbd, "VM") == vm_id and vbd.get("type") != "CD":
+            vdi = vdis.get(needed("VBD", key, vbd, "VDI"))
+            if vdi is not None and _content_type(srs, vdi) != "iso":
+                userdevice = needed("VBD", key, vbd, "userdevice")
+                drives.append((vbd["VDI"], vbd.get("device") or device_name(userdevice), userdevice))
     machine = ova_objects(ova, "VM")[vm_id]
     if machine.get("power_state") == "Suspended" and machine.get("suspend_VDI") in vdis:
-        vdi = vdis[machine["suspend_VDI"]]
-        found.append(_source_disk(machine["suspend_VDI"], vdi, {"device": MEMORY_DEVICE}, srs.get(vdi.get("SR", ""), {})))
+        drives.append((machine["suspend_VDI"], MEMORY_DEVICE, ""))
+    found = []
+    for disk_id, device, userdevice in drives:
+        vdi, size = vdis[disk_id], _exported_disk(disk_id, vdis[disk_id]).virtual_size
+        sr = srs.get(vdi.get("SR", ""), {})
+        found.append(SourceDisk(disk_id, device, userdevice, vdi.get("name_label", ""), size, vdi.get("uuid", ""),
+                                sr.get("uuid", ""), sr.get("name_label", "")))
     return sorted(found, key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
-
-
-def _source_disk(disk_id: str, vdi: Dict[str, Any], vbd: Dict[str, Any], sr: Dict[str, Any]) -> SourceDisk:
-    """The disk that those records of an ova.xml make."""
-    size = _exported_disk(disk_id, vdi).virtual_size
-    userdevice = vbd.get("userdevice", "")
-    return SourceDisk(disk_id, vbd.get("device") or device_name(userdevice), userdevice, vdi.get("name_label", ""), size,
-                      vdi.get("uuid", ""), sr.get("uuid", ""), sr.get("name_label", ""), -1)
 
 
 def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False,
@@ -8856,10 +8850,10 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
     """What that copy's directory holds. VerificationError or CatalogError if its image can't be what it should be; with
     `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its size is then 0: not known)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
-    file_format = image_format(copy.image)
     metadata = read_metadata(inside, copy, manifest, force)
     original = own_vm(metadata, copy.uuid)[1] if metadata else {}
-    if file_format == "xva":
+    every = disks_of_ova(metadata, own_vm(metadata, copy.uuid)[0]) if metadata else []
+    if image_format(copy.image) == "xva":
         look = XvaCheck(strict=bool(manifest), is_first_look=True)
         try:
             look_into(inside, copy, manifest, look, force, on_tick)
@@ -8868,23 +8862,21 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
                 raise _of_image(copy, error)
         vm_id, record = own_vm(look.ova)
         if not manifest and _seed(original) != _seed(record) and _seed(original) and _seed(record):
-            metadata, original, copy = {}, {}, copy._replace(uuid="")      # it only lies beside those of another VM
+            every, original, copy = [], {}, copy._replace(uuid="")      # it only lies beside those of another VM
         disks = _with_manifest(disks_of_ova(look.ova, vm_id), manifest)
-        source = Source(inside.shown, copy, manifest, file_format, look.ova, vm_id, original, tuple(disks), (), look.first_disk)
-        return source._replace(lacking=_lacking(source, metadata))
+        there = {disk.userdevice for disk in disks}
+        lacking = tuple(disk for disk in every if disk.userdevice not in there and not disk.is_memory)
+        return Source(inside, copy, manifest, look.ova, vm_id, original, tuple(disks), lacking, look.first_disk)
     size = image_disk_size(inside, copy, manifest, force, on_tick)
     if not metadata and without_vm:
-        alone = SourceDisk("", "xvda", "0", copy.image, size, "", "", "", -1)
-        return Source(inside.shown, copy, manifest, file_format, {}, "", {}, (alone,), ())
+        return Source(inside, copy, manifest, {}, "", {}, (SourceDisk("", "xvda", "0", copy.image, size, "", "", ""),))
     if not metadata:
-        raise UnknownFormat("it is the image of a disk without its VM: neither %s nor a vm.cfg that tells of it stands beside "
-                            "it. `extract` makes a raw image of it, and `xe vdi-import uuid=VDI-UUID format=raw filename=FILE` puts "
-                            "that into a new disk" % VM_METADATA)
-    vm_id = own_vm(metadata, copy.uuid)[0]
-    every = disks_of_ova(metadata, vm_id)
+        raise UnknownFormat(f"it is the image of a disk without its VM: neither {VM_METADATA} nor a vm.cfg "
+                            "that tells of it stands beside it. `extract` makes a raw image of it, and `xe "
+                            "vdi-import uuid=VDI-UUID format=raw filename=FILE` puts that into a new disk")
     disk = _imaged_disk(every, manifest, size)
-    return Source(inside.shown, copy, manifest, file_format, metadata, vm_id, original, (disk,),
-                  tuple(other for other in every if other.id != disk.id and not other.is_memory))
+    others = tuple(other for other in every if other.id != disk.id and not other.is_memory)
+    return Source(inside, copy, manifest, metadata, own_vm(metadata, copy.uuid)[0], original, (disk,), others)
 
 
 def _of_image(copy: Copy, error: VerificationError) -> VerificationError:
@@ -8912,22 +8904,16 @@ def read_metadata(inside: Directory, copy: Copy, manifest: Dict[str, Any], force
     """What stands beside the image of the VM: vm-metadata.xml, or where that is not there what the cfg files tell; {} if
     neither is. Without a manifest nothing of it must be whole: an archive does without."""
     if manifest and inside.status(VM_METADATA) is not None:
-        return parse_ova(_proven_metadata(inside, manifest, force))
+        text, facts = inside.read(VM_METADATA), manifest["files"].get(VM_METADATA)
+        if facts and not force and hashlib.sha256(text).hexdigest() != facts.get("sha256"):
+            raise VerificationError(f"{VM_METADATA} is not what was written: its SHA-256 differs")
+        return parse_ova(text)
     with contextlib.suppress(VerificationError):
         metadata = parse_ova(read_if_file(inside, VM_METADATA))
         disks_of_ova(metadata, own_vm(metadata, copy.uuid)[0])
         return metadata
     metadata = ova_of_cfg_files(inside, not copy.is_old)
     return metadata if metadata and set(own_vm(metadata)[1]) & set(CFG_VM_FIELDS) else {}
-
-
-def _proven_metadata(inside: Directory, manifest: Dict[str, Any], force: bool) -> bytes:
-    """vm-metadata.xml; VerificationError if it is not what was written, but for `force`."""
-    text = inside.read(VM_METADATA)
-    facts = manifest["files"].get(VM_METADATA) if manifest else None
-    if facts and not force and hashlib.sha256(text).hexdigest() != facts.get("sha256"):
-        raise VerificationError("%s is not what was written: its SHA-256 differs" % VM_METADATA)
-    return text
 
 
 def _seed(record: Dict[str, Any]) -> str:
@@ -8941,18 +8927,10 @@ def _with_manifest(disks: Sequence[SourceDisk], manifest: Dict[str, Any]) -> Lis
     known = []
     for disk in disks:
         row = rows.get(disk.id, {})
-        known.append(disk._replace(device=row.get("device") or disk.device, sr_uuid=row.get("sr_uuid") or disk.sr_uuid,
-                                   stored_bytes=row["blocks"] * MEBIBYTE if isinstance(row.get("blocks"), int) else -1))
+        stored = row["blocks"] * MEBIBYTE if isinstance(row.get("blocks"), int) else -1
+        known.append(disk._replace(device=row.get("device") or disk.device, stored_bytes=stored,
+                                   sr_uuid=row.get("sr_uuid") or disk.sr_uuid))
     return known
-
-
-def _lacking(source: Source, metadata: Dict[str, Any]) -> Tuple[SourceDisk, ...]:
-    """The disks that the VM had by its metadata and the archive has not."""
-    if not metadata:
-        return ()
-    there = {disk.userdevice for disk in source.disks}
-    return tuple(disk for disk in disks_of_ova(metadata, own_vm(metadata, source.copy.uuid)[0])
-                 if disk.userdevice not in there and not disk.is_memory)
 
 
 def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: int) -> SourceDisk:
@@ -8964,7 +8942,8 @@ def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: in
             if disk.userdevice == userdevice:
                 size = rows[0]["virtual_size"] if len(rows) == 1 else size or disk.virtual_size
                 if not size:
-                    raise UnknownFormat("neither the image nor what stands beside it tells the size of its disk: decompress it")
+                    raise UnknownFormat("neither the image nor what stands beside it tells the size of its "
+                                        "disk: decompress it")
                 return disk._replace(virtual_size=size)
     raise UnknownFormat("its metadata name no disk %s, which the image should be of" % " or ".join(wanted))
 
@@ -8986,17 +8965,18 @@ class TargetSr(NamedTuple):
     @property
     def title(self) -> str:
         """The SR for a sentence."""
-        return "%s (%s)" % (quote_name(self.name), self.uuid[:8])
+        return f"{quote_name(self.name)} ({self.uuid[:8]})"
 
     @property
     def way_in(self) -> str:
         """What to do before disks can go there."""
-        return "plug it with " + " and ".join("`xe pbd-plug uuid=%s`" % uuid for uuid in self.unplugged) if self.unplugged \
+        return "plug it with " + " and ".join(f"`xe pbd-plug uuid={uuid}`" for uuid in self.unplugged) if self.unplugged \
             else "bring a host back that has it"
 
 
 class PoolView(NamedTuple):
-    """The pool as a restore sees it: records by ref, as the API gives them."""
+    """The pool as a restore sees it: records by ref, as the API gives them; `master` is the ref of its host."""
+    master: str
     srs: Tuple[TargetSr, ...]
     default_sr: str
     networks: Dict[str, Dict[str, Any]]
@@ -9004,75 +8984,66 @@ class PoolView(NamedTuple):
     interfaces: Dict[str, Dict[str, Any]]
     vdis: Dict[str, Dict[str, Any]]
     vbds: Dict[str, Dict[str, Any]]
-    api_version: Tuple[int, int]
-    master: str
-
-    def real_names(self) -> Set[str]:
-        """The names of real VMs."""
-        return {record["name_label"] for record in self.machines.values() if is_real_machine(record)}
 
 
 def read_pool_view(pool: Pool, inventory: Inventory) -> PoolView:
     """The pool as it is now, in ten calls."""
-    doing = "reading the pool"
 
     def records(class_name: str, **needed: Any) -> Dict[str, Dict[str, Any]]:
         """All of that class; what is needed of a record, and is missing or of another type, reads as given here."""
         return {ref: dict(record, **{field: record[field] if isinstance(record.get(field), type(empty)) else empty
                                      for field, empty in needed.items()})
-                for ref, record in pool.records(doing, class_name).items()}
+                for ref, record in pool.records("reading the pool", class_name).items()}
 
-    return PoolView(target_srs(pool, inventory.master.ref), next(iter(records("pool", default_SR=NULL_REF).values()))["default_SR"],
-                    records("network", uuid="", name_label=""),
-                    records("VM", uuid="", name_label="", other_config={}, is_control_domain=False),
-                    records("VIF", VM="", MAC=""), records("VDI", uuid="", is_a_snapshot=True), records("VBD", VM="", VDI=""),
-                    inventory.master.api_version, inventory.master.ref)
+    (own,) = records("pool", default_SR=NULL_REF).values()
+    return PoolView(inventory.master.ref, target_srs(pool, inventory.master.ref), own["default_SR"],
+                    networks=records("network", uuid="", name_label=""),
+                    machines=records("VM", uuid="", name_label="", other_config={}, is_control_domain=False),
+                    interfaces=records("VIF", VM="", MAC=""),
+                    vdis=records("VDI", uuid="", is_a_snapshot=True), vbds=records("VBD", VM="", VDI=""))
 
 
 def target_srs(pool: Pool, master: str) -> Tuple[TargetSr, ...]:
-    """The SRs, with what is free on them now, in four calls. Storage work on a shared SR is the master's
-    (ocaml/xapi/message_forwarding.ml choose_pbds_for_sr@v24.19.2)."""
+    """The SRs, with what is free on them now, in four calls; one whose record can't be read is not usable. Storage work
+    on a shared SR is the master's (ocaml/xapi/message_forwarding.ml choose_pbds_for_sr@v24.19.2)."""
     doing = "reading the SRs"
     metrics = pool.records(doing, "host_metrics")
     live = {ref for ref, record in pool.records(doing, "host").items()
             if metrics.get(str(record.get("metrics")), {}).get("live") is True}
-    pbds = pool.records(doing, "PBD").values()
+    pbds = [pbd for pbd in pool.records(doing, "PBD").values() if pbd.get("host") in live]
     found = []
     for ref, record in pool.records(doing, "SR").items():
-        own = [pbd for pbd in pbds if pbd.get("SR") == ref and pbd.get("host") in live]
-        plugged = [pbd for pbd in own if pbd.get("currently_attached") is True and (
-            pbd.get("host") == master or record.get("shared") is not True)]
-        found.append(_target_sr(ref, record, bool(plugged), tuple(sorted(
-            str(pbd.get("uuid")) for pbd in own if pbd.get("currently_attached") is not True))))
+        problems = []                      # type: List[str]
+        sr = Fields("an SR", record, problems)
+        size, used, kind = sr.number("physical_size"), sr.number("physical_utilisation"), sr.text("type")
+        is_iso = sr.text("content_type") == "iso" or kind in ISO_SR_TYPES
+        uuid, name = sr.text("uuid"), sr.text("name_label")
+        own = [pbd for pbd in pbds if pbd.get("SR") == ref]
+        plugged = {pbd.get("host") for pbd in own if pbd.get("currently_attached") is True}
+        is_reached = master in plugged or plugged and record.get("shared") is not True
+        unplugged = sorted(str(pbd.get("uuid")) for pbd in own if pbd.get("currently_attached") is not True)
+        found.append(TargetSr(ref, uuid, name, kind, bool(is_reached and not is_iso and not problems),
+                              max(0, size - used) if size > 0 else -1, tuple(unplugged)))
     return tuple(found)
-
-
-def _target_sr(ref: str, record: Dict[str, Any], is_plugged: bool, unplugged: Tuple[str, ...]) -> TargetSr:
-    """The SR's value; one whose record can't be read is not usable."""
-    problems = []                          # type: List[str]
-    sr = Fields("an SR", record, problems)
-    size, used, kind = sr.number("physical_size"), sr.number("physical_utilisation"), sr.text("type")
-    usable = is_plugged and sr.text("content_type") != "iso" and kind not in ISO_SR_TYPES
-    return TargetSr(ref, sr.text("uuid"), sr.text("name_label"), kind, usable and not problems,
-                    max(0, size - used) if size > 0 else -1, unplugged)
 
 
 # --- the plan ------------------------------------------------------------------------------
 
 
 NEW_UUID, VIF_UUID = "NEW-UUID", "VIF-UUID"      # in a note: the uuid that the VM, or that interface, will have
+NEEDED_OF_VM = ("memory_static_max", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
 
 
 class Wishes(NamedTuple):
-    """What the person asked for. `network`, `sr`, `to`: "" if not given; `mark`: what a name that is taken gets."""
-    to: str
-    sr: str
-    network: str
-    preserve: bool
-    start: bool
-    attach_existing: bool
-    is_drill: bool
-    mark: str
+    """What the person asked for. `to`, `sr`, `network`: "" if not given; `force`: a damaged copy gives what it can."""
+    to: str = ""
+    sr: str = ""
+    network: str = ""
+    preserve: bool = False
+    start: bool = False
+    attach_existing: bool = False
+    force: bool = False
+    is_drill: bool = False
 
 
 class PlannedDisk(NamedTuple):
@@ -9101,74 +9072,69 @@ class ExistingDisk(NamedTuple):
 class RestorePlan(NamedTuple):
     """What a restore will make, with reasons; nothing is made if there are `problems`.
 
-    `uuid`: the one that the VM is to keep, "" for a new one. `parts`: disk ids in the
-    order of the archive, a part for each import. `new_mac_seed`: a kept one would clash.
+    `uuid`: the one that the VM is to keep, "" for a new one. `parts`: for each import
+    its SR and the ids of its disks, in the order of the archive. `new_mac_seed`: a kept
+    one would clash.
     """
     source: Source
+    wishes: Wishes
     name: str
     uuid: str
     new_mac_seed: bool
     disks: Tuple[PlannedDisk, ...]
-    parts: Tuple[Tuple[str, ...], ...]
-    home: Optional[TargetSr]
+    parts: Tuple[Tuple[Optional[TargetSr], Tuple[str, ...]], ...]
     interfaces: Tuple[PlannedInterface, ...]
     existing: Tuple[ExistingDisk, ...]
-    start: bool
     notes: Tuple[str, ...]
     problems: Tuple[str, ...]
-
-    def sr_of(self, part: int) -> TargetSr:
-        """The SR of that part."""
-        ids = self.parts[part]
-        return next((planned.sr for planned in self.disks if planned.disk.id in ids), self.home)
 
 
 def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
     """What will be made of that copy in that pool. UsageError for an SR or network of the command line that is not there."""
     problems, notes = [], []               # type: List[str], List[str]
-    disks = _plan_disks(source, view, wishes, problems)
+    named = find_sr(view, wishes.sr) if wishes.sr else None
+    disks = _plan_disks(source, view, named, problems)
     _check_space(source, disks, notes, problems)
-    interfaces = [] if wishes.is_drill else _plan_interfaces(source, view, wishes, notes, problems)
-    name = "" if wishes.is_drill else _plan_name(source, view, wishes, notes, problems)
+    interfaces, existing, name = [], [], ""      # type: List[PlannedInterface], List[ExistingDisk], str
+    if not wishes.is_drill:
+        interfaces = _plan_interfaces(source, view, wishes, notes, problems)
+        existing = [_plan_existing(disk, view, wishes.attach_existing) for disk in source.lacking]
+        name = _plan_name(source, view, wishes.to, notes, problems)
     uuid, new_mac_seed = _plan_identity(source, view, wishes, interfaces, notes, problems)
     _check_needs(source, problems)
-    home = find_sr(view, wishes.sr) if wishes.sr else _home_sr(disks, view)
+    usable = sorted((sr for sr in view.srs if sr.is_usable), key=lambda sr: sr.ref != view.default_sr)
+    home = ([named] if named else [planned.sr for planned in disks] + usable + [None])[0]
     if home is None:
         problems.append("no SR of the pool can take its records: name one with sr=.")
-    existing = [] if wishes.is_drill else [_plan_existing(disk, view, wishes.attach_existing) for disk in source.lacking]
-    record = source.original or source.record
-    if lost_memory(source):
-        notes.append(lost_memory(source))
+    lost = lost_memory(source)
+    if lost:
+        notes.append(lost)
     if source.has_only_cfg_files:
-        notes.append("this copy has no vm-metadata.xml, so how the VM boots is not on record: it is made as an HVM guest "
-                     "that boots from its disk. Look at its settings before it is started.")
+        notes.append("this copy has no vm-metadata.xml, so how the VM boots is not on record: it is made as "
+                     "an HVM guest that boots from its disk. Look at its settings before it is started.")
+    record = source.original or source.record
     if not wishes.is_drill and record.get("other_config", {}).get("auto_poweron") == "true" and name != source.vm_name:
-        notes.append("its other_config has auto_poweron=true, as the VM's had: it starts with its host beside the VM "
-                     "that bears its name; `xe vm-param-remove uuid=%s param-name=other-config param-key=auto_poweron` "
-                     "stops that." % NEW_UUID)
-    return RestorePlan(source, name, uuid, new_mac_seed, tuple(disks), _cut_into_parts(source, disks), home,
-                       tuple(interfaces), tuple(existing), wishes.start, tuple(notes), tuple(problems))
+        notes.append("its other_config has auto_poweron=true, as the VM's had: it starts with its host "
+                     f"beside the VM that bears its name; `xe vm-param-remove uuid={NEW_UUID} "
+                     "param-name=other-config param-key=auto_poweron` stops that.")
+    return RestorePlan(source, wishes, name, uuid, new_mac_seed, tuple(disks), _cut_into_parts(source, disks, home),
+                       tuple(interfaces), tuple(existing), tuple(notes), tuple(problems))
 
 
 def _check_needs(source: Source, problems: List[str]) -> None:
     """Problems for what the server must be told of a VM and its disks and the copy does not tell."""
+    where, fields = "ova.xml" if source.is_archive else VM_METADATA, NEEDED_OF_VM
     if source.has_only_cfg_files:
         where, fields = "vm.cfg", NEEDED_OF_VM[1:]
-    else:
-        where, fields = "ova.xml" if source.file_format == "xva" else VM_METADATA, NEEDED_OF_VM
-    lacking = [field + " of the VM" for field in fields if not re.fullmatch("[0-9]{1,18}", source.record.get(field, ""))]
+    lacking = [f"{field} of the VM" for field in fields if not re.fullmatch("[0-9]{1,18}", source.record.get(field, ""))]
     vdis, srs = ova_objects(source.ova, "VDI"), ova_objects(source.ova, "SR")
-    lacking += ["the SR of disk %s" % disk.title for disk in source.disks if vdis[disk.id].get("SR") not in srs]
+    lacking += [f"the SR of disk {disk.title}" for disk in source.disks if vdis[disk.id].get("SR") not in srs]
     if lacking:
-        problems.append("its %s lacks what the server needs: %s." % (where, ", ".join(lacking)))
+        problems.append(f"its {where} lacks what the server needs: {', '.join(lacking)}.")
 
 
-NEEDED_OF_VM = ("memory_static_max", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
-
-
-def _plan_disks(source: Source, view: PoolView, wishes: Wishes, problems: List[str]) -> List[PlannedDisk]:
+def _plan_disks(source: Source, view: PoolView, named: Optional[TargetSr], problems: List[str]) -> List[PlannedDisk]:
     """Each disk on the SR that was named, else on the one that it came from."""
-    named = find_sr(view, wishes.sr) if wishes.sr else None
     planned = []
     for disk in (one for one in source.disks if not one.is_memory):
         own = next((sr for sr in view.srs if sr.uuid == disk.sr_uuid), None)
@@ -9180,10 +9146,10 @@ def _plan_disks(source: Source, view: PoolView, wishes: Wishes, problems: List[s
         elif own is None and len(alike) == 1:
             planned.append(PlannedDisk(disk, alike[0], "it came from an SR of this name"))
         else:
-            problems.append("disk %s came from SR %s (%s), which is %s name one with sr=. %s" % (
-                disk.title, quote_name((own.name if own else disk.sr_name) or "of unknown name"),
-                disk.sr_uuid or "uuid unknown", "not in this pool:" if own is None else
-                "not plugged: %s, or" % own.way_in, _sr_choice(view)))
+            name = quote_name((own.name if own else disk.sr_name) or "of unknown name")
+            why = f"not plugged: {own.way_in}, or" if own else "not in this pool:"
+            problems.append(f"disk {disk.title} came from SR {name} ({disk.sr_uuid or 'uuid unknown'}), "
+                            f"which is {why} name one with sr=. {_sr_choice(view)}")
     return planned
 
 
@@ -9195,61 +9161,57 @@ def lost_memory(source: Source) -> str:
     """
     image = next((disk for disk in source.disks if disk.is_memory), None)
     if image is not None:
-        return "it was suspended, and its memory (%s) is left out: it comes back halted, and starts as after a power " \
-            "cut. `xe vm-import filename=%s` brings it back suspended." % (format_size(image.virtual_size), source.title)
+        return (f"it was suspended, and its memory ({format_size(image.virtual_size)}) is left out: it comes "
+                f"back halted, and starts as after a power cut. `xe vm-import filename={source.title}` "
+                "brings it back suspended.")
     if (source.original or source.record).get("power_state") == "Suspended":
-        return "it was suspended when it was backed up, and a backup holds no memory: it comes back halted, and " \
-            "starts as after a power cut."
+        return ("it was suspended when it was backed up, and a backup holds no memory: it comes back halted, "
+                "and starts as after a power cut.")
     return ""
-
-
-def _home_sr(disks: Sequence[PlannedDisk], view: PoolView) -> Optional[TargetSr]:
-    """The SR that an import without a disk of its own is told: any usable one does."""
-    candidates = [planned.sr for planned in disks] + [sr for sr in view.srs if sr.ref == view.default_sr and sr.is_usable]
-    return (candidates + [sr for sr in view.srs if sr.is_usable] + [None])[0]
 
 
 def find_sr(view: PoolView, word: str) -> TargetSr:
     """The SR that `sr=` means, by uuid or name; UsageError if it is not one that disks can go to."""
     found = [sr for sr in view.srs if word in (sr.uuid, "uuid:" + sr.uuid)] or [sr for sr in view.srs if sr.name == word]
+    if len(found) == 1 and found[0].is_usable:
+        return found[0]
     if len(found) > 1:
-        raise UsageError("sr=%s stands for %d SRs: give one's uuid (%s). Nothing was started." % (
-            one_line(word), len(found), ", ".join(sr.uuid for sr in found)))
-    if not found:
-        raise UsageError("sr=%s: the pool has no such SR. %s Nothing was started." % (one_line(word), _sr_choice(view)))
-    if not found[0].is_usable:
-        raise UsageError("sr=%s: disks can't be put there: it is for ISOs, or not plugged (then %s). %s Nothing "
-                         "was started." % (one_line(word), found[0].way_in, _sr_choice(view)))
-    return found[0]
+        problem = f"stands for {len(found)} SRs: give one's uuid ({', '.join(sr.uuid for sr in found)})."
+    elif found:
+        problem = ("disks can't be put there: it is for ISOs, or not plugged (then "
+                   f"{found[0].way_in}). {_sr_choice(view)}")
+    else:
+        problem = "the pool has no such SR. " + _sr_choice(view)
+    raise UsageError(f"sr={one_line(word)}{' ' if len(found) > 1 else ': '}{problem} Nothing was started.")
 
 
 def _sr_choice(view: PoolView) -> str:
     """The SRs to choose from, in a sentence."""
-    usable = ["%s, %s free" % (sr.title, format_size(sr.free_bytes) if sr.free_bytes >= 0 else "? bytes")
+    usable = [f"{sr.title}, {format_size(sr.free_bytes) if sr.free_bytes >= 0 else '? bytes'} free"
               for sr in view.srs if sr.is_usable]
-    return "There are: %s." % "; ".join(usable) if usable else "There is none that could take it."
+    return f"There are: {'; '.join(usable)}." if usable else "There is none that could take it."
 
 
 def _check_space(source: Source, disks: Sequence[PlannedDisk], notes: List[str], problems: List[str]) -> None:
     """Problems for SRs that can't hold what comes, notes for those that may not."""
     for sr in sorted({planned.sr for planned in disks}):
         here = [planned.disk for planned in disks if planned.sr == sr]
-        least = most = sum(disk.virtual_size for disk in here)
-        if sr.type not in THICK_SR_TYPES:
-            least = least_bytes(source, here)
+        most = sum(disk.virtual_size for disk in here)
+        least = most if sr.type in THICK_SR_TYPES else least_bytes(source, here)
         if 0 <= sr.free_bytes < least:
-            problems.append("SR %s has %s free, and what goes there needs at least %s: free space on it, or name another "
-                            "with sr=." % (sr.title, format_size(sr.free_bytes), format_size(least)))
+            problems.append(f"SR {sr.title} has {format_size(sr.free_bytes)} free, and what goes there needs "
+                            f"at least {format_size(least)}: free space on it, or name another with sr=.")
         elif 0 <= sr.free_bytes < most:
-            notes.append("SR %s has %s free, less than the full size of what goes there (%s)." % (
-                sr.title, format_size(sr.free_bytes), format_size(most)))
+            notes.append(f"SR {sr.title} has {format_size(sr.free_bytes)} free, less than the full size of "
+                         f"what goes there ({format_size(most)}).")
 
 
 def least_bytes(source: Source, disks: Sequence[SourceDisk]) -> int:
     """What those disks of the image hold at the least, as far as that is known before it is read."""
-    if source.file_format == "raw":         # all of it is stored; how much is zeros is not known
+    if image_format(source.copy.image) == "raw":         # all of it is stored; how much is zeros is not known
         return 0
-    if any(disk.stored_bytes < 0 for disk in disks) and len(disks) == len(source.disks) and source.copy.image.endswith(".xva"):
+    if any(disk.stored_bytes < 0 for disk in disks) and len(disks) == len(source.disks) \
+            and source.copy.image.endswith(".xva"):
         return source.copy.size_bytes // 100 * 99       # the rest are headers and digests
     return sum(max(0, disk.stored_bytes) for disk in disks)
 
@@ -9258,26 +9220,29 @@ def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List
                      problems: List[str]) -> List[PlannedInterface]:
     """Each VIF on the network that was named, else on the one of its own network's name; none is ever created."""
     named = find_network(view, wishes.network) if wishes.network else None
-    networks = ova_objects(source.ova, "network") if source.ova else {}
+    networks, vifs = ova_objects(source.ova, "network"), ova_objects(source.ova, "VIF")
     planned = []
-    for key, vif in (ova_objects(source.ova, "VIF") if source.ova else {}).items():
+    for key, vif in vifs.items():
         if vif.get("VM") != source.vm_id:
             continue
         own = networks.get(vif.get("network", ""), {})
-        ref = named or _network_like(view, own)
-        if ref is None:
-            problems.append("its interface %s was on network %s, which is not in this pool, or more than once: name one "
-                            "with network=. There are: %s." % (
-                                vif.get("device"), quote_name(own.get("name_label", "of unknown name")),
-                                ", ".join(sorted({quote_name(one["name_label"]) for one in view.networks.values()}))))
+        alike = [ref for ref, record in view.networks.items() if record["name_label"] == own.get("name_label")]
+        same = [ref for ref in alike if view.networks[ref]["uuid"] == own.get("uuid")]
+        ref = named or next(iter(same or alike), "")
+        if not named and not same and len(alike) != 1:
+            problems.append(f"its interface {vif.get('device')} was on network "
+                            f"{quote_name(own.get('name_label', 'of unknown name'))}, which is not in this "
+                            "pool, or more than once: name one with network=. There are: "
+                            f"{', '.join(sorted({quote_name(one['name_label']) for one in view.networks.values()}))}.")
             continue
         planned.append(PlannedInterface(needed("VIF", key, vif, "device"), ref, view.networks[ref]["name_label"],
                                         vif.get("MAC", "") if wishes.preserve else "", vif))
         fixed = fixed_addresses(vif)
         if fixed:
-            notes.append("its interface %s had been given %s through the pool, which no import brings back: "
-                         "%s, once its guest tools run." % (vif["device"], " and ".join(address for address, _ in fixed),
-                                                           ", ".join("`%s`" % command for _, command in fixed)))
+            notes.append(f"its interface {vif['device']} had been given "
+                         f"{' and '.join(address for address, _ in fixed)} through the pool, which no import "
+                         f"brings back: {', '.join(f'`{command}`' for _, command in fixed)}, once its guest "
+                         "tools run.")
     return sorted(planned, key=lambda item: (userdevice_number(item.device), item.device))
 
 
@@ -9289,10 +9254,9 @@ def fixed_addresses(vif: Dict[str, Any]) -> List[Tuple[str, str]]:
     for family in ("ipv4", "ipv6"):
         if vif.get(family + "_configuration_mode") == "Static":
             gateway = vif.get(family + "_gateway")
-            found += [(address + (", gateway %s" % gateway if gateway else ""),
-                       "xe vif-configure-%s uuid=%s mode=static address=%s%s" % (
-                           family, VIF_UUID, address, " gateway=%s" % gateway if gateway else ""))
-                      for address in vif.get(family + "_addresses", ())]
+            found += [(address + (f", gateway {gateway}" if gateway else ""),
+                       f"xe vif-configure-{family} uuid={VIF_UUID} mode=static address={address}"
+                       + (f" gateway={gateway}" if gateway else "")) for address in vif.get(family + "_addresses", ())]
     return found
 
 
@@ -9300,37 +9264,30 @@ def find_network(view: PoolView, word: str) -> str:
     """The ref of the network that `network=` means, by uuid or name; UsageError if it does not mean one."""
     found = [ref for ref, record in view.networks.items() if record["uuid"] == word] or \
         [ref for ref, record in view.networks.items() if record["name_label"] == word]
-    if len(found) != 1:
-        raise UsageError("network=%s: the pool has %s. There are: %s. Nothing was started." % (
-            one_line(word), "no such network" if not found else "%d networks of that name: give a uuid" % len(found),
-            ", ".join(sorted("%s (%s)" % (quote_name(record["name_label"]), record["uuid"])
-                             for record in view.networks.values()))))
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    problem = f"{len(found)} networks of that name: give a uuid" if found else "no such network"
+    choice = sorted(f"{quote_name(record['name_label'])} ({record['uuid']})" for record in view.networks.values())
+    raise UsageError(f"network={one_line(word)}: the pool has {problem}. There are: {', '.join(choice)}. "
+                     "Nothing was started.")
 
 
-def _network_like(view: PoolView, own: Dict[str, Any]) -> Optional[str]:
-    """The ref of the pool's network that is that network, or the only one of its name."""
-    alike = [ref for ref, record in view.networks.items() if record["name_label"] == own.get("name_label")]
-    same = [ref for ref in alike if view.networks[ref]["uuid"] == own.get("uuid")]
-    return (same or alike)[0] if same or len(alike) == 1 else None
-
-
-def _plan_name(source: Source, view: PoolView, wishes: Wishes, notes: List[str], problems: List[str]) -> str:
+def _plan_name(source: Source, view: PoolView, wanted: str, notes: List[str], problems: List[str]) -> str:
     """The name that the VM will have: no real VM of the pool has it."""
-    taken = view.real_names()
-    if wishes.to:
-        if wishes.to in taken:
-            problems.append("a VM named %s is there already: give another to=." % quote_name(wishes.to))
-        return wishes.to
+    taken = {record["name_label"] for record in view.machines.values() if is_real_machine(record)}
+    if wanted:
+        if wanted in taken:
+            problems.append(f"a VM named {quote_name(wanted)} is there already: give another to=.")
+        return wanted
     if source.vm_name not in taken:
         return source.vm_name
-    marked = name = "%s (restored %s)" % (source.vm_name, wishes.mark)
+    marked = name = f"{source.vm_name} (restored {source.copy.taken_at:%Y-%m-%d})"
     number = 1
     while name in taken:
         number += 1
-        name = "%s %d" % (marked, number)
-    notes.append("a VM named %s is there: it is left as it is, and the new one is named %s." % (
-        quote_name(source.vm_name), quote_name(name)))
+        name = f"{marked} {number}"
+    notes.append(f"a VM named {quote_name(source.vm_name)} is there: it is left as it is, and the new one is "
+                 f"named {quote_name(name)}.")
     return name
 
 
@@ -9340,80 +9297,79 @@ def _plan_identity(source: Source, view: PoolView, wishes: Wishes, interfaces: S
     if not wishes.preserve:
         return "", True
     if not source.vm_uuid:
-        notes.append("which uuid the VM had is not on record, so it gets a new one, and its backups begin a new line; its MAC "
-                     "addresses are kept.")
+        notes.append("which uuid the VM had is not on record, so it gets a new one, and its backups begin a "
+                     "new line; its MAC addresses are kept.")
     for record in view.machines.values():
         if record["uuid"] == source.vm_uuid:
-            problems.append("preserve=yes can't be done: the VM with this uuid, %s (%s), is still in the pool, and it is "
-                            "never touched. Restore without preserve=yes, or remove that VM first." % (
-                                quote_name(record["name_label"]), source.vm_uuid))
+            problems.append("preserve=yes can't be done: the VM with this uuid, "
+                            f"{quote_name(record['name_label'])} ({source.vm_uuid}), is still in the pool, "
+                            "and it is never touched. Restore without preserve=yes, or remove that VM first.")
     macs = {item.mac.lower() for item in interfaces if item.mac}
     for vif in view.interfaces.values():
         holder = view.machines.get(vif["VM"])
-        if vif["MAC"].lower() in macs and holder is not None and is_real_machine(holder) \
-                and holder["uuid"] != source.vm_uuid:
-            problems.append("preserve=yes can't be done: %s has the MAC address %s." % (
-                quote_name(holder["name_label"]), vif["MAC"]))
-    seed = (source.original or source.record).get("other_config", {}).get("mac_seed")
-    clash = [record["name_label"] for record in view.machines.values()
-             if seed and record["other_config"].get("mac_seed") == seed]
+        if vif["MAC"].lower() in macs and holder and is_real_machine(holder) and holder["uuid"] != source.vm_uuid:
+            problems.append(f"preserve=yes can't be done: {quote_name(holder['name_label'])} has the MAC "
+                            f"address {vif['MAC']}.")
+    seed = _seed(source.original or source.record)
+    clash = sorted(quote_name(record["name_label"]) for record in view.machines.values() if seed and _seed(record) == seed)
     if clash and not problems:
-        notes.append("its mac_seed is also that of %s, so it gets a new one; the MAC addresses are kept." % (
-            ", ".join(quote_name(one) for one in sorted(clash))))
+        notes.append(f"its mac_seed is also that of {', '.join(clash)}, so it gets a new one; the MAC "
+                     "addresses are kept.")
     return source.vm_uuid, bool(clash) or not seed
 
 
 def _plan_existing(disk: SourceDisk, view: PoolView, attach: bool) -> ExistingDisk:
     """What becomes of a disk that the copy lacks: attached if it is there, nobody has it, and it is asked for."""
-    found = [ref for ref, record in view.vdis.items() if record["uuid"] == disk.vdi_uuid]
-    if not found:
-        return ExistingDisk(disk, "", "it is no longer in the pool")
-    holders = [view.machines.get(vbd["VM"]) for vbd in view.vbds.values() if vbd["VDI"] == found[0]]
+    ref = next((ref for ref, record in view.vdis.items() if record["uuid"] == disk.vdi_uuid), "")
+    holders = [view.machines.get(vbd["VM"]) for vbd in view.vbds.values() if vbd["VDI"] == ref]
     names = sorted({quote_name(one["name_label"]) if one else "a VM that is gone" for one in holders
                     if not (one and one["is_control_domain"])})
-    if view.vdis[found[0]]["is_a_snapshot"]:
-        return ExistingDisk(disk, "", "what has its uuid now is a snapshot")
-    if names:
-        return ExistingDisk(disk, "", "it hangs on %s" % ", ".join(names))
-    if not attach:
-        return ExistingDisk(disk, "", "it is in the pool (uuid %s) and on no VM: attach_existing_disks=yes attaches it"
-                            % disk.vdi_uuid)
-    return ExistingDisk(disk, found[0], "it is in the pool and on no VM")
+    if not ref:
+        reason = "it is no longer in the pool"
+    elif view.vdis[ref]["is_a_snapshot"]:
+        reason = "what has its uuid now is a snapshot"
+    elif names:
+        reason = f"it hangs on {', '.join(names)}"
+    elif not attach:
+        reason = f"it is in the pool (uuid {disk.vdi_uuid}) and on no VM: attach_existing_disks=yes attaches it"
+    else:
+        return ExistingDisk(disk, ref, "it is in the pool and on no VM")
+    return ExistingDisk(disk, "", reason)
 
 
-def _cut_into_parts(source: Source, disks: Sequence[PlannedDisk]) -> Tuple[Tuple[str, ...], ...]:
+def _cut_into_parts(source: Source, disks: Sequence[PlannedDisk],
+                    home: Optional[TargetSr]) -> Tuple[Tuple[Optional[TargetSr], Tuple[str, ...]], ...]:
     """The disks in the order of the archive (string order of ids: ocaml/xapi/stream_vdi.ml@v26.17.0), cut where the SR
-    changes. An archive of another program that begins with another disk is cut at every disk: then any order will do."""
-    parts = []                             # type: List[List[str]]
-    last = None                            # type: Optional[TargetSr]
-    order = sorted(disks, key=lambda item: (item.disk.id != source.first_disk, item.disk.id))
-    in_order = order == sorted(disks, key=lambda item: item.disk.id)
+    changes. An archive of another program that begins with another disk is cut at every disk: then any order will do.
+    A VM without disks is a part without any, at home on that SR."""
+    parts = []                             # type: List[Tuple[TargetSr, Tuple[str, ...]]]
+    by_id = sorted(disks, key=lambda item: item.disk.id)
+    order = sorted(by_id, key=lambda item: item.disk.id != source.first_disk)
     for planned in order:
-        if not in_order or last is None or planned.sr != last:
-            parts.append([])
-        parts[-1].append(planned.disk.id)
-        last = planned.sr
-    return tuple(tuple(part) for part in parts) or ((),)
+        if parts and order == by_id and parts[-1][0] == planned.sr:
+            parts[-1] = planned.sr, parts[-1][1] + (planned.disk.id,)
+        else:
+            parts.append((planned.sr, (planned.disk.id,)))
+    return tuple(parts) or ((home, ()),)
 
 
 def plan_text(plan: RestorePlan) -> str:
     """The plan in lines for people: what a preview shows, and what a restore says first."""
     source = plan.source
-    lines = ["%s (%s) from %s" % (quote_name(source.vm_name), source.vm_uuid or "uuid unknown", source.title),
-             "  a %s copy%s, %s" % (
-                 "vm-export" if source.file_format == "xva" else "vdi-export (one disk, %s)" % source.file_format,
-                 " (%s)" % source.digests_text if not source.manifest else "",
-                 "taken " + source.copy.taken_at.strftime("%Y-%m-%d %H:%M:%S")),
-             "  becomes VM %s, %s" % (quote_name(plan.name), "uuid %s kept" % plan.uuid if plan.uuid else "with a new uuid")]
-    lines += ["  disk %s on SR %s: %s" % (item.disk.title, item.sr.title, item.reason) for item in plan.disks]
-    lines += ["  interface %s on network %s, MAC %s" % (item.device, quote_name(item.network_name), item.mac or "new")
+    method = "vm-export" if source.is_archive else f"vdi-export (one disk, {image_format(source.copy.image)})"
+    lines = [f"{quote_name(source.vm_name)} ({source.vm_uuid or 'uuid unknown'}) from {source.title}",
+             f"  a {method} copy{'' if source.manifest else f' ({source.digests_text})'}, taken "
+             f"{source.copy.taken_at:%Y-%m-%d %H:%M:%S}",
+             f"  becomes VM {quote_name(plan.name)}, "
+             f"{f'uuid {plan.uuid} kept' if plan.uuid else 'with a new uuid'}"]
+    lines += [f"  disk {item.disk.title} on SR {item.sr.title}: {item.reason}" for item in plan.disks]
+    lines += [f"  interface {item.device} on network {quote_name(item.network_name)}, MAC {item.mac or 'new'}"
               for item in plan.interfaces]
-    lines += ["  disk %s is not in this copy: %s%s" % (item.disk.title, item.reason,
-                                                        "; it will be attached" if item.vdi_ref else "")
-              for item in plan.existing]
+    lines += [f"  disk {item.disk.title} is not in this copy: {item.reason}"
+              f"{'; it will be attached' if item.vdi_ref else ''}" for item in plan.existing]
     lines += ["  note: " + note for note in plan.notes]
     lines += ["  PROBLEM: " + problem for problem in plan.problems]
-    lines.append("  it will %sbe started" % ("" if plan.start else "not "))
+    lines.append(f"  it will {'' if plan.wishes.start else 'not '}be started")
     return "\n".join(lines)
 
 
@@ -9426,15 +9382,14 @@ def own_other_config(record: Dict[str, Any]) -> Dict[str, str]:
             if not key.startswith(KEY_PREFIX) and key != "import_task"}
 
 
-def rewritten_ova(plan: RestorePlan, part: int, name: str, is_drill: bool) -> bytes:
+def rewritten_ova(plan: RestorePlan, part: int, name: str) -> bytes:
     """The ova.xml of that part's import: one VM of that name with the part's disks, and neither VIF nor network.
 
     Part 0 is the VM itself; a further part is a VM that only carries disks. An import
     without networks creates none (tried on a real server).
     """
-    source = plan.source
-    disks = set(plan.parts[part])
-    srs, vdis = ova_objects(source.ova, "SR"), ova_objects(source.ova, "VDI")
+    source, disks = plan.source, set(plan.parts[part][1])
+    vdis = ova_objects(source.ova, "VDI")
     sizes = {planned.disk.id: planned.disk.virtual_size for planned in plan.disks}
     # With preserve=true an import re-uses an object that has the uuid: so none is to have it. The key `owner` lets
     # `xe vm-uninstall` remove a disk with its VM; a snapshot's drives have it, the original's may not.
@@ -9445,34 +9400,34 @@ def rewritten_ova(plan: RestorePlan, part: int, name: str, is_drill: bool) -> by
     kept_vdis = disks | {vbd["VDI"] for vbd in vbds.values()}
     objects = []
     for entry in source.ova["objects"]:
-        key, record = entry["id"], dict(IMPORT_DEFAULTS.get(entry["class"], {}), **entry["snapshot"])
-        if entry["class"] == "VM" and key == source.vm_id:
-            record = _rewritten_vm(plan, part, name, list(vbds), is_drill)
-        elif entry["class"] == "VBD" and key in vbds:
+        kind, key, record = entry["class"], entry["id"], dict(IMPORT_DEFAULTS.get(entry["class"], {}), **entry["snapshot"])
+        if kind == "VM" and key == source.vm_id:
+            record = _rewritten_vm(plan, part, name, list(vbds))
+        elif kind == "VBD" and key in vbds:
             record = vbds[key]
-        elif entry["class"] == "VDI" and key in kept_vdis and key in vdis:
+        elif kind == "VDI" and key in kept_vdis and key in vdis:
             record = dict(record, other_config=own_other_config(record), is_a_snapshot=False, snapshot_of=NULL_REF,
                           snapshots=[], VBDs=[ref for ref, vbd in vbds.items() if vbd["VDI"] == key],
                           virtual_size=str(sizes.get(key, record["virtual_size"])))
-        elif entry["class"] not in ("SR", "host") and (part or entry["class"] in OBJECTS_LEFT_OUT):
-            continue
-        elif entry["class"] in ("VM", "VBD", "VDI"):
+        elif kind in ("VM", "VBD", "VDI", "VIF", "network") or part and kind not in ("SR", "host"):
             continue
         objects.append(dict(entry, snapshot=record))
     text = ova_text({"version": source.ova["version"], "objects": objects})
+    srs = ova_objects(source.ova, "SR")
     wanted = {key for key in disks if _content_type(srs, vdis[key]) != "iso"}
     if parse_ova(text)["objects"] != objects or set(exported_disks(parse_ova(text))) != wanted:
-        raise VerificationError("the rewritten ova.xml of %s does not say what it should; nothing was created" % name)
+        raise VerificationError(f"the rewritten ova.xml of {name} does not say what it should; nothing was "
+                                "created")
     return text
 
 
-OBJECTS_LEFT_OUT = ("VIF", "network")
 # What the server's importer looks for (ocaml/xapi/import.ml@v26.17.0) and other programs leave out.
 IMPORT_DEFAULTS = {
-    "VM": {"uuid": "", "name_description": "", "user_version": "1", "affinity": NULL_REF, "guest_metrics": NULL_REF, "version": "0",
-           "actions_after_shutdown": "destroy", "actions_after_reboot": "restart", "actions_after_crash": "restart"},
-    "VBD": {"VDI": NULL_REF, "type": "Disk", "bootable": False, "mode": "RW", "unpluggable": True, "empty": False, "device": "",
-            "qos_algorithm_type": "", "qos_algorithm_params": {}},
+    "VM": {"uuid": "", "name_description": "", "user_version": "1", "affinity": NULL_REF, "guest_metrics": NULL_REF,
+           "version": "0", "actions_after_shutdown": "destroy", "actions_after_reboot": "restart",
+           "actions_after_crash": "restart"},
+    "VBD": {"VDI": NULL_REF, "type": "Disk", "bootable": False, "mode": "RW", "unpluggable": True, "empty": False,
+            "device": "", "qos_algorithm_type": "", "qos_algorithm_params": {}},
     "VDI": {"uuid": "", "SR": NULL_REF, "name_label": "", "name_description": "", "type": "user", "sharable": False,
             "read_only": False, "xenstore_data": {}, "sm_config": {}, "tags": [], "location": ""},
     "SR": {"uuid": "", "name_label": "", "content_type": "user"}}     # type: Dict[str, Dict[str, Any]]
@@ -9484,11 +9439,10 @@ def new_uuid() -> str:
     return "-".join((token[:8], token[8:12], "4" + token[13:16], "a" + token[17:20], token[20:]))
 
 
-def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str], is_drill: bool) -> Dict[str, Any]:
+def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str]) -> Dict[str, Any]:
     """The VM's record of that part: halted, under its provisional name, no template, and nothing that acts by itself."""
-    source = plan.source
-    record = dict(IMPORT_DEFAULTS["VM"], **source.record)
-    original = source.original or record
+    record, is_to_keep = dict(IMPORT_DEFAULTS["VM"], **plan.source.record), not part and not plan.wishes.is_drill
+    original = plan.source.original or record
     record.update({field: original[field] for field in ORIGINAL_FIELDS if field in original})
     record["other_config"] = own_other_config(record)
     record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False, is_a_snapshot=False,
@@ -9497,11 +9451,11 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str], 
                   resident_on=NULL_REF, uuid=plan.uuid or record["uuid"] or new_uuid())
     if "children" in record:
         record["children"] = []
-    if plan.new_mac_seed or part or is_drill:
+    if plan.new_mac_seed or not is_to_keep:
         record["other_config"].pop("mac_seed", None)
         if plan.uuid:
             record["other_config"]["mac_seed"] = new_uuid()
-    if part or is_drill:
+    if not is_to_keep:
         record.update(tags=[], ha_restart_priority="")
         record["other_config"].pop("auto_poweron", None)
     if part:
@@ -9525,12 +9479,12 @@ NEW_HVM_FIELDS = {
 
 
 class ImportedVm(NamedTuple):
-    """A VM that was imported and proven. `vdis`: the ref of each disk by its id in ova.xml."""
+    """A VM that was imported and proven, or, with force=yes, what is there of it, and what the `problem` with the copy is.
+    `vdis`: the ref of each disk by its id in ova.xml."""
     entry: OpenEntry
     ref: str
-    uuid: str
     vdis: Dict[str, str]
-    problem: str                  # with force=yes: what is wrong with the copy
+    problem: str
 
 
 class ImportWatch(Watch):
@@ -9539,7 +9493,6 @@ class ImportWatch(Watch):
     def __init__(self, services: Services, doing: str, size_bytes: int, tasks: Sequence[str]) -> None:
         super().__init__(services, doing, tasks[0] if tasks else None, (), size_bytes)
         self._own_tasks = tasks
-        self.size_bytes = size_bytes
 
     def _tasks(self) -> List[str]:
         """The refs of the import's tasks."""
@@ -9547,8 +9500,8 @@ class ImportWatch(Watch):
 
     def _give_up(self, waiting_for: str) -> None:
         """Raises StreamStalled; what was made is removed by whoever opened the entry, who cancels the task first."""
-        raise StreamStalled("%s stalled: no sign of life for %s while waiting for the %s. It was given up." % (
-            self._doing, format_duration(self._stall_s), waiting_for))
+        raise StreamStalled(f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)} "
+                            f"while waiting for the {waiting_for}. It was given up.")
 
 
 class Importer:
@@ -9560,143 +9513,112 @@ class Importer:
         self._snapshots = snapshots
 
     @contextlib.contextmanager
-    def imported(self, plan: RestorePlan, inside: Directory, kind: str, force: bool = False,
-                 sink: Any = None) -> Iterator[ImportedVm]:
+    def imported(self, plan: RestorePlan, sink: Any = None) -> Iterator[ImportedVm]:
         """The VM of the plan with its own disks only, proven, under a provisional name; removed on every way out unless
         its entry was closed. `sink` is shown the disks' contents as they go in."""
-        token = secrets.token_hex(8)
-        pattern = DRILL_VM_NAME if kind == "drill" else NEW_VM_NAME
-        name = pattern % (plan.source.vm_name if kind == "drill" else plan.name, token)
+        token, source = secrets.token_hex(8), plan.source
+        is_drill = plan.wishes.is_drill
+        name = DRILL_VM_NAME % (source.vm_name, token) if is_drill else NEW_VM_NAME % (plan.name, token)
         names = [name] + [PART_NAME % (name, part + 1) for part in range(1, len(plan.parts))]
         entry = self._services.journal.open_entry(
-            kind=kind, token=token, vm_uuid=plan.source.vm_uuid or "?", vm_name=plan.source.vm_name, names=names, tasks=[],
-            called_at=format_utc(self._services.clock.utc()))
+            kind="drill" if is_drill else "restore", token=token, vm_uuid=source.vm_uuid or "?", vm_name=source.vm_name,
+            names=names, tasks=[], called_at=format_utc(self._services.clock.utc()))
+        make = self._create if source.has_only_cfg_files else self._import
         try:
-            if plan.source.has_only_cfg_files:
-                problem = self._create(entry, plan, inside, force, sink)
-            else:
-                problem = self._import(entry, plan, inside, force, sink)
-            yield self._take_stock(entry, plan, problem)
+            yield self._take_stock(entry, plan, make(entry, plan, sink))
         finally:
             if entry.is_open:
                 self._snapshots.remove(entry)
 
-    def _import(self, entry: OpenEntry, plan: RestorePlan, inside: Directory, force: bool, sink: Any) -> str:
-        """The data are in the pool; "" or, with force, what is wrong with them. Raises what went wrong first."""
-        doing = "the import of %s" % entry.title
-        ovas = [rewritten_ova(plan, part, name, entry.facts["kind"] == "drill")
-                for part, name in enumerate(entry.facts["names"])]
+    def _import(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:
+        """The data are in the pool; "" or, with force=yes, what is wrong with them. Raises what went wrong first."""
+        doing, source, pool = f"the import of {entry.title}", plan.source, self._services.pool
+        ovas = [rewritten_ova(plan, part, name) for part, name in enumerate(entry.facts["names"])]
         tasks = []                         # type: List[str]
         for name in entry.facts["names"]:
-            tasks.append(self._services.pool.call("making the task of " + doing, "task.create", name, "VmBackup " + VERSION))
+            tasks.append(pool.call(f"making the task of {doing}", "task.create", name, f"VmBackup {VERSION}"))
             entry.note(tasks=list(tasks))
-        uuids = [self._services.pool.ask(doing, "task.get_uuid", ref) for ref in tasks]
-        size = inside.status(plan.source.copy.image).st_size
-        watch = ImportWatch(self._services, doing, size, tasks)
-        problem = ""
-        try:
-            with contextlib.ExitStack() as stack:
-                imports = _Imports(self._xe, stack, [self._command(plan, part, uuids[part], force)
-                                                     for part in range(len(ovas))])
-                problem = self._stream(doing, plan, inside, imports, ovas, watch, sink, force)
-                self._await_imports(doing, imports, watch, tasks, bool(plan.source.manifest))
-        except (VerificationError, ProgramError) as error:
-            if not force:
-                raise
-            problem = problem or str(error)
-        return problem
+        commands, ids = [], [part_ids for _, part_ids in plan.parts]
+        for part, (task, (sr, _)) in enumerate(zip(tasks, plan.parts)):
+            command = ["vm-import", "filename=/dev/stdin", f"sr-uuid={sr.uuid}",
+                       f"task-uuid={pool.ask(doing, 'task.get_uuid', task)}"]
+            command += ["preserve=true"] if plan.uuid and not part else []
+            commands.append(command + (["force=true"] if plan.wishes.force else []))
 
-    def _create(self, entry: OpenEntry, plan: RestorePlan, inside: Directory, force: bool, sink: Any) -> str:
+        def new_feed(pipes: Sequence[PartPipe]) -> Any:
+            if not source.is_archive:
+                return ImageFeed(pipes[0], ovas[0], source.disks[0].id, source.disks[0].virtual_size)
+            is_whole = source.manifest and len(ovas) == 1 and set(exported_disks(source.ova)) == set(ids[0])
+            return ArchiveFeed(pipes, ovas, ids, bool(source.manifest), bool(is_whole))
+        return self._stream(doing, plan, commands, tasks, new_feed, sink)
+
+    def _create(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:
         """The VM of a copy that has cfg files only is made by API and its disk filled; the marks are in the calls.
         Returns and raises as _import does."""
-        doing = "the rebuilding of %s" % entry.title
-        disk, key = plan.source.disks[0], KEY_PREFIX + entry.facts["token"]
-        record = plan.source.record
-        vdi = ova_objects(plan.source.ova, "VDI")[disk.id]
-        vbd = next(one for one in ova_objects(plan.source.ova, "VBD").values() if one["VDI"] == disk.id)
-        machine = self._services.pool.call(doing, "VM.create", dict(
+        doing, source, pool = f"the rebuilding of {entry.title}", plan.source, self._services.pool
+        disk, key, record = source.disks[0], KEY_PREFIX + entry.facts["token"], source.record
+        vdi = ova_objects(source.ova, "VDI")[disk.id]
+        vbd = next(one for one in ova_objects(source.ova, "VBD").values() if one["VDI"] == disk.id)
+        memory = record["memory_dynamic_max"]
+        machine = pool.call(doing, "VM.create", dict(
             NEW_HVM_FIELDS, name_label=entry.facts["names"][0], name_description=record.get("name_description", ""),
-            memory_static_max=record["memory_dynamic_max"], memory_dynamic_max=record["memory_dynamic_max"],
-            memory_dynamic_min=record["memory_dynamic_max"], VCPUs_max=record["VCPUs_max"],
-            VCPUs_at_startup=record["VCPUs_at_startup"], other_config={key: ""}))
-        entry.note(uuids=[self._services.pool.ask(doing, "VM.get_uuid", machine)])
-        new_disk = self._services.pool.call(doing, "VDI.create", {
+            memory_static_max=memory, memory_dynamic_max=memory, memory_dynamic_min=memory,
+            VCPUs_max=record["VCPUs_max"], VCPUs_at_startup=record["VCPUs_at_startup"], other_config={key: ""}))
+        entry.note(uuids=[pool.ask(doing, "VM.get_uuid", machine)])
+        new_disk = pool.call(doing, "VDI.create", {
             "SR": plan.disks[0].sr.ref, "virtual_size": str(disk.virtual_size), "type": vdi["type"], "sharable": False,
             "read_only": False, "other_config": {key: ""}, "name_label": vdi["name_label"],
             "name_description": vdi["name_description"]})
-        uuid = self._services.pool.ask(doing, "VDI.get_uuid", new_disk)
+        uuid = pool.ask(doing, "VDI.get_uuid", new_disk)
         entry.note(disks=[uuid])
-        self._services.pool.call(doing, "VBD.create", vbd_fields(dict(vbd, VDI=new_disk), machine))
-        watch = ImportWatch(self._services, doing, inside.status(plan.source.copy.image).st_size, ())
-        problem = ""
+        pool.call(doing, "VBD.create", vbd_fields(dict(vbd, VDI=new_disk), machine))
+        size = int(pool.ask(doing, "VDI.get_virtual_size", new_disk))
+        command = ["vdi-import", f"uuid={uuid}", "filename=/dev/stdin", "format=raw"]
+        problem = self._stream(doing, plan, [command], (), lambda pipes: RawFeed(pipes[0], size), sink)
+        pool.ask(doing, "VDI.remove_from_other_config", new_disk, key)
+        return problem
+
+    def _stream(self, doing: str, plan: RestorePlan, commands: Sequence[Sequence[str]], tasks: Sequence[str],
+                new_feed: Callable[[Sequence[PartPipe]], Any], sink: Any) -> str:
+        """The image went into those xe commands, was what it should be, and they ended well. One pass: digests, structure,
+        blocks, import. Returns and raises as _import does: what is wrong with the copy goes before what xe said of it,
+        and what xe said before what followed from that."""
+        source, force, problem = plan.source, plan.wishes.force, ""
+        size_bytes = source.inside.status(source.copy.image).st_size
+        watch = ImportWatch(self._services, doing, size_bytes, tasks)
         try:
-            with contextlib.ExitStack() as stack:
-                imports = _Imports(self._xe, stack, [("vdi-import", "uuid=" + uuid, "filename=/dev/stdin",
-                                                      "format=raw")])
-                feed = RawFeed(PartPipe(lambda: imports.start(0)),
-                               int(self._services.pool.ask(doing, "VDI.get_virtual_size", new_disk)))
-                problem = self._feed(doing, plan.source, inside, imports, [feed] + ([sink] if sink else []), watch,
-                                     force=force)
+            with _Imports(self._xe, commands) as imports:
+                feed = new_feed([PartPipe(functools.partial(imports.start, part)) for part in range(len(commands))])
+                sinks, more = ([], [feed]) if source.is_archive else ([feed], [])
+                problems: Optional[List[VerificationError]] = [] if force else None
+                try:
+                    stream_image(source, watch, sinks + ([sink] if sink else []), more, problems)
+                except VerificationError as error:
+                    imports.problems()                   # they end by themselves, as their input is over
+                    advice = "" if force else " " + VERIFY_ADVICE
+                    raise type(error)(f"{doing}: the copy {error.verdict}: {str(error).rstrip('.')}.{advice}")
+                except BrokenPipeError:
+                    reasons = imports.problems() or ["xe closed its input and said nothing"]
+                    raise import_failure(doing, reasons[0])
+                if problems:
+                    problem = f"{doing}: the copy is damaged: {str(problems[0]).rstrip('.')}."
                 if not imports.programs:
-                    raise BackupError("%s: nothing of it can be brought back. %s" % (entry.title, problem))
-                self._await_imports(doing, imports, watch, (), True)
+                    raise BackupError(f"{doing}: nothing of it can be brought back. {problem}")
+                began_s = self._services.clock.monotonic()
+                for part, program in enumerate(imports.programs):
+                    while program.wait(TICK_S) is None:
+                        watch(Progress(size_bytes, self._services.clock.monotonic() - began_s, "server"))
+                    said = xe_problem(program.wait(0), program.said)
+                    if said and not (tasks and self._has_succeeded(tasks[part])):
+                        raise import_failure(doing, said, was_proven=bool(source.manifest))
         except (VerificationError, ProgramError) as error:
             if not force:
                 raise
             problem = problem or str(error)
-        self._services.pool.ask(doing, "VDI.remove_from_other_config", new_disk, key)
         return problem
 
-    def _feed(self, doing: str, source: Source, inside: Directory, imports: "_Imports", sinks: Sequence[MebibyteSink],
-              watch: ImportWatch, more: Sequence[Any] = (), check_it: bool = True, force: bool = False) -> str:
-        """The image went through; "" or, with force, what is wrong with it. What is wrong with the copy goes before
-        what xe said of it, and what xe said before what followed from that."""
-        problems: Optional[List[VerificationError]] = [] if force else None
-        try:
-            stream_image(source, inside, sinks, more, watch, check_it, problems)
-        except VerificationError as error:
-            imports.let_end()
-            raise type(error)("%s: the copy %s: %s.%s" % (doing, error.verdict, str(error).rstrip("."),
-                                                          "" if force else " " + VERIFY_ADVICE))
-        except BrokenPipeError:
-            imports.raise_failure(doing)
-            raise ProgramError("%s: xe closed its input and said nothing." % doing)
-        return "%s: the copy is damaged: %s." % (doing, str(problems[0]).rstrip(".")) if problems else ""
-
-    @staticmethod
-    def _command(plan: RestorePlan, part: int, task_uuid: str, force: bool) -> Tuple[str, ...]:
-        """The xe command of that part."""
-        words = ("vm-import", "filename=/dev/stdin", "sr-uuid=" + plan.sr_of(part).uuid, "task-uuid=" + task_uuid)
-        words += ("preserve=true",) if plan.uuid and not part else ()
-        return words + (("force=true",) if force else ())
-
-    def _stream(self, doing: str, plan: RestorePlan, inside: Directory, imports: "_Imports", ovas: Sequence[bytes],
-                watch: ImportWatch, sink: Any, force: bool) -> str:
-        """The image went into the imports, and was what it should be ("", or, with force, what is wrong with it).
-        One pass: digests, structure, blocks, import."""
-        source = plan.source
-        pipes = [PartPipe(lambda number=number: imports.start(number)) for number in range(len(ovas))]
-        if source.file_format != "xva":
-            feed = ImageFeed(pipes[0], ovas[0], source.disks[0].id, source.disks[0].virtual_size)
-            return self._feed(doing, source, inside, imports, [feed] + ([sink] if sink else []), watch, force=force)
-        whole = source.manifest and len(ovas) == 1 and set(exported_disks(source.ova)) == set(plan.parts[0])
-        # The digest of bytes that were proven once says all that their structure could say again, at half the cost.
-        feed = ArchiveFeed(pipes, ovas, plan.parts, bool(source.manifest), bool(whole))
-        return self._feed(doing, source, inside, imports, [sink] if sink else [], watch, [feed], not source.manifest, force)
-
-    def _await_imports(self, doing: str, imports: "_Imports", watch: ImportWatch, tasks: Sequence[str], was_proven: bool) -> None:
-        """All imports have ended well. An xe that lost its connection proves nothing: then the task tells. `was_proven`:
-        what went in matched its digests, so that what is wrong now is not the copy."""
-        began_s = self._services.clock.monotonic()
-        for number, program in enumerate(imports.programs):
-            while program.wait(TICK_S) is None:
-                watch(Progress(watch.size_bytes, self._services.clock.monotonic() - began_s, "server"))
-            problem = xe_problem(program.wait(0), program.said)
-            if problem and not (tasks and self._has_succeeded(tasks[number])):
-                raise import_failure(doing, problem, was_proven)
-
     def _has_succeeded(self, task: str) -> bool:
-        """Does the pool say that the import of that task is done?"""
+        """Does the pool say that the import of that task is done? An xe that lost its connection proves nothing."""
         try:
             return self._services.pool.ask("asking what became of an import", "task.get_status", task) == "success"
         except ApiFailure as failure:
@@ -9706,68 +9628,53 @@ class Importer:
 
     def _take_stock(self, entry: OpenEntry, plan: RestorePlan, problem: str) -> ImportedVm:
         """What was imported is journalled, whole, and the disks of further parts hang on the VM itself."""
-        doing = "reading what was imported of " + entry.title
-        found = {}                         # type: Dict[str, str]
-        for name in entry.facts["names"]:
-            refs = self._services.pool.ask(doing, "VM.get_by_name_label", name)
-            if len(refs) == 1:
-                found[name] = refs[0]
-        missing = [name for name in entry.facts["names"] if name not in found]
-        if problem and missing == entry.facts["names"]:
-            raise BackupError("%s: nothing of it can be brought back. %s" % (entry.title, problem))
+        doing, ask = f"reading what was imported of {entry.title}", self._services.pool.ask
+        found, vdis, missing = [], {}, []      # type: List[Tuple[str, str, List[Any]]], Dict[str, str], List[str]
+        for name, (_, ids) in zip(entry.facts["names"], plan.parts):
+            refs = ask(doing, "VM.get_by_name_label", name)
+            if len(refs) != 1:                 # of a damaged copy the last may be lost
+                missing.append(name)
+                continue
+            vbds = [vbd for vbd in ask(doing, "VBD.get_all_records_where", f'field "VM" = "{refs[0]}"').values()
+                    if vbd["type"] != "CD"]
+            found.append((refs[0], ask(doing, "VM.get_uuid", refs[0]), vbds))
+            places = {vbd["userdevice"]: vbd["VDI"] for vbd in vbds}
+            vdis.update({disk.id: places[disk.userdevice] for disk in plan.source.disks
+                         if disk.id in ids and disk.userdevice in places})
+        if problem and not found:
+            raise BackupError(f"{entry.title}: nothing of it can be brought back. {problem}")
         if missing and not problem:
-            raise BackupError("%s: xe reported no failure, but there is no VM named %s." % (entry.title, missing[0]))
-        names = [name for name in entry.facts["names"] if name in found]     # of a damaged copy the last may be lost
-        machines = [self._services.pool.ask(doing, "VM.get_record", found[name]) for name in names]
-        vbds = [{vbd["userdevice"]: vbd for vbd in self._services.pool.ask(doing, "VBD.get_all_records_where",
-                                                                  'field "VM" = "%s"' % found[name]).values()
-                 if vbd["type"] != "CD"} for name in names]
-        disks = [vbd["VDI"] for part in vbds for vbd in part.values() if vbd["VDI"] != NULL_REF]
-        records = {ref: self._services.pool.ask(doing, "VDI.get_record", ref) for ref in disks}
-        entry.note(uuids=[machine["uuid"] for machine in machines],
-                   disks=sorted(record["uuid"] for record in records.values()))
-        vdis = {}
-        for ids, part in zip(plan.parts, vbds):
-            for disk in plan.source.disks:
-                if disk.id in ids and disk.userdevice in part:
-                    vdis[disk.id] = part[disk.userdevice]["VDI"]
+            raise BackupError(f"{entry.title}: xe reported no failure, but there is no VM named "
+                              f"{missing[0]}.")
+        disks = [vbd["VDI"] for _, _, vbds in found for vbd in vbds if vbd["VDI"] != NULL_REF]
+        records = {ref: ask(doing, "VDI.get_record", ref) for ref in disks}
+        entry.note(uuids=[uuid for _, uuid, _ in found], disks=sorted(record["uuid"] for record in records.values()))
         if missing:
-            problem += " Of its disks nothing is there of: %s." % ", ".join(
-                planned.disk.title for planned in plan.disks if planned.disk.id not in vdis)
-        else:
-            self._check_disks(entry, plan, vdis, records)
-        if problem:
-            self._services.log.warning("%s: %s It is kept, as force=yes asks for." % (entry.title, problem))
-        main = found[names[0]]
-        self._join_parts(entry, main, [found[name] for name in names[1:]], vbds[1:])
-        return ImportedVm(entry, main, machines[0]["uuid"], vdis, problem)
-
-    @staticmethod
-    def _check_disks(entry: OpenEntry, plan: RestorePlan, vdis: Dict[str, str], records: Dict[str, Any]) -> None:
-        """Raises ProgramError unless every disk of the plan was made, in its size and on its SR."""
-        for planned in plan.disks:
+            lost = [planned.disk.title for planned in plan.disks if planned.disk.id not in vdis]
+            problem += f" Of its disks nothing is there of: {', '.join(lost)}."
+        for planned in [] if missing else plan.disks:
             record = records.get(vdis.get(planned.disk.id, ""))
             if record is None:
-                raise ProgramError("%s: the pool made no disk %s." % (entry.title, planned.disk.title))
+                raise ProgramError(f"{entry.title}: the pool made no disk {planned.disk.title}.")
             if int(record["virtual_size"]) < planned.disk.virtual_size or record["SR"] != planned.sr.ref:
-                raise ProgramError("%s: the pool made disk %s with %s bytes, or not on SR %s." % (
-                    entry.title, planned.disk.title, record["virtual_size"], planned.sr.title))
-
-    def _join_parts(self, entry: OpenEntry, main: str, helpers: Sequence[str],
-                    vbds: Sequence[Dict[str, Dict[str, Any]]]) -> None:
-        """The disks of the helpers hang on the VM itself, and the helpers are gone, their disks left."""
-        doing = "putting together the disks of " + entry.title
-        for helper, part in zip(helpers, vbds):
-            for vbd in part.values():
+                raise ProgramError(f"{entry.title}: the pool made disk {planned.disk.title} with "
+                                   f"{record['virtual_size']} bytes, or not on SR {planned.sr.title}.")
+        if problem:
+            self._services.log.warning(f"{entry.title}: {problem} It is kept, as force=yes asks for.")
+        main = found[0][0]
+        doing = f"putting together the disks of {entry.title}"
+        for helper, _, vbds in found[1:]:
+            for vbd in vbds:
                 self._create_once(doing, "VBD", "userdevice", vbd_fields(vbd, main))
-            destroy(self._services, "VM", helper, doing)
+            destroy(self._services, "VM", helper, doing)       # which leaves its disks
+        return ImportedVm(entry, main, vdis, problem)
 
     # --- from an imported VM to the person's own -------------------------------------------------------
 
     def finish(self, plan: RestorePlan, imported: ImportedVm) -> None:
         """VIFs and existing disks; then it is on record that the VM is the person's, and only then it gets its name: dying
         in between leaves a whole VM with a provisional name, never a deleted one."""
-        doing = "finishing %s" % imported.entry.title
+        entry, ref, doing = imported.entry, imported.ref, f"finishing {imported.entry.title}"
         for interface in plan.interfaces:
             self._make_interface(interface, imported, doing)
         for existing in plan.existing:
@@ -9776,39 +9683,43 @@ class Importer:
         self._services.signals.check()
         with self._services.signals.shielded():
             with contextlib.suppress(CatalogError):            # a full store: then the new name alone says that it is theirs
-                imported.entry.note(restored=True)
+                entry.note(restored=True)
+            ask, blocked = self._services.pool.ask, plan.source.original.get("blocked_operations")
             try:
-                self._give_back(plan, imported, doing)
+                ask(doing, "VM.remove_from_other_config", ref, "import_task")
+                ask(doing, "VM.remove_from_other_config", ref, KEY_PREFIX + entry.facts["token"])
+                if blocked:
+                    ask(doing, "VM.set_blocked_operations", ref, blocked)
+                ask(doing, "VM.set_name_label", ref, plan.name + (" (DAMAGED)" if imported.problem else ""))
             except BackupError as error:
-                raise BackupError("%s: %s (%s)" % (imported.entry.title, unnamed_text(imported.entry), error))
+                raise BackupError(f"{entry.title}: {unnamed_text(entry)} ({error})")
 
     def _attach(self, existing: ExistingDisk, source: Source, imported: ImportedVm, doing: str) -> None:
         """That disk hangs on the VM too, unless somebody else has it by now: an import takes hours."""
         record = self._services.pool.ask(doing, "VDI.get_record", existing.vdi_ref)
         strangers = strangers_on(self._services.pool, record, (imported.ref,), doing)
         if strangers:
-            name = quote_name(self._services.pool.ask(doing, "VM.get_name_label", strangers[0]))
-            self._snapshots.tell(imported.entry, f"its disk {existing.disk.title} hangs on another VM by now, {name}, so it "
-                                 "was not attached.")
+            holder = self._services.pool.ask(doing, "VM.get_name_label", strangers[0])
+            self._snapshots.tell(imported.entry, f"its disk {existing.disk.title} hangs on another VM by now, "
+                                 f"{quote_name(holder)}, so it was not attached.")
             return
         # An archive's own drives are those of its disks; one that it lacks is attached as a plain data disk.
-        vbds = ova_objects(source.ova, "VBD").values() if source.file_format != "xva" else ()
-        plain = {"userdevice": existing.disk.userdevice, "bootable": False, "mode": "RW", "type": "Disk", "empty": False,
-                 "unpluggable": True, "qos_algorithm_type": "", "qos_algorithm_params": {}, "other_config": {}}
-        vbd = next((vbd for vbd in vbds if vbd.get("VDI") == existing.disk.id), plain)
+        vbds = [] if source.is_archive else ova_objects(source.ova, "VBD").values()
+        vbd = next((vbd for vbd in vbds if vbd.get("VDI") == existing.disk.id),
+                   dict(IMPORT_DEFAULTS["VBD"], userdevice=existing.disk.userdevice))
         fields = vbd_fields(dict(vbd, VDI=existing.vdi_ref), imported.ref)
-        fields["other_config"] = {key: value for key, value in fields["other_config"].items() if key != "owner"}
+        fields["other_config"].pop("owner", None)
         self._create_once(doing, "VBD", "userdevice", fields)
 
     def _create_once(self, doing: str, class_name: str, place: str, fields: Dict[str, Any]) -> None:
         """The VM has that VIF or VBD. A call without an answer is repeated only if nothing stands in its place: an import
         of hours must not be given up for it."""
         try:
-            self._services.pool.call(doing, class_name + ".create", fields)
+            self._services.pool.call(doing, f"{class_name}.create", fields)
         except AnswerLost:
-            there = self._services.pool.ask(doing, class_name + ".get_all_records_where", 'field "VM" = "%s"' % fields["VM"])
+            there = self._services.pool.ask(doing, f"{class_name}.get_all_records_where", f'field "VM" = "{fields["VM"]}"')
             if not any(record[place] == fields[place] for record in there.values()):
-                self._services.pool.call(doing, class_name + ".create", fields)
+                self._services.pool.call(doing, f"{class_name}.create", fields)
 
     def _make_interface(self, interface: PlannedInterface, imported: ImportedVm, doing: str) -> None:
         """The VM has that VIF. Where the pool has no licence for VIF locking it is made without, as the server's own
@@ -9822,30 +9733,23 @@ class Importer:
             mode, allowed = fields["locking_mode"], fields.get("ipv4_allowed", []) + fields.get("ipv6_allowed", [])
             self._create_once(doing, "VIF", "device", dict(
                 fields, ipv4_allowed=[], ipv6_allowed=[], locking_mode="network_default" if mode == "locked" else mode))
-            self._snapshots.tell(imported.entry, f"its interface {interface.device} was restricted (locking_mode {mode}, "
-                                 f"addresses allowed: {', '.join(allowed) or 'none'}), for which this pool has no licence: it "
-                                 "was made WITHOUT that restriction.")
-
-    def _give_back(self, plan: RestorePlan, imported: ImportedVm, doing: str) -> None:
-        """The VM has its own other_config, blocked operations and name."""
-        ask = self._services.pool.ask
-        ask(doing, "VM.remove_from_other_config", imported.ref, "import_task")
-        ask(doing, "VM.remove_from_other_config", imported.ref, KEY_PREFIX + imported.entry.facts["token"])
-        blocked = plan.source.original.get("blocked_operations")
-        if blocked:
-            ask(doing, "VM.set_blocked_operations", imported.ref, blocked)
-        ask(doing, "VM.set_name_label", imported.ref, plan.name + " (DAMAGED)" if imported.problem else plan.name)
+            self._snapshots.tell(
+                imported.entry, f"its interface {interface.device} was restricted (locking_mode {mode}, "
+                f"addresses allowed: {', '.join(allowed) or 'none'}), for which this pool has no licence: it "
+                "was made WITHOUT that restriction.")
 
 
 class _Imports:
-    """The xe programs of a restore, each started when its first byte is there, all ended with the stack."""
+    """The xe programs of a restore, each started when its first byte is there; none runs any more after the block."""
 
-    def __init__(self, xe: XeProgram, stack: contextlib.ExitStack, commands: Sequence[Sequence[str]]) -> None:
-        self._xe, self._stack, self._commands = xe, stack, commands
+    def __init__(self, xe: XeProgram, commands: Sequence[Sequence[str]]) -> None:
+        self._xe, self._commands = xe, commands
         self._lock = threading.Lock()
         self._is_over = False
         self.programs = []                 # type: List[Program]
-        stack.callback(self._end)
+
+    def __enter__(self) -> "_Imports":
+        return self
 
     def start(self, number: int) -> int:
         """xe runs; the descriptor to feed it with. Called in the thread of the consumer that feeds."""
@@ -9858,63 +9762,57 @@ class _Imports:
         program.close_stdin()
         return fd
 
-    def let_end(self) -> None:
-        """They had time to end by themselves, as their input is over."""
-        for program in self.programs:
-            program.wait(XE_REASON_S)
+    def problems(self) -> List[str]:
+        """Why those that ended can't have done their work; each has had time for it, as its input is over."""
+        ended = [(program.wait(XE_REASON_S), program.said) for program in self.programs]
+        found = [xe_problem(status, said) for status, said in ended if status is not None]
+        return [problem for problem in found if problem]
 
-    def raise_failure(self, doing: str) -> None:
-        """Raises ProgramError if one of them has ended badly: that is the reason for what followed."""
-        for program in self.programs:
-            status = program.wait(XE_REASON_S)
-            problem = xe_problem(status, program.said) if status is not None else None
-            if problem:
-                raise import_failure(doing, problem)
-
-    def _end(self) -> None:
-        """None of them runs any more."""
+    def __exit__(self, *_: Any) -> None:
         with self._lock:
             self._is_over = True
         for program in self.programs:
             program.__exit__()
 
 
-def stream_image(source: Source, inside: Directory, sinks: Sequence[MebibyteSink], more: Sequence[Consumer],
-                 on_tick: Callable[[Progress], Any], check_it: bool = True,
-                 problems: Optional[List[VerificationError]] = None) -> Check:
+def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequence[MebibyteSink] = (),
+                 more: Sequence[Consumer] = (), problems: Optional[List[VerificationError]] = None) -> Check:
     """The whole image passed through its check (whose sinks are shown the disks' contents) and through `more`, and its
     digests are those on record; the check. VerificationError if anything is not as it was at the export; where
     `problems` is given that is noted there, and as much passes as can be read."""
-    check_it = check_it or bool(sinks)
-    check = image_check(source, inside, sinks, check_it and problems is None)
-    read_image(inside, source.copy, source.manifest, ([check] if check_it else []) + list(more), on_tick,
-               "reading " + source.title, problems)
+    # Of what only passes on, the digest of bytes that were proven once says all that their structure could say again,
+    # at half the cost.
+    check_it = sinks or not (more and source.manifest)
+    check = image_check(source, sinks, check_it and problems is None)
+    read_image(source.inside, source.copy, source.manifest, ([check] if check_it else []) + list(more), on_tick,
+               f"reading {source.title}", problems)
     return check
 
 
-VERIFY_ADVICE = ("Nothing of it stays in the pool. `verify` judges all copies; from=STAMP takes an older one, force=yes "
-                 "keeps what this one gives.")
+VERIFY_ADVICE = ("Nothing of it stays in the pool. `verify` judges all copies; from=STAMP takes an older "
+                 "one, force=yes keeps what this one gives.")
 CHECKSUM_WORDS = "checksum failed"     # of a block of the archive (ocaml/xapi/stream_vdi.ml@v26.17.0)
 
 
 def import_failure(doing: str, problem: str, was_proven: bool = False) -> BackupError:
-    """What an xe that ended badly means: the copy is damaged, or something else went wrong."""
+    """What an xe that ended badly means: the copy is damaged, or something else went wrong. `was_proven`: what went in
+    matched its digests, so that what is wrong now is not the copy."""
     problem = problem.rstrip(".")
     if CHECKSUM_WORDS in problem and not was_proven:
-        return VerificationError("%s: the copy is damaged: %s. %s" % (doing, problem, VERIFY_ADVICE))
-    return ProgramError("%s failed: %s." % (doing, problem))
+        return VerificationError(f"{doing}: the copy is damaged: {problem}. {VERIFY_ADVICE}")
+    return ProgramError(f"{doing} failed: {problem}.")
 
 
-def image_check(source: Source, inside: Directory, sinks: Sequence[MebibyteSink], compare: bool = True) -> Check:
+def image_check(source: Source, sinks: Sequence[MebibyteSink], compare: bool = True) -> Check:
     """The check of that image; where the manifest has a digest of every block, they are compared too."""
     image = source.manifest.get("image", {})
     if not source.manifest:
-        return old_image_check(source.copy, inside, sinks)
+        return old_image_check(source.copy, source.inside, sinks)
     if source.copy.image != image["name"] and image.get("compression") != "none":
-        raise VerificationError("%s was compressed a second time: decompress it once" % source.copy.image)
+        raise VerificationError(f"{source.copy.image} was compressed a second time: decompress it once")
     comparer = None
-    if compare and inside.status(BLOCKS) is not None:
-        comparer = BlockComparer(open(inside.open_file(BLOCKS), "rb"))
+    if compare and source.inside.status(BLOCKS) is not None:
+        comparer = BlockComparer(open(source.inside.open_file(BLOCKS), "rb"))
     return new_image_check(source.manifest, comparer, sinks)
 
 
@@ -9950,32 +9848,29 @@ def wanted_disk(source: Source, word: str) -> SourceDisk:
     if len(found) == 1:
         return found[0]
     lacking = [disk.title for disk in source.lacking if word in (disk.device, disk.userdevice, disk.vdi_uuid, disk.name)]
-    raise UsageError("%s: %s. This copy holds %s%s." % (
-        source.title, "disk %s is not in it" % lacking[0] if lacking else
-        "it holds no disk %s" % one_line(word) if word and not found else "say which disk with disk=",
-        ", ".join(disk.title for disk in source.disks) or "no disk",
-        "; the VM had also " + ", ".join(disk.title for disk in source.lacking) if source.lacking else ""))
+    problem = f"disk {lacking[0]} is not in it" if lacking else f"it holds no disk {one_line(word)}" \
+        if word and not found else "say which disk with disk="
+    held = ", ".join(disk.title for disk in source.disks) or "no disk"
+    also = "; the VM had also " + ", ".join(disk.title for disk in source.lacking) if source.lacking else ""
+    raise UsageError(f"{source.title}: {problem}. This copy holds {held}{also}.")
 
 
-def check_room(source: Source, disk: SourceDisk, file: NewFile, warn: Callable[[str], Any]) -> None:
-    """Raises CatalogError if the disk surely has no room there; warns if it may have none."""
-    free = free_space(file.fd, file.shown)
-    least = least_bytes(source, [disk]) - 2 * MEBIBYTE     # the first and the last are stored though they be zeros
-    if free is not None and free < least:
-        raise CatalogError("%s: the data of disk %s take at least %s, and only %s are free there. Name a path with more "
-                           "room, on the share perhaps." % (file.shown, disk.title, format_size(least), format_size(free)))
-    if free is not None and free < disk.virtual_size:
-        warn("%s: %s are free there, less than the disk's full size of %s; its zeros take no room." % (
-            file.shown, format_size(free), format_size(disk.virtual_size)))
-
-
-def extract_disk(source: Source, inside: Directory, disk: SourceDisk, path: str, warn: Callable[[str], Any],
+def extract_disk(source: Source, disk: SourceDisk, path: str, warn: Callable[[str], Any],
                  on_tick: Callable[[Progress], Any]) -> Tuple[int, Any]:
-    """The disk is a sparse raw image at that path; the bytes written and the check. Nothing stands there otherwise."""
+    """The disk is a sparse raw image at that path; the bytes written and the check. Nothing stands there otherwise.
+    CatalogError if the disk surely has no room there; a warning if it may have none."""
     with NewFile(path) as file:
-        check_room(source, disk, file, warn)
-        sink = SparseImage(file.fd, "image" if source.file_format != "xva" else disk.id)
-        check = stream_image(source, inside, [sink], [], on_tick)
+        free = free_space(file.fd, file.shown)
+        least = least_bytes(source, [disk]) - 2 * MEBIBYTE     # the first and the last are stored though they be zeros
+        if free is not None and free < least:
+            raise CatalogError(f"{file.shown}: the data of disk {disk.title} take at least "
+                               f"{format_size(least)}, and only {format_size(free)} are free there. Name a "
+                               "path with more room, on the share perhaps.")
+        if free is not None and free < disk.virtual_size:
+            warn(f"{file.shown}: {format_size(free)} are free there, less than the disk's full size of "
+                 f"{format_size(disk.virtual_size)}; its zeros take no room.")
+        sink = SparseImage(file.fd, disk.id if source.is_archive else "image")
+        check = stream_image(source, on_tick, [sink])
         file.complete(disk.virtual_size or check.report.virtual_size)
     return sink.written_bytes, check
 
@@ -9999,54 +9894,54 @@ class Drill:
         self._importer = importer
         self._exporter = exporter
 
-    def run(self, plan: RestorePlan, inside: Directory, boot_s: float) -> str:
+    def run(self, plan: RestorePlan, boot_s: float) -> str:
         """What was proven, in words; raises what went wrong. Nothing of it is left in the pool, or a finding says so."""
         expected = ContentDigests()
-        with self._importer.imported(plan, inside, "drill", sink=expected) as imported:
+        with self._importer.imported(plan, expected) as imported:
             for planned in plan.disks:
                 self._compare(plan, imported, planned, expected)
             if boot_s:
-                return "restored, compared and booted: " + self._boot(imported, boot_s)
+                return f"restored, compared and booted: {self._boot(imported, boot_s)}"
         return "restored and compared"
 
     def _compare(self, plan: RestorePlan, imported: ImportedVm, planned: PlannedDisk, expected: ContentDigests) -> None:
         """Raises ProgramError unless the disk in the pool holds what the image held: that matched its digests."""
-        doing = "reading back disk %s of %s" % (planned.disk.device, imported.entry.title)
+        doing = f"reading back disk {planned.disk.device} of {imported.entry.title}"
         record = self._services.pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
         size = int(record["virtual_size"])
         is_sparse = planned.sr.type in VHD_SR_TYPES and size <= VHD_LARGEST_BYTES
         found = ContentDigests()
-        self._services.log.info("%s, %s." % (doing, format_size(size)))
+        self._services.log.info(f"{doing}, {format_size(size)}.")
         try:
             self._exporter.disk_contents(doing, record["uuid"], size, "vhd" if is_sparse else "raw", found)
         except VerificationError as error:
             raise ProgramError(str(error))
-        name = "image" if plan.source.file_format != "xva" else planned.disk.id
-        difference = first_difference(expected.disks.get(name, array("Q")), found.disks.get("image", array("Q")))
-        if difference >= 0:
-            raise ProgramError("%s: disk %s came back different: its MiB %d on SR %s is not what the copy holds. The copy "
-                                    "itself matched its digests: look at the SR." % (
-                                        imported.entry.title, planned.disk.title, difference, planned.sr.title))
+        held = expected.disks.get(planned.disk.id if plan.source.is_archive else "image", ())
+        pairs = itertools.zip_longest(held, found.disks.get("image", ()), fillvalue=0)     # what one lacks is zeros
+        difference = next((number for number, (one, other) in enumerate(pairs) if one != other), None)
+        if difference is not None:
+            raise ProgramError(f"{imported.entry.title}: disk {planned.disk.title} came back different: its "
+                               f"MiB {difference} on SR {planned.sr.title} is not what the copy holds. The "
+                               "copy itself matched its digests: look at the SR.")
 
     def _boot(self, imported: ImportedVm, boot_s: float) -> str:
         """How it did; raises BackupError if it did not start or did not stay up."""
-        doing = "starting %s" % imported.entry.title
+        doing, pool, clock = f"starting {imported.entry.title}", self._services.pool, self._services.clock
         metrics = self._guest_metrics(imported.ref, doing)
         # the copy may bear what blocked the start of its VM: of this one nobody but us knows
-        self._services.pool.ask(doing, "VM.remove_from_blocked_operations", imported.ref, "start")
-        self._services.pool.call(doing, "VM.start", imported.ref, False, False)
-        began_s = self._services.clock.monotonic()
+        pool.ask(doing, "VM.remove_from_blocked_operations", imported.ref, "start")
+        pool.call(doing, "VM.start", imported.ref, False, False)
+        began_s = clock.monotonic()
         while True:
-            record = self._services.pool.ask(doing, "VM.get_record", imported.ref)
-            after_s = self._services.clock.monotonic() - began_s
-            if record["power_state"] != "Running":
-                raise BackupError("%s: it started, and was %s after %s." % (
-                    imported.entry.title, record["power_state"].lower(), format_duration(after_s)))
-            now = self._guest_metrics(imported.ref, doing)
-            if now and now != metrics:
-                return "the guest's tools answered after %s" % format_duration(after_s)
+            state = pool.ask(doing, "VM.get_record", imported.ref)["power_state"]
+            after_s = clock.monotonic() - began_s
+            if state != "Running":
+                raise BackupError(f"{imported.entry.title}: it started, and was {state.lower()} after "
+                                  f"{format_duration(after_s)}.")
+            if self._guest_metrics(imported.ref, doing) not in ("", metrics):
+                return f"the guest's tools answered after {format_duration(after_s)}"
             if after_s >= boot_s:
-                return "running after %s, no guest tools seen" % format_duration(after_s)
+                return f"running after {format_duration(after_s)}, no guest tools seen"
             self._services.signals.sleep(BOOT_POLL_S)
 
     def _guest_metrics(self, ref: str, doing: str) -> str:
@@ -10060,12 +9955,7 @@ class Drill:
             if is_gone(failure, "VM_guest_metrics"):
                 return ""
             raise
-        return "%s %s" % (metrics, record["last_updated"])
-
-
-def longest_not_drilled(copies: Sequence[Copy], last_drills: Dict[str, str], number: int) -> List[Copy]:
-    """So many of the copies, those first whose VM was never drilled, or longest ago."""
-    return sorted(copies, key=lambda copy: last_drills.get(copy.folder, ""))[:number]
+        return f"{metrics} {record['last_updated']}"
 
 
 # =============================================================================
@@ -11138,36 +11028,35 @@ def command_prune(services: Services) -> int:
 # --- restore, extract and drill ---------------------------------------------------------------------
 
 
-class Chosen(NamedTuple):
-    """A copy that was chosen, its open directory, and the store (None: the copy was named by its path)."""
-    copy: Copy
-    inside: Directory
-    catalog: Optional[Catalog]
-
-
 @contextlib.contextmanager
-def chosen_copy(services: Services, force: bool) -> Iterator[Chosen]:
-    """The copy that VM and from= mean, open. UsageError if they mean none or several, BackupError if it is not good."""
-    arguments = services.arguments
-    wanted = arguments.parameters["from"]
+def chosen_source(services: Services, force: bool = False,
+                  without_vm: bool = False) -> Iterator[Tuple[Source, Optional[Catalog]]]:
+    """What the copy holds that VM and from= mean, and its store (None: it was named by its path). UsageError if they mean
+    none or several, or a path another VM's, BackupError if it is not good."""
+    wanted, vm, catalog = services.arguments.parameters["from"], services.arguments.vm, None
     with contextlib.ExitStack() as stack:
         if "/" in wanted:
-            chosen = Chosen(copy_at_path(wanted), stack.enter_context(Directory.open_path(copy_directory(wanted))), None)
-        elif not arguments.vm:
-            raise UsageError("%s of what? Name a VM, or a copy with from=PATH." % arguments.action.name)
+            copy, inside = copy_at_path(wanted), stack.enter_context(Directory.open_path(copy_directory(wanted)))
+        elif not vm:
+            raise UsageError(f"{services.arguments.action.name} of what? Name a VM, or a copy with "
+                             "from=PATH.")
         else:
             catalog = open_store(services.settings)
-            chosen = stack.enter_context(held_copy(
-                services, catalog, lambda: choose_copy(catalog, arguments.vm, wanted, services.log)))
-        copy = chosen.copy
+            copy, inside = stack.enter_context(held_copy(
+                services, catalog, lambda: choose_copy(catalog, vm, wanted, services.log)))
         if copy.trouble and not (force and copy.image):
-            raise BackupError("%s is not a good copy: %s. %s" % (
-                chosen.inside.shown, copy.trouble, "force=yes takes it all the same." if copy.image else "Choose another with from=."))
-        yield chosen
+            advice = "force=yes takes it all the same." if copy.image else "Choose another with from=."
+            raise BackupError(f"{inside.shown} is not a good copy: {copy.trouble}. {advice}")
+        source = opened_source(services, copy, inside, force, without_vm)
+        names = (source.vm_name, copy.vm_name, source.vm_uuid, f"uuid:{source.vm_uuid}")
+        if catalog is None and vm and vm not in names:
+            raise UsageError(f"{source.title} is a copy of {quote_name(source.vm_name)}, not of "
+                             f"{quote_name(vm)}: name that VM, or none.")
+        yield source, catalog
 
 
 @contextlib.contextmanager
-def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy]) -> Iterator[Chosen]:
+def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy]) -> Iterator[Tuple[Copy, Directory]]:
     """The copy that `choose` gives, open; nobody removes it meanwhile, where this store can be locked from here: who reads
     goes on without. One that went away before it was held is chosen anew."""
     while True:
@@ -11187,7 +11076,7 @@ def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy]) 
                 inside = stack.enter_context(catalog.open_copy(copy))
             except NotThere:
                 continue
-            yield Chosen(copy, inside, catalog)
+            yield copy, inside
             return
 
 
@@ -11210,18 +11099,20 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
         return chosen[0]
     pools = sorted({copy.pool for copy in copies if copy.pool})
     if len(pools) > 1:
-        log.warning("%s is the uuid of a VM in several pools (%s); the newest copy of any of them is taken. from=STAMP takes "
-                    "another." % (found[0].uuid, ", ".join(pools)))
+        log.warning("%s is the uuid of a VM in several pools (%s); the newest copy of any of them is taken. "
+                    "from=STAMP takes another." % (found[0].uuid, ", ".join(pools)))
     for copy in reversed(copies):
         if copy.is_good and copy.method is not None:
             full = [other.name for other in copies if other.is_good and other.method is Method.VM]
             if copy.method is Method.VDI and full:
-                log.warning("%s/%s, the newest good copy, holds only the OS disk. The newest copy of the whole VM is taken "
-                            "with from=%s; `list` shows all." % (copy.folder, copy.name, full[-1][len("backup-"):]))
+                log.warning("%s/%s, the newest good copy, holds only the OS disk. The newest copy of the "
+                            "whole VM is taken with from=%s; `list` shows "
+                            "all." % (copy.folder, copy.name, full[-1][len("backup-"):]))
             return copy
-        log.warning("%s/%s is passed over: %s." % (copy.folder, copy.name, copy.trouble or "its kind can't be read"))
-    raise BackupError("there is no good copy of %s; `list` shows what there is, and from=STAMP with force=yes takes one all "
-                      "the same." % quote_name(vm))
+        log.warning("%s/%s is passed over: %s." % (copy.folder, copy.name, copy.trouble or "its kind can't "
+                                                                                           "be read"))
+    raise BackupError("there is no good copy of %s; `list` shows what there is, and from=STAMP with "
+                      "force=yes takes one all the same." % quote_name(vm))
 
 
 def copy_directory(path: str) -> str:
@@ -11243,7 +11134,8 @@ def copy_at_path(path: str) -> Copy:
                 return copy
             status = inside.status(image)
             if status is None or not IMAGE_NAME.fullmatch(image):
-                raise UsageError("%s is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is or with .gz or .zst."
+                raise UsageError("%s is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is or "
+                                 "with .gz or .zst."
                                  % path if status else "%s is not there." % path)
             alone = Copy(folder, name, datetime.fromtimestamp(int(status.st_mtime)), True, None, "", "", 0, None, None, "", 0, "")
             return with_old_image(inside, alone, image, status.st_size)
@@ -11251,42 +11143,24 @@ def copy_at_path(path: str) -> Copy:
         raise UsageError("%s can't be read: %s" % (path, str(error).rstrip(".") + "."))
 
 
-def opened_source(services: Services, chosen: Chosen, force: bool = False, without_vm: bool = False) -> Source:
-    """What the chosen copy holds; BackupError with what is wrong with it."""
+def opened_source(services: Services, copy: Copy, inside: Directory, force: bool = False, without_vm: bool = False) -> Source:
+    """What that copy holds; BackupError with what is wrong with it."""
     try:
-        return read_source(chosen.inside, chosen.copy, force, without_vm, lambda progress: services.signals.check())
-    except VerificationError as error:
-        raise type(error)("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
-    except ValueError as error:
-        raise VerificationError("%s: %s. Nothing was started." % (chosen.inside.shown, str(error).rstrip(".")))
+        return read_source(inside, copy, force, without_vm, lambda progress: services.signals.check())
+    except (VerificationError, ValueError) as error:
+        kind = type(error) if isinstance(error, VerificationError) else VerificationError
+        raise kind(f"{inside.shown}: {str(error).rstrip('.')}. Nothing was started.")
     except CatalogError as error:
-        raise BackupError("%s can't be read: %s Nothing was started." % (chosen.inside.shown, error))
-
-
-def check_vm_word(arguments: Arguments, chosen: Chosen, source: Source) -> None:
-    """UsageError if a VM was named and the copy at the path that was named is another's."""
-    names = (source.vm_name, chosen.copy.vm_name, source.vm_uuid, "uuid:" + source.vm_uuid)
-    if chosen.catalog is None and arguments.vm and arguments.vm not in names:
-        raise UsageError("%s is a copy of %s, not of %s: name that VM, or none." % (
-            source.title, quote_name(source.vm_name), quote_name(arguments.vm)))
-
-
-def restore_wishes(services: Services, chosen: Chosen) -> Wishes:
-    """What the command line of a restore asks for."""
-    given = services.arguments.parameters
-    return Wishes(given["to"], given["sr"], given["network"], given["preserve"], given["start"],
-                  given["attach_existing_disks"], False,
-                  chosen.copy.taken_at.strftime("%Y-%m-%d"))
+        raise BackupError(f"{inside.shown} can't be read: {error} Nothing was started.")
 
 
 def command_restore(services: Services) -> int:
     """A VM is back as a new VM, proven, or nothing of it is left and the person knows why."""
     arguments, log = services.arguments, services.log
-    force = arguments.parameters["force"]
-    with chosen_copy(services, force) as chosen:
-        wishes = restore_wishes(services, chosen)
-        source = opened_source(services, chosen, force)
-        check_vm_word(arguments, chosen, source)
+    given = arguments.parameters
+    wishes = Wishes(given["to"], given["sr"], given["network"], given["preserve"], given["start"],
+                    given["attach_existing_disks"], given["force"])
+    with chosen_source(services, wishes.force) as (source, catalog):
         find_xe(services.settings)
         with connected(services, changes_allowed=not arguments.preview) as (services, inventory):
             plan = plan_restore(source, read_pool_view(services.pool, inventory), wishes)
@@ -11297,104 +11171,99 @@ def command_restore(services: Services) -> int:
                 problems = "\n".join("* " + problem for problem in plan.problems)
                 raise BackupError(f"{quote_name(source.vm_name)} is not restored:\n{problems}\nNothing was started.")
             log.info(plan_text(plan))
-            if arguments.parameters["verify_first"]:
-                read_once(services, source, chosen.inside)
-            return restore(services, inventory, plan, chosen, force)
+            if given["verify_first"]:
+                read_once(services, source)
+            return restore(services, inventory, plan, catalog)
 
 
-def read_once(services: Services, source: Source, inside: Directory) -> None:
+def read_once(services: Services, source: Source) -> None:
     """The whole image was read and is what it should be; BackupError if not."""
-    title = "verifying " + source.title
+    title = f"verifying {source.title}"
     services.log.info(title)
     try:
-        stream_image(source, inside, [], [], reading_progress(services, title, source.copy.size_bytes))
+        stream_image(source, reading_progress(services, title, source.copy.size_bytes))
     except VerificationError as error:
-        raise BackupError("%s %s: %s. Nothing was started." % (source.title, error.verdict, str(error).rstrip(".")))
+        raise BackupError(f"{source.title} {error.verdict}: {str(error).rstrip('.')}. Nothing was started.")
 
 
-def journal_catalog(services: Services, chosen: Chosen) -> Catalog:
-    """The directory whose .vmbackup holds the journal: backup_dir, or where the copy itself lies."""
-    if chosen.catalog is not None:
-        candidates = [chosen.catalog.path]
+def journal_catalog(services: Services, shown: str, catalog: Optional[Catalog]) -> Catalog:
+    """The directory whose .vmbackup holds the journal: that of the store, or, for a copy that was named by its path,
+    backup_dir, or where that copy lies (it is shown as `shown`)."""
+    if catalog is not None:
+        candidates = [catalog.path]
     else:
-        above = os.path.dirname(os.path.dirname(os.path.abspath(fs_path(chosen.inside.shown))))
-        candidates = [services.settings.backup_dir, chosen.inside.shown]
-        if parse_copy_name(os.path.basename(chosen.inside.shown.rstrip("/"))):
-            candidates.insert(1, fs_text(above))
+        candidates = [services.settings.backup_dir, shown]
+        if parse_copy_name(os.path.basename(shown.rstrip("/"))):
+            candidates.insert(1, fs_text(os.path.dirname(os.path.dirname(os.path.abspath(fs_path(shown))))))
     for path in candidates:
         with contextlib.suppress(CatalogError):
-            catalog = Catalog(path)
-            if catalog.is_writable():
-                return catalog
-    raise UsageError("none of %s can be written to, and a journal of what is made in the pool has to be kept: name a "
-                     "directory for it with backup_dir=. Nothing was started." % ", ".join(candidates))
+            found = Catalog(path)
+            if found.is_writable():
+                return found
+    raise UsageError(f"none of {', '.join(candidates)} can be written to, and a journal of what is made in "
+                     "the pool has to be kept: name a directory for it with backup_dir=. Nothing was "
+                     "started.")
 
 
-def restore(services: Services, inventory: Inventory, plan: RestorePlan, chosen: Chosen, force: bool) -> int:
+def restore(services: Services, inventory: Inventory, plan: RestorePlan, catalog: Optional[Catalog]) -> int:
     """The plan was carried out; the exit status. Raises what went wrong, when nothing of it is left."""
-    log, name, size = services.log, quote_name(plan.source.vm_name), format_size(chosen.copy.size_bytes)
-    began_s = services.clock.monotonic()
-    with Run(services._replace(catalog=journal_catalog(services, chosen)), inventory) as run:
+    log, name, size = services.log, quote_name(plan.source.vm_name), format_size(plan.source.copy.size_bytes)
+    began_s, status = services.clock.monotonic(), ExitStatus.OK
+    services = services._replace(catalog=journal_catalog(services, plan.source.inside.shown, catalog))
+    with Run(services, inventory) as run:
         for problem in run.sweep():
             log.info(f"{problem} It is left.")
         importer = Importer(run.services, make_xe(services), run.snapshots)
         log.info(f"{name}: importing {size}.")
-        with importer.imported(plan, chosen.inside, "restore", force) as imported:
+        with importer.imported(plan) as imported:
             importer.finish(plan, imported)
         services.signals.come_too_late()                    # the VM is there
-        seconds = services.clock.monotonic() - began_s
-        log.info(f"{name}: the import {'is over' if imported.problem else 'is proven'}: {size} in {format_duration(seconds)}.")
-        status = started_status(services, plan, imported)
+        took = format_duration(services.clock.monotonic() - began_s)
+        log.info(f"{name}: the import {'is over' if imported.problem else 'is proven'}: {size} in {took}.")
+        if plan.wishes.start and not imported.problem:
+            try:
+                services.pool.call(f"starting {quote_name(plan.name)}", "VM.start", imported.ref, False, False)
+            except BackupError as error:
+                log.error(f"{error} The VM itself is whole; start it when that is settled.")
+                status = ExitStatus.FAILED
         log.show(restored_text(services.pool, plan, imported, status))
         run.look_again()
-        if imported.problem:
-            return ExitStatus.WARNING
-        return status if status != ExitStatus.OK or not run.snapshots.findings else ExitStatus.WARNING
-
-
-def started_status(services: Services, plan: RestorePlan, imported: ImportedVm) -> int:
-    """The VM was started if that was asked for; FAILED if it could not be."""
-    if not plan.start or imported.problem:
-        return ExitStatus.OK
-    try:
-        services.pool.call("starting %s" % quote_name(plan.name), "VM.start", imported.ref, False, False)
-        return ExitStatus.OK
-    except BackupError as error:
-        services.log.error("%s The VM itself is whole; start it when that is settled." % error)
-        return ExitStatus.FAILED
+    has_warned = imported.problem or run.snapshots.findings
+    return ExitStatus.WARNING if status == ExitStatus.OK and has_warned else status
 
 
 def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: int) -> str:
     """What is there now, in lines for people."""
-    doing = "reading %s" % quote_name(plan.name)
+    doing = f"reading {quote_name(plan.name)}"
     record = pool.ask(doing, "VM.get_record", imported.ref)
     machine = pool.machine(imported.ref, doing, record)
-    lines = ["%s is back as VM %s, uuid %s, %s." % (quote_name(plan.source.vm_name), quote_name(record["name_label"]),
-                                                    record["uuid"], record["power_state"].lower())]
+    lines = [f"{quote_name(plan.source.vm_name)} is back as VM {quote_name(record['name_label'])}, uuid "
+             f"{record['uuid']}, {record['power_state'].lower()}."]
     if imported.problem:
-        lines.append("  IT IS DAMAGED: " + imported.problem)
+        lines.append(f"  IT IS DAMAGED: {imported.problem}")
     srs = {planned.sr.uuid: planned.sr.name for planned in plan.disks}
-    lines += ["  disk %s %s, %s, uuid %s, on SR %s" % (
-        disk.device, quote_name(disk.name), format_size(disk.virtual_size), disk.vdi_uuid,
-        quote_name(srs.get(disk.sr_uuid, disk.sr_uuid))) for disk in machine.disks]
+    lines += [f"  disk {disk.device} {quote_name(disk.name)}, {format_size(disk.virtual_size)}, uuid "
+              f"{disk.vdi_uuid}, on SR "
+              f"{quote_name(srs.get(disk.sr_uuid, disk.sr_uuid))}" for disk in machine.disks]
     interfaces = {vif.device: vif for vif in pool.interfaces(machine)}
-    lines += ["  interface %s on network %s, MAC %s" % (vif.device, quote_name(vif.network_name), vif.mac)
+    lines += [f"  interface {vif.device} on network {quote_name(vif.network_name)}, MAC {vif.mac}"
               for vif in interfaces.values()]
     lines += ["  note: once its guest tools run: " + command.replace(VIF_UUID, interfaces[item.device].uuid)
               for item in plan.interfaces if item.device in interfaces for _, command in fixed_addresses(item.fields)]
-    lines += ["  not in this copy, and not attached: disk %s: %s" % (item.disk.title, item.reason)
+    lines += [f"  not in this copy, and not attached: disk {item.disk.title}: {item.reason}"
               for item in plan.existing if not item.vdi_ref]
     if lost_memory(plan.source):
         lines.append("  note: " + lost_memory(plan.source))
     lines += ["  note: " + note.replace(NEW_UUID, record["uuid"]) for note in plan.notes if NEW_UUID in note]
     if record["power_state"] == "Halted" and not imported.problem:
-        start = "xe vm-start uuid=%s" % record["uuid"]
+        start = f"xe vm-start uuid={record['uuid']}"
         if "start" in record["blocked_operations"]:
-            lines.append("  Its start is blocked, as that of the VM was when it was backed up (%s). To start it: xe "
-                         "vm-param-remove uuid=%s param-name=blocked-operations param-key=start; then: %s" % (
-                             one_line(record["blocked_operations"]["start"]) or "no reason given", record["uuid"], start))
+            reason = one_line(record["blocked_operations"]["start"]) or "no reason given"
+            lines.append(f"  Its start is blocked, as that of the VM was when it was backed up ({reason}). "
+                         f"To start it: xe vm-param-remove uuid={record['uuid']} "
+                         f"param-name=blocked-operations param-key=start; then: {start}")
         elif status == ExitStatus.OK:
-            lines.append("  To start it: " + start)
+            lines.append(f"  To start it: {start}")
     return "\n".join(lines)
 
 
@@ -11403,43 +11272,41 @@ def command_extract(services: Services) -> int:
     given = services.arguments.parameters
     path = given["to"]
     if path and os.path.lexists(fs_path(path)):
-        raise UsageError("to=%s exists already and was left as it is." % path)
-    with chosen_copy(services, False) as chosen:
-        source = opened_source(services, chosen, without_vm=not given["metadata"])
-        check_vm_word(services.arguments, chosen, source)
+        raise UsageError(f"to={path} exists already and was left as it is.")
+    with chosen_source(services, without_vm=not given["metadata"]) as (source, _):
         if given["metadata"]:
-            return extract_metadata(services, source, chosen.inside, path)
+            return extract_metadata(services, source, path)
         disk = wanted_disk(source, given["disk"])
         if not path:
             raise UsageError("say with to= which file to write.")
-        title = "extracting disk %s of %s" % (disk.device, source.title)
+        title = f"extracting disk {disk.device} of {source.title}"
         services.log.info(title)
         try:
-            written, check = extract_disk(source, chosen.inside, disk, path, services.log.warning,
+            written, check = extract_disk(source, disk, path, services.log.warning,
                                           reading_progress(services, title, source.copy.size_bytes))
         except VerificationError as error:
-            raise BackupError("%s %s: %s. No file was left." % (source.title, error.verdict, str(error).rstrip(".")))
+            raise BackupError(f"{source.title} {error.verdict}: {str(error).rstrip('.')}. No file was left.")
         except CatalogError as error:
-            raise BackupError("%s No file was left." % error)
+            raise BackupError(f"{error} No file was left.")
     proven = "its digests match" if source.manifest else source.digests_text + (
         "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked else
         "; the structure is whole")
-    services.log.show("%s: disk %s of %s (%s), %s, of which %s are not zeros; %s." % (
-        path, disk.title, quote_name(source.vm_name), source.copy.name,
-        format_size(disk.virtual_size or check.report.virtual_size), format_size(written), proven))
+    size = format_size(disk.virtual_size or check.report.virtual_size)
+    services.log.show(f"{path}: disk {disk.title} of {quote_name(source.vm_name)} ({source.copy.name}), "
+                      f"{size}, of which {format_size(written)} are not zeros; {proven}.")
     return ExitStatus.OK
 
 
-def extract_metadata(services: Services, source: Source, inside: Directory, path: str) -> int:
+def extract_metadata(services: Services, source: Source, path: str) -> int:
     """The VM's ova.xml is in the file, or on stdout."""
-    text = inside.read(VM_METADATA) if inside.status(VM_METADATA) is not None else ova_text(source.ova)
+    text = source.inside.read(VM_METADATA) if source.inside.status(VM_METADATA) is not None else ova_text(source.ova)
     if not path:
         services.log.show(text.decode("utf-8", "replace"))
         return ExitStatus.OK
-    with NewFile(path) as file, storage_errors("writing %s" % path):
+    with NewFile(path) as file, storage_errors(f"writing {path}"):
         write_all(file.fd, text)
         file.complete()
-    services.log.show("%s: the metadata of %s (%s)." % (path, quote_name(source.vm_name), source.copy.name))
+    services.log.show(f"{path}: the metadata of {quote_name(source.vm_name)} ({source.copy.name}).")
     return ExitStatus.OK
 
 
@@ -11479,7 +11346,10 @@ def drill_copies(services: Services, catalog: Catalog, vm: str) -> Tuple[List[Co
     for finding in findings:
         services.log.finding(finding)
     copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
-    return longest_not_drilled(copies, catalog.last_drills(), sample) if sample else copies, findings
+    if sample:                             # those first that were never drilled, or longest ago
+        drilled_at = catalog.last_drills()
+        copies = sorted(copies, key=lambda copy: drilled_at.get(copy.folder, ""))[:sample]
+    return copies, findings
 
 
 NEWEST_OF_EACH = "newest-of-each"
@@ -11501,12 +11371,13 @@ def command_drill(services: Services) -> int:
             return run_drill(services, inventory, copies, findings)
 
 
-def drill_plan(services: Services, view: PoolView, chosen: Chosen) -> RestorePlan:
+def drill_plan(services: Services, view: PoolView, copy: Copy, inside: Directory) -> RestorePlan:
     """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read anew."""
-    if not chosen.copy.is_good:
-        raise BackupError("it is no good copy (%s), and there is no good one of this VM." % chosen.copy.trouble)
-    wishes = Wishes("", services.arguments.parameters["sr"], "", False, False, False, True, "")
-    plan = plan_restore(opened_source(services, chosen), view._replace(srs=target_srs(services.pool, view.master)), wishes)
+    if not copy.is_good:
+        raise BackupError(f"it is no good copy ({copy.trouble}), and there is no good one of this VM.")
+    view = view._replace(srs=target_srs(services.pool, view.master))
+    wishes = Wishes(sr=services.arguments.parameters["sr"], is_drill=True)
+    plan = plan_restore(opened_source(services, copy, inside), view, wishes)
     if plan.problems:
         raise BackupError(" ".join(plan.problems))
     return plan
@@ -11519,11 +11390,11 @@ def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Cop
     for copy in copies:
         try:
             with services.catalog.open_copy(copy) as inside:
-                plan = drill_plan(services, view, Chosen(copy, inside, services.catalog))
-            text = ", ".join("disk %s on SR %s" % (item.disk.title, item.sr.title) for item in plan.disks) or "no disk"
+                plan = drill_plan(services, view, copy, inside)
+            text = ", ".join(f"disk {item.disk.title} on SR {item.sr.title}" for item in plan.disks) or "no disk"
         except BackupError as error:
-            status, text = ExitStatus.FAILED, "can't be drilled: %s" % error
-        services.log.show("%s/%s: %s" % (copy.folder, copy.name, text))
+            status, text = ExitStatus.FAILED, f"can't be drilled: {error}"
+        services.log.show(f"{copy.folder}/{copy.name}: {text}")
     return status
 
 
@@ -11573,11 +11444,11 @@ def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> O
     began_s = services.clock.monotonic()
     title = f"{copy.folder}/{copy.name}"
     try:
-        with held_copy(services, services.catalog, lambda: still_there(services, services.catalog, copy)) as chosen:
-            copy, title = chosen.copy, f"{chosen.copy.folder}/{chosen.copy.name}"
+        with held_copy(services, services.catalog, lambda: still_there(services, services.catalog, copy)) as (held, inside):
+            copy, title = held, f"{held.folder}/{held.name}"
             services.log.info(f"{title}: drill of {format_size(copy.size_bytes)}.")
             boot_s = services.arguments.parameters["boot"] * MINUTE_S
-            said, error = drill.run(drill_plan(services, view, chosen), chosen.inside, boot_s), None
+            said, error = drill.run(drill_plan(services, view, copy, inside), boot_s), None
             services.log.info(f"{title}: {said}.")
     except BackupError as problem:
         # what the pool, an SR, the store or another run is to blame for says nothing about the copy

@@ -253,7 +253,7 @@ def read_as_all_commands_do(store: VmBackup.Catalog, target: str) -> None:
         for force in (False, True):
             try:
                 source = VmBackup.read_source(inside, found, force)
-                VmBackup.extract_disk(source, inside, VmBackup.wanted_disk(source, 'xvda'), target, lambda text: None, lambda progress: None)
+                VmBackup.extract_disk(source, VmBackup.wanted_disk(source, 'xvda'), target, lambda text: None, lambda progress: None)
                 os.unlink(target)
             except (VmBackup.BackupError, ValueError) as error:          # ValueError: opened_source tells it
                 assert str(error)

@@ -38,7 +38,7 @@ def extracted(folder, name, content, disk='xvda', force=False):
         target.unlink()
     with opened(path) as (image, inside):
         source = VmBackup.read_source(inside, image, force, without_vm=True)
-        VmBackup.extract_disk(source, inside, VmBackup.wanted_disk(source, disk), str(target), lambda text: None, lambda progress: None)
+        VmBackup.extract_disk(source, VmBackup.wanted_disk(source, disk), str(target), lambda text: None, lambda progress: None)
     return target.read_bytes()
 
 
@@ -364,7 +364,7 @@ def test_a_wild_number_with_a_sum_that_fits_is_damage(tmp_path, name, at, struct
     refused(tmp_path, name, gzip.compress(content, 1) if name.endswith('gz') else content)
     with opened(tmp_path / name) as (image, inside), contextlib.suppress(VerificationError):
         source = VmBackup.read_source(inside, image, True, without_vm=True)
-        VmBackup.stream_image(source, inside, [], [], lambda progress: None, problems=[])
+        VmBackup.stream_image(source, lambda progress: None, problems=[])
 
 
 def test_a_fixed_vhd_of_a_wild_size_is_damage_for_force_too(tmp_path):
@@ -385,16 +385,16 @@ def test_of_a_damaged_foreign_vhd_force_gives_what_is_there(tmp_path):
     (tmp_path / 'web.vhd').write_bytes(WHOLE.file[:-MIB])
     with opened(tmp_path / 'web.vhd') as (image, inside):
         source = VmBackup.read_source(inside, image, True, without_vm=True)
-        VmBackup.stream_image(source, inside, [seen], [], lambda progress: None, problems=problems)
+        VmBackup.stream_image(source, lambda progress: None, [seen], problems=problems)
     assert problems and list(seen.disks['image'])[:1] == [int.from_bytes(hashlib.sha1(WHOLE.disk()[:MIB]).digest()[:8], 'big')]
 
 
 # --- ova.xml with fewer fields, or other kinds of them -----------------------------------------------------------------
 
 VIEW = VmBackup.PoolView(
-    (VmBackup.TargetSr('OpaqueRef:sr', 'sr-uuid', 'Local storage', 'nfs', True, 1 << 50, ()),), 'OpaqueRef:sr',
-    {'OpaqueRef:net': {'uuid': 'net', 'name_label': 'LAN'}}, {}, {}, {}, {}, (2, 21), 'master')
-NO_WISHES = VmBackup.Wishes('', '', '', False, False, False, False, '2026-11-26')
+    'master', (VmBackup.TargetSr('OpaqueRef:sr', 'sr-uuid', 'Local storage', 'nfs', True, 1 << 50, ()),), 'OpaqueRef:sr',
+    {'OpaqueRef:net': {'uuid': 'net', 'name_label': 'LAN'}}, {}, {}, {}, {})
+NO_WISHES = VmBackup.Wishes()
 WRONG = ['text', {'a': []}, [[]], True, 1.5, Date('20260101T00:00:00Z')]
 
 
@@ -413,13 +413,14 @@ def restored_in_process(text, wishes=NO_WISHES):
     vm_id, _ = VmBackup.own_vm(ova)
     image = VmBackup.Copy('web', 'web', VmBackup.datetime(2026, 11, 26), True, VmBackup.Method.VM, '', 'web', 0, None, None,
                           'web.xva', 5 * MIB, '')
-    source = VmBackup.Source('/x', image, {}, 'xva', ova, vm_id, {}, tuple(VmBackup.disks_of_ova(ova, vm_id)), ())
-    plan = VmBackup.plan_restore(source, VIEW, wishes)
-    assert VmBackup.plan_text(plan)
+    with Directory.open_path('/') as inside:
+        source = VmBackup.Source(inside, image, {}, ova, vm_id, {}, tuple(VmBackup.disks_of_ova(ova, vm_id)))
+        plan = VmBackup.plan_restore(source, VIEW, wishes)
+        assert VmBackup.plan_text(plan)
     if plan.problems:
         return plan
-    for part, ids in enumerate(plan.parts):
-        made = VmBackup.parse_ova(VmBackup.rewritten_ova(plan, part, 'new name', False))
+    for part, (_, ids) in enumerate(plan.parts):
+        made = VmBackup.parse_ova(VmBackup.rewritten_ova(plan, part, 'new name'))
         assert set(VmBackup.exported_disks(made)) == set(ids)
     for interface in plan.interfaces:
         assert VmBackup.vif_fields(interface, 'vm')['device']
