@@ -7156,10 +7156,14 @@ class Exporter:
     def _watch(self, doing: str, snapshot: Optional[VirtualMachine], sr_refs: Sequence[str] = (),
                size_bytes: int = 0) -> "Watch":
         """What is looked at once a second while data flow."""
-        if snapshot is not None:
-            sr_refs = tuple(disk.sr_ref for disk in snapshot.disks if disk.sr_uuid)
-            size_bytes = sum(disk.virtual_size for disk in snapshot.disks)
-        return Watch(self._services, doing, snapshot.ref if snapshot else None, sr_refs, size_bytes)
+        if snapshot is None:
+            return Watch(self._services, doing, size_bytes, sr_refs)
+
+        def export_tasks() -> List[str]:
+            operations = self._services.pool.call(f"asking for the task of {doing}", "VM.get_current_operations", snapshot.ref)
+            return [ref for ref, operation in operations.items() if operation == "export"]
+        return Watch(self._services, doing, sum(disk.virtual_size for disk in snapshot.disks),
+                     [disk.sr_ref for disk in snapshot.disks if disk.sr_uuid], export_tasks)
 
     def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str, compression: str = "none",
                 stored: Sequence[Any] = (), again: Sequence[Any] = ()) -> None:
@@ -7240,20 +7244,21 @@ class Watch:
 
     Time limits are about progress, never about total time. A byte is a sign of
     life; for a vm-export also the progress of the task that the server keeps in
-    the snapshot's current_operations, as a sparse disk may be silent for long.
+    the snapshot's current_operations, as a sparse disk may be silent for long,
+    and for an import that of the tasks that were made for it.
     """
 
-    def __init__(self, services: Services, doing: str, snapshot_ref: Optional[str], sr_refs: Sequence[str],
-                 size_bytes: int) -> None:
+    def __init__(self, services: Services, doing: str, size_bytes: int = 0, sr_refs: Sequence[str] = (),
+                 find_tasks: Callable[[], Sequence[str]] = tuple) -> None:
         self._services = services
         self._doing = doing
-        self._snapshot_ref = snapshot_ref
-        self._sr_refs = tuple(sorted(set(sr_refs)))
         self._size_bytes = size_bytes
+        self._sr_refs = tuple(sorted(set(sr_refs)))
+        self._find_tasks = find_tasks
         self._stall_s = services.settings.stall_timeout * MINUTE_S
         self._min_free = services.settings.min_sr_free
         self._began_at = self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
-        self._task_progress = -1.0
+        self._task_progress = []           # type: List[float]
         self.program = None                # type: Optional[Program]
 
     def __call__(self, progress: Progress) -> None:
@@ -7276,19 +7281,11 @@ class Watch:
 
     def _ask_task(self, now: float) -> None:
         """The server's own progress counts as life. A pool that does not answer just now proves nothing."""
-        if self._snapshot_ref is None:
-            return
         with contextlib.suppress(ApiFailure, PoolError):
-            for task in self._tasks():
-                value = self._services.pool.call("asking for the progress of " + self._doing, "task.get_progress", task)
-                if value != self._task_progress:
-                    self._task_progress, self._alive_at = value, now
-
-    def _tasks(self) -> List[str]:
-        """The refs of the export tasks of the snapshot."""
-        operations = self._services.pool.call("asking for the task of " + self._doing, "VM.get_current_operations",
-                                     self._snapshot_ref)
-        return [ref for ref, operation in operations.items() if operation == "export"]
+            doing = f"asking for the progress of {self._doing}"
+            found = [self._services.pool.call(doing, "task.get_progress", task) for task in self._find_tasks()]
+            if found and found != self._task_progress:
+                self._task_progress, self._alive_at = found, now
 
     def _give_up(self, waiting_for: str) -> None:
         """The task is cancelled and xe killed; raises StreamStalled or, if it is our storage, StorageMisbehaved."""
@@ -7297,10 +7294,9 @@ class Watch:
             raise StorageStalled("%s while waiting for the %s. It was given up and its snapshot removed; is the "
                                  "share still reachable?" % (stalled, waiting_for))
         with self._services.signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
-            if self._snapshot_ref is not None:
-                for task in self._tasks():
-                    self._services.pool.call("cancelling " + self._doing, "task.cancel", task)
-                    self.program.wait(TASK_CANCEL_S)
+            for task in self._find_tasks():
+                self._services.pool.call(f"cancelling {self._doing}", "task.cancel", task)
+                self.program.wait(TASK_CANCEL_S)
         raise StreamStalled("%s from the server. It was cancelled and its snapshot removed." % stalled)
 
 
@@ -9488,20 +9484,11 @@ class ImportedVm(NamedTuple):
 
 
 class ImportWatch(Watch):
-    """The watch over an import: the tasks are ours, and their progress is a sign of life."""
-
-    def __init__(self, services: Services, doing: str, size_bytes: int, tasks: Sequence[str]) -> None:
-        super().__init__(services, doing, tasks[0] if tasks else None, (), size_bytes)
-        self._own_tasks = tasks
-
-    def _tasks(self) -> List[str]:
-        """The refs of the import's tasks."""
-        return list(self._own_tasks)
+    """The watch over an import. What was made is removed by whoever opened the entry, who cancels its tasks first."""
 
     def _give_up(self, waiting_for: str) -> None:
-        """Raises StreamStalled; what was made is removed by whoever opened the entry, who cancels the task first."""
-        raise StreamStalled(f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)} "
-                            f"while waiting for the {waiting_for}. It was given up.")
+        raise StreamStalled(f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)} while "
+                            f"waiting for the {waiting_for}. It was given up.")
 
 
 class Importer:
@@ -9585,7 +9572,7 @@ class Importer:
         and what xe said before what followed from that."""
         source, force, problem = plan.source, plan.wishes.force, ""
         size_bytes = source.inside.status(source.copy.image).st_size
-        watch = ImportWatch(self._services, doing, size_bytes, tasks)
+        watch = ImportWatch(self._services, doing, size_bytes, find_tasks=lambda: tasks)
         try:
             with _Imports(self._xe, commands) as imports:
                 feed = new_feed([PartPipe(functools.partial(imports.start, part)) for part in range(len(commands))])

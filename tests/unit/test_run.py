@@ -7,7 +7,7 @@ import pytest
 
 from support.values import an_inventory, planned, services
 import VmBackup
-from VmBackup import (AnswerLost, ApiFailure, BackupRun, Clock, Log, PoolError, Progress, Run, Severity, StorageMisbehaved,
+from VmBackup import (AnswerLost, ApiFailure, BackupRun, Clock, ImportWatch, Log, PoolError, Progress, Run, Severity, StorageMisbehaved,
                       StreamStalled, Watch)
 
 
@@ -29,7 +29,8 @@ class RefusingPool:
                          ids=['login', 'lost', 'failure'])
 def test_a_pool_that_refuses_to_tell_of_a_task_ends_no_healthy_export_and_a_stalled_one_as_stalled(error):
     pool = RefusingPool(error)
-    watch = Watch(services('stall_timeout=1', pool=pool), 'the export of web', 'OpaqueRef:snapshot', (), 0)
+    watch = Watch(services('stall_timeout=1', pool=pool), 'the export of web',
+                  find_tasks=lambda: pool.call('looking', 'VM.get_current_operations'))
     watch._task_asked_at -= 3600
     watch(Progress(0, 30.0, 'xe'))
     assert pool.calls == ['VM.get_current_operations']
@@ -38,6 +39,19 @@ def test_a_pool_that_refuses_to_tell_of_a_task_ends_no_healthy_export_and_a_stal
     with pytest.raises(StreamStalled):
         watch(Progress(0, 30.0, 'xe'))
     assert len(pool.calls) == 2
+
+
+def test_two_imports_that_stand_still_at_different_points_are_no_sign_of_life():
+    pool = SimpleNamespace(call=lambda doing, method, task: {'first': 1.0, 'second': 0.3}[task])
+    watch = ImportWatch(services('stall_timeout=1', pool=pool), 'the import of web', find_tasks=lambda: ['first', 'second'])
+    for _ in range(2):
+        watch._alive_at, watch._task_asked_at = time.monotonic() - 50, time.monotonic() - 3600
+        before = watch._alive_at
+        watch(Progress(0, 30.0, 'server'))
+    assert watch._alive_at == before
+    watch._alive_at -= 3600
+    with pytest.raises(StreamStalled):
+        watch(Progress(0, 30.0, 'server'))
 
 
 def a_backup(**catalog):
