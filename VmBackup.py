@@ -6967,22 +6967,24 @@ class Snapshots:
         be removed is a finding; it never hides another error.
         """
         token = secrets.token_hex(8)
-        with self._begun(machine, kind="vm-snapshot", token=token, name=f"{label} {TOKEN_MARK}{token}") as snapshot:
-            yield snapshot.make(machine, label)
+        with self.begun(machine.uuid, machine.name, kind="vm-snapshot", token=token,
+                        name=f"{label} {TOKEN_MARK}{token}") as entry:
+            yield self.owned(entry).make(machine, label)
 
     @contextlib.contextmanager
     def of_disk(self, machine: VirtualMachine, disk: Disk) -> Iterator[Disk]:
         """A snapshot of the VM's disk, removed on every way out; raises as of_vm does."""
-        with self._begun(machine, kind="vdi-snapshot", token=secrets.token_hex(8), disk=disk.vdi_uuid) as snapshot:
-            yield snapshot.make(machine, disk)
+        with self.begun(machine.uuid, machine.name, kind="vdi-snapshot", token=secrets.token_hex(8),
+                        disk=disk.vdi_uuid) as entry:
+            yield self.owned(entry).make(machine, disk)
 
     @contextlib.contextmanager
-    def _begun(self, machine: VirtualMachine, **facts: Any) -> Iterator[Any]:
-        """The thing that is then made, its entry on disk before that; removed on every way out."""
-        entry = self._services.journal.open_entry(vm_uuid=machine.uuid, vm_name=machine.name,
+    def begun(self, vm_uuid: str, vm_name: str, **facts: Any) -> Iterator[OpenEntry]:
+        """The entry, on disk, of what is then made for that VM; removed on every way out."""
+        entry = self._services.journal.open_entry(vm_uuid=vm_uuid, vm_name=vm_name,
                                                   called_at=format_utc(self._services.clock.utc()), **facts)
         try:
-            yield self.owned(entry)
+            yield entry
         except StorageStalled:
             self._services.journal.is_mute = True
             raise
@@ -9507,15 +9509,10 @@ class Importer:
         is_drill = plan.wishes.is_drill
         name = DRILL_VM_NAME % (source.vm_name, token) if is_drill else NEW_VM_NAME % (plan.name, token)
         names = [name] + [PART_NAME % (name, part + 1) for part in range(1, len(plan.parts))]
-        entry = self._services.journal.open_entry(
-            kind="drill" if is_drill else "restore", token=token, vm_uuid=source.vm_uuid or "?", vm_name=source.vm_name,
-            names=names, tasks=[], called_at=format_utc(self._services.clock.utc()))
         make = self._create if source.has_only_cfg_files else self._import
-        try:
+        with self._snapshots.begun(source.vm_uuid or "?", source.vm_name, kind="drill" if is_drill else "restore",
+                                   token=token, names=names, tasks=[]) as entry:
             yield self._take_stock(entry, plan, make(entry, plan, sink))
-        finally:
-            if entry.is_open:
-                self._snapshots.remove(entry)
 
     def _import(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:
         """The data are in the pool; "" or, with force=yes, what is wrong with them. Raises what went wrong first."""
@@ -9596,22 +9593,14 @@ class Importer:
                     while program.wait(TICK_S) is None:
                         watch(Progress(size_bytes, self._services.clock.monotonic() - began_s, "server"))
                     said = xe_problem(program.wait(0), program.said)
-                    if said and not (tasks and self._has_succeeded(tasks[part])):
+                    ask = self._services.pool.ask_if_there       # an xe that lost its connection proves nothing
+                    if said and not (tasks and ask(doing, "task.get_status", tasks[part]) == "success"):
                         raise import_failure(doing, said, was_proven=bool(source.manifest))
         except (VerificationError, ProgramError) as error:
             if not force:
                 raise
             problem = problem or str(error)
         return problem
-
-    def _has_succeeded(self, task: str) -> bool:
-        """Does the pool say that the import of that task is done? An xe that lost its connection proves nothing."""
-        try:
-            return self._services.pool.ask("asking what became of an import", "task.get_status", task) == "success"
-        except ApiFailure as failure:
-            if is_gone(failure, "task"):
-                return False
-            raise
 
     def _take_stock(self, entry: OpenEntry, plan: RestorePlan, problem: str) -> ImportedVm:
         """What was imported is journalled, whole, and the disks of further parts hang on the VM itself."""
@@ -9669,8 +9658,7 @@ class Importer:
                 self._attach(existing, plan.source, imported, doing)
         self._services.signals.check()
         with self._services.signals.shielded():
-            with contextlib.suppress(CatalogError):            # a full store: then the new name alone says that it is theirs
-                entry.note(restored=True)
+            entry.remember(restored=True)      # in a full store the new name alone says that it is theirs
             ask, blocked = self._services.pool.ask, plan.source.original.get("blocked_operations")
             try:
                 ask(doing, "VM.remove_from_other_config", ref, "import_task")
@@ -9933,16 +9921,10 @@ class Drill:
 
     def _guest_metrics(self, ref: str, doing: str) -> str:
         """What changes when the guest's tools report; "" if they never did."""
-        metrics = self._services.pool.ask(doing, "VM.get_guest_metrics", ref)
-        if metrics == NULL_REF:
-            return ""
-        try:
-            record = self._services.pool.ask(doing, "VM_guest_metrics.get_record", metrics)
-        except ApiFailure as failure:
-            if is_gone(failure, "VM_guest_metrics"):
-                return ""
-            raise
-        return f"{metrics} {record['last_updated']}"
+        pool = self._services.pool
+        metrics = pool.ask(doing, "VM.get_guest_metrics", ref)
+        record = None if metrics == NULL_REF else pool.ask_if_there(doing, "VM_guest_metrics.get_record", metrics)
+        return f"{metrics} {record['last_updated']}" if record else ""
 
 
 # =============================================================================
