@@ -1595,6 +1595,11 @@ class Copy(NamedTuple):
     checks: Mapping[str, Any] = {}
 
     @property
+    def stamp(self) -> str:
+        """What tells it from others of its directory, as from= takes it."""
+        return self.name[len("backup-"):]
+
+    @property
     def is_good(self) -> bool:
         """Marker and image are there, the image has its size, and no check has found it bad since."""
         return not self.trouble
@@ -1668,19 +1673,19 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
         elif copy.aside:
             verdicts.append(Verdict(copy, True, copy.aside))
         elif copy.uuid != uuid:
-            verdicts.append(Verdict(copy, True, "belongs to another VM (%s)" % (copy.uuid or "uuid unknown")))
+            verdicts.append(Verdict(copy, True, f"belongs to another VM ({copy.uuid or 'uuid unknown'})"))
         elif copy.method is not method:
             verdicts.append(Verdict(copy, True, "of the other kind"))
         elif copy.name not in going:
-            verdicts.append(Verdict(copy, True, "one of the newest %d" % keep))
+            verdicts.append(Verdict(copy, True, f"one of the newest {keep}"))
         elif unknown:
             why = "was made by a newer VmBackup" if unknown.is_newer else "can't be read now"
             verdicts.append(Verdict(copy, True, f"{unknown.name} {why}, so nothing here is removed"))
         elif copy.name in last_made:
             verdicts.append(Verdict(copy, True, "the last one made, whatever stamps copies of the older program bear"))
         else:
-            verdicts.append(Verdict(copy, False, "%s newer, and %s kept" % (
-                counted(len(counted_ones) - going[copy.name], "good copy", "is"), counted(keep, verb="is"))))
+            verdicts.append(Verdict(copy, False, f"{counted(len(counted_ones) - going[copy.name], 'good copy', 'is')} "
+                                                 f"newer, and {counted(keep, verb='is')} kept"))
     return verdicts
 
 
@@ -1745,8 +1750,8 @@ def clock_went_back(copies: Sequence[Copy], now: datetime) -> Optional[str]:
     newest = max(ours, key=lambda copy: copy.sequence)
     if now > newest.written_at:
         return None
-    return ("the clock shows %s, but the newest copy, %s, was made at %s: the clock went back. Nothing is "
-            "pruned until it is right again." % (format_utc(now), newest.name, format_utc(newest.written_at)))
+    return (f"the clock shows {format_utc(now)}, but the newest copy, {newest.name}, was made at "
+            f"{format_utc(newest.written_at)}: the clock went back. Nothing is pruned until it is right again.")
 
 
 def clock_is_behind(copies: Sequence[Copy], local: datetime) -> Optional[str]:
@@ -1755,9 +1760,9 @@ def clock_is_behind(copies: Sequence[Copy], local: datetime) -> Optional[str]:
                  key=lambda copy: copy.taken_at, default=None)
     if newest is None or newest.taken_at <= local:
         return None
-    return ("the clock shows %s, and %s, a copy of the older program, bears a later time: are clock and time zone right? "
-            "Until then that one counts as newer than tonight's, which stays all the same until the next one is made."
-            % (local.strftime("%Y-%m-%d %H:%M:%S"), newest.name))
+    return (f"the clock shows {local.strftime('%Y-%m-%d %H:%M:%S')}, and {newest.name}, a copy of the older "
+            "program, bears a later time: are clock and time zone right? Until then that one counts as newer "
+            "than tonight's, which stays all the same until the next one is made.")
 
 
 def retention_warnings(copies: Sequence[Copy], utc: datetime, local: datetime) -> List[str]:
@@ -2232,6 +2237,8 @@ MISBEHAVIOUR = frozenset((
     errno.EIO, errno.ESTALE, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
     errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EREMOTEIO, errno.EBADMSG,
     errno.EUCLEAN, errno.ENOLINK, errno.ECOMM, errno.EPROTO))
+ERROR_KINDS = {errno.ENOENT: NotThere, errno.EEXIST: NameTaken, errno.ENOTEMPTY: NameTaken, errno.ENOTDIR: WrongKind,
+               errno.EISDIR: WrongKind, errno.ELOOP: WrongKind, errno.EFBIG: WrongKind}
 TEMPORARY = ".new"
 CANT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -2244,21 +2251,14 @@ def storage_errors(doing: str) -> Iterator[None]:
     except BrokenPipeError:
         raise                       # the program at the other end has ended: it tells why
     except OSError as error:
-        raise storage_error(doing, error)
-
-
-def storage_error(doing: str, error: OSError) -> CatalogError:
-    """The error for a storage operation that failed."""
-    reason = os_reason(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFull("%s: no space left on the backup storage (%s). Free space there, lower max_backups, "
-                           "or set pre_clean=yes." % (doing, reason))
-    if error.errno in MISBEHAVIOUR:
-        return StorageMisbehaved("%s: the backup storage misbehaved (%s). Nothing is pruned in this run; check the "
-                                 "share or disk." % (doing, reason))
-    kinds = {errno.ENOENT: NotThere, errno.EEXIST: NameTaken, errno.ENOTEMPTY: NameTaken, errno.ENOTDIR: WrongKind,
-             errno.EISDIR: WrongKind, errno.ELOOP: WrongKind, errno.EFBIG: WrongKind}
-    return kinds.get(error.errno, CatalogError)("%s: %s." % (doing, reason))
+        reason = os_reason(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull(f"{doing}: no space left on the backup storage ({reason}). Free space there, lower "
+                              "max_backups, or set pre_clean=yes.")
+        if error.errno in MISBEHAVIOUR:
+            raise StorageMisbehaved(f"{doing}: the backup storage misbehaved ({reason}). Nothing is pruned in this run; "
+                                    "check the share or disk.")
+        raise ERROR_KINDS.get(error.errno, CatalogError)(f"{doing}: {reason}.")
 
 
 def write_all(target_fd: int, content: Any) -> None:
@@ -2290,7 +2290,7 @@ class Directory:
     @classmethod
     def open_path(cls, path: str) -> "Directory":
         """The directory at that path, the last component of which may be a link."""
-        with storage_errors("opening %s" % path):
+        with storage_errors(f"opening {path}"):
             return cls(os.open(fs_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
 
     def close(self) -> None:
@@ -2306,9 +2306,9 @@ class Directory:
     @contextlib.contextmanager
     def _deed(self, doing: str, name: str) -> Iterator[str]:
         """The name as the system takes it; what goes wrong with it inside is told with its whole path."""
-        title = "%s %s" % (doing, one_line(self.shown + "/" + name))
+        title = f"{doing} {one_line(self.shown + '/' + name)}"
         if "\0" in name or re.search("[\ud800-\udb7f\udc00-\udc7f]", name):
-            raise NotThere("%s: no file can bear that name." % title)
+            raise NotThere(f"{title}: no file can bear that name.")
         with storage_errors(title):
             yield fs_path(name)
 
@@ -2333,7 +2333,7 @@ class Directory:
 
     def names(self) -> List[str]:
         """All names in it, sorted."""
-        with storage_errors("listing %s" % self.shown):
+        with storage_errors(f"listing {self.shown}"):
             return sorted(fs_text(name) for name in os.listdir(self.fd))
 
     def status(self, name: str) -> Optional[os.stat_result]:
@@ -2355,7 +2355,7 @@ class Directory:
 
     def open_file(self, name: str, flags: int = os.O_RDONLY) -> int:
         """A descriptor of the regular file of that name; NotThere, or WrongKind for anything else."""
-        refusal = WrongKind("%s/%s is not a regular file." % (self.shown, one_line(name)))
+        refusal = WrongKind(f"{self.shown}/{one_line(name)} is not a regular file.")
         with self._deed("opening", name) as path:
             try:
                 fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
@@ -2371,18 +2371,13 @@ class Directory:
         with open(self.open_file(name), "rb") as file, self._deed("reading", name):
             found = file.read(limit + 1)
         if len(found) > limit:
-            raise WrongKind("%s/%s is larger than %s." % (self.shown, one_line(name), format_size(limit)))
+            raise WrongKind(f"{self.shown}/{one_line(name)} is larger than {format_size(limit)}.")
         return found
 
-    def read_head(self, name: str, most: int) -> bytes:
-        """The first bytes of a file."""
+    def read_part(self, name: str, most: int, at_end: bool = False) -> bytes:
+        """The first, or the last, bytes of a file."""
         with open(self.open_file(name), "rb") as file, self._deed("reading", name):
-            return file.read(most)
-
-    def read_tail(self, name: str, most: int) -> bytes:
-        """The last bytes of a file."""
-        with open(self.open_file(name), "rb") as file, self._deed("reading", name):
-            file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+            file.seek(max(0, os.fstat(file.fileno()).st_size - most) if at_end else 0)
             return file.read(most)
 
     def write(self, name: str, content: bytes) -> None:
@@ -2397,7 +2392,7 @@ class Directory:
 
     def put(self, name: str, content: bytes) -> None:
         """The file has that content, on disk; whoever reads meanwhile sees the old one or the new one, whole."""
-        temporary = "%s.%d%s" % (name, os.getpid(), TEMPORARY)
+        temporary = f"{name}.{os.getpid()}{TEMPORARY}"
         self.remove_file(temporary)
         self.write(temporary, content)
         with self._deed("writing", name) as path:
@@ -2407,7 +2402,7 @@ class Directory:
     def rename(self, old: str, new: str) -> None:
         """Renamed and on disk; NameTaken if the new name is (rename would replace an empty directory)."""
         if self.status(new) is not None:
-            raise NameTaken("%s/%s is there already." % (self.shown, new))
+            raise NameTaken(f"{self.shown}/{new} is there already.")
         with self._deed("renaming", old) as path:
             os.rename(path, fs_path(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
         self.sync()
@@ -2435,7 +2430,7 @@ class Directory:
 
     def sync(self) -> None:
         """Names made and removed here are on disk, where the file system can sync a directory."""
-        with storage_errors("writing %s" % self.shown):
+        with storage_errors(f"writing {self.shown}"):
             try:
                 os.fsync(self.fd)
             except OSError as error:
@@ -2480,17 +2475,18 @@ class LockFile:
 
     def take(self, byte: int = WHOLE_FILE, shared: bool = False) -> bool:
         """True if the lock is ours now; CatalogError where the file system can't lock."""
-        try:
-            fcntl.lockf(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, 1 if byte else 0, byte)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            if error.errno in CANT_LOCK:
-                raise CatalogError(
-                    "%s: this file system can't lock files (%s), so two runs could destroy each other's work. "
-                    "Mount it with locking (NFS: without nolock, and with rpc.statd running; CIFS: without nobrl)."
-                    % (self.shown, os_reason(error)))
-            raise storage_error("locking %s" % self.shown, error)
+        with storage_errors(f"locking {self.shown}"):
+            try:
+                fcntl.lockf(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, 1 if byte else 0, byte)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    return False
+                if error.errno in CANT_LOCK:
+                    raise CatalogError(
+                        f"{self.shown}: this file system can't lock files ({os_reason(error)}), so two runs could destroy each "
+                        "other's work. Mount it with locking (NFS: without nolock, and with rpc.statd running; CIFS: without "
+                        "nobrl).")
+                raise
         self._held.add(byte)
         return True
 
@@ -2507,7 +2503,7 @@ class LockFile:
 
     def text(self) -> Dict[str, Any]:
         """What its last holder wrote, {} if nothing readable; read through the held descriptor."""
-        with storage_errors("reading %s" % self.shown):
+        with storage_errors(f"reading {self.shown}"):
             content = os.pread(self.fd, 64 * KIBIBYTE, 0)
         with contextlib.suppress(ValueError):
             return parse_object(content)
@@ -2516,7 +2512,7 @@ class LockFile:
     def write_text(self, text: Dict[str, Any]) -> None:
         """The text is there for others to read, on disk."""
         content = (json.dumps(text, sort_keys=True) + "\n").encode("utf-8")
-        with storage_errors("writing %s" % self.shown):
+        with storage_errors(f"writing {self.shown}"):
             os.lseek(self.fd, 0, os.SEEK_SET)
             write_all(self.fd, content)
             os.ftruncate(self.fd, len(content))
@@ -2536,7 +2532,8 @@ class LockFile:
 
 def holder_text(text: Dict[str, Any]) -> str:
     """Who holds a lock and since when, from its text."""
-    return "process %s on %s, since %s" % tuple(one_line(str(text.get(key, "?"))) for key in ("pid", "host", "since"))
+    pid, host, since = (one_line(str(text.get(key, "?"))) for key in ("pid", "host", "since"))
+    return f"process {pid} on {host}, since {since}"
 
 
 class Mount(NamedTuple):
@@ -2553,7 +2550,7 @@ MEMORY_KINDS = ("tmpfs", "ramfs", "devtmpfs")
 
 def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
     """The mount of that st_dev in the text of /proc/self/mountinfo, None if it is not there."""
-    wanted = "%d:%d" % (os.major(device), os.minor(device))
+    wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
         fields, behind = left.split(" "), right.split(" ")
@@ -2584,7 +2581,7 @@ def kind_at(mountinfo: str, path: str) -> str:
 
 def free_space(fd: int, shown: str) -> Optional[int]:
     """Space that we may still use there, in bytes; None where the file system tells no size, as some shares do."""
-    with storage_errors("asking for the free space of %s" % shown):
+    with storage_errors(f"asking for the free space of {shown}"):
         status = os.fstatvfs(fd)
     return status.f_bavail * status.f_frsize if status.f_blocks else None
 
@@ -2597,8 +2594,8 @@ class NewFile:
         self.shown = path
         self._path, self._partial = fs_path(path), fs_path(path + PARTIAL)
         if os.path.lexists(self._path):
-            raise NameTaken("%s exists already and was left as it is." % path)
-        with storage_errors("making %s" % (path + PARTIAL)):
+            raise NameTaken(f"{path} exists already and was left as it is.")
+        with storage_errors(f"making {path + PARTIAL}"):
             self.fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def __enter__(self) -> "NewFile":
@@ -2606,7 +2603,7 @@ class NewFile:
 
     def complete(self, size: Optional[int] = None) -> None:
         """All is on disk, under its own name, grown to that size; a file that came there meanwhile is never replaced."""
-        with storage_errors("writing %s" % self.shown):
+        with storage_errors(f"writing {self.shown}"):
             if size is not None:
                 os.ftruncate(self.fd, size)
             os.fsync(self.fd)
@@ -2621,7 +2618,7 @@ class NewFile:
     def __exit__(self, *_: Any) -> None:
         os.close(self.fd)
         if self._partial:
-            with storage_errors("removing %s" % (self.shown + PARTIAL)):
+            with storage_errors(f"removing {self.shown + PARTIAL}"):
                 os.unlink(self._partial)
 
 
@@ -5308,7 +5305,7 @@ class OpenEntry:
     @property
     def title(self) -> str:
         """What it is about, for a log line."""
-        return "%s (%s)" % (quote_name(self.facts.get("vm_name", "?")), self.facts.get("vm_uuid", "?")[:8])
+        return f"{quote_name(self.facts.get('vm_name', '?'))} ({self.facts.get('vm_uuid', '?')[:8]})"
 
 
 class RunJournal:
@@ -5336,7 +5333,8 @@ class RunJournal:
             is_locked = LockFile(fd, name).take()
             journal = cls(folder, name, fd)
             if not is_locked or not journal.is_still_ours():
-                raise NameTaken("another run clears the new journal %s away as that of a dead run: start again." % name)
+                raise NameTaken(f"another run clears the new journal {name} away as that of a dead run: start "
+                                "again.")
             journal.append(header)
         except NameTaken:
             os.close(fd)
@@ -5368,7 +5366,7 @@ class RunJournal:
 
     def _read(self) -> None:
         """Header and entries as the file tells them; a line that was cut off by a crash does not count."""
-        with storage_errors("reading the journal %s" % self.name):
+        with storage_errors(f"reading the journal {self.name}"):
             content = b"".join(iter(lambda: os.read(self._fd, MEBIBYTE), b""))
         numbered = {}                 # type: Dict[int, OpenEntry]
         for line in content.split(b"\n"):
@@ -5391,7 +5389,7 @@ class RunJournal:
         line = (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8")
 
         def write() -> None:
-            with storage_errors("writing the journal %s" % self.name):
+            with storage_errors(f"writing the journal {self.name}"):
                 write_all(self._fd, (b"\n" if was_torn else b"") + line)
                 os.fsync(self._fd)
 
@@ -5439,7 +5437,7 @@ class RunJournal:
 
     def leave(self) -> None:
         """Left as it is; the lock is given up."""
-        with storage_errors("closing the journal %s" % self.name):
+        with storage_errors(f"closing the journal {self.name}"):
             os.close(self._fd)
 
     def finish(self) -> None:
@@ -5486,15 +5484,15 @@ class Catalog:
     def check_in_place(self) -> None:
         """Raises StorageMisbehaved if the path no longer leads to what was opened: the share went away."""
         try:
-            with storage_errors("looking at %s" % self.path):
+            with storage_errors(f"looking at {self.path}"):
                 now = os.stat(fs_path(self.path))
                 os.fstat(self.root.fd)
         except CatalogError as error:
-            raise StorageMisbehaved("%s can't be reached any more (%s): is the share still mounted? Nothing is "
-                                    "written or pruned." % (self.path, str(error).rstrip(".")))
+            raise StorageMisbehaved(f"{self.path} can't be reached any more ({str(error).rstrip('.')}): is the "
+                                    "share still mounted? Nothing is written or pruned.")
         if (now.st_dev, now.st_ino) != self._identity:
-            raise StorageMisbehaved("%s is no longer the directory it was at the start of the run: the share went "
-                                    "away, or was mounted again. Nothing is written or pruned." % self.path)
+            raise StorageMisbehaved(f"{self.path} is no longer the directory it was at the start of the run: "
+                                    "the share went away, or was mounted again. Nothing is written or pruned.")
 
     @property
     def is_on_root(self) -> bool:
@@ -5508,7 +5506,7 @@ class Catalog:
 
     def is_writable(self) -> bool:
         """Can we make files in it?"""
-        with storage_errors("looking at %s" % self.path):
+        with storage_errors(f"looking at {self.path}"):
             return os.access(fs_path(self.path), os.W_OK | os.X_OK) and \
                 not os.fstatvfs(self.root.fd).f_flag & os.ST_RDONLY
 
@@ -5534,7 +5532,7 @@ class Catalog:
         """The lock of that kind for that subject (a config's path, a VM's directory); opened once per process."""
         digest = hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         readable = re.sub(r"[^A-Za-z0-9._-]", "_", subject.rsplit("/", 1)[-1])[:80]
-        name = "%s-%s-%s.lock" % (kind, readable, digest)
+        name = f"{kind}-{readable}-{digest}.lock"
         with self.state("locks") as folder:
             return LockFile.of(folder, name)
 
@@ -5649,7 +5647,7 @@ class Catalog:
                     journal.mark_taken()
                     found.append(journal)
             except CatalogError as error:
-                left.append(type(error)("the journal of an earlier run can't be used: %s" % error))
+                left.append(type(error)(f"the journal of an earlier run can't be used: {error}"))
                 if journal is not None:
                     journal.leave()
         return found, left
@@ -5700,7 +5698,7 @@ class Catalog:
         except NotThere:
             return Folder(name, (), (), ())
         except WrongKind:
-            raise WrongKind("%s/%s is not a directory, and is in the way of backups: move it." % (self.path, name))
+            raise WrongKind(f"{self.path}/{name} is not a directory, and is in the way of backups: move it.")
         return Folder(name, tuple(copies), tuple(unfinished), tuple(strangers))
 
     def has_unfinished(self, name: str) -> bool:
@@ -5818,7 +5816,7 @@ class Catalog:
         self.check_in_place()
         with self.root.child(copy.folder) as folder:
             if parse_copy_name(copy.name) is None or not folder.is_directory(copy.name):
-                raise CatalogError("%s/%s is not a copy's directory; it is left." % (copy.folder, copy.name))
+                raise CatalogError(f"{copy.folder}/{copy.name} is not a copy's directory; it is left.")
         with self.copy_lock(copy, shared=False) as is_free, self.root.child(copy.folder) as folder:
             if not is_free:
                 return False
@@ -5831,7 +5829,7 @@ class Catalog:
         """A .partial or .deleting directory is gone."""
         with self.root.child(folder_name) as folder:
             if not is_unfinished_name(name):
-                raise CatalogError("%s/%s is not an unfinished copy; it is left." % (folder_name, name))
+                raise CatalogError(f"{folder_name}/{name} is not an unfinished copy; it is left.")
             folder.remove_tree(name)
             folder.sync()
 
@@ -5927,7 +5925,7 @@ class Placement:
                   for copy in self.own_view(self.folder(spelling), machine)]
         for copy in copies:
             if copy.is_unreadable:
-                raise CatalogError("whose directory %s is can't be known: %s: %s." % (name, copy.name, copy.problem))
+                raise CatalogError(f"whose directory {name} is can't be known: {copy.name}: {copy.problem}.")
         return not any(copy.uuid != machine.uuid or copy.pool not in ("", self._pool) for copy in copies)
 
     def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
@@ -5959,8 +5957,8 @@ class StoredVm(NamedTuple):
     @property
     def title(self) -> str:
         """The VM for a line: name, uuid, kind."""
-        return "%s (%s), %s" % (quote_name(self.name), self.uuid[:8] or "uuid unknown",
-                                self.method.value if self.method else "kind unknown")
+        return (f"{quote_name(self.name)} ({self.uuid[:8] or 'uuid unknown'}), "
+                f"{self.method.value if self.method else 'kind unknown'}")
 
     def bears(self, vm: str) -> bool:
         """Is it the VM that the word means: `uuid:UUID`, a name, or a directory?"""
@@ -6026,7 +6024,7 @@ def list_store(catalog: Catalog) -> Listing:
 def is_whole_dump(folder: Directory, name: str) -> bool:
     """Does the pool dump end as a whole one does?"""
     with contextlib.suppress(NotThere, WrongKind):
-        return folder.read_tail(name, KIBIBYTE).rstrip().endswith(b"</database>")
+        return folder.read_part(name, KIBIBYTE, at_end=True).rstrip().endswith(b"</database>")
     return False
 
 
@@ -6037,7 +6035,7 @@ def pool_of_dump(folder: Directory, name: str) -> str:
     is looked for from the end. In a value each blank is written as `%.`, so ` uuid=` begins the row's own.
     """
     table, beyond = b'<table name="pool">', b""
-    with open(folder.open_file(name), "rb") as file, storage_errors("reading %s/%s" % (folder.shown, name)):
+    with open(folder.open_file(name), "rb") as file, storage_errors(f"reading {folder.shown}/{name}"):
         end = os.fstat(file.fileno()).st_size
         while end > 0:
             begin = max(0, end - MEBIBYTE)
@@ -6070,48 +6068,43 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
             raise
         return blank._replace(problem=str(error).rstrip("."))
     except CatalogError as error:                  # the storage is what is wrong, not the copy
-        return blank._replace(problem="it can't be read now: %s" % str(error).rstrip("."), is_unreadable=True)
+        return blank._replace(problem=f"it can't be read now: {str(error).rstrip('.')}", is_unreadable=True)
 
 
 def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
-    """A copy with a manifest."""
+    """A copy with a manifest; of one of a later version what its manifest says as ours does: it is left, and so is all
+    beside it."""
     raw = inside.read(MANIFEST)
-    blank = blank._replace(mark=hashlib.sha256(raw).hexdigest())
+    copy = blank._replace(is_old=False, mark=hashlib.sha256(raw).hexdigest())
     try:
         manifest = parse_manifest(raw)
     except NewerManifest as error:
-        return _read_newer_copy(inside, blank, error)
+        manifest, copy = error.manifest, copy._replace(is_newer=True, problem=str(error))
     except ValueError as error:
-        return blank._replace(is_old=False, uuid=_old_uuid(inside), problem="%s is damaged: %s" % (MANIFEST, error))
+        return copy._replace(uuid=_old_uuid(inside), problem=f"{MANIFEST} is damaged: {error}")
+    sequence, written_at = manifest.get("sequence"), None
+    with contextlib.suppress(ValueError):
+        written_at = parse_utc(told(manifest, "taken_at"))
+    copy = copy._replace(
+        uuid=told(manifest, "vm", "uuid") or _old_uuid(inside), vm_name=told(manifest, "vm", "name"),
+        sequence=sequence if isinstance(sequence, int) else 0, written_at=written_at,
+        pool=told(manifest, "pool", "uuid"), home=told(manifest, "folder"))
+    if copy.is_newer:
+        return copy
     image = manifest["image"]
-    copy = blank._replace(
-        is_old=False, method=Method(manifest["kind"]), uuid=manifest["vm"]["uuid"], vm_name=manifest["vm"]["name"],
-        sequence=manifest["sequence"], written_at=parse_utc(manifest["taken_at"]),
-        keep=manifest["copies_to_keep"], image=image["name"], size_bytes=image["size"],
-        disks=tuple("%s %s" % (disk["device"], format_size(disk["virtual_size"])) for disk in manifest["disks"]))
     stored, problem = find_stored_image(inside, image["name"], image["size"])
     if inside.status(SUCCESS) is None:
-        problem = "the marker `%s` is not there" % SUCCESS
-    return _at_home(copy._replace(image=stored or image["name"], problem=problem, pool=told(manifest, "pool", "uuid"),
-                                  home=told(manifest, "folder")))
+        problem = f"the marker `{SUCCESS}` is not there"
+    return _at_home(copy._replace(
+        method=Method(manifest["kind"]), keep=manifest["copies_to_keep"], image=stored or image["name"],
+        size_bytes=image["size"], problem=problem,
+        disks=tuple(f"{disk['device']} {format_size(disk['virtual_size'])}" for disk in manifest["disks"])))
 
 
 def _at_home(copy: Copy) -> Copy:
     """The copy; one that does not tell where it was made was made here, if this is a directory of its VM's name."""
     names = own_folder_names(copy.vm_name, copy.uuid, copy.pool)
     return copy._replace(home=copy.folder) if not copy.home and folded(copy.folder) in map(folded, names) else copy
-
-
-def _read_newer_copy(inside: Directory, blank: Copy, newer: "NewerManifest") -> Copy:
-    """A copy of a later version, as far as its manifest says what ours does: it is left, and so is all beside it."""
-    manifest = newer.manifest
-    sequence, written_at = manifest.get("sequence"), None
-    with contextlib.suppress(ValueError):
-        written_at = parse_utc(told(manifest, "taken_at"))
-    return blank._replace(
-        is_old=False, is_newer=True, uuid=told(manifest, "vm", "uuid") or _old_uuid(inside), vm_name=told(manifest, "vm", "name"),
-        sequence=sequence if isinstance(sequence, int) else 0, written_at=written_at, pool=told(manifest, "pool", "uuid"),
-        home=told(manifest, "folder"), problem=str(newer))
 
 
 def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[str, str]:
@@ -6123,17 +6116,17 @@ def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[st
     status = inside.status(name)
     if status is not None:
         if not stat.S_ISREG(status.st_mode):
-            return "", "%s is not a regular file" % name
+            return "", f"{name} is not a regular file"
         if status.st_size != size_bytes:
-            return "", "%s has %d bytes instead of %d" % (name, status.st_size, size_bytes)
+            return "", f"{name} has {status.st_size} bytes instead of {size_bytes}"
         return name, ""
     for suffix, magic in COMPRESSED_MAGIC:
         if inside.status(name + suffix) is None:
             continue
-        if inside.read_head(name + suffix, len(magic)) == magic:
+        if inside.read_part(name + suffix, len(magic)) == magic:
             return name + suffix, ""
-        return "", "%s%s is not a %s file" % (name, suffix, suffix[1:])
-    return "", "the image %s is not there" % name
+        return "", f"{name}{suffix} is not a {suffix[1:]} file"
+    return "", f"the image {name} is not there"
 
 
 def image_format(name: str) -> str:
@@ -6189,10 +6182,10 @@ def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
 
 
 MANIFEST_FORMAT = 1
-MANIFEST_SHAPE = (("kind", str), ("taken_at", str), ("sequence", int), ("copies_to_keep", int),
-                  ("vm", dict), ("image", dict), ("files", dict), ("disks", list))
 MAYBE_TEXT = (str, type(None))
-MANIFEST_PARTS = {
+MANIFEST_SHAPE = {                     # the fields that it has, by the part of it, and of which kind they are
+    "": (("kind", str), ("taken_at", str), ("sequence", int), ("copies_to_keep", int),
+         ("vm", dict), ("image", dict), ("files", dict), ("disks", list)),
     "vm": (("uuid", str), ("name", str)), "files": (("sha256", str),),
     "image": (("name", str), ("size", int), ("sha256", str), ("compression", MAYBE_TEXT), ("format", MAYBE_TEXT)),
     "disks": (("device", str), ("virtual_size", int), ("snapshot_uuid", str), ("archive_id", MAYBE_TEXT),
@@ -6220,18 +6213,21 @@ def parse_manifest(content: bytes) -> Dict[str, Any]:
     manifest = parse_object(content)
     if isinstance(manifest.get("format"), (int, float)) and manifest["format"] > MANIFEST_FORMAT:
         raise NewerManifest(manifest)
-    for key, kind in MANIFEST_SHAPE:
-        if not isinstance(manifest.get(key), kind):
-            raise ValueError("%s is missing or of the wrong kind" % key)
-    parts = [(group, manifest[group], group) for group in ("vm", "image")]
-    parts += [("disks", disk, "disks") for disk in manifest["disks"]]
-    parts += [("files", facts, "files.%s" % one_line(name)) for name, facts in manifest["files"].items()]
-    for group, part, title in parts:
+
+    def check(part: Any, group: str, title: str) -> None:
         if not isinstance(part, dict):
-            raise ValueError("%s is of the wrong kind" % title)
-        for key, kind in MANIFEST_PARTS[group]:
+            raise ValueError(f"{title} is of the wrong kind")
+        for key, kind in MANIFEST_SHAPE[group]:
             if not isinstance(part.get(key), kind):
-                raise ValueError("%s.%s is missing or of the wrong kind" % (title, key))
+                raise ValueError(f"{title + '.' if title else ''}{key} is missing or of the wrong kind")
+
+    check(manifest, "", "")
+    for group in ("vm", "image"):
+        check(manifest[group], group, group)
+    for disk in manifest["disks"]:
+        check(disk, "disks", "disks")
+    for name, facts in manifest["files"].items():
+        check(facts, "files", f"files.{one_line(name)}")
     name = manifest["image"]["name"]
     if not IMAGE_NAME.fullmatch(name) or "/" in name or "\0" in name or re.search("[\ud800-\udfff]", name):
         raise ValueError("image.name is not the name of an image")
@@ -6288,9 +6284,9 @@ class NewCopy:
             there, own = self._parent.status(self.name), status_of(self.inside.fd)
             if there is None or (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
                 raise
-            raise StorageMisbehaved("%s is in its place and complete, but the storage did not confirm that it will stay "
-                                    "(%s): verify it. Nothing is pruned in this run." % (
-                                        self.name, str(error).rstrip(".")))
+            raise StorageMisbehaved(f"{self.name} is in its place and complete, but the storage did not "
+                                    f"confirm that it will stay ({str(error).rstrip('.')}): verify it. Nothing "
+                                    "is pruned in this run.")
 
     def discard(self) -> None:
         """Nothing of it is left, unless it is sealed already."""
@@ -6308,8 +6304,8 @@ class NewCopy:
 def checksum_line(digest: str, name: str) -> str:
     """A line that `sha256sum -c` reads, odd names escaped as it wants them."""
     if "\\" in name or "\n" in name:
-        return "\\%s  %s\n" % (digest, name.replace("\\", "\\\\").replace("\n", "\\n"))
-    return "%s  %s\n" % (digest, name)
+        name, digest = name.replace("\\", "\\\\").replace("\n", "\\n"), "\\" + digest
+    return f"{digest}  {name}\n"
 
 
 # =============================================================================
@@ -7486,7 +7482,8 @@ def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -
     if manifest:
         word = manifest["image"].get("compression") if copy.image == manifest["image"]["name"] else ""
         return word if word in COMPRESSED_SUFFIX else by_name
-    head, tail, status = inside.read_head(copy.image, 16), inside.read_tail(copy.image, SECTOR_BYTES), inside.status(copy.image)
+    head, tail = inside.read_part(copy.image, 16), inside.read_part(copy.image, SECTOR_BYTES, at_end=True)
+    status = inside.status(copy.image)
     found = next((suffixes[suffix] for suffix, magic in COMPRESSED_MAGIC if head.startswith(magic)), "")
     if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd begins with one
         found = "zstd"
@@ -8582,15 +8579,6 @@ def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
     return listing._replace(vms=found)
 
 
-def chosen_copies(stored: StoredVm, wanted: str) -> List[Copy]:
-    """The copies that `from=` means: all, the newest, or the one of that stamp."""
-    if not wanted:
-        return list(stored.copies)
-    if wanted == "latest":
-        return list(stored.copies[-1:])
-    return [copy for copy in stored.copies if wanted in (copy.name, copy.name[len("backup-"):])]
-
-
 def record_verdict(catalog: Catalog, verdict: CopyVerdict) -> None:
     """The verdict is on record, if it is one on the copy."""
     if verdict.state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED) and verdict.copy.mark:
@@ -8600,12 +8588,12 @@ def record_verdict(catalog: Catalog, verdict: CopyVerdict) -> None:
 
 def verify_summary(services: Services, verdicts: Sequence[CopyVerdict], chosen: int) -> int:
     """Shown: how many copies were in which state; the exit status of a verify."""
-    counts = ["%d %s" % (number, state.value) for state, number in
+    counts = [f"{number} {state.value}" for state, number in
               ((state, sum(1 for verdict in verdicts if verdict.state is state)) for state in CopyState) if number]
     bad = [verdict for verdict in verdicts if not verdict.is_fine]
     left = chosen - len(verdicts)
     services.log.show("%s: %s%s." % (counted(len(verdicts), "copy") + " verified", ", ".join(counts) or "none",
-                                    "; %s left for the next run" % counted(left, "copy") if left else ""))
+                                    f"; {counted(left, 'copy')} left for the next run" if left else ""))
     return ExitStatus.FAILED if bad else ExitStatus.OK
 
 
@@ -8805,7 +8793,7 @@ def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Che
     compression = image_compression(inside, copy, manifest)
     fd = inside.open_file(copy.image)
     if isinstance(look, XvaCheck) and compression == "none" and not force:
-        end = inside.read_tail(copy.image, 2 * SECTOR_BYTES)
+        end = inside.read_part(copy.image, 2 * SECTOR_BYTES, at_end=True)
         # An archive of others may lack the zero blocks: then it ends with a digest.
         if status_of(fd).st_size % SECTOR_BYTES or end != XVA_END and (manifest or not DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])):
             os.close(fd)
@@ -10684,8 +10672,8 @@ def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, i
              now: datetime) -> Dict[str, Any]:
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
     keep, rule = stored_keep(stored, configuration)
-    verdicts = {verdict.copy.name: verdict for verdict in
-                judge(stored.around, stored.uuid, stored.method, keep)} if keep and stored.method else {}
+    verdicts = judge(stored.around, stored.uuid, stored.method, keep) if keep and stored.method else []
+    fates = {copy.name: ("kept: " if stays else "goes with the next pruning: ") + reason for copy, stays, reason in verdicts}
     copies = []
     for copy in stored.copies:
         verdict_word = copy.checked("verdict")
@@ -10693,15 +10681,14 @@ def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, i
             with contextlib.suppress(CatalogError):
                 if catalog.look_of(copy) != copy.checks.get("look"):
                     verdict_word = "CHANGED SINCE IT WAS " + verdict_word
-        verdict = verdicts.get(copy.name)
         copies.append({
             "name": copy.name, "taken_at": copy.taken_at.strftime("%Y-%m-%d %H:%M:%S"),
             "age_s": max(0, int((now - copy.taken_at).total_seconds())), "size": copy.size_bytes,
-            "disks": list(copy.disks), "good": copy.is_good, "problem": copy.trouble, "of_older_program": copy.is_old, "image": copy.image,
+            "disks": list(copy.disks), "good": copy.is_good, "problem": copy.trouble,
+            "of_older_program": copy.is_old, "image": copy.image,
             "verified_at": copy.checked("verified_at"), "verdict": verdict_word,
             "drilled_at": copy.checked("drilled_at"), "drill": copy.checked("drill"),
-            "fate": "kept: " + rule if verdict is None else
-                    ("kept: " if verdict.keep else "goes with the next pruning: ") + verdict.reason})
+            "fate": fates.get(copy.name, "kept: " + rule)})
     return {"name": stored.name, "names": sorted({copy.vm_name for copy in stored.copies if copy.vm_name}),
             "folder": stored.folder, "uuid": stored.uuid, "pool": stored.pool, "copies": copies, "keep": keep, "rule": rule,
             "kind": stored.method.value if stored.method else None, "in_pool": is_in_pool(inventory, stored.uuid, stored.pool)}
@@ -10710,20 +10697,20 @@ def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, i
 def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
     """One VM and kind of the store in lines for people."""
     names = [quote_name(name) for name in row["names"] if name != row["name"]]
-    title = "%s%s  %s  %s  in %s/" % (quote_name(row["name"]), " (before: %s)" % ", ".join(names) if names else "",
-                                      row["uuid"] or "uuid unknown", row["kind"] or "kind unknown", row["folder"])
-    lines = [title + "  of pool %s" % (row["pool"] or "unknown") if tell_pool else title]
+    before = f" (before: {', '.join(names)})" if names else ""
+    pool = f"  of pool {row['pool'] or 'unknown'}" if tell_pool else ""
+    lines = [f"{quote_name(row['name'])}{before}  {row['uuid'] or 'uuid unknown'}  {row['kind'] or 'kind unknown'}  in "
+             f"{row['folder']}/{pool}"]
     for copy in row["copies"]:
-        state = "good" if copy["good"] else "NOT GOOD (%s)" % copy["problem"]
+        state = "good" if copy["good"] else f"NOT GOOD ({copy['problem']})"
         checked = "never verified"
         if copy["verified_at"]:
-            checked = "%s, verified %s" % (copy["verdict"], copy["verified_at"][:10])
+            checked = f"{copy['verdict']}, verified {copy['verified_at'][:10]}"
         if copy["drilled_at"]:
-            checked += ", %s on %s" % (copy["drill"], copy["drilled_at"][:10])
-        disks = " (%s)" % ", ".join(copy["disks"]) if copy["disks"] else ""
-        lines.append("  %s  %s old  %s%s  %s  %s  %s" % (
-            copy["name"], format_duration(copy["age_s"]), format_size(copy["size"]), disks, state, checked,
-            copy["fate"]))
+            checked += f", {copy['drill']} on {copy['drilled_at'][:10]}"
+        disks = f" ({', '.join(copy['disks'])})" if copy["disks"] else ""
+        lines.append(f"  {copy['name']}  {format_duration(copy['age_s'])} old  "
+                     f"{format_size(copy['size'])}{disks}  {state}  {checked}  {copy['fate']}")
     return "\n".join(lines)
 
 
@@ -10882,16 +10869,16 @@ def command_test_mail(services: Services) -> int:
 
 def command_verify(services: Services) -> int:
     """Every chosen copy was read and judged; the verdicts are shown and on record."""
-    parameters = services.arguments.parameters
-    minutes = parameters["max_time"]
+    wanted, minutes = services.arguments.parameters["from"], services.arguments.parameters["max_time"]
     catalog = open_store(services.settings)
     listing = chosen_vms(catalog, services.arguments.vm, services.log)
-    copies = [copy for stored in listing.vms for copy in chosen_copies(stored, parameters["from"])]
-    if not copies and parameters["from"]:
-        raise UsageError("there is no copy %s of %s." % (
-            one_line(parameters["from"]), quote_name(services.arguments.vm) if services.arguments.vm else "any VM"))
+    copies = [copy for stored in listing.vms for copy in (stored.copies[-1:] if wanted == "latest" else stored.copies)
+              if wanted in ("", "latest", copy.name, copy.stamp)]
+    if not copies and wanted:
+        whose = quote_name(services.arguments.vm) if services.arguments.vm else "any VM"
+        raise UsageError(f"there is no copy {one_line(wanted)} of {whose}.")
     if not copies:
-        raise BackupError("%s holds no copy. Is it the right directory, and is the share mounted?" % catalog.path)
+        raise BackupError(f"{catalog.path} holds no copy. Is it the right directory, and is the share mounted?")
     if minutes:                            # the copies that were longest not looked at come first
         copies.sort(key=lambda copy: copy.checked("verified_at") or "")
     services = services._replace(catalog=catalog)
@@ -10903,12 +10890,12 @@ def command_verify(services: Services) -> int:
             break
         verdict = verify_copy(services, copy)
         verdicts.append(verdict)
-        services.log.show("%-14s %s/%s: %s" % (verdict.state.value, copy.folder, copy.name, verdict.reason))
+        services.log.show(f"{verdict.state.value:14} {copy.folder}/{copy.name}: {verdict.reason}")
         try:
             record_verdict(catalog, verdict)
         except CatalogError as error:      # a store that can only be read, for one: said once
             if untold:
-                services.log.info("verdicts are not recorded: %s" % error)
+                services.log.info(f"verdicts are not recorded: {error}")
             untold = False
     status = verify_summary(services, verdicts, len(copies))
     return ExitStatus.FAILED if listing.misbehaved else status
@@ -10947,16 +10934,16 @@ def command_list(services: Services) -> int:
     for row in rows:
         services.log.show(list_text(row, tell_pools))
     for stranger in strangers:
-        services.log.show("not ours, left alone: %s" % one_line(stranger))
+        services.log.show(f"not ours, left alone: {one_line(stranger)}")
     inventory = asked_pool(services)
     for row in rows:
         if is_in_pool(inventory, row["uuid"], row["pool"]) is False:
-            services.log.show("NO LONGER IN THE POOL: %s  %s  in %s/" % (quote_name(row["name"]), row["uuid"] or "uuid unknown",
-                                                                        row["folder"]))
+            services.log.show(f"NO LONGER IN THE POOL: {quote_name(row['name'])}  "
+                              f"{row['uuid'] or 'uuid unknown'}  in {row['folder']}/")
     good = sum(1 for row in rows for copy in row["copies"] if copy["good"])
-    services.log.show("%s of %s, %s good, %s." % (
-        counted(sum(len(row["copies"]) for row in rows), "copy"), counted(len({row["uuid"] for row in rows}), "VM"),
-        good, free_text(catalog.free_bytes())))
+    services.log.show(f"{counted(sum(len(row['copies']) for row in rows), 'copy')} of "
+                      f"{counted(len({row['uuid'] for row in rows}), 'VM')}, {good} good, "
+                      f"{free_text(catalog.free_bytes())}.")
     return ExitStatus.OK
 
 
@@ -10971,26 +10958,27 @@ def command_prune(services: Services) -> int:
     for stored in chosen:
         problem = clock_went_back(stored.around, services.clock.utc())
         if problem:
-            raise BackupError("%s: %s" % (stored.title, problem))
+            raise BackupError(f"{stored.title}: {problem}")
     if is_pruned_by_hand(arguments) and (len({stored.uuid for stored in chosen}) > 1
                                          or len({stored.pool for stored in chosen if stored.pool}) > 1):
-        raise UsageError("%s stands for %d VMs in the store (%s): name one as vm=uuid:UUID, or by its directory." % (
-            quote_name(arguments.vm), len(chosen), ", ".join(sorted({stored.uuid or "?" for stored in chosen}))))
+        raise UsageError(f"{quote_name(arguments.vm)} stands for {len(chosen)} VMs in the store "
+                         f"({', '.join(sorted({stored.uuid or '?' for stored in chosen}))}): name one as "
+                         "vm=uuid:UUID, or by its directory.")
     removed, failed, warnings = 0, False, set()        # type: int, bool, Set[str]
     for stored in chosen:
         keep, rule = prune_rule(services, stored)
         if keep is None:
-            services.log.show("left: %s: %s in %s/: %s; `prune vm=... max_backups=N` removes by hand." % (
-                stored.title, counted(len(stored.copies), "copy"), stored.folder, rule))
+            services.log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in "
+                              f"{stored.folder}/: {rule}; `prune vm=... max_backups=N` removes by hand.")
             continue
         try:
             removed += prune_one(services, catalog, stored, warnings)
         except BackupError as error:
             failed = True
-            services.log.error("%s: %s" % (stored.title, error))
+            services.log.error(f"{stored.title}: {error}")
             if isinstance(error, StorageMisbehaved):
                 break                      # nothing more is removed in this run
-    services.log.show("%s %s." % (counted(removed, "copy"), "would be removed" if arguments.preview else "removed"))
+    services.log.show(f"{counted(removed, 'copy')} {'would be removed' if arguments.preview else 'removed'}.")
     return ExitStatus.FAILED if failed else ExitStatus.WARNING if warnings else ExitStatus.OK
 
 
@@ -11036,8 +11024,8 @@ def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy]) 
                     or stack.enter_context(catalog.copy_lock(copy, shared=True))
             except CatalogError as error:              # a full store, or one that can't lock
                 is_free = True
-                services.log.info("%s/%s is read all the same, and a run that prunes could remove it meanwhile: %s" % (
-                    copy.folder, copy.name, error))
+                services.log.info(f"{copy.folder}/{copy.name} is read all the same, and a run that prunes "
+                                  f"could remove it meanwhile: {error}")
             if not is_free:
                 services.signals.sleep(0.5)             # a run is removing it just now
                 continue
@@ -11053,35 +11041,33 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
     """The copy of that VM that `wanted` (latest, or a stamp) means, of whichever kind."""
     found = chosen_vms(catalog, vm, log).vms
     if len({stored.uuid for stored in found}) > 1:
-        raise UsageError("%s stands for %d VMs in the store: name one. %s" % (
-            quote_name(vm), len({stored.uuid for stored in found}), "; ".join(sorted({
-                "vm=uuid:%s is %s in %s/" % (stored.uuid or "?", quote_name(stored.name), stored.folder)
-                for stored in found}))))
+        rows = sorted({f"vm=uuid:{stored.uuid or '?'} is {quote_name(stored.name)} in {stored.folder}/" for stored in found})
+        raise UsageError(f"{quote_name(vm)} stands for {len({stored.uuid for stored in found})} VMs in the store: name one. "
+                         + "; ".join(rows))
     copies = in_order(copy for stored in found for copy in stored.copies)
     if len({stored.folder for stored in found}) > 1:
         copies.sort(key=lambda copy: copy.taken_at)
     if wanted != "latest":
-        chosen = [copy for copy in copies if wanted in (copy.name, copy.name[len("backup-"):])]
+        chosen = [copy for copy in copies if wanted in (copy.name, copy.stamp)]
         if len(chosen) != 1:
-            raise UsageError("there is no copy %s of %s; there are: %s." % (
-                one_line(wanted), quote_name(vm), ", ".join(copy.name for copy in copies)))
+            raise UsageError(f"there is no copy {one_line(wanted)} of {quote_name(vm)}; there are: "
+                             + ", ".join(copy.name for copy in copies) + ".")
         return chosen[0]
     pools = sorted({copy.pool for copy in copies if copy.pool})
     if len(pools) > 1:
-        log.warning("%s is the uuid of a VM in several pools (%s); the newest copy of any of them is taken. "
-                    "from=STAMP takes another." % (found[0].uuid, ", ".join(pools)))
+        log.warning(f"{found[0].uuid} is the uuid of a VM in several pools ({', '.join(pools)}); the newest copy of any of "
+                    "them is taken. from=STAMP takes another.")
     for copy in reversed(copies):
-        if copy.is_good and copy.method is not None:
-            full = [other.name for other in copies if other.is_good and other.method is Method.VM]
-            if copy.method is Method.VDI and full:
-                log.warning("%s/%s, the newest good copy, holds only the OS disk. The newest copy of the "
-                            "whole VM is taken with from=%s; `list` shows "
-                            "all." % (copy.folder, copy.name, full[-1][len("backup-"):]))
-            return copy
-        log.warning("%s/%s is passed over: %s." % (copy.folder, copy.name, copy.trouble or "its kind can't "
-                                                                                           "be read"))
-    raise BackupError("there is no good copy of %s; `list` shows what there is, and from=STAMP with "
-                      "force=yes takes one all the same." % quote_name(vm))
+        if not copy.is_good:
+            log.warning(f"{copy.folder}/{copy.name} is passed over: {copy.trouble}.")
+            continue
+        full = [other.stamp for other in copies if other.is_good and other.method is Method.VM]
+        if copy.method is Method.VDI and full:
+            log.warning(f"{copy.folder}/{copy.name}, the newest good copy, holds only the OS disk. The newest copy of the "
+                        f"whole VM is taken with from={full[-1]}; `list` shows all.")
+        return copy
+    raise BackupError(f"there is no good copy of {quote_name(vm)}; `list` shows what there is, and from=STAMP with force=yes "
+                      "takes one all the same.")
 
 
 def copy_directory(path: str) -> str:
@@ -11103,13 +11089,12 @@ def copy_at_path(path: str) -> Copy:
                 return copy
             status = inside.status(image)
             if status is None or not IMAGE_NAME.fullmatch(image):
-                raise UsageError("%s is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is or "
-                                 "with .gz or .zst."
-                                 % path if status else "%s is not there." % path)
+                raise UsageError(f"{path} is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is or "
+                                 "with .gz or .zst." if status else f"{path} is not there.")
             alone = Copy(folder, name, datetime.fromtimestamp(int(status.st_mtime)), True, None, "", "", 0, None, None, "", 0, "")
             return with_old_image(inside, alone, image, status.st_size)
     except CatalogError as error:
-        raise UsageError("%s can't be read: %s" % (path, str(error).rstrip(".") + "."))
+        raise UsageError(f"{path} can't be read: {str(error).rstrip('.')}.")
 
 
 def opened_source(services: Services, copy: Copy, inside: Directory, force: bool = False, without_vm: bool = False) -> Source:
@@ -11298,16 +11283,15 @@ def drill_copies(services: Services, catalog: Catalog, vm: str) -> Tuple[List[Co
     newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
     listing = chosen_vms(catalog, "", services.log)
     for stored in listing.vms:
-        findings += [Finding(Severity.WARNING, "%s/%s" % (copy.folder, copy.name), "not drilled: %s." % copy.problem)
+        findings += [Finding(Severity.WARNING, f"{copy.folder}/{copy.name}", "not drilled: "
+                                                                                   f"{copy.problem}.")
                      for copy in stored.copies if copy.is_newer]         # nothing is known of it, least of all a verdict
         known = [copy for copy in stored.copies if not copy.is_newer]
         if not known:
             continue
-        good = [copy for copy in known if copy.is_good and copy.method is not None]
-        best = (good or known)[-1]
-        for copy in known[known.index(best) + 1:]:
-            findings.append(Finding(Severity.WARNING, "%s/%s" % (copy.folder, copy.name), "passed over: %s." % (
-                copy.trouble or "its kind can't be read")))
+        best = ([copy for copy in known if copy.is_good] or known)[-1]
+        findings += [Finding(Severity.WARNING, f"{copy.folder}/{copy.name}", f"passed over: {copy.trouble}.")
+                     for copy in known[known.index(best) + 1:]]
         rival = newest.get(stored.uuid or stored.folder)
         if rival is None or (rival.is_good, rival.taken_at) < (best.is_good, best.taken_at):
             newest[stored.uuid or stored.folder] = best
