@@ -2625,15 +2625,15 @@ class NewFile:
 # =============================================================================
 # 11. The pump
 # =============================================================================
-# Data is read once. `pump` reads each source in a thread of its own and hands every buffer to all consumers of that
-# source, each in a thread of its own: digests, the check of the format, the file, a compressor. A consumer reads on as
-# from a file, from top to bottom. The caller's thread only watches: it is never inside a read or a write, so a server that
-# stalls or a share that hangs can always be left. What a check has seen wrong is a VerificationError; what storage says
-# (ENOSPC, EIO) is translated in `pump`.
+# Data is read once. `pump` reads each source in a thread of its own and hands every buffer to all consumers
+# of that source, each in a thread of its own: digests, the check of the format, the file, a compressor. A
+# consumer reads on as from a file, from top to bottom. The caller's thread only watches: it is never inside a
+# read or a write, so a server that stalls or a share that hangs can always be left. What a check has seen
+# wrong is a VerificationError; what storage says (ENOSPC, EIO) is translated in `pump`.
 # May touch: the descriptors that it is given. May not: names on disk, programs, the pool.
 
 SECTOR_BYTES = 512
-BUFFER_BYTES = MEBIBYTE         # one system call and a few Python steps per buffer: more gains nothing, the caches lose
+BUFFER_BYTES = MEBIBYTE         # one system call and a few Python steps each: more gains nothing, caches lose
 BUFFERS_PER_FLOW = 16           # bounds memory: with a compressor there are three flows
 TICK_S = 1.0
 GRACE_S = 2.0                   # how long an aborted pump waits for its threads before it leaves them
@@ -2642,8 +2642,8 @@ TAIL_BYTES = 1024
 
 
 class Progress(NamedTuple):
-    """`bytes_read` from the first source; `quiet_s` since anything moved at all; `waiting_for` the source's name, or that
-    of the consumer that holds everything up."""
+    """`bytes_read` from the first source; `quiet_s` since anything moved at all; `waiting_for` the source's
+    name, or that of the consumer that holds everything up."""
 
     bytes_read: int
     quiet_s: float
@@ -2653,10 +2653,11 @@ class Progress(NamedTuple):
 class Flow(NamedTuple):
     """One source and the consumers that each see all of it; one of them may be a further flow.
 
-    `source`: a descriptor, which is taken over, or a function that gives pieces of any length. It is called with no
-    argument, or, where the flow is itself a consumer, with the reader of what passes there (what decompresses, for one).
-    `at_end` is called at the end of the source, before the consumers learn of it: what it raises (a program's exit
-    status) is then the reason, not the truncated stream that follows from it.
+    `source`: a descriptor, which is taken over, or a function that gives pieces of any length. It is called
+    with no argument, or, where the flow is itself a consumer, with the reader of what passes there (what
+    decompresses, for one). `at_end` is called at the end of the source, before the consumers learn of it:
+    what it raises (a program's exit status) is then the reason, not the truncated stream that follows from
+    it.
     """
 
     source: Any
@@ -2667,12 +2668,14 @@ class Flow(NamedTuple):
 
 def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str = "a stream",
          problems: Optional[List[VerificationError]] = None) -> int:
-    """Every source was read to its end and every consumer has done its work; the number of bytes of the first source.
+    """Every source was read to its end and every consumer has done its work; the number of bytes of the first
+    source.
 
-    `on_tick` is called about once a second and may raise, which aborts. So does the first exception of a consumer, which
-    is raised here as it is; what storage said, as the CatalogError that `doing` begins. A thread that is stuck in the
-    kernel is left to itself. With `problems`, for what is wanted although it is damaged: what a source or a consumer
-    finds wrong is noted there and ends its work, not the others'; that a source is not supported is raised all the same.
+    `on_tick` is called about once a second and may raise, which aborts. So does the first exception of a
+    consumer, which is raised here as it is; what storage said, as the CatalogError that `doing` begins. A
+    thread that is stuck in the kernel is left to itself. With `problems`, for what is wanted although it is
+    damaged: what a source or a consumer finds wrong is noted there and ends its work, not the others'; that a
+    source is not supported is raised all the same.
     """
     run = _PumpRun(flows, problems)
     try:
@@ -2689,10 +2692,12 @@ def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str =
 
 
 class Reader:
-    """The bytes of a stream for one consumer: what it asks for comes, or a VerificationError says where the stream ends.
+    """The bytes of a stream for one consumer: what it asks for comes, or a VerificationError says where the
+    stream ends.
 
-    A piece is a view into a buffer and gone when the next one is asked for: it is used at once or copied. `image` is what
-    the stream is called in sentences; `position` is that of the next byte; `tail` is the last KiB that came.
+    A piece is a view into a buffer and gone when the next one is asked for: it is used at once or copied.
+    `image` is what the stream is called in sentences; `position` is that of the next byte; `tail` is the last
+    KiB that came.
     """
 
     def __init__(self, views: Iterator[memoryview], image: str = "the stream") -> None:
@@ -2723,7 +2728,8 @@ class Reader:
         while count:
             piece = self.some(count)
             if not len(piece):
-                raise VerificationError(f"{self.image} ends at byte {self.position}, in {where}{self._servers_words()}")
+                raise VerificationError(f"{self.image} ends at byte {self.position}, in "
+                                        f"{where}{self._servers_words()}")
             count -= len(piece)
             yield piece
 
@@ -2741,13 +2747,14 @@ class Reader:
         """The stream has ended."""
         at, piece = self.position, self.some(TAIL_BYTES)
         if len(piece):
-            raise VerificationError(f"{self.image} should end at byte {at}, but goes on with {excerpt(piece)}")
+            raise VerificationError(f"{self.image} should end at byte {at}, but goes on with "
+                                    f"{excerpt(piece)}")
 
     def _servers_words(self) -> str:
-        """What the server says at the end of a stream that it broke off: xapi puts its HTTP error behind the data."""
+        """What the server says where it broke off: xapi puts its HTTP error behind the data."""
         _, found, answer = self.tail.partition(b"HTTP/1.")
-        body = " ".join(re.sub("<[^>]*>", " ", answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace")).split())
-        return f"; the server says: {ascii(body[:200])}" if found else ""
+        body = re.sub("<[^>]*>", " ", answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace"))
+        return f"; the server says: {ascii(' '.join(body.split())[:200])}" if found else ""
 
 
 def excerpt(piece: bytes) -> str:
@@ -2758,8 +2765,8 @@ def excerpt(piece: bytes) -> str:
 class Consumer:
     """What reads a stream, in a thread of its own. `name` is for people.
 
-    A descriptor is taken over: whoever wants to keep one gives a copy (os.dup). So no thread that is left behind on a hung
-    share can ever write into a file that was opened later under the same number.
+    A descriptor is taken over: whoever wants to keep one gives a copy (os.dup). So no thread that is left
+    behind on a hung share can ever write into a file that was opened later under the same number.
     """
 
     name = ""
@@ -2772,7 +2779,7 @@ class Consumer:
         raise NotImplementedError
 
     def salvage(self) -> None:
-        """The best is made of what came before the damage that `read` has raised: only if damage is to be put up with."""
+        """The best is made of what came before the damage that `read` has raised, if that is put up with."""
 
     def close(self) -> None:
         """Nothing is held open. Called last in every case."""
@@ -2783,10 +2790,10 @@ class Consumer:
 
 @contextlib.contextmanager
 def closed_aside(consumers: Sequence[Any]) -> Iterator[None]:
-    """What ends the block leaves none of the consumers' descriptors open; nobody waits for that, as the store may hang."""
+    """What ends the block leaves no descriptor of the consumers open; nobody waits: the store may hang."""
     try:
         yield
-    except BaseException:                  # whatever ended it, the pump, which closes them, will never have them
+    except BaseException:               # whatever ended it, the pump, which closes them, will never have them
         for consumer in consumers:
             threading.Thread(target=consumer.close, daemon=True).start()
         raise
@@ -2817,7 +2824,8 @@ class _PumpRun:
         self._moved: Tuple[int, ...] = ()
         self._moved_at = time.monotonic()
         roots = [_FlowRun(flow, self) for flow in flows]
-        self._threads = [threading.Thread(target=flow.read, name="read " + flow.name, daemon=True) for flow in roots]
+        self._threads = [threading.Thread(target=root.read, name="read " + root.name, daemon=True)
+                         for root in roots]
         self._threads += [lane.thread for flow in self.flows for lane in flow.lanes]
 
     def start(self) -> None:
@@ -2857,7 +2865,7 @@ class _PumpRun:
         return next((flow.name for flow in self.flows if not flow.has_ended), self.flows[-1].name)
 
     def stop(self) -> None:
-        """Let the threads end; those that can't within GRACE_S are daemons and end when the kernel lets them."""
+        """The threads end; those that can't within GRACE_S are daemons, and end when the kernel lets them."""
         self.stopping = True
         deadline = time.monotonic() + GRACE_S
         for flow in self.flows:
@@ -2877,8 +2885,8 @@ class _Buffer:
 
 
 class _FlowRun(Consumer):
-    """One flow at work: its source is read, in a thread of its own or in its lane of the flow above, and every buffer is
-    handed to a lane for each consumer."""
+    """One flow at work: its source is read, in a thread of its own or in its lane of the flow above, and
+    every buffer is handed to a lane for each consumer."""
 
     def __init__(self, flow: Flow, run: _PumpRun) -> None:
         super().__init__()
@@ -2943,7 +2951,7 @@ class _FlowRun(Consumer):
                 has_more = self._fill(buffer, source_fd, poll)
                 self._hand_over(buffer)
         finally:
-            with contextlib.suppress(OSError):      # what was read was read: some file systems report old errors here
+            with contextlib.suppress(OSError):      # what was read was read: some report old errors here
                 os.close(source_fd)
 
     def _fill(self, buffer: _Buffer, source_fd: int, poll: Any) -> bool:
@@ -2963,7 +2971,7 @@ class _FlowRun(Consumer):
         return True
 
     def _read_pieces(self, pieces: Iterator[Any]) -> None:
-        """Copied into buffers, as pieces may be small, and their memory used again. What came before damage is handed on."""
+        """Copied, as pieces may be small and their memory used again. What came before damage counts."""
         buffer: Optional[_Buffer] = None
         with contextlib.closing(pieces):
             try:
@@ -3052,20 +3060,20 @@ class _Lane:
 # =============================================================================
 # 12. Blocks and digests
 # =============================================================================
-# What proves that bytes are the same: the SHA-256 of a stream, the digests that an archive brings for its blocks, the
-# list of blocks that is kept beside an image, and the digests of what a disk holds, MiB by MiB.
+# What proves that bytes are the same: the SHA-256 of a stream, the digests that an archive brings for its
+# blocks, the list of blocks that is kept beside an image, and the digests of what a disk holds, MiB by MiB.
 # May touch: the descriptors that it is given. May not: names on disk, programs, the pool.
 
-# ---- XXH64: the block digest of newer archives ----------------------------------------------------------------------
+# ---- XXH64: the block digest of newer archives -------------------------------------------------------------
 #
-# hashlib has no XXH64. A hasher here has `update(view)` and `hexdigest()`, as an archive writes the digest: 16 upper-case
-# digits (stream_vdi.ml@v26.17.0 write_block: "%016LX").
+# hashlib has no XXH64. A hasher here has `update(view)` and `hexdigest()`, as an archive writes the digest:
+# 16 upper-case digits (stream_vdi.ml@v26.17.0 write_block: "%016LX").
 
 XXH64_VECTORS = ((b"", "EF46DB3751D8E999"), (bytes(range(101)), "E99038495F85381E"))
 
 
 class CtypesXxh64:
-    """XXH64 by the host's libxxhash. ctypes lets other threads run during each call, which the xxhash module doesn't."""
+    """XXH64 by the host's libxxhash. Unlike the xxhash module, ctypes lets other threads run meanwhile."""
 
     functions: Any = None       # (create, reset, update, digest, free), by `load`
 
@@ -3165,12 +3173,13 @@ class Digest(Consumer):
         self.total_bytes = reader.position
 
 
-# ---- The file `blocks`: what an image alone can't show ---------------------------------------------------------------
+# ---- The file `blocks`: what an image alone can't show -----------------------------------------------------
 #
-# Blocks of zeros are left out of an XVA, so one that was lost in the middle of a disk leaves no trace in the archive. The
-# blocks are therefore listed at the export, a line each: disk, number, digest. Lines that begin with # tell people what
-# the numbers mean. Of an XVA they are the archive's own; of other images a number is the MiB of the stream, and the
-# digest its CRC-32: every Python has that one, and it costs next to nothing (4 GB/s).
+# Blocks of zeros are left out of an XVA, so one that was lost in the middle of a disk leaves no trace in the
+# archive. The blocks are therefore listed at the export, a line each: disk, number, digest. Lines that begin
+# with # tell people what the numbers mean. Of an XVA they are the archive's own; of other images a number is
+# the MiB of the stream, and the digest its CRC-32: every Python has that one, and it costs next to nothing (4
+# GB/s).
 
 XVA_BLOCKS_HEADING = b"# disk as named in the archive, block number, the archive's own digest of it\n"
 STREAM_BLOCKS_HEADING = b"# image, MiB of the uncompressed image counted from 0, CRC-32 of that MiB\n"
@@ -3188,7 +3197,8 @@ class Block(NamedTuple):
 class BlocksFile:
     """Writes the lines into a file whose descriptor is taken over; digested, its length known.
 
-    The buffer is ours: a file object of Python's would write it when it is thrown away, on whatever thread that happens.
+    The buffer is ours: a file object of Python's would write it when it is thrown away, on whatever thread
+    that happens.
     """
 
     def __init__(self, fd: int) -> None:
@@ -3204,7 +3214,7 @@ class BlocksFile:
             self._write()
 
     def end(self) -> None:
-        """All is on disk. Called by the check at the end of the stream, in its thread, as a store can hang here."""
+        """All is on disk. Called in the thread of the check, as a store can hang here."""
         self._write()
         os.fsync(self._fd)
 
@@ -3221,7 +3231,7 @@ class BlocksFile:
 
 
 class BlockComparer:
-    """Holds the lines of an image against those recorded at its export, both read in step; the file is taken over."""
+    """Holds an image's lines against those recorded at its export, in step; the file is taken over."""
 
     def __init__(self, recorded: io.BufferedIOBase) -> None:
         self._recorded = recorded
@@ -3243,8 +3253,10 @@ def _difference(recorded: bytes, found: bytes) -> str:
     if there is None:
         return f"{_name_block(here, found)} is in the image, but not among the blocks recorded at its export"
     if here is not None and (there.disk, there.number) == (here.disk, here.number):
-        return f"{_name_block(here, found)} has the digest {here.digest}, {there.digest} was recorded at the export"
-    return f"{_name_block(there, recorded)} was recorded at the export, the image has {_name_block(here, found)} in its place"
+        return (f"{_name_block(here, found)} has the digest {here.digest}, {there.digest} was recorded at "
+                "the export")
+    return (f"{_name_block(there, recorded)} was recorded at the export, the image has "
+            f"{_name_block(here, found)} in its place")
 
 
 def _name_block(block: Optional[Block], line: bytes) -> str:
@@ -3255,7 +3267,7 @@ def _name_block(block: Optional[Block], line: bytes) -> str:
 
 def _parse_block(line: bytes) -> Optional[Block]:
     match = BLOCK_LINE.fullmatch(line)
-    return match and Block(match.group("disk").decode(), int(match.group("number")), match.group("digest").decode())
+    return match and Block(match.group(1).decode(), int(match.group(2)), match.group(3).decode())
 
 
 def listed(reader: Reader, blocks: Any) -> Iterator[memoryview]:
@@ -3275,14 +3287,14 @@ def listed(reader: Reader, blocks: Any) -> Iterator[memoryview]:
         blocks.line(b"image %d %08x\n" % (number, crc))
 
 
-# ---- Sinks: what is done with the contents of disks ------------------------------------------------------------------
+# ---- Sinks: what is done with the contents of disks --------------------------------------------------------
 
 ZERO_MEBIBYTE = bytes(MEBIBYTE)
 
 
 class MebibyteSink:
-    """Is shown the contents of disks by a check, puts them together to MiBs, and has `mebibyte` do something with each that
-    is not all zeros, in order. What was left out of an image is zeros and is not shown."""
+    """Is shown the contents of disks by a check, puts them together to MiBs, and has `mebibyte` do something
+    with each that is not all zeros, in order. What was left out of an image is zeros and is not shown."""
 
     def __init__(self) -> None:
         self._chunk = bytearray(MEBIBYTE)
@@ -3322,7 +3334,7 @@ class MebibyteSink:
 
 
 class ContentDigests(MebibyteSink):
-    """The first 64 bits of the SHA-1 of each MiB, by disk: enough to see damage, and 8 MiB for a disk of a TiB."""
+    """64 bits of the SHA-1 of each MiB, by disk: enough to see damage, and 8 MiB for a disk of a TiB."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -3338,16 +3350,17 @@ class ContentDigests(MebibyteSink):
 # =============================================================================
 # 13. Image formats
 # =============================================================================
-# XVA, VHD, raw and ova.xml, read and written beside each other. A check reads a format from top to bottom as it passes,
-# and refuses what is not as it should be in one sentence.
+# XVA, VHD, raw and ova.xml, read and written beside each other. A check reads a format from top to bottom as
+# it passes, and refuses what is not as it should be in one sentence.
 # May touch: the descriptors that it is given. May not: names on disk, programs, the pool.
 
-# ---- ova.xml ---------------------------------------------------------------------------------------------------------
+# ---- ova.xml -----------------------------------------------------------------------------------------------
 
 NULL_REF = "OpaqueRef:NULL"
-OVA_LIMIT_BYTES = 64 * MEBIBYTE         # real ones: 30 KB for a plain VM, some MB for one with hundreds of snapshots
+OVA_LIMIT_BYTES = 64 * MEBIBYTE     # real ones: 30 KB for a plain VM, some MB with hundreds of snapshots
 DISK_ID = re.compile(r"[A-Za-z0-9:_.-]{1,80}")
-MALFORMED = (xml.parsers.expat.ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError, AttributeError)
+MALFORMED = (xml.parsers.expat.ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError,
+             AttributeError)
 
 
 class ExportedDisk(NamedTuple):
@@ -3363,7 +3376,7 @@ class OvaDate(str):
 
 
 class _OvaReader(xmlrpc.client.Unmarshaller):
-    """XML-RPC as xapi writes it into ova.xml; times stay the text they are, and so do numbers that others tag."""
+    """XML-RPC as xapi writes it into ova.xml; times stay text, and so do numbers that others tag."""
 
     dispatch = dict(xmlrpc.client.Unmarshaller.dispatch)
     deepest = 50
@@ -3382,14 +3395,15 @@ class _OvaReader(xmlrpc.client.Unmarshaller):
         self._value = 0
 
     dispatch["dateTime.iso8601"] = end_date
-    dispatch.update(dict.fromkeys(("int", "i1", "i2", "i4", "i8", "biginteger", "bigdecimal", "base64", "nil"), end_text))
+    dispatch.update(dict.fromkeys("int i1 i2 i4 i8 biginteger bigdecimal base64 nil".split(), end_text))
 
 
 def parse_ova(text: bytes) -> Dict[str, Any]:
-    """ova.xml as dicts, lists, str, bool and float, with `version` and `objects`; VerificationError if it is not one.
+    """ova.xml as dicts, lists, str, bool and float, with `version` and `objects`; VerificationError if it is
+    not one.
 
-    Whole numbers stay text, since xapi writes them untagged (importexport.ml). A DOCTYPE is refused: it is the only way
-    to entities, and thereby to a small file that fills the memory.
+    Whole numbers stay text, since xapi writes them untagged (importexport.ml). A DOCTYPE is refused: it is
+    the only way to entities, and thereby to a small file that fills the memory.
     """
     reader = _OvaReader()
     reader.xml(None, None)              # text comes decoded
@@ -3404,10 +3418,11 @@ def parse_ova(text: bytes) -> Dict[str, Any]:
         ova, = reader.close()
     except MALFORMED as problem:
         if re.match(br"\s*(<\?xml[^>]*>\s*)?<appliance\b", text):
-            raise UnknownFormat("it is an XVA of version 1, as XenServer before 4.1 and its P2V tool wrote it, which is not "
-                                "supported") from None
+            raise UnknownFormat("it is an XVA of version 1, as XenServer before 4.1 and its P2V tool wrote "
+                                "it, which is not supported") from None
         raise VerificationError(f"ova.xml can't be parsed: {ascii(str(problem))}") from None
-    if not (isinstance(ova, dict) and isinstance(ova.get("version"), dict) and isinstance(ova.get("objects"), list)):
+    if not (isinstance(ova, dict) and isinstance(ova.get("version"), dict)
+            and isinstance(ova.get("objects"), list)):
         raise VerificationError("ova.xml has no version and objects")
     return ova
 
@@ -3417,7 +3432,7 @@ def _refuse_doctype(*_: Any) -> None:
 
 
 def ova_text(ova: Dict[str, Any]) -> bytes:
-    """What parse_ova read, written as xapi writes it (ocaml-rpc src/lib/xmlrpc.ml): whole numbers and strings without a tag."""
+    """What parse_ova read, as xapi writes it: numbers and strings without a tag (ocaml-rpc xmlrpc.ml)."""
     parts = []                             # type: List[str]
     _write_value(ova, parts)
     return "".join(parts).encode("utf-8")
@@ -3449,7 +3464,9 @@ def _write_value(value: Any, parts: List[str]) -> None:
 
 def _escaped(text: str) -> str:
     """Text between tags; a carriage return by its number, as a parser would make it a newline."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;").replace("\r", "&#13;")
+    for letter, name in ("&", "amp"), ("<", "lt"), (">", "gt"), ('"', "quot"), ("\r", "#13"):
+        text = text.replace(letter, f"&{name};")
+    return text
 
 
 # The fields that are used here, if they are there, by what they hold: text, a flag, a map or a list of texts.
@@ -3461,16 +3478,18 @@ OVA_FIELDS = {
             dict: "other_config qos_algorithm_params"},
     "VDI": {str: "SR uuid virtual_size name_label", dict: "other_config"},
     "SR": {str: "uuid name_label content_type"},
-    "VIF": {str: "VM network device MAC MTU qos_algorithm_type locking_mode ipv4_configuration_mode ipv6_configuration_mode " +
-            "ipv4_gateway ipv6_gateway",
-            list: "ipv4_allowed ipv6_allowed ipv4_addresses ipv6_addresses", dict: "other_config qos_algorithm_params"},
+    "VIF": {str: "VM network device MAC MTU qos_algorithm_type locking_mode ipv4_configuration_mode " +
+            "ipv6_configuration_mode ipv4_gateway ipv6_gateway",
+            list: "ipv4_allowed ipv6_allowed ipv4_addresses ipv6_addresses",
+            dict: "other_config qos_algorithm_params"},
     "network": {str: "uuid name_label"}}      # type: Dict[str, Dict[type, str]]
 
 
 def ova_objects(ova: Dict[str, Any], class_name: str) -> Dict[str, Dict[str, Any]]:
-    """The records of one class by their id in the archive, in the file's order; what is used of them is of its kind."""
+    """The records of one class by their id, in the file's order; what is used of them is of its kind."""
     records = {}
-    fields = [(field, kind) for kind, names in OVA_FIELDS.get(class_name, {}).items() for field in names.split()]
+    fields = [(field, kind) for kind, names in OVA_FIELDS.get(class_name, {}).items()
+              for field in names.split()]
     for entry in ova["objects"]:
         try:
             name, key, record = entry["class"], entry["id"], entry["snapshot"]
@@ -3484,7 +3503,8 @@ def ova_objects(ova: Dict[str, Any], class_name: str) -> Dict[str, Dict[str, Any
             found = record.get(field, kind())
             inside = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
             if type(found) is not kind or any(type(item) is not str for item in inside):
-                raise UnknownFormat(f"ova.xml has a {field} of {name} {ascii(key)} that is not of the kind that it should be")
+                raise UnknownFormat(f"ova.xml has a {field} of {name} {ascii(key)} that is not of the kind "
+                                    "that it should be")
         records[key] = record
     return records
 
@@ -3503,8 +3523,10 @@ def exported_disks(ova: Dict[str, Any]) -> Dict[str, ExportedDisk]:
     (export.ml@v26.17.0). A VBD may point to a VDI that is not in the file: then there is nothing to hold.
     """
     vdis, srs = ova_objects(ova, "VDI"), ova_objects(ova, "SR")
-    wanted = [needed("VBD", key, vbd, "VDI") for key, vbd in ova_objects(ova, "VBD").items() if vbd.get("type") != "CD"]
-    wanted += [vm.get("suspend_VDI", "") for vm in ova_objects(ova, "VM").values() if vm.get("power_state") == "Suspended"]
+    wanted = [needed("VBD", key, vbd, "VDI") for key, vbd in ova_objects(ova, "VBD").items()
+              if vbd.get("type") != "CD"]
+    wanted += [vm.get("suspend_VDI", "") for vm in ova_objects(ova, "VM").values()
+               if vm.get("power_state") == "Suspended"]
     return {disk_id: _exported_disk(disk_id, vdis[disk_id]) for disk_id in wanted
             if disk_id in vdis and _content_type(srs, vdis[disk_id]) != "iso"}
 
@@ -3522,7 +3544,7 @@ def _exported_disk(disk_id: str, vdi: Dict[str, Any]) -> ExportedDisk:
     return ExportedDisk(disk_id, vdi.get("uuid", ""), int(size))
 
 
-# ---- Checks: a format read as it passes ------------------------------------------------------------------------------
+# ---- Checks: a format read as it passes --------------------------------------------------------------------
 
 
 class DiskReport(NamedTuple):
@@ -3538,8 +3560,9 @@ class DiskReport(NamedTuple):
 class StreamReport(NamedTuple):
     """What a check has found, once the stream has ended well.
 
-    `digest_kind`: "sha1", "xxh64" or "" where the format has no block digests. `digests_checked`: false if there is one
-    that was not held against its block. `virtual_size`: of all disks. `ova_xml` is empty but for an XVA.
+    `digest_kind`: "sha1", "xxh64" or "" where the format has no block digests. `digests_checked`: false if
+    there is one that was not held against its block. `virtual_size`: of all disks. `ova_xml` is empty but for
+    an XVA.
     """
 
     disks: Tuple[DiskReport, ...]
@@ -3557,13 +3580,14 @@ class Enough(Exception):
 class Check(Consumer):
     """A consumer that reads a format; `report` stands when all of it was as it should be.
 
-    `blocks` takes the lines of the list of blocks (BlocksFile, BlockComparer), `sinks` are shown what the disks hold.
-    With `is_first_look` it ends with Enough where the first block begins.
+    `blocks` takes the lines of the list of blocks (BlocksFile, BlockComparer), `sinks` are shown what the
+    disks hold. With `is_first_look` it ends with Enough where the first block begins.
     """
 
     name = "check"
 
-    def __init__(self, blocks: Any = None, sinks: Sequence[MebibyteSink] = (), is_first_look: bool = False) -> None:
+    def __init__(self, blocks: Any = None, sinks: Sequence[MebibyteSink] = (),
+                 is_first_look: bool = False) -> None:
         super().__init__()
         self.report: Optional[StreamReport] = None
         self._blocks, self._sinks, self._is_first_look = blocks, sinks, is_first_look
@@ -3595,7 +3619,7 @@ class Check(Consumer):
             sink.put(disk, offset, piece)
 
 
-# ---- XVA: a tar archive ----------------------------------------------------------------------------------------------
+# ---- XVA: a tar archive ------------------------------------------------------------------------------------
 
 
 class Member(NamedTuple):
@@ -3610,7 +3634,7 @@ class Member(NamedTuple):
 XVA_END = bytes(2 * SECTOR_BYTES)
 TAR_NUMBER = re.compile(rb"[ ]*([0-7]+)[ \0]*")
 REGULAR_FILE = (b"\0", b"0")
-PASSED_OVER = (b"5", b"g", b"K", b"V")          # directories, and what is said of all files, of links and of the archive
+PASSED_OVER = (b"5", b"g", b"K", b"V")      # directories; what is said of all files, of links, of the archive
 SAID_BEFORE = (b"x", b"L")                      # what is said of the next file: POSIX, GNU
 LONGEST_SAID_BYTES = 64 * 1024
 BLOCK_NAME = re.compile(r"(?P<disk>[^/]+)/(?P<number>[0-9]{8,18})", re.ASCII)
@@ -3622,8 +3646,8 @@ DIGEST_KINDS = {".checksum": ("sha1", re.compile(rb"[0-9a-f]{40}"), 40),
 def parse_tar_header(header: bytes, at: int, strict: bool = True) -> Member:
     """The member that a 512-byte header announces; `strict`: it must be a plain file with a short name.
 
-    xapi writes V7 headers (ocaml-tar's default level); the ustar ones of other writers read the same here, where names are
-    short and members regular files.
+    xapi writes V7 headers (ocaml-tar's default level); the ustar ones of other writers read the same here,
+    where names are short and members regular files.
     """
     checksum = TAR_NUMBER.fullmatch(header[148:156])
     if not checksum:
@@ -3631,10 +3655,11 @@ def parse_tar_header(header: bytes, at: int, strict: bool = True) -> Member:
     stored = int(checksum.group(1), 8)
     computed = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if stored != computed:
-        raise VerificationError(f"the archive has no sound tar header at byte {at}: its checksum is {computed:o}, not "
-                                f"{stored:o}")
+        raise VerificationError(f"the archive has no sound tar header at byte {at}: its checksum is "
+                                f"{computed:o}, not {stored:o}")
     name, kind = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace"), header[156:157]
-    prefix = header[345:500].rstrip(b"\0") if header.startswith(b"ustar\0" if not strict else b"ustar", 257) else b""
+    has_prefix = header.startswith(b"ustar" if strict else b"ustar\0", 257)
+    prefix = header[345:500].rstrip(b"\0") if has_prefix else b""
     if strict and (kind not in REGULAR_FILE or prefix):
         raise VerificationError(f"the archive has {ascii(name)} at byte {at}, which is not a plain file")
     if prefix:
@@ -3682,10 +3707,11 @@ def pax_records(text: bytes) -> Dict[str, str]:
 class Archive:
     """Reads the members of an XVA one after the other.
 
-    `strict`: as an export of ours passes, to the exact end. Otherwise also as other programs wrote it, or tar packed it
-    anew: with other headers, directories, files that no import has a use for, numbers of 20 digits, and padding behind
-    the end or no end at all (the server's importer looks at none of it: ocaml/xapi/stream_vdi.ml@v26.17.0). Names are then
-    given as the server writes them. `has_no_end`: the stream ended without the two zero blocks.
+    `strict`: as an export of ours passes, to the exact end. Otherwise also as other programs wrote it, or tar
+    packed it anew: with other headers, directories, files that no import has a use for, numbers of 20 digits,
+    and padding behind the end or no end at all (the server's importer looks at none of it:
+    ocaml/xapi/stream_vdi.ml@v26.17.0). Names are then given as the server writes them. `has_no_end`: the
+    stream ended without the two zero blocks.
     """
 
     def __init__(self, reader: Reader, strict: bool) -> None:
@@ -3701,8 +3727,8 @@ class Archive:
             found = "its end" if member is None else ascii(member.name)
             if member is None or self._strict:
                 raise VerificationError(f"the archive begins with {found}, not with ova.xml")
-            raise UnknownFormat(f"the archive begins with {found}, not with ova.xml: pack it again with that one first "
-                                "(tar -cf NEW.xva ova.xml Ref*)")
+            raise UnknownFormat(f"the archive begins with {found}, not with ova.xml: pack it again with that "
+                                "one first (tar -cf NEW.xva ova.xml Ref*)")
         if member.size > OVA_LIMIT_BYTES:
             raise VerificationError(f"the archive's ova.xml has {member.size} bytes, more than any real one")
         return b"".join(self.body(member))
@@ -3731,23 +3757,27 @@ class Archive:
                 said.update(pax_records(text) if member.kind == b"x" else
                             {"path": text.rstrip(b"\0").decode("ascii", "replace")})
                 continue
-            if member.kind not in REGULAR_FILE + PASSED_OVER or any(key.startswith("GNU.sparse") for key in said):
-                raise UnknownFormat(f"the archive has {ascii(member.name)} at byte {at}, which is not stored as a plain file")
+            is_sparse = any(key.startswith("GNU.sparse") for key in said)
+            if is_sparse or member.kind not in REGULAR_FILE + PASSED_OVER:
+                raise UnknownFormat(f"the archive has {ascii(member.name)} at byte {at}, which is not stored "
+                                    "as a plain file")
             member = self._plain(member, said)
-            if member.kind in REGULAR_FILE and (member.name == "ova.xml" or BLOCK_FILE.fullmatch(member.name)):
+            is_wanted = member.name == "ova.xml" or BLOCK_FILE.fullmatch(member.name)
+            if is_wanted and member.kind in REGULAR_FILE:
                 return member
-            for _ in self.body(member):
-                pass
+            collections.deque(self.body(member), 0)
             said = {}
 
     @staticmethod
     def _plain(member: Member, said: Dict[str, str]) -> Member:
         """The member with what was said of it before, and its name as the server would write it."""
-        name, size = re.sub(r"\A(\./+)+", "", said.get("path", member.name)), said.get("size", str(member.size))
+        name = re.sub(r"\A(\./+)+", "", said.get("path", member.name))
+        size = said.get("size", "")
         block = BLOCK_FILE.fullmatch(name)
         if block:
             name = f"{block.group('disk')}/{int(block.group('number')):08d}{block.group('suffix') or ''}"
-        return member._replace(name=name, size=int(size) if re.fullmatch("[0-9]{1,18}", size) else member.size)
+        has_size = re.fullmatch("[0-9]{1,18}", size)
+        return member._replace(name=name, size=int(size) if has_size else member.size)
 
     def body(self, member: Member) -> Iterator[memoryview]:
         """What the member holds, piece by piece; behind it is its padding."""
@@ -3776,21 +3806,22 @@ class _DiskProgress:
     def advance(self, number: int, length: int, member: Member) -> None:
         """Account for one block.
 
-        A number is not always the MiB it stands at: after 5 s without a write xapi sends an empty block, which takes a
-        number and no room (stream_vdi.ml@v26.17.0 send_one, recv_all_vdi). Numbers left out are a MiB of zeros each; the
-        first and last block are always there.
+        A number is not always the MiB it stands at: after 5 s without a write xapi sends an empty block,
+        which takes a number and no room (stream_vdi.ml@v26.17.0 send_one, recv_all_vdi). Numbers left out are
+        a MiB of zeros each; the first and last block are always there.
         """
         if number and not self.blocks:
-            raise VerificationError(f"block {member.name} at byte {member.at} comes first: block 0 of the disk is missing")
+            raise VerificationError(f"block {member.name} at byte {member.at} comes first: block 0 of the "
+                                    "disk is missing")
         if number < self.next_number:
-            raise VerificationError(f"block {member.name} at byte {member.at} is out of order: number {self.next_number} or a "
-                                    "later one should come")
+            raise VerificationError(f"block {member.name} at byte {member.at} is out of order: number "
+                                    f"{self.next_number} or a later one should come")
         start = self.position + (number - self.next_number) * MEBIBYTE
         room = min(MEBIBYTE, self.disk.virtual_size - start)
         is_keep_alive = length == 0 and self.blocks
         if room <= 0 or (length != room and not is_keep_alive):
-            raise VerificationError(f"block {member.name} at byte {member.at} has {length} bytes, where the disk's size of "
-                                    f"{self.disk.virtual_size} has room for {max(room, 0)}")
+            raise VerificationError(f"block {member.name} at byte {member.at} has {length} bytes, where the "
+                                    f"disk's size of {self.disk.virtual_size} has room for {max(room, 0)}")
         self.next_number = number + 1
         self.position = start + length
         self.blocks += 1
@@ -3798,20 +3829,23 @@ class _DiskProgress:
 
     def finish(self, at: int) -> None:
         if self.position != self.disk.virtual_size:
-            raise VerificationError(f"disk {self.disk.id} (uuid {self.disk.uuid}) is incomplete: its blocks end at byte {at} of "
-                                    f"the archive, {self.position} of {self.disk.virtual_size} bytes of the disk are there")
+            raise VerificationError(f"disk {self.disk.id} (uuid {self.disk.uuid}) is incomplete: its blocks "
+                                    f"end at byte {at} of the archive, {self.position} of "
+                                    f"{self.disk.virtual_size} bytes of the disk are there")
 
 
 class XvaCheck(Check):
-    """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the exact end.
+    """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the exact
+    end.
 
-    `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's list holds in
-    any case. With `holds_disks` false it is a metadata export: ova.xml alone. `strict`: see Archive. `ova` and
-    `first_disk`, whose block is the first, stand when they have passed.
+    `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's
+    list holds in any case. With `holds_disks` false it is a metadata export: ova.xml alone. `strict`: see
+    Archive. `ova` and `first_disk`, whose block is the first, stand when they have passed.
     """
 
-    def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None, sinks: Sequence[MebibyteSink] = (),
-                 holds_disks: bool = True, strict: bool = True, is_first_look: bool = False) -> None:
+    def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None,
+                 sinks: Sequence[MebibyteSink] = (), holds_disks: bool = True, strict: bool = True,
+                 is_first_look: bool = False) -> None:
         super().__init__(blocks, sinks, is_first_look)
         self.ova: Dict[str, Any] = {}
         self.first_disk = ""
@@ -3840,30 +3874,33 @@ class XvaCheck(Check):
             self._read_block(archive, member)
             member = archive.next_member("the header of a block")
         progress = self._disks.values()
-        if not (self._strict or self._current or archive.has_no_end) and any(one.disk.virtual_size for one in progress):
-            raise UnknownFormat("it is a metadata export, which names the VM's disks and holds nothing of them: it is not "
-                                "supported")
+        holds_nothing = not self._current and any(one.disk.virtual_size for one in progress)
+        if holds_nothing and not (self._strict or archive.has_no_end):
+            raise UnknownFormat("it is a metadata export, which names the VM's disks and holds nothing of "
+                                "them: it is not supported")
         for one in progress:
             one.finish(reader.position)
         archive.end()
-        reports = tuple(DiskReport(*one.disk, blocks=one.blocks, stored_bytes=one.stored_bytes) for one in progress)
-        return StreamReport(reports, DIGEST_KINDS[self._suffix][0] if self._suffix else "", not self._unchecked,
-                            reader.position, sum(one.virtual_size for one in reports), ova_xml)
+        reports = tuple(DiskReport(*one.disk, one.blocks, one.stored_bytes) for one in progress)
+        kind = DIGEST_KINDS[self._suffix][0] if self._suffix else ""
+        return StreamReport(reports, kind, not self._unchecked, reader.position,
+                            sum(one.virtual_size for one in reports), ova_xml)
 
     def _compare_with_pool(self, sizes: Dict[str, int]) -> None:
         for uuid, size in self._expected.items():
             if uuid not in sizes:
-                raise VerificationError(f"the archive's ova.xml lacks the disk with uuid {uuid}, which the VM has")
+                raise VerificationError(f"the archive's ova.xml lacks the disk with uuid {uuid}, which the "
+                                        "VM has")
             if sizes[uuid] != size:
-                raise VerificationError(f"the archive's ova.xml gives the disk with uuid {uuid} {sizes[uuid]} bytes, the pool "
-                                        f"{size}")
+                raise VerificationError(f"the archive's ova.xml gives the disk with uuid {uuid} "
+                                        f"{sizes[uuid]} bytes, the pool {size}")
 
     def _read_block(self, archive: Archive, member: Member) -> None:
         """A block, which is that disk's next, and the digest that it should have."""
         match = BLOCK_NAME.fullmatch(member.name)
         if match is None or match.group("disk") not in self._disks:
-            raise VerificationError(f"the archive has a file {ascii(member.name)} at byte {member.at}, which is no block of a "
-                                    "disk in its ova.xml")
+            raise VerificationError(f"the archive has a file {ascii(member.name)} at byte {member.at}, which "
+                                    "is no block of a disk in its ova.xml")
         disk = self._disk(match.group("disk"), member)
         number = int(match.group("number"))
         disk.advance(number, member.size, member)
@@ -3886,14 +3923,14 @@ class XvaCheck(Check):
             self._blocks.line(b"%b %d %b\n" % (disk.disk.id.encode(), number, digest.encode()))
 
     def _disk(self, disk_id: str, member: Member) -> _DiskProgress:
-        """The disk to which a block belongs; a new one only after the one before is complete, in the order of ids."""
+        """The disk of a block; a new one only after the one before is complete, in the order of ids."""
         current, disk = self._current, self._disks[disk_id]
         if disk is not current:
             if current is not None:
                 current.finish(member.at)
                 if disk_id < current.disk.id if self._strict else disk.blocks:
-                    raise VerificationError(f"block {member.name} at byte {member.at} is out of order: disk {disk_id} comes "
-                                            f"before {current.disk.id}")
+                    raise VerificationError(f"block {member.name} at byte {member.at} is out of order: disk "
+                                            f"{disk_id} comes before {current.disk.id}")
             self._current = disk
         return disk
 
@@ -3922,10 +3959,11 @@ class PartPipe:
         self._is_over = False
 
     def write(self, view: Any) -> None:
-        """The bytes are with the import; BrokenPipeError if it has ended. What comes after `close` is of no part: its
-        descriptor may be another file's by then."""
+        """The bytes are with the import; BrokenPipeError if it has ended. What comes after `close` is of no
+        part: its descriptor may be another file's by then."""
         if self._is_over:
-            raise UnknownFormat("the archive's disks are mingled, and the server reads one after the other: `extract` each disk")
+            raise UnknownFormat("the archive's disks are mingled, and the server reads one after the other: "
+                                "`extract` each disk")
         if self._fd is None:
             self._fd = self._start()
             widen_pipe(self._fd)
@@ -3939,13 +3977,14 @@ class PartPipe:
 
 
 class ArchiveFeed(Consumer):
-    """Feeds an archive to its parts' imports: each gets an ova.xml of its own and the members of its disks, as the server
-    writes them. `is_whole`: of one part, and all its disks are wanted: behind ova.xml, all passes as it comes."""
+    """Feeds an archive to its parts' imports: each gets an ova.xml of its own and the members of its disks,
+    as the server writes them. `is_whole`: of one part, and all its disks are wanted: behind ova.xml, all
+    passes as it comes."""
 
     name = "import"
 
-    def __init__(self, pipes: Sequence[PartPipe], ovas: Sequence[bytes], parts: Sequence[Sequence[str]], strict: bool,
-                 is_whole: bool = False) -> None:
+    def __init__(self, pipes: Sequence[PartPipe], ovas: Sequence[bytes], parts: Sequence[Sequence[str]],
+                 strict: bool, is_whole: bool = False) -> None:
         super().__init__()
         self._pipes, self._ovas, self._strict, self._is_whole = pipes, ovas, strict, is_whole
         self._part_of = {disk: number for number, part in enumerate(parts) for disk in part}
@@ -3970,8 +4009,8 @@ class ArchiveFeed(Consumer):
                 part = wanted
                 self._pipes[part].write(tar_member("ova.xml", self._ovas[part]))
             elif wanted is not None and disk < last_disk:
-                raise UnknownFormat(f"the archive holds disk {last_disk} before {disk}, and the server reads them in the order "
-                                    "of these names: `extract` each disk")
+                raise UnknownFormat(f"the archive holds disk {last_disk} before {disk}, and the server reads "
+                                    "them in the order of these names: `extract` each disk")
             if wanted is not None:
                 last_disk = disk
                 self._pipes[part].write(tar_header(member.name, member.size))
@@ -3989,8 +4028,8 @@ class ArchiveFeed(Consumer):
 class ImageFeed(MebibyteSink):
     """The sink of an image's check that makes an archive of its one disk, for the import.
 
-    A block for each MiB with SHA-1, which all versions of the importer know; MiBs of zeros are left out but for the first
-    and the last (stream_vdi.ml@v26.17.0).
+    A block for each MiB with SHA-1, which all versions of the importer know; MiBs of zeros are left out but
+    for the first and the last (stream_vdi.ml@v26.17.0).
     """
 
     def __init__(self, pipe: PartPipe, ova: bytes, disk_id: str, virtual_size: int) -> None:
@@ -4035,15 +4074,15 @@ class ImageFeed(MebibyteSink):
         self._pipe.close()
 
 
-# ---- Raw -------------------------------------------------------------------------------------------------------------
+# ---- Raw ---------------------------------------------------------------------------------------------------
 
 
 class DiskCheck(Check):
-    """The check of an image of one disk, of `virtual_size` if that is known; its list of blocks has the CRC-32 of each MiB
-    of the stream."""
+    """The check of an image of one disk, of `virtual_size` if that is known; its list of blocks has the
+    CRC-32 of each MiB of the stream."""
 
-    def __init__(self, virtual_size: Optional[int] = None, blocks: Any = None, sinks: Sequence[MebibyteSink] = (),
-                 is_first_look: bool = False) -> None:
+    def __init__(self, virtual_size: Optional[int] = None, blocks: Any = None,
+                 sinks: Sequence[MebibyteSink] = (), is_first_look: bool = False) -> None:
         super().__init__(blocks, sinks, is_first_look)
         self._virtual_size = virtual_size
 
@@ -4051,9 +4090,8 @@ class DiskCheck(Check):
         if self._blocks:
             reader = Reader(listed(reader, self._blocks))
         reader.image = "the image"
-        virtual_size, blocks, stored_bytes = self._check_disk(reader)
-        return StreamReport((DiskReport("image", "", virtual_size, blocks, stored_bytes),), "", True, reader.position,
-                            virtual_size, b"")
+        disk = DiskReport("image", "", *self._check_disk(reader))
+        return StreamReport((disk,), "", True, reader.position, disk.virtual_size, b"")
 
     def _check_disk(self, reader: Reader) -> Tuple[int, int, int]:
         """Reads the whole image: the disk's size, how many blocks are there, and their bytes."""
@@ -4072,7 +4110,7 @@ class RawCheck(DiskCheck):
 
 
 class RawFeed(MebibyteSink):
-    """The sink of an image's check that gives a disk's whole contents, zeros too, to `xe vdi-import format=raw`."""
+    """The sink that gives a disk's whole contents, zeros too, to `xe vdi-import format=raw`."""
 
     def __init__(self, pipe: PartPipe, virtual_size: int) -> None:
         super().__init__()
@@ -4102,7 +4140,7 @@ class RawFeed(MebibyteSink):
 
 
 class SparseImage(MebibyteSink):
-    """The sink that writes one disk into a file, leaving out MiBs of zeros; the descriptor stays the caller's."""
+    """The sink that writes one disk into a file without MiBs of zeros; the descriptor is the caller's."""
 
     def __init__(self, fd: int, disk: str) -> None:
         super().__init__()
@@ -4121,7 +4159,7 @@ class SparseImage(MebibyteSink):
         self.written_bytes += len(content)
 
 
-# ---- VHD -------------------------------------------------------------------------------------------------------------
+# ---- VHD ---------------------------------------------------------------------------------------------------
 
 VHD_BAT_OFFSET = 2048
 VHD_NOT_PRESENT = 0xFFFFFFFF
@@ -4131,10 +4169,12 @@ VHD_LARGEST_BYTES = 2040 * 1024 * MEBIBYTE      # vhd_format/f.ml@v26.17.0 Const
 
 
 class VhdCheck(DiskCheck):
-    """A dynamic VHD as xapi streams it (vhd_format/f.ml@v26.17.0 Vhd_input): blocks in the BAT's order and nothing else.
+    """A dynamic VHD as xapi streams it (vhd_format/f.ml@v26.17.0 Vhd_input): blocks in the BAT's order and
+    nothing else.
 
-    VHDs of other origin may lie in any order: VhdInOrder makes one like this of them. VHD has no digests: a bit flipped
-    inside a block shows in the SHA-256 and the recorded CRCs only. `size` is the disk's, once its footer has passed.
+    VHDs of other origin may lie in any order: VhdInOrder makes one like this of them. VHD has no digests: a
+    bit flipped inside a block shows in the SHA-256 and the recorded CRCs only. `size` is the disk's, once its
+    footer has passed.
     """
 
     size = 0
@@ -4152,7 +4192,8 @@ class VhdCheck(DiskCheck):
             bitmap = reader.take(_bitmap_bytes(block_bytes), "the bitmap of a block")
             used = block_bytes // SECTOR_BYTES // 8
             if bitmap[:used].count(0xFF) != used:
-                raise VerificationError(f"the image's bitmap at byte {at} leaves sectors out, which xapi never does")
+                raise VerificationError(f"the image's bitmap at byte {at} leaves sectors out, which xapi "
+                                        "never does")
             offset = number * block_bytes
             for piece in reader.pieces(block_bytes, "a block"):
                 self._show("image", offset, piece)
@@ -4171,21 +4212,21 @@ class VhdCheck(DiskCheck):
         _check_vhd_sum(footer, 64, "footer at byte 0")
         size, kind = int.from_bytes(footer[48:56], "big"), int.from_bytes(footer[60:64], "big")
         if kind != VHD_DYNAMIC or int.from_bytes(footer[16:24], "big") != SECTOR_BYTES:
-            raise VerificationError(f"the image is no full dynamic VHD: its footer at byte 0 says type {kind}")
+            raise VerificationError("the image is no full dynamic VHD: its footer at byte 0 says type "
+                                    f"{kind}")
         if size > VHD_LARGEST_BYTES or size % SECTOR_BYTES:
-            raise VerificationError(f"the image's footer at byte 0 gives an impossible disk size of {size} bytes")
+            raise VerificationError(f"the image's footer at byte 0 gives an impossible disk size of {size} "
+                                    "bytes")
         return size
 
     def _parse_header(self, header: bytes) -> Tuple[int, int]:
         """How many entries the BAT has, and the size of a block."""
-        if not header.startswith(b"cxsparse"):
-            raise VerificationError(f"the image has {excerpt(header)} at byte 512, not a VHD's header")
-        _check_vhd_sum(header, 36, "header at byte 512")
-        table = int.from_bytes(header[16:24], "big")
-        entries, block_bytes = int.from_bytes(header[28:32], "big"), int.from_bytes(header[32:36], "big")
-        if table != VHD_BAT_OFFSET or block_bytes not in VHD_BLOCK_SIZES or entries != -(-self.size // block_bytes):
-            raise VerificationError(f"the image's header at byte 512 doesn't fit a disk of {self.size} bytes: block table of "
-                                    f"{entries} entries at byte {table}, blocks of {block_bytes} bytes")
+        table, entries, block_bytes = _vhd_header(header, SECTOR_BYTES)
+        fits = block_bytes in VHD_BLOCK_SIZES and entries == -(-self.size // block_bytes)
+        if table != VHD_BAT_OFFSET or not fits:
+            raise VerificationError(f"the image's header at byte 512 doesn't fit a disk of {self.size} "
+                                    f"bytes: block table of {entries} entries at byte {table}, blocks of "
+                                    f"{block_bytes} bytes")
         # A raw source is rounded up to whole blocks, a VHD source not.
         wanted = self._virtual_size
         if wanted is not None and self.size not in (wanted, -(-wanted // block_bytes) * block_bytes):
@@ -4206,8 +4247,8 @@ class VhdCheck(DiskCheck):
             if sector == VHD_NOT_PRESENT:
                 continue
             if sector != first + len(present) * step:
-                raise VerificationError(f"the image's block table puts block {number} at sector {sector}, not "
-                                        f"{first + len(present) * step}")
+                raise VerificationError(f"the image's block table puts block {number} at sector {sector}, "
+                                        f"not {first + len(present) * step}")
             present.append(number)
         return present
 
@@ -4229,19 +4270,30 @@ def _vhd_sum(structure: bytes, field: int) -> int:
     return ~(sum(structure) - sum(structure[field:field + 4])) & 0xFFFFFFFF
 
 
+def _vhd_header(header: bytes, at: int) -> Tuple[int, int, int]:
+    """Where the block table is, how many entries it has, and the size of a block."""
+    if not header.startswith(b"cxsparse"):
+        raise VerificationError(f"the image has {excerpt(header)} at byte {at}, not a VHD's header")
+    _check_vhd_sum(header, 36, f"header at byte {at}")
+    return (int.from_bytes(header[16:24], "big"), int.from_bytes(header[28:32], "big"),
+            int.from_bytes(header[32:36], "big"))
+
+
 def _check_vhd_sum(structure: bytes, field: int, what: str) -> None:
     stored, computed = int.from_bytes(structure[field:field + 4], "big"), _vhd_sum(structure, field)
     if stored != computed:
-        raise VerificationError(f"the image's {what} is damaged: its checksum is {computed:08x}, not {stored:08x}")
+        raise VerificationError(f"the image's {what} is damaged: its checksum is {computed:08x}, not "
+                                f"{stored:08x}")
 
 
 class VhdInOrder:
-    """The source of a flow that gives a VHD of any writer as the server streams one: blocks in order, each whole, the
-    sectors that its bitmap leaves out as zeros (Microsoft's Virtual Hard Disk Image Format Specification 1.0; batmap:
-    blktap's vhd.h).
+    """The source of a flow that gives a VHD of any writer as the server streams one: blocks in order, each
+    whole, the sectors that its bitmap leaves out as zeros (Microsoft's Virtual Hard Disk Image Format
+    Specification 1.0; batmap: blktap's vhd.h).
 
-    With a descriptor, which is taken over, it is a file, whose parts are read wherever they lie. Without, it is the stream
-    of the flow above, which can't go back: UnknownFormat. `is_whole` false: of a damaged file as much as can be read.
+    With a descriptor, which is taken over, it is a file, whose parts are read wherever they lie. Without, it
+    is the stream of the flow above, which can't go back: UnknownFormat. `is_whole` false: of a damaged file
+    as much as can be read.
     """
 
     def __init__(self, fd: Optional[int] = None, is_whole: bool = True) -> None:
@@ -4265,8 +4317,8 @@ class VhdInOrder:
     def _read(self, at: int, count: int, where: str) -> bytes:
         """Those bytes."""
         if self._reader is not None and at < self._reader.position:
-            raise UnknownFormat(f"its {where} lies before what was read already, so it can't be read as a compressed stream: "
-                                "decompress it first")
+            raise UnknownFormat(f"its {where} lies before what was read already, so it can't be read as a "
+                                "compressed stream: decompress it first")
         found, is_behind = bytearray(), self._reader is None and at + count > self._file_bytes
         while len(found) < count:
             if self._reader is not None:            # what lies before is passed over
@@ -4286,8 +4338,8 @@ class VhdInOrder:
         footer = self._footer()
         self._size, kind = int.from_bytes(footer[48:56], "big"), int.from_bytes(footer[60:64], "big")
         if kind == VHD_DIFFERENCING:
-            raise UnknownFormat("it is a differencing VHD, which holds only what differs from its parent, and is not "
-                                "supported: bring both together first")
+            raise UnknownFormat("it is a differencing VHD, which holds only what differs from its parent, "
+                                "and is not supported: bring both together first")
         if kind not in (VHD_FIXED, VHD_DYNAMIC):
             raise VerificationError(f"the image's footer says that it is of type {kind}")
         sectors, batmap = self._fixed() if kind == VHD_FIXED else self._dynamic(footer)
@@ -4301,12 +4353,14 @@ class VhdInOrder:
         yield self._like_ours(footer)
 
     def _footer(self) -> bytes:
-        """A file's at its end, where that of old Virtual PCs lacks its last byte; a stream's copy at its beginning."""
+        """A file's at its end, where that of old Virtual PCs lacks its last byte; a stream's copy at its
+        beginning."""
         if self._reader is not None:
             footer = self._read(0, SECTOR_BYTES, "the copy of its footer")
             if not footer.startswith(b"conectix"):
-                raise UnknownFormat(f"it begins with {excerpt(footer)}, not with a VHD's footer, as a dynamic one does; others "
-                                    "can't be read as a compressed stream: decompress it first")
+                raise UnknownFormat(f"it begins with {excerpt(footer)}, not with a VHD's footer, as a "
+                                    "dynamic one does; others can't be read as a compressed stream: "
+                                    "decompress it first")
             _check_vhd_sum(footer, 64, "footer at byte 0")
             return footer
         for count in (SECTOR_BYTES, SECTOR_BYTES - 1):
@@ -4331,32 +4385,32 @@ class VhdInOrder:
         """Where each block lies, and the map of those whose bitmaps need not be asked."""
         header_at = int.from_bytes(footer[16:24], "big")
         header = self._read(header_at, 2 * SECTOR_BYTES, "header")
-        if not header.startswith(b"cxsparse"):
-            raise VerificationError(f"the image has {excerpt(header)} at byte {header_at}, not a VHD's header")
-        _check_vhd_sum(header, 36, f"header at byte {header_at}")
-        table_at, entries = int.from_bytes(header[16:24], "big"), int.from_bytes(header[28:32], "big")
-        self._block_bytes = int.from_bytes(header[32:36], "big")
+        table_at, entries, self._block_bytes = _vhd_header(header, header_at)
         blocks = -(-self._size // self._block_bytes) if self._block_bytes in VHD_BLOCK_SIZES else entries + 1
         if blocks > entries or self._size > VHD_LARGEST_BYTES:
-            raise VerificationError(f"the image's header at byte {header_at} doesn't fit a disk of {self._size} bytes: block "
-                                    f"table of {entries} entries, blocks of {self._block_bytes} bytes")
+            raise VerificationError(f"the image's header at byte {header_at} doesn't fit a disk of "
+                                    f"{self._size} bytes: block table of {entries} entries, blocks of "
+                                    f"{self._block_bytes} bytes")
         sectors = _byteswapped(self._read(table_at, 4 * blocks, "block table"))
         map_at = table_at + -(-4 * entries // SECTOR_BYTES) * SECTOR_BYTES
         batmap = self._batmap(map_at, blocks) if footer.startswith(b"tap\0", 28) else b""
         self._check_places(sectors, [(0, SECTOR_BYTES), (header_at, 2 * SECTOR_BYTES), (table_at, 4 * blocks)]
                            + ([(map_at, SECTOR_BYTES + len(batmap))] if batmap else []))
-        if self._reader is None and self._is_whole and not self._is_same(self._read(0, SECTOR_BYTES, ""), footer):
+        is_whole_file = self._reader is None and self._is_whole
+        if is_whole_file and not self._is_same(self._read(0, SECTOR_BYTES, ""), footer):
             raise VerificationError("the image's footer differs from its copy at byte 0")
         return sectors, batmap
 
     def _batmap(self, at: int, blocks: int) -> bytes:
-        """Bits for the blocks that were written whole, if the map is there, right behind its header, and sound. No sum covers
-        that header: whatever it says, the bitmaps do without the map."""
+        """Bits for the blocks that were written whole, if the map is there, right behind its header, and
+        sound. No sum covers that header: whatever it says, the bitmaps do without the map."""
         with contextlib.suppress(VerificationError):
             header = self._read(at, SECTOR_BYTES, "batmap")
             if header.startswith(b"tdbatmap") and int.from_bytes(header[8:16], "big") == at + SECTOR_BYTES:
-                found = self._read(at + SECTOR_BYTES, min(int.from_bytes(header[16:20], "big"), 4096) * SECTOR_BYTES, "batmap")
-                if ~sum(found) & 0xFFFFFFFF == int.from_bytes(header[24:28], "big") and 8 * len(found) >= blocks:
+                sectors = min(int.from_bytes(header[16:20], "big"), 4096)
+                found = self._read(at + SECTOR_BYTES, sectors * SECTOR_BYTES, "batmap")
+                is_sound = ~sum(found) & 0xFFFFFFFF == int.from_bytes(header[24:28], "big")
+                if is_sound and 8 * len(found) >= blocks:
                     return found
         return b""
 
@@ -4365,8 +4419,8 @@ class VhdInOrder:
         present = [sector for sector in sectors if sector != VHD_NOT_PRESENT]
         if self._reader is not None:
             if any(after <= before for before, after in zip(present, present[1:])):
-                raise UnknownFormat("its blocks do not lie in order, so it can't be read as a compressed stream: decompress "
-                                    "it first")
+                raise UnknownFormat("its blocks do not lie in order, so it can't be read as a compressed "
+                                    "stream: decompress it first")
             return
         present.sort()
         step = _bitmap_bytes(self._block_bytes) + self._block_bytes
@@ -4374,33 +4428,40 @@ class VhdInOrder:
         for at, count in others:
             clash = clash or any(at - step < sector * SECTOR_BYTES < at + count for sector in present)
         if clash:
-            raise VerificationError("the image's block table puts one block over another, or over the table itself")
+            raise VerificationError("the image's block table puts one block over another, or over the table "
+                                    "itself")
         if self._is_whole and present and present[-1] * SECTOR_BYTES + step > self._file_bytes:
-            raise VerificationError(f"the image's block table puts a block at sector {present[-1]}, behind the end at byte "
-                                    f"{self._file_bytes}: it was cut off")
+            raise VerificationError(f"the image's block table puts a block at sector {present[-1]}, behind "
+                                    f"the end at byte {self._file_bytes}: it was cut off")
 
     def _head(self, footer: bytes, sectors: array) -> Iterator[bytes]:
         """Footer, header and block table as the server writes them."""
         yield self._like_ours(footer)
-        header = b"cxsparse" + b"\xff" * 8 + VHD_BAT_OFFSET.to_bytes(8, "big") + b"\0\1\0\0" + len(sectors).to_bytes(4, "big") \
-            + self._block_bytes.to_bytes(4, "big") + bytes(2 * SECTOR_BYTES - 36)
+        header = b"cxsparse" + b"\xff" * 8 + VHD_BAT_OFFSET.to_bytes(8, "big") + b"\0\1\0\0" \
+            + len(sectors).to_bytes(4, "big") + self._block_bytes.to_bytes(4, "big")
+        header += bytes(2 * SECTOR_BYTES - len(header))
         yield header[:36] + _vhd_sum(header, 36).to_bytes(4, "big") + header[40:]
         yield bytes(SECTOR_BYTES)
         at = (VHD_BAT_OFFSET + 4 * len(sectors) + SECTOR_BYTES - 1) // SECTOR_BYTES
         table = bytearray()
         for sector in sectors:
-            table += (VHD_NOT_PRESENT if sector == VHD_NOT_PRESENT else at).to_bytes(4, "big")
-            at += (_bitmap_bytes(self._block_bytes) + self._block_bytes) // SECTOR_BYTES if sector != VHD_NOT_PRESENT else 0
+            if sector == VHD_NOT_PRESENT:
+                table += VHD_NOT_PRESENT.to_bytes(4, "big")
+            else:
+                table += at.to_bytes(4, "big")
+                at += (_bitmap_bytes(self._block_bytes) + self._block_bytes) // SECTOR_BYTES
         yield table + b"\xff" * (-len(table) % SECTOR_BYTES)
 
     @staticmethod
     def _like_ours(footer: bytes) -> bytes:
         """The footer of a dynamic VHD of that disk."""
-        made = footer[:16] + SECTOR_BYTES.to_bytes(8, "big") + footer[24:60] + VHD_DYNAMIC.to_bytes(4, "big") + footer[64:]
+        made = footer[:16] + SECTOR_BYTES.to_bytes(8, "big") + footer[24:60] \
+            + VHD_DYNAMIC.to_bytes(4, "big") + footer[64:]
         return made[:64] + _vhd_sum(made, 64).to_bytes(4, "big") + made[68:]
 
     def _block(self, number: int, sector: int, batmap: Optional[bytes]) -> Iterator[bytes]:
-        """The contents of a block; what lies behind the end of the disk is zeros, as are the sectors that have no bit."""
+        """The contents of a block; what lies behind the end of the disk is zeros, as are the sectors that
+        have no bit."""
         at, bitmap = sector * SECTOR_BYTES, b""
         if batmap is not None:
             bitmap = self._read(at, _bitmap_bytes(self._block_bytes), f"bitmap of block {number}")
@@ -4422,15 +4483,17 @@ class VhdInOrder:
         """A stream ends with the same footer, or with all of it but its last byte."""
         begin = self._reader.position
         collections.deque(self._reader, 0)
-        tail = self._reader.tail[-min(TAIL_BYTES, self._reader.position - begin):] if self._reader.position > begin else b""
-        if not (self._is_same(tail[-SECTOR_BYTES:], footer) or self._is_same(tail[1 - SECTOR_BYTES:] + b"\0", footer)):
+        tail = self._reader.tail
+        tail = tail[max(0, len(tail) - (self._reader.position - begin)):]
+        ends = (tail[-SECTOR_BYTES:], tail[1 - SECTOR_BYTES:] + b"\0")
+        if not any(self._is_same(end, footer) for end in ends):
             raise VerificationError("the image does not end with the footer that it begins with")
 
     @staticmethod
     def _is_same(one: bytes, other: bytes) -> bool:
         """Are they footers of the same disk? Times and what a program keeps for itself may differ."""
-        return len(one) == SECTOR_BYTES and one[:8] == other[:8] and one[16:24] == other[16:24] and one[48:64] == other[48:64] \
-            and _vhd_sum(one, 64) == int.from_bytes(one[64:68], "big")
+        return len(one) == SECTOR_BYTES and _vhd_sum(one, 64) == int.from_bytes(one[64:68], "big") \
+            and all(one[begin:end] == other[begin:end] for begin, end in ((0, 8), (16, 24), (48, 64)))
 
 
 # =============================================================================
@@ -4441,7 +4504,7 @@ class VhdInOrder:
 
 WRITE_BACK_BYTES = 16 * MEBIBYTE
 GZIP_INPUT_BYTES = 64 * 1024
-PROGRAM_ENDING_S = 120          # how long a program may take to end after its last byte: a task of xe turns final later
+PROGRAM_ENDING_S = 120      # how long a program may take to end after its last byte: xe's task is final later
 
 
 class FileWriter(Consumer):
@@ -4455,16 +4518,16 @@ class FileWriter(Consumer):
         for view in reader:
             write_all(self.fd, view)
             if reader.position - advised >= WRITE_BACK_BYTES:
-                # Have the kernel write now, and drop what it has written: else the sync at the end waits for gigabytes, and
-                # the small memory of a host is filled with pages that nobody reads again.
+                # Have the kernel write now, and drop what it has written: else the sync at the end waits for
+                # gigabytes, and the small memory of a host is filled with pages that nobody reads again.
                 forget_cached(self.fd, max(0, advised - WRITE_BACK_BYTES))
                 advised = reader.position
         os.fsync(self.fd)
 
 
 class PipeWriter(Consumer):
-    """Writes into a pipe, a program's stdin for one. A reader that ends before it has read all gets no more: the program's
-    exit status, or what it made, tells why."""
+    """Writes into a pipe, a program's stdin for one. A reader that ends before it has read all gets no more:
+    the program's exit status, or what it made, tells why."""
 
     was_refused = False
 
@@ -4492,9 +4555,9 @@ class Tail(Consumer):
 
 
 def gunzip(reader: Reader) -> Iterator[bytes]:
-    """The source of a flow: gzip decompressed; CompressionDamaged if it is damaged, cut short or followed by anything but
-    zeros. Several gzip members in a row are one gzip file (RFC 1952, 2.2), and gzip passes over zeros behind it (a tape's
-    blocks)."""
+    """The source of a flow: gzip decompressed; CompressionDamaged if it is damaged, cut short or followed by
+    anything but zeros. Several gzip members in a row are one gzip file (RFC 1952, 2.2), and gzip passes over
+    zeros behind it (a tape's blocks)."""
     member, is_padded = zlib.decompressobj(zlib.MAX_WBITS + 16), False
 
     def inflated(piece: Any) -> bytes:
@@ -4527,7 +4590,8 @@ def gunzip(reader: Reader) -> Iterator[bytes]:
 
 @functools.lru_cache(maxsize=None)
 def libzstd() -> Any:
-    """The host's libzstd, None where there is none; `ctypes` and the type of its buffers are attributes of it."""
+    """The host's libzstd, None where there is none; `ctypes` and the type of its buffers are attributes of
+    it."""
     try:
         import ctypes           # some minimal builds of Python lack it
         library: Any = ctypes.CDLL("libzstd.so.1")
@@ -4535,10 +4599,11 @@ def libzstd() -> Any:
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     # ZSTD_inBuffer and ZSTD_outBuffer (facebook/zstd, lib/zstd.h)
-    buffer: Any = type("Buffer", (ctypes.Structure,), {"_fields_": [("at", pointer), ("size", size), ("position", size)]})
+    fields = [("at", pointer), ("size", size), ("position", size)]
+    buffer: Any = type("Buffer", (ctypes.Structure,), {"_fields_": fields})
     for name, result, arguments in (
-            ("createDStream", pointer, ()), ("freeDStream", size, (pointer,)), ("isError", ctypes.c_uint, (size,)),
-            ("getErrorName", ctypes.c_char_p, (size,)),
+            ("createDStream", pointer, ()), ("freeDStream", size, (pointer,)),
+            ("isError", ctypes.c_uint, (size,)), ("getErrorName", ctypes.c_char_p, (size,)),
             ("decompressStream", size, (pointer, ctypes.POINTER(buffer), ctypes.POINTER(buffer)))):
         function = getattr(library, "ZSTD_" + name)
         function.restype, function.argtypes = result, arguments
@@ -4556,7 +4621,8 @@ def unzstd(reader: Reader) -> Iterator[memoryview]:
     stream = library.ZSTD_createDStream()
     try:
         for view in reader:
-            piece, begin, is_full = bytearray(view) if view.readonly else view, reader.position - len(view), False
+            piece, is_full = bytearray(view) if view.readonly else view, False
+            begin = reader.position - len(view)
             source = buffer(library.ctypes.addressof(byte.from_buffer(piece)), len(view), 0)
             while source.position < source.size or is_full and missing:
                 target = buffer(address, MEBIBYTE, 0)
@@ -4564,10 +4630,10 @@ def unzstd(reader: Reader) -> Iterator[memoryview]:
                 if library.ZSTD_isError(missing):
                     reason = library.ZSTD_getErrorName(missing).decode("ascii", "replace")
                     if "memory" in reason:      # of a frame made with --long, or here
-                        raise ProgramError("the host's libzstd has not the memory that this image needs (was it compressed "
-                                           "with --long?)")
-                    raise CompressionDamaged("the zstd file is damaged, or followed by something else, before byte "
-                                             f"{begin + source.position}: {reason}")
+                        raise ProgramError("the host's libzstd has not the memory that this image needs "
+                                           "(was it compressed with --long?)")
+                    raise CompressionDamaged("the zstd file is damaged, or followed by something else, "
+                                             f"before byte {begin + source.position}: {reason}")
                 is_full = target.position == MEBIBYTE
                 yield memoryview(plain)[:target.position]
     finally:
@@ -4576,13 +4642,13 @@ def unzstd(reader: Reader) -> Iterator[memoryview]:
         raise CompressionDamaged(f"the zstd file is cut short: it ends at byte {reader.position}")
 
 
-def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: Sequence[Any], plain: Sequence[Any],
-                  is_foreign_vhd: bool = False, is_whole: bool = True) -> List[Flow]:
+def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: Sequence[Any],
+                  plain: Sequence[Any], is_foreign_vhd: bool = False, is_whole: bool = True) -> List[Flow]:
     """Flows that bring the stored bytes of an image to `stored` and their plain content to `plain`.
 
-    The VHD of another program arrives there as the server would stream it, in `stored` too where it is not compressed;
-    `is_whole` false: as much of it as can be read. A program that is needed lives as long as the stack. ProgramError if
-    it is not here.
+    The VHD of another program arrives there as the server would stream it, in `stored` too where it is not
+    compressed; `is_whole` false: as much of it as can be read. A program that is needed lives as long as the
+    stack. ProgramError if it is not here.
     """
     stored, plain, path = list(stored), list(plain), None
     if compression == "zstd" and not libzstd():
@@ -4605,7 +4671,8 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
 
     def check_ending() -> None:
         if program.wait(PROGRAM_ENDING_S) != 0 or feeder.was_refused:
-            raise CompressionDamaged(f"the zstd file is damaged or cut short: {one_line(program.said or 'no reason given')}")
+            raise CompressionDamaged("the zstd file is damaged or cut short: "
+                                     f"{one_line(program.said or 'no reason given')}")
 
     plain_fd = os.dup(program.stdout_fd)
     program.close_stdin()
@@ -7434,7 +7501,8 @@ def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
         with contextlib.ExitStack() as stack:
             place = stack.enter_context(inside.child(folder)) if folder else inside
             # `blocks` can be large, so all of them are streamed.
-            pump([Flow(place.open_file(base), [digest])], lambda progress: services.signals.check(), "reading " + name)
+            pump([Flow(place.open_file(base), [digest])], lambda progress: services.signals.check(),
+                 "reading " + name)
         if digest.hexdigest() != sums[name]:
             raise VerificationError(f"{name} is not what was written: its SHA-256 differs")
     return manifest
@@ -7454,18 +7522,19 @@ def reading_progress(services: Services, title: str, size_bytes: int) -> Callabl
 def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumers: Sequence[Consumer],
                on_tick: Callable[[Progress], Any], doing: str,
                problems: Optional[List[VerificationError]] = None) -> None:
-    """The whole image passed through the consumers, decompressed, and its digests are those of the manifest, if there is
-    one. VerificationError if anything is wrong; where `problems` is given that is noted there, and as much passes as can
-    be read."""
+    """The whole image passed through the consumers, decompressed, and its digests are those of the manifest,
+    if there is one. VerificationError if anything is wrong; where `problems` is given that is noted there,
+    and as much passes as can be read."""
     plain = stored = Digest()
     with contextlib.ExitStack() as stack:
         with closed_aside(consumers):
             compression = image_compression(inside, copy, manifest)
             if compression != "none":
                 stored = Digest("SHA-256 of the stored bytes")
+            digests = [stored, plain] if manifest else []
             flows = reading_flows(stack, inside.open_file(copy.image), compression,
-                                  [stored] if manifest and stored is not plain else [],
-                                  [*([plain] if manifest else []), *consumers], is_foreign_vhd(copy), problems is None)
+                                  digests[:1] if compression != "none" else [], [*digests[1:], *consumers],
+                                  is_foreign_vhd(copy), problems is None)
         pump(flows, on_tick, doing, problems)
     problem = digest_problem(copy, manifest["image"], stored, plain) if manifest else ""
     if problem:
@@ -7475,8 +7544,8 @@ def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumer
 
 
 def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -> str:
-    """How the image is compressed: of ours as the manifest says, of others as its first bytes say, whatever its name.
-    UnknownFormat if that is not read here."""
+    """How the image is compressed: of ours as the manifest says, of others as its first bytes say, whatever
+    its name. UnknownFormat if that is not read here."""
     suffixes = {suffix: word for word, suffix in COMPRESSED_SUFFIX.items()}
     by_name = suffixes[re.search(r"(\.gz|\.zst)?$", copy.image).group()]
     if manifest:
@@ -7485,10 +7554,10 @@ def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -
     head, tail = inside.read_part(copy.image, 16), inside.read_part(copy.image, SECTOR_BYTES, at_end=True)
     status = inside.status(copy.image)
     found = next((suffixes[suffix] for suffix, magic in COMPRESSED_MAGIC if head.startswith(magic)), "")
-    if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd begins with one
+    if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd's first
         found = "zstd"
-    # A disk may begin with any bytes: that of a fixed VHD, and a raw image, which is of whole MiBs (as what dd padded is,
-    # but that is called compressed too).
+    # A disk may begin with any bytes: that of a fixed VHD, and a raw image, which is of whole MiBs (as what
+    # dd padded is, but that is called compressed too).
     is_raw = image_format(copy.image) == "raw" and not (found and by_name != "none")
     if is_raw and not (status and status.st_size % MEBIBYTE) or \
             image_format(copy.image) == "vhd" and b"conectix" in (tail[:8], tail[1:9]):
@@ -7497,8 +7566,8 @@ def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -
         return found
     for name, magic in OTHER_MAGIC:
         if head.startswith(magic):
-            raise UnknownFormat("%s is a file of %s, which is not supported: make a plain one of it, or one of gzip or zstd"
-                                % (copy.image, name))
+            raise UnknownFormat(f"{copy.image} is a file of {name}, which is not supported: make a plain one "
+                                "of it, or one of gzip or zstd")
     return by_name if image_format(copy.image) == "raw" else "none"
 
 
@@ -7521,13 +7590,13 @@ def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Dig
     """Why an image that was read whole is not the one of the manifest, "" if it is."""
     if copy.image != image["name"]:
         if plain.hexdigest() != image["sha256"]:
-            return "the image %s is not what was written: its decompressed bytes differ" % copy.image
+            return f"the image {copy.image} is not what was written: its decompressed bytes differ"
         if image.get("compression") != "none":
             return ""
     elif stored.hexdigest() != image["sha256"]:
-        return "the image %s is not what was written: its SHA-256 differs" % copy.image
+        return f"the image {copy.image} is not what was written: its SHA-256 differs"
     if image.get("plain_sha256") != plain.hexdigest():
-        return "the image %s, decompressed, is not what was exported: its SHA-256 differs" % copy.image
+        return f"the image {copy.image}, decompressed, is not what was exported: its SHA-256 differs"
     return ""
 
 
@@ -7540,7 +7609,8 @@ def old_image_check(copy: Copy, inside: Directory, sinks: Sequence[MebibyteSink]
     ova = ova_of_cfg_files(inside, False)
     sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
              for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
-    return RawCheck(next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None), None, sinks)
+    size = next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None)
+    return RawCheck(size, sinks=sinks)
 
 
 def read_if_file(folder: Directory, name: str) -> bytes:
@@ -7551,8 +7621,8 @@ def read_if_file(folder: Directory, name: str) -> bytes:
 
 
 def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
-    """What the cfg files tell of the VM, in the form of an ova.xml without a version; {} if they tell nothing. What is
-    missing in them, or no number where one should be, is as if it had not been written."""
+    """What the cfg files tell of the VM, in the form of an ova.xml without a version; {} if they tell
+    nothing. What is missing in them, or no number where one should be, is as if it had not been written."""
     objects = []                           # type: List[Dict[str, Any]]
 
     def add(class_name: str, key: str, **fields: Any) -> None:
@@ -7572,17 +7642,19 @@ def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
                 for file in folder.names():
                     vif = read(folder, file)
                     if vif:
-                        add("VIF", file, VM="vm", network="network " + file, other_config={}, qos_algorithm_type="",
-                            qos_algorithm_params={}, device=vif.get("device", "0"), MAC=vif.get("MAC", ""),
+                        add("VIF", file, VM="vm", network="network " + file, other_config={},
+                            qos_algorithm_type="", qos_algorithm_params={}, device=vif.get("device", "0"),
+                            MAC=vif.get("MAC", ""),
                             MTU=vif.get("MTU", "1500"))
                         add("network", "network " + file, name_label=vif.get("network_name_label", ""))
                 continue
             vbd, vdi, device = read(folder, "vbd.cfg"), read(folder, "vdi.cfg"), name[len("DISK-"):]
-            number, size, key = userdevice_number(device), vdi.get("virtual_size", ""), "DISK-%d" % len(objects)
+            number, size, key = userdevice_number(device), vdi.get("virtual_size", ""), f"DISK-{len(objects)}"
             add("VBD", "vbd " + key, VM="vm", VDI=key, device=device,
                 userdevice=vbd.get("userdevice") or (str(number) if number < 1 << 30 else device),
-                bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"), type=vbd.get("type", "Disk"),
-                unpluggable=vbd.get("unpluggable") == "True", empty=False, other_config={"owner": ""},
+                bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"),
+                type=vbd.get("type", "Disk"), unpluggable=vbd.get("unpluggable") == "True", empty=False,
+                other_config={"owner": ""},
                 qos_algorithm_type="", qos_algorithm_params={})
             add("VDI", key, uuid=vdi.get("orig_uuid", ""), SR="sr " + key, other_config={},
                 virtual_size=size if re.fullmatch("[0-9]{1,18}", size) else "0", type=vdi.get("type", "user"),
