@@ -684,8 +684,8 @@ def test_who_reads_a_copy_goes_on_without_a_lock_that_can_not_be_had(tmp_path, m
                             if flags & os.O_CREAT else really(path, flags, *rest, **more))
     arguments = types.SimpleNamespace(preview=False)
     context = types.SimpleNamespace(arguments=arguments, log=log, signals=VmBackup.Signals(log))
-    with VmBackup.held_copy(context, catalog, lambda: copy) as chosen:
-        assert chosen.inside.read('web.xva') == b'image'
+    with VmBackup.held_copy(context, catalog, lambda: copy) as (_, inside):
+        assert inside.read('web.xva') == b'image'
     assert len(said) == 1 and 'read all the same' in said[0]
 
 
@@ -695,4 +695,4 @@ def test_a_signal_is_seen_while_the_beginning_of_an_image_is_looked_at(tmp_path,
     monkeypatch.setattr(os, 'readv', lambda *arguments: time.sleep(10))
     context = types.SimpleNamespace(signals=types.SimpleNamespace(check=lambda: broken_door(VmBackup.Interrupted(2))))
     with catalog.open_copy(copy) as inside, pytest.raises(VmBackup.Interrupted):
-        VmBackup.opened_source(context, VmBackup.Chosen(copy, inside, catalog))
+        VmBackup.opened_source(context, copy, inside)
