@@ -7143,69 +7143,66 @@ class Exporter:
         self._services = services
         self._xe = xe
 
-    # --- metadata and the pool database ---------------------------------------------
-
     def metadata(self, machine: VirtualMachine) -> bytes:
         """The ova.xml of the VM itself, without its snapshots and disks."""
-        doing = "the metadata export of %s" % machine.title
+        doing = f"the metadata export of {machine.title}"
         check = XvaCheck(holds_disks=False)
-        self._run_xe(doing, [check], self._watch(doing, None), "vm-export", "metadata=true",
-                     "include-snapshots=false", "uuid=" + machine.uuid, "filename=")
+        self._run_xe(doing, [check], Watch(self._services, doing), "vm-export", "metadata=true", "include-snapshots=false",
+                     "uuid=" + machine.uuid, "filename=")
         return check.report.ova_xml
 
     def pool_database(self, file_fd: int) -> None:
         """The pool's database is in that file, whole; the descriptor is taken over."""
-        doing = "the dump of the pool database"
-        tail = Tail()
-        self._run_xe(doing, [tail, FileWriter(file_fd)], self._watch(doing, None), "pool-dump-database", "file-name=")
+        doing, tail = "the dump of the pool database", Tail()
+        self._run_xe(doing, [tail, FileWriter(file_fd)], Watch(self._services, doing), "pool-dump-database", "file-name=")
         if not tail.last.rstrip().endswith(b"</database>"):
-            raise VerificationError("%s does not end with </database>: it was cut off. Nothing of it was kept." % doing)
+            raise VerificationError(f"{doing} does not end with </database>: it was cut off. Nothing of it was kept.")
 
-    # --- images -----------------------------------------------------------------------
-
-    def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory,
-                 base: str) -> ImageReport:
+    def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory, base: str) -> ImageReport:
         """The archive of the VM snapshot is in that directory, proven whole."""
         expected = {disk.vdi_uuid: disk.virtual_size for disk in snapshot.disks}
-        doing = "the export of %s" % machine.title
-        watch = self._watch(doing, snapshot)
-        return self._image(doing, watch, inside, base, "xva",
-                           lambda blocks: XvaCheck(expected, blocks),
-                           ("vm-export", "uuid=" + snapshot.uuid, "filename="), snapshot.disks)
+        doing = f"the export of {machine.title}"
+
+        def export_tasks() -> List[str]:
+            operations = self._services.pool.call(f"asking for the task of {doing}", "VM.get_current_operations",
+                                                  snapshot.ref)
+            return [ref for ref, operation in operations.items() if operation == "export"]
+
+        return self._image(doing, snapshot.disks, inside, base + ".xva", lambda blocks: XvaCheck(expected, blocks),
+                           ("vm-export", "uuid=" + snapshot.uuid, "filename="), export_tasks)
 
     def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory, base: str) -> ImageReport:
         """The image of the disk snapshot is in that directory, proven whole."""
         file_format = self._services.settings.vdi_export_format
         check = RawCheck if file_format == "raw" else VhdCheck
-        doing = "the export of disk %s of %s" % (snapshot.device, machine.title)
-        watch = self._watch(doing, None, (snapshot.sr_ref,), snapshot.virtual_size)
-        return self._image(doing, watch, inside, base, file_format,
-                           lambda blocks: check(snapshot.virtual_size, blocks),
-                           ("vdi-export", "uuid=" + snapshot.vdi_uuid, "filename=", "format=" + file_format),
-                           (snapshot,))
+        return self._image(f"the export of disk {snapshot.device} of {machine.title}", (snapshot,), inside,
+                           f"{base}.{file_format}", lambda blocks: check(snapshot.virtual_size, blocks),
+                           ("vdi-export", "uuid=" + snapshot.vdi_uuid, "filename=", "format=" + file_format))
 
-    def _image(self, doing: str, watch: "Watch", inside: Directory, base: str, file_format: str,
+    def _image(self, doing: str, disks: Sequence[Disk], inside: Directory, plain_name: str,
                new_check: Callable[[BlocksFile], Any], command: Sequence[str],
-               disks: Sequence[Disk]) -> ImageReport:
+               find_tasks: Callable[[], Sequence[str]] = tuple) -> ImageReport:
         """xe's output through digest, check and compressor to a file; what the compressor wrote is decompressed again
         on the way, so that what is proven is what is stored."""
-        compression = self._services.settings.compress
-        name = "%s.%s%s" % (base, file_format, COMPRESSED_SUFFIX[compression])
-        limit_s = self._services.settings.stall_timeout * MINUTE_S
+        settings = self._services.settings
+        name = plain_name + COMPRESSED_SUFFIX[settings.compress]
+        limit_s = settings.stall_timeout * MINUTE_S
+        watch = Watch(self._services, doing, sum(disk.virtual_size for disk in disks),
+                      [disk.sr_ref for disk in disks if disk.sr_uuid], find_tasks)
         blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
         check, plain = new_check(blocks), Digest()
         writer = FileWriter(within(limit_s, doing, lambda: inside.create(name)))
         stored, again = plain, plain
-        if compression == "none":
+        if settings.compress == "none":
             self._run_xe(doing, [plain, check, writer], watch, *command)
         else:
             stored, again = Digest("SHA-256 of the stored bytes"), Digest("SHA-256 of what it decompresses to")
-            self._run_xe(doing, [plain, check], watch, *command, compression=compression, stored=[stored, writer],
-                         again=[again])
+            self._run_xe(doing, [plain, check], watch, *command, compression=settings.compress,
+                         stored=[stored, writer], again=[again])
         if again.hexdigest() != plain.hexdigest():
-            raise ProgramError("%s: %s" % (doing, BAD_COMPRESSOR % (compression, "other data than it was given")))
+            raise ProgramError(bad_compressor(doing, settings.compress, "other data than it was given"))
         report = check.report
-        return ImageReport(name, file_format, compression, stored.total_bytes, stored.hexdigest(),
+        return ImageReport(name, plain_name.rpartition(".")[2], settings.compress, stored.total_bytes, stored.hexdigest(),
                            plain.total_bytes, plain.hexdigest(), report.digest_kind, report.digests_checked,
                            sum(disk.blocks for disk in report.disks), blocks.size, blocks.hexdigest(),
                            disk_reports(disks, report))
@@ -7213,22 +7210,8 @@ class Exporter:
     def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str, sink: Any) -> None:
         """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never written."""
         check = (RawCheck if file_format == "raw" else VhdCheck)(virtual_size, None, [sink])
-        self._run_xe(doing, [check], self._watch(doing, None, (), virtual_size), "vdi-export",
+        self._run_xe(doing, [check], Watch(self._services, doing, virtual_size), "vdi-export",
                      "uuid=" + vdi_uuid, "filename=", "format=" + file_format)
-
-    # --- the flow -----------------------------------------------------------------------
-
-    def _watch(self, doing: str, snapshot: Optional[VirtualMachine], sr_refs: Sequence[str] = (),
-               size_bytes: int = 0) -> "Watch":
-        """What is looked at once a second while data flow."""
-        if snapshot is None:
-            return Watch(self._services, doing, size_bytes, sr_refs)
-
-        def export_tasks() -> List[str]:
-            operations = self._services.pool.call(f"asking for the task of {doing}", "VM.get_current_operations", snapshot.ref)
-            return [ref for ref, operation in operations.items() if operation == "export"]
-        return Watch(self._services, doing, sum(disk.virtual_size for disk in snapshot.disks),
-                     [disk.sr_ref for disk in snapshot.disks if disk.sr_uuid], export_tasks)
 
     def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str, compression: str = "none",
                 stored: Sequence[Any] = (), again: Sequence[Any] = ()) -> None:
@@ -7244,37 +7227,38 @@ class Exporter:
                 flows[0].consumers.append(PipeWriter(os.dup(compressor.stdin_fd)))
                 compressor.close_stdin()
                 proving = reading_flows(stack, os.dup(compressor.stdout_fd), compression, stored, again)
-                flows += [proving[0]._replace(name=compressor.name, at_end=lambda: check_compressor(compressor))] + proving[1:]
+                flows.append(proving[0]._replace(name=compressor.name, at_end=lambda: check_compressor(compressor)))
+                flows += proving[1:]
             try:
                 pump(flows, watch, doing)
             except CompressionDamaged as error:
-                raise ProgramError("%s: %s" % (doing, BAD_COMPRESSOR % (compression, "nothing whole (%s)" % error)))
+                raise ProgramError(bad_compressor(doing, compression, f"nothing whole ({error})"))
             except VerificationError as error:
                 # an export that failed midway ends in an HTTP error text, which the check meets before xe
                 # has told the reason (ocaml/libs/http-lib/http_svr.ml handle_one, v26.17.0)
                 if xe.wait(XE_REASON_S) is not None:
                     self._check_ending(doing, xe)
-                raise VerificationError("%s is not whole: %s. It was not kept." % (doing, str(error).rstrip(".")))
+                raise VerificationError(f"{doing} is not whole: {str(error).rstrip('.')}. It was not kept.")
 
     def _check_ending(self, doing: str, xe: Program) -> None:
         """Raises ProgramError unless xe ended well after its last byte."""
         status = xe.wait(PROGRAM_ENDING_S)
         if status is None:
-            raise ProgramError("%s: xe sent its last byte but did not end within %s; it was killed, and what it sent "
-                               "does not count." % (doing, format_duration(PROGRAM_ENDING_S)), passing=True)
+            raise ProgramError(f"{doing}: xe sent its last byte but did not end within "
+                               f"{format_duration(PROGRAM_ENDING_S)}; it was killed, and what it sent does not count.",
+                               passing=True)
         problem = xe_problem(status, xe.said)
         if problem:
-            raise ProgramError("%s failed: %s." % (doing, problem.rstrip(".")),
-                               passing=bool(XE_PASSING.search(xe.said)))
+            raise ProgramError(f"{doing} failed: {problem.rstrip('.')}.", passing=bool(XE_PASSING.search(xe.said)))
         if xe.said:
-            self._services.log.info("%s: xe said: %s" % (doing, one_line(xe.said[-400:])))
+            self._services.log.info(f"{doing}: xe said: {one_line(xe.said[-400:])}")
 
 
 def start_compressor(compression: str) -> Program:
     """The compressor for that word, running; ProgramError if there is none."""
     path = find_program(COMPRESSORS[compression])
     if path is None:
-        raise ProgramError("compress=%s needs the program %s." % (compression, " or ".join(COMPRESSORS[compression])))
+        raise ProgramError(f"compress={compression} needs the program {' or '.join(COMPRESSORS[compression])}.")
     return Program((path,) + COMPRESSOR_OPTIONS[os.path.basename(path)], stdin=subprocess.PIPE)
 
 
@@ -7282,14 +7266,17 @@ def check_compressor(program: Program) -> None:
     """Raises ProgramError unless the compressor ended well."""
     status = program.wait(PROGRAM_ENDING_S)
     if status is None:
-        raise ProgramError("%s did not end; it was killed." % program.name)
+        raise ProgramError(f"{program.name} did not end; it was killed.")
     if status != 0:
-        raise ProgramError("the compressor failed, and nothing of the image was kept: %s%s." % (
-            ending_text(program.name, status), ": " + one_line(program.said).rstrip(".") if program.said else ""))
+        said = ": " + one_line(program.said).rstrip(".") if program.said else ""
+        raise ProgramError(f"the compressor failed, and nothing of the image was kept: "
+                           f"{ending_text(program.name, status)}{said}.")
 
 
-BAD_COMPRESSOR = ("what compress=%s stored decompresses to %s: nothing of it was kept. Is the compressor on the PATH the "
-                  "real one?")
+def bad_compressor(doing: str, compression: str, found: str) -> str:
+    """The sentence about a compressor whose output does not give back what went in."""
+    return (f"{doing}: what compress={compression} stored decompresses to {found}: nothing of it was kept. Is the "
+            f"compressor on the PATH the real one?")
 
 
 def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ...]:
@@ -7321,73 +7308,69 @@ class Watch:
         self._sr_refs = tuple(sorted(set(sr_refs)))
         self._find_tasks = find_tasks
         self._stall_s = services.settings.stall_timeout * MINUTE_S
-        self._min_free = services.settings.min_sr_free
         self._began_at = self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
         self._task_progress = []           # type: List[float]
         self.program = None                # type: Optional[Program]
 
     def __call__(self, progress: Progress) -> None:
-        """Raises Interrupted, StreamStalled or BackupError to abort the flow."""
-        self._services.signals.check()
-        now = time.monotonic()
-        self._services.log.progress(progress_text(self._doing, progress.bytes_read, self._size_bytes, now - self._began_at))
+        """Raises Interrupted, StreamStalled or BackupError to abort the flow. A pool that does not answer just now
+        proves nothing."""
+        services, now = self._services, time.monotonic()
+        services.signals.check()
+        services.log.progress(
+            progress_text(self._doing, progress.bytes_read, self._size_bytes, now - self._began_at))
         if progress.quiet_s < 2:
             self._alive_at = now
         elif progress.quiet_s > SILENCE_BEFORE_POLL_S and now - self._task_asked_at > TASK_POLL_S:
             self._task_asked_at = now
-            self._ask_task(now)
+            with contextlib.suppress(ApiFailure, PoolError):
+                found = [services.pool.call(f"asking for the progress of {self._doing}", "task.get_progress", task)
+                         for task in self._find_tasks()]
+                if found and found != self._task_progress:         # the server's own progress counts as life
+                    self._task_progress, self._alive_at = found, now
         if now - self._alive_at > self._stall_s:
             self._give_up(progress.waiting_for)
-        if self._min_free and self._sr_refs and now - self._sr_asked_at > SR_POLL_S:
+        min_free = services.settings.min_sr_free
+        if min_free and self._sr_refs and now - self._sr_asked_at > SR_POLL_S:
             self._sr_asked_at = now
-            with contextlib.suppress(ApiFailure, PoolError):       # a pool that does not answer just now proves nothing
-                check_sr_space(self._services.pool.storage_repositories(self._sr_refs, patient=False), self._min_free,
-                               "%s was given up" % self._doing)
-
-    def _ask_task(self, now: float) -> None:
-        """The server's own progress counts as life. A pool that does not answer just now proves nothing."""
-        with contextlib.suppress(ApiFailure, PoolError):
-            doing = f"asking for the progress of {self._doing}"
-            found = [self._services.pool.call(doing, "task.get_progress", task) for task in self._find_tasks()]
-            if found and found != self._task_progress:
-                self._task_progress, self._alive_at = found, now
+            with contextlib.suppress(ApiFailure, PoolError):
+                check_sr_space(services.pool.storage_repositories(self._sr_refs, patient=False), min_free,
+                               f"{self._doing} was given up")
 
     def _give_up(self, waiting_for: str) -> None:
-        """The task is cancelled and xe killed; raises StreamStalled or, if it is our storage, StorageMisbehaved."""
-        stalled = "%s stalled: no sign of life for %s" % (self._doing, format_duration(self._stall_s))
+        """The tasks are cancelled and xe killed; raises StreamStalled or, if it is our storage, StorageMisbehaved."""
+        stalled = f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)}"
         if waiting_for != "xe":            # the image's writer, the list of blocks, or a compressor before them
-            raise StorageStalled("%s while waiting for the %s. It was given up and its snapshot removed; is the "
-                                 "share still reachable?" % (stalled, waiting_for))
+            raise StorageStalled(f"{stalled} while waiting for the {waiting_for}. It was given up and its snapshot "
+                                 f"removed; is the share still reachable?")
         with self._services.signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
             for task in self._find_tasks():
                 self._services.pool.call(f"cancelling {self._doing}", "task.cancel", task)
                 self.program.wait(TASK_CANCEL_S)
-        raise StreamStalled("%s from the server. It was cancelled and its snapshot removed." % stalled)
+        raise StreamStalled(f"{stalled} from the server. It was cancelled and its snapshot removed.")
 
 
 def check_sr_space(srs: Sequence[StorageRepository], min_free_percent: int, consequence: str) -> None:
     """Raises BackupError if one of the SRs has less free than that."""
     for sr in srs:
-        if sr.physical_size <= 0 or not min_free_percent:
-            continue
         free = max(0, sr.physical_size - sr.physical_utilisation)
-        if free * 100 < sr.physical_size * min_free_percent:
-            raise BackupError("%s: SR %s has only %s of %s free, less than min_sr_free=%d %%, and a snapshot on a full "
-                              "SR stops VMs. Free space on it." % (
-                                  consequence, quote_name(sr.name), format_size(free), format_size(sr.physical_size),
-                                  min_free_percent))
+        if sr.physical_size > 0 and free * 100 < sr.physical_size * min_free_percent:
+            raise BackupError(
+                f"{consequence}: SR {quote_name(sr.name)} has only {format_size(free)} of "
+                f"{format_size(sr.physical_size)} free, less than min_sr_free={min_free_percent} %, and a snapshot on a "
+                f"full SR stops VMs. Free space on it.")
 
 
 def progress_text(doing: str, done_bytes: int, size_bytes: int, seconds: float) -> str:
     """`the export of web: 1.2 GiB (30 %), 85 MB/s, 2 min left`; the size is that of the disks, so % is a floor."""
     rate = done_bytes / seconds if seconds > 1 else 0
-    text = "%s: %s" % (doing, format_size(done_bytes))
+    text = f"{doing}: {format_size(done_bytes)}"
     if size_bytes:
-        text += " (%d %%)" % min(99, done_bytes * 100 // size_bytes)
+        text += f" ({min(99, done_bytes * 100 // size_bytes)} %)"
     if rate:
-        text += ", %.0f MB/s" % (rate / 1e6)
+        text += f", {rate / 1e6:.0f} MB/s"
         if size_bytes > done_bytes:
-            text += ", at most %s left" % format_duration((size_bytes - done_bytes) / rate)
+            text += f", at most {format_duration((size_bytes - done_bytes) / rate)} left"
     return text
 
 
