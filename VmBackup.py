@@ -8634,22 +8634,35 @@ def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
     return listing._replace(vms=found)
 
 
-def record_verdict(catalog: Catalog, verdict: CopyVerdict) -> None:
-    """The verdict is on record, if it is one on the copy."""
-    if verdict.state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED) and verdict.copy.mark:
-        catalog.record(verdict.copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
-                       reason=verdict.reason, look=verdict.look)
+def verify_all(services: Services, copies: Sequence[Copy], minutes: Optional[int]) -> List[CopyVerdict]:
+    """The verdicts on the copies, each shown and on record as soon as it is known; on the first of them if that takes
+    longer than so many minutes."""
+    stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
+    verdicts, untold = [], True
+    for copy in copies:
+        services.signals.check()
+        if stop_at is not None and verdicts and services.clock.monotonic() >= stop_at:
+            break
+        verdict = verify_copy(services, copy)
+        verdicts.append(verdict)
+        services.log.show(f"{verdict.state.value:14} {copy.folder}/{copy.name}: {verdict.reason}")
+        try:
+            if copy.mark and verdict.state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED):
+                services.catalog.record(copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
+                                        reason=verdict.reason, look=verdict.look)
+        except CatalogError as error:      # a store that can only be read, for one: said once
+            if untold:
+                services.log.info(f"verdicts are not recorded: {error}")
+            untold = False
+    return verdicts
 
 
-def verify_summary(services: Services, verdicts: Sequence[CopyVerdict], chosen: int) -> int:
-    """Shown: how many copies were in which state; the exit status of a verify."""
-    counts = [f"{number} {state.value}" for state, number in
-              ((state, sum(1 for verdict in verdicts if verdict.state is state)) for state in CopyState) if number]
-    bad = [verdict for verdict in verdicts if not verdict.is_fine]
-    left = chosen - len(verdicts)
-    services.log.show("%s: %s%s." % (counted(len(verdicts), "copy") + " verified", ", ".join(counts) or "none",
-                                    f"; {counted(left, 'copy')} left for the next run" if left else ""))
-    return ExitStatus.FAILED if bad else ExitStatus.OK
+def verify_summary(verdicts: Sequence[CopyVerdict], chosen: int) -> str:
+    """How many copies were in which state."""
+    numbers = [(state, sum(verdict.state is state for verdict in verdicts)) for state in CopyState]
+    counts = ", ".join(f"{number} {state.value}" for state, number in numbers if number) or "none"
+    left = f"; {counted(chosen - len(verdicts), 'copy')} left for the next run" if chosen > len(verdicts) else ""
+    return f"{counted(len(verdicts), 'copy')} verified: {counts}{left}."
 
 
 def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optional[int], str]:
@@ -8682,6 +8695,42 @@ def prune_rule(services: Services, stored: StoredVm) -> Tuple[Optional[int], str
     if is_pruned_by_hand(services.arguments) and stored.method is not None:
         return services.settings.max_backups, "max_backups on the command line"
     return stored_keep(stored, services.settings)
+
+
+def check_may_prune(services: Services, listing: Listing) -> None:
+    """Raises what stands in the way of removing anything at all of these VMs' copies."""
+    vms, vm = listing.vms, services.arguments.vm
+    if listing.misbehaved:
+        raise StorageMisbehaved(f"nothing is removed while the storage misbehaves: {listing.misbehaved[0]}")
+    for stored in vms:
+        problem = clock_went_back(stored.around, services.clock.utc())
+        if problem:
+            raise BackupError(f"{stored.title}: {problem}")
+    if is_pruned_by_hand(services.arguments) and (len({stored.uuid for stored in vms}) > 1
+                                                  or len({stored.pool for stored in vms if stored.pool}) > 1):
+        uuids = ", ".join(sorted({stored.uuid or "?" for stored in vms}))
+        raise UsageError(f"{quote_name(vm)} stands for {len(vms)} VMs in the store ({uuids}): name one as vm=uuid:UUID, "
+                         f"or by its directory.")
+
+
+def prune_all(services: Services, vms: Sequence[StoredVm]) -> Tuple[int, ExitStatus]:
+    """How many copies of these VMs were beyond the numbers to keep, and are gone or shown in a preview; the exit status."""
+    log, removed, failed = services.log, 0, False
+    warnings = set()                       # type: Set[str]
+    for stored in vms:
+        keep, rule = prune_rule(services, stored)
+        if keep is None:
+            log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in {stored.folder}/: {rule}; `prune "
+                     f"vm=... max_backups=N` removes by hand.")
+            continue
+        try:
+            removed += prune_one(services, services.catalog, stored, warnings)
+        except BackupError as error:
+            failed = True
+            log.error(f"{stored.title}: {error}")
+            if isinstance(error, StorageMisbehaved):
+                break                      # nothing more is removed in this run
+    return removed, ExitStatus.FAILED if failed else ExitStatus.WARNING if warnings else ExitStatus.OK
 
 
 def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: Set[str]) -> int:
@@ -10058,21 +10107,13 @@ MAIL_NAME_MOST = 40                # characters of a VM's name in a subject
 SMTP_PORTS = {"none": 25, "starttls": 587, "tls": 465}
 
 
-class NewestCopy(NamedTuple):
-    """A VM and kind of the store: its good copies, and the age of the newest of them, None if it has none."""
-    uuid: str
-    name: str
-    title: str
-    good: int
-    age_s: Optional[float]
-
-
 class StoreFacts(NamedTuple):
     """What a mail tells about the store. `problem` says why the copies are not known, "" if they are."""
     path: str
-    newest: Tuple[NewestCopy, ...]
-    free_bytes: Optional[int]
-    problem: str
+    now: datetime
+    vms: Tuple[StoredVm, ...] = ()
+    free_bytes: Optional[int] = None
+    problem: str = ""
 
 
 class Refusal(NamedTuple):
@@ -10147,9 +10188,9 @@ def mail_body(report: Report, store: StoreFacts) -> str:
         done.append("The pool database.")
     if done:
         blocks.append(mail_block("BACKED UP (vm-export: the whole VM; vdi-export: its OS disk only)", done))
-    if store.newest:
+    if store.vms:
         blocks.append(mail_block(f"AGE OF THE NEWEST GOOD COPY OF EACH VM IN {store.path}",
-                                 [newest_line(one) for one in store.newest]))
+                                 [newest_line(stored, store.now) for stored in store.vms]))
     if store.problem:
         blocks.append(f"The copies in {store.path} are not listed here: {store.problem}")
     if store.free_bytes is not None:
@@ -10188,13 +10229,14 @@ def left_text(outcome: Outcome, report: Report, store: StoreFacts) -> str:
         return ""
     if store.problem:
         return "\nWhat the store holds of it is not known from here."
-    own = [one for one in store.newest
-           if one.good and (one.uuid == outcome.uuid or not one.uuid and one.name == outcome.name)]
+    own = [copy for stored in store.vms
+           if stored.uuid == outcome.uuid or not stored.uuid and stored.name == outcome.name
+           for copy in stored.copies if copy.is_good]
     if not own:
         return "\nThe store holds NO good copy of it."
-    newest_s = min(max(0, one.age_s) for one in own)
-    return (f"\nThe store still holds {counted(sum(one.good for one in own), 'good copy')} of it, the newest "
-            f"{format_duration(newest_s)} old.")
+    age_s = (store.now - max(copy.taken_at for copy in own)).total_seconds()
+    return (f"\nThe store still holds {counted(len(own), 'good copy')} of it, the newest "
+            f"{format_duration(max(0, age_s))} old.")
 
 
 def mail_line(outcome: Outcome) -> str:
@@ -10207,9 +10249,12 @@ def mail_line(outcome: Outcome) -> str:
             f"{format_duration(outcome.seconds)}{rate}, {kept} kept")
 
 
-def newest_line(newest: NewestCopy) -> str:
+def newest_line(stored: StoredVm, now: datetime) -> str:
     """One VM of the store and the age of its newest good copy."""
-    return "%s: %s" % (newest.title, "NO good copy" if newest.age_s is None else format_duration(max(0, newest.age_s)))
+    good = [copy for copy in stored.copies if copy.is_good]
+    if not good:
+        return f"{stored.title}: NO good copy"
+    return f"{stored.title}: {format_duration(max(0, (now - good[-1].taken_at).total_seconds()))}"
 
 
 def format_local(at: datetime) -> str:
@@ -10282,7 +10327,7 @@ class Outbox:
         def put(folder: Directory) -> None:
             for name in self._names(folder)[:1 - MAIL_KEPT_MOST]:
                 folder.remove_file(name)
-            folder.put("%s%s-%s.eml" % (self._prefix, now.strftime("%Y%m%dT%H%M%S.%fZ"), secrets.token_hex(3)), message)
+            folder.put(f"{self._prefix}{now:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(3)}.eml", message)
 
         self._in_folder(self._catalog.state, put)
 
@@ -10588,28 +10633,16 @@ def mailed(services: Services, report: Report, storage_hangs: bool = False) -> R
 
 def store_facts(services: Services, report: Report, storage_hangs: bool) -> StoreFacts:
     """What the mail tells about the store after a backup; a store in trouble costs no mail."""
-    nothing = StoreFacts(services.settings.backup_dir, (), None, "")
+    facts = StoreFacts(services.settings.backup_dir, services.clock.local())
     if report.wording is not BACKUP_WORDING or not report.pool:
-        return nothing
+        return facts
     if storage_hangs:
-        return nothing._replace(problem="the backup storage hangs.")
-    catalog = services.catalog
+        return facts._replace(problem="the backup storage hangs.")
     try:
-        free_bytes, newest = within(STORE_FACTS_LIMIT_S, "listing the store", lambda: (
-            catalog.free_bytes(), newest_copies(catalog, services.clock.local())))
-        return StoreFacts(catalog.path, newest, free_bytes, "")
+        return within(STORE_FACTS_LIMIT_S, "listing the store", lambda: facts._replace(
+            free_bytes=services.catalog.free_bytes(), vms=tuple(list_store(services.catalog).vms)))
     except BackupError as error:
-        return nothing._replace(problem=str(error))
-
-
-def newest_copies(catalog: Catalog, now: datetime) -> Tuple[NewestCopy, ...]:
-    """The newest good copy of each VM and kind of the store."""
-    found = []
-    for stored in list_store(catalog).vms:
-        good = [copy for copy in stored.copies if copy.is_good]
-        found.append(NewestCopy(stored.uuid, stored.name, stored.title, len(good),
-                                (now - good[-1].taken_at).total_seconds() if good else None))
-    return tuple(found)
+        return facts._replace(problem=str(error))
 
 
 @contextlib.contextmanager
@@ -10641,28 +10674,25 @@ def report_told(services: Services, report: Report, status_log: StatusLog) -> in
 def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
                  futures: Dict[str, Tuple[str, List[Verdict]]], catalog: Catalog) -> str:
     """What a run would do: per VM its kind, directory, copies, and what retention would then remove."""
-    lines = ["Preview of %s for pool %s (master %s). Nothing is changed." % (
-        configuration.source, inventory.pool_title, inventory.master.short_name),
-        "Backup directory %s: %s." % (configuration.backup_dir, free_text(catalog.free_bytes())), ""]
+    lines = [f"Preview of {configuration.source} for pool {inventory.pool_title} (master {inventory.master.short_name}). "
+             f"Nothing is changed.",
+             f"Backup directory {configuration.backup_dir}: {free_text(catalog.free_bytes())}.", ""]
     if configuration.pool_db_backup:
-        lines += ["The pool database is dumped into %s." % dump_folder(catalog, inventory), ""]
-    lines.append("%s to back up:" % counted(len(plan.jobs), "VM"))
+        lines += [f"The pool database is dumped into {dump_folder(catalog, inventory)}.", ""]
+    lines.append(f"{counted(len(plan.jobs), 'VM')} to back up:")
     for job in plan.jobs:
-        folder, verdicts = futures[job.machine.uuid]
-        lines += preview_job(job, folder, verdicts)
+        lines += preview_job(job, *futures[job.machine.uuid])
     total = sum(disk.virtual_size for job in plan.jobs for disk in planned_disks(job))
-    lines += ["  In all: disks of %s (an upper limit: empty space is not exported by vm-export)."
-              % format_size(total), ""]
+    lines += [f"  In all: disks of {format_size(total)} (an upper limit: empty space is not exported by vm-export).", ""]
     for title, rows in (("left out by exclude", [(machine, " by " + line) for machine, line in plan.excluded]),
                         ("in no backup of this config", [(machine, "") for machine in plan.unselected])):
-        lines.append("%s %s%s" % (counted(len(rows), "VM"), title, ":" if rows else "."))
-        lines += ["  %s%s" % (machine.title, tail) for machine, tail in rows]
+        lines.append(f"{counted(len(rows), 'VM')} {title}{':' if rows else '.'}")
+        lines += [f"  {machine.title}{tail}" for machine, tail in rows]
     if plan.provisional:
-        lines.append("%s left out as still being made:" % counted(len(plan.provisional), "VM"))
+        lines.append(f"{counted(len(plan.provisional), 'VM')} left out as still being made:")
         lines += ["  " + provisional_text(machine) for machine in plan.provisional]
-    for finding in plan.findings:
-        lines.append("%s: %s: %s" % ({Severity.ERROR: "Error", Severity.WARNING: "Warning"}.get(finding.severity, "Note"),
-                                     finding.subject, finding.sentence))
+    words = {Severity.ERROR: "Error", Severity.WARNING: "Warning", Severity.INFO: "Note"}
+    lines += [f"{words[finding.severity]}: {finding.subject}: {finding.sentence}" for finding in plan.findings]
     return "\n".join(lines)
 
 
@@ -10677,31 +10707,53 @@ def planned_disks(job: Job) -> Tuple[Disk, ...]:
 
 def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]:
     """The lines of one VM in a preview."""
-    disks = planned_disks(job)
-    lines = ["  %s: %s, %s kept, %s, %s; chosen by %s" % (
-        job.machine.title, job.method.value, counted(job.keep, "copy"), job.machine.power_state.lower(),
-        "%s of %s" % (counted(len(disks), "disk"), format_size(sum(disk.virtual_size for disk in disks))),
-        job.chosen_by)]
-    if job.machine.power_state == "Suspended":
+    machine, disks = job.machine, planned_disks(job)
+    size = format_size(sum(disk.virtual_size for disk in disks))
+    lines = [f"  {machine.title}: {job.method.value}, {counted(job.keep, 'copy')} kept, {machine.power_state.lower()}, "
+             f"{counted(len(disks), 'disk')} of {size}; chosen by {job.chosen_by}"]
+    if machine.power_state == "Suspended":
         lines.append("      it is suspended: the copy will hold its disks, but not its memory")
     if job.method is Method.VDI and not disks:
         try:
-            first_disk(job.machine)
+            first_disk(machine)
         except BackupError as error:
-            lines.append("      vdi-export will fail: it%s" % str(error)[len(job.machine.title):])
-    good = sum(1 for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == job.machine.uuid
-               and not verdict.copy.aside)
-    lines.append("      into %s/, which holds %s of it" % (folder, counted(good, "good copy")))
+            lines.append(f"      vdi-export will fail: it{str(error)[len(machine.title):]}")
+    own = [verdict for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == machine.uuid
+           and not verdict.copy.aside]
+    lines.append(f"      into {folder}/, which holds {counted(len(own), 'good copy')} of it")
     for verdict in verdicts:
         if not verdict.keep:
-            lines.append("      then removes %s: %s" % (verdict.copy.name, verdict.reason))
-        elif not verdict.copy.is_good or verdict.copy.aside or verdict.copy.uuid != job.machine.uuid:
-            lines.append("      leaves %s: %s" % (verdict.copy.name, verdict.reason))
+            lines.append(f"      then removes {verdict.copy.name}: {verdict.reason}")
+        elif verdict not in own:
+            lines.append(f"      leaves {verdict.copy.name}: {verdict.reason}")
     return lines
 
 
-def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool, pre_clean: bool = False) -> List[Verdict]:
-    """What a run of this job will say about the copies, first to make room, then when it has made its own, left out here."""
+def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan, Dict[str, Tuple[str, List[Verdict]]]]:
+    """The plan with what the store adds to its findings; and by the uuid of each VM its directory, and what a run will say
+    about the copies there."""
+    placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
+    utc, local = services.clock.utc(), services.clock.local()
+    placement.claim_all(job.machine for job in plan.jobs)
+    for job in plan.jobs:
+        try:
+            folder = placement.folder(placement.folder_name(job.machine))
+        except CatalogError as error:
+            findings.append(Finding(Severity.ERROR, job.machine.title, str(error)))
+            folder = Folder(safe_name(job.machine.name), (), (), ())
+        copies = placement.own_view(folder, job.machine)
+        findings += [Finding(Severity.WARNING, job.machine.title, warning)
+                     for warning in retention_warnings(copies, utc, local)]
+        views.append((job, folder.name, copies))
+    clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies in views)
+    return plan._replace(findings=tuple(findings)), {job.machine.uuid: (folder, future_verdicts(
+        job, copies, local, clock_is_wrong, services.settings.pre_clean)) for job, folder, copies in views}
+
+
+def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool,
+                    pre_clean: bool = False) -> List[Verdict]:
+    """What a run of this job will say about the copies, first to make room, then when it has made its own, left out
+    here."""
     if clock_is_wrong:
         return [Verdict(copy, True, "the clock went back, so nothing is pruned") for copy in in_order(copies)]
     first = judge(copies, job.machine.uuid, job.method, job.keep - 1) if pre_clean else []
@@ -10714,6 +10766,22 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
 
 
 # --- list -------------------------------------------------------------------------------
+
+
+LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only adds which VMs it still has
+
+
+def asked_pool(services: Services) -> Optional[Inventory]:
+    """What is in the pool, None if no pool can be asked from here."""
+    if services.arguments.password == "-" and not os.path.exists(
+            fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
+        return None
+    try:
+        with connected(services, changes_allowed=False, patience_s=LIST_PATIENCE_S) as (_, inventory):
+            return inventory
+    except (PoolError, ApiFailure) as error:
+        services.log.info(f"the pool was not asked which VMs it knows: {error}")
+        return None
 
 
 def is_in_pool(inventory: Optional[Inventory], uuid: str, pool: str) -> Optional[bool]:
@@ -10767,6 +10835,19 @@ def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
         lines.append(f"  {copy['name']}  {format_duration(copy['age_s'])} old  "
                      f"{format_size(copy['size'])}{disks}  {state}  {checked}  {copy['fate']}")
     return "\n".join(lines)
+
+
+def gone_texts(rows: Sequence[Dict[str, Any]], inventory: Optional[Inventory]) -> List[str]:
+    """A line for each VM and kind of the store that the pool has no more."""
+    return [f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in {row['folder']}/"
+            for row in rows if is_in_pool(inventory, row["uuid"], row["pool"]) is False]
+
+
+def list_summary(rows: Sequence[Dict[str, Any]]) -> str:
+    """How much there is in the store."""
+    copies = [copy for row in rows for copy in row["copies"]]
+    return (f"{counted(len(copies), 'copy')} of {counted(len({row['uuid'] for row in rows}), 'VM')}, "
+            f"{sum(copy['good'] for copy in copies)} good")
 
 
 # =============================================================================
@@ -10845,23 +10926,9 @@ def command_preview(services: Services) -> int:
     """Shown: the plan, and what retention would then remove."""
     with planned(services, changes_allowed=False) as (services, inventory, plan):
         pass                               # nothing more is asked of the pool
-    placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
-    utc, local = services.clock.utc(), services.clock.local()
-    placement.claim_all(job.machine for job in plan.jobs)
-    for job in plan.jobs:
-        try:
-            folder = placement.folder(placement.folder_name(job.machine))
-        except CatalogError as error:
-            findings.append(Finding(Severity.ERROR, job.machine.title, str(error)))
-            folder = Folder(safe_name(job.machine.name), (), (), ())
-        copies = placement.own_view(folder, job.machine)
-        findings += [Finding(Severity.WARNING, job.machine.title, warning) for warning in retention_warnings(copies, utc, local)]
-        views.append((job, folder.name, copies))
-    clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies in views)
-    futures = {job.machine.uuid: (folder, future_verdicts(job, copies, local, clock_is_wrong, services.settings.pre_clean))
-               for job, folder, copies in views}
-    services.log.show(preview_text(services.settings, inventory, plan._replace(findings=tuple(findings)), futures, services.catalog))
-    severities = {finding.severity for finding in findings}
+    plan, futures = foreseen(services, inventory, plan)
+    services.log.show(preview_text(services.settings, inventory, plan, futures, services.catalog))
+    severities = {finding.severity for finding in plan.findings}
     if Severity.ERROR in severities:
         return ExitStatus.FAILED
     return ExitStatus.WARNING if Severity.WARNING in severities or services.settings.warnings else ExitStatus.OK
@@ -10924,117 +10991,55 @@ def command_test_mail(services: Services) -> int:
 
 def command_verify(services: Services) -> int:
     """Every chosen copy was read and judged; the verdicts are shown and on record."""
-    wanted, minutes = services.arguments.parameters["from"], services.arguments.parameters["max_time"]
+    vm, wanted = services.arguments.vm, services.arguments.parameters["from"]
+    minutes = services.arguments.parameters["max_time"]
     catalog = open_store(services.settings)
-    listing = chosen_vms(catalog, services.arguments.vm, services.log)
+    listing = chosen_vms(catalog, vm, services.log)
     copies = [copy for stored in listing.vms for copy in (stored.copies[-1:] if wanted == "latest" else stored.copies)
               if wanted in ("", "latest", copy.name, copy.stamp)]
     if not copies and wanted:
-        whose = quote_name(services.arguments.vm) if services.arguments.vm else "any VM"
-        raise UsageError(f"there is no copy {one_line(wanted)} of {whose}.")
+        raise UsageError(f"there is no copy {one_line(wanted)} of {quote_name(vm) if vm else 'any VM'}.")
     if not copies:
         raise BackupError(f"{catalog.path} holds no copy. Is it the right directory, and is the share mounted?")
     if minutes:                            # the copies that were longest not looked at come first
         copies.sort(key=lambda copy: copy.checked("verified_at") or "")
-    services = services._replace(catalog=catalog)
-    stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
-    verdicts, untold = [], True
-    for copy in copies:
-        services.signals.check()
-        if stop_at is not None and verdicts and services.clock.monotonic() >= stop_at:
-            break
-        verdict = verify_copy(services, copy)
-        verdicts.append(verdict)
-        services.log.show(f"{verdict.state.value:14} {copy.folder}/{copy.name}: {verdict.reason}")
-        try:
-            record_verdict(catalog, verdict)
-        except CatalogError as error:      # a store that can only be read, for one: said once
-            if untold:
-                services.log.info(f"verdicts are not recorded: {error}")
-            untold = False
-    status = verify_summary(services, verdicts, len(copies))
-    return ExitStatus.FAILED if listing.misbehaved else status
-
-
-LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only adds which VMs it still has
-
-
-def asked_pool(services: Services) -> Optional[Inventory]:
-    """What is in the pool, None if no pool can be asked from here."""
-    if services.arguments.password == "-" and not os.path.exists(
-            fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
-        return None
-    try:
-        with connected(services, changes_allowed=False, patience_s=LIST_PATIENCE_S) as (_, inventory):
-            return inventory
-    except (PoolError, ApiFailure) as error:
-        services.log.info(f"the pool was not asked which VMs it knows: {error}")
-        return None
+    verdicts = verify_all(services._replace(catalog=catalog), copies, minutes)
+    services.log.show(verify_summary(verdicts, len(copies)))
+    is_fine = all(verdict.is_fine for verdict in verdicts) and not listing.misbehaved
+    return ExitStatus.OK if is_fine else ExitStatus.FAILED
 
 
 def command_list(services: Services) -> int:
     """Shown: what is in the store, as text or JSON."""
-    wanted = services.arguments.parameters["format"]
-    catalog = open_store(services.settings)
-    inventory = asked_pool(services) if wanted == "json" else None
-    now = services.clock.local()
-    listing = chosen_vms(catalog, services.arguments.vm, services.log)
+    log, catalog = services.log, open_store(services.settings)
+    as_json = services.arguments.parameters["format"] == "json"
+    inventory = asked_pool(services) if as_json else None
+    listing, now = chosen_vms(catalog, services.arguments.vm, log), services.clock.local()
     rows = [list_row(stored, services.settings, catalog, inventory, now) for stored in listing.vms]
     strangers = [] if services.arguments.vm else listing.strangers
-    if wanted == "json":
-        services.log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
-                                    sort_keys=True))
+    if as_json:
+        log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1, sort_keys=True))
         return ExitStatus.OK
     tell_pools = len({row["pool"] for row in rows} - {""}) > 1
     for row in rows:
-        services.log.show(list_text(row, tell_pools))
+        log.show(list_text(row, tell_pools))
     for stranger in strangers:
-        services.log.show(f"not ours, left alone: {one_line(stranger)}")
-    inventory = asked_pool(services)
-    for row in rows:
-        if is_in_pool(inventory, row["uuid"], row["pool"]) is False:
-            services.log.show(f"NO LONGER IN THE POOL: {quote_name(row['name'])}  "
-                              f"{row['uuid'] or 'uuid unknown'}  in {row['folder']}/")
-    good = sum(1 for row in rows for copy in row["copies"] if copy["good"])
-    services.log.show(f"{counted(sum(len(row['copies']) for row in rows), 'copy')} of "
-                      f"{counted(len({row['uuid'] for row in rows}), 'VM')}, {good} good, "
-                      f"{free_text(catalog.free_bytes())}.")
+        log.show(f"not ours, left alone: {one_line(stranger)}")
+    for text in gone_texts(rows, asked_pool(services)):
+        log.show(text)
+    log.show(f"{list_summary(rows)}, {free_text(catalog.free_bytes())}.")
     return ExitStatus.OK
 
 
 def command_prune(services: Services) -> int:
     """Retention was applied without a backup and without a pool; with preview it is only shown."""
-    arguments = services.arguments
-    catalog = open_store(services.settings) if arguments.preview else open_catalog(services.settings, services.log)
-    listing = chosen_vms(catalog, arguments.vm, services.log)
-    chosen = listing.vms
-    if listing.misbehaved:
-        raise StorageMisbehaved(f"nothing is removed while the storage misbehaves: {listing.misbehaved[0]}")
-    for stored in chosen:
-        problem = clock_went_back(stored.around, services.clock.utc())
-        if problem:
-            raise BackupError(f"{stored.title}: {problem}")
-    if is_pruned_by_hand(arguments) and (len({stored.uuid for stored in chosen}) > 1
-                                         or len({stored.pool for stored in chosen if stored.pool}) > 1):
-        raise UsageError(f"{quote_name(arguments.vm)} stands for {len(chosen)} VMs in the store "
-                         f"({', '.join(sorted({stored.uuid or '?' for stored in chosen}))}): name one as "
-                         "vm=uuid:UUID, or by its directory.")
-    removed, failed, warnings = 0, False, set()        # type: int, bool, Set[str]
-    for stored in chosen:
-        keep, rule = prune_rule(services, stored)
-        if keep is None:
-            services.log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in "
-                              f"{stored.folder}/: {rule}; `prune vm=... max_backups=N` removes by hand.")
-            continue
-        try:
-            removed += prune_one(services, catalog, stored, warnings)
-        except BackupError as error:
-            failed = True
-            services.log.error(f"{stored.title}: {error}")
-            if isinstance(error, StorageMisbehaved):
-                break                      # nothing more is removed in this run
-    services.log.show(f"{counted(removed, 'copy')} {'would be removed' if arguments.preview else 'removed'}.")
-    return ExitStatus.FAILED if failed else ExitStatus.WARNING if warnings else ExitStatus.OK
+    arguments, settings, log = services.arguments, services.settings, services.log
+    catalog = open_store(settings) if arguments.preview else open_catalog(settings, log)
+    listing = chosen_vms(catalog, arguments.vm, log)
+    check_may_prune(services, listing)
+    removed, status = prune_all(services._replace(catalog=catalog), listing.vms)
+    log.show(f"{counted(removed, 'copy')} {'would be removed' if arguments.preview else 'removed'}.")
+    return status
 
 
 # --- restore, extract and drill ---------------------------------------------------------------------
