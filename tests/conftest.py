@@ -6,7 +6,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 
-from support.language import described
+from support.deeds import backup
+from support.language import described, disk, vm
 from support.process import Pool
 from support.shelf import Given, Shelf
 
@@ -36,6 +37,20 @@ def a_shelf() -> Iterator[Callable[..., Shelf]]:
 
     yield build
     for shelf in shelves:
+        shelf.remove()
+
+
+@pytest.fixture(scope='session')
+def a_store() -> Iterator[str]:
+    """A directory with what real backups wrote, for `copied`: two copies of web, by vm-export, one of db, by vdi-export."""
+    pool, shelf = Pool(described([vm('web', disks=[disk(size=2 << 20, used=2)]), vm('db')], {})), Shelf()
+    try:
+        pool.start()
+        for lines in (['vm-export=web', 'vdi-export=db'], ['vm-export=web']):
+            assert backup(pool, shelf, *lines).exit_status == 0
+        yield shelf.path
+    finally:
+        pool.remove()
         shelf.remove()
 
 

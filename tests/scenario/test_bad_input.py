@@ -220,14 +220,6 @@ def test_an_xe_path_that_is_no_program_is_told(one_pool: Pool, a_shelf: Any) -> 
     assert started_nothing(one_pool, shelf)
 
 
-def test_a_store_that_holds_nothing_is_not_verified_well(a_shelf: Any) -> None:
-    shelf = a_shelf()
-    run = run_program('-', shelf.config('vm-export=*'), 'verify')
-    assert run.exit_status == 1 and run.says('holds no copy') and run.says('is the share mounted?'), run
-    run = run_program('-', shelf.config('vm-export=*'), 'verify', 'from=2016-04-14-001000')
-    assert run.exit_status == 2 and run.says('there is no copy 2016-04-14-001000 of any VM'), run
-
-
 # --- A manifest that is not what we write -----------------------------------------------------------------------------
 
 def mutated(value: Any) -> Iterator[Any]:

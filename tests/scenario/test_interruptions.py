@@ -219,15 +219,6 @@ def test_ctrl_c_ends_what_changes_nothing_at_once_while_the_pool_is_silent(a_poo
         pool.process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize('away', [signal.SIGKILL, signal.SIGSTOP])
-def test_list_shows_the_store_whatever_the_pool_does(a_pool: Any, a_shelf: Any, away: int) -> None:
-    pool, shelf = a_pool(vm('web')), a_shelf(complete('web'))
-    pool.process.send_signal(away)
-    run = backup(pool, shelf, 'vm-export=web', words=['list'], time_limit_s=40)
-    assert run.exit_status == 0 and 'web' in run.stdout.splitlines()[0] and '1 copy of 1 VM' in run.stdout.splitlines()[-1], run
-    pool.process.send_signal(signal.SIGCONT)
-
-
 def test_a_run_under_nohup_is_not_ended_by_a_hangup(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=8 * MEBIBYTE)])
     shelf = a_shelf()

@@ -11,7 +11,7 @@ import pytest
 
 from support.deeds import backup, preview
 from support.language import MEBIBYTE, at, uuid_of, vm
-from support.process import Pool, run_program
+from support.process import Pool
 from support.shelf import OUR_NAME, complete, damaged, foreign, old, unfinished
 
 
@@ -349,18 +349,3 @@ def test_preview_tells_what_retention_would_remove_and_the_run_removes_just_that
     told = [name for name in given if 'removes ' + name in shown]
     assert shelf.is_unchanged() and backup(pool, shelf, 'vm-export=web:%d' % keep).exit_status == 0
     assert told == [name for name in given if name not in shelf.names('web')] == given[:4 - keep]
-
-
-def test_prune_leaves_old_copies_that_tell_no_uuid_as_it_can_not_know_whose_they_are(a_pool: Any, a_shelf: Any) -> None:
-    shelf = a_shelf(old('web', days_ago=9, uuid='-'), complete('web', days_ago=3), complete('web', days_ago=2))
-    run = run_program('-', shelf.config('vm-export=web'), 'prune', 'web', 'max_backups=1')
-    older, = [name for name in shelf.names('web') if '(' in name]
-    assert run.exit_status == 0 and older in shelf.names('web') and len(shelf.names('web')) == 2, run
-    assert 'uuid unknown' in run_program('-', shelf.config('vm-export=web', 'max_backups=1'), 'list').stdout
-
-
-def test_prune_removes_nothing_of_any_vm_once_the_clock_of_one_went_back(a_shelf: Any) -> None:
-    shelf = a_shelf(complete('db', days_ago=3), complete('db', days_ago=2), complete('web', days_ago=-2))
-    run = run_program('-', shelf.config('vm-export=*', 'max_backups=1'), 'prune')
-    assert run.exit_status == 1 and 'clock went back' in run.stderr, run
-    assert len(shelf.copies('db')) == 2 and len(shelf.copies('web')) == 1

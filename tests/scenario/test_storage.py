@@ -169,7 +169,7 @@ def test_what_can_not_be_looked_at_costs_no_vm_its_backup_and_stops_the_pruning(
                     foreign('dead/file'), foreign('METADATA_xcp1/' + dump), foreign('.vmbackup/runs/x.run', b'{"pool": "p"}\n'))
     pool = a_pool(vm('web'), vm('db'))
     unreadable = ['dead', dump, 'x.run', os.path.basename(shelf.unfinished()[0])]
-    program = [sys.executable, '-W', 'error'] + in_trouble(pool, unreadable=unreadable, do=number)
+    program = [sys.executable, '-W', 'error'] + in_trouble(pool, at=unreadable, do=number)
     config = shelf.config('vm-export=web:1', 'vm-export=db:1', 'pool_db_backup=1')
 
     night = run(program + ['-', config], pool.environment())

@@ -10,10 +10,10 @@ import glob
 import os
 import signal
 import threading
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Union
 
 from support import warm
-from support.process import PROGRAM, TIME_LIMIT_S, TROUBLED, Pool, Run, ended, run_program, text_of, write_json
+from support.process import CRON_PATH, PROGRAM, TIME_LIMIT_S, TROUBLED, Pool, Run, ended, run_program, text_of, write_json
 from support.shelf import Shelf
 from support.wire import eventually
 
@@ -29,11 +29,17 @@ def preview(pool: Pool, shelf: Shelf, *lines: str, **how: Any) -> Run:
     return backup(pool, shelf, *lines, words=['preview'], **how)
 
 
-def in_trouble(pool: Pool, **trouble: Any) -> List[str]:
-    """How the program is started on a machine in that trouble, as troubled.py knows it."""
-    path = os.path.join(pool.home, 'TROUBLE.json')
+def in_trouble(place: Union[Pool, Shelf], **trouble: Any) -> List[str]:
+    """How the program is started on a machine in that trouble, as troubled.py knows it. `place`: where its file may lie."""
+    path = os.path.join(place.home, 'TROUBLE.json')
     write_json(path, trouble)
     return [TROUBLED, path, PROGRAM]
+
+
+def without_pool(shelf: Shelf, *words: str, lines: Sequence[str] = ('vm-export=*',), **trouble: Any) -> Run:
+    """The program of these words has ended on a machine that sees the store and no pool, and may be in trouble."""
+    start = in_trouble(shelf, **trouble) if trouble else [PROGRAM]
+    return ended(warm.start(start + ['-', shelf.config(*lines)] + list(words), {'PATH': CRON_PATH}))
 
 
 def hurried(pool: Pool) -> List[str]:

@@ -101,6 +101,15 @@ def of_old_program() -> Given:
 NO_FILTER = {'filter': 'fully_trusted'} if hasattr(tarfile, 'fully_trusted_filter') else {}  # type: Dict[str, Any]
 
 
+def copied(store: str) -> Given:
+    """What is in that directory, times included, but for the program's own state."""
+    def put(shelf: 'Shelf', _sequence: int) -> None:
+        for name in os.listdir(path_of(store)):
+            if name != STATE:
+                shutil.copytree(os.path.join(path_of(store), name), os.path.join(path_of(shelf.path), name), symlinks=True)
+    return Given('', 0, put)
+
+
 def foreign(path: str, content: bytes = b'not a backup') -> Given:
     """A file that is nobody's but the administrator's; a path that ends in `/` is an empty directory."""
     def put(shelf: 'Shelf', _sequence: int) -> None:

@@ -12,7 +12,8 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
     {"store": DIR, "step": 17, "do": "SIGKILL"}          the process gets that signal just before step 17
     {"store": DIR, "step": 17, "do": "hang"}             step 17 never ends, as on a dead share
     {"store": DIR, "step": 17, "do": "short"}            a write takes half of what it was given
-    {"unreadable": [NAME, ...], "do": "EIO"}             looking at or opening what bears one of these names fails so
+    {"at": [NAME, ...], "do": "EIO"}                     looking at or opening what bears one of these names fails so; or
+                                                         it vanishes ("vanish"), takes a second ("sleep"), never ends ("hang")
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
     {"hasty": true}                                      its patience with mail servers is a second
     {"broken": NAME}                                     the function or method of that name has a bug
@@ -27,6 +28,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -36,6 +38,7 @@ NEEDS_SPACE = ('write', 'create', 'mkdir')
 REAL = {name: getattr(os, name) for name in ('write', 'pwrite', 'ftruncate', 'fsync', 'fdatasync', 'open', 'mkdir',
                                              'rename', 'replace', 'unlink', 'rmdir')}
 REAL_OPEN = builtins.open
+REAL_RUN = subprocess.run
 
 
 class Storage:
@@ -146,16 +149,25 @@ def install(storage: Storage) -> None:
     builtins.open = troubled_open
 
 
-def hide(names: Sequence[str], number: int) -> None:
-    """From now on, what bears one of these names can be neither looked at nor opened."""
-    def on(call: Callable[..., Any]) -> Callable[..., Any]:
+def befall(names: Sequence[str], deed: str) -> None:
+    """From now on this happens to whoever looks at or opens what bears one of these names: the error of that name; or
+    `vanish` (it is gone, with all that is in it), `sleep` (a second passes at each opening), `hang` (it never ends)."""
+    def on(call: Callable[..., Any], is_opening: bool) -> Callable[..., Any]:
         def troubled(path: Any, *arguments: Any, **options: Any) -> Any:
             if isinstance(path, (str, bytes)) and os.path.basename(os.fsdecode(path)) in names:
-                raise OSError(number, os.strerror(number))
+                if deed == 'vanish':
+                    base = os.readlink('/proc/self/fd/%d' % options['dir_fd']) if options.get('dir_fd') is not None else ''
+                    REAL_RUN(['rm', '-rf', os.path.join(base, os.fsdecode(path))], check=True)
+                elif deed == 'sleep':
+                    time.sleep(1 if is_opening else 0)
+                elif deed == 'hang':
+                    time.sleep(3600)
+                else:
+                    raise OSError(getattr(errno, deed), os.strerror(getattr(errno, deed)))
             return call(path, *arguments, **options)
         return troubled
 
-    os.stat, os.open = on(os.stat), on(os.open)
+    os.stat, os.open = on(os.stat, False), on(os.open, True)
 
 
 #: Constants of VmBackup.py, and what they are when it is in a hurry: shorter minutes and less patience; hours and days stay.
@@ -195,8 +207,8 @@ def break_down(module: Any, name: str) -> None:
 
 def main() -> None:
     program, trouble = prepare(sys.argv)
-    if 'unreadable' in trouble:
-        hide(trouble['unreadable'], getattr(errno, trouble['do']))
+    if 'at' in trouble:
+        befall(trouble['at'], trouble['do'])
     if 'broken' in trouble:
         break_down(program.module, trouble['broken'])
     if 'store' in trouble:
