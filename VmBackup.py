@@ -29,8 +29,8 @@ The sections below stand in reading order; each uses only those above it.
     13. Image formats
     14. Files, pipes, compressors
     15. Pool
-    16. Catalog
-    17. Snapshots and their ownership
+    16. Copies
+    17. Ownership
     18. Export methods
     19. Verification of stored copies
     20. Run
@@ -5295,11 +5295,10 @@ def connection_reason(error: Exception) -> str:
 
 
 # =============================================================================
-# 16. Catalog
+# 16. Copies
 # =============================================================================
-# The only place that touches the backup directory. It is opened once and all
-# is done relative to that descriptor, never through a symbolic link, so that
-# neither a share that went away nor a planted link leads us elsewhere.
+# What stands in the backup directory: its copies, whose they are, and what is on
+# record about them; and how a copy is made and removed. No deciding here.
 
 STATE_FOLDER = ".vmbackup"
 VERDICT_FOLDER = "verdicts"
@@ -5313,216 +5312,12 @@ IMAGE_NAME = re.compile(r"((.+)\.(xva|raw|vhd))(\.gz|\.zst)?", re.DOTALL)
 COMPRESSED_MAGIC = ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"))
 OTHER_MAGIC = (("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh"), ("lz4", b"\x04\x22\x4d\x18"), ("7z", b"7z\xbc\xaf"), ("zip", b"PK\3\4"),
                ("lzip", b"LZIP"), ("VMDK", b"KDMV"), ("qcow2", b"QFI\xfb"), ("VHDX", b"vhdxfile"))
-IDENTITY_TRIES = 50
-NEWEST_NEIGHBOUR_S = HOUR_S               # another host's run of this config this recent stands for ours
 WEAK_LOCK_PATIENCE_S = DAY_S
 
 
 def free_text(free_bytes: Optional[int]) -> str:
     """The free space of the store in words."""
     return "free space not known" if free_bytes is None else format_size(free_bytes) + " free"
-
-
-# --- the journal of what is open in pools -------------------------------------------
-
-
-class OpenEntry:
-    """Something that we have, or may have, in a pool: what it is and how to prove that it is ours.
-
-    `facts` is what was written so far. kind `vm-snapshot`: token, vm_uuid,
-    vm_name, name, called_at, then uuid and disks (uuids). kind `vdi-snapshot`:
-    token, vm_uuid, vm_name, disk (uuid), called_at; then, just before the call,
-    known (uuids of what bears the key by then) and calling_at (by the server's
-    clock); then uuid. Both: answer, if it was none or a failure.
-    """
-
-    def __init__(self, journal: "RunJournal", number: int, facts: Dict[str, Any]) -> None:
-        self._journal = journal
-        self.number = number
-        self.facts = facts
-
-    def note(self, **facts: Any) -> None:
-        """The facts are remembered and on disk; CatalogError if they are only remembered."""
-        self.facts.update(facts)
-        self._journal.append(dict(facts, entry=self.number))
-
-    @contextlib.contextmanager
-    def hurried(self) -> Iterator[None]:
-        """Inside, the journal is not waited for as long as else: clean-up in the pool comes first."""
-        patience_s, self._journal.limit_s = self._journal.limit_s, min(self._journal.limit_s, CLEAN_UP_LIMIT_S)
-        try:
-            yield
-        finally:
-            self._journal.limit_s = patience_s
-
-    def remember(self, **facts: Any) -> None:
-        """The facts are on disk too, if they can be written: to be remembered is enough for who acts on them now."""
-        with contextlib.suppress(CatalogError):
-            self.note(**facts)
-
-    def close(self, reason: str) -> None:
-        """Nothing of it is left in the pool. If that can't be written, the next run finds nothing and closes it."""
-        self.remember(closed=reason)
-
-    @property
-    def is_open(self) -> bool:
-        """May something of it still be in the pool?"""
-        return not self.facts.get("closed")
-
-    @property
-    def title(self) -> str:
-        """What it is about, for a log line."""
-        return f"{quote_name(self.facts.get('vm_name', '?'))} ({self.facts.get('vm_uuid', '?')[:8]})"
-
-
-class RunJournal:
-    """The file of one run: locked while the run lives, and the record of what it has open in the pool.
-
-    A line of JSON a fact, appended and synced before the deed.
-    """
-
-    def __init__(self, folder: Directory, name: str, fd: int) -> None:
-        self._folder = folder
-        self.name = name
-        self._fd = fd
-        self.is_mute = False
-        self.limit_s = float(JOURNAL_LIMIT_S)
-        self.entries = []             # type: List[OpenEntry]
-        self.header = {}              # type: Dict[str, Any]
-        self._is_torn = False         # its last line may lack its end
-        self._read()
-
-    @classmethod
-    def begin(cls, folder: Directory, name: str, header: Dict[str, Any]) -> "RunJournal":
-        """A new, locked journal that says whose it is. NameTaken if another run came between and took it for a dead one's."""
-        fd = folder.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
-        try:
-            is_locked = LockFile(fd, name).take()
-            journal = cls(folder, name, fd)
-            if not is_locked or not journal.is_still_ours():
-                raise NameTaken(f"another run clears the new journal {name} away as that of a dead run: start "
-                                "again.")
-            journal.append(header)
-        except NameTaken:
-            os.close(fd)
-            raise
-        except BaseException:              # whatever ended it, a journal without its first line must not stay
-            folder.remove_file(name)
-            os.close(fd)
-            raise
-        journal.header = header
-        folder.sync()
-        return journal
-
-    @classmethod
-    def of_dead_run(cls, folder: Directory, name: str) -> Optional["RunJournal"]:
-        """Another run's journal, locked by us now; None if that run lives or the file has gone."""
-        with contextlib.suppress(NotThere):
-            fd = folder.open_file(name, os.O_RDWR | os.O_APPEND)
-            journal = None                 # type: Optional[RunJournal]
-            try:
-                if LockFile(fd, name).take():
-                    journal = cls(folder, name, fd)
-                    if journal.is_still_ours():        # else renamed or removed between open and lock
-                        return journal
-                    journal = None
-            finally:
-                if journal is None:
-                    os.close(fd)
-        return None
-
-    def _read(self) -> None:
-        """Header and entries as the file tells them; a line that was cut off by a crash does not count."""
-        with storage_errors(f"reading the journal {self.name}"):
-            content = b"".join(iter(lambda: os.read(self._fd, MEBIBYTE), b""))
-        numbered = {}                 # type: Dict[int, OpenEntry]
-        for line in content.split(b"\n"):
-            try:
-                facts = parse_object(line)
-                number = facts.pop("entry", None)
-            except ValueError:
-                continue
-            if number is None:
-                self.header.update(facts)
-            elif isinstance(number, int):
-                numbered.setdefault(number, OpenEntry(self, number, {})).facts.update(facts)
-        self.entries = [numbered[number] for number in sorted(numbered)]
-        self._is_torn = bool(content) and not content.endswith(b"\n")
-
-    def append(self, facts: Dict[str, Any]) -> None:
-        """A line more, on disk; nothing once the store hangs, for the clean-up in the pool must not wait for it."""
-        if self.is_mute:
-            return
-        line = (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8")
-
-        def write() -> None:
-            with storage_errors(f"writing the journal {self.name}"):
-                write_all(self._fd, (b"\n" if was_torn else b"") + line)
-                os.fsync(self._fd)
-
-        was_torn, self._is_torn = self._is_torn, True      # what a full store left of a line must not swallow the next
-        try:
-            within(self.limit_s, "writing the journal", write)
-            self._is_torn = False
-        except StorageStalled:
-            self.is_mute = True
-            raise
-
-    def open_entry(self, **facts: Any) -> OpenEntry:
-        """A new entry, on disk: call this before the deed."""
-        if self.is_mute:
-            raise StorageStalled("the journal can't be written, as the backup storage hangs: nothing is begun in the pool.")
-        entry = OpenEntry(self, len(self.entries) + 1, {})
-        entry.note(**facts)
-        self.entries.append(entry)
-        return entry
-
-    @property
-    def pool_uuid(self) -> str:
-        """The pool that the run was connected to."""
-        return self.header.get("pool", "")
-
-    def open_entries(self) -> List[OpenEntry]:
-        """What may still be in the pool."""
-        return [entry for entry in self.entries if entry.is_open]
-
-    def last_written_s(self) -> float:
-        """When it was last written, in seconds of the storage's clock."""
-        return status_of(self._fd).st_mtime
-
-    def is_still_ours(self) -> bool:
-        """Does its path still lead to our descriptor? If not, another run took us for dead."""
-        status = self._folder.status(self.name)
-        own = status_of(self._fd)
-        return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
-
-    def mark_taken(self) -> None:
-        """Its name says that its run is dead and somebody is clearing up; a run that was only slow sees it."""
-        if not self.name.endswith(TAKEN):
-            self._folder.rename(self.name, self.name + TAKEN)
-            self.name += TAKEN
-
-    def leave(self) -> None:
-        """Left as it is; the lock is given up."""
-        with storage_errors(f"closing the journal {self.name}"):
-            os.close(self._fd)
-
-    def finish(self) -> None:
-        """Removed if nothing is open, else left for the next run; the lock is given up."""
-        if not self.open_entries() and self.is_still_ours():
-            self._folder.remove_file(self.name)
-        self.leave()
-
-
-JOURNAL_LIMIT_S = 15 * MINUTE_S        # until the run sets it to its stall_timeout
-CLEAN_UP_LIMIT_S = 20
-TAKEN = ".taken"
-RESERVE = "reserve"
-RESERVE_BYTES = MEBIBYTE
-RUN_SUFFIX = ".run"
-
-
-# --- the catalog ------------------------------------------------------------------
 
 
 class Folder(NamedTuple):
@@ -5622,102 +5417,6 @@ class Catalog:
         """The copy's directory; NotThere if it is gone."""
         with self.root.child(copy.folder) as folder:
             return folder.child(copy.name)
-
-    def identity(self, now_s: float) -> Dict[str, Any]:
-        """What tells this store from a mirror of it: an id in a file, and that file's inode number, which a mirror's is not.
-
-        Where the two do not fit each other this is such a mirror, or was moved: it gets an id of its own once nobody
-        who may be of the other one has written a journal here for a day. Where the file can't be used there is no id.
-        """
-        runs = self.state("runs")
-
-        def is_known() -> bool:
-            return bool(told(facts, "id")) and facts.get("inode") == inode
-
-        try:
-            file = LockFile.of(self._state, "store")
-            inode, facts, tries = status_of(file.fd).st_ino, file.text(), IDENTITY_TRIES
-            while tries and not is_known() and not file.take():    # another first run is about to write it
-                time.sleep(0.1)
-                tries, facts = tries - 1, file.text()
-            if file.is_held:
-                with file.held():
-                    facts = file.text()
-                    if not is_known() and now_s - self._last_journal_s(runs, now_s) > WEAK_LOCK_PATIENCE_S:
-                        facts = {"id": secrets.token_hex(8), "inode": inode}
-                        file.write_text(facts)
-        except StorageFull:
-            raise
-        except CatalogError:
-            return {"store": "", "inode": 0}
-        return {"store": told(facts, "id"), "inode": inode}
-
-    @staticmethod
-    def _last_journal_s(runs: Directory, now_s: float) -> float:
-        """When a journal here was last written, by the storage's clock; one that can't be looked at may be of now."""
-        times = [0.0]
-        for name in runs.names():
-            try:
-                status = runs.status(name)
-                times.append(status.st_mtime if status else 0)
-            except CatalogError:
-                times.append(now_s)
-        return max(times)
-
-    def begin_run(self, name: str, header: Dict[str, Any], now_s: float) -> RunJournal:
-        """The journal of this run, locked; it says of which store it is."""
-        folder = self.state("runs")
-
-        def begun(name: str) -> RunJournal:
-            return RunJournal.begin(folder, name + RUN_SUFFIX, dict(header, **self.identity(now_s)))
-
-        try:
-            return begun(name)
-        except NameTaken:
-            return begun(name + "-2")
-        except StorageFull:
-            folder.remove_file(RESERVE)            # so that a run can begin on a full store, and pre_clean make room
-            return begun(name)
-
-    def keep_reserve(self) -> None:
-        """A little space is set aside for the journal of a run that begins on a full store."""
-        with contextlib.suppress(CatalogError), self.state("runs") as folder:
-            if folder.status(RESERVE) is None:
-                folder.write(RESERVE, bytes(RESERVE_BYTES))
-
-    def dead_runs(self, own: RunJournal, pool_uuid: str, now_s: float) -> Tuple[List[RunJournal], List[CatalogError]]:
-        """The journals of dead runs of that pool, locked by us and marked as taken; and why others can't be used and were
-        left.
-
-        Where locks do not reach other hosts, a journal of another host counts as dead only when it was not written for a
-        day; and so does one that bears the mark of another store: it came here with a mirror of that one, where its run
-        may live on.
-        """
-        found, left = [], []               # type: List[RunJournal], List[CatalogError]
-        folder = self.state("runs")
-        for name in folder.names():
-            if name == own.name or not name.endswith((RUN_SUFFIX, RUN_SUFFIX + TAKEN)):
-                continue
-            journal = None                     # type: Optional[RunJournal]
-            try:
-                journal = RunJournal.of_dead_run(folder, name)
-                if journal is None:
-                    continue
-                out_of_reach = self.locks_are_local and journal.header.get("host") != own.header.get("host")
-                of_other_store = "store" in journal.header and (not journal.header["store"] or any(
-                    journal.header.get(key) != own.header[key] for key in ("store", "inode")))
-                too_fresh = ((out_of_reach or of_other_store)
-                             and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
-                if (journal.header and journal.pool_uuid != pool_uuid) or too_fresh:
-                    journal.leave()
-                else:
-                    journal.mark_taken()
-                    found.append(journal)
-            except CatalogError as error:
-                left.append(type(error)(f"the journal of an earlier run can't be used: {error}"))
-                if journal is not None:
-                    journal.leave()
-        return found, left
 
     def clear_temporaries(self, now_s: float) -> None:
         """What a run that died within `put` left in the program's own state is gone a day later."""
@@ -6376,7 +6075,7 @@ def checksum_line(digest: str, name: str) -> str:
 
 
 # =============================================================================
-# 17. Snapshots and their ownership
+# 17. Ownership
 # =============================================================================
 # What is ours in a pool: snapshots of VMs and of disks, and what restore and drill
 # make, journal first. Ours is only what an open entry of a journal proves: by the uuid
@@ -6394,6 +6093,311 @@ UNSURE_ANSWERS = ("lost", "INTERNAL_ERROR", "CANNOT_CONTACT_HOST", "HOST_OFFLINE
 HOST_CLOCKS_DIFFER_S = 60      # snapshot_time is by the clock of the host that made it, the call's by that of the master
 MOST_LEFT_SNAPSHOTS = 2
 IMPORT_END_PATIENCE_S = 180    # how long an import that was broken off is waited for: the server takes back what it made
+
+
+# --- the journal of what is open in pools -------------------------------------------
+
+
+class OpenEntry:
+    """Something that we have, or may have, in a pool: what it is and how to prove that it is ours.
+
+    `facts` is what was written so far. kind `vm-snapshot`: token, vm_uuid,
+    vm_name, name, called_at, then uuid and disks (uuids). kind `vdi-snapshot`:
+    token, vm_uuid, vm_name, disk (uuid), called_at; then, just before the call,
+    known (uuids of what bears the key by then) and calling_at (by the server's
+    clock); then uuid. Both: answer, if it was none or a failure.
+    """
+
+    def __init__(self, journal: "RunJournal", number: int, facts: Dict[str, Any]) -> None:
+        self._journal = journal
+        self.number = number
+        self.facts = facts
+
+    def note(self, **facts: Any) -> None:
+        """The facts are remembered and on disk; CatalogError if they are only remembered."""
+        self.facts.update(facts)
+        self._journal.append(dict(facts, entry=self.number))
+
+    @contextlib.contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Inside, the journal is not waited for as long as else: clean-up in the pool comes first."""
+        patience_s, self._journal.limit_s = self._journal.limit_s, min(self._journal.limit_s, CLEAN_UP_LIMIT_S)
+        try:
+            yield
+        finally:
+            self._journal.limit_s = patience_s
+
+    def remember(self, **facts: Any) -> None:
+        """The facts are on disk too, if they can be written: to be remembered is enough for who acts on them now."""
+        with contextlib.suppress(CatalogError):
+            self.note(**facts)
+
+    def close(self, reason: str) -> None:
+        """Nothing of it is left in the pool. If that can't be written, the next run finds nothing and closes it."""
+        self.remember(closed=reason)
+
+    @property
+    def is_open(self) -> bool:
+        """May something of it still be in the pool?"""
+        return not self.facts.get("closed")
+
+    @property
+    def title(self) -> str:
+        """What it is about, for a log line."""
+        return f"{quote_name(self.facts.get('vm_name', '?'))} ({self.facts.get('vm_uuid', '?')[:8]})"
+
+
+class RunJournal:
+    """The file of one run: locked while the run lives, and the record of what it has open in the pool.
+
+    A line of JSON a fact, appended and synced before the deed.
+    """
+
+    def __init__(self, folder: Directory, name: str, fd: int) -> None:
+        self._folder = folder
+        self.name = name
+        self._fd = fd
+        self.is_mute = False
+        self.limit_s = float(JOURNAL_LIMIT_S)
+        self.entries = []             # type: List[OpenEntry]
+        self.header = {}              # type: Dict[str, Any]
+        self._is_torn = False         # its last line may lack its end
+        self._read()
+
+    @classmethod
+    def begin(cls, folder: Directory, name: str, header: Dict[str, Any]) -> "RunJournal":
+        """A new, locked journal that says whose it is. NameTaken if another run came between and took it for a dead one's."""
+        fd = folder.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        try:
+            is_locked = LockFile(fd, name).take()
+            journal = cls(folder, name, fd)
+            if not is_locked or not journal.is_still_ours():
+                raise NameTaken(f"another run clears the new journal {name} away as that of a dead run: start "
+                                "again.")
+            journal.append(header)
+        except NameTaken:
+            os.close(fd)
+            raise
+        except BaseException:              # whatever ended it, a journal without its first line must not stay
+            folder.remove_file(name)
+            os.close(fd)
+            raise
+        journal.header = header
+        folder.sync()
+        return journal
+
+    @classmethod
+    def of_dead_run(cls, folder: Directory, name: str) -> Optional["RunJournal"]:
+        """Another run's journal, locked by us now; None if that run lives or the file has gone."""
+        with contextlib.suppress(NotThere):
+            fd = folder.open_file(name, os.O_RDWR | os.O_APPEND)
+            journal = None                 # type: Optional[RunJournal]
+            try:
+                if LockFile(fd, name).take():
+                    journal = cls(folder, name, fd)
+                    if journal.is_still_ours():        # else renamed or removed between open and lock
+                        return journal
+                    journal = None
+            finally:
+                if journal is None:
+                    os.close(fd)
+        return None
+
+    def _read(self) -> None:
+        """Header and entries as the file tells them; a line that was cut off by a crash does not count."""
+        with storage_errors(f"reading the journal {self.name}"):
+            content = b"".join(iter(lambda: os.read(self._fd, MEBIBYTE), b""))
+        numbered = {}                 # type: Dict[int, OpenEntry]
+        for line in content.split(b"\n"):
+            try:
+                facts = parse_object(line)
+                number = facts.pop("entry", None)
+            except ValueError:
+                continue
+            if number is None:
+                self.header.update(facts)
+            elif isinstance(number, int):
+                numbered.setdefault(number, OpenEntry(self, number, {})).facts.update(facts)
+        self.entries = [numbered[number] for number in sorted(numbered)]
+        self._is_torn = bool(content) and not content.endswith(b"\n")
+
+    def append(self, facts: Dict[str, Any]) -> None:
+        """A line more, on disk; nothing once the store hangs, for the clean-up in the pool must not wait for it."""
+        if self.is_mute:
+            return
+        line = (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8")
+
+        def write() -> None:
+            with storage_errors(f"writing the journal {self.name}"):
+                write_all(self._fd, (b"\n" if was_torn else b"") + line)
+                os.fsync(self._fd)
+
+        was_torn, self._is_torn = self._is_torn, True      # what a full store left of a line must not swallow the next
+        try:
+            within(self.limit_s, "writing the journal", write)
+            self._is_torn = False
+        except StorageStalled:
+            self.is_mute = True
+            raise
+
+    def open_entry(self, **facts: Any) -> OpenEntry:
+        """A new entry, on disk: call this before the deed."""
+        if self.is_mute:
+            raise StorageStalled("the journal can't be written, as the backup storage hangs: nothing is begun in the pool.")
+        entry = OpenEntry(self, len(self.entries) + 1, {})
+        entry.note(**facts)
+        self.entries.append(entry)
+        return entry
+
+    @property
+    def pool_uuid(self) -> str:
+        """The pool that the run was connected to."""
+        return self.header.get("pool", "")
+
+    def open_entries(self) -> List[OpenEntry]:
+        """What may still be in the pool."""
+        return [entry for entry in self.entries if entry.is_open]
+
+    def last_written_s(self) -> float:
+        """When it was last written, in seconds of the storage's clock."""
+        return status_of(self._fd).st_mtime
+
+    def is_still_ours(self) -> bool:
+        """Does its path still lead to our descriptor? If not, another run took us for dead."""
+        status = self._folder.status(self.name)
+        own = status_of(self._fd)
+        return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
+
+    def mark_taken(self) -> None:
+        """Its name says that its run is dead and somebody is clearing up; a run that was only slow sees it."""
+        if not self.name.endswith(TAKEN):
+            self._folder.rename(self.name, self.name + TAKEN)
+            self.name += TAKEN
+
+    def leave(self) -> None:
+        """Left as it is; the lock is given up."""
+        with storage_errors(f"closing the journal {self.name}"):
+            os.close(self._fd)
+
+    def finish(self) -> None:
+        """Removed if nothing is open, else left for the next run; the lock is given up."""
+        if not self.open_entries() and self.is_still_ours():
+            self._folder.remove_file(self.name)
+        self.leave()
+
+
+JOURNAL_LIMIT_S = 15 * MINUTE_S        # until the run sets it to its stall_timeout
+CLEAN_UP_LIMIT_S = 20
+TAKEN = ".taken"
+RESERVE = "reserve"
+RESERVE_BYTES = MEBIBYTE
+RUN_SUFFIX = ".run"
+IDENTITY_TRIES = 50
+
+
+def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
+    """What tells this store from a mirror of it: an id in a file, and that file's inode number, which a mirror's is not.
+
+    Where the two do not fit each other this is such a mirror, or was moved: it gets an id of its own once nobody
+    who may be of the other one has written a journal here for a day. Where the file can't be used there is no id.
+    """
+    runs = catalog.state("runs")
+
+    def is_known() -> bool:
+        return bool(told(facts, "id")) and facts.get("inode") == inode
+
+    try:
+        with catalog.root.child(STATE_FOLDER) as state:
+            file = LockFile.of(state, "store")
+        inode, facts, tries = status_of(file.fd).st_ino, file.text(), IDENTITY_TRIES
+        while tries and not is_known() and not file.take():    # another first run is about to write it
+            time.sleep(0.1)
+            tries, facts = tries - 1, file.text()
+        if file.is_held:
+            with file.held():
+                facts = file.text()
+                if not is_known() and now_s - _last_journal_s(runs, now_s) > WEAK_LOCK_PATIENCE_S:
+                    facts = {"id": secrets.token_hex(8), "inode": inode}
+                    file.write_text(facts)
+    except StorageFull:
+        raise
+    except CatalogError:
+        return {"store": "", "inode": 0}
+    return {"store": told(facts, "id"), "inode": inode}
+
+
+def _last_journal_s(runs: Directory, now_s: float) -> float:
+    """When a journal here was last written, by the storage's clock; one that can't be looked at may be of now."""
+    times = [0.0]
+    for name in runs.names():
+        try:
+            status = runs.status(name)
+            times.append(status.st_mtime if status else 0)
+        except CatalogError:
+            times.append(now_s)
+    return max(times)
+
+
+def begin_run(catalog: Catalog, name: str, header: Dict[str, Any], now_s: float) -> RunJournal:
+    """The journal of this run, locked; it says of which store it is."""
+    folder = catalog.state("runs")
+
+    def begun(name: str) -> RunJournal:
+        return RunJournal.begin(folder, name + RUN_SUFFIX, dict(header, **store_identity(catalog, now_s)))
+
+    try:
+        return begun(name)
+    except NameTaken:
+        return begun(name + "-2")
+    except StorageFull:
+        folder.remove_file(RESERVE)            # so that a run can begin on a full store, and pre_clean make room
+        return begun(name)
+
+
+def keep_reserve(catalog: Catalog) -> None:
+    """A little space is set aside for the journal of a run that begins on a full store."""
+    with contextlib.suppress(CatalogError), catalog.state("runs") as folder:
+        if folder.status(RESERVE) is None:
+            folder.write(RESERVE, bytes(RESERVE_BYTES))
+
+
+def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
+              now_s: float) -> Tuple[List[RunJournal], List[CatalogError]]:
+    """The journals of dead runs of that pool, locked by us and marked as taken; and why others can't be used and were
+    left.
+
+    Where locks do not reach other hosts, a journal of another host counts as dead only when it was not written for a
+    day; and so does one that bears the mark of another store: it came here with a mirror of that one, where its run
+    may live on.
+    """
+    found, left = [], []               # type: List[RunJournal], List[CatalogError]
+    folder = catalog.state("runs")
+    for name in folder.names():
+        if name == own.name or not name.endswith((RUN_SUFFIX, RUN_SUFFIX + TAKEN)):
+            continue
+        journal = None                     # type: Optional[RunJournal]
+        try:
+            journal = RunJournal.of_dead_run(folder, name)
+            if journal is None:
+                continue
+            out_of_reach = catalog.locks_are_local and journal.header.get("host") != own.header.get("host")
+            of_other_store = "store" in journal.header and (not journal.header["store"] or any(
+                journal.header.get(key) != own.header[key] for key in ("store", "inode")))
+            too_fresh = ((out_of_reach or of_other_store)
+                         and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
+            if (journal.header and journal.pool_uuid != pool_uuid) or too_fresh:
+                journal.leave()
+            else:
+                journal.mark_taken()
+                found.append(journal)
+        except CatalogError as error:
+            left.append(type(error)(f"the journal of an earlier run can't be used: {error}"))
+            if journal is not None:
+                journal.leave()
+    return found, left
+
+
+# --- what the pool is asked and told ---------------------------------------------------------
 
 
 def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
@@ -7891,7 +7895,7 @@ class Run:
         """The journal is begun and locked, and kept by the run's own services."""
         now, host = services.clock.utc(), inventory.host.short_name
         name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{secrets.token_hex(3)}"
-        journal = services.catalog.begin_run(name, dict(signature(services, inventory), config=services.settings.source),
+        journal = begin_run(services.catalog, name, dict(signature(services, inventory), config=services.settings.source),
                                              now.timestamp())
         journal.limit_s = services.settings.stall_timeout * MINUTE_S
         self.services = services._replace(journal=journal)
@@ -7913,8 +7917,8 @@ class Run:
 
     def sweep(self) -> List[CatalogError]:
         """What dead runs left in this pool is gone; why journals of others can't be used and were left."""
-        journals, problems = self.services.catalog.dead_runs(
-            self.services.journal, self.inventory.pool_uuid, self.services.clock.utc().timestamp())
+        journals, problems = dead_runs(
+            self.services.catalog, self.services.journal, self.inventory.pool_uuid, self.services.clock.utc().timestamp())
         self.snapshots.sweep(journals)
         return problems
 
@@ -8033,6 +8037,7 @@ def config_lock(services: Services, inventory: Inventory) -> Iterator[Optional[L
 
 
 LOCK_TEXT_PATIENCE_S = 5
+NEWEST_NEIGHBOUR_S = HOUR_S         # another host's run of this config this recent stands for ours
 
 
 def settled_text(services: Services, lock: LockFile) -> Dict[str, Any]:
@@ -10959,7 +10964,7 @@ def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockF
         for machine in plan.provisional:
             log.info("left out: " + provisional_text(machine))
         report = BackupRun(run, plan, Exporter(run.services, make_xe(services)), status_log).report()
-        run.tidy("keeping a reserve", services.catalog.keep_reserve)
+        run.tidy("keeping a reserve", lambda: keep_reserve(services.catalog))
     report = report._replace(findings=report.findings + tuple(
         Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings))
     with services.signals.shielded():

@@ -536,22 +536,22 @@ def test_a_verdicts_folder_of_the_wrong_kind_does_not_make_the_vms_directory_one
 def test_a_journal_that_can_not_be_read_costs_no_other(tmp_path, monkeypatch):
     catalog = Catalog(str(tmp_path))
     for name in ('bad', 'dead'):
-        catalog.begin_run(name, {'pool': 'p', 'host': 'xcp1'}, 2e9).leave()
-    own = catalog.begin_run('own', {'pool': 'p', 'host': 'xcp1'}, 2e9)
+        VmBackup.begin_run(catalog, name, {'pool': 'p', 'host': 'xcp1'}, 2e9).leave()
+    own = VmBackup.begin_run(catalog, 'own', {'pool': 'p', 'host': 'xcp1'}, 2e9)
     broken(monkeypatch, 'bad.run')
-    journals, problems = catalog.dead_runs(own, 'p', 2e9)
+    journals, problems = VmBackup.dead_runs(catalog, own, 'p', 2e9)
     assert [journal.name for journal in journals] == ['dead.run.taken']
     assert [type(problem) for problem in problems] == [VmBackup.StorageMisbehaved]
 
 
 def test_a_socket_in_the_place_of_a_journal_is_no_sign_of_bad_storage(tmp_path):
     catalog = Catalog(str(tmp_path))
-    own = catalog.begin_run('own', {'pool': 'p', 'host': 'xcp1'}, 2e9)
+    own = VmBackup.begin_run(catalog, 'own', {'pool': 'p', 'host': 'xcp1'}, 2e9)
     with socket.socket(socket.AF_UNIX) as listener:
         here = os.open(str(tmp_path / '.vmbackup' / 'runs'), os.O_RDONLY)
         listener.bind('/proc/self/fd/%d/x.run' % here)
         os.close(here)
-    assert [type(problem) for problem in catalog.dead_runs(own, 'p', 2e9)[1]] == [VmBackup.WrongKind]
+    assert [type(problem) for problem in VmBackup.dead_runs(catalog, own, 'p', 2e9)[1]] == [VmBackup.WrongKind]
 
 
 @pytest.mark.parametrize('number', [5, 107, 116])
@@ -576,12 +576,12 @@ def test_a_store_whose_file_for_its_id_can_not_be_used_has_none_and_its_dead_run
         state.joinpath('store').write_bytes(b'{"id": "x"}')
         broken(monkeypatch, 'store')
     catalog = Catalog(str(tmp_path))
-    catalog.begin_run('dead', {'pool': 'p', 'host': 'xcp1'}, 2e9).leave()
-    own = catalog.begin_run('own', {'pool': 'p', 'host': 'xcp1'}, 2e9)
+    VmBackup.begin_run(catalog, 'dead', {'pool': 'p', 'host': 'xcp1'}, 2e9).leave()
+    own = VmBackup.begin_run(catalog, 'own', {'pool': 'p', 'host': 'xcp1'}, 2e9)
     assert own.header['store'] == ''
     now_s = state.joinpath('runs', 'dead.run').stat().st_mtime
-    assert catalog.dead_runs(own, 'p', now_s + 80000) == ([], [])
-    assert len(catalog.dead_runs(own, 'p', now_s + 90000)[0]) == 1
+    assert VmBackup.dead_runs(catalog, own, 'p', now_s + 80000) == ([], [])
+    assert len(VmBackup.dead_runs(catalog, own, 'p', now_s + 90000)[0]) == 1
 
 
 # --- beginning -----------------------------------------------------------------------------------------------------------
@@ -596,7 +596,7 @@ def test_two_first_runs_at_once_give_the_store_one_id(tmp_path, monkeypatch):
             lock.write_text({'id': 'of the other', 'inode': os.fstat(lock.fd).st_ino})
         return really(lock, *arguments, **options)
     monkeypatch.setattr(LockFile, 'take', late)
-    assert catalog.identity(2e9)['store'] == 'of the other'
+    assert VmBackup.store_identity(catalog, 2e9)['store'] == 'of the other'
 
 
 @pytest.mark.parametrize('then', ['holds it', 'renames it'])
@@ -614,14 +614,14 @@ def test_a_new_journal_that_a_sweep_took_for_a_dead_ones_is_begun_anew(tmp_path,
             runs.joinpath('new.run').rename(runs / 'new.run.taken')
         return really(lock, *arguments, **options)
     monkeypatch.setattr(LockFile, 'take', late)
-    journal = catalog.begin_run('new', {'pool': 'p', 'host': 'xcp1'}, 2e9)
+    journal = VmBackup.begin_run(catalog, 'new', {'pool': 'p', 'host': 'xcp1'}, 2e9)
     assert taken and journal.is_still_ours() and journal.name != 'new.run'
     assert journal.header['pool'] == 'p'
 
 
 def test_a_first_run_on_a_full_store_takes_the_reserve_for_its_id_too(tmp_path, monkeypatch):
     catalog = Catalog(str(tmp_path))
-    catalog.keep_reserve()
+    VmBackup.keep_reserve(catalog)
     reserve, really = tmp_path / '.vmbackup' / 'runs' / 'reserve', os.write
 
     def full(fd, content):
@@ -629,7 +629,7 @@ def test_a_first_run_on_a_full_store_takes_the_reserve_for_its_id_too(tmp_path, 
             raise OSError(28, 'No space left on device')
         return really(fd, content)
     monkeypatch.setattr(os, 'write', full)
-    assert catalog.begin_run('new', {'pool': 'p', 'host': 'xcp1'}, 2e9).is_still_ours()
+    assert VmBackup.begin_run(catalog, 'new', {'pool': 'p', 'host': 'xcp1'}, 2e9).is_still_ours()
 
 
 def test_what_a_run_left_that_died_within_a_put_is_gone_a_day_later(tmp_path):

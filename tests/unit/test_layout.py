@@ -224,7 +224,7 @@ def test_names_in_the_file_system_are_changed_in_storage_only():
 def test_behind_the_storage_door_no_error_of_the_system_is_caught_where_copies_are_read_or_made():
     """What the system says of the store is a CatalogError there. Config and password files, mail and the pool's
     connections have doors of their own."""
-    behind = [number_of(title) for title in ('Catalog', 'Snapshots and their ownership', 'Export methods',
+    behind = [number_of(title) for title in ('Copies', 'Ownership', 'Export methods',
                                              'Verification of stored copies', 'Backup run', 'Verify and prune', 'Restore', 'Extract', 'Drill')]
     caught = [('OSError', node.lineno) for node in NODES if isinstance(node, ast.Name) and section_of(node.lineno) in behind
               and node.id in ('OSError', 'IOError', 'EnvironmentError', 'FileNotFoundError', 'FileExistsError', 'PermissionError')]

@@ -2,6 +2,7 @@
 
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -59,8 +60,8 @@ def a_backup(**catalog):
     log = Log(Clock())
     log.lines = []
     log.info = log.lines.append
-    store = SimpleNamespace(begin_run=lambda name, header, now_s: SimpleNamespace(name=name, header=header), **catalog)
-    run = Run(services('backup_dir=/store\nmax_backups=1', log, catalog=store), an_inventory())
+    with mock.patch('VmBackup.begin_run', lambda catalog, name, header, now_s: SimpleNamespace(name=name, header=header)):
+        run = Run(services('backup_dir=/store\nmax_backups=1', log, catalog=SimpleNamespace(**catalog)), an_inventory())
     return BackupRun(run, planned('vm-export=*'), None, None), log
 
 
