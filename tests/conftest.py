@@ -60,10 +60,14 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 LONGEST_ID = 200
+#: Programs that some tests need, and what is said where one is missed. tests/run says so too.
+MISSED = {'zstd': 'zstd was not found (apt-get install zstd)',
+          'qemu-img': 'qemu-img was not found (apt-get install qemu-utils); it reads again what others have read already'}
 
 
 def pytest_configure(config: Any) -> None:
-    config.addinivalue_line('markers', 'needs_zstd: left out where there is no zstd program')
+    for program in MISSED:
+        config.addinivalue_line('markers', 'needs_%s: left out where there is no such program' % program.replace('-', '_'))
 
 
 def pytest_make_parametrize_id(val: Any, argname: str) -> Optional[str]:
@@ -72,8 +76,8 @@ def pytest_make_parametrize_id(val: Any, argname: str) -> Optional[str]:
 
 
 def pytest_collection_modifyitems(config: Any, items: List[Any]) -> None:
-    # tests/run says so too, and with --require-all it does not start without zstd.
-    if shutil.which('zstd') is None:
-        for item in items:
-            if item.get_closest_marker('needs_zstd'):
-                item.add_marker(pytest.mark.skip(reason='zstd was not found'))
+    for program, reason in MISSED.items():
+        if shutil.which(program) is None:
+            for item in items:
+                if item.get_closest_marker('needs_' + program.replace('-', '_')):
+                    item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,11 +1,13 @@
 """Single disks without a pool: every format, proven while they are written, nothing left where they are not good."""
 
+import json
 import os
 import shutil
 from typing import Any
 
 import pytest
 
+from support import process
 from support.deeds import backup
 from support.language import GIBIBYTE, MEBIBYTE, disk, vm
 from support.recovery import extract
@@ -113,3 +115,55 @@ def test_metadata_come_out_too(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None
     assert run.exit_status == 0 and run.stdout.startswith('<value>') and '<name>VCPUs_max</name>' in run.stdout
     assert extract(shelf, 'web', 'metadata', 'to=%s' % (tmp_path / 'm.xml')).exit_status == 0
     assert content(tmp_path / 'm.xml').decode('utf-8') == run.stdout.rstrip('\n')
+
+
+# --- an independent reader ---------------------------------------------------------------------------------------------
+
+def qemu_img(*words: str) -> str:
+    """What `qemu-img` says; it was content."""
+    run = process.run([shutil.which('qemu-img') or 'qemu-img'] + list(words), {'PATH': process.CRON_PATH})
+    assert run.exit_status == 0, run
+    return run.stdout
+
+
+def image(path: Any, form: str) -> str:
+    """An image as qemu-img is told of it. The size of a VHD is what its footer says: by cylinders, heads and sectors, as
+    qemu-img reckons where it does not know the creator, most sizes can't be said."""
+    return 'driver=%s,file.driver=file,file.filename=%s%s' % (form, path, ',force_size_calc=current_size' if form == 'vpc' else '')
+
+
+def as_raw(path: Any, form: str, folder: Any) -> bytes:
+    """The disk in that file, as qemu-img reads it."""
+    qemu_img('convert', '--image-opts', '-O', 'raw', image(path, form), str(folder / 'as qemu-img reads it'))
+    return content(folder / 'as qemu-img reads it')
+
+
+@pytest.mark.needs_qemu_img
+@pytest.mark.parametrize('lines, form', [(('vm-export=*',), 'xva'), (('vdi-export=*',), 'raw'),
+                                         (('vdi-export=*', 'vdi_export_format=vhd'), 'vpc')])
+def test_qemu_img_reads_what_is_extracted_and_what_is_stored_as_the_disk_that_it_was(a_pool: Any, a_shelf: Any, tmp_path: Any,
+                                                                                     lines: Any, form: str) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
+    assert backup(pool, shelf, *lines).exit_status == 0
+    assert extract(shelf, 'web', 'to=%s' % (tmp_path / 'disk.raw')).exit_status == 0
+    told = json.loads(qemu_img('info', '--output=json', '-f', 'raw', str(tmp_path / 'disk.raw')))
+    assert told['virtual-size'] >= ROOT['size']
+    assert as_raw(tmp_path / 'disk.raw', 'raw', tmp_path)[:ROOT['size']] == disk_content(ROOT)
+    if form != 'xva':           # which it can't read; there the extracted disk alone speaks
+        stored = shelf.at('web', shelf.newest('web'), shelf.image('web', shelf.newest('web')))
+        assert as_raw(stored, form, tmp_path)[:ROOT['size']] == disk_content(ROOT)
+        qemu_img('compare', '--image-opts', image(stored, form), image(tmp_path / 'disk.raw', 'raw'))
+
+
+@pytest.mark.needs_qemu_img
+@pytest.mark.parametrize('subformat', ['dynamic', 'fixed'])
+def test_a_vhd_of_qemu_img_is_extracted_as_qemu_img_reads_it(a_shelf: Any, tmp_path: Any, subformat: str) -> None:
+    os.mkdir(str(tmp_path / 'usb'))
+    with open(str(tmp_path / 'plain'), 'wb') as file:
+        file.write(disk_content(ROOT))
+    vhd = tmp_path / 'usb' / 'web.vhd'
+    qemu_img('convert', '-f', 'raw', '-O', 'vpc', '-o', 'force_size=on,subformat=' + subformat, str(tmp_path / 'plain'), str(vhd))
+    run = extract(a_shelf(), 'from=%s' % vhd, 'to=%s' % (tmp_path / 'disk.raw'))
+    assert run.exit_status == 0, run
+    assert content(tmp_path / 'disk.raw') == as_raw(vhd, 'vpc', tmp_path)
+    assert content(tmp_path / 'disk.raw')[:ROOT['size']] == disk_content(ROOT)
