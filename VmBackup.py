@@ -4508,9 +4508,10 @@ PROGRAM_ENDING_S = 120      # how long a program may take to end after its last 
 
 
 class FileWriter(Consumer):
-    """Writes into a file and syncs it."""
+    """Writes into a file and syncs it; `tail` is then the last KiB of it."""
 
     name = "storage"
+    tail = b""
 
     def read(self, reader: Reader) -> None:
         """All is on disk: NFS and CIFS may tell of a full disk only when it is synced or closed."""
@@ -4522,6 +4523,7 @@ class FileWriter(Consumer):
                 # gigabytes, and the small memory of a host is filled with pages that nobody reads again.
                 forget_cached(self.fd, max(0, advised - WRITE_BACK_BYTES))
                 advised = reader.position
+        self.tail = reader.tail
         os.fsync(self.fd)
 
 
@@ -4542,16 +4544,6 @@ class PipeWriter(Consumer):
                 write_all(self.fd, view)
         except BrokenPipeError:
             self.was_refused = True
-
-
-class Tail(Consumer):
-    """Remembers the end of what passed."""
-
-    name = "memory"
-
-    def read(self, reader: Reader) -> None:
-        collections.deque(reader, 0)
-        self.last = reader.tail
 
 
 def gunzip(reader: Reader) -> Iterator[bytes]:
@@ -7157,9 +7149,9 @@ class Exporter:
 
     def pool_database(self, file_fd: int) -> None:
         """The pool's database is in that file, whole; the descriptor is taken over."""
-        doing, tail = "the dump of the pool database", Tail()
-        self._run_xe(doing, [tail, FileWriter(file_fd)], Watch(self._services, doing), "pool-dump-database", "file-name=")
-        if not tail.last.rstrip().endswith(b"</database>"):
+        doing, writer = "the dump of the pool database", FileWriter(file_fd)
+        self._run_xe(doing, [writer], Watch(self._services, doing), "pool-dump-database", "file-name=")
+        if not writer.tail.rstrip().endswith(b"</database>"):
             raise VerificationError(f"{doing} does not end with </database>: it was cut off. Nothing of it was kept.")
 
     def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory, base: str) -> ImageReport:

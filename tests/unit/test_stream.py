@@ -860,6 +860,85 @@ def test_a_wrong_archive_aborts_the_export_at_once():
     hold.set()
 
 
+class Reading(stream.Consumer):
+    """A consumer that is a function of its reader, and keeps what that returns."""
+
+    def __init__(self, function, name="reading"):
+        super().__init__()
+        self.name, self.function, self.result, self.steps = name, function, None, []
+
+    def read(self, reader):
+        self.result = self.function(reader)
+
+    def salvage(self):
+        self.steps.append("salvage")
+
+    def close(self):
+        self.steps.append("close")
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.lists(st.integers(0, 60), max_size=30))
+def test_a_reader_gives_what_is_asked_for_however_it_comes(lengths, wanted):
+    data = os.urandom(sum(lengths))
+    views, at = [], 0
+    for length in lengths:
+        views.append(memoryview(data)[at:at + length])
+        at += length
+    reader, at = stream.Reader(iter(views), "the file"), 0
+    for count in wanted:
+        assert reader.position == at
+        if at + count > len(data):
+            with pytest.raises(VerificationError) as caught:
+                reader.take(count, "the middle")
+            assert str(caught.value) == "the file ends at byte %d, in the middle" % len(data)
+            return
+        assert reader.take(count, "the middle") == data[at:at + count]
+        at += count
+    assert b"".join(bytes(view) for view in reader) == data[at:]
+    assert reader.tail == data[-stream.TAIL_BYTES:] and not len(reader.some(1))
+    reader.end()
+
+
+def test_a_consumer_that_has_enough_lets_the_rest_pass_by():
+    beginning, collector = Reading(lambda reader: reader.take(1000, "the beginning")), Collector()
+    data = os.urandom(40 * MIB)
+    assert stream.pump([stream.Flow(pipe_with(data), [beginning, collector])], ignore) == len(data)
+    assert beginning.result == data[:1000] and b"".join(collector.parts) == data and beginning.steps == ["close"]
+
+
+def test_what_is_made_of_a_stream_is_a_stream_again():
+    collector, plain = Collector(), Collector()
+
+    def doubled(reader):
+        for view in reader:
+            yield bytes(view)
+            yield b""
+            yield bytes(view)
+    data = os.urandom(3 * MIB + 5)
+    stream.pump([stream.Flow(pipe_with(data), [plain, stream.Flow(doubled, [collector], "twice")])], ignore)
+    assert b"".join(plain.parts) == data and sum(map(len, collector.parts)) == 2 * len(data) and collector.finished
+
+
+def test_damage_of_a_further_flow_is_the_reason_and_not_the_end_that_follows_from_it():
+    with pytest.raises(stream.CompressionDamaged):
+        stream.pump([stream.Flow(pipe_with(ZIPPED[:5000]), [stream.Digest(), stream.Flow(stream.gunzip, [stream.XvaCheck()])])],
+                    ignore)
+
+
+def test_damage_that_is_put_up_with_is_noted_and_ends_no_others_work():
+    problems, whole, plain = [], Collector(), Collector()
+    check = Reading(lambda reader: reader.take(len(ARCHIVE), "the archive"))
+    stream.pump([stream.Flow(pipe_with(ZIPPED[:-5]), [whole, stream.Flow(stream.gunzip, [plain, check], "gunzip")])], ignore,
+                "reading", problems)
+    assert "cut short" in str(problems[0]) and plain.finished and whole.finished
+    assert b"".join(whole.parts) == ZIPPED[:-5] and b"".join(plain.parts) == ARCHIVE and check.steps == ["close"]
+    problems, check = [], Reading(lambda reader: reader.take(10 * MIB, "the archive"))
+    stream.pump([stream.Flow(pipe_with(ARCHIVE), [whole, check])], ignore, "reading", problems)
+    assert "in the archive" in str(problems[0]) and check.steps == ["salvage", "close"]
+    with pytest.raises(stream.UnknownFormat):                  # what can't be read at all is no damage
+        stream.pump([stream.Flow(pipe_with(b"x" * 5000), [stream.Flow(stream.VhdInOrder().pieces, [])])], ignore, "reading", [])
+
+
 def test_memory_is_bounded():
     code = """
 import resource, sys, os
