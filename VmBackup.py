@@ -8887,25 +8887,34 @@ class Source(NamedTuple):
         return "the older program recorded no digests" if stamp and stamp[1] else "no digests of it are on record"
 
 
-def look_into(inside: Directory, copy: Copy, manifest: Dict[str, Any], look: Check, force: bool,
-              on_tick: Callable[[Progress], Any]) -> None:
-    """The beginning of the image went through that check; VerificationError if it does not begin as it should, or an
-    uncompressed archive does not end as one: that is seen at once."""
-    compression = image_compression(inside, copy, manifest)
-    fd = inside.open_file(copy.image)
-    if isinstance(look, XvaCheck) and compression == "none" and not force:
-        end = inside.read_part(copy.image, 2 * SECTOR_BYTES, at_end=True)
-        # An archive of others may lack the zero blocks: then it ends with a digest.
-        if status_of(fd).st_size % SECTOR_BYTES or end != XVA_END and (manifest or not DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])):
-            os.close(fd)
-            raise VerificationError("the archive does not end with two zero blocks: it was cut off or "
-                                    "overwritten")
+def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool,
+               on_tick: Callable[[Progress], Any]) -> Check:
+    """The check that has read the image up to its first block. VerificationError, in which what does not fit an image of
+    ours is damage, if it does not begin as it should, or an uncompressed archive does not end as one: that is seen at
+    once. With `force` an archive whose ova.xml is there will do."""
+    is_archive = image_format(copy.image) == "xva"
+    look = XvaCheck(strict=bool(manifest), is_first_look=True) if is_archive else VhdCheck(is_first_look=True)
     problems: List[VerificationError] = []
-    with contextlib.ExitStack() as stack, contextlib.suppress(Enough):
-        pump(reading_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), not force), on_tick,
-             "reading " + copy.image, problems if force else None)
-        if problems:                        # the last is what the look itself has found
-            raise problems[-1]
+    try:
+        compression = image_compression(inside, copy, manifest)
+        fd = inside.open_file(copy.image)
+        if is_archive and compression == "none" and not force:
+            end = inside.read_part(copy.image, 2 * SECTOR_BYTES, at_end=True)
+            # An archive of others may lack the zero blocks: then it ends with a digest.
+            has_digest = not manifest and DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])
+            if status_of(fd).st_size % SECTOR_BYTES or end != XVA_END and not has_digest:
+                os.close(fd)
+                raise VerificationError("the archive does not end with two zero blocks: it was cut off or overwritten")
+        with contextlib.ExitStack() as stack, contextlib.suppress(Enough):
+            flows = reading_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), not force)
+            pump(flows, on_tick, f"reading {copy.image}", problems if force else None)
+            if problems:                    # the last is what the look itself has found
+                raise problems[-1]
+    except VerificationError as error:
+        if not (force and is_archive and look.ova):
+            kind = type(error) if copy.is_old else VerificationError
+            raise kind(f"the image {copy.image} {kind.verdict}: {error}")
+    return look
 
 
 DIGEST_AT_END = re.compile(br"([0-9A-Fa-f]{16,40})?\0+")
@@ -8938,15 +8947,10 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
     `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its size is then 0: not known)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
     metadata = read_metadata(inside, copy, manifest, force)
-    original = own_vm(metadata, copy.uuid)[1] if metadata else {}
-    every = disks_of_ova(metadata, own_vm(metadata, copy.uuid)[0]) if metadata else []
+    vm_id, original = own_vm(metadata, copy.uuid) if metadata else ("", {})
+    every = disks_of_ova(metadata, vm_id) if metadata else []
     if image_format(copy.image) == "xva":
-        look = XvaCheck(strict=bool(manifest), is_first_look=True)
-        try:
-            look_into(inside, copy, manifest, look, force, on_tick)
-        except VerificationError as error:
-            if not (force and look.ova):
-                raise _of_image(copy, error)
+        look = first_look(inside, copy, manifest, force, on_tick)
         vm_id, record = own_vm(look.ova)
         if not manifest and _seed(original) != _seed(record) and _seed(original) and _seed(record):
             every, original, copy = [], {}, copy._replace(uuid="")      # it only lies beside those of another VM
@@ -8954,7 +8958,11 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
         there = {disk.userdevice for disk in disks}
         lacking = tuple(disk for disk in every if disk.userdevice not in there and not disk.is_memory)
         return Source(inside, copy, manifest, look.ova, vm_id, original, tuple(disks), lacking, look.first_disk)
-    size = image_disk_size(inside, copy, manifest, force, on_tick)
+    size = 0                               # where the image has a manifest, that tells; else perhaps what stands beside it
+    if is_foreign_vhd(copy):
+        size = first_look(inside, copy, manifest, force, on_tick).size
+    elif not manifest and image_compression(inside, copy, manifest) == "none":
+        size = inside.status(copy.image).st_size
     if not metadata and without_vm:
         return Source(inside, copy, manifest, {}, "", {}, (SourceDisk("", "xvda", "0", copy.image, size, "", "", ""),))
     if not metadata:
@@ -8963,28 +8971,7 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
                             "vdi-import uuid=VDI-UUID format=raw filename=FILE` puts that into a new disk")
     disk = _imaged_disk(every, manifest, size)
     others = tuple(other for other in every if other.id != disk.id and not other.is_memory)
-    return Source(inside, copy, manifest, metadata, own_vm(metadata, copy.uuid)[0], original, (disk,), others)
-
-
-def _of_image(copy: Copy, error: VerificationError) -> VerificationError:
-    """The error with the name of the image; what does not fit one of ours is damage."""
-    kind = type(error) if copy.is_old else VerificationError
-    return kind("the image %s %s: %s" % (copy.image, kind.verdict, error))
-
-
-def image_disk_size(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool,
-                    on_tick: Callable[[Progress], Any]) -> int:
-    """The size of the disk that an image without a manifest is of; 0 if it does not tell."""
-    if manifest:
-        return 0
-    try:
-        if is_foreign_vhd(copy):
-            look = VhdCheck(is_first_look=True)
-            look_into(inside, copy, manifest, look, force, on_tick)
-            return look.size
-        return inside.status(copy.image).st_size if image_compression(inside, copy, manifest) == "none" else 0
-    except VerificationError as error:
-        raise _of_image(copy, error)
+    return Source(inside, copy, manifest, metadata, vm_id, original, (disk,), others)
 
 
 def read_metadata(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool) -> Dict[str, Any]:
@@ -9032,7 +9019,7 @@ def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: in
                     raise UnknownFormat("neither the image nor what stands beside it tells the size of its "
                                         "disk: decompress it")
                 return disk._replace(virtual_size=size)
-    raise UnknownFormat("its metadata name no disk %s, which the image should be of" % " or ".join(wanted))
+    raise UnknownFormat(f"its metadata name no disk {' or '.join(wanted)}, which the image should be of")
 
 
 # --- what the pool has -------------------------------------------------------------------
