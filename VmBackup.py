@@ -7439,11 +7439,7 @@ def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
         manifest = {} if copy.is_old else _check_files(services, inside)
         with open(inside.open_file(copy.image), "rb") as image:
             forget_cached(image.fileno())              # what is proven is the storage, not a cache
-        check: Optional[Check] = None
-        if copy.is_old:
-            check = old_image_check(copy, inside)
-        elif copy.image == manifest["image"]["name"] or manifest["image"].get("compression") == "none":
-            check = new_image_check(manifest, BlockComparer(open(inside.open_file(BLOCKS), "rb")))
+        check = image_check(inside, copy, manifest)
         title = f"verifying {copy.folder}/{copy.name}"
         read_image(inside, copy, manifest, [check] if check else [],
                    reading_progress(services, title, copy.size_bytes), title)
@@ -7555,13 +7551,26 @@ def is_foreign_vhd(copy: Copy) -> bool:
     return copy.is_old and image_format(copy.image) == "vhd"
 
 
-def new_image_check(manifest: Dict[str, Any], blocks: Any, sinks: Sequence[MebibyteSink] = ()) -> Check:
-    """The check for the image that the manifest describes."""
-    sizes = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
-    file_format = manifest["image"].get("format")
+def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: Sequence[MebibyteSink] = (),
+                compare: bool = True) -> Optional[Check]:
+    """The check of that image, whose sinks are shown the disks' contents; where the export noted a digest of every block,
+    they are compared too. None for an image that was compressed a second time: what is inside stays as it is."""
+    expected, blocks, size, image = None, None, None, manifest.get("image", {})
+    if manifest:
+        if copy.image != image["name"] and image.get("compression") != "none":
+            return None
+        expected = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
+        size = list(expected.values())[0] if len(expected) == 1 else None
+        if compare and inside.status(BLOCKS) is not None:
+            blocks = BlockComparer(open(inside.open_file(BLOCKS), "rb"))
+    file_format = image.get("format") if manifest else image_format(copy.image)
     if file_format == "xva":
-        return XvaCheck(sizes, blocks, sinks)
-    size = list(sizes.values())[0] if len(sizes) == 1 else None
+        return XvaCheck(expected, blocks, sinks, strict=bool(manifest))
+    if file_format == "raw" and not manifest:            # of the size that cfg files beside it give
+        ova = ova_of_cfg_files(inside, False)
+        sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
+                 for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
+        size = next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None)
     return RawCheck(size, blocks, sinks) if file_format == "raw" else VhdCheck(size, blocks, sinks)
 
 
@@ -7577,19 +7586,6 @@ def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Dig
     if image.get("plain_sha256") != plain.hexdigest():
         return f"the image {copy.image}, decompressed, is not what was exported: its SHA-256 differs"
     return ""
-
-
-def old_image_check(copy: Copy, inside: Directory, sinks: Sequence[MebibyteSink] = ()) -> Check:
-    """The check for an image without a manifest, a raw one with the size that cfg files beside it give."""
-    if image_format(copy.image) == "xva":
-        return XvaCheck(sinks=sinks, strict=False)
-    if image_format(copy.image) == "vhd":
-        return VhdCheck(sinks=sinks)
-    ova = ova_of_cfg_files(inside, False)
-    sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
-             for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
-    size = next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None)
-    return RawCheck(size, sinks=sinks)
 
 
 def read_if_file(folder: Directory, name: str) -> bytes:
@@ -9834,7 +9830,9 @@ def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequ
     # Of what only passes on, the digest of bytes that were proven once says all that their structure could say again,
     # at half the cost.
     check_it = sinks or not (more and source.manifest)
-    check = image_check(source, sinks, check_it and problems is None)
+    check = image_check(source.inside, source.copy, source.manifest, sinks, check_it and problems is None)
+    if check is None:
+        raise VerificationError(f"{source.copy.image} was compressed a second time: decompress it once")
     read_image(source.inside, source.copy, source.manifest, ([check] if check_it else []) + list(more), on_tick,
                f"reading {source.title}", problems)
     return check
@@ -9852,19 +9850,6 @@ def import_failure(doing: str, problem: str, was_proven: bool = False) -> Backup
     if CHECKSUM_WORDS in problem and not was_proven:
         return VerificationError(f"{doing}: the copy is damaged: {problem}. {VERIFY_ADVICE}")
     return ProgramError(f"{doing} failed: {problem}.")
-
-
-def image_check(source: Source, sinks: Sequence[MebibyteSink], compare: bool = True) -> Check:
-    """The check of that image; where the manifest has a digest of every block, they are compared too."""
-    image = source.manifest.get("image", {})
-    if not source.manifest:
-        return old_image_check(source.copy, source.inside, sinks)
-    if source.copy.image != image["name"] and image.get("compression") != "none":
-        raise VerificationError(f"{source.copy.image} was compressed a second time: decompress it once")
-    comparer = None
-    if compare and source.inside.status(BLOCKS) is not None:
-        comparer = BlockComparer(open(source.inside.open_file(BLOCKS), "rb"))
-    return new_image_check(source.manifest, comparer, sinks)
 
 
 def vbd_fields(vbd: Dict[str, Any], machine: str) -> Dict[str, Any]:

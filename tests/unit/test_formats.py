@@ -511,7 +511,7 @@ def test_nothing_of_cfg_files_is_needed_for_an_archive_and_what_a_disk_needs_is_
     content = others.xva() if image == 'web.xva' else others.contents(0)
     (tmp_path / image).write_bytes(gzip.compress(content, 1) if image.endswith('gz') else content)
     with opened(tmp_path / image) as (found, inside):
-        VmBackup.old_image_check(found, inside)
+        VmBackup.image_check(inside, found, {})
         try:
             source = VmBackup.read_source(inside, found)
             assert source.disks[0].virtual_size == 5 * MIB
