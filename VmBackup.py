@@ -7553,8 +7553,9 @@ def is_foreign_vhd(copy: Copy) -> bool:
 
 def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: Sequence[MebibyteSink] = (),
                 compare: bool = True) -> Optional[Check]:
-    """The check of that image, whose sinks are shown the disks' contents; where the export noted a digest of every block,
-    they are compared too. None for an image that was compressed a second time: what is inside stays as it is."""
+    """The check of that image, whose sinks are shown the disks' contents; where the export noted a digest of
+    every block, they are compared too. None for an image that was compressed a second time: what is inside
+    stays as it is."""
     expected, blocks, size, image = None, None, None, manifest.get("image", {})
     if manifest:
         if copy.image != image["name"] and image.get("compression") != "none":
@@ -8779,9 +8780,10 @@ def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: 
 
 THICK_SR_TYPES = ("lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")      # a disk takes its whole size there
 ISO_SR_TYPES = ("iso", "udev")
-ORIGINAL_FIELDS = ("name_description", "tags", "other_config", "user_version", "start_delay", "shutdown_delay",
-                          "order", "ha_restart_priority")         # a snapshot resets some of them, its name all
-OLD_EXPORT_NAME = re.compile(r"(?s)RESTORE_(.*)|(.*) \(backup [0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8}\)(?: vmbackup-[0-9a-f]+)?")
+ORIGINAL_FIELDS = ("name_description", "tags", "other_config", "user_version", "start_delay",
+                   "shutdown_delay", "order", "ha_restart_priority")      # a snapshot resets some of them
+OLD_EXPORT_NAME = re.compile(r"(?s)RESTORE_(.*)|(.*) \(backup [0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8}\)"
+                             r"(?: vmbackup-[0-9a-f]+)?")
 SNAPSHOT_OF_UUID = re.compile(r"\('uuid' '([0-9a-f-]{36})'\)")    # a quote inside a value stands there as \'
 MEMORY_DEVICE = "memory"
 
@@ -8790,7 +8792,7 @@ MEMORY_DEVICE = "memory"
 
 
 class SourceDisk(NamedTuple):
-    """A disk of the VM as the copy knows it. `id`: its name inside ova.xml; `stored_bytes` -1 if that is not known."""
+    """A disk of the VM as the copy knows it. `id`: its name in ova.xml; `stored_bytes` -1 if unknown."""
     id: str
     device: str
     userdevice: str
@@ -8859,8 +8861,8 @@ class Source(NamedTuple):
 
     @property
     def vm_uuid(self) -> str:
-        """The VM's own uuid, "" if it is not known. A snapshot's archive alone bears the snapshot's uuid, and the VM's
-        in the text that a snapshot has of its VM's record (snapshot_metadata: ocaml/xapi/helpers.ml
+        """The VM's own uuid, "" if it is not known. A snapshot's archive alone bears the snapshot's uuid, and
+        the VM's in the text that a snapshot has of its VM's record (snapshot_metadata: ocaml/xapi/helpers.ml
         vm_to_string@v24.19.2)."""
         if self.original.get("uuid") or self.copy.uuid:
             return self.original.get("uuid") or self.copy.uuid
@@ -8880,14 +8882,15 @@ class Source(NamedTuple):
     def digests_text(self) -> str:
         """What is on record of an image without a manifest."""
         stamp = parse_copy_name(self.copy.name)
-        return "the older program recorded no digests" if stamp and stamp[1] else "no digests of it are on record"
+        return "the older program recorded no digests" if stamp and stamp[1] else \
+            "no digests of it are on record"
 
 
 def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool,
                on_tick: Callable[[Progress], Any]) -> Check:
-    """The check that has read the image up to its first block. VerificationError, in which what does not fit an image of
-    ours is damage, if it does not begin as it should, or an uncompressed archive does not end as one: that is seen at
-    once. With `force` an archive whose ova.xml is there will do."""
+    """The check that has read the image up to its first block. VerificationError, in which what does not fit
+    an image of ours is damage, if it does not begin as it should, or an uncompressed archive does not end as
+    one: that is seen at once. With `force` an archive whose ova.xml is there will do."""
     is_archive = image_format(copy.image) == "xva"
     look = XvaCheck(strict=bool(manifest), is_first_look=True) if is_archive else VhdCheck(is_first_look=True)
     problems: List[VerificationError] = []
@@ -8900,7 +8903,8 @@ def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: b
             has_digest = not manifest and DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])
             if status_of(fd).st_size % SECTOR_BYTES or end != XVA_END and not has_digest:
                 os.close(fd)
-                raise VerificationError("the archive does not end with two zero blocks: it was cut off or overwritten")
+                raise VerificationError("the archive does not end with two zero blocks: it was cut off or "
+                                        "overwritten")
         with contextlib.ExitStack() as stack, contextlib.suppress(Enough):
             flows = reading_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), not force)
             pump(flows, on_tick, f"reading {copy.image}", problems if force else None)
@@ -8932,15 +8936,16 @@ def disks_of_ova(ova: Dict[str, Any], vm_id: str) -> List[SourceDisk]:
     for disk_id, device, userdevice in drives:
         vdi, size = vdis[disk_id], _exported_disk(disk_id, vdis[disk_id]).virtual_size
         sr = srs.get(vdi.get("SR", ""), {})
-        found.append(SourceDisk(disk_id, device, userdevice, vdi.get("name_label", ""), size, vdi.get("uuid", ""),
-                                sr.get("uuid", ""), sr.get("name_label", "")))
+        found.append(SourceDisk(disk_id, device, userdevice, vdi.get("name_label", ""), size,
+                                vdi.get("uuid", ""), sr.get("uuid", ""), sr.get("name_label", "")))
     return sorted(found, key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
 
 
 def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False,
                 on_tick: Callable[[Progress], Any] = lambda progress: None) -> Source:
-    """What that copy's directory holds. VerificationError or CatalogError if its image can't be what it should be; with
-    `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its size is then 0: not known)."""
+    """What that copy's directory holds. VerificationError or CatalogError if its image can't be what it
+    should be; with `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its
+    size is then 0: not known)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
     metadata = read_metadata(inside, copy, manifest, force)
     vm_id, original = own_vm(metadata, copy.uuid) if metadata else ("", {})
@@ -8949,18 +8954,20 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
         look = first_look(inside, copy, manifest, force, on_tick)
         vm_id, record = own_vm(look.ova)
         if not manifest and _seed(original) != _seed(record) and _seed(original) and _seed(record):
-            every, original, copy = [], {}, copy._replace(uuid="")      # it only lies beside those of another VM
+            every, original, copy = [], {}, copy._replace(uuid="")     # it only lies beside another VM's
         disks = _with_manifest(disks_of_ova(look.ova, vm_id), manifest)
         there = {disk.userdevice for disk in disks}
         lacking = tuple(disk for disk in every if disk.userdevice not in there and not disk.is_memory)
-        return Source(inside, copy, manifest, look.ova, vm_id, original, tuple(disks), lacking, look.first_disk)
-    size = 0                               # where the image has a manifest, that tells; else perhaps what stands beside it
+        return Source(inside, copy, manifest, look.ova, vm_id, original, tuple(disks), lacking,
+                      look.first_disk)
+    size = 0                               # then the manifest tells, or what stands beside the image
     if is_foreign_vhd(copy):
         size = first_look(inside, copy, manifest, force, on_tick).size
     elif not manifest and image_compression(inside, copy, manifest) == "none":
         size = inside.status(copy.image).st_size
     if not metadata and without_vm:
-        return Source(inside, copy, manifest, {}, "", {}, (SourceDisk("", "xvda", "0", copy.image, size, "", "", ""),))
+        alone = SourceDisk("", "xvda", "0", copy.image, size, "", "", "")
+        return Source(inside, copy, manifest, {}, "", {}, (alone,))
     if not metadata:
         raise UnknownFormat(f"it is the image of a disk without its VM: neither {VM_METADATA} nor a vm.cfg "
                             "that tells of it stands beside it. `extract` makes a raw image of it, and `xe "
@@ -8971,8 +8978,8 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
 
 
 def read_metadata(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool) -> Dict[str, Any]:
-    """What stands beside the image of the VM: vm-metadata.xml, or where that is not there what the cfg files tell; {} if
-    neither is. Without a manifest nothing of it must be whole: an archive does without."""
+    """What stands beside the image of the VM: vm-metadata.xml, or where that is not there what the cfg files
+    tell; {} if neither is. Without a manifest nothing of it must be whole: an archive does without."""
     if manifest and inside.status(VM_METADATA) is not None:
         text, facts = inside.read(VM_METADATA), manifest["files"].get(VM_METADATA)
         if facts and not force and hashlib.sha256(text).hexdigest() != facts.get("sha256"):
@@ -8992,7 +8999,7 @@ def _seed(record: Dict[str, Any]) -> str:
 
 
 def _with_manifest(disks: Sequence[SourceDisk], manifest: Dict[str, Any]) -> List[SourceDisk]:
-    """The disks, with what the manifest knows better: where each really lay, and how much of it was stored."""
+    """The disks, with what the manifest knows better: where each really lay, how much of it was stored."""
     rows = {row.get("archive_id"): row for row in manifest.get("disks", ()) if isinstance(row, dict)}
     known = []
     for disk in disks:
@@ -9022,8 +9029,9 @@ def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: in
 
 
 class TargetSr(NamedTuple):
-    """An SR that disks could go to; `free_bytes` -1 if it does not tell. `unplugged`: the uuids of its PBDs that are not
-    plugged. One that is not plugged is not usable: an import into it would hang without a word (tried)."""
+    """An SR that disks could go to; `free_bytes` -1 if it does not tell. `unplugged`: the uuids of its PBDs
+    that are not plugged. One that is not plugged is not usable: an import into it would hang without a word
+    (tried)."""
     ref: str
     uuid: str
     name: str
@@ -9040,12 +9048,12 @@ class TargetSr(NamedTuple):
     @property
     def way_in(self) -> str:
         """What to do before disks can go there."""
-        return "plug it with " + " and ".join(f"`xe pbd-plug uuid={uuid}`" for uuid in self.unplugged) if self.unplugged \
-            else "bring a host back that has it"
+        plug = " and ".join(f"`xe pbd-plug uuid={uuid}`" for uuid in self.unplugged)
+        return f"plug it with {plug}" if plug else "bring a host back that has it"
 
 
 class PoolView(NamedTuple):
-    """The pool as a restore sees it: records by ref, as the API gives them; `master` is the ref of its host."""
+    """The pool as a restore sees it: records by ref, as the API gives them; `master` is a ref."""
     master: str
     srs: Tuple[TargetSr, ...]
     default_sr: str
@@ -9060,10 +9068,12 @@ def read_pool_view(pool: Pool, inventory: Inventory) -> PoolView:
     """The pool as it is now, in ten calls."""
 
     def records(class_name: str, **needed: Any) -> Dict[str, Dict[str, Any]]:
-        """All of that class; what is needed of a record, and is missing or of another type, reads as given here."""
-        return {ref: dict(record, **{field: record[field] if isinstance(record.get(field), type(empty)) else empty
-                                     for field, empty in needed.items()})
-                for ref, record in pool.records("reading the pool", class_name).items()}
+        """All of that class; what is needed of one, and is missing or of another type, reads as given."""
+        found = pool.records("reading the pool", class_name)
+        for record in found.values():
+            record.update({field: empty for field, empty in needed.items()
+                           if not isinstance(record.get(field), type(empty))})
+        return found
 
     (own,) = records("pool", default_SR=NULL_REF).values()
     return PoolView(inventory.master.ref, target_srs(pool, inventory.master.ref), own["default_SR"],
@@ -9074,8 +9084,9 @@ def read_pool_view(pool: Pool, inventory: Inventory) -> PoolView:
 
 
 def target_srs(pool: Pool, master: str) -> Tuple[TargetSr, ...]:
-    """The SRs, with what is free on them now, in four calls; one whose record can't be read is not usable. Storage work
-    on a shared SR is the master's (ocaml/xapi/message_forwarding.ml choose_pbds_for_sr@v24.19.2)."""
+    """The SRs, with what is free on them now, in four calls; one whose record can't be read is not usable.
+    Storage work on a shared SR is the master's (ocaml/xapi/message_forwarding.ml
+    choose_pbds_for_sr@v24.19.2)."""
     doing = "reading the SRs"
     metrics = pool.records(doing, "host_metrics")
     live = {ref for ref, record in pool.records(doing, "host").items()
@@ -9100,12 +9111,12 @@ def target_srs(pool: Pool, master: str) -> Tuple[TargetSr, ...]:
 # --- the plan ------------------------------------------------------------------------------
 
 
-NEW_UUID, VIF_UUID = "NEW-UUID", "VIF-UUID"      # in a note: the uuid that the VM, or that interface, will have
+NEW_UUID, VIF_UUID = "NEW-UUID", "VIF-UUID"      # in a note: the uuid that the VM, or interface, will have
 NEEDED_OF_VM = ("memory_static_max", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
 
 
 class Wishes(NamedTuple):
-    """What the person asked for. `to`, `sr`, `network`: "" if not given; `force`: a damaged copy gives what it can."""
+    """What the person asked for; "" where a name is not given. `force`: a damaged copy gives what it can."""
     to: str = ""
     sr: str = ""
     network: str = ""
@@ -9133,7 +9144,7 @@ class PlannedInterface(NamedTuple):
 
 
 class ExistingDisk(NamedTuple):
-    """A disk of the VM that the copy lacks. `vdi_ref`: the one in the pool that will be attached, "" if none; `reason`."""
+    """A disk of the VM that the copy lacks. `vdi_ref`: what will be attached, "" if nothing; `reason`."""
     disk: SourceDisk
     vdi_ref: str
     reason: str
@@ -9160,7 +9171,7 @@ class RestorePlan(NamedTuple):
 
 
 def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
-    """What will be made of that copy in that pool. UsageError for an SR or network of the command line that is not there."""
+    """What will be made of that copy in that pool. UsageError for an SR or network that is not there."""
     problems, notes = [], []               # type: List[str], List[str]
     named = find_sr(view, wishes.sr) if wishes.sr else None
     disks = _plan_disks(source, view, named, problems)
@@ -9182,13 +9193,14 @@ def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
     if source.has_only_cfg_files:
         notes.append("this copy has no vm-metadata.xml, so how the VM boots is not on record: it is made as "
                      "an HVM guest that boots from its disk. Look at its settings before it is started.")
-    record = source.original or source.record
-    if not wishes.is_drill and record.get("other_config", {}).get("auto_poweron") == "true" and name != source.vm_name:
+    other_config = (source.original or source.record).get("other_config", {})
+    if not wishes.is_drill and other_config.get("auto_poweron") == "true" and name != source.vm_name:
         notes.append("its other_config has auto_poweron=true, as the VM's had: it starts with its host "
                      f"beside the VM that bears its name; `xe vm-param-remove uuid={NEW_UUID} "
                      "param-name=other-config param-key=auto_poweron` stops that.")
-    return RestorePlan(source, wishes, name, uuid, new_mac_seed, tuple(disks), _cut_into_parts(source, disks, home),
-                       tuple(interfaces), tuple(existing), tuple(notes), tuple(problems))
+    return RestorePlan(source, wishes, name, uuid, new_mac_seed, tuple(disks),
+                       _cut_into_parts(source, disks, home), tuple(interfaces), tuple(existing), tuple(notes),
+                       tuple(problems))
 
 
 def _check_needs(source: Source, problems: List[str]) -> None:
@@ -9196,14 +9208,16 @@ def _check_needs(source: Source, problems: List[str]) -> None:
     where, fields = "ova.xml" if source.is_archive else VM_METADATA, NEEDED_OF_VM
     if source.has_only_cfg_files:
         where, fields = "vm.cfg", NEEDED_OF_VM[1:]
-    lacking = [f"{field} of the VM" for field in fields if not re.fullmatch("[0-9]{1,18}", source.record.get(field, ""))]
+    lacking = [f"{field} of the VM" for field in fields
+               if not re.fullmatch("[0-9]{1,18}", source.record.get(field, ""))]
     vdis, srs = ova_objects(source.ova, "VDI"), ova_objects(source.ova, "SR")
     lacking += [f"the SR of disk {disk.title}" for disk in source.disks if vdis[disk.id].get("SR") not in srs]
     if lacking:
         problems.append(f"its {where} lacks what the server needs: {', '.join(lacking)}.")
 
 
-def _plan_disks(source: Source, view: PoolView, named: Optional[TargetSr], problems: List[str]) -> List[PlannedDisk]:
+def _plan_disks(source: Source, view: PoolView, named: Optional[TargetSr],
+                problems: List[str]) -> List[PlannedDisk]:
     """Each disk on the SR that was named, else on the one that it came from."""
     planned = []
     for disk in (one for one in source.disks if not one.is_memory):
@@ -9226,8 +9240,8 @@ def _plan_disks(source: Source, view: PoolView, named: Optional[TargetSr], probl
 def lost_memory(source: Source) -> str:
     """What becomes of the memory of a VM that was suspended, in a sentence; "" if it was not.
 
-    A backup never has it, as a snapshot has none (ocaml/xapi/xapi_vm_clone.ml@v26.17.0). What a hand-made export
-    has is left out: it fits only the interfaces, drives and hosts that the VM had.
+    A backup never has it, as a snapshot has none (ocaml/xapi/xapi_vm_clone.ml@v26.17.0). What a hand-made
+    export has is left out: it fits only the interfaces, drives and hosts that the VM had.
     """
     image = next((disk for disk in source.disks if disk.is_memory), None)
     if image is not None:
@@ -9242,7 +9256,8 @@ def lost_memory(source: Source) -> str:
 
 def find_sr(view: PoolView, word: str) -> TargetSr:
     """The SR that `sr=` means, by uuid or name; UsageError if it is not one that disks can go to."""
-    found = [sr for sr in view.srs if word in (sr.uuid, "uuid:" + sr.uuid)] or [sr for sr in view.srs if sr.name == word]
+    found = [sr for sr in view.srs if word in (sr.uuid, "uuid:" + sr.uuid)] or \
+        [sr for sr in view.srs if sr.name == word]
     if len(found) == 1 and found[0].is_usable:
         return found[0]
     if len(found) > 1:
@@ -9288,7 +9303,7 @@ def least_bytes(source: Source, disks: Sequence[SourceDisk]) -> int:
 
 def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List[str],
                      problems: List[str]) -> List[PlannedInterface]:
-    """Each VIF on the network that was named, else on the one of its own network's name; none is ever created."""
+    """Each VIF on the network that was named, else on the one of its own name; none is ever created."""
     named = find_network(view, wishes.network) if wishes.network else None
     networks, vifs = ova_objects(source.ova, "network"), ova_objects(source.ova, "VIF")
     planned = []
@@ -9296,17 +9311,19 @@ def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List
         if vif.get("VM") != source.vm_id:
             continue
         own = networks.get(vif.get("network", ""), {})
-        alike = [ref for ref, record in view.networks.items() if record["name_label"] == own.get("name_label")]
+        name = own.get("name_label", "of unknown name")
+        alike = [ref for ref, record in view.networks.items() if record["name_label"] == name]
         same = [ref for ref in alike if view.networks[ref]["uuid"] == own.get("uuid")]
         ref = named or next(iter(same or alike), "")
         if not named and not same and len(alike) != 1:
-            problems.append(f"its interface {vif.get('device')} was on network "
-                            f"{quote_name(own.get('name_label', 'of unknown name'))}, which is not in this "
-                            "pool, or more than once: name one with network=. There are: "
-                            f"{', '.join(sorted({quote_name(one['name_label']) for one in view.networks.values()}))}.")
+            choice = sorted({quote_name(one["name_label"]) for one in view.networks.values()})
+            problems.append(f"its interface {vif.get('device')} was on network {quote_name(name)}, which is "
+                            "not in this pool, or more than once: name one with network=. There are: "
+                            f"{', '.join(choice)}.")
             continue
-        planned.append(PlannedInterface(needed("VIF", key, vif, "device"), ref, view.networks[ref]["name_label"],
-                                        vif.get("MAC", "") if wishes.preserve else "", vif))
+        mac = vif.get("MAC", "") if wishes.preserve else ""
+        planned.append(PlannedInterface(needed("VIF", key, vif, "device"), ref,
+                                        view.networks[ref]["name_label"], mac, vif))
         fixed = fixed_addresses(vif)
         if fixed:
             notes.append(f"its interface {vif['device']} had been given "
@@ -9317,16 +9334,16 @@ def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List
 
 
 def fixed_addresses(vif: Dict[str, Any]) -> List[Tuple[str, str]]:
-    """The addresses that VIF.configure_ipv4 and configure_ipv6 gave it: in words, and the command that gives it again. An
-    import loses them, as VIF.create sets none (ocaml/xapi/xapi_vif.ml@v26.17.0), and what comes back beside the VM must
-    not take its address."""
+    """The addresses that VIF.configure_ipv4 and configure_ipv6 gave it: in words, and the command that gives
+    it again. An import loses them, as VIF.create sets none (ocaml/xapi/xapi_vif.ml@v26.17.0), and what comes
+    back beside the VM must not take its address."""
     found = []
     for family in ("ipv4", "ipv6"):
         if vif.get(family + "_configuration_mode") == "Static":
             gateway = vif.get(family + "_gateway")
-            found += [(address + (f", gateway {gateway}" if gateway else ""),
-                       f"xe vif-configure-{family} uuid={VIF_UUID} mode=static address={address}"
-                       + (f" gateway={gateway}" if gateway else "")) for address in vif.get(family + "_addresses", ())]
+            in_words, in_command = (f", gateway {gateway}", f" gateway={gateway}") if gateway else ("", "")
+            found += [(address + in_words, f"xe vif-configure-{family} uuid={VIF_UUID} mode=static "
+                       f"address={address}{in_command}") for address in vif.get(family + "_addresses", ())]
     return found
 
 
@@ -9337,7 +9354,7 @@ def find_network(view: PoolView, word: str) -> str:
     if len(found) == 1:
         return found[0]
     problem = f"{len(found)} networks of that name: give a uuid" if found else "no such network"
-    choice = sorted(f"{quote_name(record['name_label'])} ({record['uuid']})" for record in view.networks.values())
+    choice = sorted(f"{quote_name(one['name_label'])} ({one['uuid']})" for one in view.networks.values())
     raise UsageError(f"network={one_line(word)}: the pool has {problem}. There are: {', '.join(choice)}. "
                      "Nothing was started.")
 
@@ -9377,11 +9394,13 @@ def _plan_identity(source: Source, view: PoolView, wishes: Wishes, interfaces: S
     macs = {item.mac.lower() for item in interfaces if item.mac}
     for vif in view.interfaces.values():
         holder = view.machines.get(vif["VM"])
-        if vif["MAC"].lower() in macs and holder and is_real_machine(holder) and holder["uuid"] != source.vm_uuid:
+        is_other = holder and is_real_machine(holder) and holder["uuid"] != source.vm_uuid
+        if is_other and vif["MAC"].lower() in macs:
             problems.append(f"preserve=yes can't be done: {quote_name(holder['name_label'])} has the MAC "
                             f"address {vif['MAC']}.")
     seed = _seed(source.original or source.record)
-    clash = sorted(quote_name(record["name_label"]) for record in view.machines.values() if seed and _seed(record) == seed)
+    clash = sorted(quote_name(record["name_label"]) for record in view.machines.values()
+                   if seed and _seed(record) == seed)
     if clash and not problems:
         notes.append(f"its mac_seed is also that of {', '.join(clash)}, so it gets a new one; the MAC "
                      "addresses are kept.")
@@ -9389,7 +9408,7 @@ def _plan_identity(source: Source, view: PoolView, wishes: Wishes, interfaces: S
 
 
 def _plan_existing(disk: SourceDisk, view: PoolView, attach: bool) -> ExistingDisk:
-    """What becomes of a disk that the copy lacks: attached if it is there, nobody has it, and it is asked for."""
+    """What becomes of a disk that the copy lacks: attached if it is there, free, and asked for."""
     ref = next((ref for ref, record in view.vdis.items() if record["uuid"] == disk.vdi_uuid), "")
     holders = [view.machines.get(vbd["VM"]) for vbd in view.vbds.values() if vbd["VDI"] == ref]
     names = sorted({quote_name(one["name_label"]) if one else "a VM that is gone" for one in holders
@@ -9401,7 +9420,8 @@ def _plan_existing(disk: SourceDisk, view: PoolView, attach: bool) -> ExistingDi
     elif names:
         reason = f"it hangs on {', '.join(names)}"
     elif not attach:
-        reason = f"it is in the pool (uuid {disk.vdi_uuid}) and on no VM: attach_existing_disks=yes attaches it"
+        reason = f"it is in the pool (uuid {disk.vdi_uuid}) and on no VM: " \
+            "attach_existing_disks=yes attaches it"
     else:
         return ExistingDisk(disk, ref, "it is in the pool and on no VM")
     return ExistingDisk(disk, "", reason)
@@ -9409,9 +9429,9 @@ def _plan_existing(disk: SourceDisk, view: PoolView, attach: bool) -> ExistingDi
 
 def _cut_into_parts(source: Source, disks: Sequence[PlannedDisk],
                     home: Optional[TargetSr]) -> Tuple[Tuple[Optional[TargetSr], Tuple[str, ...]], ...]:
-    """The disks in the order of the archive (string order of ids: ocaml/xapi/stream_vdi.ml@v26.17.0), cut where the SR
-    changes. An archive of another program that begins with another disk is cut at every disk: then any order will do.
-    A VM without disks is a part without any, at home on that SR."""
+    """The disks in the order of the archive (string order of ids: ocaml/xapi/stream_vdi.ml@v26.17.0), cut
+    where the SR changes. An archive of another program that begins with another disk is cut at every disk:
+    then any order will do. A VM without disks is a part without any, at home on that SR."""
     parts = []                             # type: List[Tuple[TargetSr, Tuple[str, ...]]]
     by_id = sorted(disks, key=lambda item: item.disk.id)
     order = sorted(by_id, key=lambda item: item.disk.id != source.first_disk)
@@ -9453,31 +9473,34 @@ def own_other_config(record: Dict[str, Any]) -> Dict[str, str]:
 
 
 def rewritten_ova(plan: RestorePlan, part: int, name: str) -> bytes:
-    """The ova.xml of that part's import: one VM of that name with the part's disks, and neither VIF nor network.
+    """The ova.xml of that part's import: one VM of that name with its disks, and neither VIF nor network.
 
-    Part 0 is the VM itself; a further part is a VM that only carries disks. An import
-    without networks creates none (tried on a real server).
+    Part 0 is the VM itself; a further part is a VM that only carries disks. An import without networks
+    creates none (tried on a real server).
     """
     source, disks = plan.source, set(plan.parts[part][1])
     vdis = ova_objects(source.ova, "VDI")
     sizes = {planned.disk.id: planned.disk.virtual_size for planned in plan.disks}
-    # With preserve=true an import re-uses an object that has the uuid: so none is to have it. The key `owner` lets
-    # `xe vm-uninstall` remove a disk with its VM; a snapshot's drives have it, the original's may not.
+    # With preserve=true an import re-uses an object that has the uuid: so none is to have it. The key `owner`
+    # lets `xe vm-uninstall` remove a disk with its VM; a snapshot's drives have it, the original's may not.
     vbds = {key: dict(dict(IMPORT_DEFAULTS["VBD"], **vbd), uuid=new_uuid(), currently_attached=False,
-                      other_config=dict({} if vbd.get("type") == "CD" else {"owner": ""}, **own_other_config(vbd)))
+                      other_config=dict({} if vbd.get("type") == "CD" else {"owner": ""},
+                                        **own_other_config(vbd)))
             for key, vbd in ova_objects(source.ova, "VBD").items() if vbd.get("VM") == source.vm_id
             and (vbd.get("VDI") in disks if vbd.get("type") != "CD" else part == 0)}
     kept_vdis = disks | {vbd["VDI"] for vbd in vbds.values()}
     objects = []
     for entry in source.ova["objects"]:
-        kind, key, record = entry["class"], entry["id"], dict(IMPORT_DEFAULTS.get(entry["class"], {}), **entry["snapshot"])
+        kind, key = entry["class"], entry["id"]
+        record = dict(IMPORT_DEFAULTS.get(kind, {}), **entry["snapshot"])
         if kind == "VM" and key == source.vm_id:
             record = _rewritten_vm(plan, part, name, list(vbds))
         elif kind == "VBD" and key in vbds:
             record = vbds[key]
         elif kind == "VDI" and key in kept_vdis and key in vdis:
-            record = dict(record, other_config=own_other_config(record), is_a_snapshot=False, snapshot_of=NULL_REF,
-                          snapshots=[], VBDs=[ref for ref, vbd in vbds.items() if vbd["VDI"] == key],
+            own = [ref for ref, vbd in vbds.items() if vbd["VDI"] == key]
+            record = dict(record, other_config=own_other_config(record), is_a_snapshot=False,
+                          snapshot_of=NULL_REF, snapshots=[], VBDs=own,
                           virtual_size=str(sizes.get(key, record["virtual_size"])))
         elif kind in ("VM", "VBD", "VDI", "VIF", "network") or part and kind not in ("SR", "host"):
             continue
@@ -9493,13 +9516,14 @@ def rewritten_ova(plan: RestorePlan, part: int, name: str) -> bytes:
 
 # What the server's importer looks for (ocaml/xapi/import.ml@v26.17.0) and other programs leave out.
 IMPORT_DEFAULTS = {
-    "VM": {"uuid": "", "name_description": "", "user_version": "1", "affinity": NULL_REF, "guest_metrics": NULL_REF,
-           "version": "0", "actions_after_shutdown": "destroy", "actions_after_reboot": "restart",
-           "actions_after_crash": "restart"},
-    "VBD": {"VDI": NULL_REF, "type": "Disk", "bootable": False, "mode": "RW", "unpluggable": True, "empty": False,
-            "device": "", "qos_algorithm_type": "", "qos_algorithm_params": {}},
-    "VDI": {"uuid": "", "SR": NULL_REF, "name_label": "", "name_description": "", "type": "user", "sharable": False,
-            "read_only": False, "xenstore_data": {}, "sm_config": {}, "tags": [], "location": ""},
+    "VM": {"uuid": "", "name_description": "", "user_version": "1", "affinity": NULL_REF,
+           "guest_metrics": NULL_REF, "version": "0", "actions_after_shutdown": "destroy",
+           "actions_after_reboot": "restart", "actions_after_crash": "restart"},
+    "VBD": {"VDI": NULL_REF, "type": "Disk", "bootable": False, "mode": "RW", "unpluggable": True,
+            "empty": False, "device": "", "qos_algorithm_type": "", "qos_algorithm_params": {}},
+    "VDI": {"uuid": "", "SR": NULL_REF, "name_label": "", "name_description": "", "type": "user",
+            "sharable": False, "read_only": False, "xenstore_data": {}, "sm_config": {}, "tags": [],
+            "location": ""},
     "SR": {"uuid": "", "name_label": "", "content_type": "user"}}     # type: Dict[str, Dict[str, Any]]
 
 
@@ -9510,22 +9534,24 @@ def new_uuid() -> str:
 
 
 def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str]) -> Dict[str, Any]:
-    """The VM's record of that part: halted, under its provisional name, no template, and nothing that acts by itself."""
-    record, is_to_keep = dict(IMPORT_DEFAULTS["VM"], **plan.source.record), not part and not plan.wishes.is_drill
+    """The VM's record of that part: halted, provisionally named, no template, nothing that acts by itself."""
+    record = dict(IMPORT_DEFAULTS["VM"], **plan.source.record)
+    is_to_stay = not part and not plan.wishes.is_drill
     original = plan.source.original or record
     record.update({field: original[field] for field in ORIGINAL_FIELDS if field in original})
     record["other_config"] = own_other_config(record)
-    record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False, is_a_snapshot=False,
-                  snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF, VIFs=[], VBDs=list(vbds),
-                  ha_always_run=False, blocked_operations={}, current_operations={}, allowed_operations=[],
-                  resident_on=NULL_REF, uuid=plan.uuid or record["uuid"] or new_uuid())
+    record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False,
+                  is_a_snapshot=False, snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF,
+                  VIFs=[], VBDs=list(vbds), ha_always_run=False, blocked_operations={}, current_operations={},
+                  allowed_operations=[], resident_on=NULL_REF,
+                  uuid=plan.uuid or record["uuid"] or new_uuid())
     if "children" in record:
         record["children"] = []
-    if plan.new_mac_seed or not is_to_keep:
+    if plan.new_mac_seed or not is_to_stay:
         record["other_config"].pop("mac_seed", None)
         if plan.uuid:
             record["other_config"]["mac_seed"] = new_uuid()
-    if not is_to_keep:
+    if not is_to_stay:
         record.update(tags=[], ha_restart_priority="")
         record["other_config"].pop("auto_poweron", None)
     if part:
@@ -9537,20 +9563,21 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str]) 
 
 
 NEW_HVM_FIELDS = {
-    "user_version": "1", "is_a_template": False, "affinity": NULL_REF, "memory_static_min": "16777216", "VCPUs_params": {},
-    "actions_after_shutdown": "destroy", "actions_after_reboot": "restart", "actions_after_crash": "restart",
-    "PV_bootloader": "", "PV_kernel": "", "PV_ramdisk": "", "PV_args": "", "PV_bootloader_args": "", "PV_legacy_args": "",
-    "HVM_boot_policy": "BIOS order", "HVM_boot_params": {"order": "cdn"}, "PCI_bus": "", "recommendations": "",
-    "platform": {"acpi": "1", "apic": "true", "pae": "true", "nx": "true", "viridian": "true", "device-model":
-                 "qemu-upstream-compat", "videoram": "8"}}
+    "user_version": "1", "is_a_template": False, "affinity": NULL_REF, "memory_static_min": "16777216",
+    "VCPUs_params": {}, "actions_after_shutdown": "destroy", "actions_after_reboot": "restart",
+    "actions_after_crash": "restart", "PV_bootloader": "", "PV_kernel": "", "PV_ramdisk": "", "PV_args": "",
+    "PV_bootloader_args": "", "PV_legacy_args": "", "HVM_boot_policy": "BIOS order",
+    "HVM_boot_params": {"order": "cdn"}, "PCI_bus": "", "recommendations": "",
+    "platform": {"acpi": "1", "apic": "true", "pae": "true", "nx": "true", "viridian": "true",
+                 "device-model": "qemu-upstream-compat", "videoram": "8"}}
 
 
 # --- doing it ----------------------------------------------------------------------------------------
 
 
 class ImportedVm(NamedTuple):
-    """A VM that was imported and proven, or, with force=yes, what is there of it, and what the `problem` with the copy is.
-    `vdis`: the ref of each disk by its id in ova.xml."""
+    """A VM that was imported and proven, or, with force=yes, what is there of it, and what the `problem` with
+    the copy is. `vdis`: the ref of each disk by its id in ova.xml."""
     entry: OpenEntry
     ref: str
     vdis: Dict[str, str]
@@ -9558,11 +9585,11 @@ class ImportedVm(NamedTuple):
 
 
 class ImportWatch(Watch):
-    """The watch over an import. What was made is removed by whoever opened the entry, who cancels its tasks first."""
+    """The watch over an import; whoever opened its entry cancels its tasks and removes what was made."""
 
     def _give_up(self, waiting_for: str) -> None:
-        raise StreamStalled(f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)} while "
-                            f"waiting for the {waiting_for}. It was given up.")
+        raise StreamStalled(f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)} "
+                            f"while waiting for the {waiting_for}. It was given up.")
 
 
 class Importer:
@@ -9575,19 +9602,19 @@ class Importer:
 
     @contextlib.contextmanager
     def imported(self, plan: RestorePlan, sink: Any = None) -> Iterator[ImportedVm]:
-        """The VM of the plan with its own disks only, proven, under a provisional name; removed on every way out unless
-        its entry was closed. `sink` is shown the disks' contents as they go in."""
+        """The VM of the plan with its own disks only, proven, under a provisional name; removed on every way
+        out unless its entry was closed. `sink` is shown the disks' contents as they go in."""
         token, source = secrets.token_hex(8), plan.source
         is_drill = plan.wishes.is_drill
         name = DRILL_VM_NAME % (source.vm_name, token) if is_drill else NEW_VM_NAME % (plan.name, token)
         names = [name] + [PART_NAME % (name, part + 1) for part in range(1, len(plan.parts))]
         make = self._create if source.has_only_cfg_files else self._import
-        with self._snapshots.begun(source.vm_uuid or "?", source.vm_name, kind="drill" if is_drill else "restore",
-                                   token=token, names=names, tasks=[]) as entry:
+        with self._snapshots.begun(source.vm_uuid or "?", source.vm_name, token=token, names=names, tasks=[],
+                                   kind="drill" if is_drill else "restore") as entry:
             yield self._take_stock(entry, plan, make(entry, plan, sink))
 
     def _import(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:
-        """The data are in the pool; "" or, with force=yes, what is wrong with them. Raises what went wrong first."""
+        """The data are in the pool; "" or, with force=yes, what is wrong. Raises what went wrong first."""
         doing, source, pool = f"the import of {entry.title}", plan.source, self._services.pool
         ovas = [rewritten_ova(plan, part, name) for part, name in enumerate(entry.facts["names"])]
         tasks = []                         # type: List[str]
@@ -9609,21 +9636,22 @@ class Importer:
         return self._stream(doing, plan, commands, tasks, new_feed, sink)
 
     def _create(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:
-        """The VM of a copy that has cfg files only is made by API and its disk filled; the marks are in the calls.
-        Returns and raises as _import does."""
+        """The VM of a copy that has cfg files only is made by API and its disk filled; the marks are in the
+        calls. Returns and raises as _import does."""
         doing, source, pool = f"the rebuilding of {entry.title}", plan.source, self._services.pool
         disk, key, record = source.disks[0], KEY_PREFIX + entry.facts["token"], source.record
         vdi = ova_objects(source.ova, "VDI")[disk.id]
         vbd = next(one for one in ova_objects(source.ova, "VBD").values() if one["VDI"] == disk.id)
         memory = record["memory_dynamic_max"]
         machine = pool.call(doing, "VM.create", dict(
-            NEW_HVM_FIELDS, name_label=entry.facts["names"][0], name_description=record.get("name_description", ""),
-            memory_static_max=memory, memory_dynamic_max=memory, memory_dynamic_min=memory,
-            VCPUs_max=record["VCPUs_max"], VCPUs_at_startup=record["VCPUs_at_startup"], other_config={key: ""}))
+            NEW_HVM_FIELDS, name_label=entry.facts["names"][0],
+            name_description=record.get("name_description", ""), memory_static_max=memory,
+            memory_dynamic_max=memory, memory_dynamic_min=memory, VCPUs_max=record["VCPUs_max"],
+            VCPUs_at_startup=record["VCPUs_at_startup"], other_config={key: ""}))
         entry.note(uuids=[pool.ask(doing, "VM.get_uuid", machine)])
         new_disk = pool.call(doing, "VDI.create", {
-            "SR": plan.disks[0].sr.ref, "virtual_size": str(disk.virtual_size), "type": vdi["type"], "sharable": False,
-            "read_only": False, "other_config": {key: ""}, "name_label": vdi["name_label"],
+            "SR": plan.disks[0].sr.ref, "virtual_size": str(disk.virtual_size), "type": vdi["type"],
+            "sharable": False, "read_only": False, "other_config": {key: ""}, "name_label": vdi["name_label"],
             "name_description": vdi["name_description"]})
         uuid = pool.ask(doing, "VDI.get_uuid", new_disk)
         entry.note(disks=[uuid])
@@ -9636,15 +9664,16 @@ class Importer:
 
     def _stream(self, doing: str, plan: RestorePlan, commands: Sequence[Sequence[str]], tasks: Sequence[str],
                 new_feed: Callable[[Sequence[PartPipe]], Any], sink: Any) -> str:
-        """The image went into those xe commands, was what it should be, and they ended well. One pass: digests, structure,
-        blocks, import. Returns and raises as _import does: what is wrong with the copy goes before what xe said of it,
-        and what xe said before what followed from that."""
+        """The image went into those xe commands, was what it should be, and they ended well. One pass:
+        digests, structure, blocks, import. Returns and raises as _import does: what is wrong with the copy
+        goes before what xe said of it, and what xe said before what followed from that."""
         source, force, problem = plan.source, plan.wishes.force, ""
         size_bytes = source.inside.status(source.copy.image).st_size
         watch = ImportWatch(self._services, doing, size_bytes, find_tasks=lambda: tasks)
         try:
             with _Imports(self._xe, commands) as imports:
-                feed = new_feed([PartPipe(functools.partial(imports.start, part)) for part in range(len(commands))])
+                feed = new_feed([PartPipe(functools.partial(imports.start, part))
+                                 for part in range(len(commands))])
                 sinks, more = ([], [feed]) if source.is_archive else ([feed], [])
                 problems: Optional[List[VerificationError]] = [] if force else None
                 try:
@@ -9665,7 +9694,7 @@ class Importer:
                     while program.wait(TICK_S) is None:
                         watch(Progress(size_bytes, self._services.clock.monotonic() - began_s, "server"))
                     said = xe_problem(program.wait(0), program.said)
-                    ask = self._services.pool.ask_if_there       # an xe that lost its connection proves nothing
+                    ask = self._services.pool.ask_if_there     # an xe that lost its connection proves nothing
                     if said and not (tasks and ask(doing, "task.get_status", tasks[part]) == "success"):
                         raise import_failure(doing, said, was_proven=bool(source.manifest))
         except (VerificationError, ProgramError) as error:
@@ -9677,14 +9706,15 @@ class Importer:
     def _take_stock(self, entry: OpenEntry, plan: RestorePlan, problem: str) -> ImportedVm:
         """What was imported is journalled, whole, and the disks of further parts hang on the VM itself."""
         doing, ask = f"reading what was imported of {entry.title}", self._services.pool.ask
-        found, vdis, missing = [], {}, []      # type: List[Tuple[str, str, List[Any]]], Dict[str, str], List[str]
+        found, missing = [], []                # type: List[Tuple[str, str, List[Any]]], List[str]
+        vdis = {}                              # type: Dict[str, str]
         for name, (_, ids) in zip(entry.facts["names"], plan.parts):
             refs = ask(doing, "VM.get_by_name_label", name)
             if len(refs) != 1:                 # of a damaged copy the last may be lost
                 missing.append(name)
                 continue
-            vbds = [vbd for vbd in ask(doing, "VBD.get_all_records_where", f'field "VM" = "{refs[0]}"').values()
-                    if vbd["type"] != "CD"]
+            drives = ask(doing, "VBD.get_all_records_where", f'field "VM" = "{refs[0]}"')
+            vbds = [vbd for vbd in drives.values() if vbd["type"] != "CD"]
             found.append((refs[0], ask(doing, "VM.get_uuid", refs[0]), vbds))
             places = {vbd["userdevice"]: vbd["VDI"] for vbd in vbds}
             vdis.update({disk.id: places[disk.userdevice] for disk in plan.source.disks
@@ -9696,7 +9726,8 @@ class Importer:
                               f"{missing[0]}.")
         disks = [vbd["VDI"] for _, _, vbds in found for vbd in vbds if vbd["VDI"] != NULL_REF]
         records = {ref: ask(doing, "VDI.get_record", ref) for ref in disks}
-        entry.note(uuids=[uuid for _, uuid, _ in found], disks=sorted(record["uuid"] for record in records.values()))
+        entry.note(uuids=[uuid for _, uuid, _ in found],
+                   disks=sorted(record["uuid"] for record in records.values()))
         if missing:
             lost = [planned.disk.title for planned in plan.disks if planned.disk.id not in vdis]
             problem += f" Of its disks nothing is there of: {', '.join(lost)}."
@@ -9720,8 +9751,8 @@ class Importer:
     # --- from an imported VM to the person's own -------------------------------------------------------
 
     def finish(self, plan: RestorePlan, imported: ImportedVm) -> None:
-        """VIFs and existing disks; then it is on record that the VM is the person's, and only then it gets its name: dying
-        in between leaves a whole VM with a provisional name, never a deleted one."""
+        """VIFs and existing disks; then it is on record that the VM is the person's, and only then it gets
+        its name: dying in between leaves a whole VM with a provisional name, never a deleted one."""
         entry, ref, doing = imported.entry, imported.ref, f"finishing {imported.entry.title}"
         for interface in plan.interfaces:
             self._make_interface(interface, imported, doing)
@@ -9747,8 +9778,8 @@ class Importer:
         strangers = strangers_on(self._services.pool, record, (imported.ref,), doing)
         if strangers:
             holder = self._services.pool.ask(doing, "VM.get_name_label", strangers[0])
-            self._snapshots.tell(imported.entry, f"its disk {existing.disk.title} hangs on another VM by now, "
-                                 f"{quote_name(holder)}, so it was not attached.")
+            self._snapshots.tell(imported.entry, f"its disk {existing.disk.title} hangs on another VM by "
+                                 f"now, {quote_name(holder)}, so it was not attached.")
             return
         # An archive's own drives are those of its disks; one that it lacks is attached as a plain data disk.
         vbds = [] if source.is_archive else ova_objects(source.ova, "VBD").values()
@@ -9759,27 +9790,30 @@ class Importer:
         self._create_once(doing, "VBD", "userdevice", fields)
 
     def _create_once(self, doing: str, class_name: str, place: str, fields: Dict[str, Any]) -> None:
-        """The VM has that VIF or VBD. A call without an answer is repeated only if nothing stands in its place: an import
-        of hours must not be given up for it."""
+        """The VM has that VIF or VBD. A call without an answer is repeated only if nothing stands in its
+        place: an import of hours must not be given up for it."""
+        pool, own = self._services.pool, f'field "VM" = "{fields["VM"]}"'
         try:
-            self._services.pool.call(doing, f"{class_name}.create", fields)
+            pool.call(doing, f"{class_name}.create", fields)
         except AnswerLost:
-            there = self._services.pool.ask(doing, f"{class_name}.get_all_records_where", f'field "VM" = "{fields["VM"]}"')
+            there = pool.ask(doing, f"{class_name}.get_all_records_where", own)
             if not any(record[place] == fields[place] for record in there.values()):
-                self._services.pool.call(doing, f"{class_name}.create", fields)
+                pool.call(doing, f"{class_name}.create", fields)
 
     def _make_interface(self, interface: PlannedInterface, imported: ImportedVm, doing: str) -> None:
-        """The VM has that VIF. Where the pool has no licence for VIF locking it is made without, as the server's own
-        import does (ocaml/xapi/import.ml@v26.17.0), and that is told."""
+        """The VM has that VIF. Where the pool has no licence for VIF locking it is made without, as the
+        server's own import does (ocaml/xapi/import.ml@v26.17.0), and that is told."""
         fields = vif_fields(interface, imported.ref)
         try:
             self._create_once(doing, "VIF", "device", fields)
         except ApiFailure as failure:
             if failure.code != "LICENCE_RESTRICTION" or "locking_mode" not in fields:
                 raise
-            mode, allowed = fields["locking_mode"], fields.get("ipv4_allowed", []) + fields.get("ipv6_allowed", [])
-            self._create_once(doing, "VIF", "device", dict(
-                fields, ipv4_allowed=[], ipv6_allowed=[], locking_mode="network_default" if mode == "locked" else mode))
+            allowed = fields.get("ipv4_allowed", []) + fields.get("ipv6_allowed", [])
+            mode = fields["locking_mode"]
+            unlocked = "network_default" if mode == "locked" else mode
+            self._create_once(doing, "VIF", "device", dict(fields, ipv4_allowed=[], ipv6_allowed=[],
+                                                           locking_mode=unlocked))
             self._snapshots.tell(
                 imported.entry, f"its interface {interface.device} was restricted (locking_mode {mode}, "
                 f"addresses allowed: {', '.join(allowed) or 'none'}), for which this pool has no licence: it "
@@ -9787,7 +9821,7 @@ class Importer:
 
 
 class _Imports:
-    """The xe programs of a restore, each started when its first byte is there; none runs any more after the block."""
+    """The xe programs of a restore, each started when its first byte is there; none outlives the block."""
 
     def __init__(self, xe: XeProgram, commands: Sequence[Sequence[str]]) -> None:
         self._xe, self._commands = xe, commands
@@ -9824,17 +9858,18 @@ class _Imports:
 
 def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequence[MebibyteSink] = (),
                  more: Sequence[Consumer] = (), problems: Optional[List[VerificationError]] = None) -> Check:
-    """The whole image passed through its check (whose sinks are shown the disks' contents) and through `more`, and its
-    digests are those on record; the check. VerificationError if anything is not as it was at the export; where
-    `problems` is given that is noted there, and as much passes as can be read."""
-    # Of what only passes on, the digest of bytes that were proven once says all that their structure could say again,
-    # at half the cost.
+    """The whole image passed through its check (whose sinks are shown the disks' contents) and through
+    `more`, and its digests are those on record; the check. VerificationError if anything is not as it was at
+    the export; where `problems` is given that is noted there, and as much passes as can be read."""
+    # Of what only passes on, the digest of bytes that were proven once says all that their structure could
+    # say again, at half the cost.
     check_it = sinks or not (more and source.manifest)
     check = image_check(source.inside, source.copy, source.manifest, sinks, check_it and problems is None)
     if check is None:
         raise VerificationError(f"{source.copy.image} was compressed a second time: decompress it once")
-    read_image(source.inside, source.copy, source.manifest, ([check] if check_it else []) + list(more), on_tick,
-               f"reading {source.title}", problems)
+    consumers = ([check] if check_it else []) + list(more)
+    read_image(source.inside, source.copy, source.manifest, consumers, on_tick, f"reading {source.title}",
+               problems)
     return check
 
 
@@ -9844,8 +9879,8 @@ CHECKSUM_WORDS = "checksum failed"     # of a block of the archive (ocaml/xapi/s
 
 
 def import_failure(doing: str, problem: str, was_proven: bool = False) -> BackupError:
-    """What an xe that ended badly means: the copy is damaged, or something else went wrong. `was_proven`: what went in
-    matched its digests, so that what is wrong now is not the copy."""
+    """What an xe that ended badly means: the copy is damaged, or something else went wrong. `was_proven`:
+    what went in matched its digests, so that what is wrong now is not the copy."""
     problem = problem.rstrip(".")
     if CHECKSUM_WORDS in problem and not was_proven:
         return VerificationError(f"{doing}: the copy is damaged: {problem}. {VERIFY_ADVICE}")
@@ -9854,18 +9889,19 @@ def import_failure(doing: str, problem: str, was_proven: bool = False) -> Backup
 
 def vbd_fields(vbd: Dict[str, Any], machine: str) -> Dict[str, Any]:
     """The argument of VBD.create for a disk like that one on that VM."""
-    fields = {field: vbd[field] for field in ("VDI", "userdevice", "bootable", "mode", "type", "empty", "unpluggable",
-                                              "qos_algorithm_type", "qos_algorithm_params") if field in vbd}
-    return dict(fields, VM=machine, other_config=own_other_config(vbd))
+    fields = ("VDI", "userdevice", "bootable", "mode", "type", "empty", "unpluggable", "qos_algorithm_type",
+              "qos_algorithm_params")
+    return dict({field: vbd[field] for field in fields if field in vbd}, VM=machine,
+                other_config=own_other_config(vbd))
 
 
 def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
     """The argument of VIF.create for that interface of that VM."""
     vif = interface.fields
-    fields = {field: vif[field] for field in ("MTU", "qos_algorithm_type", "qos_algorithm_params", "locking_mode",
-                                              "ipv4_allowed", "ipv6_allowed") if field in vif}
-    return dict(fields, device=interface.device, network=interface.network_ref, VM=machine, MAC=interface.mac,
-                other_config=own_other_config(vif))
+    fields = ("MTU", "qos_algorithm_type", "qos_algorithm_params", "locking_mode", "ipv4_allowed",
+              "ipv6_allowed")
+    return dict({field: vif[field] for field in fields if field in vif}, VM=machine, device=interface.device,
+                network=interface.network_ref, MAC=interface.mac, other_config=own_other_config(vif))
 
 
 # =============================================================================
@@ -9876,14 +9912,15 @@ def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
 
 
 def wanted_disk(source: Source, word: str) -> SourceDisk:
-    """The disk of the image that `disk=` means: a device, a userdevice, a uuid or a name; the only one if it is empty."""
-    found = [disk for disk in source.disks if word in (disk.device, disk.userdevice, disk.vdi_uuid)] or \
-        [disk for disk in source.disks if word == disk.name]
-    if not word:
-        found = [disk for disk in source.disks if not disk.is_memory]
+    """The disk that `disk=` means: a device, a userdevice, a uuid or a name; the only one if it is empty."""
+    def meant(disks: Sequence[SourceDisk]) -> List[SourceDisk]:
+        return [disk for disk in disks if word in (disk.device, disk.userdevice, disk.vdi_uuid)] or \
+            [disk for disk in disks if word == disk.name]
+
+    found = meant(source.disks) if word else [disk for disk in source.disks if not disk.is_memory]
     if len(found) == 1:
         return found[0]
-    lacking = [disk.title for disk in source.lacking if word in (disk.device, disk.userdevice, disk.vdi_uuid, disk.name)]
+    lacking = [disk.title for disk in meant(source.lacking)]
     problem = f"disk {lacking[0]} is not in it" if lacking else f"it holds no disk {one_line(word)}" \
         if word and not found else "say which disk with disk="
     held = ", ".join(disk.title for disk in source.disks) or "no disk"
@@ -9893,11 +9930,12 @@ def wanted_disk(source: Source, word: str) -> SourceDisk:
 
 def extract_disk(source: Source, disk: SourceDisk, path: str, warn: Callable[[str], Any],
                  on_tick: Callable[[Progress], Any]) -> Tuple[int, Any]:
-    """The disk is a sparse raw image at that path; the bytes written and the check. Nothing stands there otherwise.
-    CatalogError if the disk surely has no room there; a warning if it may have none."""
+    """The disk is a sparse raw image at that path; the bytes written and the check. Nothing stands there
+    otherwise. CatalogError if the disk surely has no room there; a warning if it may have none."""
     with NewFile(path) as file:
         free = free_space(file.fd, file.shown)
-        least = least_bytes(source, [disk]) - 2 * MEBIBYTE     # the first and the last are stored though they be zeros
+        # The first and the last MiB are stored though they be zeros.
+        least = least_bytes(source, [disk]) - 2 * MEBIBYTE
         if free is not None and free < least:
             raise CatalogError(f"{file.shown}: the data of disk {disk.title} take at least "
                                f"{format_size(least)}, and only {format_size(free)} are free there. Name a "
@@ -9918,7 +9956,8 @@ def extract_disk(source: Source, disk: SourceDisk, path: str, warn: Callable[[st
 # network, its disks are read back and compared with what the image held when its
 # digests matched, it is booted if asked, and everything is removed again.
 
-VHD_SR_TYPES = ("ext", "nfs", "smb", "lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")     # VHD there leaves out what is empty
+# A VHD from there leaves out what is empty.
+VHD_SR_TYPES = ("ext", "nfs", "smb", "lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")
 BOOT_POLL_S = 2
 
 
@@ -9931,7 +9970,7 @@ class Drill:
         self._exporter = exporter
 
     def run(self, plan: RestorePlan, boot_s: float) -> str:
-        """What was proven, in words; raises what went wrong. Nothing of it is left in the pool, or a finding says so."""
+        """What was proven; raises what went wrong. Nothing is left in the pool, or a finding says so."""
         expected = ContentDigests()
         with self._importer.imported(plan, expected) as imported:
             for planned in plan.disks:
@@ -9940,8 +9979,9 @@ class Drill:
                 return f"restored, compared and booted: {self._boot(imported, boot_s)}"
         return "restored and compared"
 
-    def _compare(self, plan: RestorePlan, imported: ImportedVm, planned: PlannedDisk, expected: ContentDigests) -> None:
-        """Raises ProgramError unless the disk in the pool holds what the image held: that matched its digests."""
+    def _compare(self, plan: RestorePlan, imported: ImportedVm, planned: PlannedDisk,
+                 expected: ContentDigests) -> None:
+        """ProgramError unless the disk in the pool holds what the image held: that matched its digests."""
         doing = f"reading back disk {planned.disk.device} of {imported.entry.title}"
         record = self._services.pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
         size = int(record["virtual_size"])
@@ -9953,7 +9993,8 @@ class Drill:
         except VerificationError as error:
             raise ProgramError(str(error))
         held = expected.disks.get(planned.disk.id if plan.source.is_archive else "image", ())
-        pairs = itertools.zip_longest(held, found.disks.get("image", ()), fillvalue=0)     # what one lacks is zeros
+        # What one of them does not reach to is zeros.
+        pairs = itertools.zip_longest(held, found.disks.get("image", ()), fillvalue=0)
         difference = next((number for number, (one, other) in enumerate(pairs) if one != other), None)
         if difference is not None:
             raise ProgramError(f"{imported.entry.title}: disk {planned.disk.title} came back different: its "
@@ -9984,7 +10025,7 @@ class Drill:
         """What changes when the guest's tools report; "" if they never did."""
         pool = self._services.pool
         metrics = pool.ask(doing, "VM.get_guest_metrics", ref)
-        record = None if metrics == NULL_REF else pool.ask_if_there(doing, "VM_guest_metrics.get_record", metrics)
+        record = metrics != NULL_REF and pool.ask_if_there(doing, "VM_guest_metrics.get_record", metrics)
         return f"{metrics} {record['last_updated']}" if record else ""
 
 
