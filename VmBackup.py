@@ -7108,11 +7108,12 @@ SILENCE_BEFORE_POLL_S = 5
 COMPRESSORS = {"gzip": ("pigz", "gzip"), "zstd": ("zstd",)}
 COMPRESSOR_OPTIONS = {"pigz": ("-c", "-n"), "gzip": ("-c", "-n"), "zstd": ("-q", "-c", "-T0")}
 COMPRESSED_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
-XE_PASSING = re.compile(r"Lost connection|Connection refused|Connection reset|Broken pipe|EPIPE|ECONNRESET|SESSION_INVALID|"
-                        r"Another operation involving|OTHER_OPERATION_IN_PROGRESS|SR_BACKEND_FAILURE_(?:37|46|47|82|1200)\b|"
-                        r"Unable to contact|End_of_file|still booting|"
-                        # a server that starts may listen on TCP before it does on its socket, where no password is needed
-                        r"Authentication failed")
+XE_PASSING = re.compile(
+    r"Lost connection|Connection refused|Connection reset|Broken pipe|EPIPE|ECONNRESET|SESSION_INVALID|"
+    r"Another operation involving|OTHER_OPERATION_IN_PROGRESS|SR_BACKEND_FAILURE_(?:37|46|47|82|1200)\b|"
+    r"Unable to contact|End_of_file|still booting|"
+    # a server that starts may listen on TCP before it does on its socket, where no password is needed
+    r"Authentication failed")
 
 
 class ImageReport(NamedTuple):
@@ -7143,8 +7144,8 @@ class Exporter:
         """The ova.xml of the VM itself, without its snapshots and disks."""
         doing = f"the metadata export of {machine.title}"
         check = XvaCheck(holds_disks=False)
-        self._run_xe(doing, [check], Watch(self._services, doing), "vm-export", "metadata=true", "include-snapshots=false",
-                     "uuid=" + machine.uuid, "filename=")
+        self._run_xe(doing, [check], Watch(self._services, doing), "vm-export", "metadata=true",
+                     "include-snapshots=false", "uuid=" + machine.uuid, "filename=")
         return check.report.ova_xml
 
     def pool_database(self, file_fd: int) -> None:
@@ -7152,22 +7153,26 @@ class Exporter:
         doing, writer = "the dump of the pool database", FileWriter(file_fd)
         self._run_xe(doing, [writer], Watch(self._services, doing), "pool-dump-database", "file-name=")
         if not writer.tail.rstrip().endswith(b"</database>"):
-            raise VerificationError(f"{doing} does not end with </database>: it was cut off. Nothing of it was kept.")
+            raise VerificationError(f"{doing} does not end with </database>: it was cut off. Nothing of it "
+                                    f"was kept.")
 
-    def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory, base: str) -> ImageReport:
+    def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory,
+                 base: str) -> ImageReport:
         """The archive of the VM snapshot is in that directory, proven whole."""
         expected = {disk.vdi_uuid: disk.virtual_size for disk in snapshot.disks}
         doing = f"the export of {machine.title}"
 
         def export_tasks() -> List[str]:
-            operations = self._services.pool.call(f"asking for the task of {doing}", "VM.get_current_operations",
-                                                  snapshot.ref)
+            operations = self._services.pool.call(
+                f"asking for the task of {doing}", "VM.get_current_operations", snapshot.ref)
             return [ref for ref, operation in operations.items() if operation == "export"]
 
-        return self._image(doing, snapshot.disks, inside, base + ".xva", lambda blocks: XvaCheck(expected, blocks),
+        return self._image(doing, snapshot.disks, inside, base + ".xva",
+                           lambda blocks: XvaCheck(expected, blocks),
                            ("vm-export", "uuid=" + snapshot.uuid, "filename="), export_tasks)
 
-    def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory, base: str) -> ImageReport:
+    def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory,
+                   base: str) -> ImageReport:
         """The image of the disk snapshot is in that directory, proven whole."""
         file_format = self._services.settings.vdi_export_format
         check = RawCheck if file_format == "raw" else VhdCheck
@@ -7178,8 +7183,8 @@ class Exporter:
     def _image(self, doing: str, disks: Sequence[Disk], inside: Directory, plain_name: str,
                new_check: Callable[[BlocksFile], Any], command: Sequence[str],
                find_tasks: Callable[[], Sequence[str]] = tuple) -> ImageReport:
-        """xe's output through digest, check and compressor to a file; what the compressor wrote is decompressed again
-        on the way, so that what is proven is what is stored."""
+        """xe's output through digest, check and compressor to a file; what the compressor wrote is
+        decompressed again on the way, so that what is proven is what is stored."""
         settings = self._services.settings
         name = plain_name + COMPRESSED_SUFFIX[settings.compress]
         limit_s = settings.stall_timeout * MINUTE_S
@@ -7192,38 +7197,45 @@ class Exporter:
         if settings.compress == "none":
             self._run_xe(doing, [plain, check, writer], watch, *command)
         else:
-            stored, again = Digest("SHA-256 of the stored bytes"), Digest("SHA-256 of what it decompresses to")
+            stored = Digest("SHA-256 of the stored bytes")
+            again = Digest("SHA-256 of what it decompresses to")
             self._run_xe(doing, [plain, check], watch, *command, compression=settings.compress,
                          stored=[stored, writer], again=[again])
         if again.hexdigest() != plain.hexdigest():
             raise ProgramError(bad_compressor(doing, settings.compress, "other data than it was given"))
         report = check.report
-        return ImageReport(name, plain_name.rpartition(".")[2], settings.compress, stored.total_bytes, stored.hexdigest(),
-                           plain.total_bytes, plain.hexdigest(), report.digest_kind, report.digests_checked,
+        return ImageReport(name, plain_name.rpartition(".")[2], settings.compress,
+                           stored.total_bytes, stored.hexdigest(), plain.total_bytes, plain.hexdigest(),
+                           report.digest_kind, report.digests_checked,
                            sum(disk.blocks for disk in report.disks), blocks.size, blocks.hexdigest(),
                            disk_reports(disks, report))
 
-    def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str, sink: Any) -> None:
-        """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never written."""
+    def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str,
+                      sink: Any) -> None:
+        """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never
+        written."""
         check = (RawCheck if file_format == "raw" else VhdCheck)(virtual_size, None, [sink])
         self._run_xe(doing, [check], Watch(self._services, doing, virtual_size), "vdi-export",
                      "uuid=" + vdi_uuid, "filename=", "format=" + file_format)
 
-    def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str, compression: str = "none",
-                stored: Sequence[Any] = (), again: Sequence[Any] = ()) -> None:
-        """The command's output went to the consumers, and it ended well; compressed, it went to `stored`, and what that
-        decompresses to to `again`. Raises what went wrong first."""
+    def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str,
+                compression: str = "none", stored: Sequence[Any] = (), again: Sequence[Any] = ()) -> None:
+        """The command's output went to the consumers, and it ended well; compressed, it went to `stored`, and
+        what that decompresses to to `again`. Raises what went wrong first."""
         with contextlib.ExitStack() as stack:
             with closed_aside(list(consumers) + list(stored)):
                 xe = stack.enter_context(self._xe.start(*command))
-                compressor = stack.enter_context(start_compressor(compression)) if compression != "none" else None
+                compressor = None          # type: Optional[Program]
+                if compression != "none":
+                    compressor = stack.enter_context(start_compressor(compression))
             watch.program = xe
             flows = [Flow(os.dup(xe.stdout_fd), consumers, "xe", lambda: self._check_ending(doing, xe))]
             if compressor is not None:
                 flows[0].consumers.append(PipeWriter(os.dup(compressor.stdin_fd)))
                 compressor.close_stdin()
                 proving = reading_flows(stack, os.dup(compressor.stdout_fd), compression, stored, again)
-                flows.append(proving[0]._replace(name=compressor.name, at_end=lambda: check_compressor(compressor)))
+                flows.append(proving[0]._replace(name=compressor.name,
+                                                 at_end=lambda: check_compressor(compressor)))
                 flows += proving[1:]
             try:
                 pump(flows, watch, doing)
@@ -7241,11 +7253,13 @@ class Exporter:
         status = xe.wait(PROGRAM_ENDING_S)
         if status is None:
             raise ProgramError(f"{doing}: xe sent its last byte but did not end within "
-                               f"{format_duration(PROGRAM_ENDING_S)}; it was killed, and what it sent does not count.",
+                               f"{format_duration(PROGRAM_ENDING_S)}; it was killed, and what it sent does "
+                               f"not count.",
                                passing=True)
         problem = xe_problem(status, xe.said)
         if problem:
-            raise ProgramError(f"{doing} failed: {problem.rstrip('.')}.", passing=bool(XE_PASSING.search(xe.said)))
+            raise ProgramError(f"{doing} failed: {problem.rstrip('.')}.",
+                               passing=bool(XE_PASSING.search(xe.said)))
         if xe.said:
             self._services.log.info(f"{doing}: xe said: {one_line(xe.said[-400:])}")
 
@@ -7254,7 +7268,8 @@ def start_compressor(compression: str) -> Program:
     """The compressor for that word, running; ProgramError if there is none."""
     path = find_program(COMPRESSORS[compression])
     if path is None:
-        raise ProgramError(f"compress={compression} needs the program {' or '.join(COMPRESSORS[compression])}.")
+        raise ProgramError(f"compress={compression} needs the program "
+                           f"{' or '.join(COMPRESSORS[compression])}.")
     return Program((path,) + COMPRESSOR_OPTIONS[os.path.basename(path)], stdin=subprocess.PIPE)
 
 
@@ -7271,8 +7286,8 @@ def check_compressor(program: Program) -> None:
 
 def bad_compressor(doing: str, compression: str, found: str) -> str:
     """The sentence about a compressor whose output does not give back what went in."""
-    return (f"{doing}: what compress={compression} stored decompresses to {found}: nothing of it was kept. Is the "
-            f"compressor on the PATH the real one?")
+    return (f"{doing}: what compress={compression} stored decompresses to {found}: nothing of it was kept. "
+            f"Is the compressor on the PATH the real one?")
 
 
 def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ...]:
@@ -7282,8 +7297,9 @@ def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ..
     for disk in disks:
         found = seen.get(disk.vdi_uuid) or (report.disks[0] if len(report.disks) == 1 else None)
         rows.append({"device": disk.device, "userdevice": disk.userdevice, "name": disk.name,
-                     "snapshot_uuid": disk.vdi_uuid, "sr_uuid": disk.sr_uuid, "virtual_size": disk.virtual_size,
-                     "archive_id": found.id if found else "", "blocks": found.blocks if found else 0})
+                     "snapshot_uuid": disk.vdi_uuid, "sr_uuid": disk.sr_uuid,
+                     "virtual_size": disk.virtual_size, "archive_id": found.id if found else "",
+                     "blocks": found.blocks if found else 0})
     return tuple(rows)
 
 
@@ -7309,8 +7325,8 @@ class Watch:
         self.program = None                # type: Optional[Program]
 
     def __call__(self, progress: Progress) -> None:
-        """Raises Interrupted, StreamStalled or BackupError to abort the flow. A pool that does not answer just now
-        proves nothing."""
+        """Raises Interrupted, StreamStalled or BackupError to abort the flow. A pool that does not answer
+        just now proves nothing."""
         services, now = self._services, time.monotonic()
         services.signals.check()
         services.log.progress(
@@ -7320,8 +7336,8 @@ class Watch:
         elif progress.quiet_s > SILENCE_BEFORE_POLL_S and now - self._task_asked_at > TASK_POLL_S:
             self._task_asked_at = now
             with contextlib.suppress(ApiFailure, PoolError):
-                found = [services.pool.call(f"asking for the progress of {self._doing}", "task.get_progress", task)
-                         for task in self._find_tasks()]
+                doing = f"asking for the progress of {self._doing}"
+                found = [services.pool.call(doing, "task.get_progress", task) for task in self._find_tasks()]
                 if found and found != self._task_progress:         # the server's own progress counts as life
                     self._task_progress, self._alive_at = found, now
         if now - self._alive_at > self._stall_s:
@@ -7334,11 +7350,13 @@ class Watch:
                                f"{self._doing} was given up")
 
     def _give_up(self, waiting_for: str) -> None:
-        """The tasks are cancelled and xe killed; raises StreamStalled or, if it is our storage, StorageMisbehaved."""
+        """The tasks are cancelled and xe killed; raises StreamStalled or, if it is our storage,
+        StorageMisbehaved."""
         stalled = f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)}"
-        if waiting_for != "xe":            # the image's writer, the list of blocks, or a compressor before them
-            raise StorageStalled(f"{stalled} while waiting for the {waiting_for}. It was given up and its snapshot "
-                                 f"removed; is the share still reachable?")
+        # the image's writer, the list of blocks, or a compressor before them
+        if waiting_for != "xe":
+            raise StorageStalled(f"{stalled} while waiting for the {waiting_for}. It was given up and its "
+                                 f"snapshot removed; is the share still reachable?")
         with self._services.signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
             for task in self._find_tasks():
                 self._services.pool.call(f"cancelling {self._doing}", "task.cancel", task)
@@ -7353,12 +7371,13 @@ def check_sr_space(srs: Sequence[StorageRepository], min_free_percent: int, cons
         if sr.physical_size > 0 and free * 100 < sr.physical_size * min_free_percent:
             raise BackupError(
                 f"{consequence}: SR {quote_name(sr.name)} has only {format_size(free)} of "
-                f"{format_size(sr.physical_size)} free, less than min_sr_free={min_free_percent} %, and a snapshot on a "
-                f"full SR stops VMs. Free space on it.")
+                f"{format_size(sr.physical_size)} free, less than min_sr_free={min_free_percent} %, and a "
+                f"snapshot on a full SR stops VMs. Free space on it.")
 
 
 def progress_text(doing: str, done_bytes: int, size_bytes: int, seconds: float) -> str:
-    """`the export of web: 1.2 GiB (30 %), 85 MB/s, 2 min left`; the size is that of the disks, so % is a floor."""
+    """`the export of web: 1.2 GiB (30 %), 85 MB/s, 2 min left`; the size is that of the disks, so % is a
+    floor."""
     rate = done_bytes / seconds if seconds > 1 else 0
     text = f"{doing}: {format_size(done_bytes)}"
     if size_bytes:
@@ -7651,8 +7670,8 @@ CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_
 
 
 class Outcome(NamedTuple):
-    """What became of one thing that a run was to do: of a VM to back up, of a copy to drill. `error` is None for success,
-    `what` the status log's word for the deed; sizes in bytes."""
+    """What became of one thing that a run was to do: of a VM to back up, of a copy to drill. `error` is None
+    for success, `what` the status log's word for the deed; sizes in bytes."""
     what: str
     uuid: str
     name: str
@@ -7686,9 +7705,10 @@ DRILL_WORDING = Wording("drill: ", "copy", "came back", "did not come back", "dr
 class Report(NamedTuple):
     """What a run has to tell, whatever it did and however it ended: log, status log and mail show this value.
 
-    All that it was to do has an outcome. `missing` is what the config names and the pool lacks; `dump_error` is None where
-    no pool database was to be dumped, "" where it was. `ended_by` ended the run early, and `pool` is "" if it did so
-    before the first VM. Whether a run was a success is decided here, never by what was logged.
+    All that it was to do has an outcome. `missing` is what the config names and the pool lacks; `dump_error`
+    is None where no pool database was to be dumped, "" where it was. `ended_by` ended the run early, and
+    `pool` is "" if it did so before the first VM. Whether a run was a success is decided here, never by what
+    was logged.
     """
     wording: Wording
     source: str
@@ -7746,7 +7766,8 @@ class Report(NamedTuple):
             return 128 + self.signal
         if self.had_bug:
             return int(ExitStatus.BUG)
-        return int({"ERROR": ExitStatus.FAILED, "WARNING": ExitStatus.WARNING, "SUCCESS": ExitStatus.OK}[self.word])
+        statuses = {"ERROR": ExitStatus.FAILED, "WARNING": ExitStatus.WARNING, "SUCCESS": ExitStatus.OK}
+        return int(statuses[self.word])
 
     @property
     def size_bytes(self) -> int:
@@ -7779,7 +7800,8 @@ def selector_of(target: str) -> Tuple[str, str]:
 
 
 def config_place(arguments: Arguments) -> str:
-    """The config's path, or the selector: what its kept mails belong to, whichever pool or settings a run has."""
+    """The config's path, or the selector: what its kept mails belong to, whichever pool or settings a run
+    has."""
     if is_config_path(arguments.target):
         return fs_text(os.path.realpath(fs_path(arguments.target)))
     return "=".join(selector_of(arguments.target))
@@ -7787,8 +7809,8 @@ def config_place(arguments: Arguments) -> str:
 
 @functools.lru_cache(maxsize=None)
 def read_password(word: str) -> Optional[str]:
-    """The password that the first argument means; None for `-`. UsageError for a file that holds none. It is read once:
-    were the file gone at a second look, its path would pass for the password."""
+    """The password that the first argument means; None for `-`. UsageError for a file that holds none. It is
+    read once: were the file gone at a second look, its path would pass for the password."""
     if word == "-":
         return None
     path = fs_path(word)
@@ -7801,7 +7823,8 @@ def read_password(word: str) -> Optional[str]:
             raise ValueError("it is empty")
         return base64.b64decode(raw, validate=True).decode("utf-8", "surrogateescape")
     except (OSError, ValueError, binascii.Error):
-        raise UsageError("%s is not a password file: make one with VmBackup.py PASSWORD create-password-file=FILE."
+        raise UsageError("%s is not a password file: make one with VmBackup.py PASSWORD "
+                         "create-password-file=FILE."
                          % word)
 
 
@@ -7810,8 +7833,8 @@ def open_store(settings: Configuration) -> Catalog:
     try:
         return Catalog(settings.backup_dir)
     except CatalogError as error:
-        raise UsageError(f"{settings.places.get('backup_dir', 'default')}: backup_dir: {settings.backup_dir} can't be opened: "
-                         f"{error} Is the share mounted?")
+        raise UsageError(f"{settings.places.get('backup_dir', 'default')}: backup_dir: {settings.backup_dir} "
+                         f"can't be opened: {error} Is the share mounted?")
 
 
 def open_catalog(settings: Configuration, log: Log) -> Catalog:
@@ -7828,7 +7851,8 @@ def open_catalog(settings: Configuration, log: Log) -> Catalog:
         return catalog
     if settings.require_mount != "no":
         if settings.require_mount == "yes" or os.path.exists(INVENTORY_FILE):
-            raise UsageError(f"{place} lies {where}: is the share mounted? Backups there {harm}. require_mount=no allows it.")
+            raise UsageError(f"{place} lies {where}: is the share mounted? Backups there {harm}. "
+                             f"require_mount=no allows it.")
         log.info(f"{settings.backup_dir} lies {where}; this is no host of a pool, so it is used.")
     return catalog
 
@@ -7841,21 +7865,24 @@ def find_xe(settings: Configuration) -> str:
         raise UsageError(f"{settings.places['xe_path']}: xe_path: {settings.xe_path} is not a program.")
     found = find_program(("xe",), XE_FALLBACK)
     if found is None:
-        raise UsageError(f"the program xe was not found, neither on the PATH nor as {XE_FALLBACK}: run this on a host of the "
-                         f"pool, or install xe and name it with xe_path=.")
+        raise UsageError(f"the program xe was not found, neither on the PATH nor as {XE_FALLBACK}: run this "
+                         f"on a host of the pool, or install xe and name it with xe_path=.")
     return fs_text(found)
 
 
 @contextlib.contextmanager
-def connected(services: Services, changes_allowed: bool = True, patience_s: float = 0) -> Iterator[Tuple[Services, Inventory]]:
-    """The services with the pool that config and password mean, and what is in it; it is logged out of in the end. UsageError
-    if they contradict."""
+def connected(services: Services, changes_allowed: bool = True,
+              patience_s: float = 0) -> Iterator[Tuple[Services, Inventory]]:
+    """The services with the pool that config and password mean, and what is in it; it is logged out of in the
+    end. UsageError if they contradict."""
     settings = services.settings
     password = read_password(services.arguments.password)
     if password is None and settings.pool is not None:
-        raise UsageError("pool= needs a password: - means root on this host, which another pool does not know.")
+        raise UsageError("pool= needs a password: - means root on this host, which another pool does not "
+                         "know.")
     services.log.keep_secret(password or "")
-    pool = Pool(settings.pool, password, Doorway.of_environment(dict(os.environ)), Trust(settings.ca_file, settings.ca_fingerprint),
+    pool = Pool(settings.pool, password, Doorway.of_environment(dict(os.environ)),
+                Trust(settings.ca_file, settings.ca_fingerprint),
                 patience_s or settings.stall_timeout * MINUTE_S, services.log, services.signals)
     try:
         pool.connect()
@@ -7868,14 +7895,16 @@ def connected(services: Services, changes_allowed: bool = True, patience_s: floa
 
 def make_xe(services: Services) -> XeProgram:
     """How xe is called for the pool."""
-    return XeProgram(find_xe(services.settings), services.pool.xe_address, read_password(services.arguments.password) or "")
+    password = read_password(services.arguments.password)
+    return XeProgram(find_xe(services.settings), services.pool.xe_address, password or "")
 
 
 # --- the frame ----------------------------------------------------------------------
 
 
 class Run:
-    """The frame of a deed that makes things in the pool: its journal, what it makes there, and how the store does meanwhile.
+    """The frame of a deed that makes things in the pool: its journal, what it makes there, and how the store
+    does meanwhile.
 
     A context manager: in the end, whatever that was, the journals are put away.
     """
@@ -7884,8 +7913,8 @@ class Run:
         """The journal is begun and locked, and kept by the run's own services."""
         now, host = services.clock.utc(), inventory.host.short_name
         name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{secrets.token_hex(3)}"
-        journal = begin_run(services.catalog, name, dict(signature(services, inventory), config=services.settings.source),
-                                             now.timestamp())
+        header = dict(signature(services, inventory), config=services.settings.source)
+        journal = begin_run(services.catalog, name, header, now.timestamp())
         journal.limit_s = services.settings.stall_timeout * MINUTE_S
         self.services = services._replace(journal=journal)
         self.inventory = inventory
@@ -7912,35 +7941,41 @@ class Run:
         return problems
 
     def look_again(self) -> None:
-        """What the run removed in the pool is really gone, also where a server that was shaken forgot its last seconds."""
+        """What the run removed in the pool is really gone, also where a server that was shaken forgot its
+        last seconds."""
         if self.services.pool.was_shaken:
             self.snapshots.look_again()
 
     def check_alive(self) -> None:
-        """Raises TakenOver if another run took us for dead: then nothing more may be sealed, deleted or swept."""
+        """Raises TakenOver if another run took us for dead: then nothing more may be sealed, deleted or
+        swept."""
         journal = self.services.journal
         if not journal.is_still_ours():
-            raise TakenOver(f"another run took this one for dead (its journal {journal.name} was taken over): nothing more "
-                            f"is sealed or deleted. Do the clocks and locks of the share work?")
+            raise TakenOver(f"another run took this one for dead (its journal {journal.name} was taken "
+                            f"over): nothing more is sealed or deleted. Do the clocks and locks of the share "
+                            f"work?")
 
     def report(self, wording: Wording, ended: Optional[BaseException]) -> Report:
         """How the run went, but for what became of its jobs."""
         services = self.services
         noted = services.signals.noted if ended is not None and not is_bug(ended) else None
-        return Report(wording, services.settings.source, self.inventory.host.short_name, self.began_at, services.clock.utc(),
-                      self.inventory.pool_title, ended_by=ended, signal=noted.number if noted else 0)
+        return Report(wording, services.settings.source, self.inventory.host.short_name, self.began_at,
+                      services.clock.utc(), self.inventory.pool_title, ended_by=ended,
+                      signal=noted.number if noted else 0)
 
     # --- how the store does ---------------------------------------------------------
 
     def note(self, error: BaseException) -> None:
-        """After storage that misbehaved nothing is pruned; after one that hangs nothing of it is waited for."""
+        """After storage that misbehaved nothing is pruned; after one that hangs nothing of it is waited
+        for."""
         if isinstance(error, StorageMisbehaved):
             self.store_problem = str(error)
         if isinstance(error, StorageStalled):
             self.storage_hangs = True
 
     def in_store(self, doing: str, work: Callable[[], Any]) -> Any:
-        """What the work in the store gives; a store that hangs is left after stall_timeout, after a signal soon."""
+        """What the work in the store gives; a store that hangs is left after stall_timeout, after a signal
+        soon."""
         signals = self.services.signals
         try:
             return within(self.services.settings.stall_timeout * MINUTE_S, doing, work, lambda: signals.noted)
@@ -7950,8 +7985,8 @@ class Run:
             raise
 
     def tidy(self, doing: str, work: Callable[[], Any]) -> None:
-        """It is done in the store; what can't be done now is left to the next run, so that no store keeps a run that has
-        cleaned up in the pool, and nothing hides what went wrong before. Signals wait."""
+        """It is done in the store; what can't be done now is left to the next run, so that no store keeps a
+        run that has cleaned up in the pool, and nothing hides what went wrong before. Signals wait."""
         if self.storage_hangs:
             return
         try:
@@ -7968,7 +8003,8 @@ def signature(services: Services, inventory: Inventory) -> Dict[str, Any]:
 
 
 def ended_by(services: Services, deed: Callable[[], None]) -> Optional[BaseException]:
-    """What ended the deed before its time, told; None if nothing did. What was done till then stands, and is reported."""
+    """What ended the deed before its time, told; None if nothing did. What was done till then stands, and is
+    reported."""
     try:
         deed()
     except BackupError as error:
@@ -7996,11 +8032,11 @@ def is_bug(error: Optional[BaseException]) -> bool:
 
 @contextlib.contextmanager
 def config_lock(services: Services, inventory: Inventory) -> Iterator[Optional[LockFile]]:
-    """The lock of this config, its text telling that a run goes on; None if the run is left to another host of the pool,
-    which is told. LockHeld if another run of this config goes on.
+    """The lock of this config, its text telling that a run goes on; None if the run is left to another host
+    of the pool, which is told. LockHeld if another run of this config goes on.
 
-    What a config is: the pool, what decides about copies, and the config's place. Two pools with one path, hosts with
-    different files there, and other selectors by hand are different configs.
+    What a config is: the pool, what decides about copies, and the config's place. Two pools with one path,
+    hosts with different files there, and other selectors by hand are different configs.
     """
     settings = services.settings
     lock = services.catalog.lock_file("config", "/".join(
@@ -8008,14 +8044,16 @@ def config_lock(services: Services, inventory: Inventory) -> Iterator[Optional[L
     ours = lock.take()
     text = lock.text() if ours else settled_text(services, lock)
     if not services.arguments.parameters["force"] and settings.pool is None:
-        neighbour = neighbour_text(text, inventory, services.clock.utc(), not ours or services.catalog.locks_are_local)
+        neighbour = neighbour_text(text, inventory, services.clock.utc(),
+                                   not ours or services.catalog.locks_are_local)
         if neighbour:
             lock.release()
             services.log.info(neighbour)
             yield None
             return
     if not ours:
-        raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was started.")
+        raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was "
+                       f"started.")
     lock.write_text(dict(signature(services, inventory), state="running"))
     try:
         yield lock
@@ -8040,8 +8078,8 @@ def settled_text(services: Services, lock: LockFile) -> Dict[str, Any]:
 
 
 def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, may_be_running: bool) -> str:
-    """The sentence that leaves this run to another host of the pool that began it less than an hour ago; "" if none
-    did. `may_be_running`: false when the lock was free, so that a run that says `running` is dead."""
+    """The sentence that leaves this run to another host of the pool that began it less than an hour ago; ""
+    if none did. `may_be_running`: false when the lock was free, so that a run that says `running` is dead."""
     host = text.get("host")
     if not host or host == inventory.host.short_name or text.get("pool") != inventory.pool_uuid:
         return ""
@@ -8050,12 +8088,14 @@ def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, ma
     except (ValueError, TypeError):
         return ""
     state = text.get("state")
-    has_ended = state == "finished" and text.get("exit") in (ExitStatus.OK, ExitStatus.FAILED, ExitStatus.WARNING)
-    if not -NEWEST_NEIGHBOUR_S < age_s < NEWEST_NEIGHBOUR_S or not (has_ended or state == "running" and may_be_running):
+    has_ended = state == "finished" and text.get("exit") in (
+        ExitStatus.OK, ExitStatus.FAILED, ExitStatus.WARNING)
+    is_at_it = has_ended or state == "running" and may_be_running
+    if not is_at_it or not -NEWEST_NEIGHBOUR_S < age_s < NEWEST_NEIGHBOUR_S:
         return ""
     how = f"ended with exit status {text['exit']:d}" if has_ended else "is running"
-    return (f"{host} of the same pool began this config's backup at {text['since']} and {how}: left to it. force=yes runs all "
-            f"the same.")
+    return (f"{host} of the same pool began this config's backup at {text['since']} and {how}: left to it. "
+            f"force=yes runs all the same.")
 
 
 def end_config_lock(lock: LockFile, status: int) -> None:
@@ -8093,14 +8133,18 @@ class BackupRun:
         self._status_log = status_log
         self._findings = []                # type: List[Finding]
         self._outcomes = []                # type: List[Outcome]
-        self._dump_error = "not dumped, as the run ended before it was done." if self._services.settings.pool_db_backup else None
+        self._dump_error = None            # type: Optional[str]
+        if self._services.settings.pool_db_backup:
+            self._dump_error = "not dumped, as the run ended before it was done."
 
     def report(self) -> Report:
-        """Everything of the plan was tried. A pool that stays away, or a signal, ends it early, and the report says so."""
+        """Everything of the plan was tried. A pool that stays away, or a signal, ends it early, and the
+        report says so."""
         ended = ended_by(self._services, self._do_all)
         tried = {outcome.uuid for outcome in self._outcomes}
+        rest = [untried(job) for job in self._plan.jobs if job.machine.uuid not in tried]
         return self.run.report(BACKUP_WORDING, ended)._replace(
-            outcomes=tuple(self._outcomes + [untried(job) for job in self._plan.jobs if job.machine.uuid not in tried]),
+            outcomes=tuple(self._outcomes + rest),
             missing=tuple(text for _, text in self._plan.missing),
             findings=tuple(self._findings + self.run.snapshots.findings), dump_error=self._dump_error)
 
@@ -8131,7 +8175,8 @@ class BackupRun:
             "the clock went back" if self.clock_went_back else ""
 
     def left(self, error: CatalogError) -> Finding:
-        """What can't be read or removed in the store costs only itself: it is left, and a warning if that stops the pruning."""
+        """What can't be read or removed in the store costs only itself: it is left, and a warning if that
+        stops the pruning."""
         if isinstance(error, TakenOver):
             raise error
         self.run.note(error)
@@ -8173,7 +8218,8 @@ class BackupRun:
         for name in folder.unfinished:
             try:
                 now_s = self._services.clock.utc().timestamp()
-                if catalog.locks_are_local and now_s - catalog.newest_change_s(folder.name, name) < WEAK_LOCK_PATIENCE_S:
+                if catalog.locks_are_local \
+                        and now_s - catalog.newest_change_s(folder.name, name) < WEAK_LOCK_PATIENCE_S:
                     continue
                 self.run.check_alive()
                 self._services.log.info(f"{folder.name}/{name}: left by a run that died; removing it.")
@@ -8184,8 +8230,8 @@ class BackupRun:
     # --- the jobs ---------------------------------------------------------------------
 
     def _check_retention(self) -> Iterator[Finding]:
-        """What stands in the way of pruning is told; where the clock went back since any of these VMs' newest copies,
-        nothing is pruned tonight."""
+        """What stands in the way of pruning is told; where the clock went back since any of these VMs' newest
+        copies, nothing is pruned tonight."""
         utc, local = self._services.clock.utc(), self._services.clock.local()
         for job in self._plan.jobs:
             with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
@@ -8196,15 +8242,16 @@ class BackupRun:
                     yield Finding(Severity.WARNING, job.machine.title, warning)
 
     def _try_jobs(self, jobs: Iterable[Job], is_last: bool) -> List[Job]:
-        """Each of the jobs has its outcome, but for those that are worth another try. PoolError if the pool is gone: the VMs
-        behind that one would fail too."""
+        """Each of the jobs has its outcome, but for those that are worth another try. PoolError if the pool
+        is gone: the VMs behind that one would fail too."""
         again = []
         for job in jobs:
             self._services.signals.check()
             outcome, error = self._tried(job)
             is_pool_gone = isinstance(error, PoolError) and not isinstance(error, AnswerLost)
             if error is not None and error.passing and not is_last and not is_pool_gone:
-                self._services.log.warning(f"{job.machine.title}: {error} It is tried once more at the end of the run.")
+                self._services.log.warning(f"{job.machine.title}: {error} It is tried once more at the end "
+                                           f"of the run.")
                 self._status_log.end(outcome._replace(status_word="RETRY"))
                 again.append(job)
                 continue
@@ -8245,8 +8292,8 @@ class BackupRun:
             yield Finding(Severity.WARNING, place, str(error))
             return
         if free is not None and free < largest:
-            yield Finding(Severity.WARNING, place, f"only {format_size(free)} are free, and the largest copy of this run has "
-                          f"{format_size(largest)}: the next run may not fit.")
+            yield Finding(Severity.WARNING, place, f"only {format_size(free)} are free, and the largest copy of "
+                          f"this run has {format_size(largest)}: the next run may not fit.")
 
     # --- the pool database --------------------------------------------------------------
 
@@ -8276,22 +8323,26 @@ class BackupRun:
         """Older dumps of this pool beyond the number to keep are gone."""
         problems = []                      # type: List[CatalogError]
         catalog, most = self._services.catalog, self._services.settings.max_backups
-        dumps = [name for name, pool in catalog.pool_dumps(folder, problems) if pool == self.run.inventory.pool_uuid]
+        dumps = [name for name, pool in catalog.pool_dumps(folder, problems)
+                 if pool == self.run.inventory.pool_uuid]
         yield from map(self.left, problems)
         reason = self.why_not_pruned
         if not reason and dumps[-1:] != [newest]:
-            reason = "the clock went back" if newest in dumps else f"{folder}/{newest}, just made, can't be read back"
+            reason = "the clock went back" if newest in dumps else \
+                f"{folder}/{newest}, just made, can't be read back"
         if reason:
             self._services.log.info(f"pool database: nothing is pruned, as {reason}.")
             return
         for old in dumps[:-most]:
             self.run.check_alive()
             catalog.remove_pool_dump(folder, old)
-            self._services.log.info(f"pool database: removed {folder}/{old}: {counted(most, 'dump', 'is')} kept.")
+            self._services.log.info(f"pool database: removed {folder}/{old}: {counted(most, 'dump', 'is')} "
+                                    f"kept.")
 
 
 class BackupJob:
-    """One copy more of one VM, from its directory's lock to retention. It knows nothing of the jobs before and behind it."""
+    """One copy more of one VM, from its directory's lock to retention. It knows nothing of the jobs before
+    and behind it."""
 
     def __init__(self, backup: BackupRun, job: Job, tell: Callable[[Iterable[Finding]], None]) -> None:
         self._backup = backup
@@ -8301,7 +8352,8 @@ class BackupJob:
         self._tell = tell
 
     def done(self) -> Outcome:
-        """The outcome of a copy that is sealed, older ones pruned. Raises BackupError; then nothing of it is left."""
+        """The outcome of a copy that is sealed, older ones pruned. Raises BackupError; then nothing of it is
+        left."""
         job, run = self._job, self._run
         if run.storage_hangs:
             raise StorageStalled(f"it was not tried, as the backup storage hangs: {run.store_problem}")
@@ -8310,7 +8362,8 @@ class BackupJob:
         with self._own_folder() as folder:
             self._tell(self._backup.clear_unfinished(folder))
             if self._services.settings.pre_clean:
-                self._prune(self._backup.placement.own_view(folder, job.machine), job.keep - 1, "to make room")
+                copies = self._backup.placement.own_view(folder, job.machine)
+                self._prune(copies, job.keep - 1, "to make room")
             sealed, size_bytes = self._make_copy(folder)
             outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes)
             try:                                   # whatever comes now, the new copy is sealed and good
@@ -8352,12 +8405,13 @@ class BackupJob:
                 break
             holder = f"{name} is in use by another run ({holder_text(lock.text())})"
             if not has_time:
-                raise BackupError(f"the directory {holder} since before lock_wait={lock_wait} minutes. Nothing was done for "
-                                  f"this VM.")
+                raise BackupError(f"the directory {holder} since before lock_wait={lock_wait} minutes. "
+                                  f"Nothing was done for this VM.")
             if not told:
                 self._services.log.info(f"{holder}; waiting.")
                 told = True
-        with contextlib.suppress(CatalogError):    # the text is for people; a full store must not cost the lock
+        # the text is for people; a full store must not cost the lock
+        with contextlib.suppress(CatalogError):
             lock.write_text(signature(self._services, self._run.inventory))
 
     # --- the copy -----------------------------------------------------------------------
@@ -8377,7 +8431,8 @@ class BackupJob:
                 interfaces, os_version = services.pool.interfaces(machine), services.pool.os_version(machine)
                 self._tell_problems(machine, interfaces)
                 files = metadata_files(machine, machine.disks, interfaces, os_version)
-                run.in_store("writing the metadata", lambda: copy.write_texts(          # the sizes are those of the snapshot
+                # the sizes are those of the snapshot
+                run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if not name.endswith(VDI_CFG)))
             image, disks = self._export(machine, copy)
             with stage("SEAL-FAIL"):
@@ -8386,20 +8441,22 @@ class BackupJob:
                 copy.note_file(BLOCKS, image.blocks_size, image.blocks_sha256)
                 run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if name.endswith(VDI_CFG)))
-                run.in_store("finishing the copy", lambda: copy.finish(self._manifest(machine, image, taken_at, folder)))
+                run.in_store("finishing the copy", lambda: copy.finish(
+                    self._manifest(machine, image, taken_at, folder)))
                 if services.settings.verify_after:
                     self._read_back(machine, copy, image)
                 run.in_store("sealing the copy", lambda: (
                     run.check_alive(), services.catalog.check_in_place(), copy.seal()))
-        except BaseException as error:             # whatever ended it: what was written goes, unless the storage is what failed
+        # whatever ended it: what was written goes, unless the storage is what failed
+        except BaseException as error:
             run.note(error)
             if not isinstance(error, TakenOver):
                 run.tidy(f"removing {copy.name}{PARTIAL}", copy.discard)
             raise
         finally:
             copy.close()
-        services.log.info(f"{machine.title}: {folder.name}/{copy.name} is complete: {format_size(image.size)}, proven "
-                          f"{proof_text(image)}.")
+        services.log.info(f"{machine.title}: {folder.name}/{copy.name} is complete: "
+                          f"{format_size(image.size)}, proven {proof_text(image)}.")
         return copy.name, image.size
 
     def _read_again(self) -> VirtualMachine:
@@ -8410,16 +8467,17 @@ class BackupJob:
                 machine = self._services.pool.real_machine(planned)
             except ApiFailure as failure:
                 if is_gone(failure, "VM"):
-                    raise BackupError(f"{planned.title} is no longer in the pool, so it was not backed up. Its earlier copies "
-                                      f"are left as they are.")
+                    raise BackupError(f"{planned.title} is no longer in the pool, so it was not backed up. "
+                                      f"Its earlier copies are left as they are.")
                 raise
         for what, before, now in (("name", planned.name, machine.name),
                                   ("power state", planned.power_state, machine.power_state),
                                   ("disks", disk_list(planned.disks), disk_list(machine.disks))):
             if before != now:
-                log.info(f"{planned.title}: its {what} changed since the run was planned: {one_line(now) or 'none'}, before "
-                         f"{one_line(before) or 'none'}.")
-        if machine.power_state == "Suspended":             # a snapshot of it is halted (tried on a real server)
+                log.info(f"{planned.title}: its {what} changed since the run was planned: "
+                         f"{one_line(now) or 'none'}, before {one_line(before) or 'none'}.")
+        # a snapshot of it is halted (tried on a real server)
+        if machine.power_state == "Suspended":
             log.info(f"{machine.title} is suspended: the copy holds its disks, but not its memory.")
         return machine
 
@@ -8443,24 +8501,30 @@ class BackupJob:
             with stage("VDI-EXPORT-FAIL"):
                 disk = first_disk(machine)
             self._check_sr_space(machine, (disk,))
-            with stage("SNAPSHOT-FAIL"), snapshots.of_disk(machine, disk) as snapshot, stage("VDI-EXPORT-FAIL"):
+            with stage("SNAPSHOT-FAIL"), snapshots.of_disk(machine, disk) as snapshot, \
+                    stage("VDI-EXPORT-FAIL"):
                 image = exporter.disk_image(snapshot, machine, copy.inside, base)
                 sizes = {disk.vdi_ref: snapshot.virtual_size}
-        return image, [disk._replace(virtual_size=sizes.get(disk.vdi_ref, disk.virtual_size)) for disk in machine.disks]
+        return image, [disk._replace(virtual_size=sizes.get(disk.vdi_ref, disk.virtual_size))
+                       for disk in machine.disks]
 
     def _check_sr_space(self, machine: VirtualMachine, disks: Sequence[Disk]) -> None:
         """Raises BackupError if a snapshot of those disks could fill their SR."""
         min_free = self._services.settings.min_sr_free
         if min_free:
             with stage("SNAPSHOT-FAIL"):
-                check_sr_space(self._services.pool.storage_repositories(disk.sr_ref for disk in disks if disk.sr_uuid),
-                               min_free, f"no snapshot of {machine.title} was made")
+                check_sr_space(self._services.pool.storage_repositories(
+                    disk.sr_ref for disk in disks if disk.sr_uuid), min_free,
+                    f"no snapshot of {machine.title} was made")
 
-    def _manifest(self, machine: VirtualMachine, image: ImageReport, taken_at: datetime, folder: Folder) -> Dict[str, Any]:
-        """backup.json: what, when, from where, and what was verified. `files` is added when all are written."""
+    def _manifest(self, machine: VirtualMachine, image: ImageReport, taken_at: datetime,
+                  folder: Folder) -> Dict[str, Any]:
+        """backup.json: what, when, from where, and what was verified. `files` is added when all are
+        written."""
         inventory, job = self._run.inventory, self._job
         return {
-            "format": MANIFEST_FORMAT, "program": "VmBackup " + VERSION, "kind": job.method.value, "folder": folder.name,
+            "format": MANIFEST_FORMAT, "program": "VmBackup " + VERSION, "kind": job.method.value,
+            "folder": folder.name,
             "taken_at": format_utc(taken_at), "finished_at": format_utc(self._services.clock.utc()),
             "sequence": next_sequence(folder.copies), "copies_to_keep": job.keep, "chosen_by": job.chosen_by,
             "vm": {"uuid": machine.uuid, "name": machine.name, "power_state": machine.power_state},
@@ -8483,15 +8547,17 @@ class BackupJob:
         digest = Digest()
         fd = copy.inside.open_file(image.name)
         forget_cached(fd)
-        pump([Flow(fd, [digest])], lambda progress: self._services.signals.check(), f"reading {image.name} back")
+        pump([Flow(fd, [digest])], lambda progress: self._services.signals.check(),
+             f"reading {image.name} back")
         if (digest.total_bytes, digest.hexdigest()) != (image.size, image.sha256):
-            raise StorageMisbehaved(f"the storage gives back other bytes than were written to {image.name}: the copy was not "
-                                    f"kept, and nothing is pruned. Check the share or disk.")
+            raise StorageMisbehaved(f"the storage gives back other bytes than were written to {image.name}: "
+                                    f"the copy was not kept, and nothing is pruned. Check the share or disk.")
 
     # --- retention ------------------------------------------------------------------------
 
     def _retain(self, folder_name: str, sealed: str) -> int:
-        """Older copies beyond the number to keep are gone, never the one just sealed; the number of good ones there."""
+        """Older copies beyond the number to keep are gone, never the one just sealed; the number of good ones
+        there."""
         job, log = self._job, self._services.log
         folder = self._services.catalog.folder(folder_name)
         copies = self._backup.placement.own_view(folder, job.machine)
@@ -8506,7 +8572,8 @@ class BackupJob:
         return sum(1 for copy in copies if copy.counts_for(job.machine.uuid, job.method)) - removed
 
     def _prune(self, copies: Sequence[Copy], keep: int, why: str, sealed: str = "") -> int:
-        """What the verdicts let go is gone; how many copies that were. A copy that can't be removed is a warning."""
+        """What the verdicts let go is gone; how many copies that were. A copy that can't be removed is a
+        warning."""
         job, title, log = self._job, self._job.machine.title, self._services.log
         removed = 0
         for verdict in judge(copies, job.machine.uuid, job.method, keep, sealed):
@@ -8533,8 +8600,8 @@ class BackupJob:
 
 
 def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
-    """The directory of the pool's dumps: METADATA_<host>, with the pool behind it where another pool's host of that name
-    came first."""
+    """The directory of the pool's dumps: METADATA_<host>, with the pool behind it where another pool's host
+    of that name came first."""
     plain = "METADATA_" + inventory.host.short_name
     pools = {pool for _, pool in catalog.pool_dumps(plain)} - {""}
     return plain if not pools or inventory.pool_uuid in pools else f"{plain}--{inventory.pool_uuid[:8]}"
@@ -8572,8 +8639,9 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
         ("orig_uuid", machine.uuid))))]
     for folder, disk in zip(disk_folders(disks), disks):
         files.append((folder + "/vbd.cfg", cfg_text((
-            ("userdevice", disk.userdevice), ("bootable", disk.bootable), ("mode", disk.mode), ("type", disk.type),
-            ("unpluggable", disk.unpluggable), ("empty", False), ("orig_uuid", disk.vbd_uuid)))))
+            ("userdevice", disk.userdevice), ("bootable", disk.bootable), ("mode", disk.mode),
+            ("type", disk.type), ("unpluggable", disk.unpluggable), ("empty", False),
+            ("orig_uuid", disk.vbd_uuid)))))
         files.append((folder + VDI_CFG, cfg_text((
             ("name_label", disk.name), ("name_description", disk.description),
             ("virtual_size", disk.virtual_size), ("type", disk.vdi_type), ("sharable", disk.sharable),
@@ -8581,8 +8649,8 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
     vifs = _told_apart([("vif-" + safe_name(vif.device), vif.uuid[:8], vif.uuid) for vif in interfaces])
     for name, interface in zip(vifs, interfaces):
         files.append(("VIFs/%s.cfg" % name, cfg_text((
-            ("device", interface.device), ("network_name_label", interface.network_name), ("MTU", interface.mtu),
-            ("MAC", interface.mac), ("other_config", dict(interface.other_config)),
+            ("device", interface.device), ("network_name_label", interface.network_name),
+            ("MTU", interface.mtu), ("MAC", interface.mac), ("other_config", dict(interface.other_config)),
             ("orig_uuid", interface.uuid)))))
     return files
 
@@ -8592,19 +8660,21 @@ OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml
 
 @contextlib.contextmanager
 def planned(services: Services, changes_allowed: bool = True) -> Iterator[Tuple[Services, Inventory, Plan]]:
-    """Store, programs and pool are there, and the plan is made: what a backup and its preview begin with. UsageError if what
-    the config asks for can't be had."""
+    """Store, programs and pool are there, and the plan is made: what a backup and its preview begin with.
+    UsageError if what the config asks for can't be had."""
     settings = services.settings
     services = services._replace(catalog=open_catalog(settings, services.log))
     compress = f"{settings.places.get('compress', 'default')}: compress={settings.compress}"
     if settings.compress != "none" and find_program(COMPRESSORS[settings.compress]) is None:
-        raise UsageError(f"{compress} needs the program {' or '.join(COMPRESSORS[settings.compress])}, which is not on the PATH.")
+        raise UsageError(f"{compress} needs the program {' or '.join(COMPRESSORS[settings.compress])}, which "
+                         f"is not on the PATH.")
     find_xe(settings)
     with connected(services, changes_allowed) as (services, inventory):
         plan, api = make_plan(settings, inventory), inventory.master.api_version
-        if settings.compress == "zstd" and (0, 0) < api < OLDEST_ZSTD_API and any(job.method is Method.VM for job in plan.jobs):
-            raise UsageError(f"{compress}: this pool (API {api[0]}.{api[1]}) could not import a zstd archive: use gzip. Nothing "
-                             f"was started.")
+        if settings.compress == "zstd" and (0, 0) < api < OLDEST_ZSTD_API \
+                and any(job.method is Method.VM for job in plan.jobs):
+            raise UsageError(f"{compress}: this pool (API {api[0]}.{api[1]}) could not import a zstd "
+                             f"archive: use gzip. Nothing was started.")
         yield services, inventory, plan
 
 
@@ -8616,8 +8686,8 @@ def planned(services: Services, changes_allowed: bool = True) -> Iterator[Tuple[
 
 
 def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
-    """The VMs of the store that the word means, all if it is empty; UsageError if there is none. What can't be listed is
-    told."""
+    """The VMs of the store that the word means, all if it is empty; UsageError if there is none. What can't
+    be listed is told."""
     listing = list_store(catalog)
     for problem in listing.problems:
         log.info(f"{problem} It is left out.")
@@ -8629,8 +8699,8 @@ def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
 
 
 def verify_all(services: Services, copies: Sequence[Copy], minutes: Optional[int]) -> List[CopyVerdict]:
-    """The verdicts on the copies, each shown and on record as soon as it is known; on the first of them if that takes
-    longer than so many minutes."""
+    """The verdicts on the copies, each shown and on record as soon as it is known; on the first of them if
+    that takes longer than so many minutes."""
     stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
     verdicts, untold = [], True
     for copy in copies:
@@ -8655,12 +8725,15 @@ def verify_summary(verdicts: Sequence[CopyVerdict], chosen: int) -> str:
     """How many copies were in which state."""
     numbers = [(state, sum(verdict.state is state for verdict in verdicts)) for state in CopyState]
     counts = ", ".join(f"{number} {state.value}" for state, number in numbers if number) or "none"
-    left = f"; {counted(chosen - len(verdicts), 'copy')} left for the next run" if chosen > len(verdicts) else ""
+    left = ""
+    if chosen > len(verdicts):
+        left = f"; {counted(chosen - len(verdicts), 'copy')} left for the next run"
     return f"{counted(len(verdicts), 'copy')} verified: {counts}{left}."
 
 
 def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optional[int], str]:
-    """How many good copies stay when retention is applied without a pool, and by which rule; None: nothing is removed.
+    """How many good copies stay when retention is applied without a pool, and by which rule; None: nothing is
+    removed.
 
     The larger of the newest manifest's number and the config's. A VM that the
     config does not select by name, and copies without a number, are left.
@@ -8703,19 +8776,20 @@ def check_may_prune(services: Services, listing: Listing) -> None:
     if is_pruned_by_hand(services.arguments) and (len({stored.uuid for stored in vms}) > 1
                                                   or len({stored.pool for stored in vms if stored.pool}) > 1):
         uuids = ", ".join(sorted({stored.uuid or "?" for stored in vms}))
-        raise UsageError(f"{quote_name(vm)} stands for {len(vms)} VMs in the store ({uuids}): name one as vm=uuid:UUID, "
-                         f"or by its directory.")
+        raise UsageError(f"{quote_name(vm)} stands for {len(vms)} VMs in the store ({uuids}): name one as "
+                         f"vm=uuid:UUID, or by its directory.")
 
 
 def prune_all(services: Services, vms: Sequence[StoredVm]) -> Tuple[int, ExitStatus]:
-    """How many copies of these VMs were beyond the numbers to keep, and are gone or shown in a preview; the exit status."""
+    """How many copies of these VMs were beyond the numbers to keep, and are gone or shown in a preview; the
+    exit status."""
     log, removed, failed = services.log, 0, False
     warnings = set()                       # type: Set[str]
     for stored in vms:
         keep, rule = prune_rule(services, stored)
         if keep is None:
-            log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in {stored.folder}/: {rule}; `prune "
-                     f"vm=... max_backups=N` removes by hand.")
+            log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in {stored.folder}/: "
+                     f"{rule}; `prune vm=... max_backups=N` removes by hand.")
             continue
         try:
             removed += prune_one(services, services.catalog, stored, warnings)
@@ -8728,7 +8802,8 @@ def prune_all(services: Services, vms: Sequence[StoredVm]) -> Tuple[int, ExitSta
 
 
 def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: Set[str]) -> int:
-    """The VM's copies beyond the number to keep are gone, or shown in a preview; how many. `warnings`: those told so far.
+    """The VM's copies beyond the number to keep are gone, or shown in a preview; how many. `warnings`: those
+    told so far.
 
     What goes is decided on what is there under the lock, whatever was there when the VM was chosen.
     """
@@ -8736,9 +8811,10 @@ def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: 
     with contextlib.ExitStack() as stack:
         lock = None if preview else catalog.folder_lock(folder)
         if lock is not None and not stack.enter_context(lock.held()):
-            raise BackupError(f"its directory {folder} is in use by another run ({holder_text(lock.text())}); nothing was "
-                              "removed.")
-        now = {(stored.uuid, stored.pool, stored.method): stored for stored in stored_in(catalog.folder(folder))}
+            raise BackupError(f"its directory {folder} is in use by another run "
+                              f"({holder_text(lock.text())}); nothing was removed.")
+        now = {(stored.uuid, stored.pool, stored.method): stored
+               for stored in stored_in(catalog.folder(folder))}
         stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(around=()))
         keep, _ = prune_rule(services, stored)
         problem = clock_went_back(stored.around, services.clock.utc())
@@ -10052,7 +10128,8 @@ class StatusLog:
         """Lines are appended from now on, unless the file can't be opened: that is said once."""
         def opened() -> int:
             with storage_errors(self._path):
-                return os.open(fs_path(self._path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                return os.open(fs_path(self._path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
+                               0o644)
 
         try:
             self._fd = within(STATUS_LOG_LIMIT_S, "opening the status log", opened)
@@ -10066,11 +10143,13 @@ class StatusLog:
     def end(self, outcome: Outcome) -> None:
         """What was to be done for a VM ended so."""
         numbers = f",elapse:{outcome.seconds // MINUTE_S:.0f} size:{outcome.size_bytes // GIBIBYTE}G"
-        self._line(outcome.what, f"end,{outcome.status_word} {one_line(outcome.name)}{'' if outcome.error else numbers}")
+        self._line(outcome.what, f"end,{outcome.status_word} {one_line(outcome.name)}"
+                                 f"{'' if outcome.error else numbers}")
 
     def end_run(self, report: Report) -> None:
         """The run ended so."""
-        self._line("vmbackup.py", f"end,{report.word},S:{report.successes} W:{report.warnings} E:{report.errors}")
+        self._line("vmbackup.py", f"end,{report.word},S:{report.successes} W:{report.warnings} "
+                                  f"E:{report.errors}")
 
     def _line(self, what: str, rest: str) -> None:
         if self._fd is None:
@@ -10092,9 +10171,10 @@ class StatusLog:
 def summary_text(report: Report) -> str:
     """The last line of a run: what was done, what not, and the exit status."""
     if report.wording is DRILL_WORDING:
-        return (f"drill {report.word}: {report.successes} of {counted(len(report.outcomes), 'copy')} came back"
-                f"{', stopped by a signal' if report.signal else ''}.")
-    parts = [f"{counted(report.successes, 'VM')} backed up ({format_size(report.size_bytes)} in {report.duration})"]
+        return (f"drill {report.word}: {report.successes} of {counted(len(report.outcomes), 'copy')} came "
+                f"back{', stopped by a signal' if report.signal else ''}.")
+    parts = [f"{counted(report.successes, 'VM')} backed up ({format_size(report.size_bytes)} in "
+             f"{report.duration})"]
     if report.failed_names:
         parts.append(f"{len(report.failed_names)} not: {', '.join(report.failed_names)}")
     if report.dump_error:
@@ -10127,8 +10207,8 @@ class StoreFacts(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a mail is not with the server; `is_final` if another try now would be useless, `is_for_good` if the server will
-    never take this mail, whatever becomes of our settings."""
+    """Why a mail is not with the server; `is_final` if another try now would be useless, `is_for_good` if the
+    server will never take this mail, whatever becomes of our settings."""
     reason: str
     is_final: bool
     is_for_good: bool = False
@@ -10157,7 +10237,8 @@ def mail_subject(report: Report) -> str:
         text = f"{counted(report.successes, 'VM')}, {format_size(report.size_bytes)} in {report.duration}"
     else:
         text = f"pool database dumped in {report.duration}"
-    return f"{'OK' if report.word == 'SUCCESS' else report.word}: {wording.prefix}{text} (pool {report.pool}, {report.host})"
+    word = "OK" if report.word == "SUCCESS" else report.word
+    return f"{word}: {wording.prefix}{text} (pool {report.pool}, {report.host})"
 
 
 def reason_text(error: BaseException) -> str:
@@ -10168,7 +10249,8 @@ def reason_text(error: BaseException) -> str:
 def shortened(names: Sequence[str], most: int) -> str:
     """The names, each cut if it is long, and only the first of them if there are many."""
     more = len(names) - most
-    return ", ".join(cut(name, MAIL_NAME_MOST) for name in names[:most]) + (" and %d more" % more if more > 0 else "")
+    shown = ", ".join(cut(name, MAIL_NAME_MOST) for name in names[:most])
+    return shown + (f" and {more} more" if more > 0 else "")
 
 
 def cut(text: str, most: int) -> str:
@@ -10190,8 +10272,8 @@ def mail_body(report: Report, store: StoreFacts) -> str:
               f"{format_local(report.began_at)} to {format_local(report.ended_at)}."]
     if errors:
         blocks.append(mail_block("NOT BACKED UP" if report.failed_names else "ERRORS", errors)
-                      + "\nThe next run tries again. To run sooner, repeat the crontab line by hand. The log of this run "
-                        "tells each step.")
+                      + "\nThe next run tries again. To run sooner, repeat the crontab line by hand. The log "
+                        "of this run tells each step.")
     if warnings:
         blocks.append(mail_block("WARNINGS", warnings))
     if report.dump_error == "":
@@ -10234,7 +10316,8 @@ def mail_errors(report: Report, store: StoreFacts) -> List[str]:
 
 
 def left_text(outcome: Outcome, report: Report, store: StoreFacts) -> str:
-    """What the store holds of a VM that was not backed up, in a line of its own; a drill changes nothing there."""
+    """What the store holds of a VM that was not backed up, in a line of its own; a drill changes nothing
+    there."""
     if report.wording is DRILL_WORDING:
         return ""
     if store.problem:
@@ -10277,8 +10360,9 @@ def early_end_text(report: Report) -> str:
     error = report.ended_by
     if is_bug(error):
         return "a bug in VmBackup ended the run"
-    why = f"nothing was {report.wording.deed}: {'the run was ' if isinstance(error, Interrupted) else ''}{error}"
-    return cut(why.replace(report.source, os.path.basename(report.source)).split("\n")[0].partition(". ")[0].rstrip("."), 120)
+    why = f"the run was {error}" if isinstance(error, Interrupted) else str(error)
+    why = why.replace(report.source, os.path.basename(report.source)).split("\n")[0].partition(". ")[0]
+    return cut(f"nothing was {report.wording.deed}: {why.rstrip('.')}", 120)
 
 
 def early_end_body(report: Report) -> str:
@@ -10286,14 +10370,14 @@ def early_end_body(report: Report) -> str:
     error, wording, ended_at = report.ended_by, report.wording, format_local(report.ended_at)
     started = f"VmBackup was started on host {report.host} with {report.source}, and"
     if is_bug(error):
-        return (f"{started} a bug in it ({type(error).__name__}) ended the run at {ended_at}.\n\nThe log of this run has "
-                f"the traceback, and tells which VMs were {wording.deed} before. What the run may have left in the pool or "
-                f"in the backup directory, the next run removes. If that one ends in the same way, report the traceback to "
-                f"whoever maintains VmBackup.\n")
+        return (f"{started} a bug in it ({type(error).__name__}) ended the run at {ended_at}.\n\nThe log of "
+                f"this run has the traceback, and tells which VMs were {wording.deed} before. What the run "
+                f"may have left in the pool or in the backup directory, the next run removes. If that one "
+                f"ends in the same way, report the traceback to whoever maintains VmBackup.\n")
     item = f"The run was {error} before it began." if isinstance(error, Interrupted) else str(error)
     return (f"{started} ended at {ended_at} before the first VM.\n\n"
-            f"{mail_block('NOTHING WAS ' + wording.deed.upper(), [item])}\nNo VM and no earlier copy was touched. The next "
-            f"run tries again. To run sooner, repeat the crontab line by hand.\n")
+            f"{mail_block('NOTHING WAS ' + wording.deed.upper(), [item])}\nNo VM and no earlier copy was "
+            f"touched. The next run tries again. To run sooner, repeat the crontab line by hand.\n")
 
 
 def compose_mail(subject: str, body: str, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
@@ -10312,7 +10396,8 @@ def compose_mail(subject: str, body: str, sender: str, recipients: Sequence[str]
 
 
 def subject_header(text: str) -> Union[str, email.header.Header]:
-    """The text as a header's value. One that looks encoded already (=?...?=) would be decoded, so it is encoded too."""
+    """The text as a header's value. One that looks encoded already (=?...?=) would be decoded, so it is
+    encoded too."""
     text = one_line(text)
     is_plain = text.isprintable() and all(char < "\x7f" for char in text) and "=?" not in text \
         and max(map(len, text.split(" "))) <= 60
@@ -10326,7 +10411,8 @@ def this_host() -> str:
 
 
 class Outbox:
-    """The mails of one config that could not be sent, in the state folder, until a run of that config gets them out."""
+    """The mails of one config that could not be sent, in the state folder, until a run of that config gets
+    them out."""
 
     def __init__(self, catalog: Catalog, owner: str) -> None:
         self._catalog = catalog
@@ -10354,8 +10440,10 @@ class Outbox:
         self._in_folder(self._catalog.state, lambda folder: folder.remove_file(name))
 
     @staticmethod
-    def _in_folder(open_folder: Callable[[str], Optional[Directory]], work: Callable[[Directory], Any]) -> Any:
-        """What the work in the folder gives, None if there is none; a dead share must not keep a mail waiting."""
+    def _in_folder(open_folder: Callable[[str], Optional[Directory]],
+                   work: Callable[[Directory], Any]) -> Any:
+        """What the work in the folder gives, None if there is none; a dead share must not keep a mail
+        waiting."""
         def do() -> Any:
             folder = open_folder(MAIL_FOLDER)
             if folder is not None:
@@ -10384,7 +10472,8 @@ class Mailer:
         self._password = ""
 
     def send(self, subject: str, body: str) -> bool:
-        """True if the mail is with the server for every recipient; those kept from earlier runs have followed it."""
+        """True if the mail is with the server for every recipient; those kept from earlier runs have followed
+        it."""
         now = self._services.clock.utc()
         message = compose_mail(subject, body, self._sender, self._recipients, now)
         refused = self._deliver(message, MAIL_PAUSES_S)
@@ -10399,21 +10488,22 @@ class Mailer:
 
     def send_test(self, subject: str, body: str) -> None:
         """The mail is with the server; BackupError if it is not, and nothing is kept."""
-        refused = self._deliver(compose_mail(subject, body, self._sender, self._recipients, self._services.clock.utc()),
-                                MAIL_PAUSES_S)
+        message = compose_mail(subject, body, self._sender, self._recipients, self._services.clock.utc())
+        refused = self._deliver(message, MAIL_PAUSES_S)
         if refused:
             raise BackupError(self._failure_text(refused))
         self._services.log.show(f"{self._server_title} has taken the mail for {', '.join(self._recipients)}.")
 
     def send_kept(self) -> bool:
-        """The mails that earlier runs could not send are with the server, unless it takes none now. False if one had to
-        be given up."""
+        """The mails that earlier runs could not send are with the server, unless it takes none now. False if
+        one had to be given up."""
         all_well = True
         try:
             for name in self._outbox.names() if self._outbox else []:
                 refused = self._deliver(self._outbox.read(name), ())
                 if refused and not all(refusal.is_for_good for refusal in refused.values()):
-                    self._services.log.info(f"{self._failure_text(refused)} Mails of earlier runs are still kept.")
+                    self._services.log.info(f"{self._failure_text(refused)} Mails of earlier runs are still "
+                                            f"kept.")
                     break
                 self._outbox.remove(name)
                 if refused:
@@ -10477,8 +10567,8 @@ class Mailer:
         """The recipients whose mail is not with the server after one try, and why."""
         talk = SmtpTalk(self._services.settings, self._port, self._host, self._context, self._password)
         try:
-            answers = within(MAIL_TRY_LIMIT_S, "the mail", lambda: talk.hand_over(self._sender, list(recipients), message),
-                             self._services.signals.check)
+            answers = within(MAIL_TRY_LIMIT_S, "the mail", lambda: talk.hand_over(
+                self._sender, list(recipients), message), self._services.signals.check)
         except StorageStalled:             # it is the mail server that hangs
             talk.break_off()
             reason = f"it had not taken the mail after {format_duration(MAIL_TRY_LIMIT_S)}"
@@ -10503,8 +10593,8 @@ class Mailer:
 
 
 class SmtpTalk:
-    """One conversation with the mail server. Threads of their own hold it, so that neither a resolver that hangs nor a server
-    that sends a byte a minute can make it longer."""
+    """One conversation with the mail server. Threads of their own hold it, so that neither a resolver that
+    hangs nor a server that sends a byte a minute can make it longer."""
 
     def __init__(self, settings: Configuration, port: int, host: str, context: Optional[ssl.SSLContext],
                  password: str) -> None:
@@ -10517,7 +10607,8 @@ class SmtpTalk:
         self._server = None                # type: Optional[smtplib.SMTP]
 
     def hand_over(self, sender: str, recipients: List[str], message: bytes) -> Dict[str, Tuple[int, bytes]]:
-        """The server has the mail, but for the recipients that it refused with these words; raises what ended it."""
+        """The server has the mail, but for the recipients that it refused with these words; raises what ended
+        it."""
         limit_s = 2 * MAIL_TRY_LIMIT_S     # the one who waits has the shorter limit
         if self._settings.smtp_security == "tls":
             server = smtplib.SMTP_SSL(self._settings.smtp_server, self._port, self._host, timeout=limit_s,
@@ -10553,7 +10644,8 @@ class SmtpTalk:
 
 
 def is_final_refusal(error: Exception) -> bool:
-    """Is another try useless: a no for good (5xx), a certificate, something the server can't do, a wrong setting?"""
+    """Is another try useless: a no for good (5xx), a certificate, something the server can't do, a wrong
+    setting?"""
     if isinstance(error, smtplib.SMTPResponseException):
         return error.smtp_code >= 500
     return isinstance(error, (smtplib.SMTPNotSupportedError, ValueError)) or is_certificate_refusal(error)
@@ -10562,20 +10654,21 @@ def is_final_refusal(error: Exception) -> bool:
 def smtp_reason(error: Exception) -> str:
     """Why a mail was not sent, in words; never what we sent."""
     if isinstance(error, smtplib.SMTPAuthenticationError):
-        return (f"the login was refused: {answer_text(error.smtp_code, error.smtp_error)}; look at smtp_user and "
-                f"smtp_password_file")
+        return (f"the login was refused: {answer_text(error.smtp_code, error.smtp_error)}; look at smtp_user "
+                f"and smtp_password_file")
     if isinstance(error, smtplib.SMTPResponseException):
         return answer_text(error.smtp_code, error.smtp_error)
     if isinstance(error, smtplib.SMTPServerDisconnected):
         return "it closed the connection before it had taken the mail"
     if is_certificate_refusal(error):
         reason = getattr(error, "verify_message", "") or one_line(str(error))
-        return (f"its certificate was not accepted ({reason}): smtp_ca_file must hold the CA that signed it, and "
-                f"smtp_server the name that it is made out to")
+        return (f"its certificate was not accepted ({reason}): smtp_ca_file must hold the CA that signed it, "
+                f"and smtp_server the name that it is made out to")
     if isinstance(error, ssl.SSLError):
         return f"no TLS: {one_line(error.reason or str(error))}; is smtp_security right for this port?"
     if isinstance(error, UnicodeError):
-        return "an address, a name or the password holds characters other than ASCII, which mail servers do not all take"
+        return ("an address, a name or the password holds characters other than ASCII, which mail servers "
+                "do not all take")
     return one_line(os_reason(error)).rstrip(".")
 
 
@@ -10595,7 +10688,8 @@ def read_smtp_password(path: str) -> str:
     try:
         with open(fs_path(path), "rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise BackupError(f"smtp_password_file {path} can be read by others: chmod 600 it, and change the password.")
+                raise BackupError(f"smtp_password_file {path} can be read by others: chmod 600 it, and "
+                                  f"change the password.")
             raw = file.read(64 * KIBIBYTE)
     except OSError as error:
         raise BackupError(f"smtp_password_file {path} can't be read: {os_reason(error)}.")
@@ -10627,8 +10721,8 @@ def mail_is_wanted(settings: Configuration) -> bool:
 
 
 def mailed(services: Services, report: Report, storage_hangs: bool = False) -> Report:
-    """The report, which went out by mail if that was wanted; with a warning more if that, or a mail of an earlier run, could
-    not be sent."""
+    """The report, which went out by mail if that was wanted; with a warning more if that, or a mail of an
+    earlier run, could not be sent."""
     settings = services.settings
     if not mail_is_wanted(settings):
         return report
@@ -10636,7 +10730,8 @@ def mailed(services: Services, report: Report, storage_hangs: bool = False) -> R
     if settings.mail_when == "problems" and report.word == "SUCCESS":
         is_sent = mailer.send_kept()
     else:
-        is_sent = mailer.send(mail_subject(report), mail_body(report, store_facts(services, report, storage_hangs)))
+        facts = store_facts(services, report, storage_hangs)
+        is_sent = mailer.send(mail_subject(report), mail_body(report, facts))
     return report if is_sent else report._replace(findings=report.findings + (
         Finding(Severity.WARNING, "mail", "it was not sent."),))
 
@@ -10657,7 +10752,8 @@ def store_facts(services: Services, report: Report, storage_hangs: bool) -> Stor
 
 @contextlib.contextmanager
 def early_end_mailed(services: Services, wording: Wording) -> Iterator[None]:
-    """A mail is out about a run that ended before it could report what it has done; the error itself is told by main."""
+    """A mail is out about a run that ended before it could report what it has done; the error itself is told
+    by main."""
     began_at = services.clock.utc()
     try:
         yield
@@ -10665,8 +10761,10 @@ def early_end_mailed(services: Services, wording: Wording) -> Iterator[None]:
         if mail_is_wanted(services.settings) and not services.arguments.preview:
             with services.signals.shielded():
                 catalog = None                         # type: Optional[Catalog]
-                with contextlib.suppress(CatalogError):             # no store is what such a mail is often about
-                    catalog = within(OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(services.settings.backup_dir))
+                # no store is what such a mail is often about
+                with contextlib.suppress(CatalogError):
+                    catalog = within(OUTBOX_LIMIT_S, "opening the store",
+                                     lambda: Catalog(services.settings.backup_dir))
                 host = socket.gethostname().split(".")[0]
                 mailed(services._replace(catalog=catalog), Report(
                     wording, services.settings.source, host, began_at, services.clock.utc(), ended_by=error))
@@ -10684,8 +10782,8 @@ def report_told(services: Services, report: Report, status_log: StatusLog) -> in
 def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
                  futures: Dict[str, Tuple[str, List[Verdict]]], catalog: Catalog) -> str:
     """What a run would do: per VM its kind, directory, copies, and what retention would then remove."""
-    lines = [f"Preview of {configuration.source} for pool {inventory.pool_title} (master {inventory.master.short_name}). "
-             f"Nothing is changed.",
+    lines = [f"Preview of {configuration.source} for pool {inventory.pool_title} (master "
+             f"{inventory.master.short_name}). Nothing is changed.",
              f"Backup directory {configuration.backup_dir}: {free_text(catalog.free_bytes())}.", ""]
     if configuration.pool_db_backup:
         lines += [f"The pool database is dumped into {dump_folder(catalog, inventory)}.", ""]
@@ -10693,8 +10791,10 @@ def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
     for job in plan.jobs:
         lines += preview_job(job, *futures[job.machine.uuid])
     total = sum(disk.virtual_size for job in plan.jobs for disk in planned_disks(job))
-    lines += [f"  In all: disks of {format_size(total)} (an upper limit: empty space is not exported by vm-export).", ""]
-    for title, rows in (("left out by exclude", [(machine, " by " + line) for machine, line in plan.excluded]),
+    lines += [f"  In all: disks of {format_size(total)} (an upper limit: empty space is not exported by "
+              f"vm-export).", ""]
+    for title, rows in (("left out by exclude",
+                         [(machine, " by " + line) for machine, line in plan.excluded]),
                         ("in no backup of this config", [(machine, "") for machine in plan.unselected])):
         lines.append(f"{counted(len(rows), 'VM')} {title}{':' if rows else '.'}")
         lines += [f"  {machine.title}{tail}" for machine, tail in rows]
@@ -10702,7 +10802,8 @@ def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
         lines.append(f"{counted(len(plan.provisional), 'VM')} left out as still being made:")
         lines += ["  " + provisional_text(machine) for machine in plan.provisional]
     words = {Severity.ERROR: "Error", Severity.WARNING: "Warning", Severity.INFO: "Note"}
-    lines += [f"{words[finding.severity]}: {finding.subject}: {finding.sentence}" for finding in plan.findings]
+    lines += [f"{words[finding.severity]}: {finding.subject}: {finding.sentence}"
+              for finding in plan.findings]
     return "\n".join(lines)
 
 
@@ -10719,8 +10820,9 @@ def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]
     """The lines of one VM in a preview."""
     machine, disks = job.machine, planned_disks(job)
     size = format_size(sum(disk.virtual_size for disk in disks))
-    lines = [f"  {machine.title}: {job.method.value}, {counted(job.keep, 'copy')} kept, {machine.power_state.lower()}, "
-             f"{counted(len(disks), 'disk')} of {size}; chosen by {job.chosen_by}"]
+    lines = [f"  {machine.title}: {job.method.value}, {counted(job.keep, 'copy')} kept, "
+             f"{machine.power_state.lower()}, {counted(len(disks), 'disk')} of {size}; chosen by "
+             f"{job.chosen_by}"]
     if machine.power_state == "Suspended":
         lines.append("      it is suspended: the copy will hold its disks, but not its memory")
     if job.method is Method.VDI and not disks:
@@ -10739,9 +10841,10 @@ def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]
     return lines
 
 
-def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan, Dict[str, Tuple[str, List[Verdict]]]]:
-    """The plan with what the store adds to its findings; and by the uuid of each VM its directory, and what a run will say
-    about the copies there."""
+def foreseen(services: Services, inventory: Inventory,
+             plan: Plan) -> Tuple[Plan, Dict[str, Tuple[str, List[Verdict]]]]:
+    """The plan with what the store adds to its findings; and by the uuid of each VM its directory, and what a
+    run will say about the copies there."""
     placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
     utc, local = services.clock.utc(), services.clock.local()
     placement.claim_all(job.machine for job in plan.jobs)
@@ -10762,15 +10865,15 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
 
 def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool,
                     pre_clean: bool = False) -> List[Verdict]:
-    """What a run of this job will say about the copies, first to make room, then when it has made its own, left out
-    here."""
+    """What a run of this job will say about the copies, first to make room, then when it has made its own,
+    left out here."""
     if clock_is_wrong:
         return [Verdict(copy, True, "the clock went back, so nothing is pruned") for copy in in_order(copies)]
     first = judge(copies, job.machine.uuid, job.method, job.keep - 1) if pre_clean else []
     going = [verdict for verdict in first if not verdict.keep]
     left = [copy for copy in copies if copy.name not in {verdict.copy.name for verdict in going}]
-    new = Copy("", "", now, False, job.method, job.machine.uuid, job.machine.name, next_sequence(copies), None,
-               job.keep, "", 0, "")
+    new = Copy("", "", now, False, job.method, job.machine.uuid, job.machine.name, next_sequence(copies),
+               None, job.keep, "", 0, "")
     return going + [verdict for verdict in judge(left + [new], job.machine.uuid, job.method, job.keep)
                     if verdict.copy is not new]
 
@@ -10806,7 +10909,8 @@ def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, i
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
     keep, rule = stored_keep(stored, configuration)
     verdicts = judge(stored.around, stored.uuid, stored.method, keep) if keep and stored.method else []
-    fates = {copy.name: ("kept: " if stays else "goes with the next pruning: ") + reason for copy, stays, reason in verdicts}
+    fates = {copy.name: ("kept: " if stays else "goes with the next pruning: ") + reason
+             for copy, stays, reason in verdicts}
     copies = []
     for copy in stored.copies:
         verdict_word = copy.checked("verdict")
@@ -10823,8 +10927,9 @@ def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, i
             "drilled_at": copy.checked("drilled_at"), "drill": copy.checked("drill"),
             "fate": fates.get(copy.name, "kept: " + rule)})
     return {"name": stored.name, "names": sorted({copy.vm_name for copy in stored.copies if copy.vm_name}),
-            "folder": stored.folder, "uuid": stored.uuid, "pool": stored.pool, "copies": copies, "keep": keep, "rule": rule,
-            "kind": stored.method.value if stored.method else None, "in_pool": is_in_pool(inventory, stored.uuid, stored.pool)}
+            "folder": stored.folder, "uuid": stored.uuid, "pool": stored.pool, "copies": copies, "keep": keep,
+            "rule": rule, "kind": stored.method.value if stored.method else None,
+            "in_pool": is_in_pool(inventory, stored.uuid, stored.pool)}
 
 
 def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
@@ -10832,8 +10937,8 @@ def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
     names = [quote_name(name) for name in row["names"] if name != row["name"]]
     before = f" (before: {', '.join(names)})" if names else ""
     pool = f"  of pool {row['pool'] or 'unknown'}" if tell_pool else ""
-    lines = [f"{quote_name(row['name'])}{before}  {row['uuid'] or 'uuid unknown'}  {row['kind'] or 'kind unknown'}  in "
-             f"{row['folder']}/{pool}"]
+    lines = [f"{quote_name(row['name'])}{before}  {row['uuid'] or 'uuid unknown'}  "
+             f"{row['kind'] or 'kind unknown'}  in {row['folder']}/{pool}"]
     for copy in row["copies"]:
         state = "good" if copy["good"] else f"NOT GOOD ({copy['problem']})"
         checked = "never verified"
@@ -10849,7 +10954,8 @@ def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
 
 def gone_texts(rows: Sequence[Dict[str, Any]], inventory: Optional[Inventory]) -> List[str]:
     """A line for each VM and kind of the store that the pool has no more."""
-    return [f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in {row['folder']}/"
+    return [f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in "
+            f"{row['folder']}/"
             for row in rows if is_in_pool(inventory, row["uuid"], row["pool"]) is False]
 
 
