@@ -50,3 +50,10 @@ def test_the_help_reads_as_it_was_reviewed(words):
         with open(path, 'w', encoding='utf-8') as file:
             file.write(found)
     assert found == text_of('tests', 'golden', '-'.join(words) + '.txt')
+
+
+def test_the_table_of_the_suite_names_every_file_of_tests():
+    there = {name for folder in ('scenario', 'traps', 'conformance')
+             for name in os.listdir(os.path.join(ROOT, 'tests', folder)) if name.startswith('test_')}
+    told = set(re.findall(r'`(?:\w+/)?(test_\w+\.py)`', text_of('tests', 'README.md')))
+    assert told == there | {'test_layout.py', 'test_documents.py'}
