@@ -4914,12 +4914,11 @@ class Pool:
 
     def close(self) -> None:
         """Logged out, if the pool still answers."""
-        if self._session is None:
-            return
-        # A session that can't be closed is no news for anyone: the pool drops it after a day without a call.
-        with contextlib.suppress(BackupError):
-            self._transport.timeout_s = LOGOUT_TIMEOUT_S
-            self._guarded("the logout", self._session.xenapi.session.logout)
+        if self._session is not None and self._session.handle:         # else a signal has ended the login itself
+            # A session that can't be closed is no news for anyone: the pool drops it after a day without a call.
+            with contextlib.suppress(BackupError):
+                self._transport.timeout_s = LOGOUT_TIMEOUT_S
+                self._guarded("the logout", self._session.xenapi.session.logout)
         self._forget_session()
 
     # --- calling ----------------------------------------------------------------
