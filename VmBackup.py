@@ -37,11 +37,10 @@ The sections below stand in reading order; each uses only those above it.
     21. Backup run
     22. Verify and prune
     23. Restore
-    24. Extract
-    25. Drill
-    26. Report
-    27. Commands
-    28. main
+    24. Extract and drill
+    25. Report
+    26. Commands
+    27. main
 
 Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
 """
@@ -9100,6 +9099,138 @@ def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: in
     raise UnknownFormat(f"its metadata name no disk {' or '.join(wanted)}, which the image should be of")
 
 
+# --- which copy is meant ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def chosen_source(services: Services, force: bool = False,
+                  without_vm: bool = False) -> Iterator[Tuple[Source, Optional[Catalog]]]:
+    """What the copy holds that VM and from= mean, and its store (None: it was named by its path). UsageError
+    if they mean none or several, or a path another VM's, BackupError if it is not good."""
+    wanted, vm, catalog = services.arguments.parameters["from"], services.arguments.vm, None
+    with contextlib.ExitStack() as stack:
+        if "/" in wanted:
+            copy = copy_at_path(wanted)
+            inside = stack.enter_context(Directory.open_path(copy_directory(wanted)))
+        elif not vm:
+            raise UsageError(f"{services.arguments.action.name} of what? Name a VM, or a copy with "
+                             "from=PATH.")
+        else:
+            catalog = open_store(services.settings)
+            copy, inside = stack.enter_context(held_copy(
+                services, catalog, lambda: choose_copy(catalog, vm, wanted, services.log)))
+        if copy.trouble and not (force and copy.image):
+            advice = "force=yes takes it all the same." if copy.image else "Choose another with from=."
+            raise BackupError(f"{inside.shown} is not a good copy: {copy.trouble}. {advice}")
+        source = opened_source(services, copy, inside, force, without_vm)
+        names = (source.vm_name, copy.vm_name, source.vm_uuid, f"uuid:{source.vm_uuid}")
+        if catalog is None and vm and vm not in names:
+            raise UsageError(f"{source.title} is a copy of {quote_name(source.vm_name)}, not of "
+                             f"{quote_name(vm)}: name that VM, or none.")
+        yield source, catalog
+
+
+@contextlib.contextmanager
+def held_copy(services: Services, catalog: Catalog,
+              choose: Callable[[], Copy]) -> Iterator[Tuple[Copy, Directory]]:
+    """The copy that `choose` gives, open; nobody removes it meanwhile, where this store can be locked from
+    here: who reads goes on without. One that went away before it was held is chosen anew."""
+    while True:
+        copy = choose()
+        with contextlib.ExitStack() as stack:
+            try:
+                is_free = services.arguments.preview or not catalog.is_writable() \
+                    or stack.enter_context(catalog.copy_lock(copy, shared=True))
+            except CatalogError as error:              # a full store, or one that can't lock
+                is_free = True
+                services.log.info(f"{copy.folder}/{copy.name} is read all the same, and a run that prunes "
+                                  f"could remove it meanwhile: {error}")
+            if not is_free:
+                services.signals.sleep(0.5)             # a run is removing it just now
+                continue
+            try:
+                inside = stack.enter_context(catalog.open_copy(copy))
+            except NotThere:
+                continue
+            yield copy, inside
+            return
+
+
+def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
+    """The copy of that VM that `wanted` (latest, or a stamp) means, of whichever kind."""
+    found = chosen_vms(catalog, vm, log).vms
+    if len({stored.uuid for stored in found}) > 1:
+        rows = sorted({f"vm=uuid:{stored.uuid or '?'} is {quote_name(stored.name)} in {stored.folder}/"
+                       for stored in found})
+        raise UsageError(f"{quote_name(vm)} stands for {len({stored.uuid for stored in found})} VMs in the "
+                         "store: name one. "
+                         + "; ".join(rows))
+    copies = in_order(copy for stored in found for copy in stored.copies)
+    if len({stored.folder for stored in found}) > 1:
+        copies.sort(key=lambda copy: copy.taken_at)
+    if wanted != "latest":
+        chosen = [copy for copy in copies if wanted in (copy.name, copy.stamp)]
+        if len(chosen) != 1:
+            raise UsageError(f"there is no copy {one_line(wanted)} of {quote_name(vm)}; there are: "
+                             + ", ".join(copy.name for copy in copies) + ".")
+        return chosen[0]
+    pools = sorted({copy.pool for copy in copies if copy.pool})
+    if len(pools) > 1:
+        log.warning(f"{found[0].uuid} is the uuid of a VM in several pools ({', '.join(pools)}); the newest "
+                    "copy of any of them is taken. from=STAMP takes another.")
+    for copy in reversed(copies):
+        if not copy.is_good:
+            log.warning(f"{copy.folder}/{copy.name} is passed over: {copy.trouble}.")
+            continue
+        full = [other.stamp for other in copies if other.is_good and other.method is Method.VM]
+        if copy.method is Method.VDI and full:
+            log.warning(f"{copy.folder}/{copy.name}, the newest good copy, holds only the OS disk. The "
+                        f"newest copy of the whole VM is taken with from={full[-1]}; `list` shows all.")
+        return copy
+    raise BackupError(f"there is no good copy of {quote_name(vm)}; `list` shows what there is, and "
+                      "from=STAMP with force=yes takes one all the same.")
+
+
+def copy_directory(path: str) -> str:
+    """The directory that holds the image that the path means."""
+    return path if os.path.isdir(fs_path(path)) else os.path.dirname(path.rstrip("/")) or "/"
+
+
+def copy_at_path(path: str) -> Copy:
+    """The copy at that path: a copy's directory, the image in one, or an image alone; or UsageError."""
+    place, image = copy_directory(path), os.path.basename(path)
+    absolute = fs_text(os.path.realpath(fs_path(place)))
+    folder, name = os.path.basename(os.path.dirname(absolute)), os.path.basename(absolute)
+    try:
+        with Directory.open_path(place) as inside, Directory.open_path(place + "/..") as parent:
+            written_at = datetime.fromtimestamp(int(status_of(inside.fd).st_mtime))
+            copy = read_copy(parent, folder, name, *(parse_copy_name(name) or (written_at, True)))
+            if os.path.isdir(fs_path(path)) or copy.is_newer or copy.image == image and (
+                    not copy.is_old or parse_copy_name(name)):
+                return copy
+            status = inside.status(image)
+            if status is None or not IMAGE_NAME.fullmatch(image):
+                raise UsageError(f"{path} is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is "
+                                 "or with .gz or .zst." if status else f"{path} is not there.")
+            taken_at = datetime.fromtimestamp(int(status.st_mtime))
+            alone = Copy(folder, name, taken_at, True, None, "", "", 0, None, None, "", 0, "")
+            return with_old_image(inside, alone, image, status.st_size)
+    except CatalogError as error:
+        raise UsageError(f"{path} can't be read: {str(error).rstrip('.')}.")
+
+
+def opened_source(services: Services, copy: Copy, inside: Directory, force: bool = False,
+                  without_vm: bool = False) -> Source:
+    """What that copy holds; BackupError with what is wrong with it."""
+    try:
+        return read_source(inside, copy, force, without_vm, lambda progress: services.signals.check())
+    except (VerificationError, ValueError) as error:
+        kind = type(error) if isinstance(error, VerificationError) else VerificationError
+        raise kind(f"{inside.shown}: {str(error).rstrip('.')}. Nothing was started.")
+    except CatalogError as error:
+        raise BackupError(f"{inside.shown} can't be read: {error} Nothing was started.")
+
+
 # --- what the pool has -------------------------------------------------------------------
 
 
@@ -9979,12 +10110,111 @@ def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
                 network=interface.network_ref, MAC=interface.mac, other_config=own_other_config(vif))
 
 
+# --- a restore from end to end ---------------------------------------------------------------------
+
+
+def read_once(services: Services, source: Source) -> None:
+    """The whole image was read and is what it should be; BackupError if not."""
+    title = f"verifying {source.title}"
+    services.log.info(title)
+    try:
+        stream_image(source, reading_progress(services, title, source.copy.size_bytes))
+    except VerificationError as error:
+        raise BackupError(f"{source.title} {error.verdict}: {str(error).rstrip('.')}. Nothing was started.")
+
+
+def journal_catalog(services: Services, shown: str, catalog: Optional[Catalog]) -> Catalog:
+    """The directory whose .vmbackup holds the journal: that of the store, or, for a copy that was named by
+    its path, backup_dir, or where that copy lies (it is shown as `shown`)."""
+    if catalog is not None:
+        candidates = [catalog.path]
+    else:
+        candidates = [services.settings.backup_dir, shown]
+        if parse_copy_name(os.path.basename(shown.rstrip("/"))):
+            candidates.insert(1, fs_text(os.path.dirname(os.path.dirname(os.path.abspath(fs_path(shown))))))
+    for path in candidates:
+        with contextlib.suppress(CatalogError):
+            found = Catalog(path)
+            if found.is_writable():
+                return found
+    raise UsageError(f"none of {', '.join(candidates)} can be written to, and a journal of what is made in "
+                     "the pool has to be kept: name a directory for it with backup_dir=. Nothing was "
+                     "started.")
+
+
+def restore(services: Services, inventory: Inventory, plan: RestorePlan, catalog: Optional[Catalog]) -> int:
+    """The plan was carried out; the exit status. Raises what went wrong, when nothing of it is left."""
+    log, name, size = services.log, quote_name(plan.source.vm_name), format_size(plan.source.copy.size_bytes)
+    began_s, status = services.clock.monotonic(), ExitStatus.OK
+    services = services._replace(catalog=journal_catalog(services, plan.source.inside.shown, catalog))
+    with Run(services, inventory) as run:
+        for problem in run.sweep():
+            log.info(f"{problem} It is left.")
+        importer = Importer(run.services, make_xe(services), run.snapshots)
+        log.info(f"{name}: importing {size}.")
+        with importer.imported(plan) as imported:
+            importer.finish(plan, imported)
+        services.signals.come_too_late()                    # the VM is there
+        took = format_duration(services.clock.monotonic() - began_s)
+        log.info(f"{name}: the import {'is over' if imported.problem else 'is proven'}: {size} in {took}.")
+        if plan.wishes.start and not imported.problem:
+            try:
+                doing = f"starting {quote_name(plan.name)}"
+                services.pool.call(doing, "VM.start", imported.ref, False, False)
+            except BackupError as error:
+                log.error(f"{error} The VM itself is whole; start it when that is settled.")
+                status = ExitStatus.FAILED
+        log.show(restored_text(services.pool, plan, imported, status))
+        run.look_again()
+    has_warned = imported.problem or run.snapshots.findings
+    return ExitStatus.WARNING if status == ExitStatus.OK and has_warned else status
+
+
+def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: int) -> str:
+    """What is there now, in lines for people."""
+    doing = f"reading {quote_name(plan.name)}"
+    record = pool.ask(doing, "VM.get_record", imported.ref)
+    machine = pool.machine(imported.ref, doing, record)
+    lines = [f"{quote_name(plan.source.vm_name)} is back as VM {quote_name(record['name_label'])}, uuid "
+             f"{record['uuid']}, {record['power_state'].lower()}."]
+    if imported.problem:
+        lines.append(f"  IT IS DAMAGED: {imported.problem}")
+    srs = {planned.sr.uuid: planned.sr.name for planned in plan.disks}
+    lines += [f"  disk {disk.device} {quote_name(disk.name)}, {format_size(disk.virtual_size)}, uuid "
+              f"{disk.vdi_uuid}, on SR "
+              f"{quote_name(srs.get(disk.sr_uuid, disk.sr_uuid))}" for disk in machine.disks]
+    interfaces = {vif.device: vif for vif in pool.interfaces(machine)}
+    lines += [f"  interface {vif.device} on network {quote_name(vif.network_name)}, MAC {vif.mac}"
+              for vif in interfaces.values()]
+    lines += ["  note: once its guest tools run: " + command.replace(VIF_UUID, interfaces[item.device].uuid)
+              for item in plan.interfaces if item.device in interfaces
+              for _, command in fixed_addresses(item.fields)]
+    lines += [f"  not in this copy, and not attached: disk {item.disk.title}: {item.reason}"
+              for item in plan.existing if not item.vdi_ref]
+    if lost_memory(plan.source):
+        lines.append("  note: " + lost_memory(plan.source))
+    lines += ["  note: " + note.replace(NEW_UUID, record["uuid"]) for note in plan.notes if NEW_UUID in note]
+    if record["power_state"] == "Halted" and not imported.problem:
+        start = f"xe vm-start uuid={record['uuid']}"
+        if "start" in record["blocked_operations"]:
+            reason = one_line(record["blocked_operations"]["start"]) or "no reason given"
+            lines.append(f"  Its start is blocked, as that of the VM was when it was backed up ({reason}). "
+                         f"To start it: xe vm-param-remove uuid={record['uuid']} "
+                         f"param-name=blocked-operations param-key=start; then: {start}")
+        elif status == ExitStatus.OK:
+            lines.append(f"  To start it: {start}")
+    return "\n".join(lines)
+
+
 # =============================================================================
-# 24. Extract
+# 24. Extract and drill
 # =============================================================================
 # One disk of a copy as a sparse raw image, on any machine: no pool, no xe, no
 # XenAPI. The whole image is proven while it is read; the file gets its name last.
-
+#
+# A drill proves that a copy comes back: it is imported under a name of its own with
+# no network, its disks are read back and compared with what the image held when its
+# digests matched, it is booted if asked, and everything is removed again.
 
 def wanted_disk(source: Source, word: str) -> SourceDisk:
     """The disk that `disk=` means: a device, a userdevice, a uuid or a name; the only one if it is empty."""
@@ -10003,10 +10233,11 @@ def wanted_disk(source: Source, word: str) -> SourceDisk:
     raise UsageError(f"{source.title}: {problem}. This copy holds {held}{also}.")
 
 
-def extract_disk(source: Source, disk: SourceDisk, path: str, warn: Callable[[str], Any],
-                 on_tick: Callable[[Progress], Any]) -> Tuple[int, Any]:
-    """The disk is a sparse raw image at that path; the bytes written and the check. Nothing stands there
-    otherwise. CatalogError if the disk surely has no room there; a warning if it may have none."""
+def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str) -> str:
+    """The disk is a sparse raw image at that path; what to tell of it. Nothing stands there otherwise.
+    CatalogError if the disk surely has no room there; a warning if it may have none."""
+    title = f"extracting disk {disk.device} of {source.title}"
+    services.log.info(title)
     with NewFile(path) as file:
         free = free_space(file.fd, file.shown)
         # The first and the last MiB are stored though they be zeros.
@@ -10016,24 +10247,40 @@ def extract_disk(source: Source, disk: SourceDisk, path: str, warn: Callable[[st
                                f"{format_size(least)}, and only {format_size(free)} are free there. Name a "
                                "path with more room, on the share perhaps.")
         if free is not None and free < disk.virtual_size:
-            warn(f"{file.shown}: {format_size(free)} are free there, less than the disk's full size of "
-                 f"{format_size(disk.virtual_size)}; its zeros take no room.")
+            services.log.warning(f"{file.shown}: {format_size(free)} are free there, less than the disk's "
+                                 f"full size of {format_size(disk.virtual_size)}; its zeros take no room.")
         sink = SparseImage(file.fd, disk.id if source.is_archive else "image")
-        check = stream_image(source, on_tick, [sink])
-        file.complete(disk.virtual_size or check.report.virtual_size)
-    return sink.written_bytes, check
+        check = stream_image(source, reading_progress(services, title, source.copy.size_bytes), [sink])
+        size = disk.virtual_size or check.report.virtual_size
+        file.complete(size)
+    proven = "its digests match" if source.manifest else source.digests_text + (
+        "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked
+        else "; the structure is whole")
+    return (f"{path}: disk {disk.title} of {quote_name(source.vm_name)} ({source.copy.name}), "
+            f"{format_size(size)}, of which {format_size(sink.written_bytes)} are not zeros; {proven}.")
 
 
-# =============================================================================
-# 25. Drill
-# =============================================================================
-# Proves that a copy comes back: it is imported under a name of its own with no
-# network, its disks are read back and compared with what the image held when its
-# digests matched, it is booted if asked, and everything is removed again.
+def extract_metadata(services: Services, source: Source, path: str) -> int:
+    """The VM's ova.xml is in the file, or on stdout."""
+    inside = source.inside
+    text = inside.read(VM_METADATA) if inside.status(VM_METADATA) is not None else ova_text(source.ova)
+    if not path:
+        services.log.show(text.decode("utf-8", "replace"))
+        return ExitStatus.OK
+    with NewFile(path) as file, storage_errors(f"writing {path}"):
+        write_all(file.fd, text)
+        file.complete()
+    services.log.show(f"{path}: the metadata of {quote_name(source.vm_name)} ({source.copy.name}).")
+    return ExitStatus.OK
+
+
+# --- drill ---------------------------------------------------------------------------------
 
 # A VHD from there leaves out what is empty.
 VHD_SR_TYPES = ("ext", "nfs", "smb", "lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")
 BOOT_POLL_S = 2
+NEWEST_OF_EACH = "newest-of-each"
+NOT_TRIED = "COULD NOT BE TRIED"
 
 
 class Drill:
@@ -10104,8 +10351,115 @@ class Drill:
         return f"{metrics} {record['last_updated']}" if record else ""
 
 
+def drill_copies(services: Services, vm: str) -> Tuple[List[Copy], List[Finding]]:
+    """The newest good copy of each VM that the drill is to try, and what was passed over for it.
+
+    A VM that has none gives the newest of its others, whose drill fails. UsageError if the store has no such
+    VM.
+    """
+    catalog, sample = services.catalog, services.arguments.parameters["sample"]
+    if vm and vm != NEWEST_OF_EACH:
+        return [choose_copy(catalog, vm, "latest", services.log)], []
+    newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
+    listing = chosen_vms(catalog, "", services.log)
+    for stored in listing.vms:
+        findings += [Finding(Severity.WARNING, f"{copy.folder}/{copy.name}", "not drilled: "
+                                                                                   f"{copy.problem}.")
+                     for copy in stored.copies if copy.is_newer]     # nothing is known of it
+        known = [copy for copy in stored.copies if not copy.is_newer]
+        if not known:
+            continue
+        best = ([copy for copy in known if copy.is_good] or known)[-1]
+        findings += [Finding(Severity.WARNING, f"{copy.folder}/{copy.name}", f"passed over: {copy.trouble}.")
+                     for copy in known[known.index(best) + 1:]]
+        rival = newest.get(stored.uuid or stored.folder)
+        if rival is None or (rival.is_good, rival.taken_at) < (best.is_good, best.taken_at):
+            newest[stored.uuid or stored.folder] = best
+    findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in listing.misbehaved]
+    for finding in findings:
+        services.log.finding(finding)
+    copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
+    if sample:                             # those first that were never drilled, or longest ago
+        drilled_at = catalog.last_drills()
+        copies = sorted(copies, key=lambda copy: drilled_at.get(copy.folder, ""))[:sample]
+    return copies, findings
+
+
+def still_there(services: Services, copy: Copy) -> Copy:
+    """The copy if nothing has removed it, else the one that a drill of its VM takes now; or BackupError."""
+    with contextlib.suppress(NotThere), services.catalog.open_copy(copy):
+        return copy
+    services.log.info(f"{copy.folder}/{copy.name} was removed meanwhile; the newest copy of "
+                      f"{quote_name(copy.vm_name)} is taken.")
+    for other in drill_copies(services, f"uuid:{copy.uuid}")[0]:
+        return other
+    raise BackupError("it was removed meanwhile, and no other copy of this VM is there.")
+
+
+def drill_plan(services: Services, view: PoolView, copy: Copy, inside: Directory) -> RestorePlan:
+    """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read
+    anew."""
+    if not copy.is_good:
+        raise BackupError(f"it is no good copy ({copy.trouble}), and there is no good one of this VM.")
+    view = view._replace(srs=target_srs(services.pool, view.master))
+    wishes = Wishes(sr=services.arguments.parameters["sr"], is_drill=True)
+    plan = plan_restore(opened_source(services, copy, inside), view, wishes)
+    if plan.problems:
+        raise BackupError(" ".join(plan.problems))
+    return plan
+
+
+def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Copy]) -> int:
+    """Shown: what a drill would try."""
+    status = ExitStatus.OK
+    view = read_pool_view(services.pool, inventory)
+    for copy in copies:
+        try:
+            with services.catalog.open_copy(copy) as inside:
+                plan = drill_plan(services, view, copy, inside)
+            places = [f"disk {item.disk.title} on SR {item.sr.title}" for item in plan.disks]
+            text = ", ".join(places) or "no disk"
+        except BackupError as error:
+            status, text = ExitStatus.FAILED, f"can't be drilled: {error}"
+        services.log.show(f"{copy.folder}/{copy.name}: {text}")
+    return status
+
+
+def undrilled(copy: Copy) -> Outcome:
+    """The outcome of a copy that the drill did not come to."""
+    return Outcome("drill", copy.uuid, copy.vm_name, f"{copy.folder}/{copy.name}",
+                   "not drilled, as the run ended before it was done.", UNTRIED, size_bytes=copy.size_bytes)
+
+
+def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> Outcome:
+    """What the drill of that copy found; its verdict is on record."""
+    began_s = services.clock.monotonic()
+    title = f"{copy.folder}/{copy.name}"
+    try:
+        with held_copy(services, services.catalog, lambda: still_there(services, copy)) as (held, inside):
+            copy, title = held, f"{held.folder}/{held.name}"
+            services.log.info(f"{title}: drill of {format_size(copy.size_bytes)}.")
+            boot_s = services.arguments.parameters["boot"] * MINUTE_S
+            said, error = drill.run(drill_plan(services, view, copy, inside), boot_s), None
+            services.log.info(f"{title}: {said}.")
+    except BackupError as problem:
+        # what the pool, an SR, the store or another run is to blame for says nothing about the copy
+        is_the_copys = isinstance(problem, VerificationError) and not isinstance(problem, UnknownFormat)
+        said = NOT_RESTORABLE if is_the_copys else NOT_TRIED
+        error = str(problem)
+        services.log.error(f"{title}: {error}")
+    try:
+        if copy.mark and said != NOT_TRIED:
+            services.catalog.record(copy, drilled_at=format_utc(services.clock.utc()), drill=said,
+                                    drill_reason=error or "")
+    except BackupError as problem:
+        services.log.info(f"the verdict is not recorded: {problem}")
+    return undrilled(copy)._replace(error=error, status_word="DRILL-FAIL" if error else "SUCCESS", said=said,
+                                    seconds=services.clock.monotonic() - began_s)
+
+
 # =============================================================================
-# 26. Report
+# 25. Report
 # =============================================================================
 # A Report becomes words: status log, last line, mail. And the way out of the
 # mails, and what a preview shows.
@@ -10966,7 +11320,7 @@ def list_summary(rows: Sequence[Dict[str, Any]]) -> str:
 
 
 # =============================================================================
-# 27. Commands
+# 26. Commands
 # =============================================================================
 # One function per action, and what reads the config file and writes the
 # password file.
@@ -11160,129 +11514,6 @@ def command_prune(services: Services) -> int:
 # --- restore, extract and drill ---------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def chosen_source(services: Services, force: bool = False,
-                  without_vm: bool = False) -> Iterator[Tuple[Source, Optional[Catalog]]]:
-    """What the copy holds that VM and from= mean, and its store (None: it was named by its path). UsageError if they mean
-    none or several, or a path another VM's, BackupError if it is not good."""
-    wanted, vm, catalog = services.arguments.parameters["from"], services.arguments.vm, None
-    with contextlib.ExitStack() as stack:
-        if "/" in wanted:
-            copy, inside = copy_at_path(wanted), stack.enter_context(Directory.open_path(copy_directory(wanted)))
-        elif not vm:
-            raise UsageError(f"{services.arguments.action.name} of what? Name a VM, or a copy with "
-                             "from=PATH.")
-        else:
-            catalog = open_store(services.settings)
-            copy, inside = stack.enter_context(held_copy(
-                services, catalog, lambda: choose_copy(catalog, vm, wanted, services.log)))
-        if copy.trouble and not (force and copy.image):
-            advice = "force=yes takes it all the same." if copy.image else "Choose another with from=."
-            raise BackupError(f"{inside.shown} is not a good copy: {copy.trouble}. {advice}")
-        source = opened_source(services, copy, inside, force, without_vm)
-        names = (source.vm_name, copy.vm_name, source.vm_uuid, f"uuid:{source.vm_uuid}")
-        if catalog is None and vm and vm not in names:
-            raise UsageError(f"{source.title} is a copy of {quote_name(source.vm_name)}, not of "
-                             f"{quote_name(vm)}: name that VM, or none.")
-        yield source, catalog
-
-
-@contextlib.contextmanager
-def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy]) -> Iterator[Tuple[Copy, Directory]]:
-    """The copy that `choose` gives, open; nobody removes it meanwhile, where this store can be locked from here: who reads
-    goes on without. One that went away before it was held is chosen anew."""
-    while True:
-        copy = choose()
-        with contextlib.ExitStack() as stack:
-            try:
-                is_free = services.arguments.preview or not catalog.is_writable() \
-                    or stack.enter_context(catalog.copy_lock(copy, shared=True))
-            except CatalogError as error:              # a full store, or one that can't lock
-                is_free = True
-                services.log.info(f"{copy.folder}/{copy.name} is read all the same, and a run that prunes "
-                                  f"could remove it meanwhile: {error}")
-            if not is_free:
-                services.signals.sleep(0.5)             # a run is removing it just now
-                continue
-            try:
-                inside = stack.enter_context(catalog.open_copy(copy))
-            except NotThere:
-                continue
-            yield copy, inside
-            return
-
-
-def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
-    """The copy of that VM that `wanted` (latest, or a stamp) means, of whichever kind."""
-    found = chosen_vms(catalog, vm, log).vms
-    if len({stored.uuid for stored in found}) > 1:
-        rows = sorted({f"vm=uuid:{stored.uuid or '?'} is {quote_name(stored.name)} in {stored.folder}/" for stored in found})
-        raise UsageError(f"{quote_name(vm)} stands for {len({stored.uuid for stored in found})} VMs in the store: name one. "
-                         + "; ".join(rows))
-    copies = in_order(copy for stored in found for copy in stored.copies)
-    if len({stored.folder for stored in found}) > 1:
-        copies.sort(key=lambda copy: copy.taken_at)
-    if wanted != "latest":
-        chosen = [copy for copy in copies if wanted in (copy.name, copy.stamp)]
-        if len(chosen) != 1:
-            raise UsageError(f"there is no copy {one_line(wanted)} of {quote_name(vm)}; there are: "
-                             + ", ".join(copy.name for copy in copies) + ".")
-        return chosen[0]
-    pools = sorted({copy.pool for copy in copies if copy.pool})
-    if len(pools) > 1:
-        log.warning(f"{found[0].uuid} is the uuid of a VM in several pools ({', '.join(pools)}); the newest copy of any of "
-                    "them is taken. from=STAMP takes another.")
-    for copy in reversed(copies):
-        if not copy.is_good:
-            log.warning(f"{copy.folder}/{copy.name} is passed over: {copy.trouble}.")
-            continue
-        full = [other.stamp for other in copies if other.is_good and other.method is Method.VM]
-        if copy.method is Method.VDI and full:
-            log.warning(f"{copy.folder}/{copy.name}, the newest good copy, holds only the OS disk. The newest copy of the "
-                        f"whole VM is taken with from={full[-1]}; `list` shows all.")
-        return copy
-    raise BackupError(f"there is no good copy of {quote_name(vm)}; `list` shows what there is, and from=STAMP with force=yes "
-                      "takes one all the same.")
-
-
-def copy_directory(path: str) -> str:
-    """The directory that holds the image that the path means."""
-    return path if os.path.isdir(fs_path(path)) else os.path.dirname(path.rstrip("/")) or "/"
-
-
-def copy_at_path(path: str) -> Copy:
-    """The copy at that path: a copy's directory, the image in one, or an image alone. UsageError if there is none."""
-    place, image = copy_directory(path), os.path.basename(path)
-    absolute = fs_text(os.path.realpath(fs_path(place)))
-    folder, name = os.path.basename(os.path.dirname(absolute)), os.path.basename(absolute)
-    try:
-        with Directory.open_path(place) as inside, Directory.open_path(place + "/..") as parent:
-            written_at = datetime.fromtimestamp(int(status_of(inside.fd).st_mtime))
-            copy = read_copy(parent, folder, name, *(parse_copy_name(name) or (written_at, True)))
-            if os.path.isdir(fs_path(path)) or copy.is_newer or copy.image == image and (
-                    not copy.is_old or parse_copy_name(name)):
-                return copy
-            status = inside.status(image)
-            if status is None or not IMAGE_NAME.fullmatch(image):
-                raise UsageError(f"{path} is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is or "
-                                 "with .gz or .zst." if status else f"{path} is not there.")
-            alone = Copy(folder, name, datetime.fromtimestamp(int(status.st_mtime)), True, None, "", "", 0, None, None, "", 0, "")
-            return with_old_image(inside, alone, image, status.st_size)
-    except CatalogError as error:
-        raise UsageError(f"{path} can't be read: {str(error).rstrip('.')}.")
-
-
-def opened_source(services: Services, copy: Copy, inside: Directory, force: bool = False, without_vm: bool = False) -> Source:
-    """What that copy holds; BackupError with what is wrong with it."""
-    try:
-        return read_source(inside, copy, force, without_vm, lambda progress: services.signals.check())
-    except (VerificationError, ValueError) as error:
-        kind = type(error) if isinstance(error, VerificationError) else VerificationError
-        raise kind(f"{inside.shown}: {str(error).rstrip('.')}. Nothing was started.")
-    except CatalogError as error:
-        raise BackupError(f"{inside.shown} can't be read: {error} Nothing was started.")
-
-
 def command_restore(services: Services) -> int:
     """A VM is back as a new VM, proven, or nothing of it is left and the person knows why."""
     arguments, log = services.arguments, services.log
@@ -11297,103 +11528,13 @@ def command_restore(services: Services) -> int:
                 log.show(plan_text(plan))
                 return ExitStatus.FAILED if plan.problems else ExitStatus.OK
             if plan.problems:
-                problems = "\n".join("* " + problem for problem in plan.problems)
-                raise BackupError(f"{quote_name(source.vm_name)} is not restored:\n{problems}\nNothing was started.")
+                problems = "\n* ".join(("",) + plan.problems)
+                raise BackupError(f"{quote_name(source.vm_name)} is not restored:{problems}\n"
+                                  "Nothing was started.")
             log.info(plan_text(plan))
             if given["verify_first"]:
                 read_once(services, source)
             return restore(services, inventory, plan, catalog)
-
-
-def read_once(services: Services, source: Source) -> None:
-    """The whole image was read and is what it should be; BackupError if not."""
-    title = f"verifying {source.title}"
-    services.log.info(title)
-    try:
-        stream_image(source, reading_progress(services, title, source.copy.size_bytes))
-    except VerificationError as error:
-        raise BackupError(f"{source.title} {error.verdict}: {str(error).rstrip('.')}. Nothing was started.")
-
-
-def journal_catalog(services: Services, shown: str, catalog: Optional[Catalog]) -> Catalog:
-    """The directory whose .vmbackup holds the journal: that of the store, or, for a copy that was named by its path,
-    backup_dir, or where that copy lies (it is shown as `shown`)."""
-    if catalog is not None:
-        candidates = [catalog.path]
-    else:
-        candidates = [services.settings.backup_dir, shown]
-        if parse_copy_name(os.path.basename(shown.rstrip("/"))):
-            candidates.insert(1, fs_text(os.path.dirname(os.path.dirname(os.path.abspath(fs_path(shown))))))
-    for path in candidates:
-        with contextlib.suppress(CatalogError):
-            found = Catalog(path)
-            if found.is_writable():
-                return found
-    raise UsageError(f"none of {', '.join(candidates)} can be written to, and a journal of what is made in "
-                     "the pool has to be kept: name a directory for it with backup_dir=. Nothing was "
-                     "started.")
-
-
-def restore(services: Services, inventory: Inventory, plan: RestorePlan, catalog: Optional[Catalog]) -> int:
-    """The plan was carried out; the exit status. Raises what went wrong, when nothing of it is left."""
-    log, name, size = services.log, quote_name(plan.source.vm_name), format_size(plan.source.copy.size_bytes)
-    began_s, status = services.clock.monotonic(), ExitStatus.OK
-    services = services._replace(catalog=journal_catalog(services, plan.source.inside.shown, catalog))
-    with Run(services, inventory) as run:
-        for problem in run.sweep():
-            log.info(f"{problem} It is left.")
-        importer = Importer(run.services, make_xe(services), run.snapshots)
-        log.info(f"{name}: importing {size}.")
-        with importer.imported(plan) as imported:
-            importer.finish(plan, imported)
-        services.signals.come_too_late()                    # the VM is there
-        took = format_duration(services.clock.monotonic() - began_s)
-        log.info(f"{name}: the import {'is over' if imported.problem else 'is proven'}: {size} in {took}.")
-        if plan.wishes.start and not imported.problem:
-            try:
-                services.pool.call(f"starting {quote_name(plan.name)}", "VM.start", imported.ref, False, False)
-            except BackupError as error:
-                log.error(f"{error} The VM itself is whole; start it when that is settled.")
-                status = ExitStatus.FAILED
-        log.show(restored_text(services.pool, plan, imported, status))
-        run.look_again()
-    has_warned = imported.problem or run.snapshots.findings
-    return ExitStatus.WARNING if status == ExitStatus.OK and has_warned else status
-
-
-def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: int) -> str:
-    """What is there now, in lines for people."""
-    doing = f"reading {quote_name(plan.name)}"
-    record = pool.ask(doing, "VM.get_record", imported.ref)
-    machine = pool.machine(imported.ref, doing, record)
-    lines = [f"{quote_name(plan.source.vm_name)} is back as VM {quote_name(record['name_label'])}, uuid "
-             f"{record['uuid']}, {record['power_state'].lower()}."]
-    if imported.problem:
-        lines.append(f"  IT IS DAMAGED: {imported.problem}")
-    srs = {planned.sr.uuid: planned.sr.name for planned in plan.disks}
-    lines += [f"  disk {disk.device} {quote_name(disk.name)}, {format_size(disk.virtual_size)}, uuid "
-              f"{disk.vdi_uuid}, on SR "
-              f"{quote_name(srs.get(disk.sr_uuid, disk.sr_uuid))}" for disk in machine.disks]
-    interfaces = {vif.device: vif for vif in pool.interfaces(machine)}
-    lines += [f"  interface {vif.device} on network {quote_name(vif.network_name)}, MAC {vif.mac}"
-              for vif in interfaces.values()]
-    lines += ["  note: once its guest tools run: " + command.replace(VIF_UUID, interfaces[item.device].uuid)
-              for item in plan.interfaces if item.device in interfaces for _, command in fixed_addresses(item.fields)]
-    lines += [f"  not in this copy, and not attached: disk {item.disk.title}: {item.reason}"
-              for item in plan.existing if not item.vdi_ref]
-    if lost_memory(plan.source):
-        lines.append("  note: " + lost_memory(plan.source))
-    lines += ["  note: " + note.replace(NEW_UUID, record["uuid"]) for note in plan.notes if NEW_UUID in note]
-    if record["power_state"] == "Halted" and not imported.problem:
-        start = f"xe vm-start uuid={record['uuid']}"
-        if "start" in record["blocked_operations"]:
-            reason = one_line(record["blocked_operations"]["start"]) or "no reason given"
-            lines.append(f"  Its start is blocked, as that of the VM was when it was backed up ({reason}). "
-                         f"To start it: xe vm-param-remove uuid={record['uuid']} "
-                         f"param-name=blocked-operations param-key=start; then: {start}")
-        elif status == ExitStatus.OK:
-            lines.append(f"  To start it: {start}")
-    return "\n".join(lines)
 
 
 def command_extract(services: Services) -> int:
@@ -11408,125 +11549,36 @@ def command_extract(services: Services) -> int:
         disk = wanted_disk(source, given["disk"])
         if not path:
             raise UsageError("say with to= which file to write.")
-        title = f"extracting disk {disk.device} of {source.title}"
-        services.log.info(title)
         try:
-            written, check = extract_disk(source, disk, path, services.log.warning,
-                                          reading_progress(services, title, source.copy.size_bytes))
+            told = extract_disk(services, source, disk, path)
         except VerificationError as error:
             raise BackupError(f"{source.title} {error.verdict}: {str(error).rstrip('.')}. No file was left.")
         except CatalogError as error:
             raise BackupError(f"{error} No file was left.")
-    proven = "its digests match" if source.manifest else source.digests_text + (
-        "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked else
-        "; the structure is whole")
-    size = format_size(disk.virtual_size or check.report.virtual_size)
-    services.log.show(f"{path}: disk {disk.title} of {quote_name(source.vm_name)} ({source.copy.name}), "
-                      f"{size}, of which {format_size(written)} are not zeros; {proven}.")
+    services.log.show(told)
     return ExitStatus.OK
-
-
-def extract_metadata(services: Services, source: Source, path: str) -> int:
-    """The VM's ova.xml is in the file, or on stdout."""
-    text = source.inside.read(VM_METADATA) if source.inside.status(VM_METADATA) is not None else ova_text(source.ova)
-    if not path:
-        services.log.show(text.decode("utf-8", "replace"))
-        return ExitStatus.OK
-    with NewFile(path) as file, storage_errors(f"writing {path}"):
-        write_all(file.fd, text)
-        file.complete()
-    services.log.show(f"{path}: the metadata of {quote_name(source.vm_name)} ({source.copy.name}).")
-    return ExitStatus.OK
-
-
-def check_drill_words(arguments: Arguments) -> None:
-    """UsageError unless the command line says what to drill."""
-    if arguments.vm and arguments.parameters["sample"]:
-        raise UsageError("sample= takes no VM beside it.")
-    if not arguments.vm and not arguments.parameters["sample"]:
-        raise UsageError("drill needs a VM, or newest-of-each, or sample=N.")
-
-
-def drill_copies(services: Services, catalog: Catalog, vm: str) -> Tuple[List[Copy], List[Finding]]:
-    """The newest good copy of each VM that the drill is to try, and what was passed over for it.
-
-    A VM that has none gives the newest of its others, whose drill fails. UsageError if the store has no such VM.
-    """
-    sample = services.arguments.parameters["sample"]
-    if vm and vm != NEWEST_OF_EACH:
-        return [choose_copy(catalog, vm, "latest", services.log)], []
-    newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
-    listing = chosen_vms(catalog, "", services.log)
-    for stored in listing.vms:
-        findings += [Finding(Severity.WARNING, f"{copy.folder}/{copy.name}", "not drilled: "
-                                                                                   f"{copy.problem}.")
-                     for copy in stored.copies if copy.is_newer]         # nothing is known of it, least of all a verdict
-        known = [copy for copy in stored.copies if not copy.is_newer]
-        if not known:
-            continue
-        best = ([copy for copy in known if copy.is_good] or known)[-1]
-        findings += [Finding(Severity.WARNING, f"{copy.folder}/{copy.name}", f"passed over: {copy.trouble}.")
-                     for copy in known[known.index(best) + 1:]]
-        rival = newest.get(stored.uuid or stored.folder)
-        if rival is None or (rival.is_good, rival.taken_at) < (best.is_good, best.taken_at):
-            newest[stored.uuid or stored.folder] = best
-    findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in listing.misbehaved]
-    for finding in findings:
-        services.log.finding(finding)
-    copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
-    if sample:                             # those first that were never drilled, or longest ago
-        drilled_at = catalog.last_drills()
-        copies = sorted(copies, key=lambda copy: drilled_at.get(copy.folder, ""))[:sample]
-    return copies, findings
-
-
-NEWEST_OF_EACH = "newest-of-each"
-NOT_TRIED = "COULD NOT BE TRIED"
 
 
 def command_drill(services: Services) -> int:
-    """The chosen copies were imported, compared and removed again; verdicts, report and exit status tell how it went."""
-    check_drill_words(services.arguments)
+    """The chosen copies were imported, compared and removed again; verdicts and report tell how it went."""
+    arguments = services.arguments
+    if bool(arguments.vm) == bool(arguments.parameters["sample"]):
+        raise UsageError("sample= takes no VM beside it." if arguments.vm else
+                         "drill needs a VM, or newest-of-each, or sample=N.")
     with early_end_mailed(services, DRILL_WORDING):
         services = services._replace(catalog=open_store(services.settings))
-        copies, findings = drill_copies(services, services.catalog, services.arguments.vm)
+        copies, findings = drill_copies(services, arguments.vm)
         if not copies:
             raise BackupError(f"{services.catalog.path} holds no good copy to drill.")
         find_xe(services.settings)
-        with connected(services, changes_allowed=not services.arguments.preview) as (services, inventory):
-            if services.arguments.preview:
+        with connected(services, changes_allowed=not arguments.preview) as (services, inventory):
+            if arguments.preview:
                 return preview_drill(services, inventory, copies)
             return run_drill(services, inventory, copies, findings)
 
 
-def drill_plan(services: Services, view: PoolView, copy: Copy, inside: Directory) -> RestorePlan:
-    """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read anew."""
-    if not copy.is_good:
-        raise BackupError(f"it is no good copy ({copy.trouble}), and there is no good one of this VM.")
-    view = view._replace(srs=target_srs(services.pool, view.master))
-    wishes = Wishes(sr=services.arguments.parameters["sr"], is_drill=True)
-    plan = plan_restore(opened_source(services, copy, inside), view, wishes)
-    if plan.problems:
-        raise BackupError(" ".join(plan.problems))
-    return plan
-
-
-def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Copy]) -> int:
-    """Shown: what a drill would try."""
-    status = ExitStatus.OK
-    view = read_pool_view(services.pool, inventory)
-    for copy in copies:
-        try:
-            with services.catalog.open_copy(copy) as inside:
-                plan = drill_plan(services, view, copy, inside)
-            text = ", ".join(f"disk {item.disk.title} on SR {item.sr.title}" for item in plan.disks) or "no disk"
-        except BackupError as error:
-            status, text = ExitStatus.FAILED, f"can't be drilled: {error}"
-        services.log.show(f"{copy.folder}/{copy.name}: {text}")
-    return status
-
-
-def run_drill(services: Services, inventory: Inventory, copies: Sequence[Copy], findings: Sequence[Finding]) -> int:
+def run_drill(services: Services, inventory: Inventory, copies: Sequence[Copy],
+              findings: Sequence[Finding]) -> int:
     """The exit status of a drill, after its report."""
     status_log = StatusLog(services, inventory.host.short_name)
     status_log.open()
@@ -11552,56 +11604,14 @@ def drill_all(run: Run, copies: Sequence[Copy], outcomes: List[Outcome], status_
         services.signals.check()
         status_log.begin("drill", copy.vm_name)
         if services.journal.is_mute:
-            outcome = outcomes[number]._replace(error="it was not tried, as the backup storage hangs.", status_word="DRILL-FAIL")
+            outcome = outcomes[number]._replace(error="it was not tried, as the backup storage hangs.",
+                                                status_word="DRILL-FAIL")
             services.log.error(f"{outcome.title}: {outcome.error}")
         else:
             outcome = drill_one(services, view, drill, copy)
         outcomes[number] = outcome
         status_log.end(outcome)
     run.look_again()
-
-
-def undrilled(copy: Copy) -> Outcome:
-    """The outcome of a copy that the drill did not come to."""
-    return Outcome("drill", copy.uuid, copy.vm_name, f"{copy.folder}/{copy.name}",
-                   "not drilled, as the run ended before it was done.", UNTRIED, size_bytes=copy.size_bytes)
-
-
-def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> Outcome:
-    """What the drill of that copy found; its verdict is on record."""
-    began_s = services.clock.monotonic()
-    title = f"{copy.folder}/{copy.name}"
-    try:
-        with held_copy(services, services.catalog, lambda: still_there(services, services.catalog, copy)) as (held, inside):
-            copy, title = held, f"{held.folder}/{held.name}"
-            services.log.info(f"{title}: drill of {format_size(copy.size_bytes)}.")
-            boot_s = services.arguments.parameters["boot"] * MINUTE_S
-            said, error = drill.run(drill_plan(services, view, copy, inside), boot_s), None
-            services.log.info(f"{title}: {said}.")
-    except BackupError as problem:
-        # what the pool, an SR, the store or another run is to blame for says nothing about the copy
-        is_the_copys = isinstance(problem, VerificationError) and not isinstance(problem, UnknownFormat)
-        said = NOT_RESTORABLE if is_the_copys else NOT_TRIED
-        error = str(problem)
-        services.log.error(f"{title}: {error}")
-    try:
-        if copy.mark and said != NOT_TRIED:
-            services.catalog.record(copy, drilled_at=format_utc(services.clock.utc()), drill=said, drill_reason=error or "")
-    except BackupError as problem:
-        services.log.info(f"the verdict is not recorded: {problem}")
-    return undrilled(copy)._replace(error=error, status_word="DRILL-FAIL" if error else "SUCCESS", said=said,
-                                    seconds=services.clock.monotonic() - began_s)
-
-
-def still_there(services: Services, catalog: Catalog, copy: Copy) -> Copy:
-    """The copy if nothing has removed it, else the one that a drill of its VM takes now; BackupError if there is none."""
-    with contextlib.suppress(NotThere), catalog.open_copy(copy):
-        return copy
-    services.log.info("%s/%s was removed meanwhile; the newest copy of %s is taken." % (
-        copy.folder, copy.name, quote_name(copy.vm_name)))
-    for other in drill_copies(services, catalog, "uuid:" + copy.uuid)[0]:
-        return other
-    raise BackupError("it was removed meanwhile, and no other copy of this VM is there.")
 
 
 COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify, "list": command_list,
@@ -11660,7 +11670,7 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 
 
 # =============================================================================
-# 28. main
+# 27. main
 # =============================================================================
 # From argv to an exit status: help, arguments, config, the action, and one
 # place that turns errors into what people and cron are told.

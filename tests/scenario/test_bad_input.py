@@ -12,7 +12,7 @@ from support.deeds import backup
 from support.language import described, disk, vm
 from support.process import Pool, Run, run_program
 from support.shelf import Shelf, complete
-from support.values import verified
+from support.values import services, verified
 
 
 def started_nothing(pool: Pool, shelf: Shelf) -> bool:
@@ -245,7 +245,7 @@ def read_as_all_commands_do(store: VmBackup.Catalog, target: str) -> None:
         for force in (False, True):
             try:
                 source = VmBackup.read_source(inside, found, force)
-                VmBackup.extract_disk(source, VmBackup.wanted_disk(source, 'xvda'), target, lambda text: None, lambda progress: None)
+                VmBackup.extract_disk(services(), source, VmBackup.wanted_disk(source, 'xvda'), target)
                 os.unlink(target)
             except (VmBackup.BackupError, ValueError) as error:          # ValueError: opened_source tells it
                 assert str(error)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import VmBackup
 from support import others
 from support.others import MIB, Date, Ids, Vhd
+from support.values import services
 from VmBackup import BackupError, Directory, UnknownFormat, VerificationError
 
 SLOW = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -38,7 +39,7 @@ def extracted(folder, name, content, disk='xvda', force=False):
         target.unlink()
     with opened(path) as (image, inside):
         source = VmBackup.read_source(inside, image, force, without_vm=True)
-        VmBackup.extract_disk(source, VmBackup.wanted_disk(source, disk), str(target), lambda text: None, lambda progress: None)
+        VmBackup.extract_disk(services(), source, VmBackup.wanted_disk(source, disk), str(target))
     return target.read_bytes()
 
 

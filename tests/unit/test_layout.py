@@ -225,7 +225,7 @@ def test_behind_the_storage_door_no_error_of_the_system_is_caught_where_copies_a
     """What the system says of the store is a CatalogError there. Config and password files, mail and the pool's
     connections have doors of their own."""
     behind = [number_of(title) for title in ('Copies', 'Ownership', 'Export methods',
-                                             'Verification of stored copies', 'Backup run', 'Verify and prune', 'Restore', 'Extract', 'Drill')]
+                                             'Verification of stored copies', 'Backup run', 'Verify and prune', 'Restore', 'Extract and drill')]
     caught = [('OSError', node.lineno) for node in NODES if isinstance(node, ast.Name) and section_of(node.lineno) in behind
               and node.id in ('OSError', 'IOError', 'EnvironmentError', 'FileNotFoundError', 'FileExistsError', 'PermissionError')]
     assert not places(caught)
