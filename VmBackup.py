@@ -1610,15 +1610,18 @@ class Copy(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What the last check on record has against it, in a sentence, "" if nothing: the later of verify and drill."""
+        """What the last check on record (verify or drill) has against it, in a sentence; "" if nothing."""
         drill = (self.checked("drilled_at"), self.checked("drill") == NOT_RESTORABLE,
                  "a drill", NOT_RESTORABLE, self.checks.get("drill_reason"))
-        verify = (self.checked("verified_at"), self.checked("verdict") == DAMAGED, "verify", DAMAGED, self.checks.get("reason"))
+        verify = (self.checked("verified_at"), self.checked("verdict") == DAMAGED,
+                  "verify", DAMAGED, self.checks.get("reason"))
         at, is_bad, who, word, why = max((drill, verify), key=lambda check: (check[0] or "", check[1]))
-        return f"{who} of {at[:10]} found it {word} ({one_line(str(why)).rstrip('.')})" if at is not None and is_bad else ""
+        if at is None or not is_bad:
+            return ""
+        return f"{who} of {at[:10]} found it {word} ({one_line(str(why)).rstrip('.')})"
 
     def checked(self, key: str) -> Optional[str]:
-        """A text on record of its checks, None if it is not there, or is what no version of this program writes."""
+        """A text on record of its checks, None if it is not there or is none that this program writes."""
         return self.checks[key] if isinstance(self.checks.get(key), str) else None
 
     def counts_for(self, uuid: str, method: Method) -> bool:
@@ -1651,7 +1654,7 @@ def in_order(copies: Iterable[Copy]) -> List[Copy]:
 
 
 def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: str = "") -> List[Verdict]:
-    """A verdict on each copy of a VM's directory, oldest first, when `keep` good ones of that VM and kind stay.
+    """A verdict on each copy of a VM's directory, oldest first, when `keep` good ones of VM and kind stay.
 
     Only good copies of this uuid and this method are counted or let go. The
     newest good one always stays; and so do `sealed`, which this run has just
@@ -1668,7 +1671,8 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
     verdicts = []
     for copy in ordered:
         if not copy.is_good:
-            verdicts.append(Verdict(copy, True, "not a good copy, so neither counted nor removed: " + copy.trouble))
+            verdicts.append(Verdict(copy, True, "not a good copy, so neither counted nor removed: "
+                                                f"{copy.trouble}"))
         elif copy.aside:
             verdicts.append(Verdict(copy, True, copy.aside))
         elif copy.uuid != uuid:
@@ -1681,21 +1685,23 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
             why = "was made by a newer VmBackup" if unknown.is_newer else "can't be read now"
             verdicts.append(Verdict(copy, True, f"{unknown.name} {why}, so nothing here is removed"))
         elif copy.name in last_made:
-            verdicts.append(Verdict(copy, True, "the last one made, whatever stamps copies of the older program bear"))
+            verdicts.append(Verdict(
+                copy, True, "the last one made, whatever stamps copies of the older program bear"))
         else:
-            verdicts.append(Verdict(copy, False, f"{counted(len(counted_ones) - going[copy.name], 'good copy', 'is')} "
-                                                 f"newer, and {counted(keep, verb='is')} kept"))
+            newer = counted(len(counted_ones) - going[copy.name], "good copy", "is")
+            verdicts.append(Verdict(copy, False, f"{newer} newer, and {counted(keep, verb='is')} kept"))
     return verdicts
 
 
 def not_known(copies: Iterable[Copy]) -> Optional[Copy]:
     """A copy of which it is not known here what it is, or needs of those beside it; None if there is none."""
-    return min((copy for copy in copies if copy.is_unreadable or copy.is_newer), key=lambda copy: copy.is_newer, default=None)
+    unknown = [copy for copy in copies if copy.is_unreadable or copy.is_newer]
+    return min(unknown, key=lambda copy: copy.is_newer, default=None)
 
 
 class Owner(NamedTuple):
-    """A VM whose copies are looked for: it is its uuid in its pool. `name` is what it is called there, None where no pool
-    is asked; `is_only_one`: no other VM of the pool bears that name."""
+    """A VM whose copies are looked for: it is its uuid in its pool. `name` is what it is called there, None
+    where no pool is asked; `is_only_one`: no other VM of the pool bears that name."""
     uuid: str
     pool: str
     name: Optional[str] = None
@@ -1703,15 +1709,16 @@ class Owner(NamedTuple):
 
 
 def as_seen_by(owner: Owner, folder: str, copies: Iterable[Copy]) -> List[Copy]:
-    """The copies of that directory, in order, as they are that VM's or not: the one answer to whose a copy is.
+    """The copies of that directory, in order, as that VM sees them: the one answer to whose a copy is.
 
-    Those of the older program without a readable uuid are its own where they can be nobody else's: the directory is the
-    VM's plain one, no other VM of the pool bears the name, and no copy there bears another uuid. Where no pool is asked,
-    what tells no uuid or pool goes with the only one that is told there; without a uuid it is put aside.
+    Those of the older program without a readable uuid are its own where they can be nobody else's: the
+    directory is the VM's plain one, no other VM of the pool bears the name, and no copy there bears another
+    uuid. Where no pool is asked, what tells no uuid or pool goes with the only one that is told there;
+    without a uuid it is put aside.
 
-    Put aside is, too, what somebody moved there to keep it: it was made in another directory, or does not tell in which
-    (as earlier versions and the older program made them) where the directory bears no name of its VM; and what is, or
-    may be, of the VM that has this uuid in another pool.
+    Put aside is, too, what somebody moved there to keep it: it was made in another directory, or does not
+    tell in which (as earlier versions and the older program made them) where the directory bears no name of
+    its VM; and what is, or may be, of the VM that has this uuid in another pool.
     """
     copies, here = in_order(copies), folded(folder)
     uuids = {copy.uuid for copy in copies if copy.uuid}
@@ -1719,7 +1726,8 @@ def as_seen_by(owner: Owner, folder: str, copies: Iterable[Copy]) -> List[Copy]:
     is_named, is_heir = False, uuids == {owner.uuid}
     if owner.name is not None:
         is_named = here in map(folded, own_folder_names(owner.name, owner.uuid, owner.pool))
-        is_heir = uuids <= {owner.uuid} and owner.is_only_one and folder in (safe_name(owner.name), owner.name)
+        is_heir = uuids <= {owner.uuid} and owner.is_only_one \
+            and folder in (safe_name(owner.name), owner.name)
     seen = []
     for copy in copies:
         if folded(copy.home) != here and (copy.home or not is_named and copy.uuid not in at_home):
@@ -1727,7 +1735,8 @@ def as_seen_by(owner: Owner, folder: str, copies: Iterable[Copy]) -> List[Copy]:
                 else "it lies where no name of its VM is, as if moved here by hand"
             copy = copy._replace(aside=f"{why}, so it is kept and not counted")
         if not copy.uuid and is_heir and owner.name is None:
-            copy = copy._replace(uuid=owner.uuid, aside="it tells no uuid (uuid unknown), so it is kept and not counted")
+            copy = copy._replace(
+                uuid=owner.uuid, aside="it tells no uuid (uuid unknown), so it is kept and not counted")
         elif not copy.uuid and is_heir and copy.is_old:
             copy = copy._replace(uuid=owner.uuid, vm_name=owner.name)
         seen.append(copy)
@@ -1750,7 +1759,8 @@ def clock_went_back(copies: Sequence[Copy], now: datetime) -> Optional[str]:
     if now > newest.written_at:
         return None
     return (f"the clock shows {format_utc(now)}, but the newest copy, {newest.name}, was made at "
-            f"{format_utc(newest.written_at)}: the clock went back. Nothing is pruned until it is right again.")
+            f"{format_utc(newest.written_at)}: the clock went back. Nothing is pruned until it is right "
+            "again.")
 
 
 def clock_is_behind(copies: Sequence[Copy], local: datetime) -> Optional[str]:
@@ -1770,10 +1780,11 @@ def retention_warnings(copies: Sequence[Copy], utc: datetime, local: datetime) -
     unknown = not_known(copies)
     if unknown is not None:
         place = f"{unknown.folder}/{unknown.name}"
-        found.append(f"{place}: {unknown.problem}: nothing is pruned in {unknown.folder}/ until it can be read again."
+        found.append(f"{place}: {unknown.problem}: nothing is pruned in {unknown.folder}/ until it can be "
+                     "read again."
                      if unknown.is_unreadable else
-                     f"{place}/backup.json is of a format that only a newer VmBackup knows: nothing is pruned in "
-                     f"{unknown.folder}/ until that version is used here again.")
+                     f"{place}/backup.json is of a format that only a newer VmBackup knows: nothing is "
+                     f"pruned in {unknown.folder}/ until that version is used here again.")
     return [sentence for sentence in found if sentence]
 
 
@@ -2233,11 +2244,13 @@ def xe_problem(status: int, said: str) -> Optional[str]:
 
 SMALL_FILE_BYTES = 64 * MEBIBYTE          # metadata and manifests; an image is never read whole
 MISBEHAVIOUR = frozenset((
-    errno.EIO, errno.ESTALE, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-    errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EREMOTEIO, errno.EBADMSG,
-    errno.EUCLEAN, errno.ENOLINK, errno.ECOMM, errno.EPROTO))
-ERROR_KINDS = {errno.ENOENT: NotThere, errno.EEXIST: NameTaken, errno.ENOTEMPTY: NameTaken, errno.ENOTDIR: WrongKind,
-               errno.EISDIR: WrongKind, errno.ELOOP: WrongKind, errno.EFBIG: WrongKind}
+    errno.EIO, errno.ESTALE, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT, errno.ECONNRESET,
+    errno.ECONNREFUSED, errno.EREMOTEIO, errno.EBADMSG, errno.EUCLEAN, errno.ENOLINK, errno.ECOMM,
+    errno.EPROTO))
+ERROR_KINDS = {
+    errno.ENOENT: NotThere, errno.EEXIST: NameTaken, errno.ENOTEMPTY: NameTaken,
+    errno.ENOTDIR: WrongKind, errno.EISDIR: WrongKind, errno.ELOOP: WrongKind, errno.EFBIG: WrongKind}
 TEMPORARY = ".new"
 CANT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -2252,11 +2265,11 @@ def storage_errors(doing: str) -> Iterator[None]:
     except OSError as error:
         reason = os_reason(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull(f"{doing}: no space left on the backup storage ({reason}). Free space there, lower "
-                              "max_backups, or set pre_clean=yes.")
+            raise StorageFull(f"{doing}: no space left on the backup storage ({reason}). Free space there, "
+                              "lower max_backups, or set pre_clean=yes.")
         if error.errno in MISBEHAVIOUR:
-            raise StorageMisbehaved(f"{doing}: the backup storage misbehaved ({reason}). Nothing is pruned in this run; "
-                                    "check the share or disk.")
+            raise StorageMisbehaved(f"{doing}: the backup storage misbehaved ({reason}). Nothing is pruned "
+                                    "in this run; check the share or disk.")
         raise ERROR_KINDS.get(error.errno, CatalogError)(f"{doing}: {reason}.")
 
 
@@ -2274,7 +2287,7 @@ def status_of(fd: int) -> os.stat_result:
 
 
 def forget_cached(file_fd: int, begin: int = 0) -> None:
-    """The kernel need not keep what it holds of the file from there on: what is read next comes from storage."""
+    """The kernel need not keep what it holds of the file from there on: what is read comes from storage."""
     with contextlib.suppress(OSError):          # it is advice: a file system may have no use for it
         os.posix_fadvise(file_fd, begin, 0, os.POSIX_FADV_DONTNEED)
 
@@ -2357,7 +2370,8 @@ class Directory:
         refusal = WrongKind(f"{self.shown}/{one_line(name)} is not a regular file.")
         with self._deed("opening", name) as path:
             try:
-                fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+                flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                fd = os.open(path, flags, 0o600, dir_fd=self.fd)
             except OSError as error:
                 raise refusal if error.errno == errno.ENXIO else error         # a socket
             if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -2390,7 +2404,7 @@ class Directory:
             os.close(fd)
 
     def put(self, name: str, content: bytes) -> None:
-        """The file has that content, on disk; whoever reads meanwhile sees the old one or the new one, whole."""
+        """The file has that content, on disk; who reads meanwhile sees the old one or the new one, whole."""
         temporary = f"{name}.{os.getpid()}{TEMPORARY}"
         self.remove_file(temporary)
         self.write(temporary, content)
@@ -2424,7 +2438,8 @@ class Directory:
 
     def remove_if_empty(self, name: str) -> None:
         """An empty directory of that name is gone; anything else stays."""
-        with contextlib.suppress(NotThere, NameTaken, WrongKind), self._deed("removing the empty directory", name) as path:
+        with contextlib.suppress(NotThere, NameTaken, WrongKind), \
+                self._deed("removing the empty directory", name) as path:
             os.rmdir(path, dir_fd=self.fd)
 
     def sync(self) -> None:
@@ -2448,8 +2463,8 @@ class LockFile:
     One file can hold many locks: the whole of it, or one byte of it for each thing that is locked by itself.
     """
 
-    # Closing any descriptor of a locked file drops this process's lock: so a lock file is opened once per process,
-    # never closed, and known by device and inode, whatever path leads to it.
+    # Closing any descriptor of a locked file drops this process's lock: so a lock file is opened once per
+    # process, never closed, and known by device and inode, whatever path leads to it.
     opened = {}                            # type: Dict[Tuple[int, int], "LockFile"]
 
     def __init__(self, fd: int, shown: str) -> None:
@@ -2476,22 +2491,23 @@ class LockFile:
         """True if the lock is ours now; CatalogError where the file system can't lock."""
         with storage_errors(f"locking {self.shown}"):
             try:
-                fcntl.lockf(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, 1 if byte else 0, byte)
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.lockf(self.fd, kind | fcntl.LOCK_NB, 1 if byte else 0, byte)
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     return False
                 if error.errno in CANT_LOCK:
                     raise CatalogError(
-                        f"{self.shown}: this file system can't lock files ({os_reason(error)}), so two runs could destroy each "
-                        "other's work. Mount it with locking (NFS: without nolock, and with rpc.statd running; CIFS: without "
-                        "nobrl).")
+                        f"{self.shown}: this file system can't lock files ({os_reason(error)}), so two runs "
+                        "could destroy each other's work. Mount it with locking (NFS: without nolock, and "
+                        "with rpc.statd running; CIFS: without nobrl).")
                 raise
         self._held.add(byte)
         return True
 
     @contextlib.contextmanager
     def held(self, byte: int = WHOLE_FILE, shared: bool = False) -> Iterator[bool]:
-        """Inside, and if true, the lock is ours. A store that hangs does not keep us when it is given back."""
+        """Inside, and if true, the lock is ours. No store that hangs keeps us when it is given back."""
         is_ours = self.take(byte, shared)
         try:
             yield is_ours
@@ -2522,7 +2538,7 @@ class LockFile:
         self._held.clear()
 
     def release(self, byte: int = WHOLE_FILE) -> None:
-        """Free for others, at the latest when this process ends; the file stays. That never fails what was done under it."""
+        """Free for others, at the latest when this process ends: that fails nothing. The file stays."""
         if byte in self._held:
             with contextlib.suppress(OSError):
                 fcntl.lockf(self.fd, fcntl.LOCK_UN, 1 if byte else 0, byte)
@@ -2536,8 +2552,8 @@ def holder_text(text: Dict[str, Any]) -> str:
 
 
 class Mount(NamedTuple):
-    """The mount that a directory lies on. `locks_are_local`: its locks do not reach other hosts. `is_in_memory`: what it
-    holds is gone when the host restarts."""
+    """The mount that a directory lies on. `locks_are_local`: its locks do not reach other hosts.
+    `is_in_memory`: what it holds is gone when the host restarts."""
     point: str
     kind: str
     locks_are_local: bool
@@ -2565,7 +2581,7 @@ def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
 
 
 def kind_at(mountinfo: str, path: str) -> str:
-    """The kind of file system that the path lies on by that text, "" if it does not tell; the last of the longest counts."""
+    """The file system that the path lies on by that text, "" if unknown; the last of the longest counts."""
     longest, kind = "", ""
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
@@ -2579,14 +2595,14 @@ def kind_at(mountinfo: str, path: str) -> str:
 
 
 def free_space(fd: int, shown: str) -> Optional[int]:
-    """Space that we may still use there, in bytes; None where the file system tells no size, as some shares do."""
+    """Space that we may still use there, in bytes; None where the file system tells no size."""
     with storage_errors(f"asking for the free space of {shown}"):
         status = os.fstatvfs(fd)
     return status.f_bavail * status.f_frsize if status.f_blocks else None
 
 
 class NewFile:
-    """A file outside the store that is being written, beside its place, and stands there only once it is complete."""
+    """A file outside the store, written beside its place, that stands there only once it is complete."""
 
     def __init__(self, path: str) -> None:
         """Raises NameTaken, or another CatalogError, if it can't be begun."""
@@ -2595,13 +2611,14 @@ class NewFile:
         if os.path.lexists(self._path):
             raise NameTaken(f"{path} exists already and was left as it is.")
         with storage_errors(f"making {path + PARTIAL}"):
-            self.fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self.fd = os.open(self._partial, flags, 0o600)
 
     def __enter__(self) -> "NewFile":
         return self
 
     def complete(self, size: Optional[int] = None) -> None:
-        """All is on disk, under its own name, grown to that size; a file that came there meanwhile is never replaced."""
+        """All is on disk, under its own name, of that size; a file that came there meanwhile stays."""
         with storage_errors(f"writing {self.shown}"):
             if size is not None:
                 os.ftruncate(self.fd, size)
@@ -5300,8 +5317,9 @@ VM_METADATA = "vm-metadata.xml"
 OLD_MARKERS = ("success", "success_restore", "success_compress", "success_compressing")
 IMAGE_NAME = re.compile(r"((.+)\.(xva|raw|vhd))(\.gz|\.zst)?", re.DOTALL)
 COMPRESSED_MAGIC = ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"))
-OTHER_MAGIC = (("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh"), ("lz4", b"\x04\x22\x4d\x18"), ("7z", b"7z\xbc\xaf"), ("zip", b"PK\3\4"),
-               ("lzip", b"LZIP"), ("VMDK", b"KDMV"), ("qcow2", b"QFI\xfb"), ("VHDX", b"vhdxfile"))
+OTHER_MAGIC = (("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh"), ("lz4", b"\x04\x22\x4d\x18"),
+               ("7z", b"7z\xbc\xaf"), ("zip", b"PK\3\4"), ("lzip", b"LZIP"),
+               ("VMDK", b"KDMV"), ("qcow2", b"QFI\xfb"), ("VHDX", b"vhdxfile"))
 WEAK_LOCK_PATIENCE_S = DAY_S
 
 
@@ -5311,7 +5329,7 @@ def free_text(free_bytes: Optional[int]) -> str:
 
 
 class Folder(NamedTuple):
-    """A VM's directory, listed. `strangers`: names that are no copies; `unfinished`: .partial and .deleting."""
+    """A VM's directory, listed. `strangers`: names of no copies; `unfinished`: .partial and .deleting."""
     name: str
     copies: Tuple[Copy, ...]
     unfinished: Tuple[str, ...]
@@ -5340,11 +5358,12 @@ class Catalog:
                 now = os.stat(fs_path(self.path))
                 os.fstat(self.root.fd)
         except CatalogError as error:
-            raise StorageMisbehaved(f"{self.path} can't be reached any more ({str(error).rstrip('.')}): is the "
-                                    "share still mounted? Nothing is written or pruned.")
+            raise StorageMisbehaved(f"{self.path} can't be reached any more ({str(error).rstrip('.')}): is "
+                                    "the share still mounted? Nothing is written or pruned.")
         if (now.st_dev, now.st_ino) != self._identity:
             raise StorageMisbehaved(f"{self.path} is no longer the directory it was at the start of the run: "
-                                    "the share went away, or was mounted again. Nothing is written or pruned.")
+                                    "the share went away, or was mounted again. Nothing is written or "
+                                    "pruned.")
 
     @property
     def is_on_root(self) -> bool:
@@ -5381,7 +5400,7 @@ class Catalog:
         return None
 
     def lock_file(self, kind: str, subject: str) -> LockFile:
-        """The lock of that kind for that subject (a config's path, a VM's directory); opened once per process."""
+        """The lock of that kind for that subject (a config, a VM's directory); opened once per process."""
         digest = hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         readable = re.sub(r"[^A-Za-z0-9._-]", "_", subject.rsplit("/", 1)[-1])[:80]
         name = f"{kind}-{readable}-{digest}.lock"
@@ -5393,7 +5412,7 @@ class Catalog:
         return self.lock_file("dir", folded(name))
 
     def copy_lock(self, copy: Copy, shared: bool) -> ContextManager[bool]:
-        """Inside, and if true, nobody removes the copy (shared: many can read it), or nobody reads it (not shared)."""
+        """Inside, and if true, nobody removes the copy (shared: many can read it), or nobody reads it."""
         byte = 1 + zlib.crc32(copy.name.encode("utf-8", "surrogateescape")) % (1 << 30)
         return self.lock_file("read", folded(copy.folder)).held(byte, shared)
 
@@ -5421,11 +5440,12 @@ class Catalog:
     # --- listing ----------------------------------------------------------------------
 
     def folder_names(self, problems: Optional[List[CatalogError]] = None) -> List[str]:
-        """The directories that can be a VM's, by name. What can't be looked at costs only itself, and is among the problems."""
+        """The directories that can be a VM's, by name. What can't be looked at is only among the problems."""
         found = []
         for name in self.root.names():
             try:
-                if not name.startswith(".") and not name.upper().startswith("METADATA_") and self.root.is_directory(name):
+                if not name.startswith(".") and not name.upper().startswith("METADATA_") \
+                        and self.root.is_directory(name):
                     found.append(name)
             except CatalogError as error:
                 if problems is not None:
@@ -5433,8 +5453,8 @@ class Catalog:
         return found
 
     def folder(self, name: str) -> Folder:
-        """What is in a VM's directory; an absent one is empty. CatalogError if it can't be listed. What in it can't be
-        looked at is what its name says, and a copy that is unreadable."""
+        """What is in a VM's directory; an absent one is empty. CatalogError if it can't be listed. What in it
+        can't be looked at is what its name says, and a copy that is unreadable."""
         copies, unfinished, strangers = [], [], []
         try:
             with self.root.child(name) as folder:
@@ -5470,13 +5490,14 @@ class Catalog:
         try:
             return copy._replace(checks=self._checks(copy))
         except CatalogError as error:
-            return copy._replace(problem=copy.problem or "whether a check has condemned it can't be read now: "
+            return copy._replace(problem=copy.problem or "whether a check has condemned it can't be read "
+                                                         "now: "
                                  + str(error).rstrip("."), is_unreadable=True)
 
     def _checks(self, copy: Copy) -> Dict[str, Any]:
-        """What is on record about the copy, {} if nothing. It belongs to the copy's manifest, whatever its name is."""
+        """What is on record about the copy, {} if nothing. It belongs to its manifest, not to its name."""
         with contextlib.suppress(NotThere, WrongKind, ValueError):
-            self._verdicts = self._verdicts or self.state_if_there(VERDICT_FOLDER)       # asked for each copy: opened once
+            self._verdicts = self._verdicts or self.state_if_there(VERDICT_FOLDER)       # opened once for all
             if self._verdicts is not None and copy.mark:
                 return parse_object(self._verdicts.read(copy.mark[:32] + ".json", MEBIBYTE))
         return {}
@@ -5503,7 +5524,7 @@ class Catalog:
         return found
 
     def look_of(self, copy: Copy) -> str:
-        """A digest of the names, sizes and times of all files of the copy: it changes when any of them is written."""
+        """A digest of names, sizes and times of all files of the copy: it changes when any is written."""
         def look(folder: Directory, place: str) -> Iterator[Tuple[Any, ...]]:
             for name in folder.names():
                 status = folder.status(name)
@@ -5544,9 +5565,10 @@ class Catalog:
                     raise
                 return name
 
-    def pool_dumps(self, folder_name: str, problems: Optional[List[CatalogError]] = None) -> List[Tuple[str, str]]:
-        """The complete dumps, oldest first, each with the uuid of its pool, "" if it tells none, or can't be read (why is
-        among the problems); none if there is no such directory."""
+    def pool_dumps(self, folder_name: str,
+                   problems: Optional[List[CatalogError]] = None) -> List[Tuple[str, str]]:
+        """The complete dumps, oldest first, each with the uuid of its pool, "" if it tells none, or can't be
+        read (why is among the problems); none if there is no such directory."""
         found = []
         with contextlib.suppress(NotThere), self.root.child(folder_name) as folder:
             for name in filter(POOL_DUMP.fullmatch, folder.names()):
@@ -5568,7 +5590,7 @@ class Catalog:
             folder.sync()
 
     def remove_copy(self, copy: Copy) -> bool:
-        """The copy is gone: first from its name, in one step, then from the disk. False if somebody reads it."""
+        """The copy is gone: from its name in one step, then from the disk. False if somebody reads it."""
         self.check_in_place()
         with self.root.child(copy.folder) as folder:
             if parse_copy_name(copy.name) is None or not folder.is_directory(copy.name):
@@ -5601,7 +5623,8 @@ class Catalog:
 
 
 class Placement:
-    """Which directory belongs to which VM. A VM is its uuid in its pool: it keeps the directory whose copies bear both.
+    """Which directory belongs to which VM. A VM is its uuid in its pool: it keeps the directory whose copies
+    bear both.
 
     Each directory is read once, and again under its lock.
     """
@@ -5616,16 +5639,16 @@ class Placement:
         self._homes = None                 # type: Optional[Dict[str, List[str]]]
 
     def claim_all(self, machines: Iterable[VirtualMachine]) -> None:
-        """Every VM of the run has its directory; among several of one name the lowest uuid takes the plain one."""
+        """Every VM of the run has its directory; of those of one name the lowest uuid has the plain one."""
         for machine in sorted(machines, key=lambda one: one.uuid):
             with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
                 self.folder_name(machine)
 
     def folder_name(self, machine: VirtualMachine) -> str:
-        """The directory of that VM, as the store was when it was read; CatalogError if one of its name can't be."""
+        """The directory of that VM, as the store was when read; CatalogError if one of its name can't be."""
         new = (safe_name(machine.name), newcomer_name(machine.name, machine.uuid))
         name = self._owned(machine) or next((name for name in new if self._is_free(name, machine)),
-                                            newcomer_name(machine.name, self._pool))   # another pool's VM has that uuid too
+                                            newcomer_name(machine.name, self._pool))   # another pool's has it
         self._claims[folded(name)] = machine.uuid
         return name
 
@@ -5643,7 +5666,8 @@ class Placement:
         """The directory that holds copies of the VM, one of its names before others."""
         names = own_folder_names(machine.name, machine.uuid, self._pool)
         for name in itertools.chain(names, self._homes_of(machine.uuid)):
-            if any(copy.uuid == machine.uuid and not copy.aside for copy in self.own_view(self.folder(name), machine)):
+            copies = self.own_view(self.folder(name), machine)
+            if any(copy.uuid == machine.uuid and not copy.aside for copy in copies):
                 return name
         return None
 
@@ -5654,7 +5678,7 @@ class Placement:
             for name in itertools.chain(*self._spelled().values()):
                 try:
                     copies = self.folder(name).copies
-                except StorageMisbehaved:          # whose it is, it will tell another night: nobody begins anew for that
+                except StorageMisbehaved:          # it will tell another night: nobody begins anew for that
                     raise
                 except CatalogError:               # a directory that we may not list is nobody's
                     continue
@@ -5691,8 +5715,8 @@ class Placement:
 
 
 class StoredVm(NamedTuple):
-    """The copies of one VM (uuid and pool) and kind in one directory. `around`: all that lie there, oldest first, as
-    retention for this VM sees them."""
+    """The copies of one VM (uuid and pool) and kind in one directory. `around`: all that lie there, oldest
+    first, as retention for this VM sees them."""
     folder: str
     uuid: str
     pool: str
@@ -5724,8 +5748,8 @@ class StoredVm(NamedTuple):
 
 
 def stored_in(folder: Folder) -> List[StoredVm]:
-    """The VMs of that directory. Whether copies that tell no uuid are the VM's that they are shown with is known only
-    where the pool is."""
+    """The VMs of that directory. Whether copies that tell no uuid are the VM's that they are shown with is
+    known only where the pool is."""
     def only(told: Set[str]) -> Set[str]:
         """What is told; where that is one, what tells nothing goes with it."""
         return told - {""} if len(told - {""}) == 1 else told
@@ -5742,7 +5766,8 @@ def stored_in(folder: Folder) -> List[StoredVm]:
 
 
 class Listing(NamedTuple):
-    """What stands in the store. `strangers`: what is no copy of ours; `problems`: why something could not be listed."""
+    """What stands in the store. `strangers`: what is no copy of ours; `problems`: why something could not be
+    listed."""
     vms: List[StoredVm]
     strangers: List[str]
     problems: List[CatalogError]
@@ -5787,8 +5812,9 @@ def is_whole_dump(folder: Directory, name: str) -> bool:
 def pool_of_dump(folder: Directory, name: str) -> str:
     """The uuid of the pool whose database the dump holds, "" if it does not tell.
 
-    The tables stand in the order of their names (ocaml/database/db_xml.ml@v24.19.2), the large ones before `pool`: so it
-    is looked for from the end. In a value each blank is written as `%.`, so ` uuid=` begins the row's own.
+    The tables stand in the order of their names (ocaml/database/db_xml.ml@v24.19.2), the large ones before
+    `pool`: so it is looked for from the end. In a value each blank is written as `%.`, so ` uuid=` begins the
+    row's own.
     """
     table, beyond = b'<table name="pool">', b""
     with open(folder.open_file(name), "rb") as file, storage_errors(f"reading {folder.shown}/{name}"):
@@ -5799,7 +5825,8 @@ def pool_of_dump(folder: Directory, name: str) -> str:
             at = (file.read(end - begin) + beyond).rfind(table)
             if at >= 0:
                 file.seek(begin + at)
-                match = re.search(rb' uuid="([0-9a-f-]{36})"', file.read(16 * MEBIBYTE).partition(b"</table>")[0])
+                rows = file.read(16 * MEBIBYTE).partition(b"</table>")[0]
+                match = re.search(rb' uuid="([0-9a-f-]{36})"', rows)
                 return match.group(1).decode("ascii") if match else ""
             file.seek(begin)
             beyond, end = file.read(len(table) - 1), begin
@@ -5810,7 +5837,8 @@ def pool_of_dump(folder: Directory, name: str) -> str:
 
 
 def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime, is_old: bool) -> Copy:
-    """The copy in that directory, as far as it can be read; what can't be read is its `problem`. NotThere if it is gone."""
+    """The copy in that directory, as far as it can be read; what can't be read is its `problem`. NotThere if
+    it is gone."""
     blank = Copy(folder_name, name, taken_at, is_old, None, "", "", 0, None, None, "", 0, "")
     try:
         with parent.child(name) as inside:
@@ -5828,8 +5856,8 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
 
 
 def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
-    """A copy with a manifest; of one of a later version what its manifest says as ours does: it is left, and so is all
-    beside it."""
+    """A copy with a manifest; of one of a later version what its manifest says as ours does: it is left, and
+    so is all beside it."""
     raw = inside.read(MANIFEST)
     copy = blank._replace(is_old=False, mark=hashlib.sha256(raw).hexdigest())
     try:
@@ -5858,9 +5886,10 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
 
 
 def _at_home(copy: Copy) -> Copy:
-    """The copy; one that does not tell where it was made was made here, if this is a directory of its VM's name."""
+    """The copy; one that does not tell was made here, if this is a directory of its VM's name."""
     names = own_folder_names(copy.vm_name, copy.uuid, copy.pool)
-    return copy._replace(home=copy.folder) if not copy.home and folded(copy.folder) in map(folded, names) else copy
+    is_at_home = not copy.home and folded(copy.folder) in map(folded, names)
+    return copy._replace(home=copy.folder) if is_at_home else copy
 
 
 def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[str, str]:
@@ -5894,9 +5923,11 @@ def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
     """A copy that the older program wrote: known by its marker and its image."""
     names = inside.names()
     statuses = {name: inside.status(name) for name in names if IMAGE_NAME.fullmatch(name)}
-    sizes = {name: status.st_size for name, status in statuses.items() if status and stat.S_ISREG(status.st_mode)}
+    sizes = {name: status.st_size for name, status in statuses.items()
+             if status and stat.S_ISREG(status.st_mode)}
     image = max(sorted(sizes), key=lambda name: sizes[name], default="")
-    copy = with_old_image(inside, blank, image, sizes[image]) if image else blank._replace(uuid=_old_uuid(inside))
+    copy = with_old_image(inside, blank, image, sizes[image]) if image \
+        else blank._replace(uuid=_old_uuid(inside))
     problem = ""
     if not any(marker in names for marker in OLD_MARKERS):
         problem = "the older program did not mark it as a success"
@@ -5906,13 +5937,15 @@ def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
         problem = f"its image {image} is empty"
     # It has no manifest: this is what tells it from others, also after its image was compressed later.
     own = f"{copy.name} {copy.uuid} {IMAGE_NAME.fullmatch(image).group(1) if image else ''}"
-    return _at_home(copy._replace(problem=problem, mark=hashlib.sha256(own.encode("utf-8", "surrogateescape")).hexdigest()))
+    mark = hashlib.sha256(own.encode("utf-8", "surrogateescape")).hexdigest()
+    return _at_home(copy._replace(problem=problem, mark=mark))
 
 
 def with_old_image(inside: Directory, copy: Copy, image: str, size_bytes: int) -> Copy:
     """The copy with that image, and what its name and the files beside it tell."""
-    return copy._replace(uuid=_old_uuid(inside), vm_name=IMAGE_NAME.fullmatch(image).group(2), image=image,
-                         size_bytes=size_bytes, method=Method.VM if image_format(image) == "xva" else Method.VDI)
+    method = Method.VM if image_format(image) == "xva" else Method.VDI
+    return copy._replace(uuid=_old_uuid(inside), vm_name=IMAGE_NAME.fullmatch(image).group(2), method=method,
+                         image=image, size_bytes=size_bytes)
 
 
 def _old_uuid(inside: Directory) -> str:
@@ -5929,8 +5962,8 @@ def _old_uuid(inside: Directory) -> str:
 def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
     """Id and record of the VM itself in an ova.xml that may hold its snapshots too."""
     machines = ova_objects(ova, "VM")
-    for wanted in (lambda record: uuid and record.get("uuid") == uuid, lambda record: not record.get("is_a_snapshot"),
-                   lambda record: True):
+    for wanted in (lambda record: uuid and record.get("uuid") == uuid,
+                   lambda record: not record.get("is_a_snapshot"), lambda record: True):
         for key, record in machines.items():
             if wanted(record):
                 return key, record
@@ -5943,7 +5976,8 @@ MANIFEST_SHAPE = {                     # the fields that it has, by the part of 
     "": (("kind", str), ("taken_at", str), ("sequence", int), ("copies_to_keep", int),
          ("vm", dict), ("image", dict), ("files", dict), ("disks", list)),
     "vm": (("uuid", str), ("name", str)), "files": (("sha256", str),),
-    "image": (("name", str), ("size", int), ("sha256", str), ("compression", MAYBE_TEXT), ("format", MAYBE_TEXT)),
+    "image": (("name", str), ("size", int), ("sha256", str), ("compression", MAYBE_TEXT),
+              ("format", MAYBE_TEXT)),
     "disks": (("device", str), ("virtual_size", int), ("snapshot_uuid", str), ("archive_id", MAYBE_TEXT),
               ("sr_uuid", MAYBE_TEXT), ("userdevice", MAYBE_TEXT))}
 
@@ -5965,7 +5999,7 @@ def told(manifest: Dict[str, Any], *keys: str) -> str:
 
 
 def parse_manifest(content: bytes) -> Dict[str, Any]:
-    """The manifest; ValueError with a sentence if it is not one that we wrote, NewerManifest if a later version did."""
+    """The manifest; ValueError with a sentence if we did not write it, NewerManifest of a later version."""
     manifest = parse_object(content)
     if isinstance(manifest.get("format"), (int, float)) and manifest["format"] > MANIFEST_FORMAT:
         raise NewerManifest(manifest)
@@ -6002,7 +6036,7 @@ class NewCopy:
         self.sums = {}                         # type: Dict[str, Tuple[int, str]]
 
     def write(self, name: str, content: bytes) -> None:
-        """A small file of the copy, on disk, its size and digest remembered; `name` may lie in a sub-directory."""
+        """A small file of the copy, on disk, size and digest remembered; it may lie in a sub-directory."""
         folder, _, base = name.rpartition("/")
         if folder:
             with self.inside.child_made_if_missing(folder) as inner:
@@ -6033,7 +6067,7 @@ class NewCopy:
         self.inside.sync()
 
     def seal(self) -> None:
-        """Visible under its own name, in one step. If only the sync behind it fails, the copy stands all the same."""
+        """Visible under its own name, in one step. If only the sync behind it fails, the copy stands."""
         try:
             self._parent.rename(self.name + PARTIAL, self.name)
         except CatalogError as error:
@@ -6041,8 +6075,8 @@ class NewCopy:
             if there is None or (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
                 raise
             raise StorageMisbehaved(f"{self.name} is in its place and complete, but the storage did not "
-                                    f"confirm that it will stay ({str(error).rstrip('.')}): verify it. Nothing "
-                                    "is pruned in this run.")
+                                    f"confirm that it will stay ({str(error).rstrip('.')}): verify it. "
+                                    "Nothing is pruned in this run.")
 
     def discard(self) -> None:
         """Nothing of it is left, unless it is sealed already."""
@@ -6077,12 +6111,12 @@ BUSY_PAUSE_S = 2
 LOST_ANSWER_PATIENCE_S = 10    # a snapshot whose maker's connection died can appear some seconds later
 LOST_ENTRY_LIFE_S = DAY_S
 STILL_BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
-# Answers to VDI.snapshot behind which a snapshot may stand: the server writes other_config after the storage has made it
-# (ocaml/xapi/xapi_vdi.ml, snapshot, v26.17.0), so any other failure leaves none that bears our key.
+# Answers to VDI.snapshot behind which a snapshot may stand: the server writes other_config after the storage
+# has made it (ocaml/xapi/xapi_vdi.ml, snapshot, v26.17.0), so any other failure leaves none with our key.
 UNSURE_ANSWERS = ("lost", "INTERNAL_ERROR", "CANNOT_CONTACT_HOST", "HOST_OFFLINE", "TASK_CANCELLED")
-HOST_CLOCKS_DIFFER_S = 60      # snapshot_time is by the clock of the host that made it, the call's by that of the master
+HOST_CLOCKS_DIFFER_S = 60      # snapshot_time is by the clock of the host that made it, ours by the master's
 MOST_LEFT_SNAPSHOTS = 2
-IMPORT_END_PATIENCE_S = 180    # how long an import that was broken off is waited for: the server takes back what it made
+IMPORT_END_PATIENCE_S = 180    # how long a broken import is waited for: the server takes back what it made
 
 
 # --- the journal of what is open in pools -------------------------------------------
@@ -6111,19 +6145,20 @@ class OpenEntry:
     @contextlib.contextmanager
     def hurried(self) -> Iterator[None]:
         """Inside, the journal is not waited for as long as else: clean-up in the pool comes first."""
-        patience_s, self._journal.limit_s = self._journal.limit_s, min(self._journal.limit_s, CLEAN_UP_LIMIT_S)
+        patience_s = self._journal.limit_s
+        self._journal.limit_s = min(patience_s, CLEAN_UP_LIMIT_S)
         try:
             yield
         finally:
             self._journal.limit_s = patience_s
 
     def remember(self, **facts: Any) -> None:
-        """The facts are on disk too, if they can be written: to be remembered is enough for who acts on them now."""
+        """The facts are on disk if they can be written: remembered is enough for who acts on them now."""
         with contextlib.suppress(CatalogError):
             self.note(**facts)
 
     def close(self, reason: str) -> None:
-        """Nothing of it is left in the pool. If that can't be written, the next run finds nothing and closes it."""
+        """Nothing of it is left in the pool. If that can't be written, the next run finds that out."""
         self.remember(closed=reason)
 
     @property
@@ -6156,14 +6191,14 @@ class RunJournal:
 
     @classmethod
     def begin(cls, folder: Directory, name: str, header: Dict[str, Any]) -> "RunJournal":
-        """A new, locked journal that says whose it is. NameTaken if another run came between and took it for a dead one's."""
+        """A new, locked journal that says whose it is. NameTaken if another run took it for a dead one's."""
         fd = folder.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         try:
             is_locked = LockFile(fd, name).take()
             journal = cls(folder, name, fd)
             if not is_locked or not journal.is_still_ours():
-                raise NameTaken(f"another run clears the new journal {name} away as that of a dead run: start "
-                                "again.")
+                raise NameTaken(f"another run clears the new journal {name} away as that of a dead run: "
+                                "start again.")
             journal.append(header)
         except NameTaken:
             os.close(fd)
@@ -6212,7 +6247,7 @@ class RunJournal:
         self._is_torn = bool(content) and not content.endswith(b"\n")
 
     def append(self, facts: Dict[str, Any]) -> None:
-        """A line more, on disk; nothing once the store hangs, for the clean-up in the pool must not wait for it."""
+        """A line more, on disk; nothing once the store hangs: clean-up in the pool must not wait for it."""
         if self.is_mute:
             return
         line = (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8")
@@ -6222,7 +6257,8 @@ class RunJournal:
                 write_all(self._fd, (b"\n" if was_torn else b"") + line)
                 os.fsync(self._fd)
 
-        was_torn, self._is_torn = self._is_torn, True      # what a full store left of a line must not swallow the next
+        # what a full store left of a line must not swallow the next
+        was_torn, self._is_torn = self._is_torn, True
         try:
             within(self.limit_s, "writing the journal", write)
             self._is_torn = False
@@ -6233,7 +6269,8 @@ class RunJournal:
     def open_entry(self, **facts: Any) -> OpenEntry:
         """A new entry, on disk: call this before the deed."""
         if self.is_mute:
-            raise StorageStalled("the journal can't be written, as the backup storage hangs: nothing is begun in the pool.")
+            raise StorageStalled("the journal can't be written, as the backup storage hangs: nothing is "
+                                 "begun in the pool.")
         entry = OpenEntry(self, len(self.entries) + 1, {})
         entry.note(**facts)
         self.entries.append(entry)
@@ -6259,7 +6296,7 @@ class RunJournal:
         return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
 
     def mark_taken(self) -> None:
-        """Its name says that its run is dead and somebody is clearing up; a run that was only slow sees it."""
+        """Its name says that somebody clears up after its dead run; a run that was only slow sees it."""
         if not self.name.endswith(TAKEN):
             self._folder.rename(self.name, self.name + TAKEN)
             self.name += TAKEN
@@ -6286,10 +6323,12 @@ IDENTITY_TRIES = 50
 
 
 def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
-    """What tells this store from a mirror of it: an id in a file, and that file's inode number, which a mirror's is not.
+    """What tells this store from a mirror of it: an id in a file, and that file's inode number, which a
+    mirror's is not.
 
-    Where the two do not fit each other this is such a mirror, or was moved: it gets an id of its own once nobody
-    who may be of the other one has written a journal here for a day. Where the file can't be used there is no id.
+    Where the two do not fit each other this is such a mirror, or was moved: it gets an id of its own once
+    nobody who may be of the other one has written a journal here for a day. Where the file can't be used
+    there is no id.
     """
     runs = catalog.state("runs")
 
@@ -6317,7 +6356,7 @@ def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
 
 
 def _last_journal_s(runs: Directory, now_s: float) -> float:
-    """When a journal here was last written, by the storage's clock; one that can't be looked at may be of now."""
+    """When a journal was last written, by the storage's clock; one that can't be looked at may be of now."""
     times = [0.0]
     for name in runs.names():
         try:
@@ -6340,7 +6379,7 @@ def begin_run(catalog: Catalog, name: str, header: Dict[str, Any], now_s: float)
     except NameTaken:
         return begun(name + "-2")
     except StorageFull:
-        folder.remove_file(RESERVE)            # so that a run can begin on a full store, and pre_clean make room
+        folder.remove_file(RESERVE)        # so that a run can begin on a full store, and pre_clean make room
         return begun(name)
 
 
@@ -6353,12 +6392,12 @@ def keep_reserve(catalog: Catalog) -> None:
 
 def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
               now_s: float) -> Tuple[List[RunJournal], List[CatalogError]]:
-    """The journals of dead runs of that pool, locked by us and marked as taken; and why others can't be used and were
-    left.
+    """The journals of dead runs of that pool, locked by us and marked as taken; and why others can't be used
+    and were left.
 
-    Where locks do not reach other hosts, a journal of another host counts as dead only when it was not written for a
-    day; and so does one that bears the mark of another store: it came here with a mirror of that one, where its run
-    may live on.
+    Where locks do not reach other hosts, a journal of another host counts as dead only when it was not
+    written for a day; and so does one that bears the mark of another store: it came here with a mirror of
+    that one, where its run may live on.
     """
     found, left = [], []               # type: List[RunJournal], List[CatalogError]
     folder = catalog.state("runs")
@@ -6391,7 +6430,7 @@ def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
 
 
 def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
-    """The object is gone. A call without an answer is repeated only after the pool said that it still exists."""
+    """The object is gone. A call without an answer is repeated only if the pool says that it still exists."""
     for has_time in services.signals.until(services.journal.limit_s):
         try:
             services.pool.call(doing, class_name + ".destroy", ref, timeout_s=services.journal.limit_s)
@@ -6418,13 +6457,15 @@ def strangers_on(pool: Pool, record: Dict[str, Any], own: Iterable[str], doing: 
 
 
 class Owned:
-    """Something that we have, or may have, in the pool. Its entry tells how to find it again and prove that it is ours.
+    """Something that we have, or may have, in the pool. Its entry tells how to find it again and prove that
+    it is ours.
 
-    Each kind has `_find` (what the entry proves to be ours), `_thing` (what it is, for a sentence about what is left),
-    `_commands` (what removes it by hand; or what is left to do of that without its disks), and `remove`: nothing of it is
-    left in the pool and its entry is closed; or a later run is to try again, and what stands and can't be removed is told.
+    Each kind has `_find` (what the entry proves to be ours), `_thing` (what it is, for a sentence about what
+    is left), `_commands` (what removes it by hand; or what is left to do of that without its disks), and
+    `remove`: nothing of it is left in the pool and its entry is closed; or a later run is to try again, and
+    what stands and can't be removed is told.
     """
-    TEXTS = ()                             # type: Tuple[str, ...] # the facts that its entry has from the first
+    TEXTS = ()                             # type: Tuple[str, ...]     # what its entry has from the first
     DISKS_ARE_SNAPSHOTS = True
 
     def __init__(self, services: Services, entry: OpenEntry, tell: Callable[[OpenEntry, str], None]) -> None:
@@ -6442,7 +6483,8 @@ class Owned:
     def tell_left(self, what: str, by_hand: Sequence[str] = ()) -> None:
         """A finding about something of ours that stays in the pool, with the commands that remove it."""
         commands = "; then ".join(by_hand or self._commands(False))
-        self._tell(self._entry, f"{self._thing} {what} The next run tries again{commands and '; by hand: ' + commands}.")
+        self._tell(self._entry, f"{self._thing} {what} The next run tries "
+                                f"again{commands and '; by hand: ' + commands}.")
 
     @property
     def _doing(self) -> str:
@@ -6481,19 +6523,21 @@ class Owned:
         return age.total_seconds() > LOST_ENTRY_LIFE_S
 
     def _take_key(self, ref: str, record: Dict[str, Any], is_plausible: bool) -> None:
-        """Our key is gone from that disk; what copied it is told of, and how to remove it if it may be ours all the same."""
+        """Our key is gone from that disk; what copied it is told of, with its removal if it may be ours."""
         self._ask_if_there("VDI.remove_from_other_config", ref, self._key)
         what = f"disk {quote_name(record['name_label'])} ({record['uuid']}) had copied our mark from it"
         if is_plausible:
-            self._tell(self._entry, f"the {what} and is not proven to be ours, so only the mark was removed. If nobody else "
-                       f"made it, it can go: xe vdi-destroy uuid={record['uuid']}")
+            self._tell(self._entry, f"the {what} and is not proven to be ours, so only the mark was removed. "
+                                    "If nobody else made it, it can go: xe vdi-destroy "
+                                    f"uuid={record['uuid']}")
         elif record["uuid"] != self._facts.get("disk"):
-            self._services.log.info(f"{self._entry.title}: the {what} and is not ours: only the mark was removed.")
+            self._services.log.info(f"{self._entry.title}: the {what} and is not ours: only the mark was "
+                                    "removed.")
 
     # --- its disks ------------------------------------------------------------------
 
     def _destroy_disk(self, uuid: str, own: Iterable[str] = ()) -> bool:
-        """True if that disk is gone; False, with a finding, if it must stay. `own`: the refs of VMs of ours."""
+        """True if that disk is gone; False, with a finding, if it must stay. `own`: refs of VMs of ours."""
         for has_time in self._services.signals.until(BUSY_PATIENCE_S, BUSY_PAUSE_S):
             ref = self._ref("VDI", uuid)
             if ref is None:
@@ -6528,7 +6572,7 @@ class Owned:
                 if drive is not None and self._ask_if_there("VM.get_is_control_domain", drive["VM"])}
 
     def _let_go(self, disk: Dict[str, Any], drives: Dict[str, Dict[str, Any]], has_waited: bool) -> bool:
-        """True if one of the drives that a server left on our disk, when it died in an export or import, is gone.
+        """True if a drive that a server left on our disk when it died in an export or import is gone.
 
         Nothing there clears them up. A server that will not let go of one is believed.
         """
@@ -6539,15 +6583,15 @@ class Owned:
             known = list(self._facts.get("drives", ()))
             is_new = drive["uuid"] not in known
             if is_new:
-                self._services.log.info(f"{self._entry.title}: the server left {disk['uuid']} attached to a control domain; "
-                                        "detaching it.")
+                self._services.log.info(f"{self._entry.title}: the server left {disk['uuid']} attached to a "
+                                        "control domain; detaching it.")
                 self._entry.remember(drives=known + [drive["uuid"]])
             try:
                 if drive["currently_attached"]:
                     self._call("VBD.unplug", ref)
                 destroy(self._services, "VBD", ref, self._doing)
                 gone = True
-            except ApiFailure as failure:                      # it may do so a little later; what stays is told at the end
+            except ApiFailure as failure:      # it may do so a little later; what stays is told at the end
                 if is_new:
                     self._services.log.info(f"{self._entry.title}: {failure}")
         return gone
@@ -6566,10 +6610,12 @@ class Owned:
         return has_waited and not disk["current_operations"]
 
     def _commands_for_busy(self, uuid: str, drives: Iterable[Dict[str, Any]]) -> List[str]:
-        """What removes such a disk by hand: `xe snapshot-uninstall` would fail after it had destroyed the VM's record."""
-        commands = [f"xe {word} uuid={drive['uuid']}" for drive in drives for word in ("vbd-unplug", "vbd-destroy")]
+        """What removes such a disk: `xe snapshot-uninstall` would fail after destroying the VM's record."""
+        commands = [f"xe {word} "
+                    f"uuid={drive['uuid']}" for drive in drives for word in ("vbd-unplug", "vbd-destroy")]
         disks = list(self._facts.get("disks", ()))
-        commands += [f"xe vdi-destroy uuid={disk}" for disk in (disks[disks.index(uuid):] if uuid in disks else [uuid])]
+        commands += ["xe vdi-destroy "
+                     f"uuid={disk}" for disk in (disks[disks.index(uuid):] if uuid in disks else [uuid])]
         return commands + self._commands(True)
 
 
@@ -6577,7 +6623,7 @@ class Snapshot(Owned):
     """A snapshot, of a VM or of a disk."""
     WORD = "snapshot"
     COMMANDS = ("snapshot-uninstall", "snapshot-destroy")      # what removes it, and when its disks are gone
-    ORIGINAL_CLASS, ORIGINAL = "VM", "vm_uuid"                 # what it is made of, and the fact that tells its uuid
+    ORIGINAL_CLASS, ORIGINAL = "VM", "vm_uuid"         # what it is made of, and the fact that tells its uuid
 
     @property
     def _doing(self) -> str:
@@ -6592,7 +6638,7 @@ class Snapshot(Owned):
         return [f"xe {word} uuid={uuid}"] if word and uuid else []
 
     def _make(self, doing: str, method: str, *arguments: Any) -> str:
-        """The ref of the new snapshot, also when the answer to the call was lost but the call did its work."""
+        """The ref of the new snapshot, also when the answer was lost but the call did its work."""
         journal = self._services.journal
         with self._not_called_yet():
             self._services.signals.check()
@@ -6611,7 +6657,7 @@ class Snapshot(Owned):
 
     @contextlib.contextmanager
     def _not_called_yet(self) -> Iterator[None]:
-        """What ends the block proves that the snapshot call was never made, so that nothing has to be looked for."""
+        """What ends the block proves that the snapshot call was never made: nothing has to be looked for."""
         try:
             yield
         except (BackupError, Interrupted):
@@ -6674,7 +6720,7 @@ class VmSnapshot(Snapshot):
         return [ref for ref in refs if self._ask_if_there("VM.get_is_a_snapshot", ref)]
 
     def remove(self) -> None:
-        """Disks first, the VM snapshot last: VM.destroy leaves disks behind, with nothing that tells whose they are."""
+        """Disks first, the VM snapshot last: VM.destroy leaves disks behind that tell not whose they are."""
         found = self._find()
         if len(found) > 1:
             self.tell_left(f"bears a token that {len(found)} snapshots bear, so none was removed.")
@@ -6692,7 +6738,7 @@ class VmSnapshot(Snapshot):
             self._entry.close("removed" if found else "not there")
 
     def _remove_message(self) -> bool:
-        """True if the event message of our own snapshot is gone, so that nights don't pile up in the event list."""
+        """True if the event message of our own snapshot is gone: nights don't pile up in the event list."""
         doing = "removing the event message of the snapshot of " + self._entry.title
         since = parse_utc(self._facts["called_at"]) - timedelta(days=1)       # clocks differ
         try:
@@ -6733,11 +6779,11 @@ class DiskSnapshot(Snapshot):
         return disk._replace(vdi_ref=ref, vdi_uuid=record["uuid"], virtual_size=int(record["virtual_size"]))
 
     def _bearers(self) -> Dict[str, Dict[str, Any]]:
-        """The records, by ref, of all disks that bear the entry's key: the disk, and what was made of it meanwhile.
+        """The records, by ref, of all disks that bear the entry's key: the disk, and what was made of it.
 
-        Our own run's key stands for moments: before the call, and once its snapshot is known, only the disk and its
-        snapshots are looked at, as an SR may have thousands of disks. Else only what lies on the same SR can have copied
-        it; a dead run's may have stood for days, for any copy of the disk.
+        Our own run's key stands for moments: before the call, and once its snapshot is known, only the disk
+        and its snapshots are looked at, as an SR may have thousands of disks. Else only what lies on the same
+        SR can have copied it; a dead run's may have stood for days, for any copy of the disk.
         """
         disk = self._ref("VDI", self._facts["disk"])
         records = {}                       # type: Dict[str, Dict[str, Any]]
@@ -6750,13 +6796,14 @@ class DiskSnapshot(Snapshot):
                 field, value = ("snapshot_of", disk) if is_clean else ("SR", record["SR"])
                 records = dict(self._ask("VDI.get_all_records_where", f'field "{field}" = "{value}"'))
                 records[disk] = record
-        return {ref: record for ref, record in records.items() if self._key in (record.get("other_config") or ())}
+        return {ref: record for ref, record in records.items()
+                if self._key in (record.get("other_config") or ())}
 
     def _find(self) -> List[str]:
         return self._proven(self._plausible(self._bearers()))
 
     def _plausible(self, bearers: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
-        """Those bearers of the key that may be the snapshot that our call made: none if it was not made or was refused.
+        """Those bearers of the key that our call may have made: none if it was not made or was refused.
 
         Another tool's snapshot copies the key too. What bore it before the call is not ours.
         """
@@ -6770,7 +6817,7 @@ class DiskSnapshot(Snapshot):
                 and not strangers_on(self._services.pool, record, (), self._doing)}
 
     def _proven(self, plausible: Dict[str, Dict[str, Any]]) -> List[str]:
-        """The one of them that was made while our call can have been under way; [] if there is not exactly one."""
+        """The one of them that was made while our call can have been under way; [] unless it is just one."""
         if self._facts.get("seen_idle") or not plausible:
             return []
         called_at = parse_utc(self._facts["calling_at"])
@@ -6781,7 +6828,8 @@ class DiskSnapshot(Snapshot):
         return found if len(found) == 1 else []
 
     def remove(self) -> None:
-        """The disk's snapshot is gone, and the key from whatever bears it; if it is not sure which is ours, only the key."""
+        """The disk's snapshot is gone, and the key from all that bear it; if it is unsure which is ours, only
+        the key."""
         is_known, is_at_work = "uuid" in self._facts, self._is_being_made()
         if is_at_work and not is_known:
             return
@@ -6802,12 +6850,13 @@ class DiskSnapshot(Snapshot):
 class ImportedVms(Owned):
     """What a restore or drill makes: the VMs of its imports, their disks and tasks.
 
-    Its entry: token, vm_uuid, vm_name, names (the provisional names of the VMs that imports make), tasks (their refs,
-    noted before an import starts), called_at, then uuids (of the VMs) and disks (uuids), and `restored` once it is whole
-    and the person's. Ours is a VM whose uuid was noted, or, when an answer was lost, one with a provisional name whose
-    import_task is a noted task; and a disk that was noted, or whose sm_config bears such a task: the importer writes the
-    task there before it writes the first block (ocaml/xapi/import.ml@v26.17.0; recorded on 24.19.2). What is made by API
-    calls has the key `vmbackup:TOKEN` in its other_config instead.
+    Its entry: token, vm_uuid, vm_name, names (the provisional names of the VMs that imports make), tasks
+    (their refs, noted before an import starts), called_at, then uuids (of the VMs) and disks (uuids), and
+    `restored` once it is whole and the person's. Ours is a VM whose uuid was noted, or, when an answer was
+    lost, one with a provisional name whose import_task is a noted task; and a disk that was noted, or whose
+    sm_config bears such a task: the importer writes the task there before it writes the first block
+    (ocaml/xapi/import.ml@v26.17.0; recorded on 24.19.2). What is made by API calls has the key
+    `vmbackup:TOKEN` in its other_config instead.
     """
     TEXTS = ("token", "vm_uuid", "vm_name")
     DISKS_ARE_SNAPSHOTS = False
@@ -6829,13 +6878,14 @@ class ImportedVms(Owned):
     def tell_left(self, what: str, by_hand: Sequence[str] = ()) -> None:
         """A finding about something of ours that stays in the pool, with the commands that remove it."""
         if self._facts.get("restored"):
-            self._tell(self._entry, "the restored VM is whole; only the record of its import in the pool's list of tasks "
+            self._tell(self._entry, "the restored VM is whole; only the record of its import in the pool's "
+                                    "list of tasks "
                        + what)
         else:
             super().tell_left(what, by_hand)
 
     def remove(self) -> None:
-        """Disks first, VMs last, tasks behind them; only what the entry proves, and never a VM that is in use."""
+        """Disks first, VMs last, tasks behind them; only what the entry proves, never a VM that is in use."""
         if self._facts.get("restored"):
             self._finish_restored()
             return
@@ -6858,8 +6908,8 @@ class ImportedVms(Owned):
         self._entry.close("removed" if machines or disks else "not there")
 
     def _finish_restored(self) -> None:
-        """A VM that came back whole is the person's: only its tasks go. They are told if it has not got its name; of this
-        run's own they know."""
+        """A VM that came back whole is the person's: only its tasks go. They are told if it has not got its
+        name; of this run's own they know."""
         ref = None if self._is_of_this_run else self._ref("VM", self._facts["uuids"][0])
         if ref and self._ask_if_there("VM.get_name_label", ref) in self._facts["names"]:
             self._tell(self._entry, unnamed_text(self._entry))
@@ -6867,7 +6917,7 @@ class ImportedVms(Owned):
         self._entry.close("restored")
 
     def _tasks(self) -> List[str]:
-        """The refs of the entry's tasks that still exist; one that was made but not noted bears a provisional name."""
+        """The refs of the entry's tasks that still exist; one that was not noted bears a provisional name."""
         tasks = list(self._facts.get("tasks", ()))
         for name in self._facts["names"]:
             tasks += [ref for ref in self._ask("task.get_by_name_label", name) if ref not in tasks]
@@ -6928,9 +6978,10 @@ class ImportedVms(Owned):
         for name in self._facts["names"]:
             for ref in self._ask("VM.get_by_name_label", name):
                 record = self._ask_if_there("VM.get_record", ref)
-                if record and not record["is_a_snapshot"] and not record["is_a_template"] and (
-                        record["other_config"].get("import_task") in tasks or self._key in record["other_config"]):
-                    found[ref] = record
+                if record and not record["is_a_snapshot"] and not record["is_a_template"]:
+                    marks = record["other_config"]
+                    if marks.get("import_task") in tasks or self._key in marks:
+                        found[ref] = record
         return found
 
     def _refusal(self, machines: Dict[str, Dict[str, Any]]) -> str:
@@ -6938,8 +6989,9 @@ class ImportedVms(Owned):
         if len(machines) > len(self._facts["names"]):
             return f"can't be told from others: {len(machines)} VMs bear its marks, so none was removed."
         for ref, record in machines.items():
-            if record["name_label"] not in self._facts["names"] or record["is_a_snapshot"] or record["is_a_template"]:
-                return f"was taken over by somebody (its name is now {quote_name(record['name_label'])}), so it was left."
+            name = record["name_label"]
+            if name not in self._facts["names"] or record["is_a_snapshot"] or record["is_a_template"]:
+                return f"was taken over by somebody (its name is now {quote_name(name)}), so it was left."
             if record["power_state"] == "Halted":
                 continue
             if self._facts["kind"] != "drill":
@@ -6948,7 +7000,7 @@ class ImportedVms(Owned):
         return ""
 
     def _disks_made(self) -> Set[str]:
-        """The uuids of the disks that the entry's imports, or its VDI.create, made, whether or not a VM has them.
+        """The uuids of the disks that the entry's imports, or its VDI.create, made, on a VM or not.
 
         VDI.create makes one. What else bears our key has copied it: that is not ours, and loses the key.
         """
@@ -6967,11 +7019,12 @@ class ImportedVms(Owned):
 def unnamed_text(entry: OpenEntry) -> str:
     """What to tell of a restored VM that has not got its name."""
     uuid = entry.facts["uuids"][0]
-    return (f"the restored VM {uuid} is whole, but is still named {quote_name(entry.facts['names'][0])}. Name it: "
-            f"xe vm-param-set uuid={uuid} name-label=...")
+    return (f"the restored VM {uuid} is whole, but is still named {quote_name(entry.facts['names'][0])}. "
+            f"Name it: xe vm-param-set uuid={uuid} name-label=...")
 
 
-OWNED_KINDS = {"vm-snapshot": VmSnapshot, "vdi-snapshot": DiskSnapshot, "restore": ImportedVms, "drill": ImportedVms}
+OWNED_KINDS = {"vm-snapshot": VmSnapshot, "vdi-snapshot": DiskSnapshot,
+               "restore": ImportedVms, "drill": ImportedVms}
 ENTRY_LISTS = ("names", "tasks", "uuids", "disks", "drives", "known")
 
 
@@ -7067,15 +7120,18 @@ class Snapshots:
         for journal in journals:
             for entry in journal.open_entries():
                 if not is_understood(entry.facts):
-                    self._services.log.info(f"{journal.name}: entry {entry.number} is not one that this version writes; it is "
-                                            "left. A newer version of VmBackup deals with it.")
+                    self._services.log.info(f"{journal.name}: entry {entry.number} is not one that this "
+                                            "version writes; it is left. A newer version of VmBackup deals "
+                                            "with it.")
                     continue
-                host, since = journal.header.get("host", "another host"), journal.header.get("since", "earlier")
-                self._services.log.info(f"{entry.title}: a run on {host} that began {since} {self.owned(entry).left}.")
+                host, since = journal.header.get("host", "another "
+                                                         "host"), journal.header.get("since", "earlier")
+                self._services.log.info(f"{entry.title}: a run on {host} that began {since} "
+                                        f"{self.owned(entry).left}.")
                 self.remove(entry)
 
     def look_again(self) -> None:
-        """What this run removed is really gone, also where the server restarted and forgot its last seconds."""
+        """What this run removed is really gone, also where a restarted server forgot its last seconds."""
         for entry in self._services.journal.entries:
             if not entry.is_open:
                 entry.remember(closed="")
@@ -7085,11 +7141,13 @@ class Snapshots:
         """Raises BackupError if the VM still has two snapshots of ours that could not be removed."""
         left = [entry.facts["uuid"] for journal in self.inherited + [self._services.journal]
                 for entry in journal.open_entries()
-                if is_understood(entry.facts) and entry.facts["vm_uuid"] == machine.uuid and entry.facts.get("uuid")]
+                if is_understood(entry.facts) and entry.facts["vm_uuid"] == machine.uuid
+                and entry.facts.get("uuid")]
         if len(left) >= MOST_LEFT_SNAPSHOTS:
-            raise BackupError(f"{machine.title} still has {len(left)} snapshots of earlier backups that could not be removed: "
-                              f"{', '.join(left)}. No further one is made. Remove them by hand (xe snapshot-uninstall "
-                              "uuid=UUID, or xe vdi-destroy uuid=UUID), then run again.")
+            raise BackupError(f"{machine.title} still has {len(left)} snapshots of earlier backups that "
+                              f"could not be removed: {', '.join(left)}. No further one is made. Remove them "
+                              "by hand (xe snapshot-uninstall uuid=UUID, or xe vdi-destroy uuid=UUID), then "
+                              "run again.")
 
 
 # =============================================================================
