@@ -7992,7 +7992,8 @@ class Run:
     def sweep(self) -> List[CatalogError]:
         """What dead runs left in this pool is gone; why journals of others can't be used and were left."""
         journals, problems = dead_runs(
-            self.services.catalog, self.services.journal, self.inventory.pool_uuid, self.services.clock.utc().timestamp())
+            self.services.catalog, self.services.journal, self.inventory.pool_uuid,
+            self.services.clock.utc().timestamp())
         self.snapshots.sweep(journals)
         return problems
 
@@ -8348,8 +8349,8 @@ class BackupRun:
             yield Finding(Severity.WARNING, place, str(error))
             return
         if free is not None and free < largest:
-            yield Finding(Severity.WARNING, place, f"only {format_size(free)} are free, and the largest copy of "
-                          f"this run has {format_size(largest)}: the next run may not fit.")
+            yield Finding(Severity.WARNING, place, f"only {format_size(free)} are free, and the largest copy "
+                          f"of this run has {format_size(largest)}: the next run may not fit.")
 
     # --- the pool database --------------------------------------------------------------
 
@@ -11114,9 +11115,6 @@ def read_smtp_password(path: str) -> str:
     return plain
 
 
-# --- preview --------------------------------------------------------------------------
-
-
 # --- the mail of a run -------------------------------------------------------------------
 
 
@@ -11188,6 +11186,9 @@ def report_told(services: Services, report: Report, status_log: StatusLog) -> in
     services.signals.come_too_late()
     services.log.info(summary_text(report))
     return report.exit_status
+
+
+# --- preview --------------------------------------------------------------------------
 
 
 def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
