@@ -46,13 +46,20 @@ def test_a_recipe_that_is_new_or_reworded_is_noticed() -> None:
 # --- the commands in the program's messages ---------------------------------------------------------------------------------
 
 def messages() -> List[str]:
-    """The texts of VmBackup.py that are no docstrings."""
+    """The texts of VmBackup.py that are no docstrings; of an f-string, a word in the place of each value."""
     with open(PROGRAM, encoding='utf-8') as file:
         tree = ast.parse(file.read())
-    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    texts = [getattr(node, 'value' if type(node).__name__ == 'Constant' else 's', None) for node in ast.walk(tree)
-             if type(node).__name__ in ('Constant', 'Str') and id(node) not in statements]
-    return [text for text in texts if isinstance(text, str)]
+    parts = {id(child) for node in ast.walk(tree) if isinstance(node, (ast.Expr, ast.JoinedStr)) for child in ast.iter_child_nodes(node)}
+    texts = [''.join(text_of_node(part, '%s') for part in node.values) if isinstance(node, ast.JoinedStr) else text_of_node(node, '')
+             for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) or id(node) not in parts]
+    return [text for text in texts if text]
+
+
+def text_of_node(node: Any, otherwise: str) -> str:
+    """The text that stands there; Python 3.6 keeps it elsewhere than 3.13."""
+    text = getattr(node, 'value' if type(node).__name__ == 'Constant' else 's', None) \
+        if type(node).__name__ in ('Constant', 'Str') else None
+    return text if isinstance(text, str) else otherwise
 
 
 def test_every_command_that_a_message_tells_is_whole(a_pool: Any) -> None:
