@@ -14,33 +14,50 @@ Data flows one way:
 
 The sections below stand in reading order; each uses only those above it.
 
-     1. Program
-     2. Errors
-     3. Values
-     4. Sizes, times and names
-     5. Configuration
-     6. Selection and plan
-     7. Retention
-     8. Run environment
-     9. Programs
-    10. Storage
-    11. The pump
-    12. Blocks and digests
-    13. Image formats
-    14. Files, pipes, compressors
-    15. Pool
-    16. Copies
-    17. Ownership
-    18. Export methods
-    19. Verification of stored copies
-    20. Run
-    21. Backup run
-    22. Verify and prune
-    23. Restore
-    24. Extract and drill
-    25. Report
-    26. Commands
-    27. main
+    I.   Pure: words and decisions. Nothing is touched, no clock is asked.
+          1. Program
+          2. Errors
+          3. Values
+          4. Sizes, times and names
+          5. Settings
+          6. Selection and plan
+          7. Retention
+    II.  Doors: one for each outside world, whose errors become ours there.
+          8. Process
+          9. Programs
+         10. Storage
+         11. Pool
+         12. Post
+    III. Streams: what flows from the pool to the store and back, and its proof.
+         13. The pump
+         14. Blocks and digests
+         15. Image formats
+         16. Files, pipes, compressors
+    IV.  What stands: copies in the store, things of ours in the pool.
+         17. Copies
+         18. Ownership
+    V.   Deeds
+         19. Run
+         20. Backup
+         21. Verify and prune
+         22. Restore
+         23. Extract and drill
+    VI.  People
+         24. Reports
+         25. Commands
+         26. main
+
+Where do I change what?
+
+    a config key, a parameter       a row of OPTIONS or ACTIONS (5); help, example.cfg and parser follow
+    which copies stay               judge (7); whose a copy is: as_seen_by (7); is it good: Copy (7)
+    what the server answers         Pool (11); what to do about it: FAILURE_ADVICE (2)
+    a format of images              a check beside XvaCheck and VhdCheck (15)
+    what a copy has on disk         NewCopy and read_copy (17)
+    a kind of thing made in a pool  a class beside those of Snapshots (18)
+    what every deed has around it   Run (19)
+    a sentence of log or mail       Report (19), its renderers (24), or the error's class (2)
+    an action                       a row of ACTIONS (5) and a function in COMMANDS (25)
 
 Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
 """
@@ -140,6 +157,7 @@ EXIT_STATUS_HELP = (
     (ExitStatus.LOCKED, "another run of this config is still going"),
     (ExitStatus.BUG, "a bug in VmBackup: traceback and versions are in the log"),
 )
+
 
 # =============================================================================
 # 2. Errors
@@ -332,6 +350,8 @@ def quote_name(name: str) -> str:
 # =============================================================================
 # The nouns of the field, as plain values. A `ref` is only handed back to the
 # pool; everything that is written down or compared uses uuids.
+
+NULL_REF = "OpaqueRef:NULL"
 
 
 class Method(enum.Enum):
@@ -690,7 +710,7 @@ def fs_text(path: str) -> str:
 
 
 # =============================================================================
-# 5. Configuration
+# 5. Settings
 # =============================================================================
 # From text to one checked value, all problems at once, each with its place.
 # OPTIONS declares every key once: the parser, `help config`, example.cfg and
@@ -1810,7 +1830,7 @@ def free_copy_name(local: datetime, taken: Iterable[str]) -> str:
 
 
 # =============================================================================
-# 8. Run environment
+# 8. Process
 # =============================================================================
 # What the process owns: the clock, its signals, its log lines, its secret.
 
@@ -2639,7 +2659,923 @@ class NewFile:
 
 
 # =============================================================================
-# 11. The pump
+# 11. Pool
+# =============================================================================
+# The only place that speaks XenAPI. It knows refs and gives values. A call that
+# only asks, or can be repeated without harm, goes through ask(), which waits
+# for a pool that restarts; one that makes or destroys something goes through
+# call(), once: whoever gets AnswerLost asks the pool what became of it.
+
+READ_TIMEOUT_S = 120
+LOGIN_TRIES = 3
+LOGIN_PAUSE_S = 2
+IDLE_CONNECTION_S = 5
+POLL_TIMEOUT_S = 10            # for a question that can as well be asked a little later
+SAME_SESSION_PAUSE_S = 2
+ORIGINATOR = "VmBackup"
+KEY_PREFIX = "vmbackup:"
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """The connection is open."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(fs_path(self._path))
+
+
+class _TlsConnection(http.client.HTTPSConnection):
+    """HTTPS that also compares the certificate's fingerprint if one is demanded."""
+
+    def __init__(self, host: str, port: int, timeout_s: float, context: ssl.SSLContext, fingerprint: str) -> None:
+        super().__init__(host, port, timeout=timeout_s, context=context)
+        self._fingerprint = fingerprint
+
+    def connect(self) -> None:
+        """The connection is open; raises PoolError if the certificate is not the one demanded."""
+        super().connect()
+        if self._fingerprint:
+            found = hashlib.sha256(self.sock.getpeercert(True)).hexdigest()
+            if found != self._fingerprint:
+                self.close()
+                raise PoolError("%s shows a TLS certificate with the SHA-256 fingerprint %s, not the one of "
+                                "ca_fingerprint. Nothing was sent. If the certificate was renewed, put the new "
+                                "fingerprint in the config." % (self.host, found))
+
+
+class Transport(xmlrpc.client.Transport):
+    """XML-RPC over a connection of our making, with time limits and without silent repetition.
+
+    The standard transport repeats a request whose connection broke; a
+    VM.snapshot repeated so would make two snapshots.
+    """
+
+    def __init__(self, connect: Callable[[float], http.client.HTTPConnection]) -> None:
+        super().__init__()
+        self._connect = connect
+        self.timeout_s = float(READ_TIMEOUT_S)
+        self._used_at = 0.0
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        """The open connection, or a new one if it has been idle so long that the server may have closed it."""
+        if self._connection and self._connection[0] == host:
+            return self._connection[1]
+        self._connection = host, self._connect(self.timeout_s)
+        return self._connection[1]
+
+    def request(self, host: Any, handler: str, request_body: Any, verbose: bool = False) -> Any:
+        """The answer to one request that is sent once."""
+        if time.monotonic() - self._used_at > IDLE_CONNECTION_S:
+            self.close()
+        if self._connection and self._connection[1] is not None:
+            self._connection[1].timeout = self.timeout_s
+            if self._connection[1].sock is not None:
+                self._connection[1].sock.settimeout(self.timeout_s)
+        try:
+            return self.single_request(host, handler, request_body, verbose)
+        except BaseException:              # whatever ended it, half an answer may still be on its way: not for the next one
+            self.close()
+            raise
+        finally:
+            self._used_at = time.monotonic()
+
+
+class Trust(NamedTuple):
+    """How a TLS certificate is checked; both empty: not at all, as with xe."""
+    ca_file: str
+    fingerprint: str
+
+    def context(self) -> ssl.SSLContext:
+        """The TLS settings; raises UsageError if the CA file can't be read."""
+        if self.ca_file:
+            try:
+                return ssl.create_default_context(cafile=fs_path(self.ca_file))
+            except (OSError, ssl.SSLError) as error:
+                raise UsageError("ca_file %s can't be used: %s." % (self.ca_file, os_reason(error)))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        with contextlib.suppress(ssl.SSLError):
+            # older hosts have 1024-bit keys, which newer OpenSSL refuses even unverified;
+            # OpenSSL before 1.1 has no levels and does not know the word
+            context.set_ciphers("DEFAULT:@SECLEVEL=0")
+        return context
+
+
+class Doorway(NamedTuple):
+    """Where this host listens: the real places, or those of the test door."""
+    url: str
+    socket_path: str
+
+    @classmethod
+    def of_environment(cls, environment: Dict[str, str]) -> "Doorway":
+        """The doorway that VMBACKUP_POOL names, else the real one."""
+        url, space, path = fs_text(environment.get(TEST_DOOR, "")).partition(" ")
+        return cls(url, path) if space else cls(LOCAL_URL, LOCAL_SOCKET)
+
+    def plain_address(self) -> PoolAddress:
+        """This host's plain HTTP address."""
+        return parse_pool_address(self.url)
+
+    def tls_address(self, host: str) -> PoolAddress:
+        """The TLS address of another host of the pool: 443, or the test pool's port + 1."""
+        plain = self.plain_address()
+        return PoolAddress("https", host, 443 if plain.port == 80 else plain.port + 1)
+
+
+def is_gone(failure: ApiFailure, class_name: str) -> bool:
+    """Does the failure say that an object of that class does not exist? (Both codes name the class first.)"""
+    return failure.code in ("HANDLE_INVALID", "UUID_INVALID") and failure.parameters[:1] == (class_name,)
+
+
+class Pool:
+    """A session with the pool's master. Close it, or it stays open there for a day."""
+
+    def __init__(self, address: Optional[PoolAddress], password: Optional[str], doorway: Doorway, trust: Trust,
+                 timeout_s: float, log: Log, signals: Signals) -> None:
+        """`address` None: this host, by unix socket if `password` is None, else by plain HTTP on loopback."""
+        self._address = address
+        self._password = password
+        self._doorway = doorway
+        self._trust = trust
+        self._patience_s = timeout_s
+        self._log = log
+        self._signals = signals
+        self._session = None               # type: Any
+        self._transport = None             # type: Optional[Transport]
+        self._handle = ""
+        self._master = None                # type: Optional[PoolAddress]
+        self._sr_uuids = {}                # type: Dict[str, str]
+        self._answered_at = 0.0            # by the monotonic clock
+        self._failure = Exception          # the module's Failure, once it is imported
+        self.changes_allowed = True        # a preview switches it off
+        self.was_shaken = False            # a connection or session was lost: the server may have restarted
+
+    # --- connecting -----------------------------------------------------------
+
+    def connect(self) -> None:
+        """A session is open. Raises PoolError if the pool can't be reached or refuses the login."""
+        try:
+            import XenAPI
+        except ImportError:
+            raise PoolError("the Python module XenAPI is not installed. On a host of the pool it is there for "
+                            "/usr/bin/python3; elsewhere: pip install XenAPI.")
+        self._failure = XenAPI.Failure
+        give_up_at = time.monotonic() + self._patience_s
+        for attempt in range(1, LOGIN_TRIES + 1):
+            try:
+                self._login(XenAPI)
+                return
+            except AnswerLost as error:
+                if attempt == LOGIN_TRIES or time.monotonic() + LOGIN_PAUSE_S > give_up_at:
+                    raise PoolError("%s No VM was touched. Is the pool up, and the address right?" % error)
+                self._signals.sleep(LOGIN_PAUSE_S)
+
+    def _login(self, xenapi: Any) -> None:
+        """Logged in at the address, or at the master that it names; without a session nothing stays open."""
+        try:
+            try:
+                self._login_at(xenapi, self._master or self._address)
+            except ApiFailure as failure:
+                if failure.code != "HOST_IS_SLAVE" or not failure.parameters:
+                    raise
+                self._master = self._address_of_master(failure.parameters[0])
+                self._login_at(xenapi, self._master)
+        except ApiFailure as failure:
+            self._forget_session()
+            if failure.code == "SESSION_AUTHENTICATION_FAILED":
+                raise PoolError("the pool refused the login of root: the password is wrong. No VM was touched. Check the "
+                                "password, or the password file.")
+            raise PoolError(f"the pool refused the login: {failure_text(failure.code, failure.parameters)} No VM was "
+                            "touched.")
+        except PoolError:
+            self._forget_session()
+            raise
+
+    def _address_of_master(self, host: str) -> PoolAddress:
+        """Where the master that HOST_IS_SLAVE names listens."""
+        if self._address is None:
+            return self._doorway.tls_address(host)
+        if self._address.scheme == "http":
+            port = self._address.port
+            return PoolAddress("https", host, 443 if port == 80 else port + 1)
+        return self._address._replace(host=host)
+
+    def _login_at(self, xenapi: Any, address: Optional[PoolAddress]) -> None:
+        """Logged in there; raises ApiFailure or AnswerLost."""
+        self._forget_session()
+        target = address or self._doorway.plain_address()
+        if address is None and self._password is None:
+            url = "http://localhost/"
+            self._transport = Transport(lambda timeout_s: _UnixConnection(self._doorway.socket_path, timeout_s))
+        elif target.scheme == "http":
+            url = target.url
+            self._transport = Transport(lambda timeout_s: http.client.HTTPConnection(target.host, target.port,
+                                                                                    timeout=timeout_s))
+        else:
+            url, context = target.url, self._trust.context()
+            self._transport = Transport(lambda timeout_s: _TlsConnection(target.host, target.port, timeout_s, context,
+                                                                         self._trust.fingerprint))
+        self._transport.timeout_s = min(READ_TIMEOUT_S, self._patience_s)
+        self._session = xenapi.Session(url, transport=self._transport)
+        self._guarded("the login", lambda: self._session.login_with_password(
+            "root", self._password or "", "1.0", ORIGINATOR))
+        self._handle = self._session.handle
+
+    @property
+    def xe_address(self) -> Optional[PoolAddress]:
+        """The address that xe has to be given; None for this host's own pool."""
+        return None if self._address is None else self._master or self._address
+
+    def _forget_session(self) -> None:
+        """The connection, if any, is closed; the session itself is the server's to forget."""
+        if self._transport is not None:
+            self._transport.close()
+        self._session = self._transport = None
+
+    def close(self) -> None:
+        """Logged out, if the pool still answers."""
+        if self._session is not None and self._session.handle:         # else a signal has ended the login itself
+            # A session that can't be closed is no news for anyone: the pool drops it after a day without a call.
+            with contextlib.suppress(BackupError):
+                self._transport.timeout_s = LOGOUT_TIMEOUT_S
+                self._guarded("the logout", self._session.xenapi.session.logout)
+        self._forget_session()
+
+    # --- calling ----------------------------------------------------------------
+
+    def call(self, doing: str, method: str, *arguments: Any, **options: Any) -> Any:
+        """The answer to one call, sent once. Raises ApiFailure or AnswerLost; `doing` begins their sentence.
+
+        HOST_IS_SLAVE means that nothing was done, so then the master is looked
+        for and the call sent there.
+        """
+        if not self.changes_allowed and not _only_reads(method):
+            raise AssertionError("a preview must not call " + method)
+        try:
+            return self._send(doing, method, arguments, **options)
+        except ApiFailure as failure:
+            if failure.code != "HOST_IS_SLAVE":
+                raise
+        self._log.info("the pool's master has changed; logging in again.")
+        self._reconnect()
+        return self._send(doing, method, arguments, **options)
+
+    def ask(self, doing: str, method: str, *arguments: Any, **options: Any) -> Any:
+        """The answer to a call that can be repeated: a pool that does not answer is waited for."""
+        give_up_at = time.monotonic() + self._patience_s
+        pause_s = 1.0
+        while True:
+            self._signals.check()
+            try:
+                return self.call(doing, method, *arguments, may_break=True, **options)
+            except AnswerLost as error:
+                if time.monotonic() + pause_s > min(give_up_at, self._signals.patience_ends(self._answered_at)):
+                    raise PoolError("%s The pool has not answered for %s." % (error, format_duration(
+                        SIGNAL_PATIENCE_S if self._signals.noted else self._patience_s)))
+                self._log.info("%s Trying again." % error)
+                if pause_s > SAME_SESSION_PAUSE_S:         # the master may be another one now
+                    self._forget_session()
+            except ApiFailure as failure:
+                if failure.code not in STARTING_UP or time.monotonic() + pause_s > give_up_at:
+                    raise
+                self._log.info("the pool is starting (%s); trying again." % failure.code)
+            self._signals.sleep(pause_s)
+            pause_s = min(pause_s * 2, 15)
+
+    def ask_if_there(self, doing: str, method: str, ref: str, *arguments: Any, missing: Any = None) -> Any:
+        """The answer about the object of that ref or uuid, `missing` if it does not exist (any more)."""
+        try:
+            return self.ask(doing, method, ref, *arguments)
+        except ApiFailure as failure:
+            if is_gone(failure, method.partition(".")[0]):
+                return missing
+            raise
+
+    def _reconnect(self) -> None:
+        """A new session, at the master of now; raises AnswerLost or PoolError."""
+        import XenAPI
+        self._master = None
+        self._login(XenAPI)
+
+    def _send(self, doing: str, method: str, arguments: Tuple[Any, ...], timeout_s: float = 0, may_break: bool = False) -> Any:
+        """One call, with the session re-made by the XenAPI module if it had died."""
+        if self._session is None:
+            self._reconnect()
+        self._transport.timeout_s = min(timeout_s or min(READ_TIMEOUT_S, self._patience_s),
+                                        SIGNAL_PATIENCE_S if self._signals.noted else float("inf"))
+        function = self._session.xenapi
+        for part in method.split("."):
+            function = getattr(function, part)
+        answer = self._guarded(doing, lambda: function(*arguments), may_break)
+        if self._session.handle != self._handle:
+            self._handle = self._session.handle
+            self.was_shaken = True
+            self._log.info("the session with the pool was lost; logged in again.")
+        return answer
+
+    def _guarded(self, doing: str, function: Callable[[], Any], may_break: bool = True) -> Any:
+        """What the function gives, its failures translated to ApiFailure and AnswerLost."""
+        try:
+            with self._signals.awaited(may_break):
+                answer = function()
+            self._answered_at = time.monotonic()
+            return answer
+        except self._failure as failure:
+            self._answered_at = time.monotonic()
+            details = [str(item) for item in failure.details]
+            raise ApiFailure(details[0], details[1:], doing)
+        except (OSError, ValueError, http.client.HTTPException, xmlrpc.client.Error,
+                xml.parsers.expat.ExpatError) as error:
+            if is_certificate_refusal(error):
+                raise PoolError("the pool's TLS certificate is not vouched for by ca_file=%s: %s. Nothing was sent. Put "
+                                "the host's own certificate into that file, or use ca_fingerprint." % (
+                                    self._trust.ca_file, getattr(error, "verify_message", "") or error))
+            if isinstance(error, ValueError) and not isinstance(error, ssl.CertificateError):
+                raise
+            self.was_shaken = True
+            self._transport.close()            # the session itself may be alive: the next call tries it again
+            raise AnswerLost("%s got no answer from the pool: %s." % (doing, connection_reason(error)))
+
+    # --- reading ----------------------------------------------------------------
+
+    def inventory(self) -> Inventory:
+        """The whole pool in nine calls, whatever the number of VMs. No single bad record ends it."""
+        doing = "reading the pool"
+        session_host = self._session_host(doing)
+        problems = []                      # type: List[str]
+        pool = Fields("the pool", next(iter(self.records(doing, "pool").values()), {}), problems)
+        hosts = self.records(doing, "host")
+        machines = self.records(doing, "VM")
+        vbds = self.records(doing, "VBD")
+        vdis = self.records(doing, "VDI")
+        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in self.records(doing, "SR").items()}
+        vifs = self.records(doing, "VIF")
+        networks = self.records(doing, "network")
+        values = {ref: _host(ref, record, problems) for ref, record in hosts.items()}
+        if not pool.text("uuid") or not values:
+            raise PoolError("the pool does not say its uuid, or has no host: its database is damaged. No VM was touched.")
+        master = values.get(pool.text("master")) or values.get(session_host) or list(values.values())[0]
+        host = values.get(session_host, master)
+        if self._address is None and self._master is not None:     # sent on: the session is the master's, we are not
+            host = own_host(list(values.values()), read_text_file(INVENTORY_FILE), self._doorway.plain_address().host,
+                            socket.gethostname()) or host
+        real = []
+        for ref, record in machines.items():
+            if not can_be_told_apart(record):
+                problems.append("the record of a VM, %s, lacks what tells VMs from templates, or its name or uuid: it was left out."
+                                % quote_name(str(record.get("name_label") or record.get("uuid") or ref)))
+            elif is_real_machine(record):
+                machine = self._machine(ref, record, vbds, vdis)
+                lost = [problem for _, _, problem in _networks_of(record, vifs, networks) if problem]
+                real.append(machine._replace(problems=machine.problems + tuple(lost)))
+        real.sort(key=lambda machine: (machine.name, machine.uuid))
+        return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real), tuple(problems))
+
+    def records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
+        """All records of that class by ref."""
+        return {ref: record for ref, record in self.ask(doing, class_name + ".get_all_records").items()
+                if isinstance(record, dict)}
+
+    def _session_host(self, doing: str) -> str:
+        """The ref of the host that took the login. The session is an argument here: one that was made anew by the
+        XenAPI module meanwhile is asked about again."""
+        try:
+            return self.ask(doing, "session.get_this_host", self._session.handle)
+        except ApiFailure as failure:
+            if failure.code not in ("HANDLE_INVALID", "SESSION_INVALID"):
+                raise
+        return self.ask(doing, "session.get_this_host", self._session.handle)
+
+    def _machine(self, ref: str, record: Dict[str, Any], vbds: Dict[str, Any],
+                 vdis: Dict[str, Any]) -> VirtualMachine:
+        """The VM's value; a VBD that vanished between two calls is left out."""
+        problems = []                      # type: List[str]
+        machine = Fields("the VM", record, problems)
+        disks = []
+        for vbd in machine.texts("VBDs"):
+            drive = Fields("its drive", vbds.get(vbd), problems)
+            if vbd not in vbds or drive.text("type") != "Disk":
+                continue
+            if drive.text("VDI") in vdis:
+                disks.append(self._disk(drive, vdis[drive.text("VDI")], problems))
+            else:
+                problems.append("its drive with userdevice %s names a disk that is not in the pool (%s): no copy of that is made."
+                                % (quote_name(drive.text("userdevice")), quote_name(drive.text("VDI"))))
+        disks.sort(key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
+        return VirtualMachine(
+            ref, machine.text("uuid"), machine.text("name_label"), machine.text("name_description"),
+            machine.text("power_state"), tuple(machine.texts("tags")), machine.text("memory_dynamic_max"),
+            machine.text("VCPUs_max"), machine.text("VCPUs_at_startup"), machine.text("guest_metrics") or NULL_REF,
+            tuple(disks), tuple(problems))
+
+    def _disk(self, vbd: "Fields", record: Dict[str, Any], problems: List[str]) -> Disk:
+        """The disk that a VBD record and its VDI record make."""
+        vdi = Fields("its disk", record, problems)
+        sr_ref = vdi.text("SR")
+        disk = Disk(vbd.text("uuid"), vbd.text("userdevice"), vbd.text("device") or device_name(vbd.text("userdevice")),
+                    vbd.flag("bootable"), vbd.text("mode"), vbd.text("type"), vbd.flag("unpluggable"), vbd.text("VDI"),
+                    vdi.text("uuid"), vdi.text("name_label"), vdi.text("name_description"), vdi.number("virtual_size"),
+                    vdi.text("type"), vdi.flag("sharable"), vdi.flag("read_only"), sr_ref, self._sr_uuid(sr_ref),
+                    vdi.text("snapshot_of"))
+        if not disk.sr_uuid:
+            problems.append("its disk %s %s lies on an SR that is not in the pool (%s): no snapshot can be made of it."
+                            % (disk.device, quote_name(disk.name), quote_name(sr_ref)))
+        return disk
+
+    def _sr_uuid(self, ref: str) -> str:
+        """The SR's uuid, asked for once; "" if there is no such SR."""
+        if ref not in self._sr_uuids:
+            self._sr_uuids[ref] = "" if ref in ("", NULL_REF) else self.ask_if_there(
+                "reading an SR", "SR.get_uuid", ref, missing="")
+        return self._sr_uuids[ref]
+
+    def machine(self, ref: str, doing: str, record: Optional[Dict[str, Any]] = None) -> VirtualMachine:
+        """The VM, or snapshot, as it is now; ApiFailure HANDLE_INVALID if it is gone."""
+        record = record or self.ask(doing, "VM.get_record", ref)
+        vbds = self.ask(doing, "VBD.get_all_records_where", 'field "VM" = "%s"' % ref)
+        vdis = {vbd["VDI"]: self.ask_if_there(doing, "VDI.get_record", vbd["VDI"]) for vbd in vbds.values()
+                if vbd.get("type") == "Disk" and isinstance(vbd.get("VDI"), str) and vbd["VDI"] != NULL_REF}
+        return self._machine(ref, record, vbds, {ref: vdi for ref, vdi in vdis.items() if vdi is not None})
+
+    def real_machine(self, planned: VirtualMachine) -> VirtualMachine:
+        """The VM as it is now; BackupError if that ref is no longer the VM that was planned."""
+        doing = "reading %s again" % planned.title
+        record = self.ask(doing, "VM.get_record", planned.ref)
+        if record.get("uuid") != planned.uuid or not is_real_machine(record):
+            raise BackupError("%s is no longer a VM (it became a template, or its record was replaced), so it was not "
+                              "backed up." % planned.title)
+        return self.machine(planned.ref, doing, record)
+
+    def interfaces(self, machine: VirtualMachine) -> List[Interface]:
+        """The VM's VIFs, by device; where the network of one is gone, its name is empty and `problem` says so."""
+        doing = "reading the network interfaces of %s" % machine.title
+        vifs = self.ask(doing, "VIF.get_all_records_where", 'field "VM" = "%s"' % machine.ref)
+        names = {ref: self.ask_if_there(doing, "network.get_name_label", ref)
+                 for ref in {str(vif.get("network")) for vif in vifs.values()} - {NULL_REF}}
+        networks = {ref: {"name_label": name} for ref, name in names.items() if name is not None}
+        found = [Interface(vif.text("uuid"), vif.text("device"), name, vif.text("MTU"), vif.text("MAC"),
+                           tuple(sorted(vif.texts_by_key("other_config").items())), problem)
+                 for vif, name, problem in _networks_of({"VIFs": list(vifs)}, vifs, networks)]
+        return sorted(found, key=lambda vif: (userdevice_number(vif.device), vif.device))
+
+    def os_version(self, machine: VirtualMachine) -> str:
+        """The name of the guest's system as its tools report it; "" if they never did."""
+        if machine.guest_metrics_ref == NULL_REF:
+            return ""
+        version = self.ask_if_there(f"reading the guest metrics of {machine.title}",
+                                    "VM_guest_metrics.get_os_version", machine.guest_metrics_ref, missing={})
+        return str(version.get("name", ""))
+
+    def server_time(self, doing: str) -> datetime:
+        """What the clock of the host that we are logged in at says, to the second."""
+        return parse_server_time(self.ask(doing, "host.get_servertime", self._session_host(doing)))
+
+    def storage_repositories(self, refs: Iterable[str], patient: bool = True) -> List[StorageRepository]:
+        """Those SRs, with their sizes of now. Without patience a pool that does not answer at once is not waited for."""
+        read = self.ask if patient else functools.partial(self.call, timeout_s=POLL_TIMEOUT_S)
+        found = []
+        for ref in sorted(set(refs)):
+            record = Fields("an SR", read("reading an SR", "SR.get_record", ref), [])
+            found.append(StorageRepository(ref, record.text("uuid"), record.text("name_label"), record.text("content_type"),
+                                           record.number("physical_size"), record.number("physical_utilisation")))
+        return found
+
+
+STARTING_UP = frozenset(("HOST_STILL_BOOTING", "HOST_IN_EMERGENCY_MODE", "HOST_HAS_NO_MANAGEMENT_IP"))
+LOGOUT_TIMEOUT_S = 20
+
+
+def _only_reads(method: str) -> bool:
+    """Does the call change nothing in the pool?"""
+    return method.split(".")[1].startswith("get")
+
+
+class Fields:
+    """A record of the pool, field by field: one that is missing, or of another type, reads as empty and is a problem."""
+
+    def __init__(self, what: str, record: Any, problems: List[str]) -> None:
+        self._what = what
+        self._record = record if isinstance(record, dict) else {}
+        self._problems = problems
+
+    def _read(self, field: str, kind: type) -> Any:
+        value = self._record.get(field)
+        if isinstance(value, kind):
+            return value
+        problem = "the pool's record of %s (%s) has no usable %s." % (
+            self._what, one_line(str(self._record.get("uuid", "no uuid")))[:8], field)
+        if problem not in self._problems:
+            self._problems.append(problem)
+        return kind()
+
+    def text(self, field: str) -> str:
+        """A string, also of digits, an enum or a ref."""
+        return self._read(field, str)
+
+    def flag(self, field: str) -> bool:
+        """True or False."""
+        return self._read(field, bool)
+
+    def number(self, field: str) -> int:
+        """A whole number, which the server writes as a string; 0 for anything else."""
+        text = self._read(field, str)
+        return int(text) if re.fullmatch(r"-?[0-9]{1,19}", text) else 0
+
+    def texts(self, field: str) -> List[str]:
+        """A set."""
+        return [item for item in self._read(field, list) if isinstance(item, str)]
+
+    def texts_by_key(self, field: str) -> Dict[str, str]:
+        """A map."""
+        return {key: value for key, value in self._read(field, dict).items() if isinstance(value, str)}
+
+
+def _host(ref: str, record: Dict[str, Any], problems: List[str]) -> Host:
+    """The host's value."""
+    host = Fields("the host", record, problems)
+    version = host.texts_by_key("software_version").get("product_version", "")
+    return Host(ref, host.text("uuid"), host.text("hostname").split(".")[0] or "host", host.text("address"),
+                tuple(int(part) for part in re.findall(r"[0-9]+", version)),
+                (host.number("API_version_major"), host.number("API_version_minor")))
+
+
+def _networks_of(machine: Dict[str, Any], vifs: Dict[str, Any],
+                 networks: Dict[str, Any]) -> Iterator[Tuple["Fields", str, str]]:
+    """Each interface of the VM with the name of its network, and what is wrong with that; one that vanished is left out."""
+    for ref in Fields("the VM", machine, []).texts("VIFs"):
+        if ref in vifs:
+            vif = Fields("its interface", vifs[ref], [])
+            network = networks.get(vif.text("network"))
+            yield vif, Fields("its network", network, []).text("name_label"), "" if network is not None else (
+                "its interface %s is on a network that is not in the pool (%s): which one, the copy does not tell." % (
+                    quote_name(vif.text("device")), quote_name(vif.text("network"))))
+
+
+def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname: str) -> Optional[Host]:
+    """The host that this program runs on: by INSTALLATION_UUID of the host's own inventory file, which is its uuid
+    (ocaml/libs/xapi-inventory/lib/inventory.ml), else by address, else by hostname; None if none fits."""
+    match = re.search(r"^INSTALLATION_UUID='([^']*)'", inventory_text, re.MULTILINE)
+    for fits in (lambda host: match is not None and host.uuid == match.group(1),
+                 lambda host: host.address == address,
+                 lambda host: host.short_name == hostname.split(".")[0]):
+        for host in hosts:
+            if fits(host):
+                return host
+    return None
+
+
+def is_real_machine(record: Dict[str, Any]) -> bool:
+    """Neither template, snapshot nor control domain. A snapshot whose is_a_template was cleared looks like a VM
+    but for is_a_snapshot (ocaml/xapi/xapi_vm_clone.ml, v26.17.0)."""
+    return not any(record.get(field) is not False for field in ("is_a_template", "is_a_snapshot", "is_control_domain"))
+
+
+def can_be_told_apart(record: Dict[str, Any]) -> bool:
+    """Does the record say whether it is a real VM, and which?"""
+    return all(isinstance(record.get(field), bool) for field in ("is_a_template", "is_a_snapshot", "is_control_domain")) \
+        and all(isinstance(record.get(field), str) for field in ("uuid", "name_label")) and record["uuid"] != ""
+
+
+def parse_server_time(value: Any) -> datetime:
+    """A time of the server, which writes it with dashes or without; the epoch if it is none."""
+    try:
+        return datetime.strptime(re.sub(r"[-:Z]", "", str(value)), "%Y%m%dT%H%M%S").replace(tzinfo=timezone.utc)
+    except ValueError:
+        return datetime.fromtimestamp(0, timezone.utc)
+
+
+def is_certificate_refusal(error: Exception) -> bool:
+    """Was it our own check that refused the server's certificate? (Python 3.6 has no class of its own for that.)"""
+    return isinstance(error, ssl.CertificateError) or (
+        isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in (error.reason or ""))
+
+
+def connection_reason(error: Exception) -> str:
+    """Why a connection gave no answer, in words."""
+    if isinstance(error, socket.timeout):
+        return "it said nothing for too long"
+    if isinstance(error, ssl.SSLError):
+        return "TLS: %s" % (error.reason or error)
+    if isinstance(error, xmlrpc.client.ProtocolError):
+        return "HTTP %s %s" % (error.errcode, error.errmsg)
+    if isinstance(error, xmlrpc.client.Fault):
+        return one_line(str(error.faultString))
+    if isinstance(error, xml.parsers.expat.ExpatError):
+        return "its answer is not XML (a control character in a name?): %s" % error
+    return os_reason(error)
+
+
+# =============================================================================
+# 12. Post
+# =============================================================================
+# The only place that speaks SMTP: a mail is with the server for each recipient, or there
+# is a reason for people. What could not be sent is kept by the outbox that is handed in.
+
+MAIL_TRY_LIMIT_S = 30
+MAIL_PAUSES_S = (5, 20)            # before the second and third try: restarts and short greylisting pass
+MAIL_GOODBYE_S = 2
+SMTP_PORTS = {"none": 25, "starttls": 587, "tls": 465}
+
+
+class Refusal(NamedTuple):
+    """Why a mail is not with the server; `is_final` if another try now would be useless, `is_for_good` if the
+    server will never take this mail, whatever becomes of our settings."""
+    reason: str
+    is_final: bool
+    is_for_good: bool = False
+
+
+def cut(text: str, most: int) -> str:
+    """The text, its end left out if it is longer than that."""
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def compose_mail(subject: str, body: str, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
+    """The message as it is sent, with the headers that keep it out of spam folders and loops."""
+    charset = email.charset.Charset("utf-8")
+    charset.body_encoding = email.charset.QP
+    message = email.message.Message()
+    message["From"] = sender
+    message["To"] = ", ".join(recipients)
+    message["Subject"] = subject_header(subject)
+    message["Date"] = email.utils.format_datetime(now)
+    message["Message-ID"] = email.utils.make_msgid(domain=sender.rpartition("@")[2])
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_payload("\n".join(one_line(line) for line in body.split("\n")), charset)
+    return message.as_bytes(policy=email.policy.compat32.clone(linesep="\r\n"))
+
+
+def subject_header(text: str) -> Union[str, email.header.Header]:
+    """The text as a header's value. One that looks encoded already (=?...?=) would be decoded, so it is
+    encoded too."""
+    text = one_line(text)
+    is_plain = text.isprintable() and all(char < "\x7f" for char in text) and "=?" not in text \
+        and max(map(len, text.split(" "))) <= 60
+    return text if is_plain else email.header.Header(text, "utf-8", header_name="Subject")
+
+
+def this_host() -> str:
+    """This host's full name; its plain one where the resolver only says localhost."""
+    name = socket.getfqdn()
+    return socket.gethostname() if name.split(".")[0] == "localhost" else name
+
+
+class Mailer:
+    """Sends mail; what can't be sent goes into the outbox, and out with the next run's."""
+
+    def __init__(self, services: Services, outbox: Any) -> None:
+        settings = services.settings
+        self._services = services
+        self._outbox = outbox
+        self._recipients = tuple(collections.OrderedDict.fromkeys(settings.mail_to))
+        self._host = this_host()
+        self._sender = settings.mail_from or "root@" + self._host
+        self._port = settings.smtp_port or SMTP_PORTS[settings.smtp_security]
+        self._server_title = f"{settings.smtp_server}:{self._port}"
+        self._context = None               # type: Optional[ssl.SSLContext]
+        self._password = ""
+
+    def send(self, subject: str, body: str) -> bool:
+        """True if the mail is with the server for every recipient; those kept from earlier runs have followed
+        it."""
+        now = self._services.clock.utc()
+        message = compose_mail(subject, body, self._sender, self._recipients, now)
+        refused = self._deliver(message, MAIL_PAUSES_S)
+        if not refused:
+            return self.send_kept()
+        if len(refused) == len(self._recipients):
+            advice = self._keep(message, now)
+        else:
+            advice = "The other recipients have it."
+        self._services.log.warning(f"{self._failure_text(refused)} {advice}")
+        return False
+
+    def send_test(self, subject: str, body: str) -> None:
+        """The mail is with the server; BackupError if it is not, and nothing is kept."""
+        message = compose_mail(subject, body, self._sender, self._recipients, self._services.clock.utc())
+        refused = self._deliver(message, MAIL_PAUSES_S)
+        if refused:
+            raise BackupError(self._failure_text(refused))
+        self._services.log.show(f"{self._server_title} has taken the mail for {', '.join(self._recipients)}.")
+
+    def send_kept(self) -> bool:
+        """The mails that earlier runs could not send are with the server, unless it takes none now. False if
+        one had to be given up."""
+        all_well = True
+        try:
+            for name in self._outbox.names() if self._outbox else []:
+                refused = self._deliver(self._outbox.read(name), ())
+                if refused and not all(refusal.is_for_good for refusal in refused.values()):
+                    self._services.log.info(f"{self._failure_text(refused)} Mails of earlier runs are still "
+                                            f"kept.")
+                    break
+                self._outbox.remove(name)
+                if refused:
+                    all_well = False
+                    self._services.log.warning(
+                        f"{self._failure_text(refused)} It is one of an earlier run, and is given up.")
+                else:
+                    self._services.log.info("a mail that an earlier run could not send was sent.")
+        except BackupError as error:
+            self._services.log.info(f"mails that earlier runs could not send are not in reach: {error}")
+        return all_well
+
+    def _failure_text(self, refused: Dict[str, Refusal]) -> str:
+        reasons = "; ".join(sorted({refusal.reason for refusal in refused.values()}))
+        return f"the mail to {', '.join(refused)} was not sent: {self._server_title}: {reasons}."
+
+    def _keep(self, message: bytes, now: datetime) -> str:
+        """The message is in the outbox, or it can't be: the sentence that says which."""
+        try:
+            if self._outbox is None:
+                raise BackupError("the backup directory is out of reach.")
+            self._outbox.keep(message, now)
+            return "It is kept and goes out with the next run's."
+        except BackupError as error:
+            return f"It could not be kept either: {error}"
+
+    def _deliver(self, message: bytes, pauses_s: Tuple[int, ...]) -> Dict[str, Refusal]:
+        """The recipients whose mail is not with the server after all tries, and why; none if all is well."""
+        try:
+            self._prepare()
+        except BackupError as error:
+            return {address: Refusal(str(error).rstrip("."), True) for address in self._recipients}
+        refused = {}                       # type: Dict[str, Refusal]
+        waiting = list(self._recipients)
+        for pause_s in (0,) + pauses_s:
+            if pause_s:
+                failure = self._failure_text({address: refused[address] for address in waiting})
+                self._services.log.info(f"{failure} Trying again in {format_duration(pause_s)}.")
+                self._services.signals.sleep(pause_s)
+            for address in waiting:
+                refused.pop(address, None)
+            refused.update(self._try_once(waiting, message))
+            waiting = [address for address, refusal in refused.items() if not refusal.is_final]
+            if not waiting:
+                break
+        return refused
+
+    def _prepare(self) -> None:
+        """What the settings name is read; BackupError if it can't be used."""
+        settings = self._services.settings
+        if settings.smtp_security != "none" and self._context is None:
+            try:
+                self._context = ssl.create_default_context(
+                    cafile=fs_path(settings.smtp_ca_file) if settings.smtp_ca_file else None)
+            except OSError as error:
+                raise BackupError(f"smtp_ca_file {settings.smtp_ca_file} can't be used: {os_reason(error)}")
+        if settings.smtp_user and not self._password:
+            self._password = read_smtp_password(settings.smtp_password_file)
+
+    def _try_once(self, recipients: Sequence[str], message: bytes) -> Dict[str, Refusal]:
+        """The recipients whose mail is not with the server after one try, and why."""
+        talk = SmtpTalk(self._services.settings, self._port, self._host, self._context, self._password)
+        try:
+            answers = within(MAIL_TRY_LIMIT_S, "the mail", lambda: talk.hand_over(
+                self._sender, list(recipients), message), self._services.signals.check)
+        except StorageStalled:             # it is the mail server that hangs
+            talk.break_off()
+            reason = f"it had not taken the mail after {format_duration(MAIL_TRY_LIMIT_S)}"
+            return {address: Refusal(reason, False) for address in recipients}
+        except (OSError, smtplib.SMTPException, ValueError) as error:
+            is_final = is_final_refusal(error)
+            refusal = Refusal(self._struck_out(smtp_reason(error)), is_final,
+                              is_final and isinstance(error, smtplib.SMTPDataError))
+            return {address: refusal for address in recipients}
+        with contextlib.suppress(StorageStalled):      # the mail is taken, or is not, already
+            within(MAIL_GOODBYE_S, "the good-bye", talk.leave)
+        return {address: Refusal(self._struck_out(answer_text(code, text)), code >= 500, code >= 500)
+                for address, (code, text) in answers.items()}
+
+    def _struck_out(self, text: str) -> str:
+        """The text without the password, which a server may repeat as it was sent."""
+        raw = self._password.encode("utf-8", "surrogateescape")
+        for secret in (base64.b64encode(f"\0{self._services.settings.smtp_user}\0".encode("utf-8") + raw),
+                       base64.b64encode(raw), raw) if raw else ():
+            text = text.replace(secret.decode("utf-8", "surrogateescape"), "***")
+        return text
+
+
+class SmtpTalk:
+    """One conversation with the mail server. Threads of their own hold it, so that neither a resolver that
+    hangs nor a server that sends a byte a minute can make it longer."""
+
+    def __init__(self, settings: Configuration, port: int, host: str, context: Optional[ssl.SSLContext],
+                 password: str) -> None:
+        self._settings = settings
+        self._port = port
+        self._host = host
+        self._context = context
+        self._password = password
+        self._is_over = False
+        self._server = None                # type: Optional[smtplib.SMTP]
+
+    def hand_over(self, sender: str, recipients: List[str], message: bytes) -> Dict[str, Tuple[int, bytes]]:
+        """The server has the mail, but for the recipients that it refused with these words; raises what ended
+        it."""
+        limit_s = 2 * MAIL_TRY_LIMIT_S     # the one who waits has the shorter limit
+        if self._settings.smtp_security == "tls":
+            server = smtplib.SMTP_SSL(self._settings.smtp_server, self._port, self._host, timeout=limit_s,
+                                      context=self._context)
+        else:
+            server = smtplib.SMTP(self._settings.smtp_server, self._port, self._host, timeout=limit_s)
+        self._server = server
+        try:
+            if self._is_over:
+                raise smtplib.SMTPServerDisconnected("it came too late")
+            if self._settings.smtp_security == "starttls":
+                server.starttls(context=self._context)
+            if self._password:
+                server.login(self._settings.smtp_user, self._password)
+            return server.sendmail(sender, recipients, message)
+        except smtplib.SMTPRecipientsRefused as error:
+            return error.recipients
+        except Exception:
+            server.close()
+            raise
+
+    def leave(self) -> None:
+        """The conversation is over, with a good-bye if the server listens."""
+        with contextlib.suppress(OSError, smtplib.SMTPException):
+            self._server.quit()
+        self._server.close()
+
+    def break_off(self) -> None:
+        """The conversation ends where it is, from another thread."""
+        self._is_over = True
+        with contextlib.suppress(OSError, AttributeError):
+            self._server.sock.shutdown(socket.SHUT_RDWR)
+
+
+def is_final_refusal(error: Exception) -> bool:
+    """Is another try useless: a no for good (5xx), a certificate, something the server can't do, a wrong
+    setting?"""
+    if isinstance(error, smtplib.SMTPResponseException):
+        return error.smtp_code >= 500
+    return isinstance(error, (smtplib.SMTPNotSupportedError, ValueError)) or is_certificate_refusal(error)
+
+
+def smtp_reason(error: Exception) -> str:
+    """Why a mail was not sent, in words; never what we sent."""
+    if isinstance(error, smtplib.SMTPAuthenticationError):
+        return (f"the login was refused: {answer_text(error.smtp_code, error.smtp_error)}; look at smtp_user "
+                f"and smtp_password_file")
+    if isinstance(error, smtplib.SMTPResponseException):
+        return answer_text(error.smtp_code, error.smtp_error)
+    if isinstance(error, smtplib.SMTPServerDisconnected):
+        return "it closed the connection before it had taken the mail"
+    if is_certificate_refusal(error):
+        reason = getattr(error, "verify_message", "") or one_line(str(error))
+        return (f"its certificate was not accepted ({reason}): smtp_ca_file must hold the CA that signed it, "
+                f"and smtp_server the name that it is made out to")
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS: {one_line(error.reason or str(error))}; is smtp_security right for this port?"
+    if isinstance(error, UnicodeError):
+        return ("an address, a name or the password holds characters other than ASCII, which mail servers "
+                "do not all take")
+    return one_line(os_reason(error)).rstrip(".")
+
+
+def answer_text(code: int, text: Union[bytes, str]) -> str:
+    """What a mail server answered, in one line."""
+    said = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    return cut(f"{code} {one_line(' '.join(said.split()))}", 300).rstrip(".")
+
+
+def read_smtp_password(path: str) -> str:
+    """The password in that file: what create-password-file hid in it, or else the text itself.
+
+    BackupError unless only its owner can read the file.
+    """
+    if not path:
+        raise BackupError("smtp_user is set, but smtp_password_file is not.")
+    try:
+        with open(fs_path(path), "rb") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                raise BackupError(f"smtp_password_file {path} can be read by others: chmod 600 it, and "
+                                  f"change the password.")
+            raw = file.read(64 * KIBIBYTE)
+    except OSError as error:
+        raise BackupError(f"smtp_password_file {path} can't be read: {os_reason(error)}.")
+    plain = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
+    if not plain:
+        raise BackupError(f"smtp_password_file {path} is empty.")
+    with contextlib.suppress(ValueError):
+        hidden = base64.b64decode(b"".join(raw.split()), validate=True).decode("utf-8")
+        if hidden.isprintable() and hidden:
+            return hidden
+    return plain
+
+
+# =============================================================================
+# 13. The pump
 # =============================================================================
 # Data is read once. `pump` reads each source in a thread of its own and hands every buffer to all consumers
 # of that source, each in a thread of its own: digests, the check of the format, the file, a compressor. A
@@ -3073,8 +4009,10 @@ class _Lane:
             yield buffer.view[:buffer.length]
             self.buffers_read += 1
             self._flow.release(buffer)
+
+
 # =============================================================================
-# 12. Blocks and digests
+# 14. Blocks and digests
 # =============================================================================
 # What proves that bytes are the same: the SHA-256 of a stream, the digests that an archive brings for its
 # blocks, the list of blocks that is kept beside an image, and the digests of what a disk holds, MiB by MiB.
@@ -3364,7 +4302,7 @@ class ContentDigests(MebibyteSink):
 
 
 # =============================================================================
-# 13. Image formats
+# 15. Image formats
 # =============================================================================
 # XVA, VHD, raw and ova.xml, read and written beside each other. A check reads a format from top to bottom as
 # it passes, and refuses what is not as it should be in one sentence.
@@ -3372,7 +4310,6 @@ class ContentDigests(MebibyteSink):
 
 # ---- ova.xml -----------------------------------------------------------------------------------------------
 
-NULL_REF = "OpaqueRef:NULL"
 OVA_LIMIT_BYTES = 64 * MEBIBYTE     # real ones: 30 KB for a plain VM, some MB with hundreds of snapshots
 DISK_ID = re.compile(r"[A-Za-z0-9:_.-]{1,80}")
 MALFORMED = (xml.parsers.expat.ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError,
@@ -4513,7 +5450,7 @@ class VhdInOrder:
 
 
 # =============================================================================
-# 14. Files, pipes, compressors
+# 16. Files, pipes, compressors
 # =============================================================================
 # Where streams go to and come from: files on the store, programs, and what decompresses.
 # May touch: the descriptors that it is given, the program zstd. May not: names on disk, the pool.
@@ -4688,621 +5625,7 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
 
 
 # =============================================================================
-# 15. Pool
-# =============================================================================
-# The only place that speaks XenAPI. It knows refs and gives values. A call that
-# only asks, or can be repeated without harm, goes through ask(), which waits
-# for a pool that restarts; one that makes or destroys something goes through
-# call(), once: whoever gets AnswerLost asks the pool what became of it.
-
-READ_TIMEOUT_S = 120
-LOGIN_TRIES = 3
-LOGIN_PAUSE_S = 2
-IDLE_CONNECTION_S = 5
-POLL_TIMEOUT_S = 10            # for a question that can as well be asked a little later
-SAME_SESSION_PAUSE_S = 2
-ORIGINATOR = "VmBackup"
-KEY_PREFIX = "vmbackup:"
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        """The connection is open."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(fs_path(self._path))
-
-
-class _TlsConnection(http.client.HTTPSConnection):
-    """HTTPS that also compares the certificate's fingerprint if one is demanded."""
-
-    def __init__(self, host: str, port: int, timeout_s: float, context: ssl.SSLContext, fingerprint: str) -> None:
-        super().__init__(host, port, timeout=timeout_s, context=context)
-        self._fingerprint = fingerprint
-
-    def connect(self) -> None:
-        """The connection is open; raises PoolError if the certificate is not the one demanded."""
-        super().connect()
-        if self._fingerprint:
-            found = hashlib.sha256(self.sock.getpeercert(True)).hexdigest()
-            if found != self._fingerprint:
-                self.close()
-                raise PoolError("%s shows a TLS certificate with the SHA-256 fingerprint %s, not the one of "
-                                "ca_fingerprint. Nothing was sent. If the certificate was renewed, put the new "
-                                "fingerprint in the config." % (self.host, found))
-
-
-class Transport(xmlrpc.client.Transport):
-    """XML-RPC over a connection of our making, with time limits and without silent repetition.
-
-    The standard transport repeats a request whose connection broke; a
-    VM.snapshot repeated so would make two snapshots.
-    """
-
-    def __init__(self, connect: Callable[[float], http.client.HTTPConnection]) -> None:
-        super().__init__()
-        self._connect = connect
-        self.timeout_s = float(READ_TIMEOUT_S)
-        self._used_at = 0.0
-
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        """The open connection, or a new one if it has been idle so long that the server may have closed it."""
-        if self._connection and self._connection[0] == host:
-            return self._connection[1]
-        self._connection = host, self._connect(self.timeout_s)
-        return self._connection[1]
-
-    def request(self, host: Any, handler: str, request_body: Any, verbose: bool = False) -> Any:
-        """The answer to one request that is sent once."""
-        if time.monotonic() - self._used_at > IDLE_CONNECTION_S:
-            self.close()
-        if self._connection and self._connection[1] is not None:
-            self._connection[1].timeout = self.timeout_s
-            if self._connection[1].sock is not None:
-                self._connection[1].sock.settimeout(self.timeout_s)
-        try:
-            return self.single_request(host, handler, request_body, verbose)
-        except BaseException:              # whatever ended it, half an answer may still be on its way: not for the next one
-            self.close()
-            raise
-        finally:
-            self._used_at = time.monotonic()
-
-
-class Trust(NamedTuple):
-    """How a TLS certificate is checked; both empty: not at all, as with xe."""
-    ca_file: str
-    fingerprint: str
-
-    def context(self) -> ssl.SSLContext:
-        """The TLS settings; raises UsageError if the CA file can't be read."""
-        if self.ca_file:
-            try:
-                return ssl.create_default_context(cafile=fs_path(self.ca_file))
-            except (OSError, ssl.SSLError) as error:
-                raise UsageError("ca_file %s can't be used: %s." % (self.ca_file, os_reason(error)))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        with contextlib.suppress(ssl.SSLError):
-            # older hosts have 1024-bit keys, which newer OpenSSL refuses even unverified;
-            # OpenSSL before 1.1 has no levels and does not know the word
-            context.set_ciphers("DEFAULT:@SECLEVEL=0")
-        return context
-
-
-class Doorway(NamedTuple):
-    """Where this host listens: the real places, or those of the test door."""
-    url: str
-    socket_path: str
-
-    @classmethod
-    def of_environment(cls, environment: Dict[str, str]) -> "Doorway":
-        """The doorway that VMBACKUP_POOL names, else the real one."""
-        url, space, path = fs_text(environment.get(TEST_DOOR, "")).partition(" ")
-        return cls(url, path) if space else cls(LOCAL_URL, LOCAL_SOCKET)
-
-    def plain_address(self) -> PoolAddress:
-        """This host's plain HTTP address."""
-        return parse_pool_address(self.url)
-
-    def tls_address(self, host: str) -> PoolAddress:
-        """The TLS address of another host of the pool: 443, or the test pool's port + 1."""
-        plain = self.plain_address()
-        return PoolAddress("https", host, 443 if plain.port == 80 else plain.port + 1)
-
-
-def is_gone(failure: ApiFailure, class_name: str) -> bool:
-    """Does the failure say that an object of that class does not exist? (Both codes name the class first.)"""
-    return failure.code in ("HANDLE_INVALID", "UUID_INVALID") and failure.parameters[:1] == (class_name,)
-
-
-class Pool:
-    """A session with the pool's master. Close it, or it stays open there for a day."""
-
-    def __init__(self, address: Optional[PoolAddress], password: Optional[str], doorway: Doorway, trust: Trust,
-                 timeout_s: float, log: Log, signals: Signals) -> None:
-        """`address` None: this host, by unix socket if `password` is None, else by plain HTTP on loopback."""
-        self._address = address
-        self._password = password
-        self._doorway = doorway
-        self._trust = trust
-        self._patience_s = timeout_s
-        self._log = log
-        self._signals = signals
-        self._session = None               # type: Any
-        self._transport = None             # type: Optional[Transport]
-        self._handle = ""
-        self._master = None                # type: Optional[PoolAddress]
-        self._sr_uuids = {}                # type: Dict[str, str]
-        self._answered_at = 0.0            # by the monotonic clock
-        self._failure = Exception          # the module's Failure, once it is imported
-        self.changes_allowed = True        # a preview switches it off
-        self.was_shaken = False            # a connection or session was lost: the server may have restarted
-
-    # --- connecting -----------------------------------------------------------
-
-    def connect(self) -> None:
-        """A session is open. Raises PoolError if the pool can't be reached or refuses the login."""
-        try:
-            import XenAPI
-        except ImportError:
-            raise PoolError("the Python module XenAPI is not installed. On a host of the pool it is there for "
-                            "/usr/bin/python3; elsewhere: pip install XenAPI.")
-        self._failure = XenAPI.Failure
-        give_up_at = time.monotonic() + self._patience_s
-        for attempt in range(1, LOGIN_TRIES + 1):
-            try:
-                self._login(XenAPI)
-                return
-            except AnswerLost as error:
-                if attempt == LOGIN_TRIES or time.monotonic() + LOGIN_PAUSE_S > give_up_at:
-                    raise PoolError("%s No VM was touched. Is the pool up, and the address right?" % error)
-                self._signals.sleep(LOGIN_PAUSE_S)
-
-    def _login(self, xenapi: Any) -> None:
-        """Logged in at the address, or at the master that it names; without a session nothing stays open."""
-        try:
-            try:
-                self._login_at(xenapi, self._master or self._address)
-            except ApiFailure as failure:
-                if failure.code != "HOST_IS_SLAVE" or not failure.parameters:
-                    raise
-                self._master = self._address_of_master(failure.parameters[0])
-                self._login_at(xenapi, self._master)
-        except ApiFailure as failure:
-            self._forget_session()
-            if failure.code == "SESSION_AUTHENTICATION_FAILED":
-                raise PoolError("the pool refused the login of root: the password is wrong. No VM was touched. Check the "
-                                "password, or the password file.")
-            raise PoolError(f"the pool refused the login: {failure_text(failure.code, failure.parameters)} No VM was "
-                            "touched.")
-        except PoolError:
-            self._forget_session()
-            raise
-
-    def _address_of_master(self, host: str) -> PoolAddress:
-        """Where the master that HOST_IS_SLAVE names listens."""
-        if self._address is None:
-            return self._doorway.tls_address(host)
-        if self._address.scheme == "http":
-            port = self._address.port
-            return PoolAddress("https", host, 443 if port == 80 else port + 1)
-        return self._address._replace(host=host)
-
-    def _login_at(self, xenapi: Any, address: Optional[PoolAddress]) -> None:
-        """Logged in there; raises ApiFailure or AnswerLost."""
-        self._forget_session()
-        target = address or self._doorway.plain_address()
-        if address is None and self._password is None:
-            url = "http://localhost/"
-            self._transport = Transport(lambda timeout_s: _UnixConnection(self._doorway.socket_path, timeout_s))
-        elif target.scheme == "http":
-            url = target.url
-            self._transport = Transport(lambda timeout_s: http.client.HTTPConnection(target.host, target.port,
-                                                                                    timeout=timeout_s))
-        else:
-            url, context = target.url, self._trust.context()
-            self._transport = Transport(lambda timeout_s: _TlsConnection(target.host, target.port, timeout_s, context,
-                                                                         self._trust.fingerprint))
-        self._transport.timeout_s = min(READ_TIMEOUT_S, self._patience_s)
-        self._session = xenapi.Session(url, transport=self._transport)
-        self._guarded("the login", lambda: self._session.login_with_password(
-            "root", self._password or "", "1.0", ORIGINATOR))
-        self._handle = self._session.handle
-
-    @property
-    def xe_address(self) -> Optional[PoolAddress]:
-        """The address that xe has to be given; None for this host's own pool."""
-        return None if self._address is None else self._master or self._address
-
-    def _forget_session(self) -> None:
-        """The connection, if any, is closed; the session itself is the server's to forget."""
-        if self._transport is not None:
-            self._transport.close()
-        self._session = self._transport = None
-
-    def close(self) -> None:
-        """Logged out, if the pool still answers."""
-        if self._session is not None and self._session.handle:         # else a signal has ended the login itself
-            # A session that can't be closed is no news for anyone: the pool drops it after a day without a call.
-            with contextlib.suppress(BackupError):
-                self._transport.timeout_s = LOGOUT_TIMEOUT_S
-                self._guarded("the logout", self._session.xenapi.session.logout)
-        self._forget_session()
-
-    # --- calling ----------------------------------------------------------------
-
-    def call(self, doing: str, method: str, *arguments: Any, **options: Any) -> Any:
-        """The answer to one call, sent once. Raises ApiFailure or AnswerLost; `doing` begins their sentence.
-
-        HOST_IS_SLAVE means that nothing was done, so then the master is looked
-        for and the call sent there.
-        """
-        if not self.changes_allowed and not _only_reads(method):
-            raise AssertionError("a preview must not call " + method)
-        try:
-            return self._send(doing, method, arguments, **options)
-        except ApiFailure as failure:
-            if failure.code != "HOST_IS_SLAVE":
-                raise
-        self._log.info("the pool's master has changed; logging in again.")
-        self._reconnect()
-        return self._send(doing, method, arguments, **options)
-
-    def ask(self, doing: str, method: str, *arguments: Any, **options: Any) -> Any:
-        """The answer to a call that can be repeated: a pool that does not answer is waited for."""
-        give_up_at = time.monotonic() + self._patience_s
-        pause_s = 1.0
-        while True:
-            self._signals.check()
-            try:
-                return self.call(doing, method, *arguments, may_break=True, **options)
-            except AnswerLost as error:
-                if time.monotonic() + pause_s > min(give_up_at, self._signals.patience_ends(self._answered_at)):
-                    raise PoolError("%s The pool has not answered for %s." % (error, format_duration(
-                        SIGNAL_PATIENCE_S if self._signals.noted else self._patience_s)))
-                self._log.info("%s Trying again." % error)
-                if pause_s > SAME_SESSION_PAUSE_S:         # the master may be another one now
-                    self._forget_session()
-            except ApiFailure as failure:
-                if failure.code not in STARTING_UP or time.monotonic() + pause_s > give_up_at:
-                    raise
-                self._log.info("the pool is starting (%s); trying again." % failure.code)
-            self._signals.sleep(pause_s)
-            pause_s = min(pause_s * 2, 15)
-
-    def ask_if_there(self, doing: str, method: str, ref: str, *arguments: Any, missing: Any = None) -> Any:
-        """The answer about the object of that ref or uuid, `missing` if it does not exist (any more)."""
-        try:
-            return self.ask(doing, method, ref, *arguments)
-        except ApiFailure as failure:
-            if is_gone(failure, method.partition(".")[0]):
-                return missing
-            raise
-
-    def _reconnect(self) -> None:
-        """A new session, at the master of now; raises AnswerLost or PoolError."""
-        import XenAPI
-        self._master = None
-        self._login(XenAPI)
-
-    def _send(self, doing: str, method: str, arguments: Tuple[Any, ...], timeout_s: float = 0, may_break: bool = False) -> Any:
-        """One call, with the session re-made by the XenAPI module if it had died."""
-        if self._session is None:
-            self._reconnect()
-        self._transport.timeout_s = min(timeout_s or min(READ_TIMEOUT_S, self._patience_s),
-                                        SIGNAL_PATIENCE_S if self._signals.noted else float("inf"))
-        function = self._session.xenapi
-        for part in method.split("."):
-            function = getattr(function, part)
-        answer = self._guarded(doing, lambda: function(*arguments), may_break)
-        if self._session.handle != self._handle:
-            self._handle = self._session.handle
-            self.was_shaken = True
-            self._log.info("the session with the pool was lost; logged in again.")
-        return answer
-
-    def _guarded(self, doing: str, function: Callable[[], Any], may_break: bool = True) -> Any:
-        """What the function gives, its failures translated to ApiFailure and AnswerLost."""
-        try:
-            with self._signals.awaited(may_break):
-                answer = function()
-            self._answered_at = time.monotonic()
-            return answer
-        except self._failure as failure:
-            self._answered_at = time.monotonic()
-            details = [str(item) for item in failure.details]
-            raise ApiFailure(details[0], details[1:], doing)
-        except (OSError, ValueError, http.client.HTTPException, xmlrpc.client.Error,
-                xml.parsers.expat.ExpatError) as error:
-            if is_certificate_refusal(error):
-                raise PoolError("the pool's TLS certificate is not vouched for by ca_file=%s: %s. Nothing was sent. Put "
-                                "the host's own certificate into that file, or use ca_fingerprint." % (
-                                    self._trust.ca_file, getattr(error, "verify_message", "") or error))
-            if isinstance(error, ValueError) and not isinstance(error, ssl.CertificateError):
-                raise
-            self.was_shaken = True
-            self._transport.close()            # the session itself may be alive: the next call tries it again
-            raise AnswerLost("%s got no answer from the pool: %s." % (doing, connection_reason(error)))
-
-    # --- reading ----------------------------------------------------------------
-
-    def inventory(self) -> Inventory:
-        """The whole pool in nine calls, whatever the number of VMs. No single bad record ends it."""
-        doing = "reading the pool"
-        session_host = self._session_host(doing)
-        problems = []                      # type: List[str]
-        pool = Fields("the pool", next(iter(self.records(doing, "pool").values()), {}), problems)
-        hosts = self.records(doing, "host")
-        machines = self.records(doing, "VM")
-        vbds = self.records(doing, "VBD")
-        vdis = self.records(doing, "VDI")
-        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in self.records(doing, "SR").items()}
-        vifs = self.records(doing, "VIF")
-        networks = self.records(doing, "network")
-        values = {ref: _host(ref, record, problems) for ref, record in hosts.items()}
-        if not pool.text("uuid") or not values:
-            raise PoolError("the pool does not say its uuid, or has no host: its database is damaged. No VM was touched.")
-        master = values.get(pool.text("master")) or values.get(session_host) or list(values.values())[0]
-        host = values.get(session_host, master)
-        if self._address is None and self._master is not None:     # sent on: the session is the master's, we are not
-            host = own_host(list(values.values()), read_text_file(INVENTORY_FILE), self._doorway.plain_address().host,
-                            socket.gethostname()) or host
-        real = []
-        for ref, record in machines.items():
-            if not can_be_told_apart(record):
-                problems.append("the record of a VM, %s, lacks what tells VMs from templates, or its name or uuid: it was left out."
-                                % quote_name(str(record.get("name_label") or record.get("uuid") or ref)))
-            elif is_real_machine(record):
-                machine = self._machine(ref, record, vbds, vdis)
-                lost = [problem for _, _, problem in _networks_of(record, vifs, networks) if problem]
-                real.append(machine._replace(problems=machine.problems + tuple(lost)))
-        real.sort(key=lambda machine: (machine.name, machine.uuid))
-        return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real), tuple(problems))
-
-    def records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
-        """All records of that class by ref."""
-        return {ref: record for ref, record in self.ask(doing, class_name + ".get_all_records").items()
-                if isinstance(record, dict)}
-
-    def _session_host(self, doing: str) -> str:
-        """The ref of the host that took the login. The session is an argument here: one that was made anew by the
-        XenAPI module meanwhile is asked about again."""
-        try:
-            return self.ask(doing, "session.get_this_host", self._session.handle)
-        except ApiFailure as failure:
-            if failure.code not in ("HANDLE_INVALID", "SESSION_INVALID"):
-                raise
-        return self.ask(doing, "session.get_this_host", self._session.handle)
-
-    def _machine(self, ref: str, record: Dict[str, Any], vbds: Dict[str, Any],
-                 vdis: Dict[str, Any]) -> VirtualMachine:
-        """The VM's value; a VBD that vanished between two calls is left out."""
-        problems = []                      # type: List[str]
-        machine = Fields("the VM", record, problems)
-        disks = []
-        for vbd in machine.texts("VBDs"):
-            drive = Fields("its drive", vbds.get(vbd), problems)
-            if vbd not in vbds or drive.text("type") != "Disk":
-                continue
-            if drive.text("VDI") in vdis:
-                disks.append(self._disk(drive, vdis[drive.text("VDI")], problems))
-            else:
-                problems.append("its drive with userdevice %s names a disk that is not in the pool (%s): no copy of that is made."
-                                % (quote_name(drive.text("userdevice")), quote_name(drive.text("VDI"))))
-        disks.sort(key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
-        return VirtualMachine(
-            ref, machine.text("uuid"), machine.text("name_label"), machine.text("name_description"),
-            machine.text("power_state"), tuple(machine.texts("tags")), machine.text("memory_dynamic_max"),
-            machine.text("VCPUs_max"), machine.text("VCPUs_at_startup"), machine.text("guest_metrics") or NULL_REF,
-            tuple(disks), tuple(problems))
-
-    def _disk(self, vbd: "Fields", record: Dict[str, Any], problems: List[str]) -> Disk:
-        """The disk that a VBD record and its VDI record make."""
-        vdi = Fields("its disk", record, problems)
-        sr_ref = vdi.text("SR")
-        disk = Disk(vbd.text("uuid"), vbd.text("userdevice"), vbd.text("device") or device_name(vbd.text("userdevice")),
-                    vbd.flag("bootable"), vbd.text("mode"), vbd.text("type"), vbd.flag("unpluggable"), vbd.text("VDI"),
-                    vdi.text("uuid"), vdi.text("name_label"), vdi.text("name_description"), vdi.number("virtual_size"),
-                    vdi.text("type"), vdi.flag("sharable"), vdi.flag("read_only"), sr_ref, self._sr_uuid(sr_ref),
-                    vdi.text("snapshot_of"))
-        if not disk.sr_uuid:
-            problems.append("its disk %s %s lies on an SR that is not in the pool (%s): no snapshot can be made of it."
-                            % (disk.device, quote_name(disk.name), quote_name(sr_ref)))
-        return disk
-
-    def _sr_uuid(self, ref: str) -> str:
-        """The SR's uuid, asked for once; "" if there is no such SR."""
-        if ref not in self._sr_uuids:
-            self._sr_uuids[ref] = "" if ref in ("", NULL_REF) else self.ask_if_there(
-                "reading an SR", "SR.get_uuid", ref, missing="")
-        return self._sr_uuids[ref]
-
-    def machine(self, ref: str, doing: str, record: Optional[Dict[str, Any]] = None) -> VirtualMachine:
-        """The VM, or snapshot, as it is now; ApiFailure HANDLE_INVALID if it is gone."""
-        record = record or self.ask(doing, "VM.get_record", ref)
-        vbds = self.ask(doing, "VBD.get_all_records_where", 'field "VM" = "%s"' % ref)
-        vdis = {vbd["VDI"]: self.ask_if_there(doing, "VDI.get_record", vbd["VDI"]) for vbd in vbds.values()
-                if vbd.get("type") == "Disk" and isinstance(vbd.get("VDI"), str) and vbd["VDI"] != NULL_REF}
-        return self._machine(ref, record, vbds, {ref: vdi for ref, vdi in vdis.items() if vdi is not None})
-
-    def real_machine(self, planned: VirtualMachine) -> VirtualMachine:
-        """The VM as it is now; BackupError if that ref is no longer the VM that was planned."""
-        doing = "reading %s again" % planned.title
-        record = self.ask(doing, "VM.get_record", planned.ref)
-        if record.get("uuid") != planned.uuid or not is_real_machine(record):
-            raise BackupError("%s is no longer a VM (it became a template, or its record was replaced), so it was not "
-                              "backed up." % planned.title)
-        return self.machine(planned.ref, doing, record)
-
-    def interfaces(self, machine: VirtualMachine) -> List[Interface]:
-        """The VM's VIFs, by device; where the network of one is gone, its name is empty and `problem` says so."""
-        doing = "reading the network interfaces of %s" % machine.title
-        vifs = self.ask(doing, "VIF.get_all_records_where", 'field "VM" = "%s"' % machine.ref)
-        names = {ref: self.ask_if_there(doing, "network.get_name_label", ref)
-                 for ref in {str(vif.get("network")) for vif in vifs.values()} - {NULL_REF}}
-        networks = {ref: {"name_label": name} for ref, name in names.items() if name is not None}
-        found = [Interface(vif.text("uuid"), vif.text("device"), name, vif.text("MTU"), vif.text("MAC"),
-                           tuple(sorted(vif.texts_by_key("other_config").items())), problem)
-                 for vif, name, problem in _networks_of({"VIFs": list(vifs)}, vifs, networks)]
-        return sorted(found, key=lambda vif: (userdevice_number(vif.device), vif.device))
-
-    def os_version(self, machine: VirtualMachine) -> str:
-        """The name of the guest's system as its tools report it; "" if they never did."""
-        if machine.guest_metrics_ref == NULL_REF:
-            return ""
-        version = self.ask_if_there(f"reading the guest metrics of {machine.title}",
-                                    "VM_guest_metrics.get_os_version", machine.guest_metrics_ref, missing={})
-        return str(version.get("name", ""))
-
-    def server_time(self, doing: str) -> datetime:
-        """What the clock of the host that we are logged in at says, to the second."""
-        return parse_server_time(self.ask(doing, "host.get_servertime", self._session_host(doing)))
-
-    def storage_repositories(self, refs: Iterable[str], patient: bool = True) -> List[StorageRepository]:
-        """Those SRs, with their sizes of now. Without patience a pool that does not answer at once is not waited for."""
-        read = self.ask if patient else functools.partial(self.call, timeout_s=POLL_TIMEOUT_S)
-        found = []
-        for ref in sorted(set(refs)):
-            record = Fields("an SR", read("reading an SR", "SR.get_record", ref), [])
-            found.append(StorageRepository(ref, record.text("uuid"), record.text("name_label"), record.text("content_type"),
-                                           record.number("physical_size"), record.number("physical_utilisation")))
-        return found
-
-
-STARTING_UP = frozenset(("HOST_STILL_BOOTING", "HOST_IN_EMERGENCY_MODE", "HOST_HAS_NO_MANAGEMENT_IP"))
-LOGOUT_TIMEOUT_S = 20
-
-
-def _only_reads(method: str) -> bool:
-    """Does the call change nothing in the pool?"""
-    return method.split(".")[1].startswith("get")
-
-
-class Fields:
-    """A record of the pool, field by field: one that is missing, or of another type, reads as empty and is a problem."""
-
-    def __init__(self, what: str, record: Any, problems: List[str]) -> None:
-        self._what = what
-        self._record = record if isinstance(record, dict) else {}
-        self._problems = problems
-
-    def _read(self, field: str, kind: type) -> Any:
-        value = self._record.get(field)
-        if isinstance(value, kind):
-            return value
-        problem = "the pool's record of %s (%s) has no usable %s." % (
-            self._what, one_line(str(self._record.get("uuid", "no uuid")))[:8], field)
-        if problem not in self._problems:
-            self._problems.append(problem)
-        return kind()
-
-    def text(self, field: str) -> str:
-        """A string, also of digits, an enum or a ref."""
-        return self._read(field, str)
-
-    def flag(self, field: str) -> bool:
-        """True or False."""
-        return self._read(field, bool)
-
-    def number(self, field: str) -> int:
-        """A whole number, which the server writes as a string; 0 for anything else."""
-        text = self._read(field, str)
-        return int(text) if re.fullmatch(r"-?[0-9]{1,19}", text) else 0
-
-    def texts(self, field: str) -> List[str]:
-        """A set."""
-        return [item for item in self._read(field, list) if isinstance(item, str)]
-
-    def texts_by_key(self, field: str) -> Dict[str, str]:
-        """A map."""
-        return {key: value for key, value in self._read(field, dict).items() if isinstance(value, str)}
-
-
-def _host(ref: str, record: Dict[str, Any], problems: List[str]) -> Host:
-    """The host's value."""
-    host = Fields("the host", record, problems)
-    version = host.texts_by_key("software_version").get("product_version", "")
-    return Host(ref, host.text("uuid"), host.text("hostname").split(".")[0] or "host", host.text("address"),
-                tuple(int(part) for part in re.findall(r"[0-9]+", version)),
-                (host.number("API_version_major"), host.number("API_version_minor")))
-
-
-def _networks_of(machine: Dict[str, Any], vifs: Dict[str, Any],
-                 networks: Dict[str, Any]) -> Iterator[Tuple["Fields", str, str]]:
-    """Each interface of the VM with the name of its network, and what is wrong with that; one that vanished is left out."""
-    for ref in Fields("the VM", machine, []).texts("VIFs"):
-        if ref in vifs:
-            vif = Fields("its interface", vifs[ref], [])
-            network = networks.get(vif.text("network"))
-            yield vif, Fields("its network", network, []).text("name_label"), "" if network is not None else (
-                "its interface %s is on a network that is not in the pool (%s): which one, the copy does not tell." % (
-                    quote_name(vif.text("device")), quote_name(vif.text("network"))))
-
-
-def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname: str) -> Optional[Host]:
-    """The host that this program runs on: by INSTALLATION_UUID of the host's own inventory file, which is its uuid
-    (ocaml/libs/xapi-inventory/lib/inventory.ml), else by address, else by hostname; None if none fits."""
-    match = re.search(r"^INSTALLATION_UUID='([^']*)'", inventory_text, re.MULTILINE)
-    for fits in (lambda host: match is not None and host.uuid == match.group(1),
-                 lambda host: host.address == address,
-                 lambda host: host.short_name == hostname.split(".")[0]):
-        for host in hosts:
-            if fits(host):
-                return host
-    return None
-
-
-def is_real_machine(record: Dict[str, Any]) -> bool:
-    """Neither template, snapshot nor control domain. A snapshot whose is_a_template was cleared looks like a VM
-    but for is_a_snapshot (ocaml/xapi/xapi_vm_clone.ml, v26.17.0)."""
-    return not any(record.get(field) is not False for field in ("is_a_template", "is_a_snapshot", "is_control_domain"))
-
-
-def can_be_told_apart(record: Dict[str, Any]) -> bool:
-    """Does the record say whether it is a real VM, and which?"""
-    return all(isinstance(record.get(field), bool) for field in ("is_a_template", "is_a_snapshot", "is_control_domain")) \
-        and all(isinstance(record.get(field), str) for field in ("uuid", "name_label")) and record["uuid"] != ""
-
-
-def parse_server_time(value: Any) -> datetime:
-    """A time of the server, which writes it with dashes or without; the epoch if it is none."""
-    try:
-        return datetime.strptime(re.sub(r"[-:Z]", "", str(value)), "%Y%m%dT%H%M%S").replace(tzinfo=timezone.utc)
-    except ValueError:
-        return datetime.fromtimestamp(0, timezone.utc)
-
-
-def is_certificate_refusal(error: Exception) -> bool:
-    """Was it our own check that refused the server's certificate? (Python 3.6 has no class of its own for that.)"""
-    return isinstance(error, ssl.CertificateError) or (
-        isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in (error.reason or ""))
-
-
-def connection_reason(error: Exception) -> str:
-    """Why a connection gave no answer, in words."""
-    if isinstance(error, socket.timeout):
-        return "it said nothing for too long"
-    if isinstance(error, ssl.SSLError):
-        return "TLS: %s" % (error.reason or error)
-    if isinstance(error, xmlrpc.client.ProtocolError):
-        return "HTTP %s %s" % (error.errcode, error.errmsg)
-    if isinstance(error, xmlrpc.client.Fault):
-        return one_line(str(error.faultString))
-    if isinstance(error, xml.parsers.expat.ExpatError):
-        return "its answer is not XML (a control character in a name?): %s" % error
-    return os_reason(error)
-
-
-# =============================================================================
-# 16. Copies
+# 17. Copies
 # =============================================================================
 # What stands in the backup directory: its copies, whose they are, and what is on
 # record about them; and how a copy is made and removed. No deciding here.
@@ -6099,7 +6422,7 @@ def checksum_line(digest: str, name: str) -> str:
 
 
 # =============================================================================
-# 17. Ownership
+# 18. Ownership
 # =============================================================================
 # What is ours in a pool: snapshots of VMs and of disks, and what restore and drill
 # make, journal first. Ours is only what an open entry of a journal proves: by the uuid
@@ -7151,574 +7474,7 @@ class Snapshots:
 
 
 # =============================================================================
-# 18. Export methods
-# =============================================================================
-# From a snapshot to an image on disk, proven on the way. A method knows its
-# xe command, its format and its check; the flow of the data is the same.
-
-XE_REASON_S = 5
-TASK_CANCEL_S = 30
-TASK_POLL_S = 20
-SR_POLL_S = 10
-SILENCE_BEFORE_POLL_S = 5
-COMPRESSORS = {"gzip": ("pigz", "gzip"), "zstd": ("zstd",)}
-COMPRESSOR_OPTIONS = {"pigz": ("-c", "-n"), "gzip": ("-c", "-n"), "zstd": ("-q", "-c", "-T0")}
-COMPRESSED_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
-XE_PASSING = re.compile(
-    r"Lost connection|Connection refused|Connection reset|Broken pipe|EPIPE|ECONNRESET|SESSION_INVALID|"
-    r"Another operation involving|OTHER_OPERATION_IN_PROGRESS|SR_BACKEND_FAILURE_(?:37|46|47|82|1200)\b|"
-    r"Unable to contact|End_of_file|still booting|"
-    # a server that starts may listen on TCP before it does on its socket, where no password is needed
-    r"Authentication failed")
-
-
-class ImageReport(NamedTuple):
-    """An image that was written and proven; sizes in bytes. `disks` are as the manifest keeps them."""
-    name: str
-    format: str
-    compression: str
-    size: int
-    sha256: str
-    plain_size: int
-    plain_sha256: str
-    block_digests: str
-    block_digests_checked: bool
-    blocks: int
-    blocks_size: int
-    blocks_sha256: str
-    disks: Tuple[Dict[str, Any], ...]
-
-
-class Exporter:
-    """Runs xe and takes what it says to disk."""
-
-    def __init__(self, services: Services, xe: XeProgram) -> None:
-        self._services = services
-        self._xe = xe
-
-    def metadata(self, machine: VirtualMachine) -> bytes:
-        """The ova.xml of the VM itself, without its snapshots and disks."""
-        doing = f"the metadata export of {machine.title}"
-        check = XvaCheck(holds_disks=False)
-        self._run_xe(doing, [check], Watch(self._services, doing), "vm-export", "metadata=true",
-                     "include-snapshots=false", "uuid=" + machine.uuid, "filename=")
-        return check.report.ova_xml
-
-    def pool_database(self, file_fd: int) -> None:
-        """The pool's database is in that file, whole; the descriptor is taken over."""
-        doing, writer = "the dump of the pool database", FileWriter(file_fd)
-        self._run_xe(doing, [writer], Watch(self._services, doing), "pool-dump-database", "file-name=")
-        if not writer.tail.rstrip().endswith(b"</database>"):
-            raise VerificationError(f"{doing} does not end with </database>: it was cut off. Nothing of it "
-                                    f"was kept.")
-
-    def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory,
-                 base: str) -> ImageReport:
-        """The archive of the VM snapshot is in that directory, proven whole."""
-        expected = {disk.vdi_uuid: disk.virtual_size for disk in snapshot.disks}
-        doing = f"the export of {machine.title}"
-
-        def export_tasks() -> List[str]:
-            operations = self._services.pool.call(
-                f"asking for the task of {doing}", "VM.get_current_operations", snapshot.ref)
-            return [ref for ref, operation in operations.items() if operation == "export"]
-
-        return self._image(doing, snapshot.disks, inside, base + ".xva",
-                           lambda blocks: XvaCheck(expected, blocks),
-                           ("vm-export", "uuid=" + snapshot.uuid, "filename="), export_tasks)
-
-    def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory,
-                   base: str) -> ImageReport:
-        """The image of the disk snapshot is in that directory, proven whole."""
-        file_format = self._services.settings.vdi_export_format
-        check = RawCheck if file_format == "raw" else VhdCheck
-        return self._image(f"the export of disk {snapshot.device} of {machine.title}", (snapshot,), inside,
-                           f"{base}.{file_format}", lambda blocks: check(snapshot.virtual_size, blocks),
-                           ("vdi-export", "uuid=" + snapshot.vdi_uuid, "filename=", "format=" + file_format))
-
-    def _image(self, doing: str, disks: Sequence[Disk], inside: Directory, plain_name: str,
-               new_check: Callable[[BlocksFile], Any], command: Sequence[str],
-               find_tasks: Callable[[], Sequence[str]] = tuple) -> ImageReport:
-        """xe's output through digest, check and compressor to a file; what the compressor wrote is
-        decompressed again on the way, so that what is proven is what is stored."""
-        settings = self._services.settings
-        name = plain_name + COMPRESSED_SUFFIX[settings.compress]
-        limit_s = settings.stall_timeout * MINUTE_S
-        watch = Watch(self._services, doing, sum(disk.virtual_size for disk in disks),
-                      [disk.sr_ref for disk in disks if disk.sr_uuid], find_tasks)
-        blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
-        check, plain = new_check(blocks), Digest()
-        writer = FileWriter(within(limit_s, doing, lambda: inside.create(name)))
-        stored, again = plain, plain
-        if settings.compress == "none":
-            self._run_xe(doing, [plain, check, writer], watch, *command)
-        else:
-            stored = Digest("SHA-256 of the stored bytes")
-            again = Digest("SHA-256 of what it decompresses to")
-            self._run_xe(doing, [plain, check], watch, *command, compression=settings.compress,
-                         stored=[stored, writer], again=[again])
-        if again.hexdigest() != plain.hexdigest():
-            raise ProgramError(bad_compressor(doing, settings.compress, "other data than it was given"))
-        report = check.report
-        return ImageReport(name, plain_name.rpartition(".")[2], settings.compress,
-                           stored.total_bytes, stored.hexdigest(), plain.total_bytes, plain.hexdigest(),
-                           report.digest_kind, report.digests_checked,
-                           sum(disk.blocks for disk in report.disks), blocks.size, blocks.hexdigest(),
-                           disk_reports(disks, report))
-
-    def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str,
-                      sink: Any) -> None:
-        """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never
-        written."""
-        check = (RawCheck if file_format == "raw" else VhdCheck)(virtual_size, None, [sink])
-        self._run_xe(doing, [check], Watch(self._services, doing, virtual_size), "vdi-export",
-                     "uuid=" + vdi_uuid, "filename=", "format=" + file_format)
-
-    def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str,
-                compression: str = "none", stored: Sequence[Any] = (), again: Sequence[Any] = ()) -> None:
-        """The command's output went to the consumers, and it ended well; compressed, it went to `stored`, and
-        what that decompresses to to `again`. Raises what went wrong first."""
-        with contextlib.ExitStack() as stack:
-            with closed_aside(list(consumers) + list(stored)):
-                xe = stack.enter_context(self._xe.start(*command))
-                compressor = None          # type: Optional[Program]
-                if compression != "none":
-                    compressor = stack.enter_context(start_compressor(compression))
-            watch.program = xe
-            flows = [Flow(os.dup(xe.stdout_fd), consumers, "xe", lambda: self._check_ending(doing, xe))]
-            if compressor is not None:
-                flows[0].consumers.append(PipeWriter(os.dup(compressor.stdin_fd)))
-                compressor.close_stdin()
-                proving = reading_flows(stack, os.dup(compressor.stdout_fd), compression, stored, again)
-                flows.append(proving[0]._replace(name=compressor.name,
-                                                 at_end=lambda: check_compressor(compressor)))
-                flows += proving[1:]
-            try:
-                pump(flows, watch, doing)
-            except CompressionDamaged as error:
-                raise ProgramError(bad_compressor(doing, compression, f"nothing whole ({error})"))
-            except VerificationError as error:
-                # an export that failed midway ends in an HTTP error text, which the check meets before xe
-                # has told the reason (ocaml/libs/http-lib/http_svr.ml handle_one, v26.17.0)
-                if xe.wait(XE_REASON_S) is not None:
-                    self._check_ending(doing, xe)
-                raise VerificationError(f"{doing} is not whole: {str(error).rstrip('.')}. It was not kept.")
-
-    def _check_ending(self, doing: str, xe: Program) -> None:
-        """Raises ProgramError unless xe ended well after its last byte."""
-        status = xe.wait(PROGRAM_ENDING_S)
-        if status is None:
-            raise ProgramError(f"{doing}: xe sent its last byte but did not end within "
-                               f"{format_duration(PROGRAM_ENDING_S)}; it was killed, and what it sent does "
-                               f"not count.",
-                               passing=True)
-        problem = xe_problem(status, xe.said)
-        if problem:
-            raise ProgramError(f"{doing} failed: {problem.rstrip('.')}.",
-                               passing=bool(XE_PASSING.search(xe.said)))
-        if xe.said:
-            self._services.log.info(f"{doing}: xe said: {one_line(xe.said[-400:])}")
-
-
-def start_compressor(compression: str) -> Program:
-    """The compressor for that word, running; ProgramError if there is none."""
-    path = find_program(COMPRESSORS[compression])
-    if path is None:
-        raise ProgramError(f"compress={compression} needs the program "
-                           f"{' or '.join(COMPRESSORS[compression])}.")
-    return Program((path,) + COMPRESSOR_OPTIONS[os.path.basename(path)], stdin=subprocess.PIPE)
-
-
-def check_compressor(program: Program) -> None:
-    """Raises ProgramError unless the compressor ended well."""
-    status = program.wait(PROGRAM_ENDING_S)
-    if status is None:
-        raise ProgramError(f"{program.name} did not end; it was killed.")
-    if status != 0:
-        said = ": " + one_line(program.said).rstrip(".") if program.said else ""
-        raise ProgramError(f"the compressor failed, and nothing of the image was kept: "
-                           f"{ending_text(program.name, status)}{said}.")
-
-
-def bad_compressor(doing: str, compression: str, found: str) -> str:
-    """The sentence about a compressor whose output does not give back what went in."""
-    return (f"{doing}: what compress={compression} stored decompresses to {found}: nothing of it was kept. "
-            f"Is the compressor on the PATH the real one?")
-
-
-def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ...]:
-    """The disks of an image as the manifest keeps them."""
-    seen = {found.uuid: found for found in report.disks if found.uuid}
-    rows = []
-    for disk in disks:
-        found = seen.get(disk.vdi_uuid) or (report.disks[0] if len(report.disks) == 1 else None)
-        rows.append({"device": disk.device, "userdevice": disk.userdevice, "name": disk.name,
-                     "snapshot_uuid": disk.vdi_uuid, "sr_uuid": disk.sr_uuid,
-                     "virtual_size": disk.virtual_size, "archive_id": found.id if found else "",
-                     "blocks": found.blocks if found else 0})
-    return tuple(rows)
-
-
-class Watch:
-    """Called about once a second while data flow: signals, progress, stalls and the space on the SR.
-
-    Time limits are about progress, never about total time. A byte is a sign of
-    life; for a vm-export also the progress of the task that the server keeps in
-    the snapshot's current_operations, as a sparse disk may be silent for long,
-    and for an import that of the tasks that were made for it.
-    """
-
-    def __init__(self, services: Services, doing: str, size_bytes: int = 0, sr_refs: Sequence[str] = (),
-                 find_tasks: Callable[[], Sequence[str]] = tuple) -> None:
-        self._services = services
-        self._doing = doing
-        self._size_bytes = size_bytes
-        self._sr_refs = tuple(sorted(set(sr_refs)))
-        self._find_tasks = find_tasks
-        self._stall_s = services.settings.stall_timeout * MINUTE_S
-        self._began_at = self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
-        self._task_progress = []           # type: List[float]
-        self.program = None                # type: Optional[Program]
-
-    def __call__(self, progress: Progress) -> None:
-        """Raises Interrupted, StreamStalled or BackupError to abort the flow. A pool that does not answer
-        just now proves nothing."""
-        services, now = self._services, time.monotonic()
-        services.signals.check()
-        services.log.progress(
-            progress_text(self._doing, progress.bytes_read, self._size_bytes, now - self._began_at))
-        if progress.quiet_s < 2:
-            self._alive_at = now
-        elif progress.quiet_s > SILENCE_BEFORE_POLL_S and now - self._task_asked_at > TASK_POLL_S:
-            self._task_asked_at = now
-            with contextlib.suppress(ApiFailure, PoolError):
-                doing = f"asking for the progress of {self._doing}"
-                found = [services.pool.call(doing, "task.get_progress", task) for task in self._find_tasks()]
-                if found and found != self._task_progress:         # the server's own progress counts as life
-                    self._task_progress, self._alive_at = found, now
-        if now - self._alive_at > self._stall_s:
-            self._give_up(progress.waiting_for)
-        min_free = services.settings.min_sr_free
-        if min_free and self._sr_refs and now - self._sr_asked_at > SR_POLL_S:
-            self._sr_asked_at = now
-            with contextlib.suppress(ApiFailure, PoolError):
-                check_sr_space(services.pool.storage_repositories(self._sr_refs, patient=False), min_free,
-                               f"{self._doing} was given up")
-
-    def _give_up(self, waiting_for: str) -> None:
-        """The tasks are cancelled and xe killed; raises StreamStalled or, if it is our storage,
-        StorageMisbehaved."""
-        stalled = f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)}"
-        # the image's writer, the list of blocks, or a compressor before them
-        if waiting_for != "xe":
-            raise StorageStalled(f"{stalled} while waiting for the {waiting_for}. It was given up and its "
-                                 f"snapshot removed; is the share still reachable?")
-        with self._services.signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
-            for task in self._find_tasks():
-                self._services.pool.call(f"cancelling {self._doing}", "task.cancel", task)
-                self.program.wait(TASK_CANCEL_S)
-        raise StreamStalled(f"{stalled} from the server. It was cancelled and its snapshot removed.")
-
-
-def check_sr_space(srs: Sequence[StorageRepository], min_free_percent: int, consequence: str) -> None:
-    """Raises BackupError if one of the SRs has less free than that."""
-    for sr in srs:
-        free = max(0, sr.physical_size - sr.physical_utilisation)
-        if sr.physical_size > 0 and free * 100 < sr.physical_size * min_free_percent:
-            raise BackupError(
-                f"{consequence}: SR {quote_name(sr.name)} has only {format_size(free)} of "
-                f"{format_size(sr.physical_size)} free, less than min_sr_free={min_free_percent} %, and a "
-                f"snapshot on a full SR stops VMs. Free space on it.")
-
-
-def progress_text(doing: str, done_bytes: int, size_bytes: int, seconds: float) -> str:
-    """`the export of web: 1.2 GiB (30 %), 85 MB/s, 2 min left`; the size is that of the disks, so % is a
-    floor."""
-    rate = done_bytes / seconds if seconds > 1 else 0
-    text = f"{doing}: {format_size(done_bytes)}"
-    if size_bytes:
-        text += f" ({min(99, done_bytes * 100 // size_bytes)} %)"
-    if rate:
-        text += f", {rate / 1e6:.0f} MB/s"
-        if size_bytes > done_bytes:
-            text += f", at most {format_duration((size_bytes - done_bytes) / rate)} left"
-    return text
-
-
-# =============================================================================
-# 19. Verification of stored copies
-# =============================================================================
-# Is what lies on disk what was exported? Reads copies and changes none: works on
-# any machine that sees the store, without pool, password, xe or XenAPI.
-
-class CopyState(enum.Enum):
-    """The verdict on a copy; the value is the word that people see."""
-    GOOD = "good"
-    UNPROVEN = "structure good"       # the older program recorded no digests
-    DAMAGED = DAMAGED
-    UNCHECKED = "NOT CHECKED"         # something that the check needs is not here
-    UNREADABLE = "COULD NOT BE READ"  # the store is what is wrong, or out of reach: no verdict on the copy
-    GONE = "gone meanwhile"
-
-
-class CopyVerdict(NamedTuple):
-    """What a check of a copy found, when (UTC), and how its files looked when it began."""
-    copy: Copy
-    state: CopyState
-    reason: str
-    at: datetime
-    look: str
-
-    @property
-    def is_fine(self) -> bool:
-        """Does it leave nothing to worry about?"""
-        return self.state in (CopyState.GOOD, CopyState.UNPROVEN, CopyState.GONE)
-
-
-def verify_copy(services: Services, copy: Copy) -> CopyVerdict:
-    """The verdict on that copy of the catalog. Raises Interrupted only."""
-    look = ""
-    try:
-        look = services.catalog.look_of(copy)
-        state, reason = _judge(services, copy)
-    except UnknownFormat as error:
-        state, reason = CopyState.UNCHECKED if copy.is_old else CopyState.DAMAGED, str(error)
-    except (VerificationError, NotThere, WrongKind) as error:
-        state, reason = CopyState.DAMAGED, str(error)
-    except CatalogError as error:
-        state, reason = CopyState.UNREADABLE, str(error)
-    except ProgramError as error:
-        state, reason = CopyState.UNCHECKED, str(error)
-    if state is CopyState.DAMAGED:
-        try:
-            services.catalog.check_in_place()
-            now = services.catalog.copy_again(copy)
-            if now.image != copy.image:                # the storage host has compressed it meanwhile
-                return verify_copy(services, now)
-        except NotThere:
-            state, reason = CopyState.GONE, "another run removed it while it was read"
-        except CatalogError as error:
-            state, reason = CopyState.UNREADABLE, str(error)
-    return CopyVerdict(copy, state, reason.rstrip("."), services.clock.utc(), look)
-
-
-def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
-    """State and reason; raises VerificationError for damage."""
-    if copy.is_newer:
-        raise ProgramError(copy.problem)
-    if copy.is_unreadable:
-        raise CatalogError(copy.problem)
-    if copy.problem:
-        raise VerificationError(copy.problem)
-    with services.catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
-        manifest = {} if copy.is_old else _check_files(services, inside)
-        with open(inside.open_file(copy.image), "rb") as image:
-            forget_cached(image.fileno())              # what is proven is the storage, not a cache
-        check = image_check(inside, copy, manifest)
-        title = f"verifying {copy.folder}/{copy.name}"
-        read_image(inside, copy, manifest, [check] if check else [],
-                   reading_progress(services, title, copy.size_bytes), title)
-    if copy.is_old:
-        return CopyState.UNPROVEN, "the older program recorded no digests; the structure is whole"
-    if check is None:
-        return CopyState.GOOD, "digest, structure and the compressed image of the manifest inside it"
-    blocks = counted(sum(disk.blocks for disk in check.report.disks), "block")
-    if check.report.digest_kind and not check.report.digests_checked:
-        blocks += " by number (their digests need libxxhash)"
-    return CopyState.GOOD, "digest, structure and " + blocks
-
-
-def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
-    """The manifest, when every small file is as it and SHA256SUMS say; VerificationError otherwise."""
-    raw = inside.read(MANIFEST)
-    try:
-        manifest = parse_manifest(raw)
-    except ValueError as error:
-        raise VerificationError(f"{MANIFEST} is damaged: {error}")
-    sums = {MANIFEST: hashlib.sha256(raw).hexdigest()}
-    for name, facts in manifest["files"].items():
-        sums[name] = facts["sha256"]
-    if manifest["image"]["name"] not in sums or BLOCKS not in sums:
-        raise VerificationError(f"{MANIFEST} does not list the image and its blocks")
-    expected = "".join(checksum_line(digest, name) for name, digest in sorted(sums.items()))
-    if inside.read(CHECKSUMS) != expected.encode("utf-8", "surrogateescape"):
-        raise VerificationError(f"{CHECKSUMS} is not what {MANIFEST} says")
-    for name in sorted(set(sums) - {MANIFEST, manifest["image"]["name"]}):
-        folder, _, base = name.rpartition("/")
-        if folder.startswith("/") or ".." in folder.split("/"):
-            raise VerificationError(f"{MANIFEST} names a file outside the copy: {one_line(name)}")
-        digest = Digest()
-        with contextlib.ExitStack() as stack:
-            place = stack.enter_context(inside.child(folder)) if folder else inside
-            # `blocks` can be large, so all of them are streamed.
-            pump([Flow(place.open_file(base), [digest])], lambda progress: services.signals.check(),
-                 "reading " + name)
-        if digest.hexdigest() != sums[name]:
-            raise VerificationError(f"{name} is not what was written: its SHA-256 differs")
-    return manifest
-
-
-def reading_progress(services: Services, title: str, size_bytes: int) -> Callable[[Progress], None]:
-    """What is done once a second while an image is only read."""
-    began_at = services.clock.monotonic()
-
-    def on_tick(progress: Progress) -> None:
-        services.signals.check()
-        seconds = services.clock.monotonic() - began_at
-        services.log.progress(progress_text(title, progress.bytes_read, size_bytes, seconds))
-    return on_tick
-
-
-def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumers: Sequence[Consumer],
-               on_tick: Callable[[Progress], Any], doing: str,
-               problems: Optional[List[VerificationError]] = None) -> None:
-    """The whole image passed through the consumers, decompressed, and its digests are those of the manifest,
-    if there is one. VerificationError if anything is wrong; where `problems` is given that is noted there,
-    and as much passes as can be read."""
-    plain = stored = Digest()
-    with contextlib.ExitStack() as stack:
-        with closed_aside(consumers):
-            compression = image_compression(inside, copy, manifest)
-            if compression != "none":
-                stored = Digest("SHA-256 of the stored bytes")
-            digests = [stored, plain] if manifest else []
-            flows = reading_flows(stack, inside.open_file(copy.image), compression,
-                                  digests[:1] if compression != "none" else [], [*digests[1:], *consumers],
-                                  is_foreign_vhd(copy), problems is None)
-        pump(flows, on_tick, doing, problems)
-    problem = digest_problem(copy, manifest["image"], stored, plain) if manifest else ""
-    if problem:
-        if problems is None:
-            raise VerificationError(problem)
-        problems.append(VerificationError(problem))
-
-
-def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -> str:
-    """How the image is compressed: of ours as the manifest says, of others as its first bytes say, whatever
-    its name. UnknownFormat if that is not read here."""
-    suffixes = {suffix: word for word, suffix in COMPRESSED_SUFFIX.items()}
-    by_name = suffixes[re.search(r"(\.gz|\.zst)?$", copy.image).group()]
-    if manifest:
-        word = manifest["image"].get("compression") if copy.image == manifest["image"]["name"] else ""
-        return word if word in COMPRESSED_SUFFIX else by_name
-    head, tail = inside.read_part(copy.image, 16), inside.read_part(copy.image, SECTOR_BYTES, at_end=True)
-    status = inside.status(copy.image)
-    found = next((suffixes[suffix] for suffix, magic in COMPRESSED_MAGIC if head.startswith(magic)), "")
-    if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd's first
-        found = "zstd"
-    # A disk may begin with any bytes: that of a fixed VHD, and a raw image, which is of whole MiBs (as what
-    # dd padded is, but that is called compressed too).
-    is_raw = image_format(copy.image) == "raw" and not (found and by_name != "none")
-    if is_raw and not (status and status.st_size % MEBIBYTE) or \
-            image_format(copy.image) == "vhd" and b"conectix" in (tail[:8], tail[1:9]):
-        return "none"
-    if found:
-        return found
-    for name, magic in OTHER_MAGIC:
-        if head.startswith(magic):
-            raise UnknownFormat(f"{copy.image} is a file of {name}, which is not supported: make a plain one "
-                                "of it, or one of gzip or zstd")
-    return by_name if image_format(copy.image) == "raw" else "none"
-
-
-def is_foreign_vhd(copy: Copy) -> bool:
-    """Is it a VHD that need not lie as the server streams one?"""
-    return copy.is_old and image_format(copy.image) == "vhd"
-
-
-def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: Sequence[MebibyteSink] = (),
-                compare: bool = True) -> Optional[Check]:
-    """The check of that image, whose sinks are shown the disks' contents; where the export noted a digest of
-    every block, they are compared too. None for an image that was compressed a second time: what is inside
-    stays as it is."""
-    expected, blocks, size, image = None, None, None, manifest.get("image", {})
-    if manifest:
-        if copy.image != image["name"] and image.get("compression") != "none":
-            return None
-        expected = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
-        size = list(expected.values())[0] if len(expected) == 1 else None
-        if compare and inside.status(BLOCKS) is not None:
-            blocks = BlockComparer(open(inside.open_file(BLOCKS), "rb"))
-    file_format = image.get("format") if manifest else image_format(copy.image)
-    if file_format == "xva":
-        return XvaCheck(expected, blocks, sinks, strict=bool(manifest))
-    if file_format == "raw" and not manifest:            # of the size that cfg files beside it give
-        ova = ova_of_cfg_files(inside, False)
-        sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
-                 for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
-        size = next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None)
-    return RawCheck(size, blocks, sinks) if file_format == "raw" else VhdCheck(size, blocks, sinks)
-
-
-def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Digest) -> str:
-    """Why an image that was read whole is not the one of the manifest, "" if it is."""
-    if copy.image != image["name"]:
-        if plain.hexdigest() != image["sha256"]:
-            return f"the image {copy.image} is not what was written: its decompressed bytes differ"
-        if image.get("compression") != "none":
-            return ""
-    elif stored.hexdigest() != image["sha256"]:
-        return f"the image {copy.image} is not what was written: its SHA-256 differs"
-    if image.get("plain_sha256") != plain.hexdigest():
-        return f"the image {copy.image}, decompressed, is not what was exported: its SHA-256 differs"
-    return ""
-
-
-def read_if_file(folder: Directory, name: str) -> bytes:
-    """The content of that small file; nothing if there is none, or something else in its place."""
-    with contextlib.suppress(NotThere, WrongKind):
-        return folder.read(name)
-    return b""
-
-
-def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
-    """What the cfg files tell of the VM, in the form of an ova.xml without a version; {} if they tell
-    nothing. What is missing in them, or no number where one should be, is as if it had not been written."""
-    objects = []                           # type: List[Dict[str, Any]]
-
-    def add(class_name: str, key: str, **fields: Any) -> None:
-        objects.append({"class": class_name, "id": key, "snapshot": fields})
-
-    def read(folder: Directory, name: str) -> Dict[str, str]:
-        return parse_cfg(read_if_file(folder, name).decode("utf-8", "replace"), escaped)
-
-    machine = read(inside, "vm.cfg")
-    add("VM", "vm", uuid=machine.get("orig_uuid", ""), other_config={}, tags=[], power_state="Halted",
-        **{field: machine[field] for field in CFG_VM_FIELDS if machine.get(field)})
-    for name in inside.names():
-        if not inside.is_directory(name) or not (name.startswith("DISK-") or name == "VIFs"):
-            continue
-        with inside.child(name) as folder:
-            if name == "VIFs":
-                for file in folder.names():
-                    vif = read(folder, file)
-                    if vif:
-                        add("VIF", file, VM="vm", network="network " + file, other_config={},
-                            qos_algorithm_type="", qos_algorithm_params={}, device=vif.get("device", "0"),
-                            MAC=vif.get("MAC", ""),
-                            MTU=vif.get("MTU", "1500"))
-                        add("network", "network " + file, name_label=vif.get("network_name_label", ""))
-                continue
-            vbd, vdi, device = read(folder, "vbd.cfg"), read(folder, "vdi.cfg"), name[len("DISK-"):]
-            number, size, key = userdevice_number(device), vdi.get("virtual_size", ""), f"DISK-{len(objects)}"
-            add("VBD", "vbd " + key, VM="vm", VDI=key, device=device,
-                userdevice=vbd.get("userdevice") or (str(number) if number < 1 << 30 else device),
-                bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"),
-                type=vbd.get("type", "Disk"), unpluggable=vbd.get("unpluggable") == "True", empty=False,
-                other_config={"owner": ""},
-                qos_algorithm_type="", qos_algorithm_params={})
-            add("VDI", key, uuid=vdi.get("orig_uuid", ""), SR="sr " + key, other_config={},
-                virtual_size=size if re.fullmatch("[0-9]{1,18}", size) else "0", type=vdi.get("type", "user"),
-                name_label=vdi.get("name_label", ""), name_description=vdi.get("name_description", ""))
-            add("SR", "sr " + key, uuid=vdi.get("orig_sr_uuid", ""), name_label="", content_type="user")
-    return {"version": None, "objects": objects} if machine or len(objects) > 1 else {}
-
-
-CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
-
-
-# =============================================================================
-# 20. Run
+# 19. Run
 # =============================================================================
 # What every deed has around it: the values that tell how it went, store and
 # pool as config and password name them, and the frame (journal, what dead runs
@@ -8164,8 +7920,301 @@ def end_config_lock(lock: LockFile, status: int) -> None:
 
 
 # =============================================================================
-# 21. Backup run
+# 20. Backup
 # =============================================================================
+# From a snapshot to an image on disk, proven on the way. A method knows its
+# xe command, its format and its check; the flow of the data is the same.
+
+XE_REASON_S = 5
+TASK_CANCEL_S = 30
+TASK_POLL_S = 20
+SR_POLL_S = 10
+SILENCE_BEFORE_POLL_S = 5
+COMPRESSORS = {"gzip": ("pigz", "gzip"), "zstd": ("zstd",)}
+COMPRESSOR_OPTIONS = {"pigz": ("-c", "-n"), "gzip": ("-c", "-n"), "zstd": ("-q", "-c", "-T0")}
+COMPRESSED_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
+XE_PASSING = re.compile(
+    r"Lost connection|Connection refused|Connection reset|Broken pipe|EPIPE|ECONNRESET|SESSION_INVALID|"
+    r"Another operation involving|OTHER_OPERATION_IN_PROGRESS|SR_BACKEND_FAILURE_(?:37|46|47|82|1200)\b|"
+    r"Unable to contact|End_of_file|still booting|"
+    # a server that starts may listen on TCP before it does on its socket, where no password is needed
+    r"Authentication failed")
+
+
+class ImageReport(NamedTuple):
+    """An image that was written and proven; sizes in bytes. `disks` are as the manifest keeps them."""
+    name: str
+    format: str
+    compression: str
+    size: int
+    sha256: str
+    plain_size: int
+    plain_sha256: str
+    block_digests: str
+    block_digests_checked: bool
+    blocks: int
+    blocks_size: int
+    blocks_sha256: str
+    disks: Tuple[Dict[str, Any], ...]
+
+
+class Exporter:
+    """Runs xe and takes what it says to disk."""
+
+    def __init__(self, services: Services, xe: XeProgram) -> None:
+        self._services = services
+        self._xe = xe
+
+    def metadata(self, machine: VirtualMachine) -> bytes:
+        """The ova.xml of the VM itself, without its snapshots and disks."""
+        doing = f"the metadata export of {machine.title}"
+        check = XvaCheck(holds_disks=False)
+        self._run_xe(doing, [check], Watch(self._services, doing), "vm-export", "metadata=true",
+                     "include-snapshots=false", "uuid=" + machine.uuid, "filename=")
+        return check.report.ova_xml
+
+    def pool_database(self, file_fd: int) -> None:
+        """The pool's database is in that file, whole; the descriptor is taken over."""
+        doing, writer = "the dump of the pool database", FileWriter(file_fd)
+        self._run_xe(doing, [writer], Watch(self._services, doing), "pool-dump-database", "file-name=")
+        if not writer.tail.rstrip().endswith(b"</database>"):
+            raise VerificationError(f"{doing} does not end with </database>: it was cut off. Nothing of it "
+                                    f"was kept.")
+
+    def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory,
+                 base: str) -> ImageReport:
+        """The archive of the VM snapshot is in that directory, proven whole."""
+        expected = {disk.vdi_uuid: disk.virtual_size for disk in snapshot.disks}
+        doing = f"the export of {machine.title}"
+
+        def export_tasks() -> List[str]:
+            operations = self._services.pool.call(
+                f"asking for the task of {doing}", "VM.get_current_operations", snapshot.ref)
+            return [ref for ref, operation in operations.items() if operation == "export"]
+
+        return self._image(doing, snapshot.disks, inside, base + ".xva",
+                           lambda blocks: XvaCheck(expected, blocks),
+                           ("vm-export", "uuid=" + snapshot.uuid, "filename="), export_tasks)
+
+    def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory,
+                   base: str) -> ImageReport:
+        """The image of the disk snapshot is in that directory, proven whole."""
+        file_format = self._services.settings.vdi_export_format
+        check = RawCheck if file_format == "raw" else VhdCheck
+        return self._image(f"the export of disk {snapshot.device} of {machine.title}", (snapshot,), inside,
+                           f"{base}.{file_format}", lambda blocks: check(snapshot.virtual_size, blocks),
+                           ("vdi-export", "uuid=" + snapshot.vdi_uuid, "filename=", "format=" + file_format))
+
+    def _image(self, doing: str, disks: Sequence[Disk], inside: Directory, plain_name: str,
+               new_check: Callable[[BlocksFile], Any], command: Sequence[str],
+               find_tasks: Callable[[], Sequence[str]] = tuple) -> ImageReport:
+        """xe's output through digest, check and compressor to a file; what the compressor wrote is
+        decompressed again on the way, so that what is proven is what is stored."""
+        settings = self._services.settings
+        name = plain_name + COMPRESSED_SUFFIX[settings.compress]
+        limit_s = settings.stall_timeout * MINUTE_S
+        watch = Watch(self._services, doing, sum(disk.virtual_size for disk in disks),
+                      [disk.sr_ref for disk in disks if disk.sr_uuid], find_tasks)
+        blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
+        check, plain = new_check(blocks), Digest()
+        writer = FileWriter(within(limit_s, doing, lambda: inside.create(name)))
+        stored, again = plain, plain
+        if settings.compress == "none":
+            self._run_xe(doing, [plain, check, writer], watch, *command)
+        else:
+            stored = Digest("SHA-256 of the stored bytes")
+            again = Digest("SHA-256 of what it decompresses to")
+            self._run_xe(doing, [plain, check], watch, *command, compression=settings.compress,
+                         stored=[stored, writer], again=[again])
+        if again.hexdigest() != plain.hexdigest():
+            raise ProgramError(bad_compressor(doing, settings.compress, "other data than it was given"))
+        report = check.report
+        return ImageReport(name, plain_name.rpartition(".")[2], settings.compress,
+                           stored.total_bytes, stored.hexdigest(), plain.total_bytes, plain.hexdigest(),
+                           report.digest_kind, report.digests_checked,
+                           sum(disk.blocks for disk in report.disks), blocks.size, blocks.hexdigest(),
+                           disk_reports(disks, report))
+
+    def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str,
+                      sink: Any) -> None:
+        """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never
+        written."""
+        check = (RawCheck if file_format == "raw" else VhdCheck)(virtual_size, None, [sink])
+        self._run_xe(doing, [check], Watch(self._services, doing, virtual_size), "vdi-export",
+                     "uuid=" + vdi_uuid, "filename=", "format=" + file_format)
+
+    def _run_xe(self, doing: str, consumers: List[Any], watch: "Watch", *command: str,
+                compression: str = "none", stored: Sequence[Any] = (), again: Sequence[Any] = ()) -> None:
+        """The command's output went to the consumers, and it ended well; compressed, it went to `stored`, and
+        what that decompresses to to `again`. Raises what went wrong first."""
+        with contextlib.ExitStack() as stack:
+            with closed_aside(list(consumers) + list(stored)):
+                xe = stack.enter_context(self._xe.start(*command))
+                compressor = None          # type: Optional[Program]
+                if compression != "none":
+                    compressor = stack.enter_context(start_compressor(compression))
+            watch.program = xe
+            flows = [Flow(os.dup(xe.stdout_fd), consumers, "xe", lambda: self._check_ending(doing, xe))]
+            if compressor is not None:
+                flows[0].consumers.append(PipeWriter(os.dup(compressor.stdin_fd)))
+                compressor.close_stdin()
+                proving = reading_flows(stack, os.dup(compressor.stdout_fd), compression, stored, again)
+                flows.append(proving[0]._replace(name=compressor.name,
+                                                 at_end=lambda: check_compressor(compressor)))
+                flows += proving[1:]
+            try:
+                pump(flows, watch, doing)
+            except CompressionDamaged as error:
+                raise ProgramError(bad_compressor(doing, compression, f"nothing whole ({error})"))
+            except VerificationError as error:
+                # an export that failed midway ends in an HTTP error text, which the check meets before xe
+                # has told the reason (ocaml/libs/http-lib/http_svr.ml handle_one, v26.17.0)
+                if xe.wait(XE_REASON_S) is not None:
+                    self._check_ending(doing, xe)
+                raise VerificationError(f"{doing} is not whole: {str(error).rstrip('.')}. It was not kept.")
+
+    def _check_ending(self, doing: str, xe: Program) -> None:
+        """Raises ProgramError unless xe ended well after its last byte."""
+        status = xe.wait(PROGRAM_ENDING_S)
+        if status is None:
+            raise ProgramError(f"{doing}: xe sent its last byte but did not end within "
+                               f"{format_duration(PROGRAM_ENDING_S)}; it was killed, and what it sent does "
+                               f"not count.",
+                               passing=True)
+        problem = xe_problem(status, xe.said)
+        if problem:
+            raise ProgramError(f"{doing} failed: {problem.rstrip('.')}.",
+                               passing=bool(XE_PASSING.search(xe.said)))
+        if xe.said:
+            self._services.log.info(f"{doing}: xe said: {one_line(xe.said[-400:])}")
+
+
+def start_compressor(compression: str) -> Program:
+    """The compressor for that word, running; ProgramError if there is none."""
+    path = find_program(COMPRESSORS[compression])
+    if path is None:
+        raise ProgramError(f"compress={compression} needs the program "
+                           f"{' or '.join(COMPRESSORS[compression])}.")
+    return Program((path,) + COMPRESSOR_OPTIONS[os.path.basename(path)], stdin=subprocess.PIPE)
+
+
+def check_compressor(program: Program) -> None:
+    """Raises ProgramError unless the compressor ended well."""
+    status = program.wait(PROGRAM_ENDING_S)
+    if status is None:
+        raise ProgramError(f"{program.name} did not end; it was killed.")
+    if status != 0:
+        said = ": " + one_line(program.said).rstrip(".") if program.said else ""
+        raise ProgramError(f"the compressor failed, and nothing of the image was kept: "
+                           f"{ending_text(program.name, status)}{said}.")
+
+
+def bad_compressor(doing: str, compression: str, found: str) -> str:
+    """The sentence about a compressor whose output does not give back what went in."""
+    return (f"{doing}: what compress={compression} stored decompresses to {found}: nothing of it was kept. "
+            f"Is the compressor on the PATH the real one?")
+
+
+def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ...]:
+    """The disks of an image as the manifest keeps them."""
+    seen = {found.uuid: found for found in report.disks if found.uuid}
+    rows = []
+    for disk in disks:
+        found = seen.get(disk.vdi_uuid) or (report.disks[0] if len(report.disks) == 1 else None)
+        rows.append({"device": disk.device, "userdevice": disk.userdevice, "name": disk.name,
+                     "snapshot_uuid": disk.vdi_uuid, "sr_uuid": disk.sr_uuid,
+                     "virtual_size": disk.virtual_size, "archive_id": found.id if found else "",
+                     "blocks": found.blocks if found else 0})
+    return tuple(rows)
+
+
+class Watch:
+    """Called about once a second while data flow: signals, progress, stalls and the space on the SR.
+
+    Time limits are about progress, never about total time. A byte is a sign of
+    life; for a vm-export also the progress of the task that the server keeps in
+    the snapshot's current_operations, as a sparse disk may be silent for long,
+    and for an import that of the tasks that were made for it.
+    """
+
+    def __init__(self, services: Services, doing: str, size_bytes: int = 0, sr_refs: Sequence[str] = (),
+                 find_tasks: Callable[[], Sequence[str]] = tuple) -> None:
+        self._services = services
+        self._doing = doing
+        self._size_bytes = size_bytes
+        self._sr_refs = tuple(sorted(set(sr_refs)))
+        self._find_tasks = find_tasks
+        self._stall_s = services.settings.stall_timeout * MINUTE_S
+        self._began_at = self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
+        self._task_progress = []           # type: List[float]
+        self.program = None                # type: Optional[Program]
+
+    def __call__(self, progress: Progress) -> None:
+        """Raises Interrupted, StreamStalled or BackupError to abort the flow. A pool that does not answer
+        just now proves nothing."""
+        services, now = self._services, time.monotonic()
+        services.signals.check()
+        services.log.progress(
+            progress_text(self._doing, progress.bytes_read, self._size_bytes, now - self._began_at))
+        if progress.quiet_s < 2:
+            self._alive_at = now
+        elif progress.quiet_s > SILENCE_BEFORE_POLL_S and now - self._task_asked_at > TASK_POLL_S:
+            self._task_asked_at = now
+            with contextlib.suppress(ApiFailure, PoolError):
+                doing = f"asking for the progress of {self._doing}"
+                found = [services.pool.call(doing, "task.get_progress", task) for task in self._find_tasks()]
+                if found and found != self._task_progress:         # the server's own progress counts as life
+                    self._task_progress, self._alive_at = found, now
+        if now - self._alive_at > self._stall_s:
+            self._give_up(progress.waiting_for)
+        min_free = services.settings.min_sr_free
+        if min_free and self._sr_refs and now - self._sr_asked_at > SR_POLL_S:
+            self._sr_asked_at = now
+            with contextlib.suppress(ApiFailure, PoolError):
+                check_sr_space(services.pool.storage_repositories(self._sr_refs, patient=False), min_free,
+                               f"{self._doing} was given up")
+
+    def _give_up(self, waiting_for: str) -> None:
+        """The tasks are cancelled and xe killed; raises StreamStalled or, if it is our storage,
+        StorageMisbehaved."""
+        stalled = f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)}"
+        # the image's writer, the list of blocks, or a compressor before them
+        if waiting_for != "xe":
+            raise StorageStalled(f"{stalled} while waiting for the {waiting_for}. It was given up and its "
+                                 f"snapshot removed; is the share still reachable?")
+        with self._services.signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
+            for task in self._find_tasks():
+                self._services.pool.call(f"cancelling {self._doing}", "task.cancel", task)
+                self.program.wait(TASK_CANCEL_S)
+        raise StreamStalled(f"{stalled} from the server. It was cancelled and its snapshot removed.")
+
+
+def check_sr_space(srs: Sequence[StorageRepository], min_free_percent: int, consequence: str) -> None:
+    """Raises BackupError if one of the SRs has less free than that."""
+    for sr in srs:
+        free = max(0, sr.physical_size - sr.physical_utilisation)
+        if sr.physical_size > 0 and free * 100 < sr.physical_size * min_free_percent:
+            raise BackupError(
+                f"{consequence}: SR {quote_name(sr.name)} has only {format_size(free)} of "
+                f"{format_size(sr.physical_size)} free, less than min_sr_free={min_free_percent} %, and a "
+                f"snapshot on a full SR stops VMs. Free space on it.")
+
+
+def progress_text(doing: str, done_bytes: int, size_bytes: int, seconds: float) -> str:
+    """`the export of web: 1.2 GiB (30 %), 85 MB/s, 2 min left`; the size is that of the disks, so % is a
+    floor."""
+    rate = done_bytes / seconds if seconds > 1 else 0
+    text = f"{doing}: {format_size(done_bytes)}"
+    if size_bytes:
+        text += f" ({min(99, done_bytes * 100 // size_bytes)} %)"
+    if rate:
+        text += f", {rate / 1e6:.0f} MB/s"
+        if size_bytes > done_bytes:
+            text += f", at most {format_duration((size_bytes - done_bytes) / rate)} left"
+    return text
+
+
+# ---- the run of a backup ---------------------------------------------------
 # The story of a backup: leftovers, pool database, jobs, second tries. One VM's
 # failure stays that VM's; what is learned becomes an Outcome.
 
@@ -8736,8 +8785,279 @@ def planned(services: Services, changes_allowed: bool = True) -> Iterator[Tuple[
 
 
 # =============================================================================
-# 22. Verify and prune
+# 21. Verify and prune
 # =============================================================================
+# Is what lies on disk what was exported? Reads copies and changes none: works on
+# any machine that sees the store, without pool, password, xe or XenAPI.
+
+
+class CopyState(enum.Enum):
+    """The verdict on a copy; the value is the word that people see."""
+    GOOD = "good"
+    UNPROVEN = "structure good"       # the older program recorded no digests
+    DAMAGED = DAMAGED
+    UNCHECKED = "NOT CHECKED"         # something that the check needs is not here
+    UNREADABLE = "COULD NOT BE READ"  # the store is what is wrong, or out of reach: no verdict on the copy
+    GONE = "gone meanwhile"
+
+
+class CopyVerdict(NamedTuple):
+    """What a check of a copy found, when (UTC), and how its files looked when it began."""
+    copy: Copy
+    state: CopyState
+    reason: str
+    at: datetime
+    look: str
+
+    @property
+    def is_fine(self) -> bool:
+        """Does it leave nothing to worry about?"""
+        return self.state in (CopyState.GOOD, CopyState.UNPROVEN, CopyState.GONE)
+
+
+def verify_copy(services: Services, copy: Copy) -> CopyVerdict:
+    """The verdict on that copy of the catalog. Raises Interrupted only."""
+    look = ""
+    try:
+        look = services.catalog.look_of(copy)
+        state, reason = _judge(services, copy)
+    except UnknownFormat as error:
+        state, reason = CopyState.UNCHECKED if copy.is_old else CopyState.DAMAGED, str(error)
+    except (VerificationError, NotThere, WrongKind) as error:
+        state, reason = CopyState.DAMAGED, str(error)
+    except CatalogError as error:
+        state, reason = CopyState.UNREADABLE, str(error)
+    except ProgramError as error:
+        state, reason = CopyState.UNCHECKED, str(error)
+    if state is CopyState.DAMAGED:
+        try:
+            services.catalog.check_in_place()
+            now = services.catalog.copy_again(copy)
+            if now.image != copy.image:                # the storage host has compressed it meanwhile
+                return verify_copy(services, now)
+        except NotThere:
+            state, reason = CopyState.GONE, "another run removed it while it was read"
+        except CatalogError as error:
+            state, reason = CopyState.UNREADABLE, str(error)
+    return CopyVerdict(copy, state, reason.rstrip("."), services.clock.utc(), look)
+
+
+def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
+    """State and reason; raises VerificationError for damage."""
+    if copy.is_newer:
+        raise ProgramError(copy.problem)
+    if copy.is_unreadable:
+        raise CatalogError(copy.problem)
+    if copy.problem:
+        raise VerificationError(copy.problem)
+    with services.catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
+        manifest = {} if copy.is_old else _check_files(services, inside)
+        with open(inside.open_file(copy.image), "rb") as image:
+            forget_cached(image.fileno())              # what is proven is the storage, not a cache
+        check = image_check(inside, copy, manifest)
+        title = f"verifying {copy.folder}/{copy.name}"
+        read_image(inside, copy, manifest, [check] if check else [],
+                   reading_progress(services, title, copy.size_bytes), title)
+    if copy.is_old:
+        return CopyState.UNPROVEN, "the older program recorded no digests; the structure is whole"
+    if check is None:
+        return CopyState.GOOD, "digest, structure and the compressed image of the manifest inside it"
+    blocks = counted(sum(disk.blocks for disk in check.report.disks), "block")
+    if check.report.digest_kind and not check.report.digests_checked:
+        blocks += " by number (their digests need libxxhash)"
+    return CopyState.GOOD, "digest, structure and " + blocks
+
+
+def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
+    """The manifest, when every small file is as it and SHA256SUMS say; VerificationError otherwise."""
+    raw = inside.read(MANIFEST)
+    try:
+        manifest = parse_manifest(raw)
+    except ValueError as error:
+        raise VerificationError(f"{MANIFEST} is damaged: {error}")
+    sums = {MANIFEST: hashlib.sha256(raw).hexdigest()}
+    for name, facts in manifest["files"].items():
+        sums[name] = facts["sha256"]
+    if manifest["image"]["name"] not in sums or BLOCKS not in sums:
+        raise VerificationError(f"{MANIFEST} does not list the image and its blocks")
+    expected = "".join(checksum_line(digest, name) for name, digest in sorted(sums.items()))
+    if inside.read(CHECKSUMS) != expected.encode("utf-8", "surrogateescape"):
+        raise VerificationError(f"{CHECKSUMS} is not what {MANIFEST} says")
+    for name in sorted(set(sums) - {MANIFEST, manifest["image"]["name"]}):
+        folder, _, base = name.rpartition("/")
+        if folder.startswith("/") or ".." in folder.split("/"):
+            raise VerificationError(f"{MANIFEST} names a file outside the copy: {one_line(name)}")
+        digest = Digest()
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(inside.child(folder)) if folder else inside
+            # `blocks` can be large, so all of them are streamed.
+            pump([Flow(place.open_file(base), [digest])], lambda progress: services.signals.check(),
+                 "reading " + name)
+        if digest.hexdigest() != sums[name]:
+            raise VerificationError(f"{name} is not what was written: its SHA-256 differs")
+    return manifest
+
+
+def reading_progress(services: Services, title: str, size_bytes: int) -> Callable[[Progress], None]:
+    """What is done once a second while an image is only read."""
+    began_at = services.clock.monotonic()
+
+    def on_tick(progress: Progress) -> None:
+        services.signals.check()
+        seconds = services.clock.monotonic() - began_at
+        services.log.progress(progress_text(title, progress.bytes_read, size_bytes, seconds))
+    return on_tick
+
+
+def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumers: Sequence[Consumer],
+               on_tick: Callable[[Progress], Any], doing: str,
+               problems: Optional[List[VerificationError]] = None) -> None:
+    """The whole image passed through the consumers, decompressed, and its digests are those of the manifest,
+    if there is one. VerificationError if anything is wrong; where `problems` is given that is noted there,
+    and as much passes as can be read."""
+    plain = stored = Digest()
+    with contextlib.ExitStack() as stack:
+        with closed_aside(consumers):
+            compression = image_compression(inside, copy, manifest)
+            if compression != "none":
+                stored = Digest("SHA-256 of the stored bytes")
+            digests = [stored, plain] if manifest else []
+            flows = reading_flows(stack, inside.open_file(copy.image), compression,
+                                  digests[:1] if compression != "none" else [], [*digests[1:], *consumers],
+                                  is_foreign_vhd(copy), problems is None)
+        pump(flows, on_tick, doing, problems)
+    problem = digest_problem(copy, manifest["image"], stored, plain) if manifest else ""
+    if problem:
+        if problems is None:
+            raise VerificationError(problem)
+        problems.append(VerificationError(problem))
+
+
+def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -> str:
+    """How the image is compressed: of ours as the manifest says, of others as its first bytes say, whatever
+    its name. UnknownFormat if that is not read here."""
+    suffixes = {suffix: word for word, suffix in COMPRESSED_SUFFIX.items()}
+    by_name = suffixes[re.search(r"(\.gz|\.zst)?$", copy.image).group()]
+    if manifest:
+        word = manifest["image"].get("compression") if copy.image == manifest["image"]["name"] else ""
+        return word if word in COMPRESSED_SUFFIX else by_name
+    head, tail = inside.read_part(copy.image, 16), inside.read_part(copy.image, SECTOR_BYTES, at_end=True)
+    status = inside.status(copy.image)
+    found = next((suffixes[suffix] for suffix, magic in COMPRESSED_MAGIC if head.startswith(magic)), "")
+    if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd's first
+        found = "zstd"
+    # A disk may begin with any bytes: that of a fixed VHD, and a raw image, which is of whole MiBs (as what
+    # dd padded is, but that is called compressed too).
+    is_raw = image_format(copy.image) == "raw" and not (found and by_name != "none")
+    if is_raw and not (status and status.st_size % MEBIBYTE) or \
+            image_format(copy.image) == "vhd" and b"conectix" in (tail[:8], tail[1:9]):
+        return "none"
+    if found:
+        return found
+    for name, magic in OTHER_MAGIC:
+        if head.startswith(magic):
+            raise UnknownFormat(f"{copy.image} is a file of {name}, which is not supported: make a plain one "
+                                "of it, or one of gzip or zstd")
+    return by_name if image_format(copy.image) == "raw" else "none"
+
+
+def is_foreign_vhd(copy: Copy) -> bool:
+    """Is it a VHD that need not lie as the server streams one?"""
+    return copy.is_old and image_format(copy.image) == "vhd"
+
+
+def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: Sequence[MebibyteSink] = (),
+                compare: bool = True) -> Optional[Check]:
+    """The check of that image, whose sinks are shown the disks' contents; where the export noted a digest of
+    every block, they are compared too. None for an image that was compressed a second time: what is inside
+    stays as it is."""
+    expected, blocks, size, image = None, None, None, manifest.get("image", {})
+    if manifest:
+        if copy.image != image["name"] and image.get("compression") != "none":
+            return None
+        expected = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
+        size = list(expected.values())[0] if len(expected) == 1 else None
+        if compare and inside.status(BLOCKS) is not None:
+            blocks = BlockComparer(open(inside.open_file(BLOCKS), "rb"))
+    file_format = image.get("format") if manifest else image_format(copy.image)
+    if file_format == "xva":
+        return XvaCheck(expected, blocks, sinks, strict=bool(manifest))
+    if file_format == "raw" and not manifest:            # of the size that cfg files beside it give
+        ova = ova_of_cfg_files(inside, False)
+        sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
+                 for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
+        size = next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None)
+    return RawCheck(size, blocks, sinks) if file_format == "raw" else VhdCheck(size, blocks, sinks)
+
+
+def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Digest) -> str:
+    """Why an image that was read whole is not the one of the manifest, "" if it is."""
+    if copy.image != image["name"]:
+        if plain.hexdigest() != image["sha256"]:
+            return f"the image {copy.image} is not what was written: its decompressed bytes differ"
+        if image.get("compression") != "none":
+            return ""
+    elif stored.hexdigest() != image["sha256"]:
+        return f"the image {copy.image} is not what was written: its SHA-256 differs"
+    if image.get("plain_sha256") != plain.hexdigest():
+        return f"the image {copy.image}, decompressed, is not what was exported: its SHA-256 differs"
+    return ""
+
+
+def read_if_file(folder: Directory, name: str) -> bytes:
+    """The content of that small file; nothing if there is none, or something else in its place."""
+    with contextlib.suppress(NotThere, WrongKind):
+        return folder.read(name)
+    return b""
+
+
+def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
+    """What the cfg files tell of the VM, in the form of an ova.xml without a version; {} if they tell
+    nothing. What is missing in them, or no number where one should be, is as if it had not been written."""
+    objects = []                           # type: List[Dict[str, Any]]
+
+    def add(class_name: str, key: str, **fields: Any) -> None:
+        objects.append({"class": class_name, "id": key, "snapshot": fields})
+
+    def read(folder: Directory, name: str) -> Dict[str, str]:
+        return parse_cfg(read_if_file(folder, name).decode("utf-8", "replace"), escaped)
+
+    machine = read(inside, "vm.cfg")
+    add("VM", "vm", uuid=machine.get("orig_uuid", ""), other_config={}, tags=[], power_state="Halted",
+        **{field: machine[field] for field in CFG_VM_FIELDS if machine.get(field)})
+    for name in inside.names():
+        if not inside.is_directory(name) or not (name.startswith("DISK-") or name == "VIFs"):
+            continue
+        with inside.child(name) as folder:
+            if name == "VIFs":
+                for file in folder.names():
+                    vif = read(folder, file)
+                    if vif:
+                        add("VIF", file, VM="vm", network="network " + file, other_config={},
+                            qos_algorithm_type="", qos_algorithm_params={}, device=vif.get("device", "0"),
+                            MAC=vif.get("MAC", ""),
+                            MTU=vif.get("MTU", "1500"))
+                        add("network", "network " + file, name_label=vif.get("network_name_label", ""))
+                continue
+            vbd, vdi, device = read(folder, "vbd.cfg"), read(folder, "vdi.cfg"), name[len("DISK-"):]
+            number, size, key = userdevice_number(device), vdi.get("virtual_size", ""), f"DISK-{len(objects)}"
+            add("VBD", "vbd " + key, VM="vm", VDI=key, device=device,
+                userdevice=vbd.get("userdevice") or (str(number) if number < 1 << 30 else device),
+                bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"),
+                type=vbd.get("type", "Disk"), unpluggable=vbd.get("unpluggable") == "True", empty=False,
+                other_config={"owner": ""},
+                qos_algorithm_type="", qos_algorithm_params={})
+            add("VDI", key, uuid=vdi.get("orig_uuid", ""), SR="sr " + key, other_config={},
+                virtual_size=size if re.fullmatch("[0-9]{1,18}", size) else "0", type=vdi.get("type", "user"),
+                name_label=vdi.get("name_label", ""), name_description=vdi.get("name_description", ""))
+            add("SR", "sr " + key, uuid=vdi.get("orig_sr_uuid", ""), name_label="", content_type="user")
+    return {"version": None, "objects": objects} if machine or len(objects) > 1 else {}
+
+
+CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
+
+
+# ---- what a person verifies and prunes -------------------------------------
 # What is in the store is chosen by a person's words, proven again, and let go
 # without a backup and without a pool.
 
@@ -8897,7 +9217,7 @@ def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: 
 
 
 # =============================================================================
-# 23. Restore
+# 22. Restore
 # =============================================================================
 # The way back. What an image holds (Source) and what the pool has (PoolView) are
 # read; plan_restore, which is pure, says what will be made and why, or why not;
@@ -10266,7 +10586,7 @@ def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: i
 
 
 # =============================================================================
-# 24. Extract and drill
+# 23. Extract and drill
 # =============================================================================
 # One disk of a copy as a sparse raw image, on any machine: no pool, no xe, no
 # XenAPI. The whole image is proven while it is read; the file gets its name last.
@@ -10274,6 +10594,7 @@ def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: i
 # A drill proves that a copy comes back: it is imported under a name of its own with
 # no network, its disks are read back and compared with what the image held when its
 # digests matched, it is booted if asked, and everything is removed again.
+
 
 def wanted_disk(source: Source, word: str) -> SourceDisk:
     """The disk that `disk=` means: a device, a userdevice, a uuid or a name; the only one if it is empty."""
@@ -10518,11 +10839,10 @@ def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> O
 
 
 # =============================================================================
-# 25. Report
+# 24. Reports
 # =============================================================================
 # A Report becomes words: status log, last line, mail. And the way out of the
 # mails, and what a preview shows.
-
 
 STATUS_LOG_LIMIT_S = 20           # it often lies on the very share that hangs
 
@@ -10601,14 +10921,8 @@ def summary_text(report: Report) -> str:
 MAIL_FOLDER = "mail"
 OUTBOX_LIMIT_S = 20
 STORE_FACTS_LIMIT_S = 5 * MINUTE_S
-MAIL_TRY_LIMIT_S = 30
-MAIL_PAUSES_S = (5, 20)            # before the second and third try: restarts and short greylisting pass
-MAIL_GOODBYE_S = 2
 MAIL_KEPT_MOST = 50                # of one config
 MAIL_NAME_MOST = 40                # characters of a VM's name in a subject
-SMTP_PORTS = {"none": 25, "starttls": 587, "tls": 465}
-
-
 class StoreFacts(NamedTuple):
     """What a mail tells about the store. `problem` says why the copies are not known, "" if they are."""
     path: str
@@ -10616,14 +10930,6 @@ class StoreFacts(NamedTuple):
     vms: Tuple[StoredVm, ...] = ()
     free_bytes: Optional[int] = None
     problem: str = ""
-
-
-class Refusal(NamedTuple):
-    """Why a mail is not with the server; `is_final` if another try now would be useless, `is_for_good` if the
-    server will never take this mail, whatever becomes of our settings."""
-    reason: str
-    is_final: bool
-    is_for_good: bool = False
 
 
 def mail_subject(report: Report) -> str:
@@ -10663,11 +10969,6 @@ def shortened(names: Sequence[str], most: int) -> str:
     more = len(names) - most
     shown = ", ".join(cut(name, MAIL_NAME_MOST) for name in names[:most])
     return shown + (f" and {more} more" if more > 0 else "")
-
-
-def cut(text: str, most: int) -> str:
-    """The text, its end left out if it is longer than that."""
-    return text if len(text) <= most else text[:most - 3] + "..."
 
 
 def mail_body(report: Report, store: StoreFacts) -> str:
@@ -10792,36 +11093,6 @@ def early_end_body(report: Report) -> str:
             f"touched. The next run tries again. To run sooner, repeat the crontab line by hand.\n")
 
 
-def compose_mail(subject: str, body: str, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
-    """The message as it is sent, with the headers that keep it out of spam folders and loops."""
-    charset = email.charset.Charset("utf-8")
-    charset.body_encoding = email.charset.QP
-    message = email.message.Message()
-    message["From"] = sender
-    message["To"] = ", ".join(recipients)
-    message["Subject"] = subject_header(subject)
-    message["Date"] = email.utils.format_datetime(now)
-    message["Message-ID"] = email.utils.make_msgid(domain=sender.rpartition("@")[2])
-    message["Auto-Submitted"] = "auto-generated"
-    message.set_payload("\n".join(one_line(line) for line in body.split("\n")), charset)
-    return message.as_bytes(policy=email.policy.compat32.clone(linesep="\r\n"))
-
-
-def subject_header(text: str) -> Union[str, email.header.Header]:
-    """The text as a header's value. One that looks encoded already (=?...?=) would be decoded, so it is
-    encoded too."""
-    text = one_line(text)
-    is_plain = text.isprintable() and all(char < "\x7f" for char in text) and "=?" not in text \
-        and max(map(len, text.split(" "))) <= 60
-    return text if is_plain else email.header.Header(text, "utf-8", header_name="Subject")
-
-
-def this_host() -> str:
-    """This host's full name; its plain one where the resolver only says localhost."""
-    name = socket.getfqdn()
-    return socket.gethostname() if name.split(".")[0] == "localhost" else name
-
-
 class Outbox:
     """The mails of one config that could not be sent, in the state folder, until a run of that config gets
     them out."""
@@ -10866,253 +11137,6 @@ class Outbox:
 
     def _names(self, folder: Directory) -> List[str]:
         return [name for name in folder.names() if name.startswith(self._prefix) and name.endswith(".eml")]
-
-
-class Mailer:
-    """Sends mail; what can't be sent goes into the outbox, and out with the next run's."""
-
-    def __init__(self, services: Services, outbox: Optional[Outbox]) -> None:
-        settings = services.settings
-        self._services = services
-        self._outbox = outbox
-        self._recipients = tuple(collections.OrderedDict.fromkeys(settings.mail_to))
-        self._host = this_host()
-        self._sender = settings.mail_from or "root@" + self._host
-        self._port = settings.smtp_port or SMTP_PORTS[settings.smtp_security]
-        self._server_title = f"{settings.smtp_server}:{self._port}"
-        self._context = None               # type: Optional[ssl.SSLContext]
-        self._password = ""
-
-    def send(self, subject: str, body: str) -> bool:
-        """True if the mail is with the server for every recipient; those kept from earlier runs have followed
-        it."""
-        now = self._services.clock.utc()
-        message = compose_mail(subject, body, self._sender, self._recipients, now)
-        refused = self._deliver(message, MAIL_PAUSES_S)
-        if not refused:
-            return self.send_kept()
-        if len(refused) == len(self._recipients):
-            advice = self._keep(message, now)
-        else:
-            advice = "The other recipients have it."
-        self._services.log.warning(f"{self._failure_text(refused)} {advice}")
-        return False
-
-    def send_test(self, subject: str, body: str) -> None:
-        """The mail is with the server; BackupError if it is not, and nothing is kept."""
-        message = compose_mail(subject, body, self._sender, self._recipients, self._services.clock.utc())
-        refused = self._deliver(message, MAIL_PAUSES_S)
-        if refused:
-            raise BackupError(self._failure_text(refused))
-        self._services.log.show(f"{self._server_title} has taken the mail for {', '.join(self._recipients)}.")
-
-    def send_kept(self) -> bool:
-        """The mails that earlier runs could not send are with the server, unless it takes none now. False if
-        one had to be given up."""
-        all_well = True
-        try:
-            for name in self._outbox.names() if self._outbox else []:
-                refused = self._deliver(self._outbox.read(name), ())
-                if refused and not all(refusal.is_for_good for refusal in refused.values()):
-                    self._services.log.info(f"{self._failure_text(refused)} Mails of earlier runs are still "
-                                            f"kept.")
-                    break
-                self._outbox.remove(name)
-                if refused:
-                    all_well = False
-                    self._services.log.warning(
-                        f"{self._failure_text(refused)} It is one of an earlier run, and is given up.")
-                else:
-                    self._services.log.info("a mail that an earlier run could not send was sent.")
-        except BackupError as error:
-            self._services.log.info(f"mails that earlier runs could not send are not in reach: {error}")
-        return all_well
-
-    def _failure_text(self, refused: Dict[str, Refusal]) -> str:
-        reasons = "; ".join(sorted({refusal.reason for refusal in refused.values()}))
-        return f"the mail to {', '.join(refused)} was not sent: {self._server_title}: {reasons}."
-
-    def _keep(self, message: bytes, now: datetime) -> str:
-        """The message is in the outbox, or it can't be: the sentence that says which."""
-        try:
-            if self._outbox is None:
-                raise BackupError("the backup directory is out of reach.")
-            self._outbox.keep(message, now)
-            return "It is kept and goes out with the next run's."
-        except BackupError as error:
-            return f"It could not be kept either: {error}"
-
-    def _deliver(self, message: bytes, pauses_s: Tuple[int, ...]) -> Dict[str, Refusal]:
-        """The recipients whose mail is not with the server after all tries, and why; none if all is well."""
-        try:
-            self._prepare()
-        except BackupError as error:
-            return {address: Refusal(str(error).rstrip("."), True) for address in self._recipients}
-        refused = {}                       # type: Dict[str, Refusal]
-        waiting = list(self._recipients)
-        for pause_s in (0,) + pauses_s:
-            if pause_s:
-                failure = self._failure_text({address: refused[address] for address in waiting})
-                self._services.log.info(f"{failure} Trying again in {format_duration(pause_s)}.")
-                self._services.signals.sleep(pause_s)
-            for address in waiting:
-                refused.pop(address, None)
-            refused.update(self._try_once(waiting, message))
-            waiting = [address for address, refusal in refused.items() if not refusal.is_final]
-            if not waiting:
-                break
-        return refused
-
-    def _prepare(self) -> None:
-        """What the settings name is read; BackupError if it can't be used."""
-        settings = self._services.settings
-        if settings.smtp_security != "none" and self._context is None:
-            try:
-                self._context = ssl.create_default_context(
-                    cafile=fs_path(settings.smtp_ca_file) if settings.smtp_ca_file else None)
-            except OSError as error:
-                raise BackupError(f"smtp_ca_file {settings.smtp_ca_file} can't be used: {os_reason(error)}")
-        if settings.smtp_user and not self._password:
-            self._password = read_smtp_password(settings.smtp_password_file)
-
-    def _try_once(self, recipients: Sequence[str], message: bytes) -> Dict[str, Refusal]:
-        """The recipients whose mail is not with the server after one try, and why."""
-        talk = SmtpTalk(self._services.settings, self._port, self._host, self._context, self._password)
-        try:
-            answers = within(MAIL_TRY_LIMIT_S, "the mail", lambda: talk.hand_over(
-                self._sender, list(recipients), message), self._services.signals.check)
-        except StorageStalled:             # it is the mail server that hangs
-            talk.break_off()
-            reason = f"it had not taken the mail after {format_duration(MAIL_TRY_LIMIT_S)}"
-            return {address: Refusal(reason, False) for address in recipients}
-        except (OSError, smtplib.SMTPException, ValueError) as error:
-            is_final = is_final_refusal(error)
-            refusal = Refusal(self._struck_out(smtp_reason(error)), is_final,
-                              is_final and isinstance(error, smtplib.SMTPDataError))
-            return {address: refusal for address in recipients}
-        with contextlib.suppress(StorageStalled):      # the mail is taken, or is not, already
-            within(MAIL_GOODBYE_S, "the good-bye", talk.leave)
-        return {address: Refusal(self._struck_out(answer_text(code, text)), code >= 500, code >= 500)
-                for address, (code, text) in answers.items()}
-
-    def _struck_out(self, text: str) -> str:
-        """The text without the password, which a server may repeat as it was sent."""
-        raw = self._password.encode("utf-8", "surrogateescape")
-        for secret in (base64.b64encode(f"\0{self._services.settings.smtp_user}\0".encode("utf-8") + raw),
-                       base64.b64encode(raw), raw) if raw else ():
-            text = text.replace(secret.decode("utf-8", "surrogateescape"), "***")
-        return text
-
-
-class SmtpTalk:
-    """One conversation with the mail server. Threads of their own hold it, so that neither a resolver that
-    hangs nor a server that sends a byte a minute can make it longer."""
-
-    def __init__(self, settings: Configuration, port: int, host: str, context: Optional[ssl.SSLContext],
-                 password: str) -> None:
-        self._settings = settings
-        self._port = port
-        self._host = host
-        self._context = context
-        self._password = password
-        self._is_over = False
-        self._server = None                # type: Optional[smtplib.SMTP]
-
-    def hand_over(self, sender: str, recipients: List[str], message: bytes) -> Dict[str, Tuple[int, bytes]]:
-        """The server has the mail, but for the recipients that it refused with these words; raises what ended
-        it."""
-        limit_s = 2 * MAIL_TRY_LIMIT_S     # the one who waits has the shorter limit
-        if self._settings.smtp_security == "tls":
-            server = smtplib.SMTP_SSL(self._settings.smtp_server, self._port, self._host, timeout=limit_s,
-                                      context=self._context)
-        else:
-            server = smtplib.SMTP(self._settings.smtp_server, self._port, self._host, timeout=limit_s)
-        self._server = server
-        try:
-            if self._is_over:
-                raise smtplib.SMTPServerDisconnected("it came too late")
-            if self._settings.smtp_security == "starttls":
-                server.starttls(context=self._context)
-            if self._password:
-                server.login(self._settings.smtp_user, self._password)
-            return server.sendmail(sender, recipients, message)
-        except smtplib.SMTPRecipientsRefused as error:
-            return error.recipients
-        except Exception:
-            server.close()
-            raise
-
-    def leave(self) -> None:
-        """The conversation is over, with a good-bye if the server listens."""
-        with contextlib.suppress(OSError, smtplib.SMTPException):
-            self._server.quit()
-        self._server.close()
-
-    def break_off(self) -> None:
-        """The conversation ends where it is, from another thread."""
-        self._is_over = True
-        with contextlib.suppress(OSError, AttributeError):
-            self._server.sock.shutdown(socket.SHUT_RDWR)
-
-
-def is_final_refusal(error: Exception) -> bool:
-    """Is another try useless: a no for good (5xx), a certificate, something the server can't do, a wrong
-    setting?"""
-    if isinstance(error, smtplib.SMTPResponseException):
-        return error.smtp_code >= 500
-    return isinstance(error, (smtplib.SMTPNotSupportedError, ValueError)) or is_certificate_refusal(error)
-
-
-def smtp_reason(error: Exception) -> str:
-    """Why a mail was not sent, in words; never what we sent."""
-    if isinstance(error, smtplib.SMTPAuthenticationError):
-        return (f"the login was refused: {answer_text(error.smtp_code, error.smtp_error)}; look at smtp_user "
-                f"and smtp_password_file")
-    if isinstance(error, smtplib.SMTPResponseException):
-        return answer_text(error.smtp_code, error.smtp_error)
-    if isinstance(error, smtplib.SMTPServerDisconnected):
-        return "it closed the connection before it had taken the mail"
-    if is_certificate_refusal(error):
-        reason = getattr(error, "verify_message", "") or one_line(str(error))
-        return (f"its certificate was not accepted ({reason}): smtp_ca_file must hold the CA that signed it, "
-                f"and smtp_server the name that it is made out to")
-    if isinstance(error, ssl.SSLError):
-        return f"no TLS: {one_line(error.reason or str(error))}; is smtp_security right for this port?"
-    if isinstance(error, UnicodeError):
-        return ("an address, a name or the password holds characters other than ASCII, which mail servers "
-                "do not all take")
-    return one_line(os_reason(error)).rstrip(".")
-
-
-def answer_text(code: int, text: Union[bytes, str]) -> str:
-    """What a mail server answered, in one line."""
-    said = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-    return cut(f"{code} {one_line(' '.join(said.split()))}", 300).rstrip(".")
-
-
-def read_smtp_password(path: str) -> str:
-    """The password in that file: what create-password-file hid in it, or else the text itself.
-
-    BackupError unless only its owner can read the file.
-    """
-    if not path:
-        raise BackupError("smtp_user is set, but smtp_password_file is not.")
-    try:
-        with open(fs_path(path), "rb") as file:
-            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise BackupError(f"smtp_password_file {path} can be read by others: chmod 600 it, and "
-                                  f"change the password.")
-            raw = file.read(64 * KIBIBYTE)
-    except OSError as error:
-        raise BackupError(f"smtp_password_file {path} can't be read: {os_reason(error)}.")
-    plain = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
-    if not plain:
-        raise BackupError(f"smtp_password_file {path} is empty.")
-    with contextlib.suppress(ValueError):
-        hidden = base64.b64decode(b"".join(raw.split()), validate=True).decode("utf-8")
-        if hidden.isprintable() and hidden:
-            return hidden
-    return plain
 
 
 # --- the mail of a run -------------------------------------------------------------------
@@ -11379,7 +11403,7 @@ def list_summary(rows: Sequence[Dict[str, Any]]) -> str:
 
 
 # =============================================================================
-# 26. Commands
+# 25. Commands
 # =============================================================================
 # One function per action, and what reads the config file and writes the
 # password file.
@@ -11729,7 +11753,7 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 
 
 # =============================================================================
-# 27. main
+# 26. main
 # =============================================================================
 # From argv to an exit status: help, arguments, config, the action, and one
 # place that turns errors into what people and cron are told.

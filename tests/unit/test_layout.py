@@ -150,6 +150,41 @@ def test_the_map_in_the_docstring_names_the_sections_as_they_stand():
         assert re.search(r'(?<![0-9])%d\.? +%s' % (section.number, re.escape(section.title)), text), section
 
 
+#: Which sections may name what stands behind a door, by the door's title: not whoever happens to stand below it.
+MAY_NAME = {
+    'Pool': ('Ownership', 'Run', 'Backup', 'Restore', 'Extract and drill', 'Post', 'Reports', 'main'),
+    'Post': ('Reports', 'Commands'),
+    'Ownership': ('Run', 'Backup', 'Restore', 'Extract and drill', 'Commands'),
+    'Reports': ('Commands', 'main'),
+    'Commands': ('main',),
+}
+
+
+def test_the_parts_of_the_map_hold_all_sections_in_order():
+    text = ast.get_docstring(TREE)
+    parts = [(match.group(1), text.index(match.group())) for match in re.finditer(r'(?m)^    ([IV]+)\. +\S', text)]
+    assert [name for name, _ in parts] == ['I', 'II', 'III', 'IV', 'V', 'VI']
+    assert [int(number) for number in re.findall(r'(?m)^ {9,10}([0-9]+)\. ', text)] == list(range(1, len(SECTIONS) + 1))
+
+
+def test_where_to_change_what_names_what_stands_there():
+    text = ast.get_docstring(TREE)
+    table = text[text.index('Where do I change what?'):text.index('Exit statuses:')]
+    named = [(name, int(number)) for names, number in re.findall(r'([A-Za-z_]+(?:(?:, | and | or )[A-Za-z_]+)*) \((\d+)\)', table)
+             for name in re.split(r', | and | or ', names) if name in DEFINED]
+    assert len(named) >= 12
+    assert [(name, number, section_of(DEFINED[name])) for name, number in named if section_of(DEFINED[name]) != number] == []
+
+
+def test_only_those_who_may_name_what_stands_behind_a_door():
+    titles = {section.number: section.title for section in SECTIONS}
+    wrong = ['%s (%s) is used in line %d (%s)' % (name, titles[section_of(DEFINED[name])], line, titles[section_of(line)])
+             for name, line, _ in uses() if section_of(DEFINED[name]) != section_of(line)
+             and titles.get(section_of(line)) not in MAY_NAME.get(titles.get(section_of(DEFINED[name]), ''),
+                                                                  (titles.get(section_of(line)),))]
+    assert not wrong, '\n'.join(wrong)
+
+
 def test_no_section_uses_a_name_from_one_below():
     wrong = ['%s (section %d) is used in line %d, section %d' % (name, section_of(DEFINED[name]), line, section_of(line))
              for name, line, _ in uses() if section_of(DEFINED[name]) > section_of(line)]
@@ -209,7 +244,7 @@ def test_the_pool_is_spoken_to_in_its_section_only():
 def test_nothing_is_printed_but_by_the_log():
     assert not [node.lineno for node in NODES if isinstance(node, ast.Name) and node.id == 'print']
     written = [row for row in attribute_uses('sys') if row[0] in ('stdout', 'stderr')]
-    assert not places([row for row in written if section_of(row[1]) not in (number_of('Run environment'), number_of('main'))])
+    assert not places([row for row in written if section_of(row[1]) not in (number_of('Process'), number_of('main'))])
 
 
 def test_names_in_the_file_system_are_changed_in_storage_only():
@@ -224,8 +259,7 @@ def test_names_in_the_file_system_are_changed_in_storage_only():
 def test_behind_the_storage_door_no_error_of_the_system_is_caught_where_copies_are_read_or_made():
     """What the system says of the store is a CatalogError there. Config and password files, mail and the pool's
     connections have doors of their own."""
-    behind = [number_of(title) for title in ('Copies', 'Ownership', 'Export methods',
-                                             'Verification of stored copies', 'Backup run', 'Verify and prune', 'Restore', 'Extract and drill')]
+    behind = [number_of(title) for title in ('Copies', 'Ownership', 'Backup', 'Verify and prune', 'Restore', 'Extract and drill')]
     caught = [('OSError', node.lineno) for node in NODES if isinstance(node, ast.Name) and section_of(node.lineno) in behind
               and node.id in ('OSError', 'IOError', 'EnvironmentError', 'FileNotFoundError', 'FileExistsError', 'PermissionError')]
     assert not places(caught)
@@ -234,15 +268,15 @@ def test_behind_the_storage_door_no_error_of_the_system_is_caught_where_copies_a
 def test_what_time_it_is_is_asked_in_one_place():
     doors = [row for row in attribute_uses('time') if row[0] not in ('sleep', 'monotonic')]
     doors += [row for row in attribute_uses('datetime') if row[0] in ('now', 'utcnow', 'today')]
-    assert not places([row for row in doors if section_of(row[1]) != number_of('Run environment')])
+    assert not places([row for row in doors if section_of(row[1]) != number_of('Process')])
 
 
-def test_mail_is_sent_in_the_report_only():
-    assert not places([row for row in attribute_uses('smtplib') if section_of(row[1]) != number_of('Report')])
+def test_mail_is_sent_in_its_section_only():
+    assert not places([row for row in attribute_uses('smtplib') if section_of(row[1]) != number_of('Post')])
 
 
 def test_pure_sections_touch_nothing():
-    pure = [number_of(title) for title in ('Values', 'Sizes, times and names', 'Configuration', 'Selection and plan', 'Retention')]
+    pure = [number_of(title) for title in ('Values', 'Sizes, times and names', 'Settings', 'Selection and plan', 'Retention')]
     outside = ('os', 'sys', 'time', 'socket', 'shutil', 'subprocess', 'signal', 'fcntl', 'select', 'threading')
     touched = [(module + '.' + name, line) for module in outside for name, line in attribute_uses(module)
                if section_of(line) in pure and name not in ('fsdecode', 'fsencode')]
