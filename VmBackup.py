@@ -73,7 +73,8 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # Nothing is imported from the directory that this file lies in: the older program had people put a XenAPI.py there.
+    # Nothing is imported from the directory that this file lies in: the older program had people put a
+    # XenAPI.py there.
     sys.path[:] = [place for place in sys.path
                    if os.path.realpath(place or ".") != os.path.dirname(os.path.realpath(__file__))]
 
@@ -117,8 +118,8 @@ import zlib
 from array import array
 from datetime import datetime, timedelta, timezone
 from difflib import get_close_matches
-from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, Tuple, Union)
+from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
+                    Optional, Sequence, Set, Tuple, Union)
 
 VERSION = "4.0.0"
 
@@ -209,9 +210,9 @@ class ApiFailure(BackupError):
     def __init__(self, code: str, parameters: Sequence[str], doing: str) -> None:
         self.code = code
         self.parameters = tuple(str(item) for item in parameters)
-        super().__init__("%s was refused by the pool: %s%s"
-                         % (doing, failure_text(self.code, self.parameters),
-                            failure_advice(self.code)), passing=code in PASSING_FAILURES)
+        super().__init__(f"{doing} was refused by the pool: "
+                         f"{failure_text(self.code, self.parameters)}{failure_advice(self.code)}",
+                         passing=code in PASSING_FAILURES)
 
 
 class ProgramError(BackupError):
@@ -257,7 +258,8 @@ class VerificationError(BackupError):
 
 
 class UnknownFormat(VerificationError):
-    """The data may be sound, but are of a kind that is not read here, or lack what the server needs of them."""
+    """The data may be sound, but are of a kind that is not read here, or lack what the server needs of
+    them."""
     verdict = "can't be used"
 
 
@@ -279,7 +281,7 @@ class Interrupted(BaseException):
     """A signal asked us to stop. Not an Exception, so that no job can swallow it."""
 
     def __init__(self, number: int) -> None:
-        super().__init__("stopped by %s" % signal.Signals(number).name)
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
 
 
@@ -294,22 +296,22 @@ FAILURE_ADVICE = {
     "SR_BACKEND_FAILURE_44": "The SR is full: free space on it (old snapshots, and space that its coalesce "
                              "has not given back yet), then run again.",
     "SR_BACKEND_FAILURE_37": "The SR could not lock the disk: its own clean-up (coalesce) was busy with it.",
-    "SR_BACKEND_FAILURE_82": "Most often the disk could not be paused for its snapshot, as the SR's own clean-up (coalesce) was "
-                             "busy with it: that passes in minutes. If it does not, look in /var/log/SMlog of the VM's host.",
-    "SR_BACKEND_FAILURE_1200": "The process that serves the disk (tapdisk) was just starting or ending: that passes in "
-                               "minutes. If it does not, look in /var/log/SMlog of the VM's host.",
+    "SR_BACKEND_FAILURE_82": "Most often the disk could not be paused for its snapshot, as the SR's own "
+    "clean-up (coalesce) was busy with it: that passes in minutes. If it does not, look in /var/log/SMlog of "
+    "the VM's host.",
+    "SR_BACKEND_FAILURE_1200": "The process that serves the disk (tapdisk) was just starting or ending: that "
+    "passes in minutes. If it does not, look in /var/log/SMlog of the VM's host.",
     "SR_BACKEND_FAILURE_109": "The snapshot chain is too long: delete snapshots of this VM and let the SR "
                               "coalesce, or copy the disk.",
-    "SR_OPERATION_NOT_SUPPORTED": "One of its disks lies on an SR that can't make snapshots (raw, ISO or udev): "
-                                  "use vdi-export if only that data disk is in the way, move the disk, or exclude "
-                                  "the VM and back it up from inside.",
+    "SR_OPERATION_NOT_SUPPORTED": "One of its disks lies on an SR that can't make snapshots (raw, ISO or "
+    "udev): use vdi-export if only that data disk is in the way, move the disk, or exclude the VM and back "
+    "it up from inside.",
     "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION": "One of its disks has on_boot=reset, which can't be "
-                                                    "snapshotted: set it to persist while the VM is halted (`xe vdi-list "
-                                                    "on-boot=reset` names it, `xe vdi-param-set uuid=VDI-UUID "
-                                                    "on-boot=persist` does it) or exclude the VM.",
+    "snapshotted: set it to persist while the VM is halted (`xe vdi-list on-boot=reset` names it, `xe "
+    "vdi-param-set uuid=VDI-UUID on-boot=persist` does it) or exclude the VM.",
     "VM_HAS_VUSBS": "A USB device is passed through to it: detach the device or exclude the VM.",
-    "NO_HOSTS_AVAILABLE": "No live host sees all SRs that this VM uses, an inserted ISO's included: plug the SR "
-                          "on one host, or eject the CD.",
+    "NO_HOSTS_AVAILABLE": "No live host sees all SRs that this VM uses, an inserted ISO's included: plug the "
+    "SR on one host, or eject the CD.",
     "OTHER_OPERATION_IN_PROGRESS": "Something else is working on it; the next run will try again.",
     "VDI_IN_USE": "The disk is in use by something else.",
     "HANDLE_INVALID": "It is no longer in the pool.",
@@ -322,7 +324,7 @@ FAILURE_ADVICE = {
 def failure_text(code: str, parameters: Sequence[str]) -> str:
     """The failure as one line: the code, then its parameters as the server gave them."""
     shown = [one_line(item) for item in parameters if item.strip()]
-    return code + (" (%s)" % "; ".join(shown) if shown else "") + "."
+    return code + (f" ({'; '.join(shown)})" if shown else "") + "."
 
 
 def failure_advice(code: str) -> str:
@@ -335,7 +337,8 @@ def one_line(text: str) -> str:
     """The text with every control character shown as an escape, so that it can't break a line."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+                   for char in text)
 
 
 def quote_name(name: str) -> str:
@@ -445,12 +448,12 @@ class VirtualMachine(NamedTuple):
     @property
     def title(self) -> str:
         """The VM for a log line: its name, quoted where it is odd, and the start of its uuid."""
-        return "%s (%s)" % (quote_name(self.name), self.uuid[:8])
+        return f"{quote_name(self.name)} ({self.uuid[:8]})"
 
 
 class Inventory(NamedTuple):
-    """The pool, read once. `machines` are real VMs only: no templates, snapshots, control domains. `problems`: records
-    that can't be read, of which nothing is known."""
+    """The pool, read once. `machines` are real VMs only: no templates, snapshots, control domains.
+    `problems`: records that can't be read, of which nothing is known."""
     pool_uuid: str
     pool_name: str
     host: Host
@@ -480,20 +483,20 @@ def format_size(size_bytes: Union[int, float]) -> str:
     else:
         unit = "TiB"
     if unit == "B" or amount >= 10:
-        return "%.0f %s" % (amount, unit)
-    return "%.1f %s" % (amount, unit)
+        return f"{amount:.0f} {unit}"
+    return f"{amount:.1f} {unit}"
 
 
 def format_duration(seconds: float) -> str:
     """A duration as people say it: `3 s`, `4 min 10 s`, `5 h 12 min`, `2 d 3 h`."""
     whole = int(seconds)
     if whole < MINUTE_S:
-        return "%d s" % whole
+        return f"{int(whole)} s"
     if whole < HOUR_S:
         return "%d min %d s" % divmod(whole, MINUTE_S)
     if whole < DAY_S:
-        return "%d h %d min" % (whole // HOUR_S, whole % HOUR_S // MINUTE_S)
-    return "%d d %d h" % (whole // DAY_S, whole % DAY_S // HOUR_S)
+        return f"{int(whole // HOUR_S)} h {int(whole % HOUR_S // MINUTE_S)} min"
+    return f"{int(whole // DAY_S)} d {int(whole % DAY_S // HOUR_S)} h"
 
 
 def format_utc(at: datetime) -> str:
@@ -513,7 +516,7 @@ def counted(number: int, noun: str = "", verb: str = "") -> str:
     """`1 copy`, `2 copies`, `3 VMs are`: the number with its noun and verb, both given for one."""
     if number != 1:
         noun = noun[:-1] + "ies" if noun.endswith("y") else noun and noun + "s"
-    return "%d%s%s" % (number, noun and " " + noun, (verb and " " + verb) if number == 1 else PLURAL_VERBS[verb])
+    return f"{int(number)}{noun and ' ' + noun}{verb and ' ' + verb if number == 1 else PLURAL_VERBS[verb]}"
 
 
 # --- names of directories -----------------------------------------------------
@@ -534,7 +537,7 @@ def safe_name(name: str) -> str:
     no reserved Windows name, and never ends as newcomer_name() does.
     """
     def escape(char: str) -> str:
-        return "".join("%%%02X" % byte for byte in char.encode("utf-8", "surrogatepass"))
+        return "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
 
     if not name:
         return EMPTY_NAME
@@ -559,13 +562,15 @@ def safe_name(name: str) -> str:
 
 def newcomer_name(name: str, uuid: str) -> str:
     """The directory of a VM whose plain directory belongs to another VM."""
-    return "%s--%s" % (safe_name(name), uuid[:8])
+    return f"{safe_name(name)}--{uuid[:8]}"
 
 
 def own_folder_names(name: str, uuid: str, pool: str) -> Tuple[str, ...]:
-    """The directories that are a VM's by name: its plain one, as a newcomer, and as the older program wrote it."""
+    """The directories that are a VM's by name: its plain one, as a newcomer, and as the older program wrote
+    it."""
     names = (safe_name(name),) + tuple(newcomer_name(name, one) for one in (uuid, pool) if one)
-    if name and name[0] != "." and not re.search("[/\0]", name) and len(name.encode("utf-8", "replace")) <= 255:
+    length = len(name.encode("utf-8", "replace"))
+    if name and name[0] != "." and not re.search("[/\0]", name) and length <= 255:
         names += (name,)
     return names
 
@@ -640,7 +645,8 @@ TOKEN_MARK = "vmbackup-"       # a random token follows
 NEW_VM_NAME = "%s (being restored) " + TOKEN_MARK + "%s"
 DRILL_VM_NAME = "VmBackup drill of %s " + TOKEN_MARK + "%s"
 PART_NAME = "%s part %d"       # a VM that only carries disks for one of these
-PROVISIONAL_NAME = re.compile(r"(?s)(.* \(being restored\)|VmBackup drill of .*) vmbackup-[0-9a-f]{16}( part [0-9]+)?")
+PROVISIONAL_NAME = re.compile(
+    r"(?s)(.* \(being restored\)|VmBackup drill of .*) vmbackup-[0-9a-f]{16}( part [0-9]+)?")
 
 
 def is_provisional(name: str) -> bool:
@@ -652,15 +658,16 @@ def is_provisional(name: str) -> bool:
 
 
 def parse_object(content: bytes) -> Dict[str, Any]:
-    """The JSON object; ValueError with a sentence for anything else, or what none of ours can hold: a number that is no
-    number of bytes, seconds or the like, or a text that no file can be written with."""
+    """The JSON object; ValueError with a sentence for anything else, or what none of ours can hold: a number
+    that is no number of bytes, seconds or the like, or a text that no file can be written with."""
     def number(text: str) -> Any:
         if len(text) > 18:
-            raise ValueError("it holds the number %s..., which nothing can have" % text[:18])
+            raise ValueError(f"it holds the number {text[:18]}..., which nothing can have")
         return float(text) if re.search("[.eE]", text) else int(text)
 
     try:
-        found = json.loads(content.decode("utf-8"), parse_int=number, parse_float=number, parse_constant=number)
+        found = json.loads(content.decode("utf-8"), parse_int=number, parse_float=number,
+                           parse_constant=number)
         if b"\\u" in content:
             json.dumps(found, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except RecursionError:
@@ -678,13 +685,13 @@ def cfg_text(pairs: Iterable[Tuple[str, Any]]) -> str:
     lines = []
     for key, value in pairs:
         text = str(value).replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-        lines.append("%s=%s\n" % (key, text))
+        lines.append(f"{key}={text}\n")
     return "".join(lines)
 
 
 def parse_cfg(text: str, escaped: bool = True) -> Dict[str, str]:
-    """What cfg_text wrote; `escaped` false: what the older program wrote, which escaped nothing, so that the second
-    line of a value is passed over."""
+    """What cfg_text wrote; `escaped` false: what the older program wrote, which escaped nothing, so that the
+    second line of a value is passed over."""
     values = {}
     for line in text.split("\n"):
         key, equals, value = line.partition("=")
@@ -718,8 +725,9 @@ def fs_text(path: str) -> str:
 
 
 class Option(NamedTuple):
-    """A config key. `kind` is one of: bool, int, percent, choice, text, path, pool, fingerprint, address, addresses,
-    selector. `decides`: which copies arise and stay depends on it, so that it is part of what a config is."""
+    """A config key. `kind` is one of: bool, int, percent, choice, text, path, pool, fingerprint, address,
+    addresses, selector. `decides`: which copies arise and stay depends on it, so that it is part of what a
+    config is."""
     name: str
     kind: str
     default: Any
@@ -754,8 +762,8 @@ OPTIONS = (
     Option("backup_dir", "path", "/snapshots/BACKUPS", "Where to",
            "Names the directory that holds all backups: it must exist and be writable.", decides=True),
     Option("require_mount", "choice", "auto", "Where to",
-           "Refuses a backup_dir on the root file system or in memory: always (yes), never (no), or on a host of a pool "
-           "only (auto).",
+           "Refuses a backup_dir on the root file system or in memory: always (yes), never (no), or on a "
+           "host of a pool only (auto).",
            choices=("auto", "yes", "no")),
     Option("status_log", "path", "/snapshots/NAUbackup/status.log", "Where to",
            "Names the file that gets the status lines; a backup never fails for it."),
@@ -772,7 +780,8 @@ OPTIONS = (
     Option("verify_after", "bool", False, "How",
            "Reads each image back from storage and compares it before the copy counts."),
     Option("min_sr_free", "percent", 5, "How",
-           "Makes no snapshot, and gives a running export up, while less than so many percent of an SR are free.",
+           "Makes no snapshot, and gives a running export up, while less than so many percent of an SR are "
+           "free.",
            maximum=90),
     Option("lock_wait", "int", 10, "How",
            "Waits so many minutes for a run of another config that is busy with the same VM.", maximum=1440),
@@ -781,7 +790,8 @@ OPTIONS = (
     Option("ignore_extra_keys", "bool", False, "How",
            "Makes an unknown key in this file a warning instead of an error."),
     Option("mail_to", "addresses", (), "Mail",
-           "Mails a report of each run to these addresses, separated by commas.", example="admins@example.org"),
+           "Mails a report of each run to these addresses, separated by commas.",
+           example="admins@example.org"),
     Option("mail_when", "choice", "always", "Mail",
            "Sends the mail always, or only when there are problems, or never.",
            choices=("always", "problems", "never")),
@@ -828,8 +838,8 @@ class PoolAddress(NamedTuple):
     @property
     def url(self) -> str:
         """The address as a URL, an IPv6 address in brackets."""
-        host = "[%s]" % self.host if ":" in self.host else self.host
-        return "%s://%s:%d" % (self.scheme, host, self.port)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{int(self.port)}"
 
 
 class Setting(NamedTuple):
@@ -862,8 +872,7 @@ class Selector(NamedTuple):
     @property
     def line(self) -> str:
         """The selector as its config line, and where that stands."""
-        return "%s=%s (%s)" % (self.method.value if self.method else "exclude",
-                               one_line(self.text), self.place)
+        return f"{self.method.value if self.method else 'exclude'}={one_line(self.text)} ({self.place})"
 
     def matches(self, machine: VirtualMachine) -> bool:
         """Does it select that VM?"""
@@ -905,7 +914,8 @@ class Configuration:
 
     @property
     def decisions(self) -> str:
-        """A digest of what decides which copies arise and stay, as parsed: however it was written, and wherever."""
+        """A digest of what decides which copies arise and stay, as parsed: however it was written, and
+        wherever."""
         decided = []
         for option in OPTIONS:
             value = getattr(self, option.field)
@@ -922,18 +932,18 @@ def read_settings(raw: bytes, source: str) -> Tuple[List[Setting], List[str]]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        return [], ["%s:%d: this is not UTF-8 text: is it the right file?" % (source, line)]
+        return [], [f"{source}:{int(line)}: this is not UTF-8 text: is it the right file?"]
     if "\0" in text:
         return [], ["%s:%d: this is not a text file." % (source, text.count("\n", 0, text.index("\0")) + 1)]
     settings, problems = [], []
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
-        place = "%s:%d" % (source, number)
+        place = f"{source}:{int(number)}"
         if line.startswith("#") or not line.strip():
             continue
         name, equals, value = line.partition("=")
         if not equals:
-            problems.append('%s: "%s" has no "=": a line is key=value, or begins with # in the first column.'
-                            % (place, one_line(line.strip())))
+            problems.append(f'{place}: "{one_line(line.strip())}" has no "=": a line is key=value, or begins '
+                            'with # in the first column.')
             continue
         settings.append(Setting(name.strip(), value.strip(), place))
     return settings, problems
@@ -963,8 +973,8 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
     for setting in chosen:
         option = OPTIONS[OPTION_NAMES.index(setting.name)]
         if option.kind != "selector" and setting.name in places:
-            found.append("%s: %s was set before, in %s: keep one of the two lines."
-                         % (setting.place, setting.name, places[setting.name]))
+            found.append(f"{setting.place}: {setting.name} was set before, in {places[setting.name]}: keep "
+                         "one of the two lines.")
             continue
         places.setdefault(setting.name, setting.place)
         try:
@@ -974,8 +984,9 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
             else:
                 values[option.name] = parse_value(option, setting.value)
         except ValueError as problem:
-            found.append("%s: %s: %s" % (setting.place, setting.name, problem))
-    if needs_work and not any(setting.name in ("vm-export", "vdi-export", "pool_db_backup") for setting in chosen):
+            found.append(f"{setting.place}: {setting.name}: {problem}")
+    if needs_work and not any(setting.name in ("vm-export", "vdi-export", "pool_db_backup")
+                              for setting in chosen):
         found.append(NOTHING_TO_DO % source)
     configuration = Configuration(values, places, extra if ignore_extra else (), source)
     if needs_work and not found and not configuration.has_work:
@@ -1003,8 +1014,8 @@ def _ignores_extra_keys(settings: Sequence[Setting]) -> bool:
 def unknown_key_text(setting: Setting) -> str:
     """The sentence about a key that does not exist, with the nearest one that does."""
     near = get_close_matches(setting.name.lower(), OPTION_NAMES, 1, 0.6)
-    hint = "did you mean %s?" % near[0] if near else "`VmBackup.py help config` lists the keys."
-    return '%s: "%s" is not a key; %s' % (setting.place, one_line(setting.name), hint)
+    hint = f"did you mean {near[0]}?" if near else "`VmBackup.py help config` lists the keys."
+    return f'{setting.place}: "{one_line(setting.name)}" is not a key; {hint}'
 
 
 def parse_value(option: Option, text: str) -> Any:
@@ -1016,17 +1027,18 @@ def parse_value(option: Option, text: str) -> Any:
         return "none"
     if option.kind in ("bool", "word"):
         if word not in TRUE_WORDS + FALSE_WORDS:
-            raise ValueError('"%s" is neither yes nor no; allowed: True, False, yes, no, 1, 0.' % one_line(text))
+            raise ValueError(f'"{one_line(text)}" is neither yes nor no; allowed: True, False, yes, no, 1, '
+                             '0.')
         return word in TRUE_WORDS
     if option.kind in ("int", "percent"):
         digits = text[:-1].strip() if option.kind == "percent" and text.endswith("%") else text
         if not re.fullmatch(r"[0-9]{1,9}", digits) or not option.minimum <= int(digits) <= option.maximum:
-            raise ValueError('"%s" is not allowed; allowed: a whole number from %d to %d.'
-                             % (one_line(text), option.minimum, option.maximum))
+            raise ValueError(f'"{one_line(text)}" is not allowed; allowed: a whole number from '
+                             f'{int(option.minimum)} to {int(option.maximum)}.')
         return int(digits)
     if option.kind == "choice":
         if word not in option.choices:
-            raise ValueError('"%s" is not allowed; allowed: %s.' % (one_line(text), ", ".join(option.choices)))
+            raise ValueError(f"\"{one_line(text)}\" is not allowed; allowed: {', '.join(option.choices)}.")
         return word
     if option.kind == "minutes":
         if word in FALSE_WORDS:
@@ -1034,23 +1046,23 @@ def parse_value(option: Option, text: str) -> Any:
         if word in TRUE_WORDS and word != "1":
             return float(BOOT_MINUTES)
         if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,2})?", word):
-            raise ValueError('"%s" is neither yes nor no nor a number of minutes.' % one_line(text))
+            raise ValueError(f'"{one_line(text)}" is neither yes nor no nor a number of minutes.')
         return float(word)
     if option.kind == "pool":
         return parse_pool_address(text)
     if option.kind == "fingerprint":
         digits = text.replace(":", "").lower()
         if not re.fullmatch(r"[0-9a-f]{64}", digits):
-            raise ValueError('"%s" is not a SHA-256 fingerprint: 64 hexadecimal digits, with or without colons.'
-                             % one_line(text))
+            raise ValueError(f'"{one_line(text)}" is not a SHA-256 fingerprint: 64 hexadecimal digits, with '
+                             'or without colons.')
         return digits
     if option.kind in ("address", "addresses"):
         words = tuple(word.strip() for word in text.split(","))
         for word in words:
             if not re.fullmatch(r"[^\s@,<>()\"\x00-\x20\x7f]+@[^\s@,<>()\"\x00-\x20\x7f]+", word):
-                raise ValueError('"%s" is not a mail address.' % one_line(word))
+                raise ValueError(f'"{one_line(word)}" is not a mail address.')
         if option.kind == "address" and len(words) > 1:
-            raise ValueError("one address is wanted, not %d." % len(words))
+            raise ValueError(f"one address is wanted, not {len(words)}.")
         return words if option.kind == "addresses" else words[0]
     if not text:
         raise ValueError(f"the value is empty; leave it out for the default, {option.default or 'none'}.")
@@ -1061,7 +1073,8 @@ def parse_pool_address(text: str) -> PoolAddress:
     """The address in `HOST[:PORT]` or `http(s)://HOST[:PORT]`; ValueError if it is none."""
     match = re.fullmatch(r"(?:(https?)://)?(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?/?", text)
     if not match or (match.group(3) and not 0 < int(match.group(3)) < 65536):
-        raise ValueError('"%s" is not an address; allowed: HOST[:PORT] or http(s)://HOST[:PORT].' % one_line(text))
+        raise ValueError(f'"{one_line(text)}" is not an address; allowed: HOST[:PORT] or '
+                         'http(s)://HOST[:PORT].')
     scheme = match.group(1) or "https"
     port = int(match.group(3) or (443 if scheme == "https" else 80))
     return PoolAddress(scheme, match.group(2).strip("[]"), port)
@@ -1088,7 +1101,7 @@ def parse_selector(setting: Setting, wildcards: str) -> Selector:
         if form == "uuid":
             pattern = pattern.lower()
         if not pattern:
-            raise ValueError("there is nothing behind %s:" % form)
+            raise ValueError(f"there is nothing behind {form}:")
     else:
         form, (pattern, rest), bare = _bare_selector(text, wildcards)
     keep = _parse_keep(rest)
@@ -1096,7 +1109,7 @@ def parse_selector(setting: Setting, wildcards: str) -> Selector:
         try:
             re.compile(fnmatch.translate(pattern) if form == "wildcard" else pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError('"%s" is no proper pattern: %s.' % (one_line(pattern), error))
+            raise ValueError(f'"{one_line(pattern)}" is no proper pattern: {error}.')
     return Selector(method, form, pattern, keep, bare, text, setting.place)
 
 
@@ -1106,8 +1119,9 @@ def _bare_selector(text: str, wildcards: str) -> Tuple[str, Tuple[str, str], boo
     if not colon:
         pattern, number = text, ""
     elif not re.fullmatch(r"[0-9]+", number) or int(number) < 1:
-        raise ValueError('what follows the last ":" must be a whole number from 1, the copies to keep; if the '
-                         'colon belongs to the name, write it in quotes, and a regex between slashes: "%s" or /%s/.'
+        raise ValueError('what follows the last ":" must be a whole number from 1, the copies to keep; if '
+                         'the colon belongs to the name, write it in quotes, and a regex between slashes: '
+                         '"%s" or /%s/.'
                          % (one_line(text.replace('"', '\\"')), one_line(text)))
     pattern = pattern.rstrip()
     if not pattern:
@@ -1147,7 +1161,7 @@ def _parse_keep(rest: str) -> Optional[int]:
         return None
     match = re.fullmatch(r"\s*:\s*([0-9]{1,9})", rest)
     if not match or int(match.group(1)) < 1:
-        raise ValueError('"%s" behind the selector is not :N with N a whole number from 1.' % one_line(rest))
+        raise ValueError(f'"{one_line(rest)}" behind the selector is not :N with N a whole number from 1.')
     return int(match.group(1))
 
 
@@ -1171,57 +1185,64 @@ def parameter(name: str, kind: str, help: str, default: Any = "", choices: Tuple
 
 ACTIONS = (
     Action("backup", "Backs up what the config selects (the default).", False, True, True, (
-        parameter("force", "bool", "yes: run even if another host of the pool has just run this config.", False),)),
+        parameter("force", "bool", "yes: run even if another host of the pool has just run this config.",
+                  False),)),
     Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.",
            False, True, False, ()),
     Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.",
            True, False, False, (
                parameter("from", "text", "latest: the newest copy of each VM; or the stamp of one copy."),
-               parameter("max_time", "int", "Stops after so many minutes; the next run goes on with what was longest "
-                         "not verified.", 0))),
+               parameter("max_time", "int", "Stops after so many minutes; the next run goes on with what was "
+                         "longest not verified.", 0))),
     Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.",
            True, False, False, (parameter("format", "choice", "text or json.", "text", ("text", "json")),)),
-    Action("restore", "Brings a VM back from a copy, as a new VM; with the word preview it only shows what would be "
-           "made.", True, False, True, (
-               parameter("from", "text", "latest: the newest good copy (the default); a stamp; or the path of an "
-                         "image or of a copy's directory, for which no store is needed.", "latest"),
-               parameter("to", "text", "The name of the new VM; without it, the VM's own, or NAME (restored DATE) if "
-                         "that is taken."),
-               parameter("sr", "text", "Puts all disks on this SR (name or uuid); without it, each goes where it came "
-                         "from."),
-               parameter("network", "text", "Puts all interfaces on this network (name or uuid); without it, each on "
-                         "the one of its network's name."),
-               parameter("preserve", "bool", "yes: keeps the VM's uuid and MAC addresses; refused while they are in "
-                         "use.", False),
-               parameter("attach_existing_disks", "bool", "yes: attaches those disks that the copy lacks, where they "
-                         "are in the pool and on no VM.", False),
+    Action("restore", "Brings a VM back from a copy, as a new VM; with the word preview it only shows what "
+           "would be made.", True, False, True, (
+               parameter("from", "text", "latest: the newest good copy (the default); a stamp; or the path "
+                         "of an image or of a copy's directory, for which no store is needed.", "latest"),
+               parameter("to", "text", "The name of the new VM; without it, the VM's own, or NAME (restored "
+                         "DATE) if that is taken."),
+               parameter("sr", "text", "Puts all disks on this SR (name or uuid); without it, each goes "
+                         "where it came from."),
+               parameter("network", "text", "Puts all interfaces on this network (name or uuid); without it, "
+                         "each on the one of its network's name."),
+               parameter("preserve", "bool", "yes: keeps the VM's uuid and MAC addresses; refused while they "
+                         "are in use.", False),
+               parameter("attach_existing_disks", "bool", "yes: attaches those disks that the copy lacks, "
+                         "where they are in the pool and on no VM.", False),
                parameter("start", "bool", "yes: starts the VM when all is proven.", False),
-               parameter("verify_first", "bool", "yes: reads the whole copy once before anything is made.", False),
-               parameter("force", "bool", "yes: takes a copy that is not good, and keeps what a damaged one gave.",
+               parameter("verify_first", "bool", "yes: reads the whole copy once before anything is made.",
+                         False),
+               parameter("force", "bool", "yes: takes a copy that is not good, and keeps what a damaged one "
+                         "gave.",
                          False))),
     Action("extract", "Writes a disk of a copy into a sparse raw image; needs no pool, no password, no xe.",
            True, False, False, (
-               parameter("disk", "text", "Which disk: device (xvda), userdevice (0), uuid or name; needed if there "
-                         "are several."),
+               parameter("disk", "text", "Which disk: device (xvda), userdevice (0), uuid or name; needed if "
+                         "there are several."),
                parameter("to", "text", "The file to write, which must not exist."),
-               parameter("from", "text", "latest (the default), a stamp, or a path, as with restore.", "latest"),
-               parameter("metadata", "word", "Writes the VM's metadata (ova.xml) instead of a disk, to stdout unless "
-                         "to= is given.", False))),
-    Action("drill", "Imports copies for a while, compares their disks, and removes everything again. VM: a VM, or "
-           "newest-of-each.", True, False, True, (
+               parameter("from", "text", "latest (the default), a stamp, or a path, as with restore.",
+                         "latest"),
+               parameter("metadata", "word", "Writes the VM's metadata (ova.xml) instead of a disk, to "
+                         "stdout unless to= is given.", False))),
+    Action("drill", "Imports copies for a while, compares their disks, and removes everything again. VM: a "
+           "VM, or newest-of-each.", True, False, True, (
                parameter("sample", "int", "Takes so many VMs, those that were longest not drilled.", 0),
-               parameter("sr", "text", "Puts all disks on this SR; without it, each goes where it came from."),
-               parameter("boot", "minutes", "yes: boots the VM, without network, and waits up to 5 minutes for its "
-                         "tools; or so many minutes.", 0.0))),
+               parameter("sr", "text", "Puts all disks on this SR; without it, each goes where it came "
+                         "from."),
+               parameter("boot", "minutes", "yes: boots the VM, without network, and waits up to 5 minutes "
+                         "for its tools; or so many minutes.", 0.0))),
     Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
-    Action("prune", "Applies retention without a backup and without a pool; with the word preview it only shows.",
+    Action("prune", "Applies retention without a backup and without a pool; with the word preview it only "
+           "shows.",
            True, False, True, ()),
 )
 ACTION_NAMES = tuple(action.name for action in ACTIONS)
 
 
 class Arguments(NamedTuple):
-    """The command line, cut up. `vm` is the action's VM; `parameters` has a value for each that the action takes."""
+    """The command line, cut up. `vm` is the action's VM; `parameters` has a value for each that the action
+    takes."""
     password: str
     target: str
     action: Action
@@ -1238,11 +1259,13 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     password, target = words[0], words[1]
     name, equals, _ = target.partition("=")
     if equals and name not in ("vm-export", "vdi-export") and (name in OPTION_NAMES or name == "vm"):
-        raise UsageError(f"TARGET is missing before {one_line(target)}: a config file or a selector.\n\n{usage_text()}")
+        raise UsageError(f"TARGET is missing before {one_line(target)}: a config file or a "
+                         f"selector.\n\n{usage_text()}")
     plain = [word for word in words[2:] if "=" not in word]
     action_word = plain.pop(0) if plain else "backup"
     if action_word not in ACTION_NAMES:
-        raise UsageError(f'"{one_line(action_word)}" is not an action; the actions are {", ".join(ACTION_NAMES)}.')
+        raise UsageError(f'"{one_line(action_word)}" is not an action; the actions are '
+                         f'{", ".join(ACTION_NAMES)}.')
     action = ACTIONS[ACTION_NAMES.index(action_word)]
     preview = "preview" in plain and action.has_preview
     if preview:
@@ -1270,7 +1293,8 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
 
 
 def _settings_and_parameters(words: Sequence[str], action: Action) -> Tuple[List[Setting], Dict[str, str]]:
-    """The config keys of the command line, and what the action itself is given, its VM too, as it was written."""
+    """The config keys of the command line, and what the action itself is given, its VM too, as it was
+    written."""
     own = [parameter.name for parameter in action.parameters] + (["vm"] if action.takes_vm else [])
     settings, given = [], {}               # type: List[Setting], Dict[str, str]
     for word in words:
@@ -1284,7 +1308,8 @@ def _settings_and_parameters(words: Sequence[str], action: Action) -> Tuple[List
         else:
             near = get_close_matches(name, list(OPTION_NAMES) + own, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f'"{one_line(name)}" is neither a config key nor a parameter of {action.name}{hint}.')
+            raise UsageError(f'"{one_line(name)}" is neither a config key nor a parameter of '
+                             f'{action.name}{hint}.')
     return settings, given
 
 
@@ -1307,9 +1332,9 @@ def option_values_text(option: Option) -> str:
     if option.kind == "choice":
         return ", ".join(option.choices)
     if option.kind == "int":
-        return "%d or more" % option.minimum
+        return f"{int(option.minimum)} or more"
     if option.kind == "percent":
-        return "percent, %d to %d" % (option.minimum, option.maximum)
+        return f"percent, {int(option.minimum)} to {int(option.maximum)}"
     return {"selector": "SELECTOR", "path": "PATH", "pool": "ADDRESS", "fingerprint": "HEX",
             "address": "USER@HOST", "addresses": "USER@HOST, ...", "text": "TEXT"}[option.kind]
 
@@ -1354,15 +1379,15 @@ def example_text() -> str:
     for option in OPTIONS:
         if option.section != section:
             section = option.section
-            lines += ["", "# ---- %s ----" % section]
+            lines += ["", f"# ---- {section} ----"]
         lines += ["", "# " + option.help]
         values = option_values_text(option)
         default = option_default_text(option)
-        lines.append("# %s%s" % (values, "; default: " + default if default else ""))
+        lines.append(f"# {values}{'; default: ' + default if default else ''}")
         if option.name == "vm-export":
             lines.append("vm-export=" + option.example)
         else:
-            lines.append("#%s=%s" % (option.name, option.example or default))
+            lines.append(f"#{option.name}={option.example or default}")
     return "\n".join(lines) + "\n"
 
 
@@ -1429,44 +1454,52 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
         else:
             unselected.append(machine)
     if usable and not jobs:
-        findings.append(Finding(Severity.WARNING, configuration.source, "backs up no VM: whatever its entries select is left "
-                                "out by exclude."))
+        findings.append(Finding(Severity.WARNING, configuration.source, "backs up no VM: whatever its "
+                                "entries select is left out by exclude."))
     findings.extend(_duplicate_names(jobs))
     findings.extend(_record_problems(jobs, unselected, inventory))
-    return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing), tuple(provisional))
+    return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing),
+                tuple(provisional))
 
 
-def _record_problems(jobs: Sequence[Job], unselected: Sequence[VirtualMachine], inventory: Inventory) -> List[Finding]:
+def _record_problems(jobs: Sequence[Job], unselected: Sequence[VirtualMachine],
+                     inventory: Inventory) -> List[Finding]:
     """What is wrong with records of the pool: a warning where it may cost a VM of this config something."""
-    findings = [Finding(Severity.WARNING, "pool " + inventory.pool_title, problem) for problem in inventory.problems]
-    for machines, severity in (([job.machine for job in jobs], Severity.WARNING), (unselected, Severity.INFO)):
-        findings += [Finding(severity, machine.title, problem) for machine in machines for problem in machine.problems]
+    findings = [Finding(Severity.WARNING, "pool " + inventory.pool_title, problem)
+                for problem in inventory.problems]
+    for machines, severity in (([job.machine for job in jobs], Severity.WARNING),
+                               (unselected, Severity.INFO)):
+        findings += [Finding(severity, machine.title, problem) for machine in machines
+                     for problem in machine.problems]
     for job in jobs:
         for folder, disk in zip(disk_folders(job.machine.disks), job.machine.disks):
             if folder != disk_folder(disk):
-                findings.append(Finding(Severity.INFO, job.machine.title, "two of its disks are %s; the cfg files of the one with "
-                                        "userdevice %s go into %s." % (disk.device, quote_name(disk.userdevice), folder)))
+                findings.append(Finding(Severity.INFO, job.machine.title, "two of its disks are "
+                                        f"{disk.device}; the cfg files of the one with userdevice "
+                                        f"{quote_name(disk.userdevice)} go into {folder}."))
     return findings
 
 
 def first_disk(machine: VirtualMachine) -> Disk:
-    """Disk 0: the disk whose userdevice is 0, xvda or hda, in that order; BackupError if there is none, or more than one."""
+    """Disk 0: the disk whose userdevice is 0, xvda or hda, in that order; BackupError if there is none, or
+    more than one."""
     for userdevice in ("0", "xvda", "hda"):
         found = [disk for disk in machine.disks if disk.userdevice == userdevice]
         if len(found) > 1:
-            raise BackupError("%s has %d disks with userdevice %s, and which one vdi-export should take is not guessed: %s. Use "
-                              "vm-export, or detach the wrong one." % (machine.title, len(found), userdevice, ", ".join(
-                                  "%s, VDI %s" % (disk_list((disk,)), disk.vdi_uuid) for disk in found)))
+            listed = ", ".join(f"{disk_list((disk,))}, VDI {disk.vdi_uuid}" for disk in found)
+            raise BackupError(
+                f"{machine.title} has {len(found)} disks with userdevice {userdevice}, and which one "
+                f"vdi-export should take is not guessed: {listed}. Use vm-export, or detach the wrong one.")
         if found:
             return found[0]
-    raise BackupError("%s has no Disk 0 (userdevice 0, xvda or hda), so vdi-export has nothing to do; it has %s. Use "
-                      "vm-export, or give the OS disk userdevice 0." % (machine.title,
-                                                                        disk_list(machine.disks) or "no disk at all"))
+    raise BackupError(f"{machine.title} has no Disk 0 (userdevice 0, xvda or hda), so vdi-export has nothing "
+                      f"to do; it has {disk_list(machine.disks) or 'no disk at all'}. Use vm-export, or give "
+                      "the OS disk userdevice 0.")
 
 
 def disk_list(disks: Sequence[Disk]) -> str:
     """The disks in a few words: device, name, size."""
-    return ", ".join("%s %s (%s)" % (disk.device, quote_name(disk.name), format_size(disk.virtual_size))
+    return ", ".join(f"{disk.device} {quote_name(disk.name)} ({format_size(disk.virtual_size)})"
                      for disk in disks)
 
 
@@ -1476,16 +1509,18 @@ def disk_folder(disk: Disk) -> str:
 
 
 def disk_folders(disks: Sequence[Disk]) -> List[str]:
-    """The directories of these disks' cfg files: after disks were put in another order, two can have one device."""
+    """The directories of these disks' cfg files: after disks were put in another order, two can have one
+    device."""
     return _told_apart([(disk_folder(disk), disk.userdevice, disk.vbd_uuid) for disk in disks])
 
 
 def _told_apart(names: Sequence[Tuple[str, str, str]]) -> List[str]:
-    """A name for each (name, addition, last resort), no two of them one on any file system; the name alone where it is free."""
+    """A name for each (name, addition, last resort), no two of them one on any file system; the name alone
+    where it is free."""
     taken, chosen = set(), []              # type: Set[str], List[str]
     for name, addition, last in names:
-        tries = (name, "%s-%s" % (name, safe_name(addition)), "%s-%s" % (name, safe_name(last)))
-        chosen.append(next((one for one in tries if folded(one) not in taken), "%s-%d" % (name, len(taken))))
+        tries = (name, f"{name}-{safe_name(addition)}", f"{name}-{safe_name(last)}")
+        chosen.append(next((one for one in tries if folded(one) not in taken), f"{name}-{len(taken)}"))
         taken.add(folded(chosen[-1]))
     return chosen
 
@@ -1498,16 +1533,16 @@ def choose_selector(machine: VirtualMachine, selectors: Sequence[Selector]) -> O
 
 
 def selects(selector: Selector, machine: VirtualMachine) -> bool:
-    """Does it choose that VM for a backup? One that is still being made, perhaps without some of its disks, perhaps
-    under the uuid that it is to keep, is chosen by its full name only."""
+    """Does it choose that VM for a backup? One that is still being made, perhaps without some of its disks,
+    perhaps under the uuid that it is to keep, is chosen by its full name only."""
     return selector.matches(machine) and (selector.form == "name" or not is_provisional(machine.name))
 
 
 def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Finding]:
     """Why the entry can't be used as it stands, or None. An ERROR entry chooses nothing."""
     if selector.method is Method.VDI and () < inventory.master.product_version < OLDEST_VDI_EXPORT:
-        return Finding(Severity.ERROR, selector.line, "vdi-export needs XenServer 6.5 or newer; this pool runs %s. "
-                       "Use vm-export." % ".".join(map(str, inventory.master.product_version)))
+        return Finding(Severity.ERROR, selector.line, "vdi-export needs XenServer 6.5 or newer; this pool "
+                       f"runs {'.'.join(map(str, inventory.master.product_version))}. Use vm-export.")
     problem = _quote_it(selector, inventory)
     if problem is not None:
         return problem
@@ -1516,29 +1551,30 @@ def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Find
         return None
     found = [machine for machine in inventory.machines if selector.matches(machine)]
     if found:
-        return Finding(Severity.ERROR if selector.is_literal else Severity.WARNING, selector.line, "is not backed up: %s"
-                       % provisional_text(found[0]))
+        return Finding(Severity.ERROR if selector.is_literal else Severity.WARNING, selector.line, "is not "
+                       f"backed up: {provisional_text(found[0])}")
     hint = ""
     if selector.bare and selector.form in ("name", "wildcard"):
         hint = _regex_hint(selector, names)
     if selector.is_literal:
-        return Finding(Severity.ERROR, selector.line, "no VM of the pool %s bears this %s, so it is not being "
-                       "backed up.%s Correct the line, or remove it if the VM is gone for good." % (inventory.pool_title,
-                                         "name" if selector.form == "name" else "uuid", hint))
-    return Finding(Severity.WARNING, selector.line, "matches no VM of the pool.%s" % hint)
+        return Finding(Severity.ERROR, selector.line, f"no VM of the pool {inventory.pool_title} bears this "
+                       f"{'name' if selector.form == 'name' else 'uuid'}, so it is not being backed "
+                       f"up.{hint} Correct the line, or remove it if the VM is gone for good.")
+    return Finding(Severity.WARNING, selector.line, f"matches no VM of the pool.{hint}")
 
 
 def provisional_text(machine: VirtualMachine) -> str:
     """Why a VM that is still being made is not backed up."""
-    return "%s bears the name of a VM that a restore or drill is still making. If none is, give it another name." % (
-        machine.title)
+    return (f"{machine.title} bears the name of a VM that a restore or drill is still making. If none is, "
+            "give it another name.")
 
 
 def _quote_it(selector: Selector, inventory: Inventory) -> Optional[Finding]:
     """The problem of `web:2` where a VM bears just that name, else None."""
-    if selector.bare and selector.keep and any(machine.name == selector.text for machine in inventory.machines):
-        return Finding(Severity.ERROR, selector.line, "there is a VM named exactly %s: write the name in quotes "
-                       "if it is meant." % quote_name(selector.text))
+    if selector.bare and selector.keep and any(machine.name == selector.text
+                                               for machine in inventory.machines):
+        return Finding(Severity.ERROR, selector.line, "there is a VM named exactly "
+                       f"{quote_name(selector.text)}: write the name in quotes if it is meant.")
     return None
 
 
@@ -1566,8 +1602,9 @@ def _duplicate_names(jobs: Sequence[Job]) -> List[Finding]:
         by_name.setdefault(job.machine.name, []).append(job.machine.uuid)
     for name, bearers in sorted(by_name.items()):
         if len(bearers) > 1:
-            findings.append(Finding(Severity.WARNING, quote_name(name), "%d VMs bear this name, and each is backed "
-                                    "up in a directory of its own: %s." % (len(bearers), ", ".join(bearers))))
+            findings.append(Finding(Severity.WARNING, quote_name(name), f"{len(bearers)} VMs bear this name, "
+                                    "and each is backed up in a directory of its own: "
+                                    f"{', '.join(bearers)}."))
     return findings
 
 
@@ -1870,7 +1907,8 @@ class Log:
         self._progress = False
 
     def keep_secret(self, password: str) -> None:
-        """From now on the password is struck out of what a bug's traceback quotes; our own sentences never hold it."""
+        """From now on the password is struck out of what a bug's traceback quotes; our own sentences never
+        hold it."""
         self._secret = password
 
     def bug(self, bug: BaseException, subject: str = "") -> None:
@@ -1895,7 +1933,7 @@ class Log:
         """The finding, where its severity belongs."""
         write = {Severity.INFO: self.info, Severity.WARNING: self.warning,
                  Severity.ERROR: self.error}[finding.severity]
-        write("%s: %s" % (finding.subject, finding.sentence))
+        write(f"{finding.subject}: {finding.sentence}")
 
     def show(self, text: str) -> None:
         """What was asked to be shown: plain, on stdout, without a time stamp."""
@@ -1914,7 +1952,7 @@ class Log:
     def _line(self, stream: Any, sentence: str) -> None:
         stamp = self._clock.local().strftime("%Y-%m-%d-(%H:%M:%S)")
         for line in sentence.split("\n"):
-            self._write(stream, "%s - %s\n" % (stamp, line))
+            self._write(stream, f"{stamp} - {line}\n")
 
     def _write(self, stream: Any, text: str) -> None:
         if self._progress and not text.startswith("\r"):
@@ -1973,8 +2011,8 @@ class Signals:
 
     @contextlib.contextmanager
     def awaited(self, may_break: bool) -> Iterator[None]:
-        """Inside, an answer is waited for. A signal ends that: at once where nothing can be lost by it, else by socket.timeout
-        after SIGNAL_PATIENCE_S."""
+        """Inside, an answer is waited for. A signal ends that: at once where nothing can be lost by it, else
+        by socket.timeout after SIGNAL_PATIENCE_S."""
         self._asked_at, self._may_break = time.monotonic(), may_break
         try:
             if may_break:
@@ -1984,7 +2022,8 @@ class Signals:
             self._asked_at, self._may_break = None, False
 
     def patience_ends(self, answered_at: float) -> float:
-        """Until when a pool that answered then last is waited for, by the monotonic clock: for ever until a signal came."""
+        """Until when a pool that answered then last is waited for, by the monotonic clock: for ever until a
+        signal came."""
         return max(self._noted_at, answered_at) + SIGNAL_PATIENCE_S if self._noted else float("inf")
 
     @property
@@ -2001,7 +2040,8 @@ class Signals:
     def _tell(self) -> None:
         """A signal that waits for the end of the clean-up is said, once."""
         if self._untold:
-            self._log.info("%s came during clean-up, which is finished first." % signal.Signals(self._untold).name)
+            self._log.info(f"{signal.Signals(self._untold).name} came during clean-up, which is finished "
+                           "first.")
             self._untold = None
 
     def check(self) -> None:
@@ -2031,19 +2071,21 @@ class Signals:
             time.sleep(min(left, 0.5))
 
     def until(self, limit_s: float, pause_s: float = 1.0) -> Iterator[bool]:
-        """For each try, with a pause between two: is there time for another? Who is told that there is none ends it."""
+        """For each try, with a pause between two: is there time for another? Who is told that there is none
+        ends it."""
         ends_at = time.monotonic() + limit_s
         while True:
             yield time.monotonic() < ends_at
             self.sleep(pause_s)
 
 
-def within(limit_s: float, doing: str, work: Callable[[], Any], is_hurried: Callable[[], Any] = lambda: False) -> Any:
-    """What the work gives, done in a thread of its own; StorageStalled if it takes longer than that, or, once somebody is
-    in a hurry, than WAY_OUT_S from then on.
+def within(limit_s: float, doing: str, work: Callable[[], Any],
+           is_hurried: Callable[[], Any] = lambda: False) -> Any:
+    """What the work gives, done in a thread of its own; StorageStalled if it takes longer than that, or, once
+    somebody is in a hurry, than WAY_OUT_S from then on.
 
-    For what touches the store: a share that hangs in the kernel must neither keep the clean-up in the pool waiting nor
-    a run that was told to stop.
+    For what touches the store: a share that hangs in the kernel must neither keep the clean-up in the pool
+    waiting nor a run that was told to stop.
     """
     answers = queue.Queue()                # type: Any
 
@@ -2059,8 +2101,8 @@ def within(limit_s: float, doing: str, work: Callable[[], Any], is_hurried: Call
         waited_s = time.monotonic() - began_at
         limit_s = min(limit_s, waited_s + WAY_OUT_S) if is_hurried() else limit_s
         if waited_s >= limit_s:
-            raise StorageStalled("%s hangs: the backup storage gave no answer for %s. Is the share still reachable?"
-                                 % (doing, format_duration(waited_s)))
+            raise StorageStalled(f"{doing} hangs: the backup storage gave no answer for "
+                                 f"{format_duration(waited_s)}. Is the share still reachable?")
         with contextlib.suppress(queue.Empty):
             answer, error = answers.get(timeout=min(0.5, limit_s - waited_s))
             break
@@ -2069,7 +2111,8 @@ def within(limit_s: float, doing: str, work: Callable[[], Any], is_hurried: Call
     return answer
 
 
-WAY_OUT_S = 30                 # how long a run that was told to stop waits for each thing that it leaves in order
+# how long a run that was told to stop waits for each thing that it leaves in order
+WAY_OUT_S = 30
 
 
 def read_text_file(path: str) -> str:
@@ -2082,7 +2125,8 @@ def read_text_file(path: str) -> str:
 
 
 class Services(NamedTuple):
-    """What every deed needs, handed on whole. A door that is not open is None: verify has no pool, preview no journal."""
+    """What every deed needs, handed on whole. A door that is not open is None: verify has no pool, preview no
+    journal."""
     settings: Configuration
     clock: Clock
     log: Log
@@ -2118,7 +2162,7 @@ class Program:
                                              stderr=subprocess.PIPE, env=environment, pass_fds=pass_fds,
                                              start_new_session=True)
         except (OSError, ValueError) as error:
-            raise ProgramError("%s could not be started: %s." % (fs_text(argv[0]), os_reason(error)))
+            raise ProgramError(f"{fs_text(argv[0])} could not be started: {os_reason(error)}.")
         self._said = bytearray()
         self._reader = threading.Thread(target=self._read_stderr, daemon=True)
         self._reader.start()
@@ -2192,11 +2236,12 @@ class XeProgram(NamedTuple):
             return Program((self.path,) + arguments, stdin=stdin)
         read_end, write_end = os.pipe()
         try:
-            os.write(write_end, ("root\n%s\n" % self.password).encode("utf-8", "surrogateescape"))
+            os.write(write_end, (f"root\n{self.password}\n").encode("utf-8", "surrogateescape"))
             os.close(write_end)
-            options = ("-s", self.address.host, "-u", "root", "-pwf", "/dev/fd/%d" % read_end)
-            # A port that is given counts for TLS and plain alike, also where the server sends xe on to another host
-            # (newcli.ml get_xapiport), and to 127.0.0.1 xe never speaks TLS: so only one that is unusual is given.
+            options = ("-s", self.address.host, "-u", "root", "-pwf", f"/dev/fd/{int(read_end)}")
+            # A port that is given counts for TLS and plain alike, also where the server sends xe on to
+            # another host (newcli.ml get_xapiport), and to 127.0.0.1 xe never speaks TLS: so only one that is
+            # unusual is given.
             is_usual = self.address.port == (80 if self.address.scheme == "http" else 443)
             if not is_usual and (self.address.host != "127.0.0.1" or self.address.scheme == "http"):
                 options += ("-p", str(self.address.port))
@@ -2226,27 +2271,29 @@ def ending_text(name: str, status: int) -> str:
     """How a program ended, in words."""
     if status < 0:
         try:
-            return "%s was killed by %s" % (name, signal.Signals(-status).name)
+            return f"{name} was killed by {signal.Signals(-status).name}"
         except ValueError:
-            return "%s was killed by signal %d" % (name, -status)
-    return "%s ended with exit status %d" % (name, status)
+            return f"{name} was killed by signal {int(-status)}"
+    return f"{name} ended with exit status {int(status)}"
 
 
 # `xe` can exit 0 after a failed export and say so only here (ocaml/xapi-cli-server/cli_operations.ml
-# download_file, v26.17.0: a missing raise). These are how its sentences begin (ocaml/xe-cli/newcli.ml, xapi_cli.ml
-# exception_handler, datamodel_errors.ml): a bare word could as well be part of a VM's name that it quotes.
+# download_file, v26.17.0: a missing raise). These are how its sentences begin (ocaml/xe-cli/newcli.ml,
+# xapi_cli.ml exception_handler, datamodel_errors.ml): a bare word could as well be part of a VM's name that
+# it quotes.
 XE_FAILURES = re.compile(
-    r"(?im)^\W*(error( code)?:|operation failed|(export|import) (failed|cancelled)|lost connection|unhandled exception|"
-    r"server internal error|unable to contact|failed to contact|(please )?install the stunnel|file not permitted|"
-    r"authentication failed|username/password|no addrinfo|host '.*' not found|required parameter|syntax error|"
-    r"unknown command|the server failed|you (attempted|gave|cannot)|the uuid you|this (operation|session|call|request)|"
+    r"(?im)^\W*(error( code)?:|operation failed|(export|import) (failed|cancelled)|lost connection|"
+    r"unhandled exception|server internal error|unable to contact|failed to contact|"
+    r"(please )?install the stunnel|file not permitted|authentication failed|username/password|no addrinfo|"
+    r"host '.*' not found|required parameter|syntax error|unknown command|the server failed|"
+    r"you (attempted|gave|cannot)|the uuid you|this (operation|session|call|request)|"
     r"another operation|the (operation|sr|vdi|vm|host|specified|given|snapshot|disk)\b.*(?<![-\w'\"])"
     r"(failed|cannot|not|invalid|full|exceeds)(?![-\w'\"]))")
 
 
 def xe_problem(status: int, said: str) -> Optional[str]:
     """Why the xe command that ended so can't have done its work, or None."""
-    quoted = ': "%s"' % one_line(said[-800:]) if said else ""
+    quoted = f': "{one_line(said[-800:])}"' if said else ""
     if status != 0:
         return ending_text("xe", status) + quoted
     if said and XE_FAILURES.search(said):
@@ -2693,7 +2740,8 @@ class _UnixConnection(http.client.HTTPConnection):
 class _TlsConnection(http.client.HTTPSConnection):
     """HTTPS that also compares the certificate's fingerprint if one is demanded."""
 
-    def __init__(self, host: str, port: int, timeout_s: float, context: ssl.SSLContext, fingerprint: str) -> None:
+    def __init__(self, host: str, port: int, timeout_s: float, context: ssl.SSLContext,
+                 fingerprint: str) -> None:
         super().__init__(host, port, timeout=timeout_s, context=context)
         self._fingerprint = fingerprint
 
@@ -2704,9 +2752,9 @@ class _TlsConnection(http.client.HTTPSConnection):
             found = hashlib.sha256(self.sock.getpeercert(True)).hexdigest()
             if found != self._fingerprint:
                 self.close()
-                raise PoolError("%s shows a TLS certificate with the SHA-256 fingerprint %s, not the one of "
-                                "ca_fingerprint. Nothing was sent. If the certificate was renewed, put the new "
-                                "fingerprint in the config." % (self.host, found))
+                raise PoolError(f"{self.host} shows a TLS certificate with the SHA-256 fingerprint {found}, "
+                                "not the one of ca_fingerprint. Nothing was sent. If the certificate was "
+                                "renewed, put the new fingerprint in the config.")
 
 
 class Transport(xmlrpc.client.Transport):
@@ -2723,7 +2771,8 @@ class Transport(xmlrpc.client.Transport):
         self._used_at = 0.0
 
     def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        """The open connection, or a new one if it has been idle so long that the server may have closed it."""
+        """The open connection, or a new one if it has been idle so long that the server may have closed
+        it."""
         if self._connection and self._connection[0] == host:
             return self._connection[1]
         self._connection = host, self._connect(self.timeout_s)
@@ -2739,7 +2788,8 @@ class Transport(xmlrpc.client.Transport):
                 self._connection[1].sock.settimeout(self.timeout_s)
         try:
             return self.single_request(host, handler, request_body, verbose)
-        except BaseException:              # whatever ended it, half an answer may still be on its way: not for the next one
+        # whatever ended it, half an answer may still be on its way: not for the next one
+        except BaseException:
             self.close()
             raise
         finally:
@@ -2757,7 +2807,7 @@ class Trust(NamedTuple):
             try:
                 return ssl.create_default_context(cafile=fs_path(self.ca_file))
             except (OSError, ssl.SSLError) as error:
-                raise UsageError("ca_file %s can't be used: %s." % (self.ca_file, os_reason(error)))
+                raise UsageError(f"ca_file {self.ca_file} can't be used: {os_reason(error)}.")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -2797,7 +2847,8 @@ def is_gone(failure: ApiFailure, class_name: str) -> bool:
 class Pool:
     """A session with the pool's master. Close it, or it stays open there for a day."""
 
-    def __init__(self, address: Optional[PoolAddress], password: Optional[str], doorway: Doorway, trust: Trust,
+    def __init__(self, address: Optional[PoolAddress], password: Optional[str], doorway: Doorway,
+                 trust: Trust,
                  timeout_s: float, log: Log, signals: Signals) -> None:
         """`address` None: this host, by unix socket if `password` is None, else by plain HTTP on loopback."""
         self._address = address
@@ -2824,8 +2875,8 @@ class Pool:
         try:
             import XenAPI
         except ImportError:
-            raise PoolError("the Python module XenAPI is not installed. On a host of the pool it is there for "
-                            "/usr/bin/python3; elsewhere: pip install XenAPI.")
+            raise PoolError("the Python module XenAPI is not installed. On a host of the pool it is there "
+                            "for /usr/bin/python3; elsewhere: pip install XenAPI.")
         self._failure = XenAPI.Failure
         give_up_at = time.monotonic() + self._patience_s
         for attempt in range(1, LOGIN_TRIES + 1):
@@ -2834,7 +2885,7 @@ class Pool:
                 return
             except AnswerLost as error:
                 if attempt == LOGIN_TRIES or time.monotonic() + LOGIN_PAUSE_S > give_up_at:
-                    raise PoolError("%s No VM was touched. Is the pool up, and the address right?" % error)
+                    raise PoolError(f"{error} No VM was touched. Is the pool up, and the address right?")
                 self._signals.sleep(LOGIN_PAUSE_S)
 
     def _login(self, xenapi: Any) -> None:
@@ -2850,10 +2901,10 @@ class Pool:
         except ApiFailure as failure:
             self._forget_session()
             if failure.code == "SESSION_AUTHENTICATION_FAILED":
-                raise PoolError("the pool refused the login of root: the password is wrong. No VM was touched. Check the "
-                                "password, or the password file.")
-            raise PoolError(f"the pool refused the login: {failure_text(failure.code, failure.parameters)} No VM was "
-                            "touched.")
+                raise PoolError("the pool refused the login of root: the password is wrong. No VM was "
+                                "touched. Check the password, or the password file.")
+            raise PoolError(f"the pool refused the login: {failure_text(failure.code, failure.parameters)} "
+                            "No VM was touched.")
         except PoolError:
             self._forget_session()
             raise
@@ -2873,14 +2924,16 @@ class Pool:
         target = address or self._doorway.plain_address()
         if address is None and self._password is None:
             url = "http://localhost/"
-            self._transport = Transport(lambda timeout_s: _UnixConnection(self._doorway.socket_path, timeout_s))
+            self._transport = Transport(lambda timeout_s: _UnixConnection(self._doorway.socket_path,
+                                                                          timeout_s))
         elif target.scheme == "http":
             url = target.url
             self._transport = Transport(lambda timeout_s: http.client.HTTPConnection(target.host, target.port,
                                                                                     timeout=timeout_s))
         else:
             url, context = target.url, self._trust.context()
-            self._transport = Transport(lambda timeout_s: _TlsConnection(target.host, target.port, timeout_s, context,
+            self._transport = Transport(lambda timeout_s: _TlsConnection(target.host, target.port, timeout_s,
+                                                                         context,
                                                                          self._trust.fingerprint))
         self._transport.timeout_s = min(READ_TIMEOUT_S, self._patience_s)
         self._session = xenapi.Session(url, transport=self._transport)
@@ -2901,8 +2954,10 @@ class Pool:
 
     def close(self) -> None:
         """Logged out, if the pool still answers."""
-        if self._session is not None and self._session.handle:         # else a signal has ended the login itself
-            # A session that can't be closed is no news for anyone: the pool drops it after a day without a call.
+        # else a signal has ended the login itself
+        if self._session is not None and self._session.handle:
+            # A session that can't be closed is no news for anyone: the pool drops it after a day without a
+            # call.
             with contextlib.suppress(BackupError):
                 self._transport.timeout_s = LOGOUT_TIMEOUT_S
                 self._guarded("the logout", self._session.xenapi.session.logout)
@@ -2936,16 +2991,17 @@ class Pool:
             try:
                 return self.call(doing, method, *arguments, may_break=True, **options)
             except AnswerLost as error:
-                if time.monotonic() + pause_s > min(give_up_at, self._signals.patience_ends(self._answered_at)):
-                    raise PoolError("%s The pool has not answered for %s." % (error, format_duration(
-                        SIGNAL_PATIENCE_S if self._signals.noted else self._patience_s)))
-                self._log.info("%s Trying again." % error)
+                if time.monotonic() + pause_s > min(give_up_at,
+                                                    self._signals.patience_ends(self._answered_at)):
+                    waited_s = SIGNAL_PATIENCE_S if self._signals.noted else self._patience_s
+                    raise PoolError(f"{error} The pool has not answered for {format_duration(waited_s)}.")
+                self._log.info(f"{error} Trying again.")
                 if pause_s > SAME_SESSION_PAUSE_S:         # the master may be another one now
                     self._forget_session()
             except ApiFailure as failure:
                 if failure.code not in STARTING_UP or time.monotonic() + pause_s > give_up_at:
                     raise
-                self._log.info("the pool is starting (%s); trying again." % failure.code)
+                self._log.info(f"the pool is starting ({failure.code}); trying again.")
             self._signals.sleep(pause_s)
             pause_s = min(pause_s * 2, 15)
 
@@ -2964,7 +3020,8 @@ class Pool:
         self._master = None
         self._login(XenAPI)
 
-    def _send(self, doing: str, method: str, arguments: Tuple[Any, ...], timeout_s: float = 0, may_break: bool = False) -> Any:
+    def _send(self, doing: str, method: str, arguments: Tuple[Any, ...], timeout_s: float = 0,
+              may_break: bool = False) -> Any:
         """One call, with the session re-made by the XenAPI module if it had died."""
         if self._session is None:
             self._reconnect()
@@ -2994,14 +3051,15 @@ class Pool:
         except (OSError, ValueError, http.client.HTTPException, xmlrpc.client.Error,
                 xml.parsers.expat.ExpatError) as error:
             if is_certificate_refusal(error):
-                raise PoolError("the pool's TLS certificate is not vouched for by ca_file=%s: %s. Nothing was sent. Put "
-                                "the host's own certificate into that file, or use ca_fingerprint." % (
-                                    self._trust.ca_file, getattr(error, "verify_message", "") or error))
+                raise PoolError("the pool's TLS certificate is not vouched for by "
+                                f"ca_file={self._trust.ca_file}: "
+                                f"{getattr(error, 'verify_message', '') or error}. Nothing was sent. Put the "
+                                "host's own certificate into that file, or use ca_fingerprint.")
             if isinstance(error, ValueError) and not isinstance(error, ssl.CertificateError):
                 raise
             self.was_shaken = True
             self._transport.close()            # the session itself may be alive: the next call tries it again
-            raise AnswerLost("%s got no answer from the pool: %s." % (doing, connection_reason(error)))
+            raise AnswerLost(f"{doing} got no answer from the pool: {connection_reason(error)}.")
 
     # --- reading ----------------------------------------------------------------
 
@@ -3015,28 +3073,34 @@ class Pool:
         machines = self.records(doing, "VM")
         vbds = self.records(doing, "VBD")
         vdis = self.records(doing, "VDI")
-        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in self.records(doing, "SR").items()}
+        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid")
+                          for ref, record in self.records(doing, "SR").items()}
         vifs = self.records(doing, "VIF")
         networks = self.records(doing, "network")
         values = {ref: _host(ref, record, problems) for ref, record in hosts.items()}
         if not pool.text("uuid") or not values:
-            raise PoolError("the pool does not say its uuid, or has no host: its database is damaged. No VM was touched.")
+            raise PoolError("the pool does not say its uuid, or has no host: its database is damaged. No VM "
+                            "was touched.")
         master = values.get(pool.text("master")) or values.get(session_host) or list(values.values())[0]
         host = values.get(session_host, master)
-        if self._address is None and self._master is not None:     # sent on: the session is the master's, we are not
-            host = own_host(list(values.values()), read_text_file(INVENTORY_FILE), self._doorway.plain_address().host,
+        # sent on: the session is the master's, we are not
+        if self._address is None and self._master is not None:
+            host = own_host(list(values.values()), read_text_file(INVENTORY_FILE),
+                            self._doorway.plain_address().host,
                             socket.gethostname()) or host
         real = []
         for ref, record in machines.items():
             if not can_be_told_apart(record):
-                problems.append("the record of a VM, %s, lacks what tells VMs from templates, or its name or uuid: it was left out."
-                                % quote_name(str(record.get("name_label") or record.get("uuid") or ref)))
+                problems.append("the record of a VM, "
+                                f"{quote_name(str(record.get('name_label') or record.get('uuid') or ref))}, "
+                                "lacks what tells VMs from templates, or its name or uuid: it was left out.")
             elif is_real_machine(record):
                 machine = self._machine(ref, record, vbds, vdis)
                 lost = [problem for _, _, problem in _networks_of(record, vifs, networks) if problem]
                 real.append(machine._replace(problems=machine.problems + tuple(lost)))
         real.sort(key=lambda machine: (machine.name, machine.uuid))
-        return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real), tuple(problems))
+        return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real),
+                         tuple(problems))
 
     def records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
         """All records of that class by ref."""
@@ -3044,8 +3108,8 @@ class Pool:
                 if isinstance(record, dict)}
 
     def _session_host(self, doing: str) -> str:
-        """The ref of the host that took the login. The session is an argument here: one that was made anew by the
-        XenAPI module meanwhile is asked about again."""
+        """The ref of the host that took the login. The session is an argument here: one that was made anew by
+        the XenAPI module meanwhile is asked about again."""
         try:
             return self.ask(doing, "session.get_this_host", self._session.handle)
         except ApiFailure as failure:
@@ -3066,27 +3130,33 @@ class Pool:
             if drive.text("VDI") in vdis:
                 disks.append(self._disk(drive, vdis[drive.text("VDI")], problems))
             else:
-                problems.append("its drive with userdevice %s names a disk that is not in the pool (%s): no copy of that is made."
-                                % (quote_name(drive.text("userdevice")), quote_name(drive.text("VDI"))))
+                problems.append(f"its drive with userdevice {quote_name(drive.text('userdevice'))} names a "
+                                f"disk that is not in the pool ({quote_name(drive.text('VDI'))}): no copy of "
+                                "that is made.")
         disks.sort(key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
         return VirtualMachine(
             ref, machine.text("uuid"), machine.text("name_label"), machine.text("name_description"),
             machine.text("power_state"), tuple(machine.texts("tags")), machine.text("memory_dynamic_max"),
-            machine.text("VCPUs_max"), machine.text("VCPUs_at_startup"), machine.text("guest_metrics") or NULL_REF,
+            machine.text("VCPUs_max"), machine.text("VCPUs_at_startup"),
+            machine.text("guest_metrics") or NULL_REF,
             tuple(disks), tuple(problems))
 
     def _disk(self, vbd: "Fields", record: Dict[str, Any], problems: List[str]) -> Disk:
         """The disk that a VBD record and its VDI record make."""
         vdi = Fields("its disk", record, problems)
         sr_ref = vdi.text("SR")
-        disk = Disk(vbd.text("uuid"), vbd.text("userdevice"), vbd.text("device") or device_name(vbd.text("userdevice")),
-                    vbd.flag("bootable"), vbd.text("mode"), vbd.text("type"), vbd.flag("unpluggable"), vbd.text("VDI"),
-                    vdi.text("uuid"), vdi.text("name_label"), vdi.text("name_description"), vdi.number("virtual_size"),
-                    vdi.text("type"), vdi.flag("sharable"), vdi.flag("read_only"), sr_ref, self._sr_uuid(sr_ref),
+        disk = Disk(vbd.text("uuid"), vbd.text("userdevice"),
+                    vbd.text("device") or device_name(vbd.text("userdevice")),
+                    vbd.flag("bootable"), vbd.text("mode"), vbd.text("type"), vbd.flag("unpluggable"),
+                    vbd.text("VDI"),
+                    vdi.text("uuid"), vdi.text("name_label"), vdi.text("name_description"),
+                    vdi.number("virtual_size"),
+                    vdi.text("type"), vdi.flag("sharable"), vdi.flag("read_only"), sr_ref,
+                    self._sr_uuid(sr_ref),
                     vdi.text("snapshot_of"))
         if not disk.sr_uuid:
-            problems.append("its disk %s %s lies on an SR that is not in the pool (%s): no snapshot can be made of it."
-                            % (disk.device, quote_name(disk.name), quote_name(sr_ref)))
+            problems.append(f"its disk {disk.device} {quote_name(disk.name)} lies on an SR that is not in "
+                            f"the pool ({quote_name(sr_ref)}): no snapshot can be made of it.")
         return disk
 
     def _sr_uuid(self, ref: str) -> str:
@@ -3099,24 +3169,25 @@ class Pool:
     def machine(self, ref: str, doing: str, record: Optional[Dict[str, Any]] = None) -> VirtualMachine:
         """The VM, or snapshot, as it is now; ApiFailure HANDLE_INVALID if it is gone."""
         record = record or self.ask(doing, "VM.get_record", ref)
-        vbds = self.ask(doing, "VBD.get_all_records_where", 'field "VM" = "%s"' % ref)
+        vbds = self.ask(doing, "VBD.get_all_records_where", f'field "VM" = "{ref}"')
         vdis = {vbd["VDI"]: self.ask_if_there(doing, "VDI.get_record", vbd["VDI"]) for vbd in vbds.values()
                 if vbd.get("type") == "Disk" and isinstance(vbd.get("VDI"), str) and vbd["VDI"] != NULL_REF}
         return self._machine(ref, record, vbds, {ref: vdi for ref, vdi in vdis.items() if vdi is not None})
 
     def real_machine(self, planned: VirtualMachine) -> VirtualMachine:
         """The VM as it is now; BackupError if that ref is no longer the VM that was planned."""
-        doing = "reading %s again" % planned.title
+        doing = f"reading {planned.title} again"
         record = self.ask(doing, "VM.get_record", planned.ref)
         if record.get("uuid") != planned.uuid or not is_real_machine(record):
-            raise BackupError("%s is no longer a VM (it became a template, or its record was replaced), so it was not "
-                              "backed up." % planned.title)
+            raise BackupError(f"{planned.title} is no longer a VM (it became a template, or its record was "
+                              "replaced), so it was not backed up.")
         return self.machine(planned.ref, doing, record)
 
     def interfaces(self, machine: VirtualMachine) -> List[Interface]:
-        """The VM's VIFs, by device; where the network of one is gone, its name is empty and `problem` says so."""
-        doing = "reading the network interfaces of %s" % machine.title
-        vifs = self.ask(doing, "VIF.get_all_records_where", 'field "VM" = "%s"' % machine.ref)
+        """The VM's VIFs, by device; where the network of one is gone, its name is empty and `problem` says
+        so."""
+        doing = f"reading the network interfaces of {machine.title}"
+        vifs = self.ask(doing, "VIF.get_all_records_where", f'field "VM" = "{machine.ref}"')
         names = {ref: self.ask_if_there(doing, "network.get_name_label", ref)
                  for ref in {str(vif.get("network")) for vif in vifs.values()} - {NULL_REF}}
         networks = {ref: {"name_label": name} for ref, name in names.items() if name is not None}
@@ -3138,13 +3209,16 @@ class Pool:
         return parse_server_time(self.ask(doing, "host.get_servertime", self._session_host(doing)))
 
     def storage_repositories(self, refs: Iterable[str], patient: bool = True) -> List[StorageRepository]:
-        """Those SRs, with their sizes of now. Without patience a pool that does not answer at once is not waited for."""
+        """Those SRs, with their sizes of now. Without patience a pool that does not answer at once is not
+        waited for."""
         read = self.ask if patient else functools.partial(self.call, timeout_s=POLL_TIMEOUT_S)
         found = []
         for ref in sorted(set(refs)):
             record = Fields("an SR", read("reading an SR", "SR.get_record", ref), [])
-            found.append(StorageRepository(ref, record.text("uuid"), record.text("name_label"), record.text("content_type"),
-                                           record.number("physical_size"), record.number("physical_utilisation")))
+            found.append(StorageRepository(ref, record.text("uuid"), record.text("name_label"),
+                                           record.text("content_type"),
+                                           record.number("physical_size"),
+                                           record.number("physical_utilisation")))
         return found
 
 
@@ -3158,7 +3232,8 @@ def _only_reads(method: str) -> bool:
 
 
 class Fields:
-    """A record of the pool, field by field: one that is missing, or of another type, reads as empty and is a problem."""
+    """A record of the pool, field by field: one that is missing, or of another type, reads as empty and is a
+    problem."""
 
     def __init__(self, what: str, record: Any, problems: List[str]) -> None:
         self._what = what
@@ -3169,8 +3244,8 @@ class Fields:
         value = self._record.get(field)
         if isinstance(value, kind):
             return value
-        problem = "the pool's record of %s (%s) has no usable %s." % (
-            self._what, one_line(str(self._record.get("uuid", "no uuid")))[:8], field)
+        problem = (f"the pool's record of {self._what} "
+                   f"({one_line(str(self._record.get('uuid', 'no uuid')))[:8]}) has no usable {field}.")
         if problem not in self._problems:
             self._problems.append(problem)
         return kind()
@@ -3208,19 +3283,21 @@ def _host(ref: str, record: Dict[str, Any], problems: List[str]) -> Host:
 
 def _networks_of(machine: Dict[str, Any], vifs: Dict[str, Any],
                  networks: Dict[str, Any]) -> Iterator[Tuple["Fields", str, str]]:
-    """Each interface of the VM with the name of its network, and what is wrong with that; one that vanished is left out."""
+    """Each interface of the VM with the name of its network, and what is wrong with that; one that vanished
+    is left out."""
     for ref in Fields("the VM", machine, []).texts("VIFs"):
         if ref in vifs:
             vif = Fields("its interface", vifs[ref], [])
             network = networks.get(vif.text("network"))
             yield vif, Fields("its network", network, []).text("name_label"), "" if network is not None else (
-                "its interface %s is on a network that is not in the pool (%s): which one, the copy does not tell." % (
-                    quote_name(vif.text("device")), quote_name(vif.text("network"))))
+                f"its interface {quote_name(vif.text('device'))} is on a network that is not in the pool "
+                f"({quote_name(vif.text('network'))}): which one, the copy does not tell.")
 
 
 def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname: str) -> Optional[Host]:
-    """The host that this program runs on: by INSTALLATION_UUID of the host's own inventory file, which is its uuid
-    (ocaml/libs/xapi-inventory/lib/inventory.ml), else by address, else by hostname; None if none fits."""
+    """The host that this program runs on: by INSTALLATION_UUID of the host's own inventory file, which is its
+    uuid (ocaml/libs/xapi-inventory/lib/inventory.ml), else by address, else by hostname; None if none
+    fits."""
     match = re.search(r"^INSTALLATION_UUID='([^']*)'", inventory_text, re.MULTILINE)
     for fits in (lambda host: match is not None and host.uuid == match.group(1),
                  lambda host: host.address == address,
@@ -3232,27 +3309,32 @@ def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname:
 
 
 def is_real_machine(record: Dict[str, Any]) -> bool:
-    """Neither template, snapshot nor control domain. A snapshot whose is_a_template was cleared looks like a VM
-    but for is_a_snapshot (ocaml/xapi/xapi_vm_clone.ml, v26.17.0)."""
-    return not any(record.get(field) is not False for field in ("is_a_template", "is_a_snapshot", "is_control_domain"))
+    """Neither template, snapshot nor control domain. A snapshot whose is_a_template was cleared looks like a
+    VM but for is_a_snapshot (ocaml/xapi/xapi_vm_clone.ml, v26.17.0)."""
+    return not any(record.get(field) is not False for field in ("is_a_template", "is_a_snapshot",
+                                                                "is_control_domain"))
 
 
 def can_be_told_apart(record: Dict[str, Any]) -> bool:
     """Does the record say whether it is a real VM, and which?"""
-    return all(isinstance(record.get(field), bool) for field in ("is_a_template", "is_a_snapshot", "is_control_domain")) \
-        and all(isinstance(record.get(field), str) for field in ("uuid", "name_label")) and record["uuid"] != ""
+    return all(isinstance(record.get(field), bool) for field in ("is_a_template", "is_a_snapshot",
+                                                                 "is_control_domain")) \
+        and all(isinstance(record.get(field), str) for field in ("uuid",
+                                                                 "name_label")) and record["uuid"] != ""
 
 
 def parse_server_time(value: Any) -> datetime:
     """A time of the server, which writes it with dashes or without; the epoch if it is none."""
     try:
-        return datetime.strptime(re.sub(r"[-:Z]", "", str(value)), "%Y%m%dT%H%M%S").replace(tzinfo=timezone.utc)
+        return datetime.strptime(re.sub(r"[-:Z]", "", str(value)),
+                                 "%Y%m%dT%H%M%S").replace(tzinfo=timezone.utc)
     except ValueError:
         return datetime.fromtimestamp(0, timezone.utc)
 
 
 def is_certificate_refusal(error: Exception) -> bool:
-    """Was it our own check that refused the server's certificate? (Python 3.6 has no class of its own for that.)"""
+    """Was it our own check that refused the server's certificate? (Python 3.6 has no class of its own for
+    that.)"""
     return isinstance(error, ssl.CertificateError) or (
         isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in (error.reason or ""))
 
@@ -3264,11 +3346,11 @@ def connection_reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         return "TLS: %s" % (error.reason or error)
     if isinstance(error, xmlrpc.client.ProtocolError):
-        return "HTTP %s %s" % (error.errcode, error.errmsg)
+        return f"HTTP {error.errcode} {error.errmsg}"
     if isinstance(error, xmlrpc.client.Fault):
         return one_line(str(error.faultString))
     if isinstance(error, xml.parsers.expat.ExpatError):
-        return "its answer is not XML (a control character in a name?): %s" % error
+        return f"its answer is not XML (a control character in a name?): {error}"
     return os_reason(error)
 
 
@@ -7635,9 +7717,8 @@ def read_password(word: str) -> Optional[str]:
             raise ValueError("it is empty")
         return base64.b64decode(raw, validate=True).decode("utf-8", "surrogateescape")
     except (OSError, ValueError, binascii.Error):
-        raise UsageError("%s is not a password file: make one with VmBackup.py PASSWORD "
-                         "create-password-file=FILE."
-                         % word)
+        raise UsageError(f"{word} is not a password file: make one with VmBackup.py PASSWORD "
+                         "create-password-file=FILE.")
 
 
 def open_store(settings: Configuration) -> Catalog:
@@ -8754,7 +8835,7 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
             ("read_only", disk.read_only), ("orig_uuid", disk.vdi_uuid), ("orig_sr_uuid", disk.sr_uuid)))))
     vifs = _told_apart([("vif-" + safe_name(vif.device), vif.uuid[:8], vif.uuid) for vif in interfaces])
     for name, interface in zip(vifs, interfaces):
-        files.append(("VIFs/%s.cfg" % name, cfg_text((
+        files.append((f"VIFs/{name}.cfg", cfg_text((
             ("device", interface.device), ("network_name_label", interface.network_name),
             ("MTU", interface.mtu), ("MAC", interface.mac), ("other_config", dict(interface.other_config)),
             ("orig_uuid", interface.uuid)))))
@@ -11410,7 +11491,8 @@ def list_summary(rows: Sequence[Dict[str, Any]]) -> str:
 
 
 def load_configuration(arguments: Arguments) -> Configuration:
-    """The checked configuration of that command line; ConfigurationError or UsageError with all that is wrong."""
+    """The checked configuration of that command line; ConfigurationError or UsageError with all that is
+    wrong."""
     settings = list(arguments.settings)
     file_settings, problems = [], []       # type: List[Setting], List[str]
     source = "the command line"
@@ -11424,10 +11506,12 @@ def load_configuration(arguments: Arguments) -> Configuration:
     needs_none = arguments.action.name == "test-mail" or "/" in arguments.parameters.get("from", "")
     missing = [] if needs_none else missing_backup_dir(file_settings, settings)
     try:
-        configuration = parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
+        configuration = parse_configuration(file_settings, settings, source, problems,
+                                            arguments.action.needs_work)
     except ConfigurationError as error:
         raise ConfigurationError(sorted(list(error.problems) + missing, key=line_number))
-    if missing and arguments.action.name != "backup":          # a backup tells it later, so that a mail goes out
+    # a backup tells it later, so that a mail goes out
+    if missing and arguments.action.name != "backup":
         raise ConfigurationError(missing)
     return configuration
 
@@ -11438,22 +11522,22 @@ def missing_backup_dir(file_settings: Sequence[Setting], arguments: Sequence[Set
     path = wanted[0].value if wanted else OPTIONS[OPTION_NAMES.index("backup_dir")].default
     if not path or os.path.isdir(fs_path(path)):
         return []
-    return ["%s: backup_dir: %s is not there, or no directory. Is the share mounted?" % (
-        wanted[0].place if wanted else "default", one_line(path))]
+    return [f"{wanted[0].place if wanted else 'default'}: backup_dir: {one_line(path)} is not there, or no "
+            "directory. Is the share mounted?"]
 
 
 def read_config_file(path: str) -> bytes:
     """The bytes of the config file; UsageError if it can't be read."""
     try:
         if os.path.isdir(fs_path(path)):
-            raise UsageError("the config %s is a directory; a file is needed." % path)
+            raise UsageError(f"the config {path} is a directory; a file is needed.")
         with open(fs_path(path), "rb") as file:
             content = file.read(MEBIBYTE + 1)
         if len(content) > MEBIBYTE:
-            raise UsageError("the config %s is larger than 1 MiB: is it the right file?" % path)
+            raise UsageError(f"the config {path} is larger than 1 MiB: is it the right file?")
         return content
     except OSError as error:
-        raise UsageError("the config %s can't be read: %s. Is the share mounted?" % (path, os_reason(error)))
+        raise UsageError(f"the config {path} can't be read: {os_reason(error)}. Is the share mounted?")
 
 
 def create_password_file(password: str, path: str) -> str:
@@ -11461,14 +11545,14 @@ def create_password_file(password: str, path: str) -> str:
     try:
         fd = os.open(fs_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except FileExistsError:
-        raise UsageError("%s exists already and was left as it is: remove it first." % path)
+        raise UsageError(f"{path} exists already and was left as it is: remove it first.")
     except OSError as error:
-        raise UsageError("%s can't be made: %s." % (path, os_reason(error)))
+        raise UsageError(f"{path} can't be made: {os_reason(error)}.")
     with open(fd, "wb") as file:
         os.fchmod(fd, 0o600)
         file.write(base64.b64encode(password.encode("utf-8", "surrogateescape")) + b"\n")
-    return ("The password is in %s, which only its owner can read. base64 hides it from a glance, not from a "
-            "reader: keep the file's mode." % path)
+    return (f"The password is in {path}, which only its owner can read. base64 hides it from a glance, not "
+            "from a reader: keep the file's mode.")
 
 
 # --- preview and backup ----------------------------------------------------------------------
@@ -11483,7 +11567,8 @@ def command_preview(services: Services) -> int:
     severities = {finding.severity for finding in plan.findings}
     if Severity.ERROR in severities:
         return ExitStatus.FAILED
-    return ExitStatus.WARNING if Severity.WARNING in severities or services.settings.warnings else ExitStatus.OK
+    has_warnings = Severity.WARNING in severities or services.settings.warnings
+    return ExitStatus.WARNING if has_warnings else ExitStatus.OK
 
 
 def command_backup(services: Services) -> int:
@@ -11498,16 +11583,16 @@ def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockF
     settings, log = services.settings, services.log
     host = inventory.host.short_name
     if services.catalog.locks_are_local:
-        log.info(f"the mount options of {settings.backup_dir} keep locks within this host: what a run of another host left "
-                 f"is touched only after a day.")
+        log.info(f"the mount options of {settings.backup_dir} keep locks within this host: what a run of "
+                 "another host left is touched only after a day.")
     for warning in settings.warnings:
         log.warning(warning)
     status_log = StatusLog(services, host)
     status_log.open()
     with Run(services, inventory) as run:
         status_log.begin("vmbackup.py")
-        log.info(f"VmBackup {VERSION}: {counted(len(plan.jobs), 'VM')} of {settings.source} in pool {inventory.pool_title}; "
-                 f"host {host}.")
+        log.info(f"VmBackup {VERSION}: {counted(len(plan.jobs), 'VM')} of {settings.source} in pool "
+                 f"{inventory.pool_title}; host {host}.")
         for machine in plan.provisional:
             log.info("left out: " + provisional_text(machine))
         report = BackupRun(run, plan, Exporter(run.services, make_xe(services)), status_log).report()
@@ -11530,11 +11615,12 @@ def command_test_mail(services: Services) -> int:
     host = socket.gethostname().split(".")[0]
     consequence = {"always": "Every backup run will send a report to this address.",
                    "problems": "Backup runs will send a report to this address when they had problems.",
-                   "never": "But mail_when=never is set, so no backup run will send a report."}[settings.mail_when]
+                   "never": "But mail_when=never is set, so no backup run will send a report."}[
+                       settings.mail_when]
     make_mailer(services, None).send_test(
         f"OK: test mail ({host})",
-        f"Somebody asked for this mail with `VmBackup.py ... test-mail` on host {host}. As you can read it, the mail settings "
-        f"of {settings.source} work. {consequence}\n")
+        f"Somebody asked for this mail with `VmBackup.py ... test-mail` on host {host}. As you can read it, "
+        f"the mail settings of {settings.source} work. {consequence}\n")
     return ExitStatus.OK
 
 
@@ -11547,12 +11633,14 @@ def command_verify(services: Services) -> int:
     minutes = services.arguments.parameters["max_time"]
     catalog = open_store(services.settings)
     listing = chosen_vms(catalog, vm, services.log)
-    copies = [copy for stored in listing.vms for copy in (stored.copies[-1:] if wanted == "latest" else stored.copies)
+    copies = [copy for stored in listing.vms for copy in (stored.copies[-1:] if wanted == "latest"
+                                                          else stored.copies)
               if wanted in ("", "latest", copy.name, copy.stamp)]
     if not copies and wanted:
         raise UsageError(f"there is no copy {one_line(wanted)} of {quote_name(vm) if vm else 'any VM'}.")
     if not copies:
-        raise BackupError(f"{catalog.path} holds no copy. Is it the right directory, and is the share mounted?")
+        raise BackupError(f"{catalog.path} holds no copy. Is it the right directory, and is the share "
+                          "mounted?")
     if minutes:                            # the copies that were longest not looked at come first
         copies.sort(key=lambda copy: copy.checked("verified_at") or "")
     verdicts = verify_all(services._replace(catalog=catalog), copies, minutes)
@@ -11570,7 +11658,8 @@ def command_list(services: Services) -> int:
     rows = [list_row(stored, services.settings, catalog, inventory, now) for stored in listing.vms]
     strangers = [] if services.arguments.vm else listing.strangers
     if as_json:
-        log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1, sort_keys=True))
+        log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
+                            sort_keys=True))
         return ExitStatus.OK
     tell_pools = len({row["pool"] for row in rows} - {""}) > 1
     for row in rows:
@@ -11697,7 +11786,8 @@ def drill_all(run: Run, copies: Sequence[Copy], outcomes: List[Outcome], status_
     run.look_again()
 
 
-COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify, "list": command_list,
+COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify,
+            "list": command_list,
             "prune": command_prune, "test-mail": command_test_mail, "restore": command_restore,
             "extract": command_extract, "drill": command_drill}
 
@@ -11708,15 +11798,17 @@ COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": comm
 def help_text() -> str:
     """`VmBackup.py help`."""
     lines = [usage_text(), "",
-             "PASSWORD  the pool's root password (visible to ps), the path of a password file, or - on a host as root",
+             "PASSWORD  the pool's root password (visible to ps), the path of a password file, or - on a "
+             "host as root",
              "TARGET    a config file, or a selector such as web, PROD* or vdi-export=db1",
              "NAME=VALUE  any config key (it wins over the file), or a parameter of the action", "",
              "Actions:"]
-    lines += ["  %-9s %s" % (action.name, action.help) for action in ACTIONS]
+    lines += [f"  {action.name:9} {action.help}" for action in ACTIONS]
     lines += ["", "A crontab line for every host of the pool:",
-              "  10 0 * * 6 /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - /snapshots/NAUbackup/weekend.cfg"
-              " >> /snapshots/NAUbackup/logs/VmBackup.log 2>&1", "", "Exit statuses:"]
-    lines += ["  %3d    %s" % (status, text) for status, text in EXIT_STATUS_HELP]
+              "  10 0 * * 6 /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - "
+              "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/logs/VmBackup.log 2>&1", "", "Exit "
+              "statuses:"]
+    lines += [f"  {int(status):3}    {text}" for status, text in EXIT_STATUS_HELP]
     lines += ["  128+N  stopped by signal N, after clean-up", "",
               "`help config` lists the config keys, `help example` prints an example config."]
     return "\n".join(lines)
@@ -11724,9 +11816,10 @@ def help_text() -> str:
 
 def action_help_text(action: Action) -> str:
     """`VmBackup.py help ACTION`."""
-    lines = ["VmBackup.py PASSWORD TARGET %s%s [NAME=VALUE ...]" % (action.name, " [VM]" if action.takes_vm else ""),
+    lines = [f"VmBackup.py PASSWORD TARGET {action.name}{' [VM]' if action.takes_vm else ''} [NAME=VALUE "
+             "...]",
              "", action.help]
-    lines += ["  %s%s  %s" % (parameter.name, "" if parameter.kind == "word" else "=", parameter.help)
+    lines += [f"  {parameter.name}{'' if parameter.kind == 'word' else '='}  {parameter.help}"
               for parameter in action.parameters]
     return "\n".join(lines)
 
@@ -11748,8 +11841,8 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
         return example_text().rstrip("\n")
     if topic in ACTION_NAMES:
         return action_help_text(ACTIONS[ACTION_NAMES.index(topic)])
-    raise UsageError('there is no help on "%s"; there is on config, example, %s.'
-                     % (one_line(topic), ", ".join(ACTION_NAMES)))
+    raise UsageError(f"there is no help on \"{one_line(topic)}\"; there is on config, example, "
+                     f"{', '.join(ACTION_NAMES)}.")
 
 
 # =============================================================================
@@ -11760,7 +11853,8 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 
 
 def open_standard_descriptors() -> None:
-    """0, 1 and 2 lead somewhere: closed ones would be given to the first files that are opened, and to our children."""
+    """0, 1 and 2 lead somewhere: closed ones would be given to the first files that are opened, and to our
+    children."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -11799,7 +11893,7 @@ def main(argv: Sequence[str]) -> int:
         log.error(str(error))
         return error.exit_status
     except Interrupted as interrupted:
-        log.error("%s." % interrupted)
+        log.error(f"{interrupted}.")
         return 128 + interrupted.number
     except Exception as bug:
         log.bug(bug)

@@ -327,5 +327,9 @@ def test_every_class_and_function_for_others_says_what_is_true_afterwards():
     assert silent == []
 
 
+def test_no_line_is_too_long_to_be_read_beside_another():
+    assert [number for number, line in enumerate(LINES, 1) if len(line) > 110] == []
+
+
 def test_no_work_is_left_to_do_in_comments():
     assert [number for number, line in enumerate(LINES, 1) if re.search(r'\b(TODO|FIXME|XXX)\b', line)] == []
