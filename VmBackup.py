@@ -2788,8 +2788,8 @@ class Transport(xmlrpc.client.Transport):
                 self._connection[1].sock.settimeout(self.timeout_s)
         try:
             return self.single_request(host, handler, request_body, verbose)
-        # whatever ended it, half an answer may still be on its way: not for the next one
         except BaseException:
+            # whatever ended it, half an answer may still be on its way: not for the next one
             self.close()
             raise
         finally:
@@ -3579,7 +3579,7 @@ class SmtpTalk:
             return server.sendmail(sender, recipients, message)
         except smtplib.SMTPRecipientsRefused as error:
             return error.recipients
-        except Exception:
+        except Exception:              # raised on: only the connection is ours to close
             server.close()
             raise
 
@@ -8634,8 +8634,8 @@ class BackupJob:
                     self._read_back(machine, copy, image)
                 run.in_store("sealing the copy", lambda: (
                     run.check_alive(), services.catalog.check_in_place(), copy.seal()))
-        # whatever ended it: what was written goes, unless the storage is what failed
         except BaseException as error:
+            # whatever ended it: what was written goes, unless the storage is what failed
             run.note(error)
             if not isinstance(error, TakenOver):
                 run.tidy(f"removing {copy.name}{PARTIAL}", copy.discard)
