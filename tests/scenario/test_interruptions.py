@@ -179,9 +179,10 @@ def test_after_a_signal_a_pool_that_is_away_is_waited_for_a_minute_and_the_rest_
     pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=MEBIBYTE)])
     shelf = a_shelf(complete('web', days_ago=2))
     with beginning(pool, shelf, 'vm-export=web', 'stall_timeout=1440', is_hurried=True) as process:
-        assert eventually(shelf.unfinished) and eventually(is_exporting(pool)), process.output
-        pool.process.send_signal(away)
+        assert eventually(is_exporting(shelf)), process.output
+        pool.process.send_signal(signal.SIGSTOP)  # first of all, that no failed export is told before the signal
         process.signal(signal.SIGTERM)
+        pool.process.send_signal(away)
         run = process.ending(60)
     assert run.exit_status == 143 and 'The next run tries again' in run.stderr, run
     assert len(shelf.journals()) == 1 and shelf.unfinished() == []

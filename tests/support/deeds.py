@@ -128,9 +128,10 @@ def children_of(pid: int) -> List[int]:
     return found
 
 
-def is_exporting(pool: Pool) -> Callable[[], bool]:
-    """Has an `xe` begun to export an image?"""
-    return lambda: any(pool.calls(pattern) for pattern in ('http:/export', 'http:/export_raw_vdi'))
+def is_exporting(shelf: Shelf) -> Callable[[], bool]:
+    """Have bytes of an image come? (The pool logs an export when it has ended.)"""
+    return lambda: any('.partial/' in name and name.endswith(('.xva', '.raw')) and
+                       os.path.getsize(os.path.join(shelf.path, name)) for name in shelf.tree())
 
 
 def objects(pool: Pool) -> Dict[str, Dict[str, Any]]:
