@@ -531,10 +531,9 @@ EMPTY_NAME = "%00"             # no VM's name can hold a NUL
 def safe_name(name: str) -> str:
     """The VM's name as a directory name that every file system takes.
 
-    Injective: what is not safe stands as %XX (its UTF-8 bytes), a `%` too, so
-    no two names give one result. A plain name stays as the older program wrote
-    it. Never begins with `.` or METADATA_, never ends with `.` or a space, is
-    no reserved Windows name, and never ends as newcomer_name() does.
+    Injective: what is not safe stands as %XX (its UTF-8 bytes), a `%` too, so no two names give one result. A
+    plain name stays as the older program wrote it. Never begins with `.` or METADATA_, never ends with `.` or
+    a space, is no reserved Windows name, and never ends as newcomer_name() does.
     """
     def escape(char: str) -> str:
         return "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
@@ -966,8 +965,7 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
     if not ignore_extra:
         found.extend(extra)
     overridden = {setting.name for setting in arguments}
-    chosen = [setting for setting in known
-              if setting.name not in overridden or setting in arguments]
+    chosen = [setting for setting in known if setting.name not in overridden or setting in arguments]
     values, places = {}, {}          # type: Dict[str, Any], Dict[str, str]
     wildcards = next((s.value.lower() for s in chosen if s.name == "wildcards"), "shell")
     for setting in chosen:
@@ -1121,8 +1119,7 @@ def _bare_selector(text: str, wildcards: str) -> Tuple[str, Tuple[str, str], boo
     elif not re.fullmatch(r"[0-9]+", number) or int(number) < 1:
         raise ValueError('what follows the last ":" must be a whole number from 1, the copies to keep; if '
                          'the colon belongs to the name, write it in quotes, and a regex between slashes: '
-                         '"%s" or /%s/.'
-                         % (one_line(text.replace('"', '\\"')), one_line(text)))
+                         '"%s" or /%s/.' % (one_line(text.replace('"', '\\"')), one_line(text)))
     pattern = pattern.rstrip()
     if not pattern:
         raise ValueError("there is no name before the colon.")
@@ -1618,15 +1615,13 @@ def _duplicate_names(jobs: Sequence[Job]) -> List[Finding]:
 class Copy(NamedTuple):
     """A directory in a VM's directory that is named as a copy is.
 
-    `taken_at` is the local time in its name, naive; `written_at` the UTC time
-    of the manifest. `uuid` is the VM's, "" if unreadable. `problem` says why
-    it does not count as good, "" if it does; `is_unreadable` that the storage did
-    not say what it is. `disks` are those in the image, in words. `pool` is the uuid
-    of the pool that it comes from, and `home` the directory that it was made in, ""
-    where nothing tells. `is_newer`: its manifest is of a later version than this.
-    `aside` says why it is neither counted nor removed, good as it may be, "" if it
-    is. `mark` is what a verdict on it belongs to, the SHA-256 of its manifest;
-    `checks` what is on record of later checks.
+    `taken_at` is the local time in its name, naive; `written_at` the UTC time of the manifest. `uuid` is the
+    VM's, "" if unreadable. `problem` says why it does not count as good, "" if it does; `is_unreadable` that
+    the storage did not say what it is. `disks` are those in the image, in words. `pool` is the uuid of the
+    pool that it comes from, and `home` the directory that it was made in, "" where nothing tells. `is_newer`:
+    its manifest is of a later version than this. `aside` says why it is neither counted nor removed, good as
+    it may be, "" if it is. `mark` is what a verdict on it belongs to, the SHA-256 of its manifest; `checks`
+    what is on record of later checks.
     """
     folder: str
     name: str
@@ -1713,11 +1708,10 @@ def in_order(copies: Iterable[Copy]) -> List[Copy]:
 def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: str = "") -> List[Verdict]:
     """A verdict on each copy of a VM's directory, oldest first, when `keep` good ones of VM and kind stay.
 
-    Only good copies of this uuid and this method are counted or let go. The
-    newest good one always stays; and so do `sealed`, which this run has just
-    made, and the last that we made, which copies of the older program with
-    later stamps do not make old. A copy that can't be read, or of a later version,
-    keeps all: what it is, or needs of the others, is not known here.
+    Only good copies of this uuid and this method are counted or let go. The newest good one always stays; and
+    so do `sealed`, which this run has just made, and the last that we made, which copies of the older program
+    with later stamps do not make old. A copy that can't be read, or of a later version, keeps all: what it
+    is, or needs of the others, is not known here.
     """
     ordered = in_order(copies)
     counted_ones = [copy for copy in ordered if copy.counts_for(uuid, method)]
@@ -1838,8 +1832,7 @@ def retention_warnings(copies: Sequence[Copy], utc: datetime, local: datetime) -
     if unknown is not None:
         place = f"{unknown.folder}/{unknown.name}"
         found.append(f"{place}: {unknown.problem}: nothing is pruned in {unknown.folder}/ until it can be "
-                     "read again."
-                     if unknown.is_unreadable else
+                     "read again." if unknown.is_unreadable else
                      f"{place}/backup.json is of a format that only a newer VmBackup knows: nothing is "
                      f"pruned in {unknown.folder}/ until that version is used here again.")
     return [sentence for sentence in found if sentence]
@@ -2228,9 +2221,8 @@ class XeProgram(NamedTuple):
     def start(self, *arguments: str, stdin: Any = subprocess.DEVNULL) -> Program:
         """xe running that command, its output on a pipe.
 
-        For another pool the password goes through a pipe of its own (`-pwf
-        /dev/fd/N`: line 1 user, line 2 password; ocaml/xe-cli/newcli.ml
-        v26.17.0), so that no argv, file or environment holds it.
+        For another pool the password goes through a pipe of its own (`-pwf /dev/fd/N`: line 1 user, line 2
+        password; ocaml/xe-cli/newcli.ml v26.17.0), so that no argv, file or environment holds it.
         """
         if self.address is None:
             return Program((self.path,) + arguments, stdin=stdin)
@@ -2708,10 +2700,9 @@ class NewFile:
 # =============================================================================
 # 11. Pool
 # =============================================================================
-# The only place that speaks XenAPI. It knows refs and gives values. A call that
-# only asks, or can be repeated without harm, goes through ask(), which waits
-# for a pool that restarts; one that makes or destroys something goes through
-# call(), once: whoever gets AnswerLost asks the pool what became of it.
+# The only place that speaks XenAPI. It knows refs and gives values. A call that only asks, or can be repeated
+# without harm, goes through ask(), which waits for a pool that restarts; one that makes or destroys something
+# goes through call(), once: whoever gets AnswerLost asks the pool what became of it.
 
 READ_TIMEOUT_S = 120
 LOGIN_TRIES = 3
@@ -2848,8 +2839,7 @@ class Pool:
     """A session with the pool's master. Close it, or it stays open there for a day."""
 
     def __init__(self, address: Optional[PoolAddress], password: Optional[str], doorway: Doorway,
-                 trust: Trust,
-                 timeout_s: float, log: Log, signals: Signals) -> None:
+                 trust: Trust, timeout_s: float, log: Log, signals: Signals) -> None:
         """`address` None: this host, by unix socket if `password` is None, else by plain HTTP on loopback."""
         self._address = address
         self._password = password
@@ -2933,8 +2923,7 @@ class Pool:
         else:
             url, context = target.url, self._trust.context()
             self._transport = Transport(lambda timeout_s: _TlsConnection(target.host, target.port, timeout_s,
-                                                                         context,
-                                                                         self._trust.fingerprint))
+                                                                         context, self._trust.fingerprint))
         self._transport.timeout_s = min(READ_TIMEOUT_S, self._patience_s)
         self._session = xenapi.Session(url, transport=self._transport)
         self._guarded("the login", lambda: self._session.login_with_password(
@@ -2968,8 +2957,7 @@ class Pool:
     def call(self, doing: str, method: str, *arguments: Any, **options: Any) -> Any:
         """The answer to one call, sent once. Raises ApiFailure or AnswerLost; `doing` begins their sentence.
 
-        HOST_IS_SLAVE means that nothing was done, so then the master is looked
-        for and the call sent there.
+        HOST_IS_SLAVE means that nothing was done, so then the master is looked for and the call sent there.
         """
         if not self.changes_allowed and not _only_reads(method):
             raise AssertionError("a preview must not call " + method)
@@ -3086,8 +3074,7 @@ class Pool:
         # sent on: the session is the master's, we are not
         if self._address is None and self._master is not None:
             host = own_host(list(values.values()), read_text_file(INVENTORY_FILE),
-                            self._doorway.plain_address().host,
-                            socket.gethostname()) or host
+                            self._doorway.plain_address().host, socket.gethostname()) or host
         real = []
         for ref, record in machines.items():
             if not can_be_told_apart(record):
@@ -3138,8 +3125,7 @@ class Pool:
             ref, machine.text("uuid"), machine.text("name_label"), machine.text("name_description"),
             machine.text("power_state"), tuple(machine.texts("tags")), machine.text("memory_dynamic_max"),
             machine.text("VCPUs_max"), machine.text("VCPUs_at_startup"),
-            machine.text("guest_metrics") or NULL_REF,
-            tuple(disks), tuple(problems))
+            machine.text("guest_metrics") or NULL_REF, tuple(disks), tuple(problems))
 
     def _disk(self, vbd: "Fields", record: Dict[str, Any], problems: List[str]) -> Disk:
         """The disk that a VBD record and its VDI record make."""
@@ -3148,12 +3134,10 @@ class Pool:
         disk = Disk(vbd.text("uuid"), vbd.text("userdevice"),
                     vbd.text("device") or device_name(vbd.text("userdevice")),
                     vbd.flag("bootable"), vbd.text("mode"), vbd.text("type"), vbd.flag("unpluggable"),
-                    vbd.text("VDI"),
-                    vdi.text("uuid"), vdi.text("name_label"), vdi.text("name_description"),
+                    vbd.text("VDI"), vdi.text("uuid"), vdi.text("name_label"), vdi.text("name_description"),
                     vdi.number("virtual_size"),
                     vdi.text("type"), vdi.flag("sharable"), vdi.flag("read_only"), sr_ref,
-                    self._sr_uuid(sr_ref),
-                    vdi.text("snapshot_of"))
+                    self._sr_uuid(sr_ref), vdi.text("snapshot_of"))
         if not disk.sr_uuid:
             problems.append(f"its disk {disk.device} {quote_name(disk.name)} lies on an SR that is not in "
                             f"the pool ({quote_name(sr_ref)}): no snapshot can be made of it.")
@@ -3216,8 +3200,7 @@ class Pool:
         for ref in sorted(set(refs)):
             record = Fields("an SR", read("reading an SR", "SR.get_record", ref), [])
             found.append(StorageRepository(ref, record.text("uuid"), record.text("name_label"),
-                                           record.text("content_type"),
-                                           record.number("physical_size"),
+                                           record.text("content_type"), record.number("physical_size"),
                                            record.number("physical_utilisation")))
         return found
 
@@ -5896,8 +5879,7 @@ class Catalog:
             return copy._replace(checks=self._checks(copy))
         except CatalogError as error:
             return copy._replace(problem=copy.problem or "whether a check has condemned it can't be read "
-                                                         "now: "
-                                 + str(error).rstrip("."), is_unreadable=True)
+                                                         "now: " + str(error).rstrip("."), is_unreadable=True)
 
     def _checks(self, copy: Copy) -> Dict[str, Any]:
         """What is on record about the copy, {} if nothing. It belongs to its manifest, not to its name."""
@@ -6300,8 +6282,7 @@ def _at_home(copy: Copy) -> Copy:
 def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[str, str]:
     """The name under which the image stands now, and what is wrong with it ("" if nothing).
 
-    NAME counts while it is there; a storage host may have put NAME.gz or
-    NAME.zst in its place.
+    NAME counts while it is there; a storage host may have put NAME.gz or NAME.zst in its place.
     """
     status = inside.status(name)
     if status is not None:
@@ -6506,10 +6487,9 @@ def checksum_line(digest: str, name: str) -> str:
 # =============================================================================
 # 18. Ownership
 # =============================================================================
-# What is ours in a pool: snapshots of VMs and of disks, and what restore and drill
-# make, journal first. Ours is only what an open entry of a journal proves: by the uuid
-# noted when the answer came, or by the token that the thing was born with. A name
-# without the token proves nothing.
+# What is ours in a pool: snapshots of VMs and of disks, and what restore and drill make, journal first. Ours
+# is only what an open entry of a journal proves: by the uuid noted when the answer came, or by the token that
+# the thing was born with. A name without the token proves nothing.
 
 BUSY_PATIENCE_S = 180          # how long a disk that is still attached to a control domain is waited for
 BUSY_PAUSE_S = 2
@@ -6530,11 +6510,10 @@ IMPORT_END_PATIENCE_S = 180    # how long a broken import is waited for: the ser
 class OpenEntry:
     """Something that we have, or may have, in a pool: what it is and how to prove that it is ours.
 
-    `facts` is what was written so far. kind `vm-snapshot`: token, vm_uuid,
-    vm_name, name, called_at, then uuid and disks (uuids). kind `vdi-snapshot`:
-    token, vm_uuid, vm_name, disk (uuid), called_at; then, just before the call,
-    known (uuids of what bears the key by then) and calling_at (by the server's
-    clock); then uuid. Both: answer, if it was none or a failure.
+    `facts` is what was written so far. kind `vm-snapshot`: token, vm_uuid, vm_name, name, called_at, then
+    uuid and disks (uuids). kind `vdi-snapshot`: token, vm_uuid, vm_name, disk (uuid), called_at; then, just
+    before the call, known (uuids of what bears the key by then) and calling_at (by the server's clock); then
+    uuid. Both: answer, if it was none or a failure.
     """
 
     def __init__(self, journal: "RunJournal", number: int, facts: Dict[str, Any]) -> None:
@@ -7284,8 +7263,7 @@ class ImportedVms(Owned):
         """A finding about something of ours that stays in the pool, with the commands that remove it."""
         if self._facts.get("restored"):
             self._tell(self._entry, "the restored VM is whole; only the record of its import in the pool's "
-                                    "list of tasks "
-                       + what)
+                                    "list of tasks " + what)
         else:
             super().tell_left(what, by_hand)
 
@@ -7558,9 +7536,8 @@ class Snapshots:
 # =============================================================================
 # 19. Run
 # =============================================================================
-# What every deed has around it: the values that tell how it went, store and
-# pool as config and password name them, and the frame (journal, what dead runs
-# left, the way out) of a deed that makes things in the pool.
+# What every deed has around it: the values that tell how it went, store and pool as config and password name
+# them, and the frame (journal, what dead runs left, the way out) of a deed that makes things in the pool.
 
 
 class Outcome(NamedTuple):
@@ -8160,8 +8137,7 @@ class Exporter:
         if status is None:
             raise ProgramError(f"{doing}: xe sent its last byte but did not end within "
                                f"{format_duration(PROGRAM_ENDING_S)}; it was killed, and what it sent does "
-                               f"not count.",
-                               passing=True)
+                               f"not count.", passing=True)
         problem = xe_problem(status, xe.said)
         if problem:
             raise ProgramError(f"{doing} failed: {problem.rstrip('.')}.",
@@ -8212,10 +8188,9 @@ def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ..
 class Watch:
     """Called about once a second while data flow: signals, progress, stalls and the space on the SR.
 
-    Time limits are about progress, never about total time. A byte is a sign of
-    life; for a vm-export also the progress of the task that the server keeps in
-    the snapshot's current_operations, as a sparse disk may be silent for long,
-    and for an import that of the tasks that were made for it.
+    Time limits are about progress, never about total time. A byte is a sign of life; for a vm-export also the
+    progress of the task that the server keeps in the snapshot's current_operations, as a sparse disk may be
+    silent for long, and for an import that of the tasks that were made for it.
     """
 
     def __init__(self, services: Services, doing: str, size_bytes: int = 0, sr_refs: Sequence[str] = (),
@@ -8331,8 +8306,7 @@ class BackupRun:
         tried = {outcome.uuid for outcome in self._outcomes}
         rest = [untried(job) for job in self._plan.jobs if job.machine.uuid not in tried]
         return self.run.report(BACKUP_WORDING, ended)._replace(
-            outcomes=tuple(self._outcomes + rest),
-            missing=tuple(text for _, text in self._plan.missing),
+            outcomes=tuple(self._outcomes + rest), missing=tuple(text for _, text in self._plan.missing),
             findings=tuple(self._findings + self.run.snapshots.findings), dump_error=self._dump_error)
 
     def _do_all(self) -> None:
@@ -8722,8 +8696,7 @@ class BackupJob:
             "image": {"name": image.name, "format": image.format, "compression": image.compression,
                       "size": image.size, "sha256": image.sha256,
                       "plain_size": image.plain_size, "plain_sha256": image.plain_sha256},
-            "disks": list(image.disks),
-            "verified": {"structure": True, "block_digests": image.block_digests,
+            "disks": list(image.disks), "verified": {"structure": True, "block_digests": image.block_digests,
                          "block_digests_checked": image.block_digests_checked, "blocks": image.blocks,
                          "read_back": self._services.settings.verify_after},
         }
@@ -9116,8 +9089,7 @@ def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
                     if vif:
                         add("VIF", file, VM="vm", network="network " + file, other_config={},
                             qos_algorithm_type="", qos_algorithm_params={}, device=vif.get("device", "0"),
-                            MAC=vif.get("MAC", ""),
-                            MTU=vif.get("MTU", "1500"))
+                            MAC=vif.get("MAC", ""), MTU=vif.get("MTU", "1500"))
                         add("network", "network " + file, name_label=vif.get("network_name_label", ""))
                 continue
             vbd, vdi, device = read(folder, "vbd.cfg"), read(folder, "vdi.cfg"), name[len("DISK-"):]
@@ -9126,8 +9098,7 @@ def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
                 userdevice=vbd.get("userdevice") or (str(number) if number < 1 << 30 else device),
                 bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"),
                 type=vbd.get("type", "Disk"), unpluggable=vbd.get("unpluggable") == "True", empty=False,
-                other_config={"owner": ""},
-                qos_algorithm_type="", qos_algorithm_params={})
+                other_config={"owner": ""}, qos_algorithm_type="", qos_algorithm_params={})
             add("VDI", key, uuid=vdi.get("orig_uuid", ""), SR="sr " + key, other_config={},
                 virtual_size=size if re.fullmatch("[0-9]{1,18}", size) else "0", type=vdi.get("type", "user"),
                 name_label=vdi.get("name_label", ""), name_description=vdi.get("name_description", ""))
@@ -9304,13 +9275,12 @@ def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: 
 # read; plan_restore, which is pure, says what will be made and why, or why not;
 # Importer makes it, journal first, and takes everything back unless all matched.
 #
-# Everything comes in through `xe vm-import`: it keeps all fields of a VM, it leaves
-# empty space empty, and it refuses a damaged block. An archive's ova.xml is rewritten
-# as it streams in. A raw or VHD image becomes an archive on the way, with the VM's own
-# ova.xml from vm-metadata.xml: so VHD needs no file (`xe vdi-import format=vhd` can't
-# read a pipe), and a disk of which little is used costs little. As one import has one
-# SR, an archive whose disks belong on several is cut into parts, each imported on its
-# own; the disks are then hung on the VM of the first.
+# Everything comes in through `xe vm-import`: it keeps all fields of a VM, it leaves empty space empty, and it
+# refuses a damaged block. An archive's ova.xml is rewritten as it streams in. A raw or VHD image becomes an
+# archive on the way, with the VM's own ova.xml from vm-metadata.xml: so VHD needs no file (`xe vdi-import
+# format=vhd` can't read a pipe), and a disk of which little is used costs little. As one import has one SR,
+# an archive whose disks belong on several is cut into parts, each imported on its own; the disks are then
+# hung on the VM of the first.
 
 THICK_SR_TYPES = ("lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")      # a disk takes its whole size there
 ISO_SR_TYPES = ("iso", "udev")
@@ -9352,10 +9322,9 @@ class SourceDisk(NamedTuple):
 class Source(NamedTuple):
     """An image to bring back, and what is known of it.
 
-    `inside`: its directory, open. `ova`: the archive's own, or vm-metadata.xml for an
-    image of one disk; {} if there is none. `original`: the VM's own record, {} if
-    unknown. `disks` are in the image, `lacking` are the VM's others. `first_disk`: the
-    one whose blocks come first in an archive.
+    `inside`: its directory, open. `ova`: the archive's own, or vm-metadata.xml for an image of one disk; {}
+    if there is none. `original`: the VM's own record, {} if unknown. `disks` are in the image, `lacking` are
+    the VM's others. `first_disk`: the one whose blocks come first in an archive.
     """
     inside: Directory
     copy: Copy
@@ -9623,8 +9592,7 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
         rows = sorted({f"vm=uuid:{stored.uuid or '?'} is {quote_name(stored.name)} in {stored.folder}/"
                        for stored in found})
         raise UsageError(f"{quote_name(vm)} stands for {len({stored.uuid for stored in found})} VMs in the "
-                         "store: name one. "
-                         + "; ".join(rows))
+                         "store: name one. " + "; ".join(rows))
     copies = in_order(copy for stored in found for copy in stored.copies)
     if len({stored.folder for stored in found}) > 1:
         copies.sort(key=lambda copy: copy.taken_at)
@@ -9819,9 +9787,8 @@ class ExistingDisk(NamedTuple):
 class RestorePlan(NamedTuple):
     """What a restore will make, with reasons; nothing is made if there are `problems`.
 
-    `uuid`: the one that the VM is to keep, "" for a new one. `parts`: for each import
-    its SR and the ids of its disks, in the order of the archive. `new_mac_seed`: a kept
-    one would clash.
+    `uuid`: the one that the VM is to keep, "" for a new one. `parts`: for each import its SR and the ids of
+    its disks, in the order of the archive. `new_mac_seed`: a kept one would clash.
     """
     source: Source
     wishes: Wishes
@@ -10209,8 +10176,7 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str]) 
     record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False,
                   is_a_snapshot=False, snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF,
                   VIFs=[], VBDs=list(vbds), ha_always_run=False, blocked_operations={}, current_operations={},
-                  allowed_operations=[], resident_on=NULL_REF,
-                  uuid=plan.uuid or record["uuid"] or new_uuid())
+                  allowed_operations=[], resident_on=NULL_REF, uuid=plan.uuid or record["uuid"] or new_uuid())
     if "children" in record:
         record["children"] = []
     if plan.new_mac_seed or not is_to_stay:
@@ -10922,8 +10888,7 @@ def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> O
 # =============================================================================
 # 24. Reports
 # =============================================================================
-# A Report becomes words: status log, last line, mail. And the way out of the
-# mails, and what a preview shows.
+# A Report becomes words: status log, last line, mail. And the way out of the mails, and what a preview shows.
 
 STATUS_LOG_LIMIT_S = 20           # it often lies on the very share that hangs
 
@@ -11472,8 +11437,7 @@ def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
 def gone_texts(rows: Sequence[Dict[str, Any]], inventory: Optional[Inventory]) -> List[str]:
     """A line for each VM and kind of the store that the pool has no more."""
     return [f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in "
-            f"{row['folder']}/"
-            for row in rows if is_in_pool(inventory, row["uuid"], row["pool"]) is False]
+            f"{row['folder']}/" for row in rows if is_in_pool(inventory, row["uuid"], row["pool"]) is False]
 
 
 def list_summary(rows: Sequence[Dict[str, Any]]) -> str:
@@ -11486,8 +11450,7 @@ def list_summary(rows: Sequence[Dict[str, Any]]) -> str:
 # =============================================================================
 # 25. Commands
 # =============================================================================
-# One function per action, and what reads the config file and writes the
-# password file.
+# One function per action, and what reads the config file and writes the password file.
 
 
 def load_configuration(arguments: Arguments) -> Configuration:
