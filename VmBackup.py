@@ -1388,6 +1388,56 @@ def example_text() -> str:
     return "\n".join(lines) + "\n"
 
 
+def help_text() -> str:
+    """`VmBackup.py help`."""
+    lines = [usage_text(), "",
+             "PASSWORD  the pool's root password (visible to ps), the path of a password file, or - on a "
+             "host as root",
+             "TARGET    a config file, or a selector such as web, PROD* or vdi-export=db1",
+             "NAME=VALUE  any config key (it wins over the file), or a parameter of the action", "",
+             "Actions:"]
+    lines += [f"  {action.name:9} {action.help}" for action in ACTIONS]
+    lines += ["", "A crontab line for every host of the pool:",
+              "  10 0 * * 6 /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - "
+              "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/logs/VmBackup.log 2>&1", "", "Exit "
+              "statuses:"]
+    lines += [f"  {int(status):3}    {text}" for status, text in EXIT_STATUS_HELP]
+    lines += ["  128+N  stopped by signal N, after clean-up", "",
+              "`help config` lists the config keys, `help example` prints an example config."]
+    return "\n".join(lines)
+
+
+def action_help_text(action: Action) -> str:
+    """`VmBackup.py help ACTION`."""
+    lines = [f"VmBackup.py PASSWORD TARGET {action.name}{' [VM]' if action.takes_vm else ''} [NAME=VALUE "
+             "...]",
+             "", action.help]
+    lines += [f"  {parameter.name}{'' if parameter.kind == 'word' else '='}  {parameter.help}"
+              for parameter in action.parameters]
+    return "\n".join(lines)
+
+
+def asked_help(words: Sequence[str]) -> Optional[str]:
+    """The text that was asked for, None if none was; UsageError for a topic that does not exist."""
+    if words[0] in ("config", "example") and len(words) == 1:
+        words = ("help",) + tuple(words)
+    if words[0] in ("--version", "-V") and len(words) == 1:
+        return "VmBackup " + VERSION
+    if words[0] not in ("help", "-h", "--help") or len(words) > 2:
+        return None
+    if len(words) == 1:
+        return help_text()
+    topic = words[1]
+    if topic == "config":
+        return option_help()
+    if topic == "example":
+        return example_text().rstrip("\n")
+    if topic in ACTION_NAMES:
+        return action_help_text(ACTIONS[ACTION_NAMES.index(topic)])
+    raise UsageError(f"there is no help on \"{one_line(topic)}\"; there is on config, example, "
+                     f"{', '.join(ACTION_NAMES)}.")
+
+
 # =============================================================================
 # 6. Selection and plan
 # =============================================================================
@@ -11753,59 +11803,6 @@ COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": comm
             "list": command_list,
             "prune": command_prune, "test-mail": command_test_mail, "restore": command_restore,
             "extract": command_extract, "drill": command_drill}
-
-
-# --- help --------------------------------------------------------------------------------------
-
-
-def help_text() -> str:
-    """`VmBackup.py help`."""
-    lines = [usage_text(), "",
-             "PASSWORD  the pool's root password (visible to ps), the path of a password file, or - on a "
-             "host as root",
-             "TARGET    a config file, or a selector such as web, PROD* or vdi-export=db1",
-             "NAME=VALUE  any config key (it wins over the file), or a parameter of the action", "",
-             "Actions:"]
-    lines += [f"  {action.name:9} {action.help}" for action in ACTIONS]
-    lines += ["", "A crontab line for every host of the pool:",
-              "  10 0 * * 6 /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - "
-              "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/logs/VmBackup.log 2>&1", "", "Exit "
-              "statuses:"]
-    lines += [f"  {int(status):3}    {text}" for status, text in EXIT_STATUS_HELP]
-    lines += ["  128+N  stopped by signal N, after clean-up", "",
-              "`help config` lists the config keys, `help example` prints an example config."]
-    return "\n".join(lines)
-
-
-def action_help_text(action: Action) -> str:
-    """`VmBackup.py help ACTION`."""
-    lines = [f"VmBackup.py PASSWORD TARGET {action.name}{' [VM]' if action.takes_vm else ''} [NAME=VALUE "
-             "...]",
-             "", action.help]
-    lines += [f"  {parameter.name}{'' if parameter.kind == 'word' else '='}  {parameter.help}"
-              for parameter in action.parameters]
-    return "\n".join(lines)
-
-
-def asked_help(words: Sequence[str]) -> Optional[str]:
-    """The text that was asked for, None if none was; UsageError for a topic that does not exist."""
-    if words[0] in ("config", "example") and len(words) == 1:
-        words = ("help",) + tuple(words)
-    if words[0] in ("--version", "-V") and len(words) == 1:
-        return "VmBackup " + VERSION
-    if words[0] not in ("help", "-h", "--help") or len(words) > 2:
-        return None
-    if len(words) == 1:
-        return help_text()
-    topic = words[1]
-    if topic == "config":
-        return option_help()
-    if topic == "example":
-        return example_text().rstrip("\n")
-    if topic in ACTION_NAMES:
-        return action_help_text(ACTIONS[ACTION_NAMES.index(topic)])
-    raise UsageError(f"there is no help on \"{one_line(topic)}\"; there is on config, example, "
-                     f"{', '.join(ACTION_NAMES)}.")
 
 
 # =============================================================================
