@@ -1,12 +1,12 @@
 """Fixtures that all tests share."""
 
 import shutil
-import signal
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 
+from support import warm
 from support.deeds import backup
 from support.language import described, disk, vm
 from support.process import Pool
@@ -56,11 +56,7 @@ def a_store() -> Iterator[str]:
         shelf.remove()
 
 
-# Who is started in the background, or by nohup, is deaf to these signals, and so are all its children; tests send them.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, handler)
-
+warm.hear_signals()
 LONGEST_ID = 200
 #: Programs that some tests need, and what is said where one is missed. tests/run says so too.
 MISSED = {'zstd': 'zstd was not found (apt-get install zstd)',

@@ -49,6 +49,14 @@ def can_be_warm(environment: Dict[str, str]) -> bool:
                 or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
 
 
+def hear_signals() -> None:
+    """What this process was told to ignore (nohup, a shell's background job) a handler passes over instead, so that the
+    programs that it starts are not deaf to it: they would be started cold, and no signal could be tried on them."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 def start(arguments: Sequence[str], environment: Dict[str, str], stdin: Any = subprocess.DEVNULL,
           stdout: Any = subprocess.PIPE, stderr: Any = subprocess.PIPE, cwd: str = '/') -> Any:
     """`arguments`: the program's file (or the folder that holds its __main__.py) and its words. A Python warning ends it."""
