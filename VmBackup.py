@@ -4362,58 +4362,65 @@ ZERO_MEBIBYTE = bytes(MEBIBYTE)
 
 
 class MebibyteSink:
-    """Is shown the contents of disks by a check, puts them together to MiBs, and has `mebibyte` do something
-    with each that is not all zeros, in order. What was left out of an image is zeros and is not shown."""
+    """Is shown the contents of disks by a check, puts them together to MiBs, and gives each that is not all
+    zeros to `take`, in order: disk, number, content, which is gone with the call.
 
-    def __init__(self) -> None:
+    What was left out of an image is zeros and is not shown. With `wanted` it takes of that disk only;
+    `taken_bytes` were given.
+    """
+
+    def __init__(self, take: Callable[[str, int, memoryview], Any], wanted: str = "") -> None:
+        self.taken_bytes = 0
+        self._take, self._wanted = take, wanted
         self._chunk = bytearray(MEBIBYTE)
         self._disk, self._number = "", 0
 
     def put(self, disk: str, offset: int, view: memoryview) -> None:
         """That part of the disk is taken; the view is gone with the call."""
+        if self._wanted and disk != self._wanted:
+            return
         while len(view):
             number, begin = divmod(offset, MEBIBYTE)
             if (disk, number) != (self._disk, self._number):
-                self._flush()
+                self.flush()
                 self._disk, self._number = disk, number
             piece = view[:MEBIBYTE - begin]
             self._chunk[begin:begin + len(piece)] = piece
             offset += len(piece)
             view = view[len(piece):]
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """All that was shown is taken."""
         if self._chunk != ZERO_MEBIBYTE:
-            self.mebibyte(self._disk, self._number, memoryview(self._chunk))
+            self._take(self._disk, self._number, memoryview(self._chunk))
+            self.taken_bytes += MEBIBYTE
             self._chunk[:] = ZERO_MEBIBYTE
-
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        """Takes one MiB of a disk that is not all zeros; the content is gone with the call."""
-        raise NotImplementedError
 
     def finish(self) -> None:
         """All has been shown, and the check is content."""
-        self._flush()
+        self.flush()
 
     def salvage(self) -> None:
         """What was shown counts, although there is damage behind it."""
-        self._flush()
+        self.flush()
 
     def close(self) -> None:
         """Nothing is held open. Called last in every case."""
 
 
-class ContentDigests(MebibyteSink):
-    """64 bits of the SHA-1 of each MiB, by disk: enough to see damage, and 8 MiB for a disk of a TiB."""
+def note_digest(disks: Dict[str, array], disk: str, number: int, content: memoryview) -> None:
+    """64 bits of the SHA-1 of that MiB are among the disk's: enough to see damage, and 8 MiB for a disk of a
+    TiB."""
+    digests = disks.setdefault(disk, array("Q"))
+    if number >= len(digests):
+        digests.extend(array("Q", bytes(8 * (number + 1 - len(digests)))))
+    digests[number] = int.from_bytes(hashlib.sha1(content).digest()[:8], "big")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.disks: Dict[str, array] = {}
 
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        digests = self.disks.setdefault(disk, array("Q"))
-        if number >= len(digests):
-            digests.extend(array("Q", bytes(8 * (number + 1 - len(digests)))))
-        digests[number] = int.from_bytes(hashlib.sha1(content).digest()[:8], "big")
+def write_in_place(fd: int, _: str, number: int, content: memoryview) -> None:
+    """That MiB of a disk is in the file; those of zeros, which never come here, take no room in it."""
+    os.lseek(fd, number * MEBIBYTE, os.SEEK_SET)
+    write_all(fd, content)
 
 
 # =============================================================================
@@ -5093,52 +5100,55 @@ class ArchiveFeed(Consumer):
             pipe.close()
 
 
-class ImageFeed(MebibyteSink):
-    """The sink of an image's check that makes an archive of its one disk, for the import.
+class DiskFeed(MebibyteSink):
+    """The sink of an image's check that gives its one disk to an import.
 
-    A block for each MiB with SHA-1, which all versions of the importer know; MiBs of zeros are left out but
-    for the first and the last (stream_vdi.ml@v26.17.0).
+    With `ova` as an archive: a block for each MiB with SHA-1, which all versions of the importer know; MiBs
+    of zeros are left out but for the first and the last (stream_vdi.ml@v26.17.0). Without it raw and whole,
+    for `xe vdi-import format=raw`.
     """
 
-    def __init__(self, pipe: PartPipe, ova: bytes, disk_id: str, virtual_size: int) -> None:
-        super().__init__()
-        self._pipe, self._ova, self._id, self._size = pipe, ova, disk_id, virtual_size
+    def __init__(self, pipe: PartPipe, virtual_size: int, ova: bytes = b"", disk_id: str = "") -> None:
+        super().__init__(self._give)
+        self._pipe, self._size, self._ova, self._id = pipe, virtual_size, ova, disk_id
         self._last = max(0, -(-virtual_size // MEBIBYTE) - 1)
-        self._next = -1                    # the number that comes next; -1 before ova.xml
+        self._next = 0
         self.close = pipe.close
 
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        """That block is in the archive."""
-        if self._next < 0:
-            self._pipe.write(tar_member("ova.xml", self._ova))
-            self._next = 0
+    def _give(self, _: str, number: int, content: memoryview) -> None:
+        """All up to that MiB is with the import."""
         if number > self._last:
             raise VerificationError(f"the image has data behind the end of the disk, in its MiB {number}")
-        if number and not self._next:
-            self._write(0, memoryview(ZERO_MEBIBYTE))
+        if self._ova and not self._next:
+            self._pipe.write(tar_member("ova.xml", self._ova))
+        for empty in range(self._next, min(number, 1) if self._ova else number):
+            self._write(empty, memoryview(ZERO_MEBIBYTE))
         self._write(number, content)
 
     def _write(self, number: int, content: memoryview) -> None:
         content = content[:self._size - number * MEBIBYTE]
         name = f"{self._id}/{number:08d}"
-        self._pipe.write(tar_header(name, len(content)))
+        if self._ova:
+            self._pipe.write(tar_header(name, len(content)))
         self._pipe.write(content)
-        self._pipe.write(bytes(-len(content) % SECTOR_BYTES)
-                         + tar_member(name + ".checksum", hashlib.sha1(content).hexdigest().encode("ascii")))
+        if self._ova:
+            digest = hashlib.sha1(content).hexdigest().encode("ascii")
+            self._pipe.write(bytes(-len(content) % SECTOR_BYTES) + tar_member(name + ".checksum", digest))
         self._next = number + 1
 
     def salvage(self) -> None:
-        """The archive is complete with what came up to here, the rest zeros; none is made if nothing came."""
-        self._flush()
-        if self._next >= 0:
+        """The disk is complete with what came up to here, the rest zeros; nothing came: nothing is given."""
+        self.flush()
+        if self._next:
             self.finish()
 
     def finish(self) -> None:
-        """The archive is complete: call it when the image has ended well."""
-        self._flush()
+        """The disk is complete: call it when the image has ended well."""
+        self.flush()
         if self._next <= self._last:
-            self.mebibyte(self._id, self._last, memoryview(ZERO_MEBIBYTE))
-        self._pipe.write(XVA_END)
+            self._give(self._id, self._last, memoryview(ZERO_MEBIBYTE))
+        if self._ova:
+            self._pipe.write(XVA_END)
         self._pipe.close()
 
 
@@ -5175,56 +5185,6 @@ class RawCheck(DiskCheck):
             self._show("image", reader.position - len(piece), piece)
         reader.end()
         return reader.position, -(-reader.position // MEBIBYTE), reader.position
-
-
-class RawFeed(MebibyteSink):
-    """The sink that gives a disk's whole contents, zeros too, to `xe vdi-import format=raw`."""
-
-    def __init__(self, pipe: PartPipe, virtual_size: int) -> None:
-        super().__init__()
-        self._pipe, self._size, self._next = pipe, virtual_size, 0
-        self.close = pipe.close
-
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        """All up to that MiB is with xe."""
-        for _ in range(self._next, number):
-            self._pipe.write(ZERO_MEBIBYTE)
-        self._pipe.write(content[:max(0, self._size - number * MEBIBYTE)])
-        self._next = number + 1
-
-    def salvage(self) -> None:
-        """What came up to here is with xe, the rest zeros; xe is not started if nothing came."""
-        self._flush()
-        if self._next:
-            self.finish()
-
-    def finish(self) -> None:
-        """All is with xe: call it when the image has ended well."""
-        self._flush()
-        while self._next * MEBIBYTE < self._size:
-            self._pipe.write(ZERO_MEBIBYTE[:self._size - self._next * MEBIBYTE])
-            self._next += 1
-        self._pipe.close()
-
-
-class SparseImage(MebibyteSink):
-    """The sink that writes one disk into a file without MiBs of zeros; the descriptor is the caller's."""
-
-    def __init__(self, fd: int, disk: str) -> None:
-        super().__init__()
-        self._fd, self._wanted = fd, disk
-        self.written_bytes = 0
-
-    def put(self, disk: str, offset: int, view: memoryview) -> None:
-        """That part of the disk is taken; those of other disks are only checked."""
-        if disk == self._wanted:
-            super().put(disk, offset, view)
-
-    def mebibyte(self, disk: str, number: int, content: memoryview) -> None:
-        """That MiB is in the file."""
-        os.lseek(self._fd, number * MEBIBYTE, os.SEEK_SET)
-        write_all(self._fd, content)
-        self.written_bytes += len(content)
 
 
 # ---- VHD ---------------------------------------------------------------------------------------------------
@@ -10312,7 +10272,7 @@ class Importer:
 
         def new_feed(pipes: Sequence[PartPipe]) -> Any:
             if not source.is_archive:
-                return ImageFeed(pipes[0], ovas[0], source.disks[0].id, source.disks[0].virtual_size)
+                return DiskFeed(pipes[0], source.disks[0].virtual_size, ovas[0], source.disks[0].id)
             is_whole = source.manifest and len(ovas) == 1 and set(exported_disks(source.ova)) == set(ids[0])
             return ArchiveFeed(pipes, ovas, ids, bool(source.manifest), bool(is_whole))
         return self._stream(doing, plan, commands, tasks, new_feed, sink)
@@ -10340,7 +10300,7 @@ class Importer:
         pool.call(doing, "VBD.create", vbd_fields(dict(vbd, VDI=new_disk), machine))
         size = int(pool.ask(doing, "VDI.get_virtual_size", new_disk))
         command = ["vdi-import", f"uuid={uuid}", "filename=/dev/stdin", "format=raw"]
-        problem = self._stream(doing, plan, [command], (), lambda pipes: RawFeed(pipes[0], size), sink)
+        problem = self._stream(doing, plan, [command], (), lambda pipes: DiskFeed(pipes[0], size), sink)
         pool.ask(doing, "VDI.remove_from_other_config", new_disk, key)
         return problem
 
@@ -10726,7 +10686,8 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
         if free is not None and free < disk.virtual_size:
             services.log.warning(f"{file.shown}: {format_size(free)} are free there, less than the disk's "
                                  f"full size of {format_size(disk.virtual_size)}; its zeros take no room.")
-        sink = SparseImage(file.fd, disk.id if source.is_archive else "image")
+        sink = MebibyteSink(functools.partial(write_in_place, file.fd),
+                            disk.id if source.is_archive else "image")
         check = stream_image(source, reading_progress(services, title, source.copy.size_bytes), [sink])
         size = disk.virtual_size or check.report.virtual_size
         file.complete(size)
@@ -10734,7 +10695,7 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
         "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked
         else "; the structure is whole")
     return (f"{path}: disk {disk.title} of {quote_name(source.vm_name)} ({source.copy.name}), "
-            f"{format_size(size)}, of which {format_size(sink.written_bytes)} are not zeros; {proven}.")
+            f"{format_size(size)}, of which {format_size(sink.taken_bytes)} are not zeros; {proven}.")
 
 
 def extract_metadata(services: Services, source: Source, path: str) -> int:
@@ -10770,8 +10731,9 @@ class Drill:
 
     def run(self, plan: RestorePlan, boot_s: float) -> str:
         """What was proven; raises what went wrong. Nothing is left in the pool, or a finding says so."""
-        expected = ContentDigests()
-        with self._importer.imported(plan, expected) as imported:
+        expected: Dict[str, array] = {}
+        sink = MebibyteSink(functools.partial(note_digest, expected))
+        with self._importer.imported(plan, sink) as imported:
             for planned in plan.disks:
                 self._compare(plan, imported, planned, expected)
             if boot_s:
@@ -10779,21 +10741,22 @@ class Drill:
         return "restored and compared"
 
     def _compare(self, plan: RestorePlan, imported: ImportedVm, planned: PlannedDisk,
-                 expected: ContentDigests) -> None:
+                 expected: Dict[str, array]) -> None:
         """ProgramError unless the disk in the pool holds what the image held: that matched its digests."""
         doing = f"reading back disk {planned.disk.device} of {imported.entry.title}"
         record = self._services.pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
         size = int(record["virtual_size"])
         is_sparse = planned.sr.type in VHD_SR_TYPES and size <= VHD_LARGEST_BYTES
-        found = ContentDigests()
+        found: Dict[str, array] = {}
+        sink = MebibyteSink(functools.partial(note_digest, found))
         self._services.log.info(f"{doing}, {format_size(size)}.")
         try:
-            self._exporter.disk_contents(doing, record["uuid"], size, "vhd" if is_sparse else "raw", found)
+            self._exporter.disk_contents(doing, record["uuid"], size, "vhd" if is_sparse else "raw", sink)
         except VerificationError as error:
             raise ProgramError(str(error))
-        held = expected.disks.get(planned.disk.id if plan.source.is_archive else "image", ())
+        held = expected.get(planned.disk.id if plan.source.is_archive else "image", ())
         # What one of them does not reach to is zeros.
-        pairs = itertools.zip_longest(held, found.disks.get("image", ()), fillvalue=0)
+        pairs = itertools.zip_longest(held, found.get("image", ()), fillvalue=0)
         difference = next((number for number, (one, other) in enumerate(pairs) if one != other), None)
         if difference is not None:
             raise ProgramError(f"{imported.entry.title}: disk {planned.disk.title} came back different: its "
