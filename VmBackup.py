@@ -2463,6 +2463,11 @@ class Directory:
             return os.stat(path, dir_fd=self.fd, follow_symlinks=False)
         return None
 
+    def leads_to(self, name: str, fd: int) -> bool:
+        """Is what stands under that name what is open there?"""
+        status = self.status(name)
+        return status is not None and os.path.samestat(status, status_of(fd))
+
     def is_directory(self, name: str) -> bool:
         """Is there a real directory of that name?"""
         status = self.status(name)
@@ -6467,8 +6472,7 @@ class NewCopy:
         try:
             self._parent.rename(self.name + PARTIAL, self.name)
         except CatalogError as error:
-            there, own = self._parent.status(self.name), status_of(self.inside.fd)
-            if there is None or (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
+            if not self._parent.leads_to(self.name, self.inside.fd):
                 raise
             raise StorageMisbehaved(f"{self.name} is in its place and complete, but the storage did not "
                                     f"confirm that it will stay ({str(error).rstrip('.')}): verify it. "
@@ -6572,34 +6576,30 @@ class RunJournal:
     A line of JSON a fact, appended and synced before the deed.
     """
 
-    def __init__(self, folder: Directory, name: str, fd: int) -> None:
+    def __init__(self, folder: Directory, name: str, flags: int = 0) -> None:
+        """Opened, but not locked yet."""
         self._folder = folder
         self.name = name
-        self._fd = fd
+        self._fd = folder.open_file(name, os.O_RDWR | os.O_APPEND | flags)
         self.is_mute = False
         self.limit_s = float(JOURNAL_LIMIT_S)
         self.entries = []             # type: List[OpenEntry]
         self.header = {}              # type: Dict[str, Any]
         self._is_torn = False         # its last line may lack its end
-        self._read()
 
     @classmethod
     def begin(cls, folder: Directory, name: str, header: Dict[str, Any]) -> "RunJournal":
         """A new, locked journal that says whose it is. NameTaken if another run took it for a dead one's."""
-        fd = folder.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        journal = cls(folder, name, os.O_CREAT | os.O_EXCL)
         try:
-            is_locked = LockFile(fd, name).take()
-            journal = cls(folder, name, fd)
-            if not is_locked or not journal.is_still_ours():
+            if not journal._take():
                 raise NameTaken(f"another run clears the new journal {name} away as that of a dead run: "
                                 "start again.")
             journal.append(header)
-        except NameTaken:
-            os.close(fd)
-            raise
-        except BaseException:              # whatever ended it, a journal without its first line must not stay
-            folder.remove_file(name)
-            os.close(fd)
+        except BaseException as error:     # whatever ended it, a journal without its first line must not stay
+            if not isinstance(error, NameTaken):
+                folder.remove_file(name)
+            journal.leave()
             raise
         journal.header = header
         folder.sync()
@@ -6608,22 +6608,19 @@ class RunJournal:
     @classmethod
     def of_dead_run(cls, folder: Directory, name: str) -> Optional["RunJournal"]:
         """Another run's journal, locked by us now; None if that run lives or the file has gone."""
-        with contextlib.suppress(NotThere):
-            fd = folder.open_file(name, os.O_RDWR | os.O_APPEND)
-            journal = None                 # type: Optional[RunJournal]
-            try:
-                if LockFile(fd, name).take():
-                    journal = cls(folder, name, fd)
-                    if journal.is_still_ours():        # else renamed or removed between open and lock
-                        return journal
-                    journal = None
-            finally:
-                if journal is None:
-                    os.close(fd)
+        with contextlib.suppress(NotThere), contextlib.ExitStack() as undo:
+            journal = cls(folder, name)
+            undo.callback(journal.leave)
+            if journal._take():
+                undo.pop_all()
+                return journal
         return None
 
-    def _read(self) -> None:
-        """Header and entries as the file tells them; a line that was cut off by a crash does not count."""
+    def _take(self) -> bool:
+        """True if it is locked by us and read; a line that was cut off by a crash does not count. False if
+        another run has it, or renamed or removed it between our open and lock."""
+        if not LockFile(self._fd, self.name).take() or not self.is_still_ours():
+            return False
         with storage_errors(f"reading the journal {self.name}"):
             content = b"".join(iter(lambda: os.read(self._fd, MEBIBYTE), b""))
         numbered = {}                 # type: Dict[int, OpenEntry]
@@ -6639,6 +6636,7 @@ class RunJournal:
                 numbered.setdefault(number, OpenEntry(self, number, {})).facts.update(facts)
         self.entries = [numbered[number] for number in sorted(numbered)]
         self._is_torn = bool(content) and not content.endswith(b"\n")
+        return True
 
     def append(self, facts: Dict[str, Any]) -> None:
         """A line more, on disk; nothing once the store hangs: clean-up in the pool must not wait for it."""
@@ -6670,11 +6668,6 @@ class RunJournal:
         self.entries.append(entry)
         return entry
 
-    @property
-    def pool_uuid(self) -> str:
-        """The pool that the run was connected to."""
-        return self.header.get("pool", "")
-
     def open_entries(self) -> List[OpenEntry]:
         """What may still be in the pool."""
         return [entry for entry in self.entries if entry.is_open]
@@ -6685,9 +6678,7 @@ class RunJournal:
 
     def is_still_ours(self) -> bool:
         """Does its path still lead to our descriptor? If not, another run took us for dead."""
-        status = self._folder.status(self.name)
-        own = status_of(self._fd)
-        return status is not None and (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
+        return self._folder.leads_to(self.name, self._fd)
 
     def mark_taken(self) -> None:
         """Its name says that somebody clears up after its dead run; a run that was only slow sees it."""
@@ -6732,10 +6723,12 @@ def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
     try:
         with catalog.root.child(STATE_FOLDER) as state:
             file = LockFile.of(state, "store")
-        inode, facts, tries = status_of(file.fd).st_ino, file.text(), IDENTITY_TRIES
-        while tries and not is_known() and not file.take():    # another first run is about to write it
-            time.sleep(0.1)
-            tries, facts = tries - 1, file.text()
+        inode, facts = status_of(file.fd).st_ino, file.text()
+        for _ in range(IDENTITY_TRIES):
+            if is_known() or file.take():
+                break
+            time.sleep(0.1)                    # another first run is about to write it
+            facts = file.text()
         if file.is_held:
             with file.held():
                 facts = file.text()
@@ -6798,25 +6791,24 @@ def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
     for name in folder.names():
         if name == own.name or not name.endswith((RUN_SUFFIX, RUN_SUFFIX + TAKEN)):
             continue
-        journal = None                     # type: Optional[RunJournal]
         try:
-            journal = RunJournal.of_dead_run(folder, name)
-            if journal is None:
-                continue
-            out_of_reach = catalog.locks_are_local and journal.header.get("host") != own.header.get("host")
-            of_other_store = "store" in journal.header and (not journal.header["store"] or any(
-                journal.header.get(key) != own.header[key] for key in ("store", "inode")))
-            too_fresh = ((out_of_reach or of_other_store)
-                         and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
-            if (journal.header and journal.pool_uuid != pool_uuid) or too_fresh:
-                journal.leave()
-            else:
-                journal.mark_taken()
-                found.append(journal)
+            with contextlib.ExitStack() as undo:
+                journal = RunJournal.of_dead_run(folder, name)
+                if journal is None:
+                    continue
+                undo.callback(journal.leave)
+                header = journal.header
+                out_of_reach = catalog.locks_are_local and header.get("host") != own.header.get("host")
+                of_other_store = "store" in header and (not header["store"] or any(
+                    header.get(key) != own.header[key] for key in ("store", "inode")))
+                too_fresh = ((out_of_reach or of_other_store)
+                             and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
+                if not (header and header.get("pool", "") != pool_uuid or too_fresh):
+                    journal.mark_taken()
+                    undo.pop_all()
+                    found.append(journal)
         except CatalogError as error:
             left.append(type(error)(f"the journal of an earlier run can't be used: {error}"))
-            if journal is not None:
-                journal.leave()
     return found, left
 
 
@@ -6860,6 +6852,7 @@ class Owned:
     what stands and can't be removed is told.
     """
     TEXTS = ()                             # type: Tuple[str, ...]     # what its entry has from the first
+    WHAT = "what was made for"
     DISKS_ARE_SNAPSHOTS = True
 
     def __init__(self, services: Services, entry: OpenEntry, tell: Callable[[OpenEntry, str], None]) -> None:
@@ -6883,7 +6876,7 @@ class Owned:
     @property
     def _doing(self) -> str:
         """What is being done while it is removed."""
-        return "removing what was made for " + self._entry.title
+        return f"removing {self.WHAT} {self._entry.title}"
 
     @property
     def _key(self) -> str:
@@ -6934,39 +6927,35 @@ class Owned:
         """True if that disk is gone; False, with a finding, if it must stay. `own`: refs of VMs of ours."""
         for has_time in self._services.signals.until(BUSY_PATIENCE_S, BUSY_PAUSE_S):
             ref = self._ref("VDI", uuid)
-            if ref is None:
+            record = self._ask_if_there("VDI.get_record", ref) if ref else None
+            if record is None:
                 return True
-            record = self._ask_if_there("VDI.get_record", ref)
-            if record is not None:
-                if self.DISKS_ARE_SNAPSHOTS and not record["is_a_snapshot"]:
-                    self.tell_left(f"has a disk, {uuid}, that is no snapshot any more, so it was left.")
-                    return False
-                strangers = strangers_on(self._services.pool, record, own, self._doing)
-                if strangers:
-                    self.tell_left(f"has a disk, {uuid}, that hangs on another VM, "
-                                   f"{self._ask('VM.get_name_label', strangers[0])}, so it was left.")
-                    return False
-                try:
-                    destroy(self._services, "VDI", ref, self._doing)
-                    return True
-                except ApiFailure as failure:
-                    if failure.code not in STILL_BUSY:
-                        raise
-                    reason = failure_text(failure.code, failure.parameters)
-                drives = self._drives_of_hosts(record)
-                if not self._let_go(record, drives, not has_time) and not has_time:
-                    self.tell_left(f"has a disk, {uuid}, that is still in use ({reason}).",
-                                   self._commands_for_busy(uuid, drives.values()))
-                    return False
-
-    def _drives_of_hosts(self, disk: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
-        """The records, by ref, of the VBDs by which the disk hangs on control domains."""
-        drives = {ref: self._ask_if_there("VBD.get_record", ref) for ref in disk["VBDs"]}
-        return {ref: drive for ref, drive in drives.items()
-                if drive is not None and self._ask_if_there("VM.get_is_control_domain", drive["VM"])}
+            if self.DISKS_ARE_SNAPSHOTS and not record["is_a_snapshot"]:
+                self.tell_left(f"has a disk, {uuid}, that is no snapshot any more, so it was left.")
+                return False
+            strangers = strangers_on(self._services.pool, record, own, self._doing)
+            if strangers:
+                self.tell_left(f"has a disk, {uuid}, that hangs on another VM, "
+                               f"{self._ask('VM.get_name_label', strangers[0])}, so it was left.")
+                return False
+            try:
+                destroy(self._services, "VDI", ref, self._doing)
+                return True
+            except ApiFailure as failure:
+                if failure.code not in STILL_BUSY:
+                    raise
+                reason = failure_text(failure.code, failure.parameters)
+            drives = {ref: self._ask_if_there("VBD.get_record", ref) for ref in record["VBDs"]}
+            drives = {ref: drive for ref, drive in drives.items()
+                      if drive is not None and self._ask_if_there("VM.get_is_control_domain", drive["VM"])}
+            if not self._let_go(record, drives, not has_time) and not has_time:
+                self.tell_left(f"has a disk, {uuid}, that is still in use ({reason}).",
+                               self._commands_for_busy(uuid, drives.values()))
+                return False
 
     def _let_go(self, disk: Dict[str, Any], drives: Dict[str, Dict[str, Any]], has_waited: bool) -> bool:
-        """True if a drive that a server left on our disk when it died in an export or import is gone.
+        """True if one of those drives (VBDs by which our disk hangs on control domains) is gone: a server
+        left it there when it died in an export or import.
 
         Nothing there clears them up. A server that will not let go of one is believed.
         """
@@ -7005,27 +6994,22 @@ class Owned:
 
     def _commands_for_busy(self, uuid: str, drives: Iterable[Dict[str, Any]]) -> List[str]:
         """What removes such a disk: `xe snapshot-uninstall` would fail after destroying the VM's record."""
-        commands = [f"xe {word} "
-                    f"uuid={drive['uuid']}" for drive in drives for word in ("vbd-unplug", "vbd-destroy")]
         disks = list(self._facts.get("disks", ()))
-        commands += ["xe vdi-destroy "
-                     f"uuid={disk}" for disk in (disks[disks.index(uuid):] if uuid in disks else [uuid])]
-        return commands + self._commands(True)
+        disks = disks[disks.index(uuid):] if uuid in disks else [uuid]
+        return [f"xe {word} uuid={drive['uuid']}" for drive in drives
+                for word in ("vbd-unplug", "vbd-destroy")] \
+            + [f"xe vdi-destroy uuid={disk}" for disk in disks] + self._commands(True)
 
 
 class Snapshot(Owned):
     """A snapshot, of a VM or of a disk."""
-    WORD = "snapshot"
+    WHAT = "the snapshot of"
     COMMANDS = ("snapshot-uninstall", "snapshot-destroy")      # what removes it, and when its disks are gone
     ORIGINAL_CLASS, ORIGINAL = "VM", "vm_uuid"         # what it is made of, and the fact that tells its uuid
 
     @property
-    def _doing(self) -> str:
-        return f"removing the {self.WORD} of {self._entry.title}"
-
-    @property
     def _thing(self) -> str:
-        return f"its {self.WORD} {self._facts.get('uuid') or '(uuid unknown)'}"
+        return f"its snapshot {self._facts.get('uuid') or '(uuid unknown)'}"
 
     def _commands(self, without_disks: bool) -> List[str]:
         word, uuid = self.COMMANDS[without_disks], self._facts.get("uuid")
@@ -7033,11 +7017,11 @@ class Snapshot(Owned):
 
     def _make(self, doing: str, method: str, *arguments: Any) -> str:
         """The ref of the new snapshot, also when the answer was lost but the call did its work."""
-        journal = self._services.journal
         with self._not_called_yet():
             self._services.signals.check()
         try:
-            return self._services.pool.call(doing, method, *arguments, timeout_s=journal.limit_s)
+            return self._services.pool.call(doing, method, *arguments,
+                                            timeout_s=self._services.journal.limit_s)
         except ApiFailure as failure:
             self._entry.note(answer=failure.code)
             raise
@@ -7150,7 +7134,7 @@ class VmSnapshot(Snapshot):
 class DiskSnapshot(Snapshot):
     """A snapshot of a disk: born with our key in its other_config, which the server copies from the disk."""
     TEXTS = ("token", "vm_uuid", "vm_name", "disk")
-    WORD, COMMANDS = "disk snapshot", ("vdi-destroy", "")
+    WHAT, COMMANDS = "the disk snapshot of", ("vdi-destroy", "")
     ORIGINAL_CLASS, ORIGINAL = "VDI", "disk"
 
     def make(self, machine: VirtualMachine, disk: Disk) -> Disk:
@@ -7263,19 +7247,14 @@ class ImportedVms(Owned):
 
     @property
     def _thing(self) -> str:
+        if self._facts.get("restored"):
+            return "the restored VM is whole; only the record of its import in the pool's list of tasks"
         named = ", ".join(self._facts.get("uuids", ())) or "named " + self._facts["names"][0]
         return f"the VM that a {self._facts['kind']} made of it, {named},"
 
     def _commands(self, without_disks: bool) -> List[str]:
-        return [f"xe vm-uninstall uuid={uuid}" for uuid in self._facts.get("uuids", ())]
-
-    def tell_left(self, what: str, by_hand: Sequence[str] = ()) -> None:
-        """A finding about something of ours that stays in the pool, with the commands that remove it."""
-        if self._facts.get("restored"):
-            self._tell(self._entry, "the restored VM is whole; only the record of its import in the pool's "
-                                    "list of tasks " + what)
-        else:
-            super().tell_left(what, by_hand)
+        uuids = () if self._facts.get("restored") else self._facts.get("uuids", ())
+        return [f"xe vm-uninstall uuid={uuid}" for uuid in uuids]
 
     def remove(self) -> None:
         """Disks first, VMs last, tasks behind them; only what the entry proves, never a VM that is in use."""
@@ -7448,11 +7427,6 @@ class Snapshots:
         self.findings = []                 # type: List[Finding]
         self.inherited = []                # type: List[RunJournal]
 
-    @property
-    def storage_hangs(self) -> bool:
-        """Did the store that holds the journal give no answer? Then nothing can be begun in the pool."""
-        return self._services.journal.is_mute
-
     def tell(self, entry: OpenEntry, sentence: str) -> None:
         """A warning about what the entry is about, noted for the report, and told now."""
         self.findings.append(Finding(Severity.WARNING, entry.title, sentence))
@@ -7517,10 +7491,9 @@ class Snapshots:
                                             "version writes; it is left. A newer version of VmBackup deals "
                                             "with it.")
                     continue
-                host, since = journal.header.get("host", "another "
-                                                         "host"), journal.header.get("since", "earlier")
-                self._services.log.info(f"{entry.title}: a run on {host} that began {since} "
-                                        f"{self.owned(entry).left}.")
+                self._services.log.info(
+                    f"{entry.title}: a run on {journal.header.get('host', 'another host')} that began "
+                    f"{journal.header.get('since', 'earlier')} {self.owned(entry).left}.")
                 self.remove(entry)
 
     def look_again(self) -> None:
