@@ -2679,30 +2679,23 @@ MEMORY_KINDS = ("tmpfs", "ramfs", "devtmpfs")
 
 def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
     """The mount of that st_dev in the text of /proc/self/mountinfo, None if it is not there."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
+    wanted, kinds, found = f"{os.major(device)}:{os.minor(device)}", {}, None
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
         fields, behind = left.split(" "), right.split(" ")
-        if len(fields) < 6 or len(behind) < 3 or fields[2] != wanted:
-            continue
-        options = set((fields[5] + "," + behind[2]).split(","))
-        local = any(option in ("nolock", "nobrl") or
-                    (option.startswith("local_lock=") and option != "local_lock=none") for option in options)
-        upper = [option[len("upperdir="):] for option in options if option.startswith("upperdir=")]
-        kind = kind_at(mountinfo, upper[0]) if behind[0] == "overlay" and upper else behind[0]
-        return Mount(fields[4], behind[0], local, kind in MEMORY_KINDS)
-    return None
-
-
-def kind_at(mountinfo: str, path: str) -> str:
-    """The file system that the path lies on by that text, "" if unknown; the last of the longest counts."""
-    longest, kind = "", ""
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        point = (left.split(" ") + [""] * 5)[4].rstrip("/") + "/"
-        if (path + "/").startswith(point) and len(point) >= len(longest):
-            longest, kind = point, right.split(" ")[0]
-    return kind
+        if len(fields) > 5 and len(behind) > 2:
+            kinds[fields[4].rstrip("/") + "/"] = behind[0]          # the last at a place hides others there
+            if found is None and fields[2] == wanted:
+                found, options = (fields[4], behind[0]), (fields[5] + "," + behind[2]).split(",")
+    if found is None:
+        return None
+    values = dict(option.partition("=")[::2] for option in options)
+    local = "nolock" in values or "nobrl" in values or values.get("local_lock", "none") != "none"
+    kind = found[1]
+    if kind == "overlay" and "upperdir" in values:         # it is kept where its upper layer lies
+        places = [place for place in kinds if (values["upperdir"] + "/").startswith(place)]
+        kind = kinds[max(places, key=len)] if places else ""
+    return Mount(*found, local, kind in MEMORY_KINDS)
 
 
 # --- files elsewhere -------------------------------------------------------------
@@ -5746,11 +5739,10 @@ class Catalog:
         """Raises CatalogError if the directory can't be opened."""
         self.path = path
         self.root = Directory.open_path(path)
-        own = status_of(self.root.fd)
-        self._identity = (own.st_dev, own.st_ino)
+        self._own = status_of(self.root.fd)
         self._state = None                     # type: Optional[Directory]
         self._verdicts = None                  # type: Optional[Directory]
-        self.mount = find_mount(read_text_file("/proc/self/mountinfo"), own.st_dev)
+        self.mount = find_mount(read_text_file("/proc/self/mountinfo"), self._own.st_dev)
 
     # --- guards -----------------------------------------------------------------
 
@@ -5763,7 +5755,7 @@ class Catalog:
         except CatalogError as error:
             raise StorageMisbehaved(f"{self.path} can't be reached any more ({str(error).rstrip('.')}): is "
                                     "the share still mounted? Nothing is written or pruned.")
-        if (now.st_dev, now.st_ino) != self._identity:
+        if not os.path.samestat(now, self._own):
             raise StorageMisbehaved(f"{self.path} is no longer the directory it was at the start of the run: "
                                     "the share went away, or was mounted again. Nothing is written or "
                                     "pruned.")
@@ -5771,7 +5763,7 @@ class Catalog:
     @property
     def is_on_root(self) -> bool:
         """Does it lie on the root file system?"""
-        return self._identity[0] == os.stat("/").st_dev
+        return self._own.st_dev == os.stat("/").st_dev
 
     @property
     def locks_are_local(self) -> bool:
@@ -5842,14 +5834,19 @@ class Catalog:
 
     # --- listing ----------------------------------------------------------------------
 
-    def folder_names(self, problems: Optional[List[CatalogError]] = None) -> List[str]:
-        """The directories that can be a VM's, by name. What can't be looked at is only among the problems."""
+    def folder_names(self, problems: Optional[List[CatalogError]] = None,
+                     strangers: Optional[List[str]] = None) -> List[str]:
+        """The directories that can be a VM's, by name. What can't be looked at is only among the problems,
+        what is neither one nor ours among the strangers."""
         found = []
         for name in self.root.names():
             try:
-                if not name.startswith(".") and not name.upper().startswith("METADATA_") \
-                        and self.root.is_directory(name):
+                if name == STATE_FOLDER or name.upper().startswith("METADATA_"):
+                    continue
+                if not name.startswith(".") and self.root.is_directory(name):
                     found.append(name)
+                elif strangers is not None:
+                    strangers.append(name)
             except CatalogError as error:
                 if problems is not None:
                     problems.append(error)
@@ -5975,8 +5972,10 @@ class Catalog:
         with contextlib.suppress(NotThere), self.root.child(folder_name) as folder:
             for name in filter(POOL_DUMP.fullmatch, folder.names()):
                 try:
-                    if is_whole_dump(folder, name):
+                    if folder.read_part(name, KIBIBYTE, at_end=True).rstrip().endswith(b"</database>"):
                         found.append((name, pool_of_dump(folder, name)))
+                except (NotThere, WrongKind):
+                    continue
                 except CatalogError as error:      # one that can't be read costs no other
                     found.append((name, ""))
                     if problems is not None:
@@ -5997,13 +5996,12 @@ class Catalog:
         with self.root.child(copy.folder) as folder:
             if parse_copy_name(copy.name) is None or not folder.is_directory(copy.name):
                 raise CatalogError(f"{copy.folder}/{copy.name} is not a copy's directory; it is left.")
-        with self.copy_lock(copy, shared=False) as is_free, self.root.child(copy.folder) as folder:
-            if not is_free:
-                return False
-            folder.rename(copy.name, copy.name + DELETING)
-            folder.remove_tree(copy.name + DELETING)
-            folder.sync()
-        return True
+            with self.copy_lock(copy, shared=False) as is_free:
+                if is_free:
+                    folder.rename(copy.name, copy.name + DELETING)
+                    folder.remove_tree(copy.name + DELETING)
+                    folder.sync()
+                return is_free
 
     def remove_unfinished(self, folder_name: str, name: str) -> None:
         """A .partial or .deleting directory is gone."""
@@ -6038,7 +6036,7 @@ class Placement:
         self._claims = {}                  # type: Dict[str, str]
         self._folders = {}                 # type: Dict[str, Folder]
         self._spellings = None             # type: Optional[Dict[str, List[str]]]
-        self._homes = None                 # type: Optional[Dict[str, List[str]]]
+        self._bearers = None               # type: Optional[Dict[str, List[str]]]
 
     def claim_all(self, machines: Iterable[VirtualMachine]) -> None:
         """Every VM of the run has its directory; of those of one name the lowest uuid has the plain one."""
@@ -6067,29 +6065,27 @@ class Placement:
     def _owned(self, machine: VirtualMachine) -> Optional[str]:
         """The directory that holds copies of the VM, one of its names before others."""
         names = own_folder_names(machine.name, machine.uuid, self._pool)
-        for name in itertools.chain(names, self._homes_of(machine.uuid)):
+        for name in itertools.chain(names, self._bearing(machine.uuid)):
             copies = self.own_view(self.folder(name), machine)
             if any(copy.uuid == machine.uuid and not copy.aside for copy in copies):
                 return name
         return None
 
-    def _homes_of(self, uuid: str) -> Iterator[str]:
-        """The directories in which copies with that uuid were made."""
-        if self._homes is None:            # only a VM that is new here, or was renamed, costs this
-            homes = {}                     # type: Dict[str, List[str]]
+    def _bearing(self, uuid: str) -> Iterator[str]:
+        """The directories with copies that bear that uuid."""
+        if self._bearers is None:          # only a VM that is new here, or was renamed, costs this
+            bearers = {}                   # type: Dict[str, List[str]]
             for name in itertools.chain(*self._spelled().values()):
                 try:
-                    copies = self.folder(name).copies
+                    uuids = {copy.uuid for copy in self.folder(name).copies}
                 except StorageMisbehaved:          # it will tell another night: nobody begins anew for that
                     raise
                 except CatalogError:               # a directory that we may not list is nobody's
                     continue
-                for owner in {copy.uuid for copy in copies}:
-                    if any(copy.uuid == owner and not copy.aside
-                           for copy in as_seen_by(Owner(owner, self._pool), name, copies)):
-                        homes.setdefault(owner, []).append(name)
-            self._homes = homes
-        yield from self._homes.get(uuid, ())
+                for one in uuids:
+                    bearers.setdefault(one, []).append(name)
+            self._bearers = bearers
+        yield from self._bearers.get(uuid, ())
 
     def _spelled(self) -> Dict[str, List[str]]:
         """The store's directories by their folded names."""
@@ -6183,32 +6179,19 @@ class Listing(NamedTuple):
 def list_store(catalog: Catalog) -> Listing:
     """All of the store, read once. What can't be listed costs only itself."""
     found = Listing([], [], [])
-    for name in catalog.root.names():
-        if name == STATE_FOLDER or name.upper().startswith("METADATA_"):
-            continue
-        is_hidden = name.startswith(".")           # never a VM's
+    for name in catalog.folder_names(found.problems, found.strangers):
         try:
-            if not catalog.root.is_directory(name):
-                found.strangers.append(name)
-                continue
             folder = catalog.folder(name)
         except CatalogError as error:
-            found.problems.extend([] if is_hidden else [error])
+            found.problems.append(error)
             continue
-        found.vms.extend([] if is_hidden else stored_in(folder))
+        found.vms.extend(stored_in(folder))
         found.strangers.extend(f"{name}/{item}" for item in folder.strangers)
         found.strangers.extend(f"{name}/{item} (unfinished)" for item in folder.unfinished)
     return found
 
 
 # --- dumps of the pool database ----------------------------------------------------------
-
-
-def is_whole_dump(folder: Directory, name: str) -> bool:
-    """Does the pool dump end as a whole one does?"""
-    with contextlib.suppress(NotThere, WrongKind):
-        return folder.read_part(name, KIBIBYTE, at_end=True).rstrip().endswith(b"</database>")
-    return False
 
 
 def pool_of_dump(folder: Directory, name: str) -> str:
@@ -6218,20 +6201,17 @@ def pool_of_dump(folder: Directory, name: str) -> str:
     `pool`: so it is looked for from the end. In a value each blank is written as `%.`, so ` uuid=` begins the
     row's own.
     """
-    table, beyond = b'<table name="pool">', b""
+    table = b'<table name="pool">'
     with open(folder.open_file(name), "rb") as file, storage_errors(f"reading {folder.shown}/{name}"):
         end = os.fstat(file.fileno()).st_size
-        while end > 0:
-            begin = max(0, end - MEBIBYTE)
+        for begin in range(end - end % MEBIBYTE, -1, -MEBIBYTE):
             file.seek(begin)
-            at = (file.read(end - begin) + beyond).rfind(table)
+            at = file.read(MEBIBYTE + len(table) - 1).rfind(table)
             if at >= 0:
                 file.seek(begin + at)
                 rows = file.read(16 * MEBIBYTE).partition(b"</table>")[0]
                 match = re.search(rb' uuid="([0-9a-f-]{36})"', rows)
                 return match.group(1).decode("ascii") if match else ""
-            file.seek(begin)
-            beyond, end = file.read(len(table) - 1), begin
     return ""
 
 
@@ -6245,16 +6225,21 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
     try:
         with parent.child(name) as inside:
             if inside.status(MANIFEST) is not None:
-                return _read_own_copy(inside, blank)
-            if is_old:
-                return _read_old_copy(inside, blank)
-            return blank._replace(uuid=_old_uuid(inside), problem="it has no " + MANIFEST)
+                copy = _read_own_copy(inside, blank)
+            elif is_old:
+                copy = _read_old_copy(inside, blank)
+            else:
+                copy = blank._replace(uuid=_old_uuid(inside), problem="it has no " + MANIFEST)
     except (NotThere, WrongKind) as error:
         if parent.status(name) is None:
             raise
         return blank._replace(problem=str(error).rstrip("."))
     except CatalogError as error:                  # the storage is what is wrong, not the copy
         return blank._replace(problem=f"it can't be read now: {str(error).rstrip('.')}", is_unreadable=True)
+    names = own_folder_names(copy.vm_name, copy.uuid, copy.pool)
+    # one that does not tell was made here, if this is a directory of its VM's name
+    is_at_home = not copy.home and folded(folder_name) in map(folded, names)
+    return copy._replace(home=folder_name) if is_at_home else copy
 
 
 def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
@@ -6281,17 +6266,10 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
     stored, problem = find_stored_image(inside, image["name"], image["size"])
     if inside.status(SUCCESS) is None:
         problem = f"the marker `{SUCCESS}` is not there"
-    return _at_home(copy._replace(
+    return copy._replace(
         method=Method(manifest["kind"]), keep=manifest["copies_to_keep"], image=stored or image["name"],
         size_bytes=image["size"], problem=problem,
-        disks=tuple(f"{disk['device']} {format_size(disk['virtual_size'])}" for disk in manifest["disks"])))
-
-
-def _at_home(copy: Copy) -> Copy:
-    """The copy; one that does not tell was made here, if this is a directory of its VM's name."""
-    names = own_folder_names(copy.vm_name, copy.uuid, copy.pool)
-    is_at_home = not copy.home and folded(copy.folder) in map(folded, names)
-    return copy._replace(home=copy.folder) if is_at_home else copy
+        disks=tuple(f"{disk['device']} {format_size(disk['virtual_size'])}" for disk in manifest["disks"]))
 
 
 def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[str, str]:
@@ -6339,7 +6317,7 @@ def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
     # It has no manifest: this is what tells it from others, also after its image was compressed later.
     own = f"{copy.name} {copy.uuid} {IMAGE_NAME.fullmatch(image).group(1) if image else ''}"
     mark = hashlib.sha256(own.encode("utf-8", "surrogateescape")).hexdigest()
-    return _at_home(copy._replace(problem=problem, mark=mark))
+    return copy._replace(problem=problem, mark=mark)
 
 
 def with_old_image(inside: Directory, copy: Copy, image: str, size_bytes: int) -> Copy:
@@ -6434,7 +6412,7 @@ class NewCopy:
         self._parent = parent
         self.name = name
         self.inside = parent.make_child(name + PARTIAL)
-        self.sums = {}                         # type: Dict[str, Tuple[int, str]]
+        self.sums = {}                         # type: Dict[str, Tuple[int, str]]    # size, SHA-256
 
     def write(self, name: str, content: bytes) -> None:
         """A small file of the copy, on disk, size and digest remembered; it may lie in a sub-directory."""
@@ -6451,10 +6429,6 @@ class NewCopy:
         """Each (name, text) is a small file of the copy."""
         for name, text in files:
             self.write(name, text.encode("utf-8", "surrogateescape"))
-
-    def note_file(self, name: str, size_bytes: int, sha256: str) -> None:
-        """A large file that was written and digested elsewhere."""
-        self.sums[name] = (size_bytes, sha256)
 
     def finish(self, manifest: Dict[str, Any]) -> None:
         """Manifest, checksums and, last of all, the success marker are on disk."""
@@ -6480,10 +6454,9 @@ class NewCopy:
 
     def discard(self) -> None:
         """Nothing of it is left, unless it is sealed already."""
-        if self._parent.status(self.name + PARTIAL) is None:
-            return
-        self._parent.remove_tree(self.name + PARTIAL)
-        self._parent.sync()
+        with contextlib.suppress(NotThere):
+            self._parent.remove_tree(self.name + PARTIAL)
+            self._parent.sync()
 
     def close(self) -> None:
         """The descriptors are given back."""
@@ -8581,8 +8554,8 @@ class BackupJob:
             image, disks = self._export(machine, copy)
             with stage("SEAL-FAIL"):
                 files = metadata_files(machine, disks, interfaces, os_version)
-                copy.note_file(image.name, image.size, image.sha256)
-                copy.note_file(BLOCKS, image.blocks_size, image.blocks_sha256)
+                copy.sums.update({image.name: (image.size, image.sha256),
+                                  BLOCKS: (image.blocks_size, image.blocks_sha256)})
                 run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if name.endswith(VDI_CFG)))
                 run.in_store("finishing the copy", lambda: copy.finish(

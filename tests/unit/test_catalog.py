@@ -249,7 +249,7 @@ def test_a_new_copy_shows_only_when_it_is_sealed_and_then_whole(tmp_path):
     catalog = Catalog(str(tmp_path))
     copy = catalog.new_copy('web', datetime(2016, 4, 14, 0, 10))
     copy.inside.write('web.xva', b'image')
-    copy.note_file('web.xva', 5, '0' * 64)
+    copy.sums['web.xva'] = (5, '0' * 64)
     copy.write('DISK-xvda/vbd.cfg', b'userdevice=0\n')
     copy.finish(dict(MANIFEST))
     assert catalog.folder('web').copies == () and len(catalog.folder('web').unfinished) == 1
@@ -262,7 +262,7 @@ def test_a_new_copy_shows_only_when_it_is_sealed_and_then_whole(tmp_path):
 def test_the_checksums_name_every_file_but_themselves_and_the_marker(tmp_path):
     copy = Catalog(str(tmp_path)).new_copy('web', datetime(2016, 4, 14, 0, 10))
     copy.inside.write('web.xva', b'image')
-    copy.note_file('web.xva', 5, '0' * 64)
+    copy.sums['web.xva'] = (5, '0' * 64)
     copy.write('VIFs/vif-0.cfg', b'')
     copy.finish(dict(MANIFEST))
     copy.seal()
