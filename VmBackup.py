@@ -7497,8 +7497,9 @@ class Snapshots:
 
 
 class Outcome(NamedTuple):
-    """What became of one thing that a run was to do: of a VM to back up, of a copy to drill. `error` is None
-    for success, `what` the status log's word for the deed; sizes in bytes."""
+    """What became of one thing that a run was to do: of a VM to back up, of a copy to verify or drill.
+    `error` is None for success, `cause` what it ended with, or a bug met once the copy was sealed; `what` is
+    the status log's word for the deed; sizes in bytes."""
     what: str
     uuid: str
     name: str
@@ -7509,7 +7510,8 @@ class Outcome(NamedTuple):
     size_bytes: int = 0
     seconds: float = 0.0
     kept: int = 0
-    had_bug: bool = False
+    cause: Optional[Exception] = None
+    findings: Tuple[Finding, ...] = ()
 
 
 UNTRIED = "NOT-TRIED"                  # the status word of what a run did not come to
@@ -7517,7 +7519,7 @@ BUG_TEXT = "a bug in VmBackup; the log of this run has the traceback."      # wh
 
 
 class Wording(NamedTuple):
-    """How the runs of an action are told."""
+    """How the runs of an action are told that has status lines, a last line and mail."""
     prefix: str
     noun: str
     done: str
@@ -7527,6 +7529,7 @@ class Wording(NamedTuple):
 
 BACKUP_WORDING = Wording("", "VM", "backed up", "not backed up", "backed up")
 DRILL_WORDING = Wording("drill: ", "copy", "came back", "did not come back", "drilled")
+WORDINGS = {"backup": BACKUP_WORDING, "drill": DRILL_WORDING}
 
 
 class Report(NamedTuple):
@@ -7534,10 +7537,10 @@ class Report(NamedTuple):
 
     All that it was to do has an outcome. `missing` is what the config names and the pool lacks; `dump_error`
     is None where no pool database was to be dumped, "" where it was. `ended_by` ended the run early, and
-    `pool` is "" if it did so before the first VM. Whether a run was a success is decided here, never by what
-    was logged.
+    `pool` is "" if it did so before the first VM, or has no `wording`. Whether a run was a success is decided
+    here, never by what was logged.
     """
-    wording: Wording
+    wording: Optional[Wording]
     source: str
     host: str
     began_at: datetime
@@ -7584,7 +7587,7 @@ class Report(NamedTuple):
     @property
     def had_bug(self) -> bool:
         """Did a bug end it, or one of its jobs?"""
-        return is_bug(self.ended_by) or any(outcome.had_bug for outcome in self.outcomes)
+        return is_bug(self.ended_by) or any(is_bug(outcome.cause) for outcome in self.outcomes)
 
     @property
     def exit_status(self) -> int:
@@ -7593,6 +7596,8 @@ class Report(NamedTuple):
             return 128 + self.signal
         if self.had_bug:
             return int(ExitStatus.BUG)
+        if isinstance(self.ended_by, BackupError) and not self.pool:
+            return int(self.ended_by.exit_status)
         statuses = {"ERROR": ExitStatus.FAILED, "WARNING": ExitStatus.WARNING, "SUCCESS": ExitStatus.OK}
         return int(statuses[self.word])
 
@@ -7696,6 +7701,16 @@ def find_xe(settings: Configuration) -> str:
     return fs_text(found)
 
 
+def this_host_name() -> str:
+    """This host's name as reports have it before the pool has said it: up to the first dot."""
+    return socket.gethostname().split(".")[0]
+
+
+def is_bug(error: Optional[BaseException]) -> bool:
+    """Is it neither an error that we know nor a signal?"""
+    return error is not None and not isinstance(error, (BackupError, Interrupted))
+
+
 @contextlib.contextmanager
 def connected(services: Services, changes_allowed: bool = True,
               patience_s: float = 0) -> Iterator[Tuple[Services, Inventory]]:
@@ -7729,14 +7744,60 @@ def make_xe(services: Services) -> XeProgram:
 
 
 class Run:
-    """The frame of a deed that makes things in the pool: its journal, what it makes there, and how the store
-    does meanwhile.
+    """The frame of every deed: the services that it has, what became of each thing that it was to do, what
+    was found, how the store does meanwhile, and what ended it."""
 
-    A context manager: in the end, whatever that was, the journals are put away.
-    """
+    def __init__(self, services: Services, status_log: "StatusLog") -> None:
+        action = services.arguments.action.name
+        self.services = services
+        self.status_log = status_log
+        self.wording = None if services.arguments.preview else WORDINGS.get(action)
+        self.began_at = services.clock.utc()
+        self.inventory = None              # type: Optional[Inventory]
+        self.snapshots = None              # type: Optional[Snapshots]
+        self.lock = None                   # type: Optional[LockFile]
+        self.outcomes = []                 # type: List[Outcome]
+        self.findings = []                 # type: List[Finding]
+        self.missing = ()                  # type: Tuple[str, ...]
+        self.dump_error = None             # type: Optional[str]
+        self.ended_by = None               # type: Optional[BaseException]
+        self.store_problem = ""            # once the store misbehaved, nothing is pruned
+        self.storage_hangs = False         # then nothing of it is waited for any more
 
-    def __init__(self, services: Services, inventory: Inventory) -> None:
-        """The journal is begun and locked, and kept by the run's own services."""
+    def carry_out(self, deed: Callable[["Run"], None]) -> None:
+        """The deed is done, or what ended it before its time is told, and what was done till then stands. In
+        the end, whatever that was, the journals are put away."""
+        log = self.services.log
+        try:
+            deed(self)
+        except UsageError as error:
+            self.ended_by = error
+            log.complain(str(error))
+        except BackupError as error:
+            self.ended_by = error
+            log.error(f"the run ends here: {error}" if self.is_told else str(error))
+        except Exception as bug:
+            self.ended_by = bug
+            log.bug(bug)
+        except Interrupted as interrupted:
+            self.ended_by = interrupted
+            journal = self.services.journal
+            if journal is None:
+                log.error(f"{interrupted}.")
+            else:
+                is_left = bool(journal.open_entries())
+                log.warning(f"the run was {interrupted}; " + (
+                    "what it has left in the pool is told above, and left to the next run." if is_left else
+                    "what it had open was cleaned up."))
+        if self.services.journal is not None:
+            with self.services.signals.shielded():
+                self.storage_hangs |= self.services.journal.is_mute
+                for one in self.snapshots.inherited + [self.services.journal]:
+                    self.tidy(f"putting the journal {one.name} away", one.finish)
+
+    def begin(self, services: Services, inventory: Inventory) -> None:
+        """From now on things can be made in the pool: the journal is begun and locked, and kept by the run's
+        own services. Status lines are written where the action has some."""
         now, host = services.clock.utc(), inventory.host.short_name
         name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{secrets.token_hex(3)}"
         header = dict(signature(services, inventory), config=services.settings.source)
@@ -7744,20 +7805,15 @@ class Run:
         journal.limit_s = services.settings.stall_timeout * MINUTE_S
         self.services = services._replace(journal=journal)
         self.inventory = inventory
-        self.began_at = now
         self.snapshots = Snapshots(self.services)
-        self.store_problem = ""            # once the store misbehaved, nothing is pruned
-        self.storage_hangs = False         # then nothing of it is waited for any more
+        if self.wording is not None:
+            self.status_log.open(host)
+            self.status_log.begin("vmbackup.py")
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        journal = self.services.journal
-        with self.services.signals.shielded():
-            self.storage_hangs |= journal.is_mute
-            for one in self.snapshots.inherited + [journal]:
-                self.tidy(f"putting the journal {one.name} away", one.finish)
+    @property
+    def is_told(self) -> bool:
+        """Does a report tell what it did, and not only what ended it?"""
+        return self.wording is not None and self.inventory is not None
 
     def sweep(self) -> List[CatalogError]:
         """What dead runs left in this pool is gone; why journals of others can't be used and were left."""
@@ -7782,13 +7838,36 @@ class Run:
                             f"over): nothing more is sealed or deleted. Do the clocks and locks of the share "
                             f"work?")
 
-    def report(self, wording: Wording, ended: Optional[BaseException]) -> Report:
-        """How the run went, but for what became of its jobs."""
-        services = self.services
-        noted = services.signals.noted if ended is not None and not is_bug(ended) else None
-        return Report(wording, services.settings.source, self.inventory.host.short_name, self.began_at,
-                      services.clock.utc(), self.inventory.pool_title, ended_by=ended,
-                      signal=noted.number if noted else 0)
+    def tell(self, findings: Iterable[Finding]) -> None:
+        """Each is told as soon as it is found, once, and noted for the report."""
+        for finding in findings:
+            if finding not in self.findings:
+                self.services.log.finding(finding)
+                self.findings.append(finding)
+
+    def settle(self, number: int, outcome: Outcome) -> None:
+        """That is what became of the thing of that number, and it is told. PoolError if the pool is gone:
+        what is behind that one would fail too."""
+        self.outcomes[number] = outcome
+        self.tell(outcome.findings)
+        self.status_log.end(outcome)
+        if isinstance(outcome.cause, PoolError) and not isinstance(outcome.cause, AnswerLost):
+            raise outcome.cause
+        if outcome.error is not None and not is_bug(outcome.cause):
+            self.services.log.error(f"{outcome.title}: {outcome.error}")
+
+    def report(self) -> Report:
+        """How it went."""
+        host, pool, findings, signals = this_host_name(), "", list(self.findings), self.services.signals
+        if self.inventory is not None:
+            host = self.inventory.host.short_name
+            findings += self.snapshots.findings
+        if self.is_told:
+            pool = self.inventory.pool_title
+        noted = signals.noted if self.ended_by is not None and not is_bug(self.ended_by) else None
+        return Report(self.wording, self.services.settings.source, host, self.began_at,
+                      self.services.clock.utc(), pool, tuple(self.outcomes), self.missing, tuple(findings),
+                      self.dump_error, self.ended_by, noted.number if noted else 0)
 
     # --- how the store does ---------------------------------------------------------
 
@@ -7829,36 +7908,10 @@ def signature(services: Services, inventory: Inventory) -> Dict[str, Any]:
             "since": format_utc(services.clock.utc())}
 
 
-def ended_by(services: Services, deed: Callable[[], None]) -> Optional[BaseException]:
-    """What ended the deed before its time, told; None if nothing did. What was done till then stands, and is
-    reported."""
-    try:
-        deed()
-    except BackupError as error:
-        services.log.error(f"the run ends here: {error}")
-        return error
-    except Exception as bug:
-        services.log.bug(bug)
-        return bug
-    except Interrupted as interrupted:
-        is_left = bool(services.journal.open_entries())
-        services.log.warning(f"the run was {interrupted}; " + (
-            "what it has left in the pool is told above, and left to the next run." if is_left else
-            "what it had open was cleaned up."))
-        return interrupted
-    return None
-
-
-def is_bug(error: Optional[BaseException]) -> bool:
-    """Is it neither an error that we know nor a signal?"""
-    return error is not None and not isinstance(error, (BackupError, Interrupted))
-
-
 # --- one run of a config at a time -----------------------------------------------------
 
 
-@contextlib.contextmanager
-def config_lock(services: Services, inventory: Inventory) -> Iterator[Optional[LockFile]]:
+def take_config_lock(services: Services, inventory: Inventory) -> Optional[LockFile]:
     """The lock of this config, its text telling that a run goes on; None if the run is left to another host
     of the pool, which is told. LockHeld if another run of this config goes on.
 
@@ -7876,18 +7929,12 @@ def config_lock(services: Services, inventory: Inventory) -> Iterator[Optional[L
         if neighbour:
             lock.release()
             services.log.info(neighbour)
-            yield None
-            return
+            return None
     if not ours:
         raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was "
                        f"started.")
     lock.write_text(dict(signature(services, inventory), state="running"))
-    try:
-        yield lock
-    finally:
-        if lock.is_held:                   # even the report failed
-            with contextlib.suppress(CatalogError):
-                end_config_lock(lock, ExitStatus.BUG)
+    return lock
 
 
 LOCK_TEXT_PATIENCE_S = 5
@@ -8241,49 +8288,38 @@ def untried(job: Job) -> Outcome:
 class BackupRun:
     """The plan within its run: leftovers, pool database, jobs, second tries."""
 
-    def __init__(self, run: Run, plan: Plan, exporter: Exporter, status_log: "StatusLog") -> None:
+    def __init__(self, run: Run, plan: Plan, exporter: Exporter) -> None:
         self.run = run
         self.exporter = exporter
         self.placement = Placement(run.services.catalog, run.inventory)
         self.clock_went_back = False
         self._services = run.services
         self._plan = plan
-        self._status_log = status_log
-        self._findings = []                # type: List[Finding]
-        self._outcomes = []                # type: List[Outcome]
-        self._dump_error = None            # type: Optional[str]
+        run.outcomes = [untried(job) for job in plan.jobs]
+        run.missing = tuple(text for _, text in plan.missing)
         if self._services.settings.pool_db_backup:
-            self._dump_error = "not dumped, as the run ended before it was done."
+            run.dump_error = "not dumped, as the run ended before it was done."
 
-    def report(self) -> Report:
-        """Everything of the plan was tried. A pool that stays away, or a signal, ends it early, and the
-        report says so."""
-        ended = ended_by(self._services, self._do_all)
-        tried = {outcome.uuid for outcome in self._outcomes}
-        rest = [untried(job) for job in self._plan.jobs if job.machine.uuid not in tried]
-        return self.run.report(BACKUP_WORDING, ended)._replace(
-            outcomes=tuple(self._outcomes + rest), missing=tuple(text for _, text in self._plan.missing),
-            findings=tuple(self._findings + self.run.snapshots.findings), dump_error=self._dump_error)
-
-    def _do_all(self) -> None:
-        self._tell(self._plan.findings)
-        self._tell(self._clear_leftovers())
-        self.placement.claim_all(job.machine for job in self._plan.jobs)
-        self._tell(self._check_retention())
-        if self._services.settings.pool_db_backup:
-            self._tell(self._dump_pool_database())
-        for job in self._try_jobs(self._plan.jobs, is_last=False):
+    def do_all(self) -> None:
+        """Everything of the plan was tried. A pool that stays away, or a signal, ends it early."""
+        tell, settings, jobs = self.run.tell, self._services.settings, list(enumerate(self._plan.jobs))
+        inventory = self.run.inventory
+        self._services.log.info(f"VmBackup {VERSION}: {counted(len(jobs), 'VM')} of {settings.source} in "
+                                f"pool {inventory.pool_title}; host {inventory.host.short_name}.")
+        for machine in self._plan.provisional:
+            self._services.log.info("left out: " + provisional_text(machine))
+        tell(self._plan.findings)
+        tell(Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings)
+        tell(self._clear_leftovers())
+        self.placement.claim_all(job.machine for _, job in jobs)
+        tell(self._check_retention())
+        if settings.pool_db_backup:
+            tell(self._dump_pool_database())
+        for number, job in self._try_jobs(jobs, is_last=False):
             self._services.log.info(f"{job.machine.title}: trying once more.")
-            self._try_jobs([job], is_last=True)
+            self._try_jobs([(number, job)], is_last=True)
         self.run.look_again()
-        self._tell(self._low_space())
-
-    def _tell(self, findings: Iterable[Finding]) -> None:
-        """Each is told as soon as it is found, once, and noted for the report."""
-        for finding in findings:
-            if finding not in self._findings:
-                self._services.log.finding(finding)
-                self._findings.append(finding)
+        tell(self._low_space())
 
     @property
     def why_not_pruned(self) -> str:
@@ -8358,50 +8394,32 @@ class BackupRun:
                 for warning in retention_warnings(copies, utc, local):
                     yield Finding(Severity.WARNING, job.machine.title, warning)
 
-    def _try_jobs(self, jobs: Iterable[Job], is_last: bool) -> List[Job]:
+    def _try_jobs(self, jobs: Iterable[Tuple[int, Job]], is_last: bool) -> List[Tuple[int, Job]]:
         """Each of the jobs has its outcome, but for those that are worth another try. PoolError if the pool
         is gone: the VMs behind that one would fail too."""
-        again = []
-        for job in jobs:
+        again, status_log = [], self.run.status_log
+        for number, job in jobs:
             self._services.signals.check()
-            outcome, error = self._tried(job)
-            is_pool_gone = isinstance(error, PoolError) and not isinstance(error, AnswerLost)
-            if error is not None and error.passing and not is_last and not is_pool_gone:
+            status_log.begin(job.method.value, job.machine.name)
+            outcome = BackupJob(self, job).outcome()
+            error = outcome.cause
+            if isinstance(error, BackupError) and error.passing and not is_last:
+                self.run.tell(outcome.findings)
                 self._services.log.warning(f"{job.machine.title}: {error} It is tried once more at the end "
                                            f"of the run.")
-                self._status_log.end(outcome._replace(status_word="RETRY"))
-                again.append(job)
+                status_log.end(outcome._replace(status_word="RETRY"))
+                again.append((number, job))
                 continue
-            self._outcomes.append(outcome)
-            self._status_log.end(outcome)
-            if is_pool_gone:
-                raise error
-            if error is not None:
-                self._services.log.error(f"{job.machine.title}: {error}")
-            elif is_last and outcome.error is None:
-                self._tell([Finding(Severity.WARNING, job.machine.title, "it needed a second try.")])
+            if is_last and outcome.error is None:
+                outcome = outcome._replace(findings=outcome.findings + (
+                    Finding(Severity.WARNING, job.machine.title, "it needed a second try."),))
+            self.run.settle(number, outcome)
         return again
-
-    def _tried(self, job: Job) -> Tuple[Outcome, Optional[BackupError]]:
-        """The outcome of the job, and the error that it ended with if it was none of our bugs."""
-        began_s = self._services.clock.monotonic()
-        self._status_log.begin(job.method.value, job.machine.name)
-        outcome, ended = untried(job), None        # type: Outcome, Optional[BackupError]
-        try:
-            outcome = BackupJob(self, job, self._tell).done()
-        except BackupError as error:
-            self.run.note(error)
-            word = error.status_word or ("POOL-FAIL" if isinstance(error, PoolError) else "EXPORT-FAIL")
-            outcome, ended = outcome._replace(error=str(error), status_word=word), error
-        except Exception as bug:
-            self._services.log.bug(bug, job.machine.title + ": ")
-            outcome = outcome._replace(error=BUG_TEXT, status_word="BUG", had_bug=True)
-        return outcome._replace(seconds=self._services.clock.monotonic() - began_s), ended
 
     def _low_space(self) -> Iterator[Finding]:
         """A warning if the next run's largest copy may not fit."""
         place = self._services.settings.backup_dir
-        largest = max((outcome.size_bytes for outcome in self._outcomes), default=0)
+        largest = max((outcome.size_bytes for outcome in self.run.outcomes), default=0)
         try:
             free = None if self.run.store_problem else self._services.catalog.free_bytes()
         except CatalogError as error:              # every VM is done by now
@@ -8422,10 +8440,10 @@ class BackupRun:
             folder = dump_folder(catalog, self.run.inventory)
             name = catalog.new_pool_dump(folder, self._services.clock.local(), self.exporter.pool_database)
             self._services.log.info(f"pool database: {folder}/{name} is complete.")
-            self._dump_error = ""
+            self.run.dump_error = ""
         except BackupError as error:
             self.run.note(error)
-            self._dump_error = str(error)
+            self.run.dump_error = str(error)
             self._services.log.error(f"pool database: {error}")
             return
         try:
@@ -8461,23 +8479,37 @@ class BackupJob:
     """One copy more of one VM, from its directory's lock to retention. It knows nothing of the jobs before
     and behind it."""
 
-    def __init__(self, backup: BackupRun, job: Job, tell: Callable[[Iterable[Finding]], None]) -> None:
+    def __init__(self, backup: BackupRun, job: Job) -> None:
         self._backup = backup
         self._run = backup.run
         self._services = backup.run.services
         self._job = job
-        self._tell = tell
+        self._findings = []                # type: List[Finding]
 
-    def done(self) -> Outcome:
-        """The outcome of a copy that is sealed, older ones pruned. Raises BackupError; then nothing of it is
-        left."""
+    def outcome(self) -> Outcome:
+        """What became of it; if it failed, nothing of it is left."""
+        began_s, outcome = self._services.clock.monotonic(), untried(self._job)
+        try:
+            outcome = self._done()
+        except BackupError as error:
+            self._run.note(error)
+            word = error.status_word or ("POOL-FAIL" if isinstance(error, PoolError) else "EXPORT-FAIL")
+            outcome = outcome._replace(error=str(error), status_word=word, cause=error)
+        except Exception as bug:
+            self._services.log.bug(bug, self._job.machine.title + ": ")
+            outcome = outcome._replace(error=BUG_TEXT, status_word="BUG", cause=bug)
+        return outcome._replace(seconds=self._services.clock.monotonic() - began_s,
+                                findings=tuple(self._findings))
+
+    def _done(self) -> Outcome:
+        """The outcome of a copy that is sealed, older ones pruned."""
         job, run = self._job, self._run
         if run.storage_hangs:
             raise StorageStalled(f"it was not tried, as the backup storage hangs: {run.store_problem}")
         with stage("STORAGE-FAIL"):
             self._services.catalog.check_in_place()
         with self._own_folder() as folder:
-            self._tell(self._backup.clear_unfinished(folder))
+            self._findings += self._backup.clear_unfinished(folder)
             if self._services.settings.pre_clean:
                 copies = self._backup.placement.own_view(folder, job.machine)
                 self._prune(copies, job.keep - 1, "to make room")
@@ -8490,11 +8522,11 @@ class BackupJob:
                 self._warn(f"older copies were not pruned: {error}")
             except Exception as bug:
                 self._services.log.bug(bug, job.machine.title + ": ")
-                outcome = outcome._replace(had_bug=True)
+                outcome = outcome._replace(cause=bug)
             return outcome
 
     def _warn(self, sentence: str) -> None:
-        self._tell([Finding(Severity.WARNING, self._job.machine.title, sentence)])
+        self._findings.append(Finding(Severity.WARNING, self._job.machine.title, sentence))
 
     @contextlib.contextmanager
     def _own_folder(self) -> Iterator[Folder]:
@@ -8546,7 +8578,10 @@ class BackupJob:
                 metadata = exporter.metadata(machine)
                 run.in_store("writing the metadata", lambda: copy.write(VM_METADATA, metadata))
                 interfaces, os_version = services.pool.interfaces(machine), services.pool.os_version(machine)
-                self._tell_problems(machine, interfaces)
+                # what the pool's records lack; the plan has told of what was so by then
+                for problem in machine.problems + tuple(vif.problem for vif in interfaces if vif.problem):
+                    if problem not in self._job.machine.problems:
+                        self._warn(problem)
                 files = metadata_files(machine, machine.disks, interfaces, os_version)
                 # the sizes are those of the snapshot
                 run.in_store("writing the metadata", lambda: copy.write_texts(
@@ -8597,12 +8632,6 @@ class BackupJob:
         if machine.power_state == "Suspended":
             log.info(f"{machine.title} is suspended: the copy holds its disks, but not its memory.")
         return machine
-
-    def _tell_problems(self, machine: VirtualMachine, interfaces: Sequence[Interface]) -> None:
-        """What the pool's records lack is a warning; the plan has told of what was so by then."""
-        problems = machine.problems + tuple(vif.problem for vif in interfaces if vif.problem)
-        self._tell(Finding(Severity.WARNING, machine.title, problem) for problem in problems
-                   if problem not in self._job.machine.problems)
 
     def _export(self, machine: VirtualMachine, copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
         """The image, and the VM's disks with the sizes that their snapshots have."""
@@ -9165,25 +9194,25 @@ def check_may_prune(services: Services, listing: Listing) -> None:
                          f"vm=uuid:UUID, or by its directory.")
 
 
-def prune_all(services: Services, vms: Sequence[StoredVm]) -> Tuple[int, ExitStatus]:
-    """How many copies of these VMs were beyond the numbers to keep, and are gone or shown in a preview; the
-    exit status."""
-    log, removed, failed = services.log, 0, False
+def prune_all(run: Run, catalog: Catalog, vms: Sequence[StoredVm]) -> int:
+    """How many copies of these VMs were beyond the numbers to keep, and are gone or shown in a preview. What
+    went wrong with a VM is told and noted."""
+    services, removed = run.services._replace(catalog=catalog), 0
     warnings = set()                       # type: Set[str]
     for stored in vms:
         keep, rule = prune_rule(services, stored)
         if keep is None:
-            log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in {stored.folder}/: "
-                     f"{rule}; `prune vm=... max_backups=N` removes by hand.")
+            services.log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in "
+                              f"{stored.folder}/: {rule}; `prune vm=... max_backups=N` removes by hand.")
             continue
         try:
-            removed += prune_one(services, services.catalog, stored, warnings)
+            removed += prune_one(services, catalog, stored, warnings)
         except BackupError as error:
-            failed = True
-            log.error(f"{stored.title}: {error}")
+            run.tell([Finding(Severity.ERROR, stored.title, str(error))])
             if isinstance(error, StorageMisbehaved):
                 break                      # nothing more is removed in this run
-    return removed, ExitStatus.FAILED if failed else ExitStatus.WARNING if warnings else ExitStatus.OK
+    run.findings += [Finding(Severity.WARNING, "", warning) for warning in warnings]
+    return removed
 
 
 def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: Set[str]) -> int:
@@ -10524,32 +10553,34 @@ def journal_catalog(services: Services, shown: str, catalog: Optional[Catalog]) 
                      "started.")
 
 
-def restore(services: Services, inventory: Inventory, plan: RestorePlan, catalog: Optional[Catalog]) -> int:
-    """The plan was carried out; the exit status. Raises what went wrong, when nothing of it is left."""
+def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePlan,
+            catalog: Optional[Catalog]) -> None:
+    """The plan was carried out. Raises what went wrong, when nothing of it is left."""
     log, name, size = services.log, quote_name(plan.source.vm_name), format_size(plan.source.copy.size_bytes)
     began_s, status = services.clock.monotonic(), ExitStatus.OK
-    services = services._replace(catalog=journal_catalog(services, plan.source.inside.shown, catalog))
-    with Run(services, inventory) as run:
-        for problem in run.sweep():
-            log.info(f"{problem} It is left.")
-        importer = Importer(run.services, make_xe(services), run.snapshots)
-        log.info(f"{name}: importing {size}.")
-        with importer.imported(plan) as imported:
-            importer.finish(plan, imported)
-        services.signals.come_too_late()                    # the VM is there
-        took = format_duration(services.clock.monotonic() - began_s)
-        log.info(f"{name}: the import {'is over' if imported.problem else 'is proven'}: {size} in {took}.")
-        if plan.wishes.start and not imported.problem:
-            try:
-                doing = f"starting {quote_name(plan.name)}"
-                services.pool.call(doing, "VM.start", imported.ref, False, False)
-            except BackupError as error:
-                log.error(f"{error} The VM itself is whole; start it when that is settled.")
-                status = ExitStatus.FAILED
-        log.show(restored_text(services.pool, plan, imported, status))
-        run.look_again()
-    has_warned = imported.problem or run.snapshots.findings
-    return ExitStatus.WARNING if status == ExitStatus.OK and has_warned else status
+    catalog = journal_catalog(services, plan.source.inside.shown, catalog)
+    run.begin(services._replace(catalog=catalog), inventory)
+    for problem in run.sweep():
+        log.info(f"{problem} It is left.")
+    importer = Importer(run.services, make_xe(services), run.snapshots)
+    log.info(f"{name}: importing {size}.")
+    with importer.imported(plan) as imported:
+        importer.finish(plan, imported)
+    services.signals.come_too_late()                    # the VM is there
+    took = format_duration(services.clock.monotonic() - began_s)
+    log.info(f"{name}: the import {'is over' if imported.problem else 'is proven'}: {size} in {took}.")
+    if imported.problem:                                # told by then
+        run.findings.append(Finding(Severity.WARNING, name, imported.problem))
+    if plan.wishes.start and not imported.problem:
+        try:
+            doing = f"starting {quote_name(plan.name)}"
+            services.pool.call(doing, "VM.start", imported.ref, False, False)
+        except BackupError as error:
+            log.error(f"{error} The VM itself is whole; start it when that is settled.")
+            run.findings.append(Finding(Severity.ERROR, name, str(error)))
+            status = ExitStatus.FAILED
+    log.show(restored_text(services.pool, plan, imported, status))
+    run.look_again()
 
 
 def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: int) -> str:
@@ -10644,18 +10675,17 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
             f"{format_size(size)}, of which {format_size(sink.taken_bytes)} are not zeros; {proven}.")
 
 
-def extract_metadata(services: Services, source: Source, path: str) -> int:
+def extract_metadata(services: Services, source: Source, path: str) -> None:
     """The VM's ova.xml is in the file, or on stdout."""
     inside = source.inside
     text = inside.read(VM_METADATA) if inside.status(VM_METADATA) is not None else ova_text(source.ova)
     if not path:
         services.log.show(text.decode("utf-8", "replace"))
-        return ExitStatus.OK
+        return
     with NewFile(path) as file, storage_errors(f"writing {path}"):
         write_all(file.fd, text)
         file.complete()
     services.log.show(f"{path}: the metadata of {quote_name(source.vm_name)} ({source.copy.name}).")
-    return ExitStatus.OK
 
 
 # --- drill ---------------------------------------------------------------------------------
@@ -10762,8 +10792,6 @@ def drill_copies(services: Services, vm: str) -> Tuple[List[Copy], List[Finding]
         if rival is None or (rival.is_good, rival.taken_at) < (best.is_good, best.taken_at):
             newest[stored.uuid or stored.folder] = best
     findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in listing.misbehaved]
-    for finding in findings:
-        services.log.finding(finding)
     copies = sorted(newest.values(), key=lambda copy: (copy.folder, copy.name))
     if sample:                             # those first that were never drilled, or longest ago
         drilled_at = catalog.last_drills()
@@ -10795,10 +10823,9 @@ def drill_plan(services: Services, view: PoolView, copy: Copy, inside: Directory
     return plan
 
 
-def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Copy]) -> int:
-    """Shown: what a drill would try."""
-    status = ExitStatus.OK
-    view = read_pool_view(services.pool, inventory)
+def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Copy]) -> List[Finding]:
+    """Shown: what a drill would try. What can't be drilled is an error."""
+    view, findings = read_pool_view(services.pool, inventory), []
     for copy in copies:
         try:
             with services.catalog.open_copy(copy) as inside:
@@ -10806,9 +10833,10 @@ def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Cop
             places = [f"disk {item.disk.title} on SR {item.sr.title}" for item in plan.disks]
             text = ", ".join(places) or "no disk"
         except BackupError as error:
-            status, text = ExitStatus.FAILED, f"can't be drilled: {error}"
+            text = f"can't be drilled: {error}"
+            findings.append(Finding(Severity.ERROR, copy.folder, text))
         services.log.show(f"{copy.folder}/{copy.name}: {text}")
-    return status
+    return findings
 
 
 def undrilled(copy: Copy) -> Outcome:
@@ -10833,7 +10861,6 @@ def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> O
         is_the_copys = isinstance(problem, VerificationError) and not isinstance(problem, UnknownFormat)
         said = NOT_RESTORABLE if is_the_copys else NOT_TRIED
         error = str(problem)
-        services.log.error(f"{title}: {error}")
     try:
         if copy.mark and said != NOT_TRIED:
             services.catalog.record(copy, drilled_at=format_utc(services.clock.utc()), drill=said,
@@ -10842,6 +10869,27 @@ def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> O
         services.log.info(f"the verdict is not recorded: {problem}")
     return undrilled(copy)._replace(error=error, status_word="DRILL-FAIL" if error else "SUCCESS", said=said,
                                     seconds=services.clock.monotonic() - began_s)
+
+
+def drill_all(run: Run, copies: Sequence[Copy]) -> None:
+    """Each of the copies was drilled, and has its outcome."""
+    services = run.services
+    run.outcomes = [undrilled(copy) for copy in copies]
+    for problem in run.sweep():
+        services.log.info(f"{problem} It is left.")
+    xe = make_xe(services)
+    drill = Drill(services, Importer(services, xe, run.snapshots), Exporter(services, xe))
+    view = read_pool_view(services.pool, run.inventory)
+    for number, copy in enumerate(copies):
+        services.signals.check()
+        run.status_log.begin("drill", copy.vm_name)
+        if services.journal.is_mute:
+            outcome = run.outcomes[number]._replace(error="it was not tried, as the backup storage hangs.",
+                                                    status_word="DRILL-FAIL")
+        else:
+            outcome = drill_one(services, view, drill, copy)
+        run.settle(number, outcome)
+    run.look_again()
 
 
 # =============================================================================
@@ -10855,14 +10903,16 @@ STATUS_LOG_LIMIT_S = 20           # it often lies on the very share that hangs
 class StatusLog:
     """The older program's status lines, appended; people parse them. No backup fails for it."""
 
-    def __init__(self, services: Services, host: str) -> None:
+    def __init__(self, services: Services) -> None:
         self._services = services
         self._path = services.settings.status_log
-        self._host = host
+        self._host = ""
         self._fd = None                    # type: Optional[int]
 
-    def open(self) -> None:
-        """Lines are appended from now on, unless the file can't be opened: that is said once."""
+    def open(self, host: str) -> None:
+        """Lines of that host are appended from now on, unless the file can't be opened: that is said once."""
+        self._host = host
+
         def opened() -> int:
             with storage_errors(self._path):
                 return os.open(fs_path(self._path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
@@ -11153,22 +11203,22 @@ def make_mailer(services: Services, catalog: Optional[Catalog]) -> Mailer:
     return Mailer(services, outbox)
 
 
-def mail_is_wanted(settings: Configuration) -> bool:
-    """Are there runs of this config that send a mail?"""
-    return bool(settings.mail_to) and settings.mail_when != "never"
-
-
-def mailed(services: Services, report: Report, storage_hangs: bool = False) -> Report:
+def mailed(run: Run, report: Report) -> Report:
     """The report, which went out by mail if that was wanted; with a warning more if that, or a mail of an
     earlier run, could not be sent."""
-    settings = services.settings
-    if not mail_is_wanted(settings):
+    services, settings = run.services, run.services.settings
+    if not settings.mail_to or settings.mail_when == "never":
         return report
-    mailer = make_mailer(services, None if storage_hangs else services.catalog)
+    if services.catalog is None:
+        # no store is what such a mail is often about
+        with contextlib.suppress(CatalogError):
+            services = services._replace(catalog=within(
+                OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(settings.backup_dir)))
+    mailer = make_mailer(services, None if run.storage_hangs else services.catalog)
     if settings.mail_when == "problems" and report.word == "SUCCESS":
         is_sent = mailer.send_kept()
     else:
-        facts = store_facts(services, report, storage_hangs)
+        facts = store_facts(services, report, run.storage_hangs)
         is_sent = mailer.send(mail_subject(report), mail_body(report, facts))
     return report if is_sent else report._replace(findings=report.findings + (
         Finding(Severity.WARNING, "mail", "it was not sent."),))
@@ -11188,32 +11238,22 @@ def store_facts(services: Services, report: Report, storage_hangs: bool) -> Stor
         return facts._replace(problem=str(error))
 
 
-@contextlib.contextmanager
-def early_end_mailed(services: Services, wording: Wording) -> Iterator[None]:
-    """A mail is out about a run that ended before it could report what it has done; the error itself is told
-    by main."""
-    began_at = services.clock.utc()
-    try:
-        yield
-    except (Exception, Interrupted) as error:
-        if mail_is_wanted(services.settings) and not services.arguments.preview:
-            with services.signals.shielded():
-                catalog = None                         # type: Optional[Catalog]
-                # no store is what such a mail is often about
-                with contextlib.suppress(CatalogError):
-                    catalog = within(OUTBOX_LIMIT_S, "opening the store",
-                                     lambda: Catalog(services.settings.backup_dir))
-                host = socket.gethostname().split(".")[0]
-                mailed(services._replace(catalog=catalog), Report(
-                    wording, services.settings.source, host, began_at, services.clock.utc(), ended_by=error))
-        raise
-
-
-def report_told(services: Services, report: Report, status_log: StatusLog) -> int:
-    """The exit status of a run whose last lines stand in status log and log."""
-    status_log.end_run(report)
-    services.signals.come_too_late()
-    services.log.info(summary_text(report))
+def end_told(run: Run) -> int:
+    """The exit status of a run that has ended: its mail is out, the lock of its config given back, and its
+    last lines stand in status log and log. A run that ended before it could begin tells that by mail only."""
+    services, report = run.services, run.report()
+    with services.signals.shielded():
+        if run.is_told or run.wording is not None and run.ended_by is not None:
+            report = mailed(run, report)
+        if run.lock is not None:
+            status = report.exit_status if run.is_told else ExitStatus.BUG
+            run.tidy("giving back the lock of this config", lambda: end_config_lock(run.lock, status))
+            if run.storage_hangs:
+                run.lock.abandon()
+        if run.is_told:
+            run.status_log.end_run(report)
+            services.signals.come_too_late()
+            services.log.info(summary_text(report))
     return report.exit_status
 
 
@@ -11480,61 +11520,38 @@ def create_password_file(password: str, path: str) -> str:
 # --- preview and backup ----------------------------------------------------------------------
 
 
-def command_preview(services: Services) -> int:
+def command_preview(run: Run) -> None:
     """Shown: the plan, and what retention would then remove."""
-    with planned(services, changes_allowed=False) as (services, inventory, plan):
+    with planned(run.services, changes_allowed=False) as (services, inventory, plan):
         pass                               # nothing more is asked of the pool
     plan, futures = foreseen(services, inventory, plan)
     services.log.show(preview_text(services.settings, inventory, plan, futures, services.catalog))
-    severities = {finding.severity for finding in plan.findings}
-    if Severity.ERROR in severities:
-        return ExitStatus.FAILED
-    has_warnings = Severity.WARNING in severities or services.settings.warnings
-    return ExitStatus.WARNING if has_warnings else ExitStatus.OK
+    run.findings += plan.findings
+    run.findings += [Finding(Severity.WARNING, "", warning) for warning in services.settings.warnings]
 
 
-def command_backup(services: Services) -> int:
+def command_backup(run: Run) -> None:
     """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
-    with early_end_mailed(services, BACKUP_WORDING), planned(services) as (services, inventory, plan), \
-            config_lock(services, inventory) as lock:
-        return run_backup(services, inventory, plan, lock) if lock is not None else ExitStatus.OK
+    with planned(run.services) as (services, inventory, plan):
+        run.lock = take_config_lock(services, inventory)
+        if run.lock is None:
+            return
+        if services.catalog.locks_are_local:
+            services.log.info(f"the mount options of {services.catalog.path} keep locks within this host: "
+                              "what a run of another host left is touched only after a day.")
+        run.begin(services, inventory)
+        try:
+            BackupRun(run, plan, Exporter(run.services, make_xe(services))).do_all()
+        finally:
+            run.tidy("keeping a reserve", lambda: keep_reserve(services.catalog))
 
 
-def run_backup(services: Services, inventory: Inventory, plan: Plan, lock: LockFile) -> int:
-    """The exit status of the run, after its report."""
-    settings, log = services.settings, services.log
-    host = inventory.host.short_name
-    if services.catalog.locks_are_local:
-        log.info(f"the mount options of {settings.backup_dir} keep locks within this host: what a run of "
-                 "another host left is touched only after a day.")
-    for warning in settings.warnings:
-        log.warning(warning)
-    status_log = StatusLog(services, host)
-    status_log.open()
-    with Run(services, inventory) as run:
-        status_log.begin("vmbackup.py")
-        log.info(f"VmBackup {VERSION}: {counted(len(plan.jobs), 'VM')} of {settings.source} in pool "
-                 f"{inventory.pool_title}; host {host}.")
-        for machine in plan.provisional:
-            log.info("left out: " + provisional_text(machine))
-        report = BackupRun(run, plan, Exporter(run.services, make_xe(services)), status_log).report()
-        run.tidy("keeping a reserve", lambda: keep_reserve(services.catalog))
-    report = report._replace(findings=report.findings + tuple(
-        Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings))
-    with services.signals.shielded():
-        report = mailed(services, report, run.storage_hangs)
-        run.tidy("giving back the lock of this config", lambda: end_config_lock(lock, report.exit_status))
-        if run.storage_hangs:
-            lock.abandon()
-        return report_told(services, report, status_log)
-
-
-def command_test_mail(services: Services) -> int:
+def command_test_mail(run: Run) -> None:
     """A mail that says that mail works is with the server."""
-    settings = services.settings
+    services, settings = run.services, run.services.settings
     if not settings.mail_to:
         raise UsageError("mail_to is not set, so there is nobody to write to.")
-    host = socket.gethostname().split(".")[0]
+    host = this_host_name()
     consequence = {"always": "Every backup run will send a report to this address.",
                    "problems": "Backup runs will send a report to this address when they had problems.",
                    "never": "But mail_when=never is set, so no backup run will send a report."}[
@@ -11543,14 +11560,14 @@ def command_test_mail(services: Services) -> int:
         f"OK: test mail ({host})",
         f"Somebody asked for this mail with `VmBackup.py ... test-mail` on host {host}. As you can read it, "
         f"the mail settings of {settings.source} work. {consequence}\n")
-    return ExitStatus.OK
 
 
 # --- verify, list and prune: what is in the store ------------------------------------------------
 
 
-def command_verify(services: Services) -> int:
+def command_verify(run: Run) -> None:
     """Every chosen copy was read and judged; the verdicts are shown and on record."""
+    services = run.services
     vm, wanted = services.arguments.vm, services.arguments.parameters["from"]
     minutes = services.arguments.parameters["max_time"]
     catalog = open_store(services.settings)
@@ -11565,15 +11582,16 @@ def command_verify(services: Services) -> int:
                           "mounted?")
     if minutes:                            # the copies that were longest not looked at come first
         copies.sort(key=lambda copy: copy.checked("verified_at") or "")
+    run.findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in listing.misbehaved]
     verdicts = verify_all(services._replace(catalog=catalog), copies, minutes)
     services.log.show(verify_summary(verdicts, len(copies)))
-    is_fine = all(verdict.is_fine for verdict in verdicts) and not listing.misbehaved
-    return ExitStatus.OK if is_fine else ExitStatus.FAILED
+    run.outcomes += [Outcome("verify", verdict.copy.uuid, verdict.copy.vm_name, verdict.copy.name,
+                             None if verdict.is_fine else verdict.reason) for verdict in verdicts]
 
 
-def command_list(services: Services) -> int:
+def command_list(run: Run) -> None:
     """Shown: what is in the store, as text or JSON."""
-    log, catalog = services.log, open_store(services.settings)
+    services, log, catalog = run.services, run.services.log, open_store(run.services.settings)
     as_json = services.arguments.parameters["format"] == "json"
     inventory = asked_pool(services) if as_json else None
     listing, now = chosen_vms(catalog, services.arguments.vm, log), services.clock.local()
@@ -11582,7 +11600,7 @@ def command_list(services: Services) -> int:
     if as_json:
         log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
                             sort_keys=True))
-        return ExitStatus.OK
+        return
     tell_pools = len({row["pool"] for row in rows} - {""}) > 1
     for row in rows:
         log.show(list_text(row, tell_pools))
@@ -11591,26 +11609,24 @@ def command_list(services: Services) -> int:
     for text in gone_texts(rows, asked_pool(services)):
         log.show(text)
     log.show(f"{list_summary(rows)}, {free_text(catalog.free_bytes())}.")
-    return ExitStatus.OK
 
 
-def command_prune(services: Services) -> int:
+def command_prune(run: Run) -> None:
     """Retention was applied without a backup and without a pool; with preview it is only shown."""
-    arguments, settings, log = services.arguments, services.settings, services.log
+    arguments, settings, log = run.services.arguments, run.services.settings, run.services.log
     catalog = open_store(settings) if arguments.preview else open_catalog(settings, log)
     listing = chosen_vms(catalog, arguments.vm, log)
-    check_may_prune(services, listing)
-    removed, status = prune_all(services._replace(catalog=catalog), listing.vms)
+    check_may_prune(run.services, listing)
+    removed = prune_all(run, catalog, listing.vms)
     log.show(f"{counted(removed, 'copy')} {'would be removed' if arguments.preview else 'removed'}.")
-    return status
 
 
 # --- restore, extract and drill ---------------------------------------------------------------------
 
 
-def command_restore(services: Services) -> int:
+def command_restore(run: Run) -> None:
     """A VM is back as a new VM, proven, or nothing of it is left and the person knows why."""
-    arguments, log = services.arguments, services.log
+    services, arguments, log = run.services, run.services.arguments, run.services.log
     given = arguments.parameters
     wishes = Wishes(given["to"], given["sr"], given["network"], given["preserve"], given["start"],
                     given["attach_existing_disks"], given["force"])
@@ -11620,7 +11636,8 @@ def command_restore(services: Services) -> int:
             plan = plan_restore(source, read_pool_view(services.pool, inventory), wishes)
             if arguments.preview:
                 log.show(plan_text(plan))
-                return ExitStatus.FAILED if plan.problems else ExitStatus.OK
+                run.findings += [Finding(Severity.ERROR, source.title, problem) for problem in plan.problems]
+                return
             if plan.problems:
                 problems = "\n* ".join(("",) + plan.problems)
                 raise BackupError(f"{quote_name(source.vm_name)} is not restored:{problems}\n"
@@ -11628,18 +11645,19 @@ def command_restore(services: Services) -> int:
             log.info(plan_text(plan))
             if given["verify_first"]:
                 read_once(services, source)
-            return restore(services, inventory, plan, catalog)
+            restore(run, services, inventory, plan, catalog)
 
 
-def command_extract(services: Services) -> int:
+def command_extract(run: Run) -> None:
     """A disk of a copy, or its metadata, is in a file."""
-    given = services.arguments.parameters
+    services, given = run.services, run.services.arguments.parameters
     path = given["to"]
     if path and os.path.lexists(fs_path(path)):
         raise UsageError(f"to={path} exists already and was left as it is.")
     with chosen_source(services, without_vm=not given["metadata"]) as (source, _):
         if given["metadata"]:
-            return extract_metadata(services, source, path)
+            extract_metadata(services, source, path)
+            return
         disk = wanted_disk(source, given["disk"])
         if not path:
             raise UsageError("say with to= which file to write.")
@@ -11650,68 +11668,31 @@ def command_extract(services: Services) -> int:
         except CatalogError as error:
             raise BackupError(f"{error} No file was left.")
     services.log.show(told)
-    return ExitStatus.OK
 
 
-def command_drill(services: Services) -> int:
+def command_drill(run: Run) -> None:
     """The chosen copies were imported, compared and removed again; verdicts and report tell how it went."""
-    arguments = services.arguments
+    services, arguments = run.services, run.services.arguments
     if bool(arguments.vm) == bool(arguments.parameters["sample"]):
         raise UsageError("sample= takes no VM beside it." if arguments.vm else
                          "drill needs a VM, or newest-of-each, or sample=N.")
-    with early_end_mailed(services, DRILL_WORDING):
-        services = services._replace(catalog=open_store(services.settings))
-        copies, findings = drill_copies(services, arguments.vm)
-        if not copies:
-            raise BackupError(f"{services.catalog.path} holds no good copy to drill.")
-        find_xe(services.settings)
-        with connected(services, changes_allowed=not arguments.preview) as (services, inventory):
-            if arguments.preview:
-                return preview_drill(services, inventory, copies)
-            return run_drill(services, inventory, copies, findings)
-
-
-def run_drill(services: Services, inventory: Inventory, copies: Sequence[Copy],
-              findings: Sequence[Finding]) -> int:
-    """The exit status of a drill, after its report."""
-    status_log = StatusLog(services, inventory.host.short_name)
-    status_log.open()
-    status_log.begin("vmbackup.py")
-    outcomes = [undrilled(copy) for copy in copies]
-    with Run(services, inventory) as run:
-        ended = ended_by(run.services, lambda: drill_all(run, copies, outcomes, status_log))
-    with services.signals.shielded():
-        report = run.report(DRILL_WORDING, ended)._replace(
-            outcomes=tuple(outcomes), findings=tuple(findings) + tuple(run.snapshots.findings))
-        return report_told(services, mailed(services, report, run.storage_hangs), status_log)
-
-
-def drill_all(run: Run, copies: Sequence[Copy], outcomes: List[Outcome], status_log: StatusLog) -> None:
-    """Each of the copies was drilled, and has its outcome in the place of the one that is there."""
-    services = run.services
-    for problem in run.sweep():
-        services.log.info(f"{problem} It is left.")
-    xe = make_xe(services)
-    drill = Drill(services, Importer(services, xe, run.snapshots), Exporter(services, xe))
-    view = read_pool_view(services.pool, run.inventory)
-    for number, copy in enumerate(copies):
-        services.signals.check()
-        status_log.begin("drill", copy.vm_name)
-        if services.journal.is_mute:
-            outcome = outcomes[number]._replace(error="it was not tried, as the backup storage hangs.",
-                                                status_word="DRILL-FAIL")
-            services.log.error(f"{outcome.title}: {outcome.error}")
+    services = services._replace(catalog=open_store(services.settings))
+    copies, findings = drill_copies(services, arguments.vm)
+    run.tell(findings)
+    if not copies:
+        raise BackupError(f"{services.catalog.path} holds no good copy to drill.")
+    find_xe(services.settings)
+    with connected(services, changes_allowed=not arguments.preview) as (services, inventory):
+        if arguments.preview:
+            run.findings = preview_drill(services, inventory, copies)
         else:
-            outcome = drill_one(services, view, drill, copy)
-        outcomes[number] = outcome
-        status_log.end(outcome)
-    run.look_again()
+            run.begin(services, inventory)
+            drill_all(run, copies)
 
 
 COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify,
-            "list": command_list,
-            "prune": command_prune, "test-mail": command_test_mail, "restore": command_restore,
-            "extract": command_extract, "drill": command_drill}
+            "list": command_list, "prune": command_prune, "test-mail": command_test_mail,
+            "restore": command_restore, "extract": command_extract, "drill": command_drill}
 
 
 # =============================================================================
@@ -11754,16 +11735,12 @@ def main(argv: Sequence[str]) -> int:
         arguments = parse_arguments(words)
         configuration = load_configuration(arguments)
         services = Services(configuration, clock, log, signals, arguments)
-        return COMMANDS[arguments.action.name](services)
-    except (UsageError, ConfigurationError) as error:
+        run = Run(services, StatusLog(services))
+        run.carry_out(COMMANDS[arguments.action.name])
+        return end_told(run)
+    except BackupError as error:
         log.complain(str(error))
         return error.exit_status
-    except BackupError as error:
-        log.error(str(error))
-        return error.exit_status
-    except Interrupted as interrupted:
-        log.error(f"{interrupted}.")
-        return 128 + interrupted.number
     except Exception as bug:
         log.bug(bug)
         return ExitStatus.BUG

@@ -8,8 +8,8 @@ import pytest
 
 from support.values import an_inventory, planned, services
 import VmBackup
-from VmBackup import (AnswerLost, ApiFailure, BackupRun, Clock, ImportWatch, Log, PoolError, Progress, Run, Severity, StorageMisbehaved,
-                      StreamStalled, Watch)
+from VmBackup import (AnswerLost, ApiFailure, BackupRun, Clock, ImportWatch, Log, PoolError, Progress, Run, Severity,
+                      StorageMisbehaved, StreamStalled, Watch, parse_arguments)
 
 
 LOG = Log(Clock())
@@ -61,8 +61,11 @@ def a_backup(**catalog):
     log.lines = []
     log.info = log.lines.append
     with mock.patch('VmBackup.begin_run', lambda catalog, name, header, now_s: SimpleNamespace(name=name, header=header)):
-        run = Run(services('backup_dir=/store\nmax_backups=1', log, catalog=SimpleNamespace(**catalog)), an_inventory())
-    return BackupRun(run, planned('vm-export=*'), None, None), log
+        doors = services('backup_dir=/store\nmax_backups=1', log, catalog=SimpleNamespace(**catalog),
+                         arguments=parse_arguments(['-', 'weekend.cfg']))
+        run = Run(doors, mock.Mock())
+        run.begin(doors, an_inventory())
+    return BackupRun(run, planned('vm-export=*'), None), log
 
 
 def test_space_that_cannot_be_asked_for_ends_no_run():
