@@ -78,46 +78,34 @@ if __name__ == "__main__":
     sys.path[:] = [place for place in sys.path
                    if os.path.realpath(place or ".") != os.path.dirname(os.path.realpath(__file__))]
 
+# What only one door or a few commands need is imported there: who only lists copies does not pay for it.
+
 import base64
 import binascii
 import collections
 import contextlib
-import email.charset
-import email.header
-import email.message
-import email.policy
-import email.utils
 import enum
 import errno
 import fcntl
 import fnmatch
 import functools
 import hashlib
-import http.client
 import io
 import itertools
 import json
 import queue
 import re
-import secrets
 import select
-import shutil
 import signal
-import smtplib
 import socket
-import ssl
 import stat
 import subprocess
 import threading
 import time
-import traceback
 import unicodedata
-import xml.parsers.expat
-import xmlrpc.client
 import zlib
 from array import array
 from datetime import datetime, timedelta, timezone
-from difflib import get_close_matches
 from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
                     Optional, Sequence, Set, Tuple, Union)
 
@@ -1011,9 +999,15 @@ def _ignores_extra_keys(settings: Sequence[Setting]) -> bool:
 
 def unknown_key_text(setting: Setting) -> str:
     """The sentence about a key that does not exist, with the nearest one that does."""
-    near = get_close_matches(setting.name.lower(), OPTION_NAMES, 1, 0.6)
-    hint = f"did you mean {near[0]}?" if near else "`VmBackup.py help config` lists the keys."
+    hint = did_you_mean(setting.name.lower(), OPTION_NAMES) or "`VmBackup.py help config` lists the keys."
     return f'{setting.place}: "{one_line(setting.name)}" is not a key; {hint}'
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The question that names the nearest of the known words, "" if none is near."""
+    import difflib
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def parse_value(option: Option, text: str) -> Any:
@@ -1303,10 +1297,9 @@ def _settings_and_parameters(words: Sequence[str], action: Action) -> Tuple[List
         elif name in own:
             raise UsageError(f"{name}= is given twice.")
         else:
-            near = get_close_matches(name, list(OPTION_NAMES) + own, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, list(OPTION_NAMES) + own)
             raise UsageError(f'"{one_line(name)}" is neither a config key nor a parameter of '
-                             f'{action.name}{hint}.')
+                             f'{action.name}{hint and "; " + hint or "."}')
     return settings, given
 
 
@@ -1956,6 +1949,7 @@ class Log:
 
     def bug(self, bug: BaseException, subject: str = "") -> None:
         """The unexpected exception that is being handled, with all that is known of it but the password."""
+        import traceback
         text = (f"{subject}a bug in VmBackup: {bug}\n{traceback.format_exc()}VmBackup {VERSION}, "
                 f"Python {sys.version.split()[0]}")
         self.error(text.replace(self._secret, "***") if self._secret else text)
@@ -2158,6 +2152,11 @@ def within(limit_s: float, doing: str, work: Callable[[], Any],
 WAY_OUT_S = 30
 
 
+def random_hex(size_bytes: int) -> str:
+    """So many bytes that nobody can guess, as digits: what nobody else has."""
+    return os.urandom(size_bytes).hex()
+
+
 def read_text_file(path: str) -> str:
     """The text of a system file, "" if it is not there."""
     try:
@@ -2297,6 +2296,7 @@ class XeProgram(NamedTuple):
 
 def find_program(names: Sequence[str], fallback: str = "") -> Optional[str]:
     """The path of the first of these programs on our PATH, else the fallback if it is there."""
+    import shutil
     for name in names:
         found = shutil.which(name)
         if found:
@@ -2762,71 +2762,70 @@ ORIGINATOR = "VmBackup"
 KEY_PREFIX = "vmbackup:"
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        """The connection is open."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(fs_path(self._path))
-
-
-class _TlsConnection(http.client.HTTPSConnection):
-    """HTTPS that also compares the certificate's fingerprint if one is demanded."""
-
-    def __init__(self, host: str, port: int, timeout_s: float, context: ssl.SSLContext,
-                 fingerprint: str) -> None:
-        super().__init__(host, port, timeout=timeout_s, context=context)
-        self._fingerprint = fingerprint
-
-    def connect(self) -> None:
-        """The connection is open; raises PoolError if the certificate is not the one demanded."""
-        super().connect()
-        if self._fingerprint:
-            found = hashlib.sha256(self.sock.getpeercert(True)).hexdigest()
-            if found != self._fingerprint:
-                self.close()
-                raise PoolError(f"{self.host} shows a TLS certificate with the SHA-256 fingerprint {found}, "
-                                "not the one of ca_fingerprint. Nothing was sent. If the certificate was "
-                                "renewed, put the new fingerprint in the config.")
-
-
-class Transport(xmlrpc.client.Transport):
+class Transport:
     """XML-RPC over a connection of our making, with time limits and without silent repetition.
 
     The standard transport repeats a request whose connection broke; a
     VM.snapshot repeated so would make two snapshots.
     """
 
-    def __init__(self, connect: Callable[[float], http.client.HTTPConnection]) -> None:
-        super().__init__()
-        self._connect = connect
-        self.timeout_s = float(READ_TIMEOUT_S)
+    def __init__(self, address: PoolAddress, settings: Configuration) -> None:
+        """Raises UsageError if the CA file can't be read."""
+        self._address = address
+        self._fingerprint = settings.ca_fingerprint
+        self._context = tls_context(settings.ca_file) if address.scheme == "https" else None
+        self._connection = None            # type: Any
         self._used_at = 0.0
+        self.timeout_s = 0.0
 
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        """The open connection, or a new one if it has been idle so long that the server may have closed
-        it."""
-        if self._connection and self._connection[0] == host:
-            return self._connection[1]
-        self._connection = host, self._connect(self.timeout_s)
-        return self._connection[1]
+    def close(self) -> None:
+        """The connection, if any, is closed."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
 
-    def request(self, host: Any, handler: str, request_body: Any, verbose: bool = False) -> Any:
-        """The answer to one request that is sent once."""
+    def _connect(self) -> None:
+        """The connection is open; raises PoolError if the certificate is not the one demanded."""
+        import http.client
+        address = self._address
+        if address.scheme == "unix":
+            self._connection = http.client.HTTPConnection("localhost")
+            self._connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._connection.sock.settimeout(self.timeout_s)
+            self._connection.sock.connect(fs_path(address.host))
+            return
+        if address.scheme == "http":
+            self._connection = http.client.HTTPConnection(address.host, address.port, timeout=self.timeout_s)
+        else:
+            self._connection = http.client.HTTPSConnection(address.host, address.port, timeout=self.timeout_s,
+                                                           context=self._context)
+        self._connection.connect()
+        if address.scheme == "https" and self._fingerprint:
+            found = hashlib.sha256(self._connection.sock.getpeercert(True)).hexdigest()
+            if found != self._fingerprint:
+                raise PoolError(f"{address.host} shows a TLS certificate with the SHA-256 fingerprint "
+                                f"{found}, not the one of ca_fingerprint. Nothing was sent. If the "
+                                "certificate was renewed, put the new fingerprint in the config.")
+
+    def request(self, host: str, handler: str, request_body: bytes, verbose: bool = False) -> Any:
+        """The answer to one request that is sent once; over a new connection if the old one has been idle so
+        long that the server may have closed it."""
+        import xmlrpc.client
         if time.monotonic() - self._used_at > IDLE_CONNECTION_S:
             self.close()
-        if self._connection and self._connection[1] is not None:
-            self._connection[1].timeout = self.timeout_s
-            if self._connection[1].sock is not None:
-                self._connection[1].sock.settimeout(self.timeout_s)
         try:
-            return self.single_request(host, handler, request_body, verbose)
+            if self._connection is None or self._connection.sock is None:
+                self._connect()
+            self._connection.sock.settimeout(self.timeout_s)
+            self._connection.request("POST", handler, request_body, {"Content-Type": "text/xml"})
+            answer = self._connection.getresponse()
+            if answer.status != 200:
+                raise xmlrpc.client.ProtocolError(host + handler, answer.status, answer.reason, {})
+            parser, reader = xmlrpc.client.getparser()
+            for piece in iter(lambda: answer.read(16 * KIBIBYTE), b""):
+                parser.feed(piece)
+            parser.close()
+            return reader.close()
         except BaseException:
             # whatever ended it, half an answer may still be on its way: not for the next one
             self.close()
@@ -2835,47 +2834,30 @@ class Transport(xmlrpc.client.Transport):
             self._used_at = time.monotonic()
 
 
-class Trust(NamedTuple):
-    """How a TLS certificate is checked; both empty: not at all, as with xe."""
-    ca_file: str
-    fingerprint: str
-
-    def context(self) -> ssl.SSLContext:
-        """The TLS settings; raises UsageError if the CA file can't be read."""
-        if self.ca_file:
-            try:
-                return ssl.create_default_context(cafile=fs_path(self.ca_file))
-            except (OSError, ssl.SSLError) as error:
-                raise UsageError(f"ca_file {self.ca_file} can't be used: {os_reason(error)}.")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        with contextlib.suppress(ssl.SSLError):
-            # older hosts have 1024-bit keys, which newer OpenSSL refuses even unverified;
-            # OpenSSL before 1.1 has no levels and does not know the word
-            context.set_ciphers("DEFAULT:@SECLEVEL=0")
-        return context
+def tls_context(ca_file: str) -> Any:
+    """How a pool's certificate is checked: by that CA file, else not at all, as with xe. Raises UsageError if
+    the file can't be read."""
+    import ssl
+    if ca_file:
+        try:
+            return ssl.create_default_context(cafile=fs_path(ca_file))
+        except OSError as error:
+            raise UsageError(f"ca_file {ca_file} can't be used: {os_reason(error)}.")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with contextlib.suppress(ssl.SSLError):
+        # older hosts have 1024-bit keys, which newer OpenSSL refuses even unverified;
+        # OpenSSL before 1.1 has no levels and does not know the word
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    return context
 
 
-class Doorway(NamedTuple):
-    """Where this host listens: the real places, or those of the test door."""
-    url: str
-    socket_path: str
-
-    @classmethod
-    def of_environment(cls, environment: Dict[str, str]) -> "Doorway":
-        """The doorway that VMBACKUP_POOL names, else the real one."""
-        url, space, path = fs_text(environment.get(TEST_DOOR, "")).partition(" ")
-        return cls(url, path) if space else cls(LOCAL_URL, LOCAL_SOCKET)
-
-    def plain_address(self) -> PoolAddress:
-        """This host's plain HTTP address."""
-        return parse_pool_address(self.url)
-
-    def tls_address(self, host: str) -> PoolAddress:
-        """The TLS address of another host of the pool: 443, or the test pool's port + 1."""
-        plain = self.plain_address()
-        return PoolAddress("https", host, 443 if plain.port == 80 else plain.port + 1)
+def own_doors() -> Tuple[PoolAddress, PoolAddress]:
+    """Where this host listens, its unix socket and plain HTTP: the real places, or those of the test door."""
+    url, space, path = fs_text(os.environ.get(TEST_DOOR, "")).partition(" ")
+    return (PoolAddress("unix", path if space else LOCAL_SOCKET, 0),
+            parse_pool_address(url if space else LOCAL_URL))
 
 
 def is_gone(failure: ApiFailure, class_name: str) -> bool:
@@ -2886,23 +2868,19 @@ def is_gone(failure: ApiFailure, class_name: str) -> bool:
 class Pool:
     """A session with the pool's master. Close it, or it stays open there for a day."""
 
-    def __init__(self, address: Optional[PoolAddress], password: Optional[str], doorway: Doorway,
-                 trust: Trust, timeout_s: float, log: Log, signals: Signals) -> None:
-        """`address` None: this host, by unix socket if `password` is None, else by plain HTTP on loopback."""
-        self._address = address
+    def __init__(self, services: Services, password: Optional[str], patience_s: float = 0) -> None:
+        """The pool that the config names; this host's if it names none, by unix socket if `password` is None.
+        It is waited for so long, or as long as stall_timeout."""
+        self._services = services
         self._password = password
-        self._doorway = doorway
-        self._trust = trust
-        self._patience_s = timeout_s
-        self._log = log
-        self._signals = signals
+        self._patience_s = patience_s or services.settings.stall_timeout * MINUTE_S
+        self._xenapi = None                # type: Any
         self._session = None               # type: Any
         self._transport = None             # type: Optional[Transport]
         self._handle = ""
         self._master = None                # type: Optional[PoolAddress]
         self._sr_uuids = {}                # type: Dict[str, str]
         self._answered_at = 0.0            # by the monotonic clock
-        self._failure = Exception          # the module's Failure, once it is imported
         self.changes_allowed = True        # a preview switches it off
         self.was_shaken = False            # a connection or session was lost: the server may have restarted
 
@@ -2915,27 +2893,32 @@ class Pool:
         except ImportError:
             raise PoolError("the Python module XenAPI is not installed. On a host of the pool it is there "
                             "for /usr/bin/python3; elsewhere: pip install XenAPI.")
-        self._failure = XenAPI.Failure
+        self._xenapi = XenAPI
         give_up_at = time.monotonic() + self._patience_s
         for attempt in range(1, LOGIN_TRIES + 1):
             try:
-                self._login(XenAPI)
+                self._login()
                 return
             except AnswerLost as error:
                 if attempt == LOGIN_TRIES or time.monotonic() + LOGIN_PAUSE_S > give_up_at:
                     raise PoolError(f"{error} No VM was touched. Is the pool up, and the address right?")
-                self._signals.sleep(LOGIN_PAUSE_S)
+                self._services.signals.sleep(LOGIN_PAUSE_S)
 
-    def _login(self, xenapi: Any) -> None:
+    def _login(self) -> None:
         """Logged in at the address, or at the master that it names; without a session nothing stays open."""
+        by_socket, by_http = own_doors()
+        address = self._services.settings.pool or (by_socket if self._password is None else by_http)
         try:
             try:
-                self._login_at(xenapi, self._master or self._address)
+                self._login_at(self._master or address)
             except ApiFailure as failure:
                 if failure.code != "HOST_IS_SLAVE" or not failure.parameters:
                     raise
-                self._master = self._address_of_master(failure.parameters[0])
-                self._login_at(xenapi, self._master)
+                host, port = failure.parameters[0], (self._services.settings.pool or by_http).port
+                # beside port 80 of a host there is 443; beside the one of a test's pool, the next
+                self._master = address._replace(host=host) if address.scheme == "https" \
+                    else PoolAddress("https", host, 443 if port == 80 else port + 1)
+                self._login_at(self._master)
         except ApiFailure as failure:
             self._forget_session()
             if failure.code == "SESSION_AUTHENTICATION_FAILED":
@@ -2947,41 +2930,20 @@ class Pool:
             self._forget_session()
             raise
 
-    def _address_of_master(self, host: str) -> PoolAddress:
-        """Where the master that HOST_IS_SLAVE names listens."""
-        if self._address is None:
-            return self._doorway.tls_address(host)
-        if self._address.scheme == "http":
-            port = self._address.port
-            return PoolAddress("https", host, 443 if port == 80 else port + 1)
-        return self._address._replace(host=host)
-
-    def _login_at(self, xenapi: Any, address: Optional[PoolAddress]) -> None:
+    def _login_at(self, address: PoolAddress) -> None:
         """Logged in there; raises ApiFailure or AnswerLost."""
         self._forget_session()
-        target = address or self._doorway.plain_address()
-        if address is None and self._password is None:
-            url = "http://localhost/"
-            self._transport = Transport(lambda timeout_s: _UnixConnection(self._doorway.socket_path,
-                                                                          timeout_s))
-        elif target.scheme == "http":
-            url = target.url
-            self._transport = Transport(lambda timeout_s: http.client.HTTPConnection(target.host, target.port,
-                                                                                    timeout=timeout_s))
-        else:
-            url, context = target.url, self._trust.context()
-            self._transport = Transport(lambda timeout_s: _TlsConnection(target.host, target.port, timeout_s,
-                                                                         context, self._trust.fingerprint))
-        self._transport.timeout_s = min(READ_TIMEOUT_S, self._patience_s)
-        self._session = xenapi.Session(url, transport=self._transport)
+        self._transport = Transport(address, self._services.settings)
+        url = "http://localhost/" if address.scheme == "unix" else address.url
+        self._session = self._xenapi.Session(url, transport=self._transport)
         self._guarded("the login", lambda: self._session.login_with_password(
-            "root", self._password or "", "1.0", ORIGINATOR))
+            "root", self._password or "", "1.0", ORIGINATOR), may_break=True)
         self._handle = self._session.handle
 
     @property
     def xe_address(self) -> Optional[PoolAddress]:
         """The address that xe has to be given; None for this host's own pool."""
-        return None if self._address is None else self._master or self._address
+        return self._services.settings.pool and (self._master or self._services.settings.pool)
 
     def _forget_session(self) -> None:
         """The connection, if any, is closed; the session itself is the server's to forget."""
@@ -2996,8 +2958,8 @@ class Pool:
             # A session that can't be closed is no news for anyone: the pool drops it after a day without a
             # call.
             with contextlib.suppress(BackupError):
-                self._transport.timeout_s = LOGOUT_TIMEOUT_S
-                self._guarded("the logout", self._session.xenapi.session.logout)
+                self._guarded("the logout", self._session.xenapi.session.logout, may_break=True,
+                              timeout_s=LOGOUT_TIMEOUT_S)
         self._forget_session()
 
     # --- calling ----------------------------------------------------------------
@@ -3007,38 +2969,48 @@ class Pool:
 
         HOST_IS_SLAVE means that nothing was done, so then the master is looked for and the call sent there.
         """
-        if not self.changes_allowed and not _only_reads(method):
+        if not self.changes_allowed and not method.split(".")[1].startswith("get"):
             raise AssertionError("a preview must not call " + method)
-        try:
-            return self._send(doing, method, arguments, **options)
-        except ApiFailure as failure:
-            if failure.code != "HOST_IS_SLAVE":
-                raise
-        self._log.info("the pool's master has changed; logging in again.")
-        self._reconnect()
-        return self._send(doing, method, arguments, **options)
+        for is_last_try in (False, True):
+            if self._session is None:
+                self._master = None                    # it may be another one now
+                self._login()
+            function = functools.reduce(getattr, method.split("."), self._session.xenapi)
+            try:
+                answer = self._guarded(doing, lambda: function(*arguments), **options)
+                break
+            except ApiFailure as failure:
+                if failure.code != "HOST_IS_SLAVE" or is_last_try:
+                    raise
+                self._services.log.info("the pool's master has changed; logging in again.")
+                self._forget_session()
+        if self._session.handle != self._handle:       # made anew by the XenAPI module, as it had died
+            self._handle = self._session.handle
+            self.was_shaken = True
+            self._services.log.info("the session with the pool was lost; logged in again.")
+        return answer
 
     def ask(self, doing: str, method: str, *arguments: Any, **options: Any) -> Any:
         """The answer to a call that can be repeated: a pool that does not answer is waited for."""
         give_up_at = time.monotonic() + self._patience_s
         pause_s = 1.0
         while True:
-            self._signals.check()
+            self._services.signals.check()
             try:
                 return self.call(doing, method, *arguments, may_break=True, **options)
             except AnswerLost as error:
                 if time.monotonic() + pause_s > min(give_up_at,
-                                                    self._signals.patience_ends(self._answered_at)):
-                    waited_s = SIGNAL_PATIENCE_S if self._signals.noted else self._patience_s
+                                                    self._services.signals.patience_ends(self._answered_at)):
+                    waited_s = SIGNAL_PATIENCE_S if self._services.signals.noted else self._patience_s
                     raise PoolError(f"{error} The pool has not answered for {format_duration(waited_s)}.")
-                self._log.info(f"{error} Trying again.")
+                self._services.log.info(f"{error} Trying again.")
                 if pause_s > SAME_SESSION_PAUSE_S:         # the master may be another one now
                     self._forget_session()
             except ApiFailure as failure:
                 if failure.code not in STARTING_UP or time.monotonic() + pause_s > give_up_at:
                     raise
-                self._log.info(f"the pool is starting ({failure.code}); trying again.")
-            self._signals.sleep(pause_s)
+                self._services.log.info(f"the pool is starting ({failure.code}); trying again.")
+            self._services.signals.sleep(pause_s)
             pause_s = min(pause_s * 2, 15)
 
     def ask_if_there(self, doing: str, method: str, ref: str, *arguments: Any, missing: Any = None) -> Any:
@@ -3050,49 +3022,31 @@ class Pool:
                 return missing
             raise
 
-    def _reconnect(self) -> None:
-        """A new session, at the master of now; raises AnswerLost or PoolError."""
-        import XenAPI
-        self._master = None
-        self._login(XenAPI)
-
-    def _send(self, doing: str, method: str, arguments: Tuple[Any, ...], timeout_s: float = 0,
-              may_break: bool = False) -> Any:
-        """One call, with the session re-made by the XenAPI module if it had died."""
-        if self._session is None:
-            self._reconnect()
-        self._transport.timeout_s = min(timeout_s or min(READ_TIMEOUT_S, self._patience_s),
-                                        SIGNAL_PATIENCE_S if self._signals.noted else float("inf"))
-        function = self._session.xenapi
-        for part in method.split("."):
-            function = getattr(function, part)
-        answer = self._guarded(doing, lambda: function(*arguments), may_break)
-        if self._session.handle != self._handle:
-            self._handle = self._session.handle
-            self.was_shaken = True
-            self._log.info("the session with the pool was lost; logged in again.")
-        return answer
-
-    def _guarded(self, doing: str, function: Callable[[], Any], may_break: bool = True) -> Any:
+    def _guarded(self, doing: str, function: Callable[[], Any], may_break: bool = False,
+                 timeout_s: float = 0) -> Any:
         """What the function gives, its failures translated to ApiFailure and AnswerLost."""
+        import http.client
+        import ssl
+        import xml.parsers.expat
+        import xmlrpc.client
+        self._transport.timeout_s = min(timeout_s or min(READ_TIMEOUT_S, self._patience_s),
+                                        SIGNAL_PATIENCE_S if self._services.signals.noted else float("inf"))
         try:
-            with self._signals.awaited(may_break):
+            with self._services.signals.awaited(may_break):
                 answer = function()
             self._answered_at = time.monotonic()
             return answer
-        except self._failure as failure:
+        except self._xenapi.Failure as failure:
             self._answered_at = time.monotonic()
             details = [str(item) for item in failure.details]
             raise ApiFailure(details[0], details[1:], doing)
-        except (OSError, ValueError, http.client.HTTPException, xmlrpc.client.Error,
+        except (OSError, ssl.CertificateError, http.client.HTTPException, xmlrpc.client.Error,
                 xml.parsers.expat.ExpatError) as error:
             if is_certificate_refusal(error):
                 raise PoolError("the pool's TLS certificate is not vouched for by "
-                                f"ca_file={self._trust.ca_file}: "
+                                f"ca_file={self._services.settings.ca_file}: "
                                 f"{getattr(error, 'verify_message', '') or error}. Nothing was sent. Put the "
                                 "host's own certificate into that file, or use ca_fingerprint.")
-            if isinstance(error, ValueError) and not isinstance(error, ssl.CertificateError):
-                raise
             self.was_shaken = True
             self._transport.close()            # the session itself may be alive: the next call tries it again
             raise AnswerLost(f"{doing} got no answer from the pool: {connection_reason(error)}.")
@@ -3120,9 +3074,9 @@ class Pool:
         master = values.get(pool.text("master")) or values.get(session_host) or list(values.values())[0]
         host = values.get(session_host, master)
         # sent on: the session is the master's, we are not
-        if self._address is None and self._master is not None:
-            host = own_host(list(values.values()), read_text_file(INVENTORY_FILE),
-                            self._doorway.plain_address().host, socket.gethostname()) or host
+        if self._services.settings.pool is None and self._master is not None:
+            host = own_host(list(values.values()), read_text_file(INVENTORY_FILE), own_doors()[1].host,
+                            socket.gethostname()) or host
         real = []
         for ref, record in machines.items():
             if not can_be_told_apart(record):
@@ -3257,11 +3211,6 @@ STARTING_UP = frozenset(("HOST_STILL_BOOTING", "HOST_IN_EMERGENCY_MODE", "HOST_H
 LOGOUT_TIMEOUT_S = 20
 
 
-def _only_reads(method: str) -> bool:
-    """Does the call change nothing in the pool?"""
-    return method.split(".")[1].startswith("get")
-
-
 class Fields:
     """A record of the pool, field by field: one that is missing, or of another type, reads as empty and is a
     problem."""
@@ -3354,6 +3303,12 @@ def can_be_told_apart(record: Dict[str, Any]) -> bool:
                                                                  "name_label")) and record["uuid"] != ""
 
 
+def server_time_argument(at: datetime) -> Any:
+    """A UTC time as calls take it."""
+    import xmlrpc.client
+    return xmlrpc.client.DateTime(at.strftime("%Y%m%dT%H:%M:%SZ"))
+
+
 def parse_server_time(value: Any) -> datetime:
     """A time of the server, which writes it with dashes or without; the epoch if it is none."""
     try:
@@ -3366,16 +3321,20 @@ def parse_server_time(value: Any) -> datetime:
 def is_certificate_refusal(error: Exception) -> bool:
     """Was it our own check that refused the server's certificate? (Python 3.6 has no class of its own for
     that.)"""
+    import ssl
     return isinstance(error, ssl.CertificateError) or (
         isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in (error.reason or ""))
 
 
 def connection_reason(error: Exception) -> str:
     """Why a connection gave no answer, in words."""
+    import ssl
+    import xml.parsers.expat
+    import xmlrpc.client
     if isinstance(error, socket.timeout):
         return "it said nothing for too long"
     if isinstance(error, ssl.SSLError):
-        return "TLS: %s" % (error.reason or error)
+        return f"TLS: {error.reason or error}"
     if isinstance(error, xmlrpc.client.ProtocolError):
         return f"HTTP {error.errcode} {error.errmsg}"
     if isinstance(error, xmlrpc.client.Fault):
@@ -3412,6 +3371,10 @@ def cut(text: str, most: int) -> str:
 
 def compose_mail(subject: str, body: str, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
     """The message as it is sent, with the headers that keep it out of spam folders and loops."""
+    import email.charset
+    import email.message
+    import email.policy
+    import email.utils
     charset = email.charset.Charset("utf-8")
     charset.body_encoding = email.charset.QP
     message = email.message.Message()
@@ -3425,9 +3388,10 @@ def compose_mail(subject: str, body: str, sender: str, recipients: Sequence[str]
     return message.as_bytes(policy=email.policy.compat32.clone(linesep="\r\n"))
 
 
-def subject_header(text: str) -> Union[str, email.header.Header]:
+def subject_header(text: str) -> Any:
     """The text as a header's value. One that looks encoded already (=?...?=) would be decoded, so it is
     encoded too."""
+    import email.header
     text = one_line(text)
     is_plain = text.isprintable() and all(char < "\x7f" for char in text) and "=?" not in text \
         and max(map(len, text.split(" "))) <= 60
@@ -3452,7 +3416,7 @@ class Mailer:
         self._sender = settings.mail_from or "root@" + self._host
         self._port = settings.smtp_port or SMTP_PORTS[settings.smtp_security]
         self._server_title = f"{settings.smtp_server}:{self._port}"
-        self._context = None               # type: Optional[ssl.SSLContext]
+        self._context = None               # type: Any
         self._password = ""
 
     def send(self, subject: str, body: str) -> bool:
@@ -3537,6 +3501,7 @@ class Mailer:
 
     def _prepare(self) -> None:
         """What the settings name is read; BackupError if it can't be used."""
+        import ssl
         settings = self._services.settings
         if settings.smtp_security != "none" and self._context is None:
             try:
@@ -3549,6 +3514,7 @@ class Mailer:
 
     def _try_once(self, recipients: Sequence[str], message: bytes) -> Dict[str, Refusal]:
         """The recipients whose mail is not with the server after one try, and why."""
+        import smtplib
         talk = SmtpTalk(self._services.settings, self._port, self._host, self._context, self._password)
         try:
             answers = within(MAIL_TRY_LIMIT_S, "the mail", lambda: talk.hand_over(
@@ -3580,7 +3546,7 @@ class SmtpTalk:
     """One conversation with the mail server. Threads of their own hold it, so that neither a resolver that
     hangs nor a server that sends a byte a minute can make it longer."""
 
-    def __init__(self, settings: Configuration, port: int, host: str, context: Optional[ssl.SSLContext],
+    def __init__(self, settings: Configuration, port: int, host: str, context: Any,
                  password: str) -> None:
         self._settings = settings
         self._port = port
@@ -3588,11 +3554,12 @@ class SmtpTalk:
         self._context = context
         self._password = password
         self._is_over = False
-        self._server = None                # type: Optional[smtplib.SMTP]
+        self._server = None                # type: Any
 
     def hand_over(self, sender: str, recipients: List[str], message: bytes) -> Dict[str, Tuple[int, bytes]]:
         """The server has the mail, but for the recipients that it refused with these words; raises what ended
         it."""
+        import smtplib
         limit_s = 2 * MAIL_TRY_LIMIT_S     # the one who waits has the shorter limit
         if self._settings.smtp_security == "tls":
             server = smtplib.SMTP_SSL(self._settings.smtp_server, self._port, self._host, timeout=limit_s,
@@ -3616,6 +3583,7 @@ class SmtpTalk:
 
     def leave(self) -> None:
         """The conversation is over, with a good-bye if the server listens."""
+        import smtplib
         with contextlib.suppress(OSError, smtplib.SMTPException):
             self._server.quit()
         self._server.close()
@@ -3630,6 +3598,7 @@ class SmtpTalk:
 def is_final_refusal(error: Exception) -> bool:
     """Is another try useless: a no for good (5xx), a certificate, something the server can't do, a wrong
     setting?"""
+    import smtplib
     if isinstance(error, smtplib.SMTPResponseException):
         return error.smtp_code >= 500
     return isinstance(error, (smtplib.SMTPNotSupportedError, ValueError)) or is_certificate_refusal(error)
@@ -3637,6 +3606,8 @@ def is_final_refusal(error: Exception) -> bool:
 
 def smtp_reason(error: Exception) -> str:
     """Why a mail was not sent, in words; never what we sent."""
+    import smtplib
+    import ssl
     if isinstance(error, smtplib.SMTPAuthenticationError):
         return (f"the login was refused: {answer_text(error.smtp_code, error.smtp_error)}; look at smtp_user "
                 f"and smtp_password_file")
@@ -4432,8 +4403,7 @@ def write_in_place(fd: int, _: str, number: int, content: memoryview) -> None:
 
 OVA_LIMIT_BYTES = 64 * MEBIBYTE     # real ones: 30 KB for a plain VM, some MB with hundreds of snapshots
 DISK_ID = re.compile(r"[A-Za-z0-9:_.-]{1,80}")
-MALFORMED = (xml.parsers.expat.ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError,
-             AttributeError)
+DEEPEST_OVA = 50
 
 
 class ExportedDisk(NamedTuple):
@@ -4448,48 +4418,36 @@ class OvaDate(str):
     """A time as it stands in ova.xml: text, but with a tag of its own."""
 
 
-class _OvaReader(xmlrpc.client.Unmarshaller):
-    """XML-RPC as xapi writes it into ova.xml; times stay text, and so do numbers that others tag."""
-
-    dispatch = dict(xmlrpc.client.Unmarshaller.dispatch)
-    deepest = 50
-
-    def start(self, tag: str, attributes: Any) -> None:
-        super().start(tag, attributes)
-        if len(self._marks) > self.deepest:
-            raise ValueError("it is nested too deeply")
-
-    def end_date(self, data: str) -> None:
-        self.append(OvaDate(data))
-        self._value = 0
-
-    def end_text(self, data: str) -> None:
-        self.append(data.strip())
-        self._value = 0
-
-    dispatch["dateTime.iso8601"] = end_date
-    dispatch.update(dict.fromkeys("int i1 i2 i4 i8 biginteger bigdecimal base64 nil".split(), end_text))
-
-
 def parse_ova(text: bytes) -> Dict[str, Any]:
     """ova.xml as dicts, lists, str, bool and float, with `version` and `objects`; VerificationError if it is
     not one.
 
-    Whole numbers stay text, since xapi writes them untagged (importexport.ml). A DOCTYPE is refused: it is
-    the only way to entities, and thereby to a small file that fills the memory.
+    Times and whole numbers stay text, since xapi writes numbers untagged (importexport.ml). A DOCTYPE is
+    refused: it is the only way to entities, and thereby to a small file that fills the memory.
     """
-    reader = _OvaReader()
+    import xml.parsers.expat
+    import xmlrpc.client
+
+    def start(tag: str, attributes: Any) -> None:
+        reader.start(tag, attributes)
+        if len(reader._marks) > DEEPEST_OVA:
+            raise ValueError("it is nested too deeply")
+
+    reader = xmlrpc.client.Unmarshaller()
+    numbers = dict.fromkeys("int i1 i2 i4 i8 biginteger bigdecimal base64 nil".split(), _end_text)
+    reader.dispatch = dict(reader.dispatch, **numbers, **{"dateTime.iso8601": _end_date})
     reader.xml(None, None)              # text comes decoded
     parser = xml.parsers.expat.ParserCreate("UTF-8")
     parser.buffer_text = True
     parser.StartDoctypeDeclHandler = _refuse_doctype
-    parser.StartElementHandler, parser.EndElementHandler = reader.start, reader.end
+    parser.StartElementHandler, parser.EndElementHandler = start, reader.end
     parser.CharacterDataHandler = reader.data
     try:
         parser.Parse(text, True)
         reader.end("params")            # what xmlrpc.client takes for the end of an answer
         ova, = reader.close()
-    except MALFORMED as problem:
+    except (xml.parsers.expat.ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError,
+            AttributeError) as problem:
         if re.match(br"\s*(<\?xml[^>]*>\s*)?<appliance\b", text):
             raise UnknownFormat("it is an XVA of version 1, as XenServer before 4.1 and its P2V tool wrote "
                                 "it, which is not supported") from None
@@ -4498,6 +4456,16 @@ def parse_ova(text: bytes) -> Dict[str, Any]:
             and isinstance(ova.get("objects"), list)):
         raise VerificationError("ova.xml has no version and objects")
     return ova
+
+
+def _end_date(reader: Any, text: str) -> None:
+    reader.append(OvaDate(text))
+    reader._value = 0
+
+
+def _end_text(reader: Any, text: str) -> None:
+    reader.append(text.strip())
+    reader._value = 0
 
 
 def _refuse_doctype(*_: Any) -> None:
@@ -6706,7 +6674,7 @@ def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
             with file.held():
                 facts = file.text()
                 if not is_known() and now_s - _last_journal_s(runs, now_s) > WEAK_LOCK_PATIENCE_S:
-                    facts = {"id": secrets.token_hex(8), "inode": inode}
+                    facts = {"id": random_hex(8), "inode": inode}
                     file.write_text(facts)
     except StorageFull:
         raise
@@ -7094,7 +7062,7 @@ class VmSnapshot(Snapshot):
         since = parse_utc(self._facts["called_at"]) - timedelta(days=1)       # clocks differ
         try:
             messages = self._services.pool.ask(doing, "message.get", "VM", self._facts["vm_uuid"],
-                                               xmlrpc.client.DateTime(since.strftime("%Y%m%dT%H:%M:%SZ")))
+                                               server_time_argument(since))
             for ref, record in messages.items():
                 if record["name"] == "VM_SNAPSHOTTED" and TOKEN_MARK + self._facts["token"] in record["body"]:
                     self._services.pool.call(doing, "message.destroy", ref)
@@ -7416,7 +7384,7 @@ class Snapshots:
         Raises ApiFailure or AnswerLost if there is none. A snapshot that can't
         be removed is a finding; it never hides another error.
         """
-        token = secrets.token_hex(8)
+        token = random_hex(8)
         with self.begun(machine.uuid, machine.name, kind="vm-snapshot", token=token,
                         name=f"{label} {TOKEN_MARK}{token}") as entry:
             yield self.owned(entry).make(machine, label)
@@ -7424,7 +7392,7 @@ class Snapshots:
     @contextlib.contextmanager
     def of_disk(self, machine: VirtualMachine, disk: Disk) -> Iterator[Disk]:
         """A snapshot of the VM's disk, removed on every way out; raises as of_vm does."""
-        with self.begun(machine.uuid, machine.name, kind="vdi-snapshot", token=secrets.token_hex(8),
+        with self.begun(machine.uuid, machine.name, kind="vdi-snapshot", token=random_hex(8),
                         disk=disk.vdi_uuid) as entry:
             yield self.owned(entry).make(machine, disk)
 
@@ -7716,15 +7684,12 @@ def connected(services: Services, changes_allowed: bool = True,
               patience_s: float = 0) -> Iterator[Tuple[Services, Inventory]]:
     """The services with the pool that config and password mean, and what is in it; it is logged out of in the
     end. UsageError if they contradict."""
-    settings = services.settings
     password = read_password(services.arguments.password)
-    if password is None and settings.pool is not None:
+    if password is None and services.settings.pool is not None:
         raise UsageError("pool= needs a password: - means root on this host, which another pool does not "
                          "know.")
     services.log.keep_secret(password or "")
-    pool = Pool(settings.pool, password, Doorway.of_environment(dict(os.environ)),
-                Trust(settings.ca_file, settings.ca_fingerprint),
-                patience_s or settings.stall_timeout * MINUTE_S, services.log, services.signals)
+    pool = Pool(services, password, patience_s)
     try:
         pool.connect()
         pool.changes_allowed = changes_allowed
@@ -7799,7 +7764,7 @@ class Run:
         """From now on things can be made in the pool: the journal is begun and locked, and kept by the run's
         own services. Status lines are written where the action has some."""
         now, host = services.clock.utc(), inventory.host.short_name
-        name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{secrets.token_hex(3)}"
+        name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{random_hex(3)}"
         header = dict(signature(services, inventory), config=services.settings.source)
         journal = begin_run(services.catalog, name, header, now.timestamp())
         journal.limit_s = services.settings.stall_timeout * MINUTE_S
@@ -10147,7 +10112,7 @@ IMPORT_DEFAULTS = {
 
 def new_uuid() -> str:
     """A random uuid (RFC 4122, version 4)."""
-    token = secrets.token_hex(16)
+    token = random_hex(16)
     return "-".join((token[:8], token[8:12], "4" + token[13:16], "a" + token[17:20], token[20:]))
 
 
@@ -10221,7 +10186,7 @@ class Importer:
     def imported(self, plan: RestorePlan, sink: Any = None) -> Iterator[ImportedVm]:
         """The VM of the plan with its own disks only, proven, under a provisional name; removed on every way
         out unless its entry was closed. `sink` is shown the disks' contents as they go in."""
-        token, source = secrets.token_hex(8), plan.source
+        token, source = random_hex(8), plan.source
         is_drill = plan.wishes.is_drill
         name = DRILL_VM_NAME % (source.vm_name, token) if is_drill else NEW_VM_NAME % (plan.name, token)
         names = [name] + [PART_NAME % (name, part + 1) for part in range(1, len(plan.parts))]
@@ -11161,7 +11126,7 @@ class Outbox:
         def put(folder: Directory) -> None:
             for name in self._names(folder)[:1 - MAIL_KEPT_MOST]:
                 folder.remove_file(name)
-            folder.put(f"{self._prefix}{now:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(3)}.eml", message)
+            folder.put(f"{self._prefix}{now:%Y%m%dT%H%M%S.%fZ}-{random_hex(3)}.eml", message)
 
         self._in_folder(self._catalog.state, put)
 
@@ -11367,8 +11332,7 @@ LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only ad
 
 def asked_pool(services: Services) -> Optional[Inventory]:
     """What is in the pool, None if no pool can be asked from here."""
-    if services.arguments.password == "-" and not os.path.exists(
-            fs_path(Doorway.of_environment(dict(os.environ)).socket_path)):
+    if services.arguments.password == "-" and not os.path.exists(fs_path(own_doors()[0].host)):
         return None
     try:
         with connected(services, changes_allowed=False, patience_s=LIST_PATIENCE_S) as (_, inventory):

@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterator, Tuple
 import pytest
 
 import VmBackup
+from support import values
 
 NULL = 'OpaqueRef:NULL'
 VM = dict(is_a_template=False, is_a_snapshot=False, is_control_domain=False, name_description='', power_state='Running',
@@ -35,8 +36,7 @@ class FakePool(VmBackup.Pool):
     """Answers from tables."""
 
     def __init__(self, tables: Dict[str, Any]) -> None:
-        doorway = VmBackup.Doorway('http://127.0.0.1', '/none')
-        super().__init__(None, None, doorway, VmBackup.Trust('', ''), 1.0, VmBackup.Log(VmBackup.Clock()), None)
+        super().__init__(values.services(), None)
         self._tables = tables
 
     def _session_host(self, doing: str) -> str:

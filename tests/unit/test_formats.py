@@ -10,6 +10,7 @@ import itertools
 import os
 import tarfile
 import tempfile
+import xmlrpc.client
 from collections import Counter
 
 import pytest
@@ -432,7 +433,7 @@ def restored_in_process(text, wishes=NO_WISHES):
         assert set(VmBackup.exported_disks(made)) == set(ids)
     for interface in plan.interfaces:
         assert VmBackup.vif_fields(interface, 'vm')['device']
-        VmBackup.xmlrpc.client.dumps((VmBackup.vif_fields(interface, 'vm'),))
+        xmlrpc.client.dumps((VmBackup.vif_fields(interface, 'vm'),))
     return plan
 
 

@@ -275,6 +275,13 @@ def test_mail_is_sent_in_its_section_only():
     assert not places([row for row in attribute_uses('smtplib') if section_of(row[1]) != number_of('Post')])
 
 
+def test_who_lists_copies_does_not_pay_for_what_speaks_to_pools_and_mail_servers():
+    at_the_top = {name for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom)) for name in targets(node)}
+    assert at_the_top & {'email', 'smtplib', 'ssl', 'http', 'xmlrpc', 'xml', 'difflib', 'traceback'} == set()
+    assert not places([row for module in ('ssl', 'http', 'xmlrpc') for row in attribute_uses(module) if section_of(row[1])
+                       not in [number_of(title) for title in ('Pool', 'Post', 'Image formats')]])
+
+
 def test_pure_sections_touch_nothing():
     pure = [number_of(title) for title in ('Values', 'Sizes, times and names', 'Settings', 'Selection and plan', 'Retention')]
     outside = ('os', 'sys', 'time', 'socket', 'shutil', 'subprocess', 'signal', 'fcntl', 'select', 'threading')
