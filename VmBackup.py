@@ -5991,11 +5991,8 @@ class Catalog:
 
 
 class Placement:
-    """Which directory belongs to which VM. A VM is its uuid in its pool: it keeps the directory whose copies
-    bear both.
-
-    Each directory is read once, and again under its lock.
-    """
+    """Which directory belongs to which VM: that whose copies bear its uuid and pool. Each is read once, and
+    again under its lock."""
 
     def __init__(self, catalog: Catalog, inventory: Inventory) -> None:
         self._catalog = catalog
@@ -6114,8 +6111,7 @@ class StoredVm(NamedTuple):
 
 
 def stored_in(folder: Folder) -> List[StoredVm]:
-    """The VMs of that directory. Whether copies that tell no uuid are the VM's that they are shown with is
-    known only where the pool is."""
+    """The VMs of that directory. Whose the copies are that tell no uuid only the pool knows."""
     def only(told: Set[str]) -> Set[str]:
         """What is told; where that is one, what tells nothing goes with it."""
         return told - {""} if len(told - {""}) == 1 else told
@@ -6132,8 +6128,7 @@ def stored_in(folder: Folder) -> List[StoredVm]:
 
 
 class Listing(NamedTuple):
-    """What stands in the store. `strangers`: what is no copy of ours; `problems`: why something could not be
-    listed."""
+    """What stands in the store. `strangers`: what is no copy; `problems`: why something can't be listed."""
     vms: List[StoredVm]
     strangers: List[str]
     problems: List[CatalogError]
@@ -6187,8 +6182,7 @@ def pool_of_dump(folder: Directory, name: str) -> str:
 
 
 def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime, is_old: bool) -> Copy:
-    """The copy in that directory, as far as it can be read; what can't be read is its `problem`. NotThere if
-    it is gone."""
+    """The copy in that directory; what can't be read of it is its `problem`. NotThere if it is gone."""
     blank = Copy(folder_name, name, taken_at, is_old, None, "", "", 0, None, None, "", 0, "")
     try:
         with parent.child(name) as inside:
@@ -6649,12 +6643,10 @@ IDENTITY_TRIES = 50
 
 
 def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
-    """What tells this store from a mirror of it: an id in a file, and that file's inode number, which a
-    mirror's is not.
+    """What tells this store from a mirror of it: an id in a file, and that file's inode number.
 
-    Where the two do not fit each other this is such a mirror, or was moved: it gets an id of its own once
-    nobody who may be of the other one has written a journal here for a day. Where the file can't be used
-    there is no id.
+    Where they do not fit each other this is a mirror, or was moved: it gets an id of its own once nobody who
+    may be of the other one has written a journal here for a day. "" where the file can't be used.
     """
     runs = catalog.state("runs")
 
@@ -6720,12 +6712,10 @@ def keep_reserve(catalog: Catalog) -> None:
 
 def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
               now_s: float) -> Tuple[List[RunJournal], List[CatalogError]]:
-    """The journals of dead runs of that pool, locked by us and marked as taken; and why others can't be used
-    and were left.
+    """The journals of dead runs of that pool, locked by us and marked as taken; and why others were left.
 
-    Where locks do not reach other hosts, a journal of another host counts as dead only when it was not
-    written for a day; and so does one that bears the mark of another store: it came here with a mirror of
-    that one, where its run may live on.
+    Another host's where locks do not reach other hosts, and one that came here with a mirror of another
+    store, where its run may live on, counts as dead only when it was not written for a day.
     """
     found, left = [], []               # type: List[RunJournal], List[CatalogError]
     folder = catalog.state("runs")
@@ -6753,11 +6743,11 @@ def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
     return found, left
 
 
-# --- what the pool is asked and told ---------------------------------------------------------
+# --- a thing of ours, by its entry in a journal -----------------------------------------------
 
 
 def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
-    """The object is gone. A call without an answer is repeated only if the pool says that it still exists."""
+    """The object is gone. A call without an answer is repeated only if the object still exists."""
     for has_time in services.signals.until(services.journal.limit_s):
         try:
             services.pool.call(doing, class_name + ".destroy", ref, timeout_s=services.journal.limit_s)
@@ -6780,12 +6770,8 @@ def strangers_on(pool: Pool, record: Dict[str, Any], own: Iterable[str], doing: 
             and pool.ask_if_there(doing, "VM.get_is_control_domain", machine) is False]
 
 
-# --- a thing of ours, by its entry in a journal -----------------------------------------------
-
-
 class Owned:
-    """Something that we have, or may have, in the pool. Its entry tells how to find it again and prove that
-    it is ours.
+    """Something that we have, or may have, in the pool; its entry tells how to find it and prove it ours.
 
     Each kind has `_find` (what the entry proves to be ours), `_thing` (what it is, for a sentence about what
     is left), `_commands` (what removes it by hand; or what is left to do of that without its disks), and
@@ -6795,6 +6781,7 @@ class Owned:
     TEXTS = ()                             # type: Tuple[str, ...]     # what its entry has from the first
     WHAT = "what was made for"
     DISKS_ARE_SNAPSHOTS = True
+    left = "left a snapshot, or may have; removing it"     # what a run that died with the entry open did
 
     def __init__(self, services: Services, entry: OpenEntry, tell: Callable[[OpenEntry, str], None]) -> None:
         """`tell` makes a finding of a sentence about an entry."""
@@ -6802,11 +6789,6 @@ class Owned:
         self._entry = entry
         self._facts = entry.facts
         self._tell = tell
-
-    @property
-    def left(self) -> str:
-        """What a run that died with the entry open did, for a log line."""
-        return "left a snapshot, or may have; removing it"
 
     def tell_left(self, what: str, by_hand: Sequence[str] = ()) -> None:
         """A finding about something of ours that stays in the pool, with the commands that remove it."""
@@ -6895,10 +6877,8 @@ class Owned:
                 return False
 
     def _let_go(self, disk: Dict[str, Any], drives: Dict[str, Dict[str, Any]], has_waited: bool) -> bool:
-        """True if one of those drives (VBDs by which our disk hangs on control domains) is gone: a server
-        left it there when it died in an export or import.
-
-        Nothing there clears them up. A server that will not let go of one is believed.
+        """True if one of those VBDs, by which our disk hangs on control domains, is gone: a server that died
+        in an export or import leaves it, and nothing there clears it up. One that won't let go is believed.
         """
         gone = False
         for ref, drive in drives.items():
@@ -6956,10 +6936,14 @@ class Snapshot(Owned):
         word, uuid = self.COMMANDS[without_disks], self._facts.get("uuid")
         return [f"xe {word} uuid={uuid}"] if word and uuid else []
 
-    def _make(self, doing: str, method: str, *arguments: Any) -> str:
+    def _make(self, prepare: Callable[[], Any], doing: str, method: str, *arguments: Any) -> str:
         """The ref of the new snapshot, also when the answer was lost but the call did its work."""
-        with self._not_called_yet():
+        try:
+            prepare()
             self._services.signals.check()
+        except (BackupError, Interrupted):         # it was never made: nothing has to be looked for
+            self._entry.remember(answer="not called")
+            raise
         try:
             return self._services.pool.call(doing, method, *arguments,
                                             timeout_s=self._services.journal.limit_s)
@@ -6973,15 +6957,6 @@ class Snapshot(Owned):
             if ref is None:
                 raise
             return ref
-
-    @contextlib.contextmanager
-    def _not_called_yet(self) -> Iterator[None]:
-        """What ends the block proves that the snapshot call was never made: nothing has to be looked for."""
-        try:
-            yield
-        except (BackupError, Interrupted):
-            self._entry.remember(answer="not called")
-            raise
 
     def _await_lost(self) -> Optional[str]:
         """The one snapshot that a call without an answer made, None if none appears."""
@@ -7024,7 +6999,7 @@ class VmSnapshot(Snapshot):
     def make(self, machine: VirtualMachine, label: str) -> VirtualMachine:
         """It is there, ready for export; raises ApiFailure or AnswerLost if not."""
         doing, pool = f"the snapshot of {machine.title}", self._services.pool
-        ref = self._make(doing, "VM.snapshot", machine.ref, self._facts["name"])
+        ref = self._make(lambda: None, doing, "VM.snapshot", machine.ref, self._facts["name"])
         snapshot = pool.machine(ref, "reading " + doing)
         self._entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
         pool.ask("naming " + doing, "VM.set_name_label", ref, label)
@@ -7081,7 +7056,8 @@ class DiskSnapshot(Snapshot):
     def make(self, machine: VirtualMachine, disk: Disk) -> Disk:
         """It is there, ready for export; raises ApiFailure or AnswerLost if not."""
         doing, pool = f"the snapshot of disk {disk.device} of {machine.title}", self._services.pool
-        with self._not_called_yet():
+
+        def mark() -> None:
             try:
                 pool.ask("marking " + doing, "VDI.add_to_other_config", disk.vdi_ref, self._key,
                          format_utc(self._services.clock.utc()))
@@ -7090,7 +7066,8 @@ class DiskSnapshot(Snapshot):
                     raise
             self._entry.note(known=[record["uuid"] for record in self._bearers().values()],
                              calling_at=format_utc(pool.server_time(doing)))
-        ref = self._make(doing, "VDI.snapshot", disk.vdi_ref, {})
+
+        ref = self._make(mark, doing, "VDI.snapshot", disk.vdi_ref, {})
         record = pool.ask("reading " + doing, "VDI.get_record", ref)
         self._entry.note(uuid=record["uuid"])
         pool.ask("marking " + doing, "VDI.remove_from_other_config", ref, self._key)
@@ -7147,8 +7124,7 @@ class DiskSnapshot(Snapshot):
         return found if len(found) == 1 else []
 
     def remove(self) -> None:
-        """The disk's snapshot is gone, and the key from all that bear it; if it is unsure which is ours, only
-        the key."""
+        """The disk's snapshot is gone, and the key from all that bear it; or the key only, if unsure."""
         is_known, is_at_work = "uuid" in self._facts, self._is_being_made()
         if is_at_work and not is_known:
             return
@@ -7182,7 +7158,6 @@ class ImportedVms(Owned):
 
     @property
     def left(self) -> str:
-        """What a run that died with the entry open did, for a log line."""
         return "restored it and ended before its last steps; doing them" if self._facts.get("restored") \
             else f"left a VM of a {self._facts['kind']}, or may have; removing it"
 
@@ -7221,8 +7196,8 @@ class ImportedVms(Owned):
         self._entry.close("removed" if machines or disks else "not there")
 
     def _finish_restored(self) -> None:
-        """A VM that came back whole is the person's: only its tasks go. They are told if it has not got its
-        name; of this run's own they know."""
+        """A VM that came back whole is the person's: only its tasks go. One without its name is told, unless
+        it is this run's, of which they know."""
         ref = None if self._is_of_this_run else self._ref("VM", self._facts["uuids"][0])
         if ref and self._ask_if_there("VM.get_name_label", ref) in self._facts["names"]:
             self._tell(self._entry, unnamed_text(self._entry))
@@ -7250,7 +7225,7 @@ class ImportedVms(Owned):
                     with contextlib.suppress(ApiFailure):      # OPERATION_NOT_ALLOWED: not at this point
                         self._ask("task.cancel", ref)
                 elif state == "not taken" and time.monotonic() > quiet_until:
-                    self._end_task(ref)
+                    self._ask_if_there("task.set_status", ref, "cancelled")
                     states[ref] = ""
             if not any(states.values()) or not has_time:
                 break
@@ -7267,16 +7242,12 @@ class ImportedVms(Owned):
             progress = self._ask_if_there("task.get_progress", task)
         return "" if progress is None else "at work" if float(progress) > 0 else "not taken"
 
-    def _end_task(self, task: str) -> None:
-        """The task is pending no more; a pending one would only be marked by task.destroy
-        (ocaml/xapi/xapi_task.ml@v26.17.0)."""
-        if self._ask_if_there("task.get_status", task) == "pending":
-            self._ask_if_there("task.set_status", task, "cancelled")
-
     def _forget_tasks(self) -> None:
-        """The entry's tasks are gone from the pool's list, where they would stay for hours."""
+        """The entry's tasks are gone from the pool's list, where they would stay for hours. A pending one
+        would only be marked by task.destroy (ocaml/xapi/xapi_task.ml@v26.17.0), so it is ended before."""
         for ref in self._tasks():
-            self._end_task(ref)
+            if self._ask_if_there("task.get_status", ref) == "pending":
+                self._ask_if_there("task.set_status", ref, "cancelled")
             self._ask_if_there("task.destroy", ref)
 
     def _find(self) -> Dict[str, Dict[str, Any]]:
