@@ -7678,6 +7678,7 @@ def make_xe(services: Services) -> XeProgram:
 
 # --- the frame ----------------------------------------------------------------------
 
+FOR_EVER_S = float("inf")          # what only reads the store may take all its time, until a signal comes
 
 class Run:
     """The frame of every deed: the services that it has, what became of each thing that it was to do, what
@@ -7737,7 +7738,8 @@ class Run:
         now, host = services.clock.utc(), inventory.host.short_name
         name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{random_hex(3)}"
         header = dict(signature(services, inventory), config=services.settings.source)
-        journal = begin_run(services.catalog, name, header, now.timestamp())
+        journal = self.in_store("beginning the journal", lambda: begin_run(
+            services.catalog, name, header, now.timestamp()))
         journal.limit_s = services.settings.stall_timeout * MINUTE_S
         self.services = services._replace(journal=journal)
         self.inventory = inventory
@@ -7815,12 +7817,13 @@ class Run:
         if isinstance(error, StorageStalled):
             self.storage_hangs = True
 
-    def in_store(self, doing: str, work: Callable[[], Any]) -> Any:
-        """What the work in the store gives; a store that hangs is left after stall_timeout, after a signal
-        soon."""
+    def in_store(self, doing: str, work: Callable[[], Any], limit_s: float = 0) -> Any:
+        """What the work in the store gives; a store that hangs is left after that time, stall_timeout if none
+        is given, and after a signal soon."""
         signals = self.services.signals
         try:
-            return within(self.services.settings.stall_timeout * MINUTE_S, doing, work, lambda: signals.noted)
+            return within(limit_s or self.services.settings.stall_timeout * MINUTE_S, doing, work,
+                          lambda: signals.noted)
         except StorageStalled as error:
             self.note(error)
             signals.check()
@@ -8136,11 +8139,11 @@ class Watch:
                  find_tasks: Callable[[], Sequence[str]] = tuple) -> None:
         self._services = services
         self._doing = doing
-        self._size_bytes = size_bytes
+        self._show = shown_progress(services, doing, size_bytes)
         self._sr_refs = tuple(sorted(set(sr_refs)))
         self._find_tasks = find_tasks
         self._stall_s = services.settings.stall_timeout * MINUTE_S
-        self._began_at = self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
+        self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
         self._task_progress = []           # type: List[float]
         self.program = None                # type: Optional[Program]
 
@@ -8148,9 +8151,7 @@ class Watch:
         """Raises Interrupted, StreamStalled or BackupError to abort the flow. A pool that does not answer
         just now proves nothing."""
         services, now = self._services, time.monotonic()
-        services.signals.check()
-        services.log.progress(
-            progress_text(self._doing, progress.bytes_read, self._size_bytes, now - self._began_at))
+        self._show(progress)
         if progress.quiet_s < 2:
             self._alive_at = now
         elif progress.quiet_s > SILENCE_BEFORE_POLL_S and now - self._task_asked_at > TASK_POLL_S:
@@ -8195,18 +8196,24 @@ def check_sr_space(srs: Sequence[StorageRepository], min_free_percent: int, cons
                 f"snapshot on a full SR stops VMs. Free space on it.")
 
 
-def progress_text(doing: str, done_bytes: int, size_bytes: int, seconds: float) -> str:
-    """`the export of web: 1.2 GiB (30 %), 85 MB/s, 2 min left`; the size is that of the disks, so % is a
-    floor."""
-    rate = done_bytes / seconds if seconds > 1 else 0
-    text = f"{doing}: {format_size(done_bytes)}"
-    if size_bytes:
-        text += f" ({min(99, done_bytes * 100 // size_bytes)} %)"
-    if rate:
-        text += f", {rate / 1e6:.0f} MB/s"
-        if size_bytes > done_bytes:
-            text += f", at most {format_duration((size_bytes - done_bytes) / rate)} left"
-    return text
+def shown_progress(services: Services, doing: str, size_bytes: int) -> Callable[[Progress], None]:
+    """What is done once a second while data flow: signals, and on a terminal a line such as `the export of
+    web: 1.2 GiB (30 %), 85 MB/s, at most 2 min left`; the size is that of the disks, so % is a floor."""
+    began_at = services.clock.monotonic()
+
+    def on_tick(progress: Progress) -> None:
+        services.signals.check()
+        seconds, done_bytes = services.clock.monotonic() - began_at, progress.bytes_read
+        rate = done_bytes / seconds if seconds > 1 else 0
+        text = f"{doing}: {format_size(done_bytes)}"
+        if size_bytes:
+            text += f" ({min(99, done_bytes * 100 // size_bytes)} %)"
+        if rate:
+            text += f", {rate / 1e6:.0f} MB/s"
+            if size_bytes > done_bytes:
+                text += f", at most {format_duration((size_bytes - done_bytes) / rate)} left"
+        services.log.progress(text)
+    return on_tick
 
 
 # ---- the run of a backup ---------------------------------------------------
@@ -8740,11 +8747,12 @@ OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml
 
 
 @contextlib.contextmanager
-def planned(services: Services, changes_allowed: bool = True) -> Iterator[Tuple[Services, Inventory, Plan]]:
+def planned(run: Run, changes_allowed: bool = True) -> Iterator[Tuple[Services, Inventory, Plan]]:
     """Store, programs and pool are there, and the plan is made: what a backup and its preview begin with.
     UsageError if what the config asks for can't be had."""
-    settings = services.settings
-    services = services._replace(catalog=open_catalog(settings, services.log))
+    settings, log = run.services.settings, run.services.log
+    services = run.services._replace(
+        catalog=run.in_store("opening the store", lambda: open_catalog(settings, log)))
     compress = f"{settings.places.get('compress', 'default')}: compress={settings.compress}"
     if settings.compress != "none" and find_program(COMPRESSORS[settings.compress]) is None:
         raise UsageError(f"{compress} needs the program {' or '.join(COMPRESSORS[settings.compress])}, which "
@@ -8777,17 +8785,10 @@ class CopyState(enum.Enum):
 
 
 class CopyVerdict(NamedTuple):
-    """What a check of a copy found, when (UTC), and how its files looked when it began."""
-    copy: Copy
+    """What a check of a copy found, and how its files looked when it began."""
     state: CopyState
     reason: str
-    at: datetime
     look: str
-
-    @property
-    def is_fine(self) -> bool:
-        """Does it leave nothing to worry about?"""
-        return self.state in (CopyState.GOOD, CopyState.UNPROVEN, CopyState.GONE)
 
 
 def verify_copy(services: Services, copy: Copy) -> CopyVerdict:
@@ -8814,7 +8815,7 @@ def verify_copy(services: Services, copy: Copy) -> CopyVerdict:
             state, reason = CopyState.GONE, "another run removed it while it was read"
         except CatalogError as error:
             state, reason = CopyState.UNREADABLE, str(error)
-    return CopyVerdict(copy, state, reason.rstrip("."), services.clock.utc(), look)
+    return CopyVerdict(state, reason.rstrip("."), look)
 
 
 def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
@@ -8832,7 +8833,7 @@ def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
         check = image_check(inside, copy, manifest)
         title = f"verifying {copy.folder}/{copy.name}"
         read_image(inside, copy, manifest, [check] if check else [],
-                   reading_progress(services, title, copy.size_bytes), title)
+                   shown_progress(services, title, copy.size_bytes), title)
     if copy.is_old:
         return CopyState.UNPROVEN, "the older program recorded no digests; the structure is whole"
     if check is None:
@@ -8871,17 +8872,6 @@ def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
         if digest.hexdigest() != sums[name]:
             raise VerificationError(f"{name} is not what was written: its SHA-256 differs")
     return manifest
-
-
-def reading_progress(services: Services, title: str, size_bytes: int) -> Callable[[Progress], None]:
-    """What is done once a second while an image is only read."""
-    began_at = services.clock.monotonic()
-
-    def on_tick(progress: Progress) -> None:
-        services.signals.check()
-        seconds = services.clock.monotonic() - began_at
-        services.log.progress(progress_text(title, progress.bytes_read, size_bytes, seconds))
-    return on_tick
 
 
 def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumers: Sequence[Consumer],
@@ -9048,37 +9038,49 @@ def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
     return listing._replace(vms=found)
 
 
-def verify_all(services: Services, copies: Sequence[Copy], minutes: Optional[int]) -> List[CopyVerdict]:
-    """The verdicts on the copies, each shown and on record as soon as it is known; on the first of them if
-    that takes longer than so many minutes."""
-    stop_at = services.clock.monotonic() + minutes * MINUTE_S if minutes else None
-    verdicts, untold = [], True
+def verify_chosen(run: Run) -> None:
+    """Each copy that the words mean was read and judged; its verdict is shown, and on record, as soon as it
+    is known. With max_time what was longest not looked at comes first, and the rest is for the next run."""
+    services, log, arguments = run.services, run.services.log, run.services.arguments
+    catalog, clock = open_store(services.settings), services.clock
+    services, vm, wanted = services._replace(catalog=catalog), arguments.vm, arguments.parameters["from"]
+    listing = chosen_vms(catalog, vm, log)
+    run.findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in listing.misbehaved]
+    copies = [copy for stored in listing.vms for copy in (stored.copies[-1:] if wanted == "latest"
+                                                          else stored.copies)
+              if wanted in ("", "latest", copy.name, copy.stamp)]
+    if not copies and wanted:
+        raise UsageError(f"there is no copy {one_line(wanted)} of {quote_name(vm) if vm else 'any VM'}.")
+    if not copies:
+        raise BackupError(f"{catalog.path} holds no copy. Is it the right directory, and is the share "
+                          "mounted?")
+    most_s = arguments.parameters["max_time"] * MINUTE_S or FOR_EVER_S
+    if most_s != FOR_EVER_S:
+        copies.sort(key=lambda copy: copy.checked("verified_at") or "")
+    began_s, states, untold = clock.monotonic(), [], True
     for copy in copies:
         services.signals.check()
-        if stop_at is not None and verdicts and services.clock.monotonic() >= stop_at:
+        if states and clock.monotonic() - began_s >= most_s:
             break
         verdict = verify_copy(services, copy)
-        verdicts.append(verdict)
-        services.log.show(f"{verdict.state.value:14} {copy.folder}/{copy.name}: {verdict.reason}")
+        state, title = verdict.state, f"{copy.folder}/{copy.name}"
+        states.append(state)
+        log.show(f"{state.value:14} {title}: {verdict.reason}")
+        is_fine = state in (CopyState.GOOD, CopyState.UNPROVEN, CopyState.GONE)
+        run.outcomes.append(Outcome("verify", copy.uuid, copy.vm_name, title,
+                                    None if is_fine else verdict.reason))
         try:
-            if copy.mark and verdict.state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED):
-                services.catalog.record(copy, verified_at=format_utc(verdict.at), verdict=verdict.state.value,
-                                        reason=verdict.reason, look=verdict.look)
+            if copy.mark and state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED):
+                catalog.record(copy, verified_at=format_utc(clock.utc()), verdict=state.value,
+                               reason=verdict.reason, look=verdict.look)
         except CatalogError as error:      # a store that can only be read, for one: said once
             if untold:
-                services.log.info(f"verdicts are not recorded: {error}")
+                log.info(f"verdicts are not recorded: {error}")
             untold = False
-    return verdicts
-
-
-def verify_summary(verdicts: Sequence[CopyVerdict], chosen: int) -> str:
-    """How many copies were in which state."""
-    numbers = [(state, sum(verdict.state is state for verdict in verdicts)) for state in CopyState]
-    counts = ", ".join(f"{number} {state.value}" for state, number in numbers if number) or "none"
-    left = ""
-    if chosen > len(verdicts):
-        left = f"; {counted(chosen - len(verdicts), 'copy')} left for the next run"
-    return f"{counted(len(verdicts), 'copy')} verified: {counts}{left}."
+    counts = ", ".join(f"{states.count(state)} {state.value}" for state in CopyState if state in states)
+    left = len(copies) - len(states)
+    log.show(f"{counted(len(states), 'copy')} verified: {counts}"
+             f"{'; ' + counted(left, 'copy') + ' left for the next run' if left else ''}.")
 
 
 def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optional[int], str]:
@@ -9114,50 +9116,47 @@ def prune_rule(services: Services, stored: StoredVm) -> Tuple[Optional[int], str
     return stored_keep(stored, services.settings)
 
 
-def check_may_prune(services: Services, listing: Listing) -> None:
-    """Raises what stands in the way of removing anything at all of these VMs' copies."""
-    vms, vm = listing.vms, services.arguments.vm
+def prune_chosen(run: Run) -> None:
+    """The copies beyond the numbers to keep of the VMs that the words mean are gone, or shown in a preview;
+    nothing of any VM while the storage misbehaves, or once the clock went back since the copies of one."""
+    services, log, arguments = run.services, run.services.log, run.services.arguments
+    settings, preview = services.settings, arguments.preview
+    services = services._replace(catalog=open_store(settings) if preview else open_catalog(settings, log))
+    listing = chosen_vms(services.catalog, arguments.vm, log)
     if listing.misbehaved:
         raise StorageMisbehaved(f"nothing is removed while the storage misbehaves: {listing.misbehaved[0]}")
-    for stored in vms:
+    for stored in listing.vms:
         problem = clock_went_back(stored.around, services.clock.utc())
         if problem:
             raise BackupError(f"{stored.title}: {problem}")
-    if is_pruned_by_hand(services.arguments) and (len({stored.uuid for stored in vms}) > 1
-                                                  or len({stored.pool for stored in vms if stored.pool}) > 1):
-        uuids = ", ".join(sorted({stored.uuid or "?" for stored in vms}))
-        raise UsageError(f"{quote_name(vm)} stands for {len(vms)} VMs in the store ({uuids}): name one as "
-                         f"vm=uuid:UUID, or by its directory.")
-
-
-def prune_all(run: Run, catalog: Catalog, vms: Sequence[StoredVm]) -> int:
-    """How many copies of these VMs were beyond the numbers to keep, and are gone or shown in a preview. What
-    went wrong with a VM is told and noted."""
-    services, removed = run.services._replace(catalog=catalog), 0
-    warnings = set()                       # type: Set[str]
-    for stored in vms:
+    vms = {(stored.uuid, stored.pool) for stored in listing.vms}
+    if is_pruned_by_hand(arguments) and (len({uuid for uuid, _ in vms}) > 1
+                                         or len({pool for _, pool in vms if pool}) > 1):
+        uuids = ", ".join(sorted({uuid or "?" for uuid, _ in vms}))
+        raise UsageError(f"{quote_name(arguments.vm)} stands for {len(listing.vms)} VMs in the store "
+                         f"({uuids}): name one as vm=uuid:UUID, or by its directory.")
+    removed = 0
+    for stored in listing.vms:
         keep, rule = prune_rule(services, stored)
         if keep is None:
-            services.log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in "
-                              f"{stored.folder}/: {rule}; `prune vm=... max_backups=N` removes by hand.")
+            log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in {stored.folder}/: "
+                     f"{rule}; `prune vm=... max_backups=N` removes by hand.")
             continue
         try:
-            removed += prune_one(services, catalog, stored, warnings)
+            removed += prune_one(run, services, stored)
         except BackupError as error:
             run.tell([Finding(Severity.ERROR, stored.title, str(error))])
             if isinstance(error, StorageMisbehaved):
                 break                      # nothing more is removed in this run
-    run.findings += [Finding(Severity.WARNING, "", warning) for warning in warnings]
-    return removed
+    log.show(f"{counted(removed, 'copy')} {'would be removed' if preview else 'removed'}.")
 
 
-def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: Set[str]) -> int:
-    """The VM's copies beyond the number to keep are gone, or shown in a preview; how many. `warnings`: those
-    told so far.
+def prune_one(run: Run, services: Services, chosen: StoredVm) -> int:
+    """The VM's copies beyond the number to keep are gone, or shown in a preview; how many.
 
     What goes is decided on what is there under the lock, whatever was there when the VM was chosen.
     """
-    preview, folder = services.arguments.preview, chosen.folder
+    preview, folder, catalog, log = services.arguments.preview, chosen.folder, services.catalog, services.log
     with contextlib.ExitStack() as stack:
         lock = None if preview else catalog.folder_lock(folder)
         if lock is not None and not stack.enter_context(lock.held()):
@@ -9166,26 +9165,25 @@ def prune_one(services: Services, catalog: Catalog, chosen: StoredVm, warnings: 
         now = {(stored.uuid, stored.pool, stored.method): stored
                for stored in stored_in(catalog.folder(folder))}
         stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(around=()))
+        utc, local = services.clock.utc(), services.clock.local()
+        for warning in retention_warnings(stored.around, utc, local):
+            if warning not in {finding.sentence for finding in run.findings}:
+                run.tell([Finding(Severity.WARNING, stored.title, warning)])
         keep, _ = prune_rule(services, stored)
-        problem = clock_went_back(stored.around, services.clock.utc())
-        if problem:
-            raise BackupError(problem)
-        for warning in retention_warnings(stored.around, services.clock.utc(), services.clock.local()):
-            if warning not in warnings:
-                services.log.warning(f"{stored.title}: {warning}")
-            warnings.add(warning)
+        if not keep or clock_went_back(stored.around, utc):
+            return 0
         removed = 0
-        for copy, stays, reason in judge(stored.around, stored.uuid, stored.method, keep) if keep else ():
+        for copy, stays, reason in judge(stored.around, stored.uuid, stored.method, keep):
             place = f"{folder}/{copy.name}"
             if not stays:
                 services.signals.check()
                 if preview or catalog.remove_copy(copy):
                     removed += 1
-                    services.log.show(f"{'would remove' if preview else 'removed'}: {place}: {reason}")
+                    log.show(f"{'would remove' if preview else 'removed'}: {place}: {reason}")
                 else:
-                    services.log.show(f"left: {place} is being read by a restore or drill")
+                    log.show(f"left: {place} is being read by a restore or drill")
             elif not copy.is_good or copy.aside:
-                services.log.show(f"left: {place}: {reason}")
+                log.show(f"left: {place}: {reason}")
         return removed
 
 
@@ -10465,7 +10463,7 @@ def read_once(services: Services, source: Source) -> None:
     title = f"verifying {source.title}"
     services.log.info(title)
     try:
-        stream_image(source, reading_progress(services, title, source.copy.size_bytes))
+        stream_image(source, shown_progress(services, title, source.copy.size_bytes))
     except VerificationError as error:
         raise BackupError(f"{source.title} {error.verdict}: {str(error).rstrip('.')}. Nothing was started.")
 
@@ -10601,7 +10599,7 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
                                  f"full size of {format_size(disk.virtual_size)}; its zeros take no room.")
         sink = MebibyteSink(functools.partial(write_in_place, file.fd),
                             disk.id if source.is_archive else "image")
-        check = stream_image(source, reading_progress(services, title, source.copy.size_bytes), [sink])
+        check = stream_image(source, shown_progress(services, title, source.copy.size_bytes), [sink])
         size = disk.virtual_size or check.report.virtual_size
         file.complete(size)
     proven = "its digests match" if source.manifest else source.digests_text + (
@@ -11320,7 +11318,7 @@ def is_in_pool(inventory: Optional[Inventory], uuid: str, pool: str) -> Optional
     return any(machine.uuid == uuid for machine in inventory.machines)
 
 
-def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, inventory: Optional[Inventory],
+def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog,
              now: datetime) -> Dict[str, Any]:
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
     keep, rule = stored_keep(stored, configuration)
@@ -11344,8 +11342,15 @@ def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog, i
             "fate": fates.get(copy.name, "kept: " + rule)})
     return {"name": stored.name, "names": sorted({copy.vm_name for copy in stored.copies if copy.vm_name}),
             "folder": stored.folder, "uuid": stored.uuid, "pool": stored.pool, "copies": copies, "keep": keep,
-            "rule": rule, "kind": stored.method.value if stored.method else None,
-            "in_pool": is_in_pool(inventory, stored.uuid, stored.pool)}
+            "rule": rule, "kind": stored.method.value if stored.method else None}
+
+
+def rows_of_store(services: Services) -> Tuple[Catalog, List[Dict[str, Any]], List[str]]:
+    """The store, a row for each VM and kind in it that the words mean, and what is not ours there."""
+    catalog, vm = open_store(services.settings), services.arguments.vm
+    listing, now = chosen_vms(catalog, vm, services.log), services.clock.local()
+    rows = [list_row(stored, services.settings, catalog, now) for stored in listing.vms]
+    return catalog, rows, [] if vm else listing.strangers
 
 
 def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
@@ -11368,19 +11373,6 @@ def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
     return "\n".join(lines)
 
 
-def gone_texts(rows: Sequence[Dict[str, Any]], inventory: Optional[Inventory]) -> List[str]:
-    """A line for each VM and kind of the store that the pool has no more."""
-    return [f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in "
-            f"{row['folder']}/" for row in rows if is_in_pool(inventory, row["uuid"], row["pool"]) is False]
-
-
-def list_summary(rows: Sequence[Dict[str, Any]]) -> str:
-    """How much there is in the store."""
-    copies = [copy for row in rows for copy in row["copies"]]
-    return (f"{counted(len(copies), 'copy')} of {counted(len({row['uuid'] for row in rows}), 'VM')}, "
-            f"{sum(copy['good'] for copy in copies)} good")
-
-
 # =============================================================================
 # 25. Commands
 # =============================================================================
@@ -11399,22 +11391,16 @@ def load_configuration(arguments: Arguments) -> Configuration:
     else:
         name, value = selector_of(arguments.target)
         settings.insert(0, Setting(name, value.strip(), "command line"))
-    # a copy that is named by its path needs no store
-    needs_none = arguments.action.name == "test-mail" or "/" in arguments.parameters.get("from", "")
-    missing = [] if needs_none else missing_backup_dir(file_settings, settings)
     try:
-        configuration = parse_configuration(file_settings, settings, source, problems,
-                                            arguments.action.needs_work)
+        return parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
     except ConfigurationError as error:
-        raise ConfigurationError(sorted(list(error.problems) + missing, key=line_number))
-    # a backup tells it later, so that a mail goes out
-    if missing and arguments.action.name != "backup":
-        raise ConfigurationError(missing)
-    return configuration
+        problems = list(error.problems) + missing_backup_dir(file_settings, settings)
+        raise ConfigurationError(sorted(problems, key=line_number))
 
 
 def missing_backup_dir(file_settings: Sequence[Setting], arguments: Sequence[Setting]) -> List[str]:
-    """The problem of a backup_dir that is not there, as one of those that are told at once; [] if it is."""
+    """The problem of a backup_dir that is not there, as one of those that are told at once; [] if it is.
+    Where there is no other problem, who opens it tells."""
     wanted = [setting for setting in list(arguments) + list(file_settings) if setting.name == "backup_dir"]
     path = wanted[0].value if wanted else OPTIONS[OPTION_NAMES.index("backup_dir")].default
     if not path or os.path.isdir(fs_path(path)):
@@ -11457,9 +11443,10 @@ def create_password_file(password: str, path: str) -> str:
 
 def command_preview(run: Run) -> None:
     """Shown: the plan, and what retention would then remove."""
-    with planned(run.services, changes_allowed=False) as (services, inventory, plan):
+    with planned(run, changes_allowed=False) as (services, inventory, bare_plan):
         pass                               # nothing more is asked of the pool
-    plan, futures = foreseen(services, inventory, plan)
+    plan, futures = run.in_store("looking at the copies", lambda: foreseen(services, inventory, bare_plan),
+                                 FOR_EVER_S)
     services.log.show(preview_text(services.settings, inventory, plan, futures, services.catalog))
     run.findings += plan.findings
     run.findings += [Finding(Severity.WARNING, "", warning) for warning in services.settings.warnings]
@@ -11467,8 +11454,8 @@ def command_preview(run: Run) -> None:
 
 def command_backup(run: Run) -> None:
     """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
-    with planned(run.services) as (services, inventory, plan):
-        run.lock = take_config_lock(services, inventory)
+    with planned(run) as (services, inventory, plan):
+        run.lock = run.in_store("locking this config", lambda: take_config_lock(services, inventory))
         if run.lock is None:
             return
         if services.catalog.locks_are_local:
@@ -11502,58 +11489,39 @@ def command_test_mail(run: Run) -> None:
 
 def command_verify(run: Run) -> None:
     """Every chosen copy was read and judged; the verdicts are shown and on record."""
-    services = run.services
-    vm, wanted = services.arguments.vm, services.arguments.parameters["from"]
-    minutes = services.arguments.parameters["max_time"]
-    catalog = open_store(services.settings)
-    listing = chosen_vms(catalog, vm, services.log)
-    copies = [copy for stored in listing.vms for copy in (stored.copies[-1:] if wanted == "latest"
-                                                          else stored.copies)
-              if wanted in ("", "latest", copy.name, copy.stamp)]
-    if not copies and wanted:
-        raise UsageError(f"there is no copy {one_line(wanted)} of {quote_name(vm) if vm else 'any VM'}.")
-    if not copies:
-        raise BackupError(f"{catalog.path} holds no copy. Is it the right directory, and is the share "
-                          "mounted?")
-    if minutes:                            # the copies that were longest not looked at come first
-        copies.sort(key=lambda copy: copy.checked("verified_at") or "")
-    run.findings += [Finding(Severity.ERROR, catalog.path, str(error)) for error in listing.misbehaved]
-    verdicts = verify_all(services._replace(catalog=catalog), copies, minutes)
-    services.log.show(verify_summary(verdicts, len(copies)))
-    run.outcomes += [Outcome("verify", verdict.copy.uuid, verdict.copy.vm_name, verdict.copy.name,
-                             None if verdict.is_fine else verdict.reason) for verdict in verdicts]
+    run.in_store("verifying", lambda: verify_chosen(run), FOR_EVER_S)
 
 
 def command_list(run: Run) -> None:
-    """Shown: what is in the store, as text or JSON."""
-    services, log, catalog = run.services, run.services.log, open_store(run.services.settings)
+    """Shown: what is in the store, as text or JSON, and what of it the pool has no more."""
+    services, log = run.services, run.services.log
     as_json = services.arguments.parameters["format"] == "json"
-    inventory = asked_pool(services) if as_json else None
-    listing, now = chosen_vms(catalog, services.arguments.vm, log), services.clock.local()
-    rows = [list_row(stored, services.settings, catalog, inventory, now) for stored in listing.vms]
-    strangers = [] if services.arguments.vm else listing.strangers
+    catalog, rows, strangers = run.in_store("listing the store", lambda: rows_of_store(services), FOR_EVER_S)
+    if not as_json:
+        tell_pools = len({row["pool"] for row in rows} - {""}) > 1
+        for row in rows:
+            log.show(list_text(row, tell_pools))
+        for stranger in strangers:
+            log.show(f"not ours, left alone: {one_line(stranger)}")
+    inventory = asked_pool(services)
+    for row in rows:
+        row["in_pool"] = is_in_pool(inventory, row["uuid"], row["pool"])
+        if not as_json and row["in_pool"] is False:
+            log.show(f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in "
+                     f"{row['folder']}/")
     if as_json:
         log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
                             sort_keys=True))
         return
-    tell_pools = len({row["pool"] for row in rows} - {""}) > 1
-    for row in rows:
-        log.show(list_text(row, tell_pools))
-    for stranger in strangers:
-        log.show(f"not ours, left alone: {one_line(stranger)}")
-    for text in gone_texts(rows, asked_pool(services)):
-        log.show(text)
-    log.show(f"{list_summary(rows)}, {free_text(catalog.free_bytes())}.")
+    copies = [copy for row in rows for copy in row["copies"]]
+    free = run.in_store("asking for the free space", catalog.free_bytes)
+    log.show(f"{counted(len(copies), 'copy')} of {counted(len({row['uuid'] for row in rows}), 'VM')}, "
+             f"{sum(copy['good'] for copy in copies)} good, {free_text(free)}.")
 
 
 def command_prune(run: Run) -> None:
     """Retention was applied without a backup and without a pool; with preview it is only shown."""
-    arguments, settings, log = run.services.arguments, run.services.settings, run.services.log
-    catalog = open_store(settings) if arguments.preview else open_catalog(settings, log)
-    listing = chosen_vms(catalog, arguments.vm, log)
-    check_may_prune(run.services, listing)
-    removed = prune_all(run, catalog, listing.vms)
-    log.show(f"{counted(removed, 'copy')} {'would be removed' if arguments.preview else 'removed'}.")
+    run.in_store("pruning", lambda: prune_chosen(run), FOR_EVER_S)
 
 
 # --- restore, extract and drill ---------------------------------------------------------------------

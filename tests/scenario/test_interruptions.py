@@ -11,7 +11,7 @@ import pytest
 from support import warm
 from support.deeds import Process, backup, beginning, in_trouble, is_exporting, objects
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import Pool, ended
+from support.process import CRON_PATH, Pool, ended
 from support.shelf import complete, unfinished
 from support.wire import eventually
 
@@ -381,3 +381,24 @@ def test_a_signal_while_the_store_hangs_still_clears_the_pool_and_ends_the_run(a
 def lines_of(path: str) -> List[str]:
     with open(path) as file:
         return file.readlines()
+
+
+@pytest.mark.parametrize('action', ['list', 'verify', 'prune', 'prune preview', 'list format=json'])
+@pytest.mark.parametrize('where', ['BACKUPS', 'backup.json'])
+def test_a_signal_ends_what_only_reads_a_store_that_hangs(a_shelf: Any, action: str, where: str) -> None:
+    """The store hangs when it is opened, or when the first copy is looked at."""
+    shelf = a_shelf(complete('web', days_ago=2), complete('web', days_ago=1))
+    process = Process(['-', shelf.config('vm-export=web:1')] + action.split(), {'PATH': CRON_PATH},
+                      in_trouble(shelf, at=[where], do='hang', hurried=True))
+    assert eventually(lambda: handles(process.pid, signal.SIGTERM), 20), process.output
+    process.signal(signal.SIGTERM)
+    run = process.ending(20)
+    assert run.exit_status == 128 + signal.SIGTERM and run.says('stopped by SIGTERM') and run.never_says('removed'), run
+    assert shelf.has('web', complete=2)
+
+
+def handles(pid: int, number: int) -> bool:
+    """Has the process a handler for that signal?"""
+    with open('/proc/%d/status' % pid) as file:
+        caught = [int(line.split()[1], 16) for line in file if line.startswith('SigCgt')]
+    return bool(caught[0] >> (number - 1) & 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.shelf import write_copy
 from support.values import POOL_UUID, a_host, an_inventory, configured
 from VmBackup import (ACTIONS, EXIT_STATUS_HELP, OPTIONS, BackupError, Catalog, Clock, ConfigurationError, ExitStatus, Log,
-                      Services, UsageError, asked_help, chosen_vms, config_place, create_password_file, format_utc, is_config_path,
+                      Run, Services, UsageError, asked_help, chosen_vms, config_place, create_password_file, format_utc, is_config_path,
                       load_configuration, neighbour_text, parse_arguments, prune_one, read_password)
 
 
@@ -302,11 +302,11 @@ def pruned(store, meanwhile):
     text = 'backup_dir=%s\nvm-export=web:2\n' % store
     (store / 'weekend.cfg').write_text(text)
     clock = Clock()
-    context = Services(configured(text), clock, Log(clock), Unstopped(), parsed('- %s/weekend.cfg prune' % store))
-    catalog = Catalog(str(store))
-    (chosen,) = chosen_vms(catalog, '', context.log).vms
+    context = Services(configured(text), clock, Log(clock), Unstopped(), parsed('- %s/weekend.cfg prune' % store),
+                       catalog=Catalog(str(store)))
+    (chosen,) = chosen_vms(context.catalog, '', context.log).vms
     meanwhile(store / 'web', lambda number: 'backup-2016-04-1%d-001000' % number)
-    number = prune_one(context, catalog, chosen, set())
+    number = prune_one(Run(context, None), context, chosen)
     return number, sorted(int(path.name[16]) for path in (store / 'web').iterdir())
 
 
