@@ -5825,22 +5825,18 @@ class Catalog:
         can't be looked at is what its name says, and a copy that is unreadable."""
         copies, unfinished, strangers = [], [], []
         try:
-            with self.root.child(name) as folder:
+            with contextlib.suppress(NotThere), self.root.child(name) as folder:
                 for item in folder.names():
                     parsed, is_directory = parse_copy_name(item), True
                     with contextlib.suppress(CatalogError):
                         is_directory = folder.is_directory(item)
-                    if not is_directory:
-                        strangers.append(item)
-                    elif parsed is not None:
+                    if is_directory and parsed is not None:
                         with contextlib.suppress(NotThere):    # gone meanwhile: another run is at work here
                             copies.append(self.with_checks(read_copy(folder, name, item, *parsed)))
-                    elif is_unfinished_name(item):
+                    elif is_directory and is_unfinished_name(item):
                         unfinished.append(item)
                     else:
                         strangers.append(item)
-        except NotThere:
-            return Folder(name, (), (), ())
         except WrongKind:
             raise WrongKind(f"{self.path}/{name} is not a directory, and is in the way of backups: move it.")
         return Folder(name, tuple(copies), tuple(unfinished), tuple(strangers))
@@ -5885,9 +5881,8 @@ class Catalog:
             for name in folder.names():
                 with contextlib.suppress(CatalogError, ValueError):
                     facts = parse_object(folder.read(name, MEBIBYTE))
-                    place, at = facts.get("folder"), facts.get("drilled_at")
-                    if isinstance(place, str) and isinstance(at, str):
-                        found[place] = max(at, found.get(place, ""))
+                    place = told(facts, "folder")
+                    found[place] = max(told(facts, "drilled_at"), found.get(place, ""))
         return found
 
     def look_of(self, copy: Copy) -> str:
@@ -6466,24 +6461,14 @@ class OpenEntry:
     """
 
     def __init__(self, journal: "RunJournal", number: int, facts: Dict[str, Any]) -> None:
-        self._journal = journal
+        self.journal = journal
         self.number = number
         self.facts = facts
 
     def note(self, **facts: Any) -> None:
         """The facts are remembered and on disk; CatalogError if they are only remembered."""
         self.facts.update(facts)
-        self._journal.append(dict(facts, entry=self.number))
-
-    @contextlib.contextmanager
-    def hurried(self) -> Iterator[None]:
-        """Inside, the journal is not waited for as long as else: clean-up in the pool comes first."""
-        patience_s = self._journal.limit_s
-        self._journal.limit_s = min(patience_s, CLEAN_UP_LIMIT_S)
-        try:
-            yield
-        finally:
-            self._journal.limit_s = patience_s
+        self.journal.append(dict(facts, entry=self.number))
 
     def remember(self, **facts: Any) -> None:
         """The facts are on disk if they can be written: remembered is enough for who acts on them now."""
@@ -6515,7 +6500,7 @@ class RunJournal:
         """Opened, but not locked yet."""
         self._folder = folder
         self.name = name
-        self._fd = folder.open_file(name, os.O_RDWR | os.O_APPEND | flags)
+        self.fd = folder.open_file(name, os.O_RDWR | os.O_APPEND | flags)
         self.is_mute = False
         self.limit_s = float(JOURNAL_LIMIT_S)
         self.entries = []             # type: List[OpenEntry]
@@ -6554,10 +6539,10 @@ class RunJournal:
     def _take(self) -> bool:
         """True if it is locked by us and read; a line that was cut off by a crash does not count. False if
         another run has it, or renamed or removed it between our open and lock."""
-        if not LockFile(self._fd, self.name).take() or not self.is_still_ours():
+        if not LockFile(self.fd, self.name).take() or not self.is_still_ours():
             return False
         with storage_errors(f"reading the journal {self.name}"):
-            content = b"".join(iter(lambda: os.read(self._fd, MEBIBYTE), b""))
+            content = b"".join(iter(lambda: os.read(self.fd, MEBIBYTE), b""))
         numbered = {}                 # type: Dict[int, OpenEntry]
         for line in content.split(b"\n"):
             try:
@@ -6581,8 +6566,8 @@ class RunJournal:
 
         def write() -> None:
             with storage_errors(f"writing the journal {self.name}"):
-                write_all(self._fd, (b"\n" if was_torn else b"") + line)
-                os.fsync(self._fd)
+                write_all(self.fd, (b"\n" if was_torn else b"") + line)
+                os.fsync(self.fd)
 
         # what a full store left of a line must not swallow the next
         was_torn, self._is_torn = self._is_torn, True
@@ -6607,24 +6592,14 @@ class RunJournal:
         """What may still be in the pool."""
         return [entry for entry in self.entries if entry.is_open]
 
-    def last_written_s(self) -> float:
-        """When it was last written, in seconds of the storage's clock."""
-        return status_of(self._fd).st_mtime
-
     def is_still_ours(self) -> bool:
         """Does its path still lead to our descriptor? If not, another run took us for dead."""
-        return self._folder.leads_to(self.name, self._fd)
-
-    def mark_taken(self) -> None:
-        """Its name says that somebody clears up after its dead run; a run that was only slow sees it."""
-        if not self.name.endswith(TAKEN):
-            self._folder.rename(self.name, self.name + TAKEN)
-            self.name += TAKEN
+        return self._folder.leads_to(self.name, self.fd)
 
     def leave(self) -> None:
         """Left as it is; the lock is given up."""
         with storage_errors(f"closing the journal {self.name}"):
-            os.close(self._fd)
+            os.close(self.fd)
 
     def finish(self) -> None:
         """Removed if nothing is open, else left for the next run; the lock is given up."""
@@ -6733,11 +6708,14 @@ def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
                 of_other_store = "store" in header and (not header["store"] or any(
                     header.get(key) != own.header[key] for key in ("store", "inode")))
                 too_fresh = ((out_of_reach or of_other_store)
-                             and now_s - journal.last_written_s() < WEAK_LOCK_PATIENCE_S)
-                if not (header and header.get("pool", "") != pool_uuid or too_fresh):
-                    journal.mark_taken()
-                    undo.pop_all()
-                    found.append(journal)
+                             and now_s - status_of(journal.fd).st_mtime < WEAK_LOCK_PATIENCE_S)
+                if too_fresh or header and header.get("pool", "") != pool_uuid:
+                    continue
+                if not name.endswith(TAKEN):           # a run that was only slow sees it by its name
+                    folder.rename(name, name + TAKEN)
+                    journal.name += TAKEN
+                undo.pop_all()
+                found.append(journal)
         except CatalogError as error:
             left.append(type(error)(f"the journal of an earlier run can't be used: {error}"))
     return found, left
@@ -7386,12 +7364,16 @@ class Snapshots:
         Signals wait. Never raises for what the pool or the storage does, so
         that the error before it is the one that is told.
         """
-        owned = self.owned(entry)
-        with self._services.signals.shielded(), entry.hurried():
+        owned, patience_s = self.owned(entry), entry.journal.limit_s
+        with self._services.signals.shielded():
             try:
+                # the journal is not waited for as long as else: clean-up in the pool comes first
+                entry.journal.limit_s = min(patience_s, CLEAN_UP_LIMIT_S)
                 owned.remove()
             except BackupError as error:
                 owned.tell_left(f"could not be removed now: {error}")
+            finally:
+                entry.journal.limit_s = patience_s
 
     def sweep(self, journals: Sequence[RunJournal]) -> None:
         """What those dead runs had open in this pool is removed."""
