@@ -2882,7 +2882,7 @@ class Pool:
         self._sr_uuids = {}                # type: Dict[str, str]
         self._answered_at = 0.0            # by the monotonic clock
         self.changes_allowed = True        # a preview switches it off
-        self.was_shaken = False            # a connection or session was lost: the server may have restarted
+        self.times_shaken = 0              # a connection or session was lost: the server may have restarted
 
     # --- connecting -----------------------------------------------------------
 
@@ -2986,7 +2986,7 @@ class Pool:
                 self._forget_session()
         if self._session.handle != self._handle:       # made anew by the XenAPI module, as it had died
             self._handle = self._session.handle
-            self.was_shaken = True
+            self.times_shaken += 1
             self._services.log.info("the session with the pool was lost; logged in again.")
         return answer
 
@@ -3047,7 +3047,7 @@ class Pool:
                                 f"ca_file={self._services.settings.ca_file}: "
                                 f"{getattr(error, 'verify_message', '') or error}. Nothing was sent. Put the "
                                 "host's own certificate into that file, or use ca_fingerprint.")
-            self.was_shaken = True
+            self.times_shaken += 1
             self._transport.close()            # the session itself may be alive: the next call tries it again
             raise AnswerLost(f"{doing} got no answer from the pool: {connection_reason(error)}.")
 
@@ -7746,7 +7746,7 @@ class Run:
     def look_again(self) -> None:
         """What the run removed in the pool is really gone, also where a server that was shaken forgot its
         last seconds."""
-        if self.services.pool.was_shaken:
+        if self.services.pool.times_shaken:
             self.snapshots.look_again()
 
     def check_alive(self) -> None:
@@ -10117,6 +10117,11 @@ class ImportedVm(NamedTuple):
     problem: str
 
 
+def final_name(plan: RestorePlan, imported: ImportedVm) -> str:
+    """What the restored VM is called."""
+    return plan.name + (" (DAMAGED)" if imported.problem else "")
+
+
 class ImportWatch(Watch):
     """The watch over an import; whoever opened its entry cancels its tasks and removes what was made."""
 
@@ -10301,7 +10306,7 @@ class Importer:
                 ask(doing, "VM.remove_from_other_config", ref, KEY_PREFIX + entry.facts["token"])
                 if blocked:
                     ask(doing, "VM.set_blocked_operations", ref, blocked)
-                ask(doing, "VM.set_name_label", ref, plan.name + (" (DAMAGED)" if imported.problem else ""))
+                ask(doing, "VM.set_name_label", ref, final_name(plan, imported))
             except BackupError as error:
                 raise BackupError(f"{entry.title}: {unnamed_text(entry)} ({error})")
 
@@ -10495,15 +10500,44 @@ def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePla
             log.error(f"{error} The VM itself is whole; start it when that is settled.")
             run.findings.append(Finding(Severity.ERROR, name, str(error)))
             status = ExitStatus.FAILED
-    log.show(restored_text(services.pool, plan, imported, status))
     run.look_again()
+    record, machine, interfaces = read_restored(services.pool, plan, imported)
+    check_nothing_lost(plan, imported, machine, interfaces)
+    log.show(restored_text(plan, imported, record, machine, interfaces, status))
 
 
-def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: int) -> str:
+def read_restored(pool: Pool, plan: RestorePlan,
+                  imported: ImportedVm) -> Tuple[Dict[str, Any], VirtualMachine, List[Interface]]:
+    """The VM's record, the VM and its interfaces as they are now, all read since the server was last lost."""
+    while True:
+        times_shaken, doing = pool.times_shaken, f"reading {quote_name(plan.name)}"
+        record = pool.ask(doing, "VM.get_record", imported.ref)
+        machine = pool.machine(imported.ref, doing, record)
+        interfaces = pool.interfaces(machine)
+        if pool.times_shaken == times_shaken:
+            return record, machine, interfaces
+
+
+def check_nothing_lost(plan: RestorePlan, imported: ImportedVm, machine: VirtualMachine,
+                       interfaces: Sequence[Interface]) -> None:
+    """Raises BackupError if the VM has no more what was made of it: a server that restarts can have lost its
+    last seconds."""
+    disks, devices = {disk.vdi_ref for disk in machine.disks}, {vif.device for vif in interfaces}
+    lost = [f"disk {planned.disk.title}" for planned in plan.disks
+            if planned.disk.id in imported.vdis and imported.vdis[planned.disk.id] not in disks]
+    lost += [f"interface {planned.device}" for planned in plan.interfaces if planned.device not in devices]
+    name = quote_name(plan.source.vm_name)
+    if lost:
+        raise BackupError(f"{name}: its server restarted, and with its last seconds the pool has lost "
+                          f"{', '.join(lost)} of the restored VM {quote_name(machine.name)}. Remove it with "
+                          f"`xe vm-uninstall uuid={machine.uuid}`, and restore again.")
+    if machine.name != final_name(plan, imported):
+        raise BackupError(f"{name}: {unnamed_text(imported.entry)}")
+
+
+def restored_text(plan: RestorePlan, imported: ImportedVm, record: Dict[str, Any], machine: VirtualMachine,
+                  interfaces: Sequence[Interface], status: int) -> str:
     """What is there now, in lines for people."""
-    doing = f"reading {quote_name(plan.name)}"
-    record = pool.ask(doing, "VM.get_record", imported.ref)
-    machine = pool.machine(imported.ref, doing, record)
     lines = [f"{quote_name(plan.source.vm_name)} is back as VM {quote_name(record['name_label'])}, uuid "
              f"{record['uuid']}, {record['power_state'].lower()}."]
     if imported.problem:
@@ -10512,11 +10546,10 @@ def restored_text(pool: Pool, plan: RestorePlan, imported: ImportedVm, status: i
     lines += [f"  disk {disk.device} {quote_name(disk.name)}, {format_size(disk.virtual_size)}, uuid "
               f"{disk.vdi_uuid}, on SR "
               f"{quote_name(srs.get(disk.sr_uuid, disk.sr_uuid))}" for disk in machine.disks]
-    interfaces = {vif.device: vif for vif in pool.interfaces(machine)}
     lines += [f"  interface {vif.device} on network {quote_name(vif.network_name)}, MAC {vif.mac}"
-              for vif in interfaces.values()]
-    lines += ["  note: once its guest tools run: " + command.replace(VIF_UUID, interfaces[item.device].uuid)
-              for item in plan.interfaces if item.device in interfaces
+              for vif in interfaces]
+    lines += ["  note: once its guest tools run: " + command.replace(VIF_UUID, vif.uuid)
+              for item in plan.interfaces for vif in interfaces if vif.device == item.device
               for _, command in fixed_addresses(item.fields)]
     lines += [f"  not in this copy, and not attached: disk {item.disk.title}: {item.reason}"
               for item in plan.existing if not item.vdi_ref]
