@@ -2495,8 +2495,7 @@ class Directory:
 
     def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
         """The bytes of a small file; WrongKind if it is larger than the limit."""
-        with open(self.open_file(name), "rb") as file, self._deed("reading", name):
-            found = file.read(limit + 1)
+        found = self.read_part(name, limit + 1)
         if len(found) > limit:
             raise WrongKind(f"{self.shown}/{one_line(name)} is larger than {format_size(limit)}.")
         return found
@@ -6308,14 +6307,26 @@ def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
 
 MANIFEST_FORMAT = 1
 MAYBE_TEXT = (str, type(None))
-MANIFEST_SHAPE = {                     # the fields that it has, by the part of it, and of which kind they are
-    "": (("kind", str), ("taken_at", str), ("sequence", int), ("copies_to_keep", int),
-         ("vm", dict), ("image", dict), ("files", dict), ("disks", list)),
-    "vm": (("uuid", str), ("name", str)), "files": (("sha256", str),),
-    "image": (("name", str), ("size", int), ("sha256", str), ("compression", MAYBE_TEXT),
-              ("format", MAYBE_TEXT)),
-    "disks": (("device", str), ("virtual_size", int), ("snapshot_uuid", str), ("archive_id", MAYBE_TEXT),
-              ("sr_uuid", MAYBE_TEXT), ("userdevice", MAYBE_TEXT))}
+MANIFEST_SHAPE = {                     # as check_shape() takes it; it may hold more
+    "kind": str, "taken_at": str, "sequence": int, "copies_to_keep": int,
+    "vm": {"uuid": str, "name": str}, "files": {"*": {"sha256": str}},
+    "image": {"name": str, "size": int, "sha256": str, "compression": MAYBE_TEXT, "format": MAYBE_TEXT},
+    "disks": [{"device": str, "virtual_size": int, "snapshot_uuid": str, "archive_id": MAYBE_TEXT,
+               "sr_uuid": MAYBE_TEXT, "userdevice": MAYBE_TEXT}]}
+
+
+def check_shape(value: Any, shape: Any, title: str = "") -> None:
+    """ValueError with a sentence unless the JSON value is of that shape: a type, or several; [shape]: a list
+    of such; {key: shape}: an object with such fields, `*` standing for every field that it has."""
+    if not isinstance(value, type(shape) if isinstance(shape, (list, dict)) else shape):
+        raise ValueError(f"{title} is missing or of the wrong kind")
+    if isinstance(shape, list):
+        for item in value:
+            check_shape(item, shape[0], title)
+    elif isinstance(shape, dict):
+        for key in shape:
+            for name in value if key == "*" else [key]:
+                check_shape(value.get(name), shape[key], f"{title}{title and '.'}{one_line(name)}")
 
 
 class NewerManifest(ValueError):
@@ -6339,21 +6350,7 @@ def parse_manifest(content: bytes) -> Dict[str, Any]:
     manifest = parse_object(content)
     if isinstance(manifest.get("format"), (int, float)) and manifest["format"] > MANIFEST_FORMAT:
         raise NewerManifest(manifest)
-
-    def check(part: Any, group: str, title: str) -> None:
-        if not isinstance(part, dict):
-            raise ValueError(f"{title} is of the wrong kind")
-        for key, kind in MANIFEST_SHAPE[group]:
-            if not isinstance(part.get(key), kind):
-                raise ValueError(f"{title + '.' if title else ''}{key} is missing or of the wrong kind")
-
-    check(manifest, "", "")
-    for group in ("vm", "image"):
-        check(manifest[group], group, group)
-    for disk in manifest["disks"]:
-        check(disk, "disks", "disks")
-    for name, facts in manifest["files"].items():
-        check(facts, "files", f"files.{one_line(name)}")
+    check_shape(manifest, MANIFEST_SHAPE)
     name = manifest["image"]["name"]
     if not IMAGE_NAME.fullmatch(name) or "/" in name or "\0" in name or re.search("[\ud800-\udfff]", name):
         raise ValueError("image.name is not the name of an image")
@@ -6756,7 +6753,7 @@ class Owned:
     `remove`: nothing of it is left in the pool and its entry is closed; or a later run is to try again, and
     what stands and can't be removed is told.
     """
-    TEXTS = ()                             # type: Tuple[str, ...]     # what its entry has from the first
+    FIRST = ("token", "vm_uuid", "vm_name", "called_at")       # what its entry has from the first
     WHAT = "what was made for"
     DISKS_ARE_SNAPSHOTS = True
     left = "left a snapshot, or may have; removing it"     # what a run that died with the entry open did
@@ -6972,7 +6969,7 @@ class Snapshot(Owned):
 
 class VmSnapshot(Snapshot):
     """A snapshot of a VM: born with the token in its name."""
-    TEXTS = ("token", "vm_uuid", "vm_name", "name")
+    FIRST = Owned.FIRST + ("name",)
 
     def make(self, machine: VirtualMachine, label: str) -> VirtualMachine:
         """It is there, ready for export; raises ApiFailure or AnswerLost if not."""
@@ -7027,7 +7024,7 @@ class VmSnapshot(Snapshot):
 
 class DiskSnapshot(Snapshot):
     """A snapshot of a disk: born with our key in its other_config, which the server copies from the disk."""
-    TEXTS = ("token", "vm_uuid", "vm_name", "disk")
+    FIRST = Owned.FIRST + ("disk",)
     WHAT, COMMANDS = "the disk snapshot of", ("vdi-destroy", "")
     ORIGINAL_CLASS, ORIGINAL = "VDI", "disk"
 
@@ -7131,7 +7128,7 @@ class ImportedVms(Owned):
     (ocaml/xapi/import.ml@v26.17.0; recorded on 24.19.2). What is made by API calls has the key
     `vmbackup:TOKEN` in its other_config instead.
     """
-    TEXTS = ("token", "vm_uuid", "vm_name")
+    FIRST = Owned.FIRST + ("names",)
     DISKS_ARE_SNAPSHOTS = False
 
     @property
@@ -7287,21 +7284,21 @@ def unnamed_text(entry: OpenEntry) -> str:
 
 OWNED_KINDS = {"vm-snapshot": VmSnapshot, "vdi-snapshot": DiskSnapshot,
                "restore": ImportedVms, "drill": ImportedVms}
-ENTRY_LISTS = ("names", "tasks", "uuids", "disks", "drives", "known")
+ENTRY_SHAPE = {                        # of what kind its facts are, where it has them
+    **dict.fromkeys(("token", "vm_uuid", "vm_name", "called_at", "name", "disk", "calling_at", "uuid",
+                     "answer", "closed"), str),
+    **dict.fromkeys(("names", "tasks", "uuids", "disks", "drives", "known"), [str])}
 
 
 def is_understood(facts: Dict[str, Any]) -> bool:
     """Is it an entry that this version writes? Then all that its removal reads is there, and of its kind."""
     try:
-        kind = OWNED_KINDS[facts["kind"]]
-        texts = kind.TEXTS + tuple(key for key in ("uuid", "answer", "closed") if key in facts)
-        filled = (("names",) if kind is ImportedVms else ()) + (("uuids",) if facts.get("restored") else ())
-        was_called = ("calling_at",) if "calling_at" in facts or "known" in facts else ()
-        return all(2000 < parse_utc(facts[key]).year < 9000 for key in ("called_at",) + was_called) \
-            and all(isinstance(facts[key], str) for key in texts) \
-            and all(facts[key] for key in filled) and ("known" in facts or not was_called) \
-            and all(isinstance(facts[key], list) and all(isinstance(item, str) for item in facts[key])
-                    for key in ENTRY_LISTS if key in facts)
+        needed = set(OWNED_KINDS[facts["kind"]].FIRST).union(["uuids"] if facts.get("restored") else [])
+        if "calling_at" in facts or "known" in facts:
+            needed.update(("calling_at", "known"))
+        check_shape(facts, {key: ENTRY_SHAPE[key] for key in ENTRY_SHAPE if key in facts or key in needed})
+        return all(facts[key] for key in needed & {"names", "uuids"}) and all(
+            2000 < parse_utc(facts[key]).year < 9000 for key in needed & {"called_at", "calling_at"})
     except (LookupError, TypeError, ValueError):
         return False
 
