@@ -52,7 +52,7 @@ Where do I change what?
     a config key, a parameter       a row of OPTIONS or ACTIONS (5); help, example.cfg and parser follow
     which copies stay               judge (7); whose a copy is: as_seen_by (7); is it good: Copy (7)
     what the server answers         Pool (11); what to do about it: FAILURE_ADVICE (2)
-    a format of images              a check beside XvaCheck and VhdCheck (15)
+    a format of images              a check beside check_xva and check_vhd (15)
     what a copy has on disk         NewCopy and read_copy (17)
     a kind of thing made in a pool  a class beside those of Snapshots (18)
     what every deed has around it   Run (19)
@@ -106,8 +106,8 @@ import unicodedata
 import zlib
 from array import array
 from datetime import datetime, timedelta, timezone
-from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
-                    Optional, Sequence, Set, Tuple, Union)
+from typing import (Any, Callable, ContextManager, Dict, Generator, Iterable, Iterator, List, Mapping,
+                    NamedTuple, Optional, Sequence, Set, Tuple, Union)
 
 VERSION = "4.0.0"
 
@@ -3735,7 +3735,7 @@ class Reader:
     KiB that came.
     """
 
-    def __init__(self, views: Iterator[memoryview], image: str = "the stream") -> None:
+    def __init__(self, views: Iterator[memoryview], image: str = "the image") -> None:
         self.image = image
         self.position = 0
         self.tail = b""
@@ -4307,21 +4307,23 @@ def _parse_block(line: bytes) -> Optional[Block]:
     return match and Block(match.group(1).decode(), int(match.group(2)), match.group(3).decode())
 
 
-def listed(reader: Reader, blocks: Any) -> Iterator[memoryview]:
-    """All that the reader gives, each MiB of it with a line in the list of blocks."""
-    blocks.line(STREAM_BLOCKS_HEADING)
-    number = filled = crc = 0
-    for view in reader:
-        at = 0
-        while at < len(view):
-            piece = view[at:at + MEBIBYTE - filled]
-            crc, filled, at = zlib.crc32(piece, crc), filled + len(piece), at + len(piece)
-            if filled == MEBIBYTE:
-                blocks.line(b"image %d %08x\n" % (number, crc))
-                number, filled, crc = number + 1, 0, 0
-        yield view
-    if filled:
-        blocks.line(b"image %d %08x\n" % (number, crc))
+def listed(reader: Reader, blocks: Any) -> Reader:
+    """All that the reader gives, each MiB of it with a line in the list of blocks, if there is one."""
+    def views() -> Iterator[memoryview]:
+        blocks.line(STREAM_BLOCKS_HEADING)
+        number = filled = crc = 0
+        for view in reader:
+            at = 0
+            while at < len(view):
+                piece = view[at:at + MEBIBYTE - filled]
+                crc, filled, at = zlib.crc32(piece, crc), filled + len(piece), at + len(piece)
+                if filled == MEBIBYTE:
+                    blocks.line(b"image %d %08x\n" % (number, crc))
+                    number, filled, crc = number + 1, 0, 0
+            yield view
+        if filled:
+            blocks.line(b"image %d %08x\n" % (number, crc))
+    return Reader(views()) if blocks else reader
 
 
 # ---- Sinks: what is done with the contents of disks --------------------------------------------------------
@@ -4601,42 +4603,76 @@ class StreamReport(NamedTuple):
     """What a check has found, once the stream has ended well.
 
     `digest_kind`: "sha1", "xxh64" or "" where the format has no block digests. `digests_checked`: false if
-    there is one that was not held against its block. `virtual_size`: of all disks. `ova_xml` is empty but for
-    an XVA.
+    there is one that was not held against its block. `ova_xml` is empty but for an XVA.
     """
 
     disks: Tuple[DiskReport, ...]
-    digest_kind: str
-    digests_checked: bool
-    total_bytes: int
-    virtual_size: int
-    ova_xml: bytes
+    digest_kind: str = ""
+    digests_checked: bool = True
+    ova_xml: bytes = b""
 
 
 class Enough(Exception):
     """The part of a stream that a first look wants has passed: the pump ends with it."""
 
 
+# What a check gives: the disk, where in it, and a view of what is there; and what it returns.
+Contents = Generator[Tuple[str, int, Any], None, StreamReport]
+
+
 class Check(Consumer):
     """A consumer that reads a format; `report` stands when all of it was as it should be.
 
-    `blocks` takes the lines of the list of blocks (BlocksFile, BlockComparer), `sinks` are shown what the
-    disks hold. With `is_first_look` it ends with Enough where the first block begins.
+    `check` is the function for the format, from top to bottom: it is given this Check, the reader and `how`,
+    gives the contents of the disks piece by piece, which the sinks are shown, and returns the report. It puts
+    its lines into `blocks`, the list of them (BlocksFile, BlockComparer), and notes here what passes before:
+    `ova`, or the `size` of an image's disk. A first look ends with Enough where the first block begins, which
+    is of `first_disk`.
     """
 
     name = "check"
 
-    def __init__(self, blocks: Any = None, sinks: Sequence[MebibyteSink] = (),
-                 is_first_look: bool = False) -> None:
+    def __init__(self, check: Callable[..., Contents], blocks: Any = None, sinks: Sequence[Any] = (),
+                 is_first_look: bool = False, **how: Any) -> None:
         super().__init__()
         self.report: Optional[StreamReport] = None
-        self._blocks, self._sinks, self._is_first_look = blocks, sinks, is_first_look
+        self.blocks = blocks
+        self.ova: Dict[str, Any] = {}
+        self.size = 0
+        self.first_disk = ""
+        self._check, self._how, self._sinks, self._is_first_look = check, how, sinks, is_first_look
 
     def read(self, reader: Reader) -> None:
-        report = self._check(reader)
-        if self._blocks:
-            self._blocks.end()
-        self.report = report
+        collections.deque(self._pieces(reader), 0)
+
+    def read_file(self, fd: int, is_whole: bool) -> Iterator[Any]:
+        """The source of a flow that is the check itself: of a file whose parts may lie anywhere. The
+        descriptor is taken over. `is_whole` false: damage is put up with."""
+        try:
+            yield from self._pieces(fd)
+        except VerificationError:
+            if not is_whole:
+                self.salvage()
+            raise
+        finally:
+            with contextlib.suppress(OSError):      # as of every source
+                os.close(fd)
+            self.close()
+
+    def _pieces(self, image: Any) -> Iterator[Any]:
+        """All that the disks hold, once the sinks have seen it."""
+        def contents() -> Iterator[Tuple[str, int, Any]]:
+            report = yield from self._check(self, image, **self._how)
+            if self.blocks:
+                self.blocks.end()
+            self.report = report
+
+        for self.first_disk, offset, piece in contents():
+            if self._is_first_look:
+                raise Enough
+            for sink in self._sinks:
+                sink.put(self.first_disk, offset, piece)
+            yield piece
         for sink in self._sinks:
             sink.finish()
 
@@ -4645,18 +4681,8 @@ class Check(Consumer):
             sink.salvage()
 
     def close(self) -> None:
-        if self._blocks:
-            self._blocks.close()
-        for sink in self._sinks:
-            sink.close()
-
-    def _check(self, reader: Reader) -> StreamReport:
-        """Reads the whole format, to the end of the stream."""
-        raise NotImplementedError
-
-    def _show(self, disk: str, offset: int, piece: memoryview) -> None:
-        for sink in self._sinks:
-            sink.put(disk, offset, piece)
+        for one in ([self.blocks] if self.blocks else []) + list(self._sinks):
+            one.close()
 
 
 # ---- XVA: a tar archive ------------------------------------------------------------------------------------
@@ -4836,158 +4862,113 @@ class Archive:
             at = self.reader.position
 
 
-class _DiskProgress:
-    """How far one disk of an archive has come."""
-
-    def __init__(self, disk: ExportedDisk) -> None:
-        self.disk = disk
-        self.next_number = self.position = self.blocks = self.stored_bytes = 0
-
-    def advance(self, number: int, length: int, member: Member) -> None:
-        """Account for one block.
-
-        A number is not always the MiB it stands at: after 5 s without a write xapi sends an empty block,
-        which takes a number and no room (stream_vdi.ml@v26.17.0 send_one, recv_all_vdi). Numbers left out are
-        a MiB of zeros each; the first and last block are always there.
-        """
-        if number and not self.blocks:
-            raise VerificationError(f"block {member.name} at byte {member.at} comes first: block 0 of the "
-                                    "disk is missing")
-        if number < self.next_number:
-            raise VerificationError(f"block {member.name} at byte {member.at} is out of order: number "
-                                    f"{self.next_number} or a later one should come")
-        start = self.position + (number - self.next_number) * MEBIBYTE
-        room = min(MEBIBYTE, self.disk.virtual_size - start)
-        is_keep_alive = length == 0 and self.blocks
-        if room <= 0 or (length != room and not is_keep_alive):
-            raise VerificationError(f"block {member.name} at byte {member.at} has {length} bytes, where the "
-                                    f"disk's size of {self.disk.virtual_size} has room for {max(room, 0)}")
-        self.next_number = number + 1
-        self.position = start + length
-        self.blocks += 1
-        self.stored_bytes += length
-
-    def finish(self, at: int) -> None:
-        if self.position != self.disk.virtual_size:
-            raise VerificationError(f"disk {self.disk.id} (uuid {self.disk.uuid}) is incomplete: its blocks "
-                                    f"end at byte {at} of the archive, {self.position} of "
-                                    f"{self.disk.virtual_size} bytes of the disk are there")
-
-
-class XvaCheck(Check):
+def check_xva(check: Check, reader: Reader, expected: Optional[Dict[str, int]] = None,
+              holds_disks: bool = True, strict: bool = True) -> Contents:
     """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the exact
     end.
 
     `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's
     list holds in any case. With `holds_disks` false it is a metadata export: ova.xml alone. `strict`: see
-    Archive. `ova` and `first_disk`, whose block is the first, stand when they have passed.
+    Archive.
     """
+    archive = Archive(reader, strict)
+    if check.blocks:
+        check.blocks.line(XVA_BLOCKS_HEADING)
+    ova_xml = archive.ova()
+    check.ova = parse_ova(ova_xml)
+    disks = exported_disks(check.ova)
+    sizes = {disk.uuid: disk.virtual_size for disk in disks.values()}
+    for uuid, size in (expected or {}).items():
+        if uuid not in sizes:
+            raise VerificationError(f"the archive's ova.xml lacks the disk with uuid {uuid}, which the "
+                                    "VM has")
+        if sizes[uuid] != size:
+            raise VerificationError(f"the archive's ova.xml gives the disk with uuid {uuid} {sizes[uuid]} "
+                                    f"bytes, the pool {size}")
+    reports = {disk.id: DiskReport(*disk, 0, 0) for disk in disks.values()} if holds_disks else {}
+    reached = dict.fromkeys(reports, 0)         # so far the blocks of each disk have come
+    current, next_number, suffix, unchecked = "", 0, "", 0
 
-    def __init__(self, expected: Optional[Dict[str, int]] = None, blocks: Any = None,
-                 sinks: Sequence[MebibyteSink] = (), holds_disks: bool = True, strict: bool = True,
-                 is_first_look: bool = False) -> None:
-        super().__init__(blocks, sinks, is_first_look)
-        self.ova: Dict[str, Any] = {}
-        self.first_disk = ""
-        self._expected = expected or {}
-        self._holds_disks, self._strict = holds_disks, strict
-        self._disks: Dict[str, _DiskProgress] = {}
-        self._current: Optional[_DiskProgress] = None
-        self._suffix = ""                   # of the digests, "" before the first
-        self._unchecked = 0                 # so many digests could not be computed
+    def check_complete(disk_id: str, at: int) -> None:
+        report = reports[disk_id]
+        if reached[disk_id] != report.virtual_size:
+            raise VerificationError(f"disk {disk_id} (uuid {report.uuid}) is incomplete: its blocks end at "
+                                    f"byte {at} of the archive, {reached[disk_id]} of {report.virtual_size} "
+                                    "bytes of the disk are there")
 
-    def _check(self, reader: Reader) -> StreamReport:
-        if self._blocks:
-            self._blocks.line(XVA_BLOCKS_HEADING)
-        archive = Archive(reader, self._strict)
-        ova_xml = archive.ova()
-        self.ova = parse_ova(ova_xml)
-        disks = exported_disks(self.ova)
-        self._compare_with_pool({disk.uuid: disk.virtual_size for disk in disks.values()})
-        if self._holds_disks:
-            self._disks = {disk.id: _DiskProgress(disk) for disk in disks.values()}
-        member = archive.next_member("the header of the first block")
-        while member is not None:
-            if self._is_first_look:
-                self.first_disk = member.name.partition("/")[0]
-                raise Enough
-            self._read_block(archive, member)
-            member = archive.next_member("the header of a block")
-        progress = self._disks.values()
-        holds_nothing = not self._current and any(one.disk.virtual_size for one in progress)
-        if holds_nothing and not (self._strict or archive.has_no_end):
-            raise UnknownFormat("it is a metadata export, which names the VM's disks and holds nothing of "
-                                "them: it is not supported")
-        for one in progress:
-            one.finish(reader.position)
-        archive.end()
-        reports = tuple(DiskReport(*one.disk, one.blocks, one.stored_bytes) for one in progress)
-        kind = DIGEST_KINDS[self._suffix][0] if self._suffix else ""
-        return StreamReport(reports, kind, not self._unchecked, reader.position,
-                            sum(one.virtual_size for one in reports), ova_xml)
-
-    def _compare_with_pool(self, sizes: Dict[str, int]) -> None:
-        for uuid, size in self._expected.items():
-            if uuid not in sizes:
-                raise VerificationError(f"the archive's ova.xml lacks the disk with uuid {uuid}, which the "
-                                        "VM has")
-            if sizes[uuid] != size:
-                raise VerificationError(f"the archive's ova.xml gives the disk with uuid {uuid} "
-                                        f"{sizes[uuid]} bytes, the pool {size}")
-
-    def _read_block(self, archive: Archive, member: Member) -> None:
-        """A block, which is that disk's next, and the digest that it should have."""
+    member = archive.next_member("the header of the first block")
+    while member is not None:
         match = BLOCK_NAME.fullmatch(member.name)
-        if match is None or match.group("disk") not in self._disks:
+        if match is None or match.group("disk") not in reports:
             raise VerificationError(f"the archive has a file {ascii(member.name)} at byte {member.at}, which "
                                     "is no block of a disk in its ova.xml")
-        disk = self._disk(match.group("disk"), member)
-        number = int(match.group("number"))
-        disk.advance(number, member.size, member)
+        disk_id, number = match.group("disk"), int(match.group("number"))
+        report, block = reports[disk_id], f"block {member.name} at byte {member.at}"
+        if disk_id != current:                  # only once that before it is complete, in the order of ids
+            if current:
+                check_complete(current, member.at)
+                if disk_id < current if strict else report.blocks:
+                    raise VerificationError(f"{block} is out of order: disk {disk_id} comes before {current}")
+            current, next_number = disk_id, 0
+        if number and not report.blocks:
+            raise VerificationError(f"{block} comes first: block 0 of the disk is missing")
+        if number < next_number:
+            raise VerificationError(f"{block} is out of order: number {next_number} or a later one should "
+                                    "come")
+        # A number is not always the MiB it stands at: after 5 s without a write xapi sends an empty block,
+        # which takes a number and no room (stream_vdi.ml@v26.17.0 send_one, recv_all_vdi). Numbers left out
+        # are a MiB of zeros each; the first and last block are always there.
+        offset = reached[disk_id] + (number - next_number) * MEBIBYTE
+        room = min(MEBIBYTE, report.virtual_size - offset)
+        is_keep_alive = member.size == 0 and report.blocks
+        if room <= 0 or (member.size != room and not is_keep_alive):
+            raise VerificationError(f"{block} has {member.size} bytes, where the disk's size of "
+                                    f"{report.virtual_size} has room for {max(room, 0)}")
         # The digest and its kind come after the block: of the first block both kinds are computed.
-        hashers = {suffix: new() for suffix, new in ((".checksum", hashlib.sha1), (".xxhash", block_hasher()))
-                   if new and self._suffix in ("", suffix)}
-        offset = disk.position - member.size
+        hashers = {kind: new() for kind, new in ((".checksum", hashlib.sha1), (".xxhash", block_hasher()))
+                   if new and suffix in ("", kind)}
         for piece in archive.body(member):
             for hasher in hashers.values():
                 hasher.update(piece)
-            self._show(disk.disk.id, offset, piece)
+            yield disk_id, offset, piece
             offset += len(piece)
-        digest = self._read_digest(archive, member)
-        if self._suffix not in hashers:
-            self._unchecked += 1
-        elif hashers[self._suffix].hexdigest() != digest:
-            raise VerificationError(f"block {member.name} at byte {member.at} is damaged: its digest is "
-                                    f"{hashers[self._suffix].hexdigest()}, not {digest}")
-        if self._blocks:
-            self._blocks.line(b"%b %d %b\n" % (disk.disk.id.encode(), number, digest.encode()))
+        suffix, digest = _read_digest(archive, member, suffix)
+        if suffix not in hashers:
+            unchecked += 1
+        elif hashers[suffix].hexdigest() != digest:
+            raise VerificationError(f"{block} is damaged: its digest is {hashers[suffix].hexdigest()}, not "
+                                    f"{digest}")
+        if check.blocks:
+            check.blocks.line(b"%b %d %b\n" % (disk_id.encode(), number, digest.encode()))
+        reports[disk_id] = report._replace(blocks=report.blocks + 1,
+                                           stored_bytes=report.stored_bytes + member.size)
+        reached[disk_id], next_number = offset, number + 1
+        member = archive.next_member("the header of a block")
+    holds_nothing = not current and any(report.virtual_size for report in reports.values())
+    if holds_nothing and not (strict or archive.has_no_end):
+        raise UnknownFormat("it is a metadata export, which names the VM's disks and holds nothing of "
+                            "them: it is not supported")
+    for disk_id in reports:
+        check_complete(disk_id, reader.position)
+    archive.end()
+    return StreamReport(tuple(reports.values()), DIGEST_KINDS[suffix][0] if suffix else "", not unchecked,
+                        ova_xml)
 
-    def _disk(self, disk_id: str, member: Member) -> _DiskProgress:
-        """The disk of a block; a new one only after the one before is complete, in the order of ids."""
-        current, disk = self._current, self._disks[disk_id]
-        if disk is not current:
-            if current is not None:
-                current.finish(member.at)
-                if disk_id < current.disk.id if self._strict else disk.blocks:
-                    raise VerificationError(f"block {member.name} at byte {member.at} is out of order: disk "
-                                            f"{disk_id} comes before {current.disk.id}")
-            self._current = disk
-        return disk
 
-    def _read_digest(self, archive: Archive, block: Member) -> str:
-        """The text of the digest file that follows each block, all with one suffix."""
-        member = archive.next_member("the header of the digest of " + block.name)
-        name = "" if member is None else member.name
-        suffix = name[len(block.name):]
-        if not name.startswith(block.name) or suffix not in DIGEST_KINDS or self._suffix not in ("", suffix):
-            raise VerificationError(f"block {block.name} at byte {block.at} is followed by "
-                                    f"{ascii(name) if name else 'the end of the archive'}, not by its digest")
-        self._suffix = suffix
-        _, pattern, length = DIGEST_KINDS[suffix]
-        digest = b"".join(archive.body(member)) if member.size == length else b""
-        if not pattern.fullmatch(digest):
-            raise VerificationError(f"{name} at byte {member.at} is not a digest")
-        return digest.decode()
+def _read_digest(archive: Archive, block: Member, before: str) -> Tuple[str, str]:
+    """The suffix and the text of the digest file that follows each block, all with the suffix of the one
+    before."""
+    member = archive.next_member("the header of the digest of " + block.name)
+    name = "" if member is None else member.name
+    suffix = name[len(block.name):]
+    if not name.startswith(block.name) or suffix not in DIGEST_KINDS or before not in ("", suffix):
+        raise VerificationError(f"block {block.name} at byte {block.at} is followed by "
+                                f"{ascii(name) if name else 'the end of the archive'}, not by its digest")
+    _, pattern, length = DIGEST_KINDS[suffix]
+    digest = b"".join(archive.body(member)) if member.size == length else b""
+    if not pattern.fullmatch(digest):
+        raise VerificationError(f"{name} at byte {member.at} is not a digest")
+    return suffix, digest.decode()
 
 
 class PartPipe:
@@ -5120,40 +5101,19 @@ class DiskFeed(MebibyteSink):
 # ---- Raw ---------------------------------------------------------------------------------------------------
 
 
-class DiskCheck(Check):
-    """The check of an image of one disk, of `virtual_size` if that is known; its list of blocks has the
-    CRC-32 of each MiB of the stream."""
-
-    def __init__(self, virtual_size: Optional[int] = None, blocks: Any = None,
-                 sinks: Sequence[MebibyteSink] = (), is_first_look: bool = False) -> None:
-        super().__init__(blocks, sinks, is_first_look)
-        self._virtual_size = virtual_size
-
-    def _check(self, reader: Reader) -> StreamReport:
-        if self._blocks:
-            reader = Reader(listed(reader, self._blocks))
-        reader.image = "the image"
-        disk = DiskReport("image", "", *self._check_disk(reader))
-        return StreamReport((disk,), "", True, reader.position, disk.virtual_size, b"")
-
-    def _check_disk(self, reader: Reader) -> Tuple[int, int, int]:
-        """Reads the whole image: the disk's size, how many blocks are there, and their bytes."""
-        raise NotImplementedError
-
-
-class RawCheck(DiskCheck):
-    """A raw image: as many bytes as the disk has, no more and no less. Its `blocks` are MiB."""
-
-    def _check_disk(self, reader: Reader) -> Tuple[int, int, int]:
-        size = self._virtual_size
-        for piece in reader if size is None else reader.pieces(size, f"a disk of {size} bytes"):
-            self._show("image", reader.position - len(piece), piece)
-        reader.end()
-        return reader.position, -(-reader.position // MEBIBYTE), reader.position
+def check_raw(check: Check, reader: Reader, virtual_size: Optional[int] = None) -> Contents:
+    """A raw image: as many bytes as the disk has, no more and no less. Its blocks are MiB."""
+    reader, size = listed(reader, check.blocks), virtual_size
+    for piece in reader if size is None else reader.pieces(size, f"a disk of {size} bytes"):
+        yield "image", reader.position - len(piece), piece
+    reader.end()
+    size = reader.position
+    return StreamReport((DiskReport("image", "", size, -(-size // MEBIBYTE), size),))
 
 
 # ---- VHD ---------------------------------------------------------------------------------------------------
 
+VHD_MAGIC = b"conectix"
 VHD_BAT_OFFSET = 2048
 VHD_NOT_PRESENT = 0xFFFFFFFF
 VHD_BLOCK_SIZES = [1 << shift for shift in range(12, 29)]
@@ -5161,93 +5121,224 @@ VHD_FIXED, VHD_DYNAMIC, VHD_DIFFERENCING = 2, 3, 4
 VHD_LARGEST_BYTES = 2040 * 1024 * MEBIBYTE      # vhd_format/f.ml@v26.17.0 Constants.max_vhd_size
 
 
-class VhdCheck(DiskCheck):
-    """A dynamic VHD as xapi streams it (vhd_format/f.ml@v26.17.0 Vhd_input): blocks in the BAT's order and
-    nothing else.
+def check_vhd(check: Check, image: Any, virtual_size: Optional[int] = None, strict: bool = True,
+              is_whole: bool = True) -> Contents:
+    """A VHD (Microsoft's Virtual Hard Disk Image Format Specification 1.0; batmap: blktap's vhd.h).
 
-    VHDs of other origin may lie in any order: VhdInOrder makes one like this of them. VHD has no digests: a
-    bit flipped inside a block shows in the SHA-256 and the recorded CRCs only. `size` is the disk's, once its
-    footer has passed.
+    `strict`: as xapi streams it (vhd_format/f.ml@v26.17.0 Vhd_input): dynamic, the blocks in the BAT's order
+    and nothing else. Otherwise of any writer: a descriptor gives its parts wherever they lie, a Reader in
+    order only, as it can't go back: UnknownFormat. `is_whole` false: of a damaged file as much as can be
+    read. VHD has no digests: a bit flipped inside a block shows in the SHA-256 and the recorded CRCs only.
     """
+    vhd, blocks = _Vhd(listed(image, check.blocks), strict, is_whole), 0
+    footer = vhd.read_footer()
+    sectors = vhd.read_table(footer, virtual_size)
+    check.size = vhd.size
+    for number, sector in enumerate(sectors):
+        if sector != VHD_NOT_PRESENT:
+            yield from vhd.read_block(number, sector * SECTOR_BYTES)
+            blocks += 1
+    vhd.read_end(footer)
+    return StreamReport((DiskReport("image", "", vhd.size, blocks, blocks * vhd.block_bytes),))
 
-    size = 0
 
-    def _check_disk(self, reader: Reader) -> Tuple[int, int, int]:
-        footer = reader.take(SECTOR_BYTES, "the copy of its footer")
-        self.size = self._parse_footer(footer)
-        entries, block_bytes = self._parse_header(reader.take(2 * SECTOR_BYTES, "its header"))
-        reader.zeros(SECTOR_BYTES, "the empty sector after its header")
-        present = self._read_bat(reader, entries, block_bytes)
-        if self._is_first_look:
-            raise Enough
-        for number in present:
-            at = reader.position
-            bitmap = reader.take(_bitmap_bytes(block_bytes), "the bitmap of a block")
-            used = block_bytes // SECTOR_BYTES // 8
-            if bitmap[:used].count(0xFF) != used:
+class _Vhd:
+    """A VHD while it is read; `size` and `block_bytes` stand when its table was read."""
+
+    def __init__(self, image: Any, strict: bool, is_whole: bool) -> None:
+        self.size = self.block_bytes = 0
+        self._image, self._strict, self._is_whole = image, strict, is_whole
+        self._is_file = isinstance(image, int)
+        self._end = os.fstat(image).st_size if self._is_file else 0     # of the blocks
+        self._bitmap_bytes = 0              # before each block; a fixed VHD has none
+        self._batmap = b""                  # bits for the blocks whose bitmaps need not be asked
+
+    def _pieces(self, at: int, count: int, where: str) -> Iterator[memoryview]:
+        """Those bytes, piece by piece; in a stream, what lies before is passed over."""
+        if not self._is_file:
+            if at < self._image.position:
+                raise UnknownFormat(f"{where} lies before what was read already, so it can't be read as a "
+                                    "compressed stream: decompress it first")
+            collections.deque(self._image.pieces(at - self._image.position, where), 0)
+            yield from self._image.pieces(count, where)
+            return
+        while count:
+            wanted = min(count, BUFFER_BYTES)
+            # pread takes no number of 64 bits
+            piece = os.pread(self._image, wanted, at) if at + wanted <= self._end else b""
+            if not piece:
+                raise VerificationError(f"the image ends in {where}, which should be at byte {at}")
+            yield memoryview(piece)
+            at, count = at + len(piece), count - len(piece)
+
+    def _read(self, at: int, count: int, where: str) -> bytes:
+        return b"".join(self._pieces(at, count, where))
+
+    def read_footer(self) -> bytes:
+        """A file's at its end, where that of old Virtual PCs lacks its last byte; a stream's copy at its
+        beginning."""
+        footer, at = b"", 0
+        for length in (SECTOR_BYTES, SECTOR_BYTES - 1) if self._is_file else ():
+            if self._end >= length and not footer.startswith(VHD_MAGIC):
+                at = self._end - length
+                footer = self._read(at, length, "its footer") + bytes(SECTOR_BYTES - length)
+        if footer.startswith(VHD_MAGIC):
+            self._end = at
+        elif self._is_file and self._is_whole:
+            raise VerificationError("the image does not end with a VHD's footer: it was cut off, or is none")
+        else:
+            at, footer = 0, self._read(0, SECTOR_BYTES, "the copy of its footer")
+        if not footer.startswith(VHD_MAGIC):
+            if self._strict or self._is_file:
+                raise VerificationError(f"the image begins with {excerpt(footer)}, not with a VHD's footer")
+            raise UnknownFormat(f"it begins with {excerpt(footer)}, not with a VHD's footer, as a "
+                                "dynamic one does; others can't be read as a compressed stream: decompress "
+                                "it first")
+        _check_vhd_sum(footer, 64, f"footer at byte {at}")
+        return footer
+
+    def read_table(self, footer: bytes, virtual_size: Optional[int]) -> array:
+        """The sector at which each block lies, VHD_NOT_PRESENT for one of zeros."""
+        self.size, kind, header_at = _vhd_numbers(footer, (48, 56), (60, 64), (16, 24))
+        if self._strict and (kind != VHD_DYNAMIC or header_at != SECTOR_BYTES):
+            raise VerificationError(f"the image is no full dynamic VHD: its footer at byte 0 says type "
+                                    f"{kind}")
+        if kind == VHD_DIFFERENCING:
+            raise UnknownFormat("it is a differencing VHD, which holds only what differs from its parent, "
+                                "and is not supported: bring both together first")
+        if kind not in (VHD_FIXED, VHD_DYNAMIC):
+            raise VerificationError(f"the image's footer says that it is of type {kind}")
+        if self.size > VHD_LARGEST_BYTES or self.size % SECTOR_BYTES:
+            raise VerificationError(f"the image's footer gives an impossible disk size of {self.size} bytes")
+        if kind == VHD_FIXED:
+            if self._is_whole and self._end < self.size:
+                raise VerificationError(f"the image has {self._end} bytes of a disk of {self.size}")
+            self.block_bytes = 2 * MEBIBYTE
+            return array("L", range(0, -(-self.size // SECTOR_BYTES), self.block_bytes // SECTOR_BYTES))
+        header = self._read(header_at, 2 * SECTOR_BYTES, "its header")
+        if not header.startswith(b"cxsparse"):
+            raise VerificationError(f"the image has {excerpt(header)} at byte {header_at}, not a VHD's "
+                                    "header")
+        _check_vhd_sum(header, 36, f"header at byte {header_at}")
+        table_at, entries, self.block_bytes = _vhd_numbers(header, (16, 24), (28, 32), (32, 36))
+        blocks = -(-self.size // self.block_bytes) if self.block_bytes in VHD_BLOCK_SIZES else entries + 1
+        if blocks > entries or self._strict and (table_at, entries) != (VHD_BAT_OFFSET, blocks):
+            raise VerificationError(f"the image's header at byte {header_at} doesn't fit a disk of "
+                                    f"{self.size} bytes: block table of {entries} entries at byte "
+                                    f"{table_at}, blocks of {self.block_bytes} bytes")
+        # A raw source is rounded up to whole blocks, a VHD source not.
+        if virtual_size is not None and self.size not in (
+                virtual_size, -(-virtual_size // self.block_bytes) * self.block_bytes):
+            raise VerificationError(f"the image is of a disk of {self.size} bytes, the pool says "
+                                    f"{virtual_size}")
+        self._bitmap_bytes = -(-self.block_bytes // (SECTOR_BYTES * 8 * SECTOR_BYTES)) * SECTOR_BYTES
+        if self._strict:
+            self._image.zeros(SECTOR_BYTES, "the empty sector after its header")
+        sectors = _byteswapped(self._read(table_at, 4 * blocks, "its block table"))
+        if self._strict:
+            padding = self._image.take(-4 * blocks % SECTOR_BYTES, "the padding of its block table")
+            if padding.strip(b"\xff") and padding.strip(b"\0"):
+                raise VerificationError("the image has no padding after its block table at byte 2048")
+            self._check_order(sectors)
+            return sectors
+        taken = [(0, SECTOR_BYTES), (header_at, 2 * SECTOR_BYTES), (table_at, 4 * blocks)]
+        if footer.startswith(b"tap\0", 28):
+            map_at = table_at + -(-4 * entries // SECTOR_BYTES) * SECTOR_BYTES
+            self._batmap = self._read_batmap(map_at, blocks)
+            taken += [(map_at, SECTOR_BYTES + len(self._batmap))] if self._batmap else []
+        self._check_places(sectors, taken)
+        if self._is_file and self._is_whole and not _is_same_footer(self._read(0, SECTOR_BYTES, ""), footer):
+            raise VerificationError("the image's footer differs from its copy at byte 0")
+        return sectors
+
+    def _check_order(self, sectors: array) -> None:
+        """Each block lies right behind the one before, the first behind the table."""
+        behind, step = self._image.position // SECTOR_BYTES, self._step()
+        for number, sector in enumerate(memoryview(sectors)):
+            if sector != VHD_NOT_PRESENT:
+                if sector != behind:
+                    raise VerificationError(f"the image's block table puts block {number} at sector "
+                                            f"{sector}, not {behind}")
+                behind += step
+        self._end = behind * SECTOR_BYTES
+
+    def _check_places(self, sectors: array, taken: Sequence[Tuple[int, int]]) -> None:
+        """No block lies in another, in what is taken or behind the end; in a stream they lie in order."""
+        present = [sector for sector in sectors if sector != VHD_NOT_PRESENT]
+        if not self._is_file:
+            if any(after <= before for before, after in zip(present, present[1:])):
+                raise UnknownFormat("its blocks do not lie in order, so it can't be read as a compressed "
+                                    "stream: decompress it first")
+            return
+        present.sort()
+        step = self._step()
+        clash = any(after - before < step for before, after in zip(present, present[1:]))
+        for at, count in taken:
+            clash = clash or any(at < (sector + step) * SECTOR_BYTES and sector * SECTOR_BYTES < at + count
+                                 for sector in present)
+        if clash:
+            raise VerificationError("the image's block table puts one block over another, or over the table "
+                                    "itself")
+        if self._is_whole and present and (present[-1] + step) * SECTOR_BYTES > self._end:
+            raise VerificationError(f"the image's block table puts a block at sector {present[-1]}, behind "
+                                    f"the end at byte {self._end}: it was cut off")
+
+    def _step(self) -> int:
+        return (self._bitmap_bytes + self.block_bytes) // SECTOR_BYTES
+
+    def _read_batmap(self, at: int, blocks: int) -> bytes:
+        """Bits for the blocks that were written whole, if the map is there, right behind its header, and
+        sound. No sum covers that header: whatever it says, the bitmaps do without the map."""
+        with contextlib.suppress(VerificationError):
+            header = self._read(at, SECTOR_BYTES, "batmap")
+            map_at, sectors, stored = _vhd_numbers(header, (8, 16), (16, 20), (24, 28))
+            if header.startswith(b"tdbatmap") and map_at == at + SECTOR_BYTES:
+                found = self._read(map_at, min(sectors, 4096) * SECTOR_BYTES, "batmap")
+                if ~sum(found) & 0xFFFFFFFF == stored and 8 * len(found) >= blocks:
+                    return found
+        return b""
+
+    def read_block(self, number: int, at: int) -> Iterator[Tuple[str, int, memoryview]]:
+        """What a block, which begins there, has inside the disk: of the sectors that its bitmap names."""
+        offset = number * self.block_bytes
+        there = min(self.block_bytes, self.size - offset)
+        runs = [(0, there)]
+        if self._bitmap_bytes:
+            bitmap = self._read(at, self._bitmap_bytes, f"the bitmap of block {number}")
+            bitmap = bitmap[:self.block_bytes // SECTOR_BYTES // 8]
+            is_full = bitmap.count(0xFF) == len(bitmap)
+            if self._strict and not is_full:
                 raise VerificationError(f"the image's bitmap at byte {at} leaves sectors out, which xapi "
                                         "never does")
-            offset = number * block_bytes
-            for piece in reader.pieces(block_bytes, "a block"):
-                self._show("image", offset, piece)
-                offset += len(piece)
-        at = reader.position
-        if reader.take(SECTOR_BYTES, "its footer") != footer:
-            raise VerificationError(f"the image's footer at byte {at} differs from its copy at byte 0")
-        reader.end()
-        return self.size, len(present), len(present) * block_bytes
+            if not is_full and not (self._batmap and self._batmap[number // 8] << number % 8 & 0x80):
+                bits = f"{int.from_bytes(bitmap, 'big'):0{8 * len(bitmap)}b}"[:there // SECTOR_BYTES]
+                runs = [(run.start() * SECTOR_BYTES, run.end() * SECTOR_BYTES)
+                        for run in re.finditer("1+", bits)]
+            at += self._bitmap_bytes
+        for begin, end in runs:
+            for piece in self._pieces(at + begin, end - begin, f"block {number}"):
+                yield "image", offset + begin, piece
+                begin += len(piece)
 
-    @staticmethod
-    def _parse_footer(footer: bytes) -> int:
-        """The virtual size."""
-        if not footer.startswith(b"conectix"):
-            raise VerificationError(f"the image begins with {excerpt(footer)}, not with a VHD's footer")
-        _check_vhd_sum(footer, 64, "footer at byte 0")
-        size, kind = int.from_bytes(footer[48:56], "big"), int.from_bytes(footer[60:64], "big")
-        if kind != VHD_DYNAMIC or int.from_bytes(footer[16:24], "big") != SECTOR_BYTES:
-            raise VerificationError("the image is no full dynamic VHD: its footer at byte 0 says type "
-                                    f"{kind}")
-        if size > VHD_LARGEST_BYTES or size % SECTOR_BYTES:
-            raise VerificationError(f"the image's footer at byte 0 gives an impossible disk size of {size} "
-                                    "bytes")
-        return size
-
-    def _parse_header(self, header: bytes) -> Tuple[int, int]:
-        """How many entries the BAT has, and the size of a block."""
-        table, entries, block_bytes = _vhd_header(header, SECTOR_BYTES)
-        fits = block_bytes in VHD_BLOCK_SIZES and entries == -(-self.size // block_bytes)
-        if table != VHD_BAT_OFFSET or not fits:
-            raise VerificationError(f"the image's header at byte 512 doesn't fit a disk of {self.size} "
-                                    f"bytes: block table of {entries} entries at byte {table}, blocks of "
-                                    f"{block_bytes} bytes")
-        # A raw source is rounded up to whole blocks, a VHD source not.
-        wanted = self._virtual_size
-        if wanted is not None and self.size not in (wanted, -(-wanted // block_bytes) * block_bytes):
-            raise VerificationError(f"the image is of a disk of {self.size} bytes, the pool says {wanted}")
-        return entries, block_bytes
-
-    @staticmethod
-    def _read_bat(reader: Reader, entries: int, block_bytes: int) -> array:
-        """The numbers of the blocks that follow: each must lie right behind the one before."""
-        table = reader.take(4 * entries, "its block table")
-        padding = reader.take(-len(table) % SECTOR_BYTES, "the padding of its block table")
-        if padding.strip(b"\xff") and padding.strip(b"\0"):
-            raise VerificationError("the image has no padding after its block table at byte 2048")
-        first = reader.position // SECTOR_BYTES
-        step = (_bitmap_bytes(block_bytes) + block_bytes) // SECTOR_BYTES
-        present = array("L")
-        for number, sector in enumerate(memoryview(_byteswapped(table))):
-            if sector == VHD_NOT_PRESENT:
-                continue
-            if sector != first + len(present) * step:
-                raise VerificationError(f"the image's block table puts block {number} at sector {sector}, "
-                                        f"not {first + len(present) * step}")
-            present.append(number)
-        return present
+    def read_end(self, footer: bytes) -> None:
+        """A stream ends with the same footer; that of another program perhaps without its last byte."""
+        if self._strict:
+            if self._read(self._end, SECTOR_BYTES, "its footer") != footer:
+                raise VerificationError(f"the image's footer at byte {self._end} differs from its copy at "
+                                        "byte 0")
+            self._image.end()
+        elif not self._is_file:
+            begin = self._image.position
+            collections.deque(self._image, 0)
+            tail = self._image.tail[-(self._image.position - begin):] if self._image.position > begin else b""
+            ends = (tail[-SECTOR_BYTES:], tail[1 - SECTOR_BYTES:] + b"\0")
+            if not any(_is_same_footer(end, footer) for end in ends):
+                raise VerificationError("the image does not end with the footer that it begins with")
 
 
-def _bitmap_bytes(block_bytes: int) -> int:
-    return -(-block_bytes // (SECTOR_BYTES * 8 * SECTOR_BYTES)) * SECTOR_BYTES
+def _vhd_numbers(structure: bytes, *places: Tuple[int, int]) -> List[int]:
+    """The big-endian numbers that stand there, each from a byte up to another."""
+    return [int.from_bytes(structure[begin:end], "big") for begin, end in places]
 
 
 def _byteswapped(table: bytes) -> array:
@@ -5263,15 +5354,6 @@ def _vhd_sum(structure: bytes, field: int) -> int:
     return ~(sum(structure) - sum(structure[field:field + 4])) & 0xFFFFFFFF
 
 
-def _vhd_header(header: bytes, at: int) -> Tuple[int, int, int]:
-    """Where the block table is, how many entries it has, and the size of a block."""
-    if not header.startswith(b"cxsparse"):
-        raise VerificationError(f"the image has {excerpt(header)} at byte {at}, not a VHD's header")
-    _check_vhd_sum(header, 36, f"header at byte {at}")
-    return (int.from_bytes(header[16:24], "big"), int.from_bytes(header[28:32], "big"),
-            int.from_bytes(header[32:36], "big"))
-
-
 def _check_vhd_sum(structure: bytes, field: int, what: str) -> None:
     stored, computed = int.from_bytes(structure[field:field + 4], "big"), _vhd_sum(structure, field)
     if stored != computed:
@@ -5279,214 +5361,10 @@ def _check_vhd_sum(structure: bytes, field: int, what: str) -> None:
                                 f"{stored:08x}")
 
 
-class VhdInOrder:
-    """The source of a flow that gives a VHD of any writer as the server streams one: blocks in order, each
-    whole, the sectors that its bitmap leaves out as zeros (Microsoft's Virtual Hard Disk Image Format
-    Specification 1.0; batmap: blktap's vhd.h).
-
-    With a descriptor, which is taken over, it is a file, whose parts are read wherever they lie. Without, it
-    is the stream of the flow above, which can't go back: UnknownFormat. `is_whole` false: of a damaged file
-    as much as can be read.
-    """
-
-    def __init__(self, fd: Optional[int] = None, is_whole: bool = True) -> None:
-        self._fd, self._is_whole = fd, is_whole
-        self._reader: Optional[Reader] = None
-        self._file_bytes = self._size = self._block_bytes = 0
-
-    def pieces(self, reader: Optional[Reader] = None) -> Iterator[bytes]:
-        """The image in order; VerificationError and UnknownFormat come where they are found."""
-        self._reader = reader
-        if reader is not None:
-            yield from self._pieces()
-            return
-        try:
-            self._file_bytes = os.fstat(self._fd).st_size
-            yield from self._pieces()
-        finally:
-            with contextlib.suppress(OSError):      # as of every source
-                os.close(self._fd)
-
-    def _read(self, at: int, count: int, where: str) -> bytes:
-        """Those bytes."""
-        if self._reader is not None and at < self._reader.position:
-            raise UnknownFormat(f"its {where} lies before what was read already, so it can't be read as a "
-                                "compressed stream: decompress it first")
-        found, is_behind = bytearray(), self._reader is None and at + count > self._file_bytes
-        while len(found) < count:
-            if self._reader is not None:            # what lies before is passed over
-                begin = self._reader.position
-                piece = self._reader.some(at + count - begin)
-                is_behind = not len(piece)
-                piece = piece[max(0, at - begin):]
-            elif not is_behind:                     # pread takes no number of 64 bits
-                piece = os.pread(self._fd, min(count - len(found), BUFFER_BYTES), at + len(found))
-                is_behind = not piece
-            if is_behind:
-                raise VerificationError(f"the image ends in {where}, which should be at byte {at}")
-            found += piece
-        return bytes(found)
-
-    def _pieces(self) -> Iterator[bytes]:
-        footer = self._footer()
-        self._size, kind = int.from_bytes(footer[48:56], "big"), int.from_bytes(footer[60:64], "big")
-        if kind == VHD_DIFFERENCING:
-            raise UnknownFormat("it is a differencing VHD, which holds only what differs from its parent, "
-                                "and is not supported: bring both together first")
-        if kind not in (VHD_FIXED, VHD_DYNAMIC):
-            raise VerificationError(f"the image's footer says that it is of type {kind}")
-        sectors, batmap = self._fixed() if kind == VHD_FIXED else self._dynamic(footer)
-        yield from self._head(footer, sectors)
-        for number, sector in enumerate(sectors):
-            if sector != VHD_NOT_PRESENT:
-                yield b"\xff" * _bitmap_bytes(self._block_bytes)
-                yield from self._block(number, sector, batmap)
-        if self._reader is not None:
-            self._check_stream_end(footer)
-        yield self._like_ours(footer)
-
-    def _footer(self) -> bytes:
-        """A file's at its end, where that of old Virtual PCs lacks its last byte; a stream's copy at its
-        beginning."""
-        if self._reader is not None:
-            footer = self._read(0, SECTOR_BYTES, "the copy of its footer")
-            if not footer.startswith(b"conectix"):
-                raise UnknownFormat(f"it begins with {excerpt(footer)}, not with a VHD's footer, as a "
-                                    "dynamic one does; others can't be read as a compressed stream: "
-                                    "decompress it first")
-            _check_vhd_sum(footer, 64, "footer at byte 0")
-            return footer
-        for count in (SECTOR_BYTES, SECTOR_BYTES - 1):
-            at = self._file_bytes - count
-            footer = self._read(at, count, "its footer") + b"\0" * (SECTOR_BYTES - count) if at >= 0 else b""
-            if footer.startswith(b"conectix"):
-                _check_vhd_sum(footer, 64, f"footer at byte {at}")
-                self._file_bytes = at
-                return footer
-        if not self._is_whole:
-            return self._read(0, SECTOR_BYTES, "the copy of its footer")
-        raise VerificationError("the image does not end with a VHD's footer: it was cut off, or is none")
-
-    def _fixed(self) -> Tuple[array, None]:
-        self._block_bytes = 2 * MEBIBYTE
-        if self._is_whole and self._file_bytes < self._size or self._size > VHD_LARGEST_BYTES:
-            raise VerificationError(f"the image has {self._file_bytes} bytes of a disk of {self._size}")
-        step = self._block_bytes // SECTOR_BYTES
-        return array("L", range(0, -(-self._size // self._block_bytes) * step, step)), None
-
-    def _dynamic(self, footer: bytes) -> Tuple[array, bytes]:
-        """Where each block lies, and the map of those whose bitmaps need not be asked."""
-        header_at = int.from_bytes(footer[16:24], "big")
-        header = self._read(header_at, 2 * SECTOR_BYTES, "header")
-        table_at, entries, self._block_bytes = _vhd_header(header, header_at)
-        blocks = -(-self._size // self._block_bytes) if self._block_bytes in VHD_BLOCK_SIZES else entries + 1
-        if blocks > entries or self._size > VHD_LARGEST_BYTES:
-            raise VerificationError(f"the image's header at byte {header_at} doesn't fit a disk of "
-                                    f"{self._size} bytes: block table of {entries} entries, blocks of "
-                                    f"{self._block_bytes} bytes")
-        sectors = _byteswapped(self._read(table_at, 4 * blocks, "block table"))
-        map_at = table_at + -(-4 * entries // SECTOR_BYTES) * SECTOR_BYTES
-        batmap = self._batmap(map_at, blocks) if footer.startswith(b"tap\0", 28) else b""
-        self._check_places(sectors, [(0, SECTOR_BYTES), (header_at, 2 * SECTOR_BYTES), (table_at, 4 * blocks)]
-                           + ([(map_at, SECTOR_BYTES + len(batmap))] if batmap else []))
-        is_whole_file = self._reader is None and self._is_whole
-        if is_whole_file and not self._is_same(self._read(0, SECTOR_BYTES, ""), footer):
-            raise VerificationError("the image's footer differs from its copy at byte 0")
-        return sectors, batmap
-
-    def _batmap(self, at: int, blocks: int) -> bytes:
-        """Bits for the blocks that were written whole, if the map is there, right behind its header, and
-        sound. No sum covers that header: whatever it says, the bitmaps do without the map."""
-        with contextlib.suppress(VerificationError):
-            header = self._read(at, SECTOR_BYTES, "batmap")
-            if header.startswith(b"tdbatmap") and int.from_bytes(header[8:16], "big") == at + SECTOR_BYTES:
-                sectors = min(int.from_bytes(header[16:20], "big"), 4096)
-                found = self._read(at + SECTOR_BYTES, sectors * SECTOR_BYTES, "batmap")
-                is_sound = ~sum(found) & 0xFFFFFFFF == int.from_bytes(header[24:28], "big")
-                if is_sound and 8 * len(found) >= blocks:
-                    return found
-        return b""
-
-    def _check_places(self, sectors: array, others: Sequence[Tuple[int, int]]) -> None:
-        """No block lies in another, in a structure or behind the end; in a stream they lie in order."""
-        present = [sector for sector in sectors if sector != VHD_NOT_PRESENT]
-        if self._reader is not None:
-            if any(after <= before for before, after in zip(present, present[1:])):
-                raise UnknownFormat("its blocks do not lie in order, so it can't be read as a compressed "
-                                    "stream: decompress it first")
-            return
-        present.sort()
-        step = _bitmap_bytes(self._block_bytes) + self._block_bytes
-        clash = any((after - before) * SECTOR_BYTES < step for before, after in zip(present, present[1:]))
-        for at, count in others:
-            clash = clash or any(at - step < sector * SECTOR_BYTES < at + count for sector in present)
-        if clash:
-            raise VerificationError("the image's block table puts one block over another, or over the table "
-                                    "itself")
-        if self._is_whole and present and present[-1] * SECTOR_BYTES + step > self._file_bytes:
-            raise VerificationError(f"the image's block table puts a block at sector {present[-1]}, behind "
-                                    f"the end at byte {self._file_bytes}: it was cut off")
-
-    def _head(self, footer: bytes, sectors: array) -> Iterator[bytes]:
-        """Footer, header and block table as the server writes them."""
-        yield self._like_ours(footer)
-        header = b"cxsparse" + b"\xff" * 8 + VHD_BAT_OFFSET.to_bytes(8, "big") + b"\0\1\0\0" \
-            + len(sectors).to_bytes(4, "big") + self._block_bytes.to_bytes(4, "big")
-        header += bytes(2 * SECTOR_BYTES - len(header))
-        yield header[:36] + _vhd_sum(header, 36).to_bytes(4, "big") + header[40:]
-        yield bytes(SECTOR_BYTES)
-        at = (VHD_BAT_OFFSET + 4 * len(sectors) + SECTOR_BYTES - 1) // SECTOR_BYTES
-        table = bytearray()
-        for sector in sectors:
-            if sector == VHD_NOT_PRESENT:
-                table += VHD_NOT_PRESENT.to_bytes(4, "big")
-            else:
-                table += at.to_bytes(4, "big")
-                at += (_bitmap_bytes(self._block_bytes) + self._block_bytes) // SECTOR_BYTES
-        yield table + b"\xff" * (-len(table) % SECTOR_BYTES)
-
-    @staticmethod
-    def _like_ours(footer: bytes) -> bytes:
-        """The footer of a dynamic VHD of that disk."""
-        made = footer[:16] + SECTOR_BYTES.to_bytes(8, "big") + footer[24:60] \
-            + VHD_DYNAMIC.to_bytes(4, "big") + footer[64:]
-        return made[:64] + _vhd_sum(made, 64).to_bytes(4, "big") + made[68:]
-
-    def _block(self, number: int, sector: int, batmap: Optional[bytes]) -> Iterator[bytes]:
-        """The contents of a block; what lies behind the end of the disk is zeros, as are the sectors that
-        have no bit."""
-        at, bitmap = sector * SECTOR_BYTES, b""
-        if batmap is not None:
-            bitmap = self._read(at, _bitmap_bytes(self._block_bytes), f"bitmap of block {number}")
-            at += len(bitmap)
-            if batmap[number // 8:number // 8 + 1] and batmap[number // 8] << number % 8 & 0x80:
-                bitmap = b""
-        for start in range(0, self._block_bytes, BUFFER_BYTES):
-            count = min(BUFFER_BYTES, self._block_bytes - start)
-            there = max(0, min(count, self._size - number * self._block_bytes - start))
-            piece = bytearray(self._read(at + start, there, f"block {number}") + bytes(count - there))
-            bits = bitmap[start // SECTOR_BYTES // 8:(start + count) // SECTOR_BYTES // 8]
-            if bits.count(0xFF) != len(bits):
-                for index in range(count // SECTOR_BYTES):
-                    if not bits[index // 8] << index % 8 & 0x80:
-                        piece[index * SECTOR_BYTES:(index + 1) * SECTOR_BYTES] = bytes(SECTOR_BYTES)
-            yield piece
-
-    def _check_stream_end(self, footer: bytes) -> None:
-        """A stream ends with the same footer, or with all of it but its last byte."""
-        begin = self._reader.position
-        collections.deque(self._reader, 0)
-        tail = self._reader.tail
-        tail = tail[max(0, len(tail) - (self._reader.position - begin)):]
-        ends = (tail[-SECTOR_BYTES:], tail[1 - SECTOR_BYTES:] + b"\0")
-        if not any(self._is_same(end, footer) for end in ends):
-            raise VerificationError("the image does not end with the footer that it begins with")
-
-    @staticmethod
-    def _is_same(one: bytes, other: bytes) -> bool:
-        """Are they footers of the same disk? Times and what a program keeps for itself may differ."""
-        return len(one) == SECTOR_BYTES and _vhd_sum(one, 64) == int.from_bytes(one[64:68], "big") \
-            and all(one[begin:end] == other[begin:end] for begin, end in ((0, 8), (16, 24), (48, 64)))
+def _is_same_footer(one: bytes, other: bytes) -> bool:
+    """Are they footers of the same disk? Times and what a program keeps for itself may differ."""
+    return len(one) == SECTOR_BYTES and _vhd_sum(one, 64) == int.from_bytes(one[64:68], "big") \
+        and all(one[begin:end] == other[begin:end] for begin, end in ((0, 8), (16, 24), (48, 64)))
 
 
 # =============================================================================
@@ -5631,8 +5509,8 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
                   plain: Sequence[Any], is_foreign_vhd: bool = False, is_whole: bool = True) -> List[Flow]:
     """Flows that bring the stored bytes of an image to `stored` and their plain content to `plain`.
 
-    The VHD of another program arrives there as the server would stream it, in `stored` too where it is not
-    compressed; `is_whole` false: as much of it as can be read. A program that is needed lives as long as the
+    The VHD of another program that is not compressed is read by its check, all that there is for it, wherever
+    its parts lie; `is_whole` false: damage is put up with. A program that is needed lives as long as the
     stack. ProgramError if it is not here.
     """
     stored, plain, path = list(stored), list(plain), None
@@ -5642,9 +5520,8 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
             os.close(fd)
             raise ProgramError("the program zstd is not here, which this image needs")
     if is_foreign_vhd and compression == "none":
-        return [Flow(VhdInOrder(fd, is_whole).pieces, stored + plain)]
-    if is_foreign_vhd:
-        plain = [Flow(VhdInOrder(None, is_whole).pieces, plain, "VHD")]
+        check, = plain
+        return [Flow(lambda: check.read_file(fd, is_whole), [], check.name)]
     if compression == "none":
         return [Flow(fd, stored + plain)]
     if compression == "gzip":
@@ -7947,7 +7824,7 @@ class Exporter:
     def metadata(self, machine: VirtualMachine) -> bytes:
         """The ova.xml of the VM itself, without its snapshots and disks."""
         doing = f"the metadata export of {machine.title}"
-        check = XvaCheck(holds_disks=False)
+        check = Check(check_xva, holds_disks=False)
         self._run_xe(doing, [check], Watch(self._services, doing), "vm-export", "metadata=true",
                      "include-snapshots=false", "uuid=" + machine.uuid, "filename=")
         return check.report.ova_xml
@@ -7972,16 +7849,16 @@ class Exporter:
             return [ref for ref, operation in operations.items() if operation == "export"]
 
         return self._image(doing, snapshot.disks, inside, base + ".xva",
-                           lambda blocks: XvaCheck(expected, blocks),
+                           lambda blocks: Check(check_xva, blocks, expected=expected),
                            ("vm-export", "uuid=" + snapshot.uuid, "filename="), export_tasks)
 
     def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory,
                    base: str) -> ImageReport:
         """The image of the disk snapshot is in that directory, proven whole."""
         file_format = self._services.settings.vdi_export_format
-        check = RawCheck if file_format == "raw" else VhdCheck
+        check, size = check_raw if file_format == "raw" else check_vhd, snapshot.virtual_size
         return self._image(f"the export of disk {snapshot.device} of {machine.title}", (snapshot,), inside,
-                           f"{base}.{file_format}", lambda blocks: check(snapshot.virtual_size, blocks),
+                           f"{base}.{file_format}", lambda blocks: Check(check, blocks, virtual_size=size),
                            ("vdi-export", "uuid=" + snapshot.vdi_uuid, "filename=", "format=" + file_format))
 
     def _image(self, doing: str, disks: Sequence[Disk], inside: Directory, plain_name: str,
@@ -8018,7 +7895,8 @@ class Exporter:
                       sink: Any) -> None:
         """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never
         written."""
-        check = (RawCheck if file_format == "raw" else VhdCheck)(virtual_size, None, [sink])
+        check = Check(check_raw if file_format == "raw" else check_vhd, None, [sink],
+                      virtual_size=virtual_size)
         self._run_xe(doing, [check], Watch(self._services, doing, virtual_size), "vdi-export",
                      "uuid=" + vdi_uuid, "filename=", "format=" + file_format)
 
@@ -8911,10 +8789,10 @@ def is_foreign_vhd(copy: Copy) -> bool:
 
 
 def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: Sequence[MebibyteSink] = (),
-                compare: bool = True) -> Optional[Check]:
+                compare: bool = True, is_whole: bool = True) -> Optional[Check]:
     """The check of that image, whose sinks are shown the disks' contents; where the export noted a digest of
     every block, they are compared too. None for an image that was compressed a second time: what is inside
-    stays as it is."""
+    stays as it is. `is_whole` false: damage is put up with."""
     expected, blocks, size, image = None, None, None, manifest.get("image", {})
     if manifest:
         if copy.image != image["name"] and image.get("compression") != "none":
@@ -8925,13 +8803,15 @@ def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: 
             blocks = BlockComparer(open(inside.open_file(BLOCKS), "rb"))
     file_format = image.get("format") if manifest else image_format(copy.image)
     if file_format == "xva":
-        return XvaCheck(expected, blocks, sinks, strict=bool(manifest))
+        return Check(check_xva, blocks, sinks, expected=expected, strict=bool(manifest))
     if file_format == "raw" and not manifest:            # of the size that cfg files beside it give
         ova = ova_of_cfg_files(inside, False)
         sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
                  for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
         size = next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None)
-    return RawCheck(size, blocks, sinks) if file_format == "raw" else VhdCheck(size, blocks, sinks)
+    if file_format == "raw":
+        return Check(check_raw, blocks, sinks, virtual_size=size)
+    return Check(check_vhd, blocks, sinks, virtual_size=size, strict=bool(manifest), is_whole=is_whole)
 
 
 def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Digest) -> str:
@@ -9293,7 +9173,8 @@ def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: b
     an image of ours is damage, if it does not begin as it should, or an uncompressed archive does not end as
     one: that is seen at once. With `force` an archive whose ova.xml is there will do."""
     is_archive = image_format(copy.image) == "xva"
-    look = XvaCheck(strict=bool(manifest), is_first_look=True) if is_archive else VhdCheck(is_first_look=True)
+    how = {"strict": bool(manifest)} if is_archive else {"strict": False, "is_whole": not force}
+    look = Check(check_xva if is_archive else check_vhd, is_first_look=True, **how)
     problems: List[VerificationError] = []
     try:
         compression = image_compression(inside, copy, manifest)
@@ -10399,7 +10280,8 @@ def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequ
     # Of what only passes on, the digest of bytes that were proven once says all that their structure could
     # say again, at half the cost.
     check_it = sinks or not (more and source.manifest)
-    check = image_check(source.inside, source.copy, source.manifest, sinks, check_it and problems is None)
+    check = image_check(source.inside, source.copy, source.manifest, sinks, check_it and problems is None,
+                        problems is None)
     if check is None:
         raise VerificationError(f"{source.copy.image} was compressed a second time: decompress it once")
     consumers = ([check] if check_it else []) + list(more)
@@ -10612,7 +10494,7 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
         sink = MebibyteSink(functools.partial(write_in_place, file.fd),
                             disk.id if source.is_archive else "image")
         check = stream_image(source, shown_progress(services, title, source.copy.size_bytes), [sink])
-        size = disk.virtual_size or check.report.virtual_size
+        size = disk.virtual_size or check.report.disks[0].virtual_size
         file.complete(size)
     proven = "its digests match" if source.manifest else source.digests_text + (
         "; every block matches the archive's own" if check.report.digest_kind and check.report.digests_checked

@@ -53,6 +53,10 @@ def refused(folder, name, content):
     return caught.value
 
 
+def xva_check(*sinks, strict=False):
+    return VmBackup.Check(VmBackup.check_xva, None, sinks, strict=strict)
+
+
 def digesting():
     """A sink that notes the digest of each MiB, and what it has noted."""
     seen = {}
@@ -96,7 +100,7 @@ def test_an_archive_of_another_program_gives_its_disks(tmp_path, what):
 @pytest.mark.parametrize('what', sorted(set(ARCHIVES) - {'of XenServer 5', 'ids with words', 'ids of three digits',
                                                          'of a Node program', 'of Xen Orchestra'}))
 def test_what_an_export_of_ours_never_looks_like_is_refused_of_ours(what):
-    check = VmBackup.XvaCheck()
+    check = xva_check(strict=True)
     with pytest.raises(VerificationError):
         check.read(reader_of(ARCHIVES[what]))
 
@@ -113,7 +117,7 @@ def test_leniency_finds_every_flipped_bit_behind_ova_xml(at, bit):
     damaged[at] ^= 1 << bit
     sink, seen = digesting()
     try:
-        VmBackup.XvaCheck(sinks=[sink], strict=False).read(reader_of(damaged))
+        xva_check(sink).read(reader_of(damaged))
     except VerificationError:
         return
     # What passes has all its blocks all the same: a letter in ova.xml, or the NUL that ends a number become a blank.
@@ -123,7 +127,7 @@ def test_leniency_finds_every_flipped_bit_behind_ova_xml(at, bit):
 @SLOW
 @given(st.integers(0, len(others.xva(tail=0)) - 1))
 def test_leniency_finds_every_cut_before_the_end_of_the_last_block(length):
-    check = VmBackup.XvaCheck(strict=False)
+    check = xva_check()
     with pytest.raises(VerificationError):
         check.read(reader_of(others.xva(tail=0)[:length]))
 
@@ -315,30 +319,17 @@ def tight_vhd(*order):
                creator=b'tap\0', whole=[0, 5], sectors={12: [1, 6]})
 
 
-class Contents:
-    """A sink that keeps what a check has shown it."""
-
-    def __init__(self):
-        self.disk = bytearray()
-
-    def put(self, disk, offset, view):
-        self.disk += bytes(offset - len(self.disk)) + view
-
-    def finish(self):
-        pass
-
-
 def disk_in(content, is_file):
     """The disk that a VHD of others holds, in this thread: a test of every bit has no time for more."""
-    sink = Contents()
+    disk = bytearray()
     with tempfile.TemporaryFile() as image:
         image.write(content)
-        image.seek(0)
-        source = VmBackup.VhdInOrder(os.dup(image.fileno())).pieces() if is_file else \
-            VmBackup.VhdInOrder().pieces(reader_of(content))
-        VmBackup.VhdCheck(sinks=[sink]).read(VmBackup.Reader(map(memoryview, source)))
+        image.flush()
+        check = VmBackup.Check(VmBackup.check_vhd)
+        for _, offset, piece in VmBackup.check_vhd(check, image.fileno() if is_file else reader_of(content), strict=False):
+            disk += bytes(offset - len(disk)) + piece
     size = int.from_bytes(content[48:56], 'big')
-    return bytes(sink.disk).ljust(size, b'\0')[:size]
+    return bytes(disk).ljust(size, b'\0')[:size]
 
 
 @pytest.mark.parametrize('is_file,made', [(True, tight_vhd(5, 0, 12)), (False, tight_vhd(0, 5, 12))], ids=['file', 'stream'])

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import VmBackup as stream
+from support.others import Vhd
 from VmBackup import VerificationError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -126,9 +128,23 @@ def small_vhd(size=10 * MIB, present=(0, 2), block_bytes=2 * MIB):
     return footer + head + bytes(512) + bat + b"\xff" * (-len(bat) % 512) + body + footer
 
 
+def xva_check(expected=None, blocks=None, holds_disks=True):
+    return stream.Check(stream.check_xva, blocks, expected=expected, holds_disks=holds_disks)
+
+
+def vhd_check(size=None, blocks=None):
+    return stream.Check(stream.check_vhd, blocks, virtual_size=size)
+
+
+def raw_check(size=None, blocks=None):
+    return stream.Check(stream.check_raw, blocks, virtual_size=size)
+
+
 def run(check, data, step=MIB):
-    check.read(reader_of(data, step))
+    reader = reader_of(data, step)
+    check.read(reader)
     check.close()
+    assert reader.position == len(data)
     return check.report
 
 
@@ -212,11 +228,11 @@ def test_the_real_archive_passes(step):
     data = real("PROD-web.xva.gz")
     lines = io.BytesIO()
     expected = {"c65527d7-4866-4132-8055-de504b336629": 10485760, "36f00ab2-45d4-44cb-afd2-07e7db6c9cef": 6291456}
-    check = stream.XvaCheck(expected, Recorder(lines))
+    check = xva_check(expected, Recorder(lines))
     report = run(check, data, step)
     assert [(d.id, d.blocks, d.stored_bytes) for d in report.disks] == [("Ref:64", 5, 5 * MIB), ("Ref:67", 3, 3 * MIB)]
-    assert (report.digest_kind, report.digests_checked, report.total_bytes) == ("xxh64", True, len(data))
-    assert report.virtual_size == 16777216 and report.ova_xml.startswith(b"<value>") and len(report.ova_xml) == 30238
+    assert (report.digest_kind, report.digests_checked) == ("xxh64", True)
+    assert sum(d.virtual_size for d in report.disks) == 16777216 and report.ova_xml.startswith(b"<value>") and len(report.ova_xml) == 30238
     assert check.ova["version"]["product_version"] == "8.3.0"
     lines.seek(0)
     assert [(b.disk, b.number) for b in read_blocks(lines)][:5] == [("Ref:64", n) for n in (0, 1, 2, 8, 9)]
@@ -226,7 +242,7 @@ def test_the_real_archive_passes(step):
 def test_the_older_programs_archive_passes(member):
     import tarfile
     with tarfile.open(os.path.join(REAL, "old-store.tar.gz")) as store:
-        check = stream.XvaCheck()
+        check = xva_check()
         data = store.extractfile(member).read()
         assert run(check, data).digests_checked
         metadata = store.extractfile("store/PROD-web/backup-2026-11-23-(19:50:42)/vm-metadata.xml").read()
@@ -235,15 +251,15 @@ def test_the_older_programs_archive_passes(member):
 
 def test_a_metadata_export_passes_as_one_only():
     data = real("PROD-web-metadata.xva")
-    assert run(stream.XvaCheck(holds_disks=False), data).disks == ()
+    assert run(xva_check(holds_disks=False), data).disks == ()
     with pytest.raises(VerificationError, match="incomplete"):
-        run(stream.XvaCheck(), data)
+        run(xva_check(), data)
 
 
 @pytest.mark.parametrize("kind", ["xxhash", "checksum"])
 @pytest.mark.parametrize("step", [7, 512, 4096, 100003, MIB])
 def test_a_made_archive_passes_in_pieces_of_any_size(kind, step):
-    report = run(stream.XvaCheck({"uuid-Ref:10": 700}), b"".join(small_xva(kind)), step)
+    report = run(xva_check({"uuid-Ref:10": 700}), b"".join(small_xva(kind)), step)
     assert [d.blocks for d in report.disks] == [1, 4]
     assert report.disks[1].stored_bytes == 2 * MIB + 512
     assert report.digests_checked is True
@@ -253,8 +269,8 @@ def test_a_made_archive_passes_in_pieces_of_any_size(kind, step):
 def test_without_any_xxh64_the_report_says_so(monkeypatch):
     data = b"".join(small_xva())
     monkeypatch.setattr(stream, "block_hasher", lambda: None)
-    assert run(stream.XvaCheck(), data).digests_checked is False
-    assert run(stream.XvaCheck(), b"".join(small_xva("checksum"))).digests_checked is True
+    assert run(xva_check(), data).digests_checked is False
+    assert run(xva_check(), b"".join(small_xva("checksum"))).digests_checked is True
 
 
 def test_other_tar_dialects_and_a_suspended_vm_pass():
@@ -263,15 +279,15 @@ def test_other_tar_dialects_and_a_suspended_vm_pass():
     kind = dict(magic=b"ustar\x0000", typeflag=b"0", mode=0)
     data = member("ova.xml", ova_xml, **kind) + member(name, content(1), **kind) + member(
         name + ".xxhash", xxh(content(1)).encode(), **kind) + END
-    assert [d.blocks for d in run(stream.XvaCheck({"uuid-Ref:5": MIB}), data).disks] == [1]
+    assert [d.blocks for d in run(xva_check({"uuid-Ref:5": MIB}), data).disks] == [1]
     with pytest.raises(VerificationError, match="uuid-Ref:5"):
-        run(stream.XvaCheck(), member("ova.xml", ova_xml) + END)
+        run(xva_check(), member("ova.xml", ova_xml) + END)
 
 
 def test_a_zero_block_in_the_middle_and_a_disk_of_no_size_are_legal():
     data = member("ova.xml", ova({"Ref:1": 3 * MIB, "Ref:3": 0})) + b"".join(
         block("Ref:1", n, bytes(MIB)) for n in range(3)) + END
-    assert [d.blocks for d in run(stream.XvaCheck(), data).disks] == [3, 0]
+    assert [d.blocks for d in run(xva_check(), data).disks] == [3, 0]
 
 
 A, B = content("a"), content("b")
@@ -322,7 +338,7 @@ WRONG_ARCHIVES = {
 @pytest.mark.parametrize("what", sorted(WRONG_ARCHIVES))
 def test_a_wrong_archive_is_refused_in_one_sentence(what):
     with pytest.raises(VerificationError) as caught:
-        run(stream.XvaCheck(), WRONG_ARCHIVES[what])
+        run(xva_check(), WRONG_ARCHIVES[what])
     sentence = str(caught.value)
     print(sentence)
     assert "\n" not in sentence and 20 < len(sentence) < 300 and sentence.isascii() if hasattr(str, "isascii") else True
@@ -332,7 +348,7 @@ def test_the_pools_own_records_must_agree():
     data = b"".join(small_xva())
     for expected, text in (({"gone": 5}, "gone"), ({"uuid-Ref:2": 3 * MIB}, str(3 * MIB))):
         with pytest.raises(VerificationError, match=text):
-            run(stream.XvaCheck(expected), data)
+            run(xva_check(expected), data)
 
 
 PARTS = small_xva()
@@ -349,7 +365,7 @@ def test_any_flipped_bit_is_found(at, bit):
     damaged = bytearray(ARCHIVE)
     damaged[at] ^= 1 << bit
     try:
-        run(stream.XvaCheck(), bytes(damaged))
+        run(xva_check(), bytes(damaged))
     except VerificationError:
         return
     # What may pass: the NUL that ends a number, become a blank.
@@ -362,7 +378,7 @@ def test_a_flipped_bit_in_ova_xml_gives_no_other_exception(at, bit):
     damaged = bytearray(ARCHIVE)
     damaged[at] ^= 1 << bit
     try:
-        run(stream.XvaCheck(), bytes(damaged))
+        run(xva_check(), bytes(damaged))
     except VerificationError:
         pass
 
@@ -371,14 +387,14 @@ def test_a_flipped_bit_in_ova_xml_gives_no_other_exception(at, bit):
 @given(st.one_of(st.integers(0, len(ARCHIVE) - 1), st.integers(len(ARCHIVE) - 5000, len(ARCHIVE) - 1)))
 def test_any_truncation_is_found(length):
     with pytest.raises(VerificationError):
-        run(stream.XvaCheck(), ARCHIVE[:length])
+        run(xva_check(), ARCHIVE[:length])
 
 
 @SLOW
 @given(st.binary(min_size=1, max_size=3000))
 def test_anything_appended_is_found(more):
     with pytest.raises(VerificationError, match="should end at byte"):
-        run(stream.XvaCheck(), ARCHIVE + more)
+        run(xva_check(), ARCHIVE + more)
 
 
 @pytest.mark.parametrize("first", range(1, 6))
@@ -388,14 +404,14 @@ def test_any_two_blocks_swapped_are_found(first, second):
         parts = list(PARTS)
         parts[first], parts[second] = parts[second], parts[first]
         with pytest.raises(VerificationError):
-            run(stream.XvaCheck(), b"".join(parts))
+            run(xva_check(), b"".join(parts))
 
 
 @SLOW
 @given(st.binary(max_size=5000), st.sampled_from([b"", ARCHIVE[:512], ARCHIVE[:len(PARTS[0])], header("ova.xml", 600),
                                                  small_vhd()[:512], small_vhd()[:1536], small_vhd()[:2048]]))
 def test_random_bytes_are_refused_without_a_traceback(junk, start):
-    for check in (stream.XvaCheck(), stream.VhdCheck(), stream.RawCheck(7000)):
+    for check in (xva_check(), vhd_check(), raw_check(7000)):
         with pytest.raises(VerificationError):
             run(check, start + junk, 700)
 
@@ -464,17 +480,17 @@ def test_xml_in_any_disorder_is_refused_without_a_traceback(words):
 @pytest.mark.parametrize("step", [100, 65536, MIB])
 def test_the_real_vhd_passes(step):
     data = real("PROD-web.vhd.gz")
-    report = run(stream.VhdCheck(10485760), data, step)
-    assert (report.disks[0].blocks, report.virtual_size, report.total_bytes) == (3, 10485760, len(data))
+    report = run(vhd_check(10485760), data, step)
+    assert (report.disks[0].blocks, report.disks[0].virtual_size) == (3, 10485760)
 
 
 def test_vhds_of_other_sizes_pass():
-    assert run(stream.VhdCheck(), small_vhd()).disks[0].stored_bytes == 4 * MIB
-    assert run(stream.VhdCheck(0), small_vhd(0, ())).disks[0].blocks == 0
-    assert run(stream.VhdCheck(9 * MIB + 512), small_vhd()).virtual_size == 10 * MIB      # a raw source, rounded up
-    assert run(stream.VhdCheck(), small_vhd(512 * 1024 * MIB, (0, 131072))).disks[0].blocks == 2
+    assert run(vhd_check(), small_vhd()).disks[0].stored_bytes == 4 * MIB
+    assert run(vhd_check(0), small_vhd(0, ())).disks[0].blocks == 0
+    assert run(vhd_check(9 * MIB + 512), small_vhd()).disks[0].virtual_size == 10 * MIB      # a raw source, rounded up
+    assert run(vhd_check(), small_vhd(512 * 1024 * MIB, (0, 131072))).disks[0].blocks == 2
     with pytest.raises(VerificationError, match="the pool says"):
-        run(stream.VhdCheck(8 * MIB), small_vhd())
+        run(vhd_check(8 * MIB), small_vhd())
 
 
 VHD = small_vhd(3 * MIB, (1,))
@@ -487,7 +503,7 @@ def test_any_flipped_bit_of_a_vhds_structure_is_found(at, bit):
     damaged = bytearray(VHD)
     damaged[at] ^= 1 << bit
     with pytest.raises(VerificationError):
-        run(stream.VhdCheck(3 * MIB), bytes(damaged))
+        run(vhd_check(3 * MIB), bytes(damaged))
 
 
 @SLOW
@@ -496,7 +512,7 @@ def test_any_truncated_or_longer_vhd_is_found(length, more):
     for data in (VHD[:length], VHD + more, VHD[:length] + b"HTTP/1.0 500 Internal Error\r\n" + more):
         if data != VHD:
             with pytest.raises(VerificationError):
-                run(stream.VhdCheck(3 * MIB), data)
+                run(vhd_check(3 * MIB), data)
 
 
 def test_a_failed_export_is_told_by_the_servers_words():
@@ -504,24 +520,24 @@ def test_a_failed_export_is_told_by_the_servers_words():
     for start in (b"", VHD[:100000], VHD[:2048]):
         for step in (50, MIB):
             with pytest.raises(VerificationError, match="the server says: 'HTTP 500") as caught:
-                run(stream.VhdCheck(), start + words, step)
+                run(vhd_check(), start + words, step)
     print(caught.value)
     with pytest.raises(VerificationError, match="goes on with 'HTTP/1.0 500 Internal Error"):
-        run(stream.VhdCheck(), VHD + words)
+        run(vhd_check(), VHD + words)
     with pytest.raises(VerificationError, match="the server says: 'HTTP 500"):
-        run(stream.RawCheck(MIB), bytes(1000) + words)
+        run(raw_check(MIB), bytes(1000) + words)
 
 
 @SLOW
 @given(st.integers(0, 3 * MIB), st.integers(0, 3 * MIB), st.sampled_from([1000, 4096, MIB, 2 * MIB]))
 def test_raw_is_exactly_its_size(size, other, step):
     lines = io.BytesIO()
-    assert run(stream.RawCheck(size, Recorder(lines)), bytes(size), step).total_bytes == size
+    assert run(raw_check(size, Recorder(lines)), bytes(size), step).disks[0].virtual_size == size
     assert lines.getvalue().count(b"\n") == 1 + -(-size // MIB)
-    assert run(stream.RawCheck(None), bytes(size), step).virtual_size == size
+    assert run(raw_check(None), bytes(size), step).disks[0].virtual_size == size
     if size != other:
         with pytest.raises(VerificationError):
-            run(stream.RawCheck(size), bytes(other), step)
+            run(raw_check(size), bytes(other), step)
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
@@ -536,8 +552,8 @@ def compare(check_type, data, lines):
     run(check_type(blocks=stream.BlockComparer(io.BytesIO(lines))), data)
 
 
-@pytest.mark.parametrize("check_type,data", [(stream.XvaCheck, ARCHIVE), (stream.VhdCheck, small_vhd()),
-                                             (stream.RawCheck, content(1, 2 * MIB + 5))])
+@pytest.mark.parametrize("check_type,data", [(xva_check, ARCHIVE), (vhd_check, small_vhd()),
+                                             (raw_check, content(1, 2 * MIB + 5))])
 def test_recorded_blocks_compare_equal_and_any_lost_line_is_found(check_type, data):
     lines = recorded(check_type, data)
     assert lines == recorded(check_type, data, 70000)
@@ -550,17 +566,17 @@ def test_recorded_blocks_compare_equal_and_any_lost_line_is_found(check_type, da
 
 
 def test_a_block_lost_in_the_middle_is_found_by_its_record():
-    lines = recorded(stream.XvaCheck, b"".join(
+    lines = recorded(xva_check, b"".join(
         [member("ova.xml", ova({"Ref:1": 3 * MIB}))] + [block("Ref:1", n, content(n)) for n in range(3)] + [END]))
     lost = b"".join(
         [member("ova.xml", ova({"Ref:1": 3 * MIB}))] + [block("Ref:1", n, content(n)) for n in (0, 2)] + [END])
-    run(stream.XvaCheck(), lost)
+    run(xva_check(), lost)
     with pytest.raises(VerificationError, match="block 1 of disk Ref:1 was recorded at the export, the image has block 2"):
-        compare(stream.XvaCheck, lost, lines)
+        compare(xva_check, lost, lines)
 
 
 def test_the_record_is_read_as_a_stream():
-    lines = recorded(stream.RawCheck, content(1, 2 * MIB + 5))
+    lines = recorded(raw_check, content(1, 2 * MIB + 5))
     found = list(read_blocks(io.BytesIO(lines)))
     assert found[0] == ("image", 0, "%08x" % zlib.crc32(content(1, 2 * MIB + 5)[:MIB])) and len(found) == 3
     for junk in (b"x\n", b"a 1\n", b"a 1 12345678", b"\n", b"x" * 10000, b"a -1 12345678\n", b"\xff 1 12345678\n"):
@@ -585,15 +601,15 @@ def read_back(data, check, compression="none", tmp="/tmp"):
 
 def test_an_image_is_read_back_plain_gzip_and_zstd(monkeypatch):
     digest = hashlib.sha256(ARCHIVE).hexdigest()
-    assert read_back(ARCHIVE, stream.XvaCheck())[0] == digest
-    assert read_back(gzip.compress(ARCHIVE), stream.XvaCheck(), "gzip")[0] == digest
+    assert read_back(ARCHIVE, xva_check())[0] == digest
+    assert read_back(gzip.compress(ARCHIVE), xva_check(), "gzip")[0] == digest
     two = gzip.compress(ARCHIVE[:5000]) + gzip.compress(ARCHIVE[5000:])
-    assert read_back(two, stream.XvaCheck(), "gzip")[0] == digest
+    assert read_back(two, xva_check(), "gzip")[0] == digest
     for name in ("PROD-web.xva.gz", "PROD-web.xva.zst"):
         with open(os.path.join(REAL, name), "rb") as file:
             data = file.read()
         monkeypatch.setattr(stream, "libzstd", lambda: None)            # by the program
-        assert read_back(data, stream.XvaCheck(), "zstd" if name.endswith("zst") else "gzip")[1].digests_checked
+        assert read_back(data, xva_check(), "zstd" if name.endswith("zst") else "gzip")[1].digests_checked
 
 
 ZIPPED = gzip.compress(ARCHIVE)
@@ -605,12 +621,12 @@ def test_gzip_cut_short_or_longer_is_found(length, more):
     for data in (ZIPPED[:length], ZIPPED + more, ZIPPED + bytes(9) + more + b"x"):
         if data.rstrip(b"\0") != ZIPPED.rstrip(b"\0"):                      # as gzip, zeros behind it are passed over
             with pytest.raises(VerificationError, match="gzip"):
-                read_back(data, stream.XvaCheck(), "gzip")
+                read_back(data, xva_check(), "gzip")
 
 
 def test_zeros_behind_gzip_are_passed_over():
     for zeros in (1, 511, 3 * MIB):
-        assert read_back(ZIPPED + bytes(zeros), stream.XvaCheck(), "gzip")[1].digests_checked
+        assert read_back(ZIPPED + bytes(zeros), xva_check(), "gzip")[1].digests_checked
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -619,14 +635,14 @@ def test_any_flipped_bit_in_gzip_is_found(at, bit):
     data = bytearray(ZIPPED)
     data[at] ^= 1 << bit
     with pytest.raises(VerificationError):
-        read_back(bytes(data), stream.XvaCheck(), "gzip")
+        read_back(bytes(data), xva_check(), "gzip")
 
 
 def test_a_gzip_bomb_of_zeros_takes_little_memory():
     size = 300 * MIB
     squeezer = zlib.compressobj(9, zlib.DEFLATED, 31)
     data = b"".join([squeezer.compress(bytes(MIB)) for _ in range(300)] + [squeezer.flush()])
-    assert read_back(data, stream.RawCheck(size), "gzip")[1].total_bytes == size
+    assert read_back(data, raw_check(size), "gzip")[1].disks[0].virtual_size == size
 
 
 # ---- zstd by the host's library --------------------------------------------------------------------------------------
@@ -645,9 +661,9 @@ def test_zstd_is_decompressed_whatever_its_frames():
     skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00junk"
     for data in (squeezed(ARCHIVE), squeezed(ARCHIVE, "-T0", "-19"), squeezed(ARCHIVE[:5000]) + squeezed(ARCHIVE[5000:]),
                  skippable + squeezed(ARCHIVE) + skippable):
-        assert read_back(data, stream.XvaCheck(), "zstd")[0] == digest
+        assert read_back(data, xva_check(), "zstd")[0] == digest
     for size in (0, 1, MIB - 1, MIB, MIB + 1, 3 * MIB, 64 * MIB):
-        assert read_back(squeezed(bytes(size)), stream.RawCheck(size), "zstd")[1].total_bytes == size
+        assert read_back(squeezed(bytes(size)), raw_check(size), "zstd")[1].disks[0].virtual_size == size
 
 
 @needs_library
@@ -657,7 +673,7 @@ def test_zstd_is_decompressed_whatever_its_frames():
                                   lambda data: data[:len(data) // 2] + b"\0" + data[len(data) // 2 + 1:]])
 def test_zstd_that_is_not_whole_is_found(bend):
     with pytest.raises(stream.CompressionDamaged, match="zstd"):
-        read_back(bend(squeezed(ARCHIVE)), stream.RawCheck(), "zstd")
+        read_back(bend(squeezed(ARCHIVE)), raw_check(), "zstd")
 
 
 # ---- the pump --------------------------------------------------------------------------------------------------------
@@ -744,7 +760,7 @@ def test_an_empty_source_finishes_its_consumers():
 
 def test_an_export_is_stored_compressed_and_digested(tmp_path):
     gz, feeder, output_fd = running("gzip", "-1c")
-    plain, stored, check = stream.Digest(), stream.Digest(), stream.XvaCheck()
+    plain, stored, check = stream.Digest(), stream.Digest(), xva_check()
     path = tmp_path / "x.xva.gz"
     writer = stream.FileWriter(os.open(str(path), os.O_CREAT | os.O_WRONLY))
     flows = [stream.Flow(pipe_with(ARCHIVE), [plain, check, feeder]), stream.Flow(output_fd, [stored, writer], "gzip")]
@@ -839,7 +855,7 @@ def test_what_fails_at_the_end_counts():
 def test_the_programs_failure_is_told_before_the_truncated_stream():
     def at_end():
         raise RuntimeError("xe exited 1")
-    check = stream.XvaCheck()
+    check = xva_check()
     with pytest.raises(RuntimeError, match="xe exited 1"):
         stream.pump([stream.Flow(pipe_with(ARCHIVE[:99999]), [check], at_end=at_end)], ignore)
     assert check.report is None
@@ -855,7 +871,7 @@ def test_a_compressor_that_dies_gets_no_more_and_its_exit_status_is_left_to_tell
 def test_a_wrong_archive_aborts_the_export_at_once():
     hold = threading.Event()
     with pytest.raises(VerificationError, match="foreign|no block"):
-        stream.pump([stream.Flow(pipe_with(WRONG_ARCHIVES["foreign file"] + bytes(MIB), hold), [stream.XvaCheck(),
+        stream.pump([stream.Flow(pipe_with(WRONG_ARCHIVES["foreign file"] + bytes(MIB), hold), [xva_check(),
                                                                                            stream.Digest()])], ignore)
     hold.set()
 
@@ -921,7 +937,7 @@ def test_what_is_made_of_a_stream_is_a_stream_again():
 
 def test_damage_of_a_further_flow_is_the_reason_and_not_the_end_that_follows_from_it():
     with pytest.raises(stream.CompressionDamaged):
-        stream.pump([stream.Flow(pipe_with(ZIPPED[:5000]), [stream.Digest(), stream.Flow(stream.gunzip, [stream.XvaCheck()])])],
+        stream.pump([stream.Flow(pipe_with(ZIPPED[:5000]), [stream.Digest(), stream.Flow(stream.gunzip, [xva_check()])])],
                     ignore)
 
 
@@ -935,14 +951,17 @@ def test_damage_that_is_put_up_with_is_noted_and_ends_no_others_work():
     problems, check = [], Reading(lambda reader: reader.take(10 * MIB, "the archive"))
     stream.pump([stream.Flow(pipe_with(ARCHIVE), [whole, check])], ignore, "reading", problems)
     assert "in the archive" in str(problems[0]) and check.steps == ["salvage", "close"]
-    with pytest.raises(stream.UnknownFormat):                  # what can't be read at all is no damage
-        stream.pump([stream.Flow(pipe_with(b"x" * 5000), [stream.Flow(stream.VhdInOrder().pieces, [])])], ignore, "reading", [])
+    check = stream.Check(stream.check_vhd, strict=False, is_whole=False)
+    with tempfile.TemporaryFile() as image, pytest.raises(stream.UnknownFormat):        # what can't be read at all is no damage
+        image.write(Vhd(2 * MIB, {}, ["header", "table"], kind=4).file)
+        image.flush()
+        stream.pump([stream.Flow(lambda: check.read_file(os.dup(image.fileno()), False), [])], ignore, "reading", [])
 
 
 def test_memory_is_bounded():
     code = """
 import resource, sys, os
-sys.path[:0] = [{!r}, {!r}]
+sys.path[:0] = [{!r}, {!r}, {!r}]
 import VmBackup as s
 import test_stream as t
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -952,9 +971,9 @@ class Slow(t.Collector):
     def read(self, reader): pass
 import subprocess
 p = subprocess.Popen(['head', '-c', '300000000', '/dev/zero'], stdout=subprocess.PIPE)
-s.pump([s.Flow(os.dup(p.stdout.fileno()), [s.Digest(), Slow(), s.RawCheck(300000000)])], t.ignore)
+s.pump([s.Flow(os.dup(p.stdout.fileno()), [s.Digest(), Slow(), t.raw_check(300000000)])], t.ignore)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-""".format(HERE, os.path.dirname(os.path.dirname(HERE)))
+""".format(HERE, os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE)))
     used = subprocess.check_output([sys.executable, "-c", code])
     assert int(used) < 40
 
