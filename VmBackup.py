@@ -2571,10 +2571,8 @@ WHOLE_FILE = 0
 
 
 class LockFile:
-    """A lock in the state folder, held by fcntl.lockf, which reaches across NFS clients.
-
-    One file can hold many locks: the whole of it, or one byte of it for each thing that is locked by itself.
-    """
+    """A lock in the state folder, held by fcntl.lockf, which reaches across NFS clients: the whole file, or
+    one byte of it for each thing that is locked by itself."""
 
     # Closing any descriptor of a locked file drops this process's lock: so a lock file is opened once per
     # process, never closed, and known by device and inode, whatever path leads to it.
@@ -6076,8 +6074,7 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
 
 
 def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
-    """A copy with a manifest; of one of a later version what its manifest says as ours does: it is left, and
-    so is all beside it."""
+    """A copy with a manifest; of a later version's, which is left as it is, what it says as ours does."""
     raw = inside.read(MANIFEST)
     copy = blank._replace(is_old=False, mark=hashlib.sha256(raw).hexdigest())
     try:
@@ -6106,10 +6103,8 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
 
 
 def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[str, str]:
-    """The name under which the image stands now, and what is wrong with it ("" if nothing).
-
-    NAME counts while it is there; a storage host may have put NAME.gz or NAME.zst in its place.
-    """
+    """The name under which the image stands now, and what is wrong with it ("" if nothing): a storage host
+    may have put NAME.gz or NAME.zst in the place of NAME."""
     status = inside.status(name)
     if status is not None:
         if not stat.S_ISREG(status.st_mode):
@@ -6365,10 +6360,8 @@ class OpenEntry:
 
 
 class RunJournal:
-    """The file of one run: locked while the run lives, and the record of what it has open in the pool.
-
-    A line of JSON a fact, appended and synced before the deed.
-    """
+    """The file of one run, locked while it lives: what it has open in the pool, a line of JSON a fact, synced
+    before the deed."""
 
     def __init__(self, folder: Directory, name: str, flags: int = 0) -> None:
         """Opened, but not locked yet."""
@@ -6641,6 +6634,7 @@ class Owned:
         self._entry = entry
         self._facts = entry.facts
         self._tell = tell
+        self._told_drives = set()          # type: Set[str]
 
     def tell_left(self, what: str, by_hand: Sequence[str] = ()) -> None:
         """A finding about something of ours that stays in the pool, with the commands that remove it."""
@@ -6736,12 +6730,11 @@ class Owned:
         for ref, drive in drives.items():
             if not self._is_abandoned(disk, drive, has_waited):
                 continue
-            known = list(self._facts.get("drives", ()))
-            is_new = drive["uuid"] not in known
+            is_new = ref not in self._told_drives
             if is_new:
                 self._services.log.info(f"{self._entry.title}: the server left {disk['uuid']} attached to a "
                                         "control domain; detaching it.")
-                self._entry.remember(drives=known + [drive["uuid"]])
+                self._told_drives.add(ref)
             try:
                 if drive["currently_attached"]:
                     self._call("VBD.unplug", ref)
@@ -6834,11 +6827,8 @@ class Snapshot(Owned):
         return bool(operations) and "snapshot" in operations.values()
 
     def _may_forget(self, was_called: bool) -> bool:
-        """May an entry of which nothing is found be closed?
-
-        Yes if the call was refused or never made, and none is going on; a call
-        whose answer was lost is looked for until a day has passed.
-        """
+        """May an entry of which nothing is found be closed? Yes if the call was refused or never made, and
+        none is going on; what a lost answer tells of is looked for until a day has passed."""
         if self._facts.get("answer", "lost") != "lost" or not was_called:
             return not self._is_being_made()
         return self._is_old()
@@ -7065,10 +7055,7 @@ class ImportedVms(Owned):
 
     def _imports_have_ended(self, tasks: Sequence[str]) -> bool:
         """True when no import of the tasks goes on any more; those that do are asked to stop and waited for.
-
-        A task that no import has taken stays pending for ever: when nothing of it
-        was seen for a while it is ended, so that none takes it later.
-        """
+        A task that none has taken for a while would be pending for ever: it is ended, so that none does."""
         quiet_until = time.monotonic() + LOST_ANSWER_PATIENCE_S
         for has_time in self._services.signals.until(IMPORT_END_PATIENCE_S, 0.5):
             states = {ref: self._state_of_import(ref) for ref in tasks}
@@ -7164,7 +7151,7 @@ OWNED_KINDS = {"vm-snapshot": VmSnapshot, "vdi-snapshot": DiskSnapshot,
 ENTRY_SHAPE = {                        # of what kind its facts are, where it has them
     **dict.fromkeys(("token", "vm_uuid", "vm_name", "called_at", "name", "disk", "calling_at", "uuid",
                      "answer", "closed"), str),
-    **dict.fromkeys(("names", "tasks", "uuids", "disks", "drives", "known"), [str])}
+    **dict.fromkeys(("names", "tasks", "uuids", "disks", "known"), [str])}
 
 
 def is_understood(facts: Dict[str, Any]) -> bool:
@@ -7202,11 +7189,8 @@ class Snapshots:
 
     @contextlib.contextmanager
     def of_vm(self, machine: VirtualMachine, label: str) -> Iterator[VirtualMachine]:
-        """A snapshot of the VM, ready for export, removed on every way out.
-
-        Raises ApiFailure or AnswerLost if there is none. A snapshot that can't
-        be removed is a finding; it never hides another error.
-        """
+        """A snapshot of the VM, ready for export, removed on every way out. Raises ApiFailure or AnswerLost
+        if there is none. One that can't be removed is a finding, and hides no other error."""
         token = random_hex(8)
         with self.begun(machine.uuid, machine.name, kind="vm-snapshot", token=token,
                         name=f"{label} {TOKEN_MARK}{token}") as entry:
@@ -7233,11 +7217,8 @@ class Snapshots:
             self.remove(entry)
 
     def remove(self, entry: OpenEntry) -> None:
-        """Nothing of the entry is left in the pool, or a finding says what and how to remove it.
-
-        Signals wait. Never raises for what the pool or the storage does, so
-        that the error before it is the one that is told.
-        """
+        """Nothing of the entry is left in the pool, or a finding says what and how to remove it. Signals
+        wait. What pool and storage do raises nothing, so that the error before it is the one that is told."""
         owned, patience_s = self.owned(entry), entry.journal.limit_s
         with self._services.signals.shielded():
             try:
