@@ -7361,16 +7361,11 @@ class Report(NamedTuple):
         return "ERROR" if self.errors else "WARNING" if self.warnings else "SUCCESS"
 
     @property
-    def had_bug(self) -> bool:
-        """Did a bug end it, or one of its jobs?"""
-        return is_bug(self.ended_by) or any(is_bug(outcome.cause) for outcome in self.outcomes)
-
-    @property
     def exit_status(self) -> int:
         """What cron is told."""
         if self.signal:
             return 128 + self.signal
-        if self.had_bug:
+        if any(map(is_bug, [self.ended_by] + [outcome.cause for outcome in self.outcomes])):
             return int(ExitStatus.BUG)
         if isinstance(self.ended_by, BackupError) and not self.pool:
             return int(self.ended_by.exit_status)
@@ -7582,7 +7577,7 @@ class Run:
         self.inventory = inventory
         self.snapshots = Snapshots(self.services)
         if self.wording is not None:
-            self.status_log.open(host)
+            self.status_log.host = host
             self.status_log.begin("vmbackup.py")
 
     @property
@@ -7698,7 +7693,12 @@ def take_config_lock(services: Services, inventory: Inventory) -> Optional[LockF
     lock = services.catalog.lock_file("config", "/".join(
         (inventory.pool_uuid, settings.decisions, config_place(services.arguments))))
     ours = lock.take()
-    text = lock.text() if ours else settled_text(services, lock)
+    text = lock.text()
+    # its holder may have taken it this very second, and not have written yet what it is
+    for has_time in () if ours else services.signals.until(LOCK_TEXT_PATIENCE_S, 0.2):
+        text = lock.text()
+        if text.get("state") == "running" or not has_time:
+            break
     if not services.arguments.parameters["force"] and settings.pool is None:
         neighbour = neighbour_text(text, inventory, services.clock.utc(),
                                    not ours or services.catalog.locks_are_local)
@@ -7715,16 +7715,6 @@ def take_config_lock(services: Services, inventory: Inventory) -> Optional[LockF
 
 LOCK_TEXT_PATIENCE_S = 5
 NEWEST_NEIGHBOUR_S = HOUR_S         # another host's run of this config this recent stands for ours
-
-
-def settled_text(services: Services, lock: LockFile) -> Dict[str, Any]:
-    """The text of a held lock, once its holder, who may have taken it this very second, has written it."""
-    text = {}                              # type: Dict[str, Any]
-    for has_time in services.signals.until(LOCK_TEXT_PATIENCE_S, 0.2):
-        text = lock.text()
-        if text.get("state") == "running" or not has_time:
-            break
-    return text
 
 
 def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, may_be_running: bool) -> str:
@@ -7779,20 +7769,12 @@ XE_PASSING = re.compile(
 
 
 class ImageReport(NamedTuple):
-    """An image that was written and proven; sizes in bytes. `disks` are as the manifest keeps them."""
-    name: str
-    format: str
-    compression: str
-    size: int
-    sha256: str
-    plain_size: int
-    plain_sha256: str
-    block_digests: str
-    block_digests_checked: bool
-    blocks: int
-    blocks_size: int
-    blocks_sha256: str
-    disks: Tuple[Dict[str, Any], ...]
+    """An image that was written and proven: `image`, `verified` and `disks` as the manifest keeps them, and
+    the list of its blocks."""
+    image: Dict[str, Any]
+    verified: Dict[str, Any]
+    disks: List[Dict[str, Any]]
+    blocks: BlocksFile
 
 
 class Exporter:
@@ -7850,8 +7832,7 @@ class Exporter:
         settings = self._services.settings
         name = plain_name + COMPRESSED_SUFFIX[settings.compress]
         limit_s = settings.stall_timeout * MINUTE_S
-        watch = Watch(self._services, doing, sum(disk.virtual_size for disk in disks),
-                      [disk.sr_ref for disk in disks if disk.sr_uuid], find_tasks)
+        watch = Watch(self._services, doing, sum(disk.virtual_size for disk in disks), disks, find_tasks)
         blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
         check, plain = new_check(blocks), Digest()
         writer = FileWriter(within(limit_s, doing, lambda: inside.create(name)))
@@ -7866,11 +7847,13 @@ class Exporter:
         if again.hexdigest() != plain.hexdigest():
             raise ProgramError(bad_compressor(doing, settings.compress, "other data than it was given"))
         report = check.report
-        return ImageReport(name, plain_name.rpartition(".")[2], settings.compress,
-                           stored.total_bytes, stored.hexdigest(), plain.total_bytes, plain.hexdigest(),
-                           report.digest_kind, report.digests_checked,
-                           sum(disk.blocks for disk in report.disks), blocks.size, blocks.hexdigest(),
-                           disk_reports(disks, report))
+        image = {"name": name, "format": plain_name.rpartition(".")[2], "compression": settings.compress,
+                 "size": stored.total_bytes, "sha256": stored.hexdigest(),
+                 "plain_size": plain.total_bytes, "plain_sha256": plain.hexdigest()}
+        verified = {"structure": True, "block_digests": report.digest_kind,
+                    "block_digests_checked": report.digests_checked,
+                    "blocks": sum(disk.blocks for disk in report.disks), "read_back": settings.verify_after}
+        return ImageReport(image, verified, disk_reports(disks, report), blocks)
 
     def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str,
                       sink: Any) -> None:
@@ -7952,7 +7935,7 @@ def bad_compressor(doing: str, compression: str, found: str) -> str:
             f"Is the compressor on the PATH the real one?")
 
 
-def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ...]:
+def disk_reports(disks: Sequence[Disk], report: Any) -> List[Dict[str, Any]]:
     """The disks of an image as the manifest keeps them."""
     seen = {found.uuid: found for found in report.disks if found.uuid}
     rows = []
@@ -7962,7 +7945,7 @@ def disk_reports(disks: Sequence[Disk], report: Any) -> Tuple[Dict[str, Any], ..
                      "snapshot_uuid": disk.vdi_uuid, "sr_uuid": disk.sr_uuid,
                      "virtual_size": disk.virtual_size, "archive_id": found.id if found else "",
                      "blocks": found.blocks if found else 0})
-    return tuple(rows)
+    return rows
 
 
 class Watch:
@@ -7973,12 +7956,12 @@ class Watch:
     silent for long, and for an import that of the tasks that were made for it.
     """
 
-    def __init__(self, services: Services, doing: str, size_bytes: int = 0, sr_refs: Sequence[str] = (),
+    def __init__(self, services: Services, doing: str, size_bytes: int = 0, disks: Sequence[Disk] = (),
                  find_tasks: Callable[[], Sequence[str]] = tuple) -> None:
         self._services = services
         self._doing = doing
         self._show = shown_progress(services, doing, size_bytes)
-        self._sr_refs = tuple(sorted(set(sr_refs)))
+        self._disks = disks                # whose SRs must not become full
         self._find_tasks = find_tasks
         self._stall_s = services.settings.stall_timeout * MINUTE_S
         self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
@@ -8001,12 +7984,10 @@ class Watch:
                     self._task_progress, self._alive_at = found, now
         if now - self._alive_at > self._stall_s:
             self._give_up(progress.waiting_for)
-        min_free = services.settings.min_sr_free
-        if min_free and self._sr_refs and now - self._sr_asked_at > SR_POLL_S:
+        if now - self._sr_asked_at > SR_POLL_S:
             self._sr_asked_at = now
             with contextlib.suppress(ApiFailure, PoolError):
-                check_sr_space(services.pool.storage_repositories(self._sr_refs, patient=False), min_free,
-                               f"{self._doing} was given up")
+                check_sr_space(services, self._disks, f"{self._doing} was given up", patient=False)
 
     def _give_up(self, waiting_for: str) -> None:
         """The tasks are cancelled and xe killed; raises StreamStalled or, if it is our storage,
@@ -8023,15 +8004,17 @@ class Watch:
         raise StreamStalled(f"{stalled} from the server. It was cancelled and its snapshot removed.")
 
 
-def check_sr_space(srs: Sequence[StorageRepository], min_free_percent: int, consequence: str) -> None:
-    """Raises BackupError if one of the SRs has less free than that."""
-    for sr in srs:
+def check_sr_space(services: Services, disks: Sequence[Disk], consequence: str, patient: bool = True) -> None:
+    """Raises BackupError if an SR that one of the disks is on has less free than min_sr_free."""
+    least = services.settings.min_sr_free
+    refs = [disk.sr_ref for disk in disks if disk.sr_uuid] if least else []
+    for sr in services.pool.storage_repositories(refs, patient=patient) if refs else ():
         free = max(0, sr.physical_size - sr.physical_utilisation)
-        if sr.physical_size > 0 and free * 100 < sr.physical_size * min_free_percent:
+        if sr.physical_size > 0 and free * 100 < sr.physical_size * least:
             raise BackupError(
                 f"{consequence}: SR {quote_name(sr.name)} has only {format_size(free)} of "
-                f"{format_size(sr.physical_size)} free, less than min_sr_free={min_free_percent} %, and a "
-                f"snapshot on a full SR stops VMs. Free space on it.")
+                f"{format_size(sr.physical_size)} free, less than min_sr_free={least} %, and a snapshot on a "
+                f"full SR stops VMs. Free space on it.")
 
 
 def shown_progress(services: Services, doing: str, size_bytes: int) -> Callable[[Progress], None]:
@@ -8129,19 +8112,14 @@ class BackupRun:
             yield self.left(error)
         for name in catalog.folder_names(problems):
             try:
-                yield from self._clear_folder(name)
+                if catalog.has_unfinished(name):
+                    with catalog.folder_lock(name).held() as is_ours:
+                        if is_ours:                    # else another run is busy there
+                            yield from self.clear_unfinished(catalog.folder(name))
+                            catalog.root.remove_if_empty(name)
             except CatalogError as error:              # lost+found on a share, and the like
                 yield self.left(error)
         yield from map(self.left, problems)
-
-    def _clear_folder(self, name: str) -> Iterator[Finding]:
-        """What dead runs left in that VM's directory is gone, unless another run is busy there."""
-        catalog = self._services.catalog
-        if catalog.has_unfinished(name):
-            with catalog.folder_lock(name).held() as is_ours:
-                if is_ours:
-                    yield from self.clear_unfinished(catalog.folder(name))
-                    catalog.root.remove_if_empty(name)
 
     def clear_unfinished(self, folder: Folder) -> Iterator[Finding]:
         """Unfinished copies of a directory whose lock is ours are gone; call it with the lock held only.
@@ -8367,15 +8345,16 @@ class BackupJob:
                 # the sizes are those of the snapshot
                 run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if not name.endswith(VDI_CFG)))
-            image, disks = self._export(machine, copy)
+            report, disks = self._export(machine, copy)
+            image, blocks = report.image, report.blocks
             with stage("SEAL-FAIL"):
                 files = metadata_files(machine, disks, interfaces, os_version)
-                copy.sums.update({image.name: (image.size, image.sha256),
-                                  BLOCKS: (image.blocks_size, image.blocks_sha256)})
+                copy.sums.update({image["name"]: (image["size"], image["sha256"]),
+                                  BLOCKS: (blocks.size, blocks.hexdigest())})
                 run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if name.endswith(VDI_CFG)))
                 run.in_store("finishing the copy", lambda: copy.finish(
-                    self._manifest(machine, image, taken_at, folder)))
+                    self._manifest(machine, report, taken_at, folder)))
                 if services.settings.verify_after:
                     self._read_back(machine, copy, image)
                 run.in_store("sealing the copy", lambda: (
@@ -8389,8 +8368,8 @@ class BackupJob:
         finally:
             copy.close()
         services.log.info(f"{machine.title}: {folder.name}/{copy.name} is complete: "
-                          f"{format_size(image.size)}, proven {proof_text(image)}.")
-        return copy.name, image.size
+                          f"{format_size(image['size'])}, proven {proof_text(report.verified)}.")
+        return copy.name, image["size"]
 
     def _read_again(self) -> VirtualMachine:
         """The VM as it is just before its snapshot; differences from the plan are told."""
@@ -8418,33 +8397,25 @@ class BackupJob:
         """The image, and the VM's disks with the sizes that their snapshots have."""
         exporter, snapshots, base = self._backup.exporter, self._run.snapshots, safe_name(machine.name)
         snapshots.check_none_left(machine)
-        if self._job.method is Method.VM:
-            label = f"{machine.name} (backup {parse_copy_name(copy.name)[0]:%Y-%m-%d %H:%M:%S})"
-            self._check_sr_space(machine, machine.disks)
-            with stage("SNAPSHOT-FAIL"), snapshots.of_vm(machine, label) as snapshot, stage("VM-EXPORT-FAIL"):
-                image = exporter.vm_image(snapshot, machine, copy.inside, base)
-                sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
-        else:
+        is_whole_vm, disks = self._job.method is Method.VM, machine.disks
+        if not is_whole_vm:
             with stage("VDI-EXPORT-FAIL"):
-                disk = first_disk(machine)
-            self._check_sr_space(machine, (disk,))
-            with stage("SNAPSHOT-FAIL"), snapshots.of_disk(machine, disk) as snapshot, \
-                    stage("VDI-EXPORT-FAIL"):
-                image = exporter.disk_image(snapshot, machine, copy.inside, base)
-                sizes = {disk.vdi_ref: snapshot.virtual_size}
+                disks = (first_disk(machine),)
+        with stage("SNAPSHOT-FAIL"):
+            check_sr_space(self._services, disks, f"no snapshot of {machine.title} was made")
+            if is_whole_vm:
+                label = f"{machine.name} (backup {parse_copy_name(copy.name)[0]:%Y-%m-%d %H:%M:%S})"
+                with snapshots.of_vm(machine, label) as snapshot, stage("VM-EXPORT-FAIL"):
+                    image = exporter.vm_image(snapshot, machine, copy.inside, base)
+                    sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
+            else:
+                with snapshots.of_disk(machine, disks[0]) as snapshot, stage("VDI-EXPORT-FAIL"):
+                    image = exporter.disk_image(snapshot, machine, copy.inside, base)
+                    sizes = {disks[0].vdi_ref: snapshot.virtual_size}
         return image, [disk._replace(virtual_size=sizes.get(disk.vdi_ref, disk.virtual_size))
                        for disk in machine.disks]
 
-    def _check_sr_space(self, machine: VirtualMachine, disks: Sequence[Disk]) -> None:
-        """Raises BackupError if a snapshot of those disks could fill their SR."""
-        min_free = self._services.settings.min_sr_free
-        if min_free:
-            with stage("SNAPSHOT-FAIL"):
-                check_sr_space(self._services.pool.storage_repositories(
-                    disk.sr_ref for disk in disks if disk.sr_uuid), min_free,
-                    f"no snapshot of {machine.title} was made")
-
-    def _manifest(self, machine: VirtualMachine, image: ImageReport, taken_at: datetime,
+    def _manifest(self, machine: VirtualMachine, report: ImageReport, taken_at: datetime,
                   folder: Folder) -> Dict[str, Any]:
         """backup.json: what, when, from where, and what was verified. `files` is added when all are
         written."""
@@ -8459,25 +8430,19 @@ class BackupJob:
             "host": inventory.host.short_name,
             "server": {"product_version": ".".join(map(str, inventory.master.product_version)),
                        "api_version": "%d.%d" % inventory.master.api_version},
-            "image": {"name": image.name, "format": image.format, "compression": image.compression,
-                      "size": image.size, "sha256": image.sha256,
-                      "plain_size": image.plain_size, "plain_sha256": image.plain_sha256},
-            "disks": list(image.disks), "verified": {"structure": True, "block_digests": image.block_digests,
-                         "block_digests_checked": image.block_digests_checked, "blocks": image.blocks,
-                         "read_back": self._services.settings.verify_after},
+            "image": report.image, "disks": report.disks, "verified": report.verified,
         }
 
-    def _read_back(self, machine: VirtualMachine, copy: NewCopy, image: ImageReport) -> None:
+    def _read_back(self, machine: VirtualMachine, copy: NewCopy, image: Dict[str, Any]) -> None:
         """Raises StorageMisbehaved unless the storage gives back what was written."""
-        self._services.log.info(f"{machine.title}: reading {image.name} back from storage.")
-        digest = Digest()
-        fd = copy.inside.open_file(image.name)
+        name, digest = image["name"], Digest()
+        self._services.log.info(f"{machine.title}: reading {name} back from storage.")
+        fd = copy.inside.open_file(name)
         forget_cached(fd)
-        pump([Flow(fd, [digest])], lambda progress: self._services.signals.check(),
-             f"reading {image.name} back")
-        if (digest.total_bytes, digest.hexdigest()) != (image.size, image.sha256):
-            raise StorageMisbehaved(f"the storage gives back other bytes than were written to {image.name}: "
-                                    f"the copy was not kept, and nothing is pruned. Check the share or disk.")
+        pump([Flow(fd, [digest])], lambda progress: self._services.signals.check(), f"reading {name} back")
+        if (digest.total_bytes, digest.hexdigest()) != (image["size"], image["sha256"]):
+            raise StorageMisbehaved(f"the storage gives back other bytes than were written to {name}: the "
+                                    "copy was not kept, and nothing is pruned. Check the share or disk.")
 
     # --- retention ------------------------------------------------------------------------
 
@@ -8543,12 +8508,12 @@ def stage(word: str) -> Iterator[None]:
         raise
 
 
-def proof_text(image: ImageReport) -> str:
+def proof_text(verified: Dict[str, Any]) -> str:
     """What was proven of an image, in words."""
-    if not image.block_digests:
+    if not verified["block_digests"]:
         return "in structure and size"
-    if image.block_digests_checked:
-        return f"block by block ({counted(image.blocks, 'digest')})"
+    if verified["block_digests_checked"]:
+        return f"block by block ({counted(verified['blocks'], 'digest')})"
     return "in structure; block digests need libxxhash, which is not here"
 
 
@@ -10715,22 +10680,9 @@ class StatusLog:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._path = services.settings.status_log
-        self._host = ""
         self._fd = None                    # type: Optional[int]
-
-    def open(self, host: str) -> None:
-        """Lines of that host are appended from now on, unless the file can't be opened: that is said once."""
-        self._host = host
-
-        def opened() -> int:
-            with storage_errors(self._path):
-                return os.open(fs_path(self._path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
-                               0o644)
-
-        try:
-            self._fd = within(STATUS_LOG_LIMIT_S, "opening the status log", opened)
-        except CatalogError as error:
-            self._services.log.info(f"no status log is written: {error}")
+        self._is_over = False              # it could not be opened or written, which was said once
+        self.host = ""                     # whose lines they are
 
     def begin(self, what: str, name: str = "") -> None:
         """`what` has begun, for that VM or for the run."""
@@ -10748,20 +10700,22 @@ class StatusLog:
                                   f"E:{report.errors}")
 
     def _line(self, what: str, rest: str) -> None:
-        if self._fd is None:
-            return
         stamp = self._services.clock.local().strftime("%Y/%m/%d %H:%M:%S")
-        line = f"{stamp},{what},{self._host},{rest}\n".encode("utf-8", "surrogateescape")
+        line = f"{stamp},{what},{self.host},{rest}\n".encode("utf-8", "surrogateescape")
 
-        def write(fd: int = self._fd) -> None:
+        def write() -> None:
             with storage_errors(self._path):
-                write_all(fd, line)
+                if self._fd is None:
+                    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+                    self._fd = os.open(fs_path(self._path), flags, 0o644)
+                write_all(self._fd, line)
 
         try:
-            within(STATUS_LOG_LIMIT_S, "writing the status log", write)
+            if not self._is_over:
+                within(STATUS_LOG_LIMIT_S, "writing the status log", write)
         except CatalogError as error:
-            self._services.log.info(f"the status log can't be written: {error}")
-            self._fd = None
+            self._services.log.info(f"no status log is written: {error}")
+            self._is_over = True
 
 
 def summary_text(report: Report) -> str:
@@ -10798,17 +10752,22 @@ class StoreFacts(NamedTuple):
 
 def mail_subject(report: Report) -> str:
     """What matters of the run, in one line."""
+    wording, failed, error = report.wording, report.failed_names, report.ended_by
+    if not report.pool and is_bug(error):
+        return f"ERROR: a bug in VmBackup ended the run ({report.host})"
     if not report.pool:
-        return f"ERROR: {early_end_text(report)} ({report.host})"
-    wording, failed = report.wording, report.failed_names
+        why = f"the run was {error}" if isinstance(error, Interrupted) else str(error)
+        why = why.replace(report.source, os.path.basename(report.source)).split("\n")[0].partition(". ")[0]
+        text = cut(f"nothing was {wording.deed}: {why.rstrip('.')}", 120)
+        return f"ERROR: {text} ({report.host})"
     done = f"{counted(report.successes, wording.noun)} {wording.done}"
     whole = len(report.outcomes) + len(report.missing)
     if failed:
         text = f"{len(failed)} of {counted(whole, wording.noun)} {wording.undone}: {shortened(failed, 5)}"
     elif report.dump_error:
         text = "the pool database was not dumped"
-    elif report.ended_by is not None:
-        text = f"the run ended early: {cut(one_line(reason_text(report.ended_by)), 100)}"
+    elif error is not None:
+        text = f"the run ended early: {cut(one_line(reason_text(error)), 100)}"
     elif report.errors:
         text = f"{done}, but {counted(report.errors, 'error')}"
     elif report.warnings:
@@ -10930,16 +10889,6 @@ def newest_line(stored: StoredVm, now: datetime) -> str:
 def format_local(at: datetime) -> str:
     """An aware time in local words for people."""
     return at.astimezone().strftime("%Y-%m-%d %H:%M")
-
-
-def early_end_text(report: Report) -> str:
-    """Why a run ended before its first VM, for a subject."""
-    error = report.ended_by
-    if is_bug(error):
-        return "a bug in VmBackup ended the run"
-    why = f"the run was {error}" if isinstance(error, Interrupted) else str(error)
-    why = why.replace(report.source, os.path.basename(report.source)).split("\n")[0].partition(". ")[0]
-    return cut(f"nothing was {report.wording.deed}: {why.rstrip('.')}", 120)
 
 
 def early_end_body(report: Report) -> str:
@@ -11080,7 +11029,7 @@ def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
     lines.append(f"{counted(len(plan.jobs), 'VM')} to back up:")
     for job in plan.jobs:
         lines += preview_job(job, *futures[job.machine.uuid])
-    total = sum(disk.virtual_size for job in plan.jobs for disk in planned_disks(job))
+    total = sum(disk.virtual_size for job in plan.jobs for disk in planned_disks(job)[0])
     lines += [f"  In all: disks of {format_size(total)} (an upper limit: empty space is not exported by "
               f"vm-export).", ""]
     for title, rows in (("left out by exclude",
@@ -11097,29 +11046,27 @@ def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
     return "\n".join(lines)
 
 
-def planned_disks(job: Job) -> Tuple[Disk, ...]:
-    """The disks that the job's export reads."""
+def planned_disks(job: Job) -> Tuple[Tuple[Disk, ...], str]:
+    """The disks that the job's export reads; and why it will fail, "" if it won't."""
     if job.method is Method.VM:
-        return job.machine.disks
-    with contextlib.suppress(BackupError):
-        return (first_disk(job.machine),)
-    return ()
+        return job.machine.disks, ""
+    try:
+        return (first_disk(job.machine),), ""
+    except BackupError as error:
+        return (), f"vdi-export will fail: it{str(error)[len(job.machine.title):]}"
 
 
 def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]:
     """The lines of one VM in a preview."""
-    machine, disks = job.machine, planned_disks(job)
+    machine, (disks, problem) = job.machine, planned_disks(job)
     size = format_size(sum(disk.virtual_size for disk in disks))
     lines = [f"  {machine.title}: {job.method.value}, {counted(job.keep, 'copy')} kept, "
              f"{machine.power_state.lower()}, {counted(len(disks), 'disk')} of {size}; chosen by "
              f"{job.chosen_by}"]
     if machine.power_state == "Suspended":
         lines.append("      it is suspended: the copy will hold its disks, but not its memory")
-    if job.method is Method.VDI and not disks:
-        try:
-            first_disk(machine)
-        except BackupError as error:
-            lines.append(f"      vdi-export will fail: it{str(error)[len(machine.title):]}")
+    if problem:
+        lines.append(f"      {problem}")
     own = [verdict for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == machine.uuid
            and not verdict.copy.aside]
     lines.append(f"      into {folder}/, which holds {counted(len(own), 'good copy')} of it")
@@ -11228,24 +11175,26 @@ def rows_of_store(services: Services) -> Tuple[Catalog, List[Dict[str, Any]], Li
     return catalog, rows, [] if vm else listing.strangers
 
 
-def list_text(row: Dict[str, Any], tell_pool: bool) -> str:
-    """One VM and kind of the store in lines for people."""
-    names = [quote_name(name) for name in row["names"] if name != row["name"]]
-    before = f" (before: {', '.join(names)})" if names else ""
-    pool = f"  of pool {row['pool'] or 'unknown'}" if tell_pool else ""
-    lines = [f"{quote_name(row['name'])}{before}  {row['uuid'] or 'uuid unknown'}  "
-             f"{row['kind'] or 'kind unknown'}  in {row['folder']}/{pool}"]
-    for copy in row["copies"]:
-        state = "good" if copy["good"] else f"NOT GOOD ({copy['problem']})"
-        checked = "never verified"
-        if copy["verified_at"]:
-            checked = f"{copy['verdict']}, verified {copy['verified_at'][:10]}"
-        if copy["drilled_at"]:
-            checked += f", {copy['drill']} on {copy['drilled_at'][:10]}"
-        disks = f" ({', '.join(copy['disks'])})" if copy["disks"] else ""
-        lines.append(f"  {copy['name']}  {format_duration(copy['age_s'])} old  "
-                     f"{format_size(copy['size'])}{disks}  {state}  {checked}  {copy['fate']}")
-    return "\n".join(lines)
+def list_text(rows: Sequence[Dict[str, Any]], strangers: Sequence[str]) -> str:
+    """The VMs and kinds of the store, and what is not ours there, in lines for people."""
+    lines, tell_pools = [], len({row["pool"] for row in rows} - {""}) > 1
+    for row in rows:
+        names = [quote_name(name) for name in row["names"] if name != row["name"]]
+        before = f" (before: {', '.join(names)})" if names else ""
+        pool = f"  of pool {row['pool'] or 'unknown'}" if tell_pools else ""
+        lines.append(f"{quote_name(row['name'])}{before}  {row['uuid'] or 'uuid unknown'}  "
+                     f"{row['kind'] or 'kind unknown'}  in {row['folder']}/{pool}")
+        for copy in row["copies"]:
+            state = "good" if copy["good"] else f"NOT GOOD ({copy['problem']})"
+            checked = "never verified"
+            if copy["verified_at"]:
+                checked = f"{copy['verdict']}, verified {copy['verified_at'][:10]}"
+            if copy["drilled_at"]:
+                checked += f", {copy['drill']} on {copy['drilled_at'][:10]}"
+            disks = f" ({', '.join(copy['disks'])})" if copy["disks"] else ""
+            lines.append(f"  {copy['name']}  {format_duration(copy['age_s'])} old  "
+                         f"{format_size(copy['size'])}{disks}  {state}  {checked}  {copy['fate']}")
+    return "\n".join(lines + [f"not ours, left alone: {one_line(stranger)}" for stranger in strangers])
 
 
 # =============================================================================
@@ -11369,29 +11318,25 @@ def command_verify(run: Run) -> None:
 
 def command_list(run: Run) -> None:
     """Shown: what is in the store, as text or JSON, and what of it the pool has no more."""
-    services, log = run.services, run.services.log
-    as_json = services.arguments.parameters["format"] == "json"
-    catalog, rows, strangers = run.in_store("listing the store", lambda: rows_of_store(services), FOR_EVER_S)
-    if not as_json:
-        tell_pools = len({row["pool"] for row in rows} - {""}) > 1
-        for row in rows:
-            log.show(list_text(row, tell_pools))
-        for stranger in strangers:
-            log.show(f"not ours, left alone: {one_line(stranger)}")
-    inventory = asked_pool(services)
+    show, as_json = run.services.log.show, run.services.arguments.parameters["format"] == "json"
+    catalog, rows, strangers = run.in_store("listing the store", lambda: rows_of_store(run.services),
+                                            FOR_EVER_S)
+    if not as_json and rows + strangers:
+        show(list_text(rows, strangers))
+    inventory = asked_pool(run.services)
     for row in rows:
         row["in_pool"] = is_in_pool(inventory, row["uuid"], row["pool"])
         if not as_json and row["in_pool"] is False:
-            log.show(f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in "
-                     f"{row['folder']}/")
+            show(f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in "
+                 f"{row['folder']}/")
     if as_json:
-        log.show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
-                            sort_keys=True))
-        return
-    copies = [copy for row in rows for copy in row["copies"]]
-    free = run.in_store("asking for the free space", catalog.free_bytes)
-    log.show(f"{counted(len(copies), 'copy')} of {counted(len({row['uuid'] for row in rows}), 'VM')}, "
-             f"{sum(copy['good'] for copy in copies)} good, {free_text(free)}.")
+        show(json.dumps({"backup_dir": catalog.path, "vms": rows, "strangers": strangers}, indent=1,
+                        sort_keys=True))
+    else:
+        copies, free = [copy for row in rows for copy in row["copies"]], catalog.free_bytes
+        show(f"{counted(len(copies), 'copy')} of {counted(len({row['uuid'] for row in rows}), 'VM')}, "
+             f"{sum(copy['good'] for copy in copies)} good, "
+             f"{free_text(run.in_store('asking for the free space', free))}.")
 
 
 def command_prune(run: Run) -> None:

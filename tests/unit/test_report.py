@@ -136,12 +136,13 @@ class Log:
 
 
 def a_status_log(path, log=None):
-    return StatusLog(Services(configured('status_log=%s' % path), Clock(), log or Log(), None))
+    status_log = StatusLog(Services(configured('status_log=%s' % path), Clock(), log or Log(), None))
+    status_log.host = 'xcp1'
+    return status_log
 
 
 def written(path, deed):
     status_log = a_status_log(path)
-    status_log.open('xcp1')
     deed(status_log)
     return path.read_text(encoding='utf-8')
 
@@ -184,7 +185,6 @@ def test_a_name_never_breaks_a_status_line(name):
 def test_a_status_log_without_a_directory_is_said_once_and_stops_nothing(tmp_path):
     log = Log()
     status_log = a_status_log(tmp_path / 'missing' / 'status.log', log)
-    status_log.open('xcp1')
     status_log.begin('vmbackup.py')
     status_log.end_run(a_report(plan_of(0)))
     assert len(log.lines) == 1 and 'status.log' in log.lines[0]
