@@ -7305,7 +7305,6 @@ class Wording(NamedTuple):
 
 BACKUP_WORDING = Wording("", "VM", "backed up", "not backed up", "backed up")
 DRILL_WORDING = Wording("drill: ", "copy", "came back", "did not come back", "drilled")
-WORDINGS = {"backup": BACKUP_WORDING, "drill": DRILL_WORDING}
 
 
 class Report(NamedTuple):
@@ -7517,10 +7516,9 @@ class Run:
     was found, how the store does meanwhile, and what ended it."""
 
     def __init__(self, services: Services, status_log: "StatusLog") -> None:
-        action = services.arguments.action.name
         self.services = services
         self.status_log = status_log
-        self.wording = None if services.arguments.preview else WORDINGS.get(action)
+        self.wording = None                # type: Optional[Wording]
         self.began_at = services.clock.utc()
         self.inventory = None              # type: Optional[Inventory]
         self.snapshots = None              # type: Optional[Snapshots]
@@ -8257,6 +8255,9 @@ class BackupJob:
         except Exception as bug:
             self._services.log.bug(bug, self._job.machine.title + ": ")
             outcome = outcome._replace(error=BUG_TEXT, status_word="BUG", cause=bug)
+        except Interrupted:
+            self._run.tell(self._findings)             # nobody comes to the outcome any more
+            raise
         return outcome._replace(seconds=self._services.clock.monotonic() - began_s,
                                 findings=tuple(self._findings))
 
@@ -10967,7 +10968,7 @@ def mailed(run: Run, report: Report) -> Report:
     services, settings = run.services, run.services.settings
     if not settings.mail_to or settings.mail_when == "never":
         return report
-    if services.catalog is None:
+    if services.catalog is None and not run.storage_hangs:
         # no store is what such a mail is often about
         with contextlib.suppress(CatalogError):
             services = services._replace(catalog=within(
@@ -11278,6 +11279,7 @@ def command_preview(run: Run) -> None:
 
 def command_backup(run: Run) -> None:
     """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
+    run.wording = BACKUP_WORDING
     with planned(run) as (services, inventory, plan):
         run.lock = run.in_store("locking this config", lambda: take_config_lock(services, inventory))
         if run.lock is None:
@@ -11399,6 +11401,7 @@ def command_drill(run: Run) -> None:
     if bool(arguments.vm) == bool(arguments.parameters["sample"]):
         raise UsageError("sample= takes no VM beside it." if arguments.vm else
                          "drill needs a VM, or newest-of-each, or sample=N.")
+    run.wording = None if arguments.preview else DRILL_WORDING
     services = services._replace(catalog=open_store(services.settings))
     copies, findings = drill_copies(services, arguments.vm)
     run.tell(findings)
