@@ -127,25 +127,20 @@ TEST_DOOR = "VMBACKUP_POOL"                    # "URL SOCKET": where this host i
 
 
 class ExitStatus(enum.IntEnum):
-    """What cron is told; 128+N means: stopped by signal N, after clean-up."""
-    OK = 0           # everything asked for was done
-    FAILED = 1       # at least one VM, or the pool metadata, was not backed up, verified or restored
-    USAGE = 2        # the command line or the config is wrong: nothing was started
-    WARNING = 3      # all done, with warnings worth a look
-    POOL = 4         # the pool can't be reached, or the login was refused
-    LOCKED = 5       # another run of this config is still going
-    BUG = 70         # a bug: traceback and versions are in the log
+    """What cron is told, and what it means; 128+N means: stopped by signal N, after clean-up."""
+    OK = 0, "everything asked for was done (a good preview included)"
+    FAILED = 1, "at least one VM, or the pool metadata, was not backed up, verified or restored"
+    USAGE = 2, "the command line or the config is wrong: nothing was started"
+    WARNING = 3, "all done, with warnings worth a look"
+    POOL = 4, "the pool can't be reached, or the login was refused"
+    LOCKED = 5, "another run of this config is still going"
+    BUG = 70, "a bug in VmBackup: traceback and versions are in the log"
 
-
-EXIT_STATUS_HELP = (
-    (ExitStatus.OK, "everything asked for was done (a good preview included)"),
-    (ExitStatus.FAILED, "at least one VM, or the pool metadata, was not backed up, verified or restored"),
-    (ExitStatus.USAGE, "the command line or the config is wrong: nothing was started"),
-    (ExitStatus.WARNING, "all done, with warnings worth a look"),
-    (ExitStatus.POOL, "the pool can't be reached, or the login was refused"),
-    (ExitStatus.LOCKED, "another run of this config is still going"),
-    (ExitStatus.BUG, "a bug in VmBackup: traceback and versions are in the log"),
-)
+    def __new__(cls, number: int, meaning: str) -> "ExitStatus":
+        status = int.__new__(cls, number)
+        status._value_ = number
+        status.meaning = meaning
+        return status
 
 
 # =============================================================================
@@ -198,8 +193,8 @@ class ApiFailure(BackupError):
     def __init__(self, code: str, parameters: Sequence[str], doing: str) -> None:
         self.code = code
         self.parameters = tuple(str(item) for item in parameters)
-        super().__init__(f"{doing} was refused by the pool: "
-                         f"{failure_text(self.code, self.parameters)}{failure_advice(self.code)}",
+        sentence = f"{doing} was refused by the pool: {failure_text(code, self.parameters)}"
+        super().__init__(f"{sentence} {FAILURE_ADVICE.get(code, '')}".rstrip(),
                          passing=code in PASSING_FAILURES)
 
 
@@ -313,12 +308,6 @@ def failure_text(code: str, parameters: Sequence[str]) -> str:
     """The failure as one line: the code, then its parameters as the server gave them."""
     shown = [one_line(item) for item in parameters if item.strip()]
     return code + (f" ({'; '.join(shown)})" if shown else "") + "."
-
-
-def failure_advice(code: str) -> str:
-    """What to do about that failure, with a leading space, or nothing."""
-    advice = FAILURE_ADVICE.get(code)
-    return " " + advice if advice else ""
 
 
 def one_line(text: str) -> str:
@@ -891,14 +880,6 @@ class Configuration:
         self.warnings = tuple(warnings)
         self.source = source
 
-    def __getattr__(self, name: str) -> Any:      # only for a name that is no option
-        raise AttributeError(name)
-
-    @property
-    def has_work(self) -> bool:
-        """Does it ask for anything to be backed up?"""
-        return bool(self.vm_export or self.vdi_export or self.pool_db_backup)
-
     @property
     def decisions(self) -> str:
         """A digest of what decides which copies arise and stay, as parsed: however it was written, and
@@ -944,19 +925,17 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
     order of their lines. A repeatable key on the command line replaces all of
     the file's. `needs_work`: selecting nothing is a problem.
     """
-    found = list(problems)
-    ignore_extra = _ignores_extra_keys(list(file_settings) + list(arguments))
-    unknown, known = [], []
-    for setting in list(file_settings) + list(arguments):
-        (known if setting.name in OPTION_NAMES else unknown).append(setting)
-    extra = [unknown_key_text(setting) for setting in unknown]
-    if not ignore_extra:
-        found.extend(extra)
+    found, extra = list(problems), []
     overridden = {setting.name for setting in arguments}
-    chosen = [setting for setting in known if setting.name not in overridden or setting in arguments]
+    chosen = [setting for setting in file_settings if setting.name not in overridden] + list(arguments)
     values, places = {}, {}          # type: Dict[str, Any], Dict[str, str]
     wildcards = next((s.value.lower() for s in chosen if s.name == "wildcards"), "shell")
     for setting in chosen:
+        if setting.name not in OPTION_NAMES:
+            hint = did_you_mean(setting.name.lower(), OPTION_NAMES) \
+                or "`VmBackup.py help config` lists the keys."
+            extra.append(f'{setting.place}: "{one_line(setting.name)}" is not a key; {hint}')
+            continue
         option = OPTIONS[OPTION_NAMES.index(setting.name)]
         if option.kind != "selector" and setting.name in places:
             found.append(f"{setting.place}: {setting.name} was set before, in {places[setting.name]}: keep "
@@ -971,36 +950,21 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
                 values[option.name] = parse_value(option, setting.value)
         except ValueError as problem:
             found.append(f"{setting.place}: {setting.name}: {problem}")
-    if needs_work and not any(setting.name in ("vm-export", "vdi-export", "pool_db_backup")
-                              for setting in chosen):
-        found.append(NOTHING_TO_DO % source)
-    configuration = Configuration(values, places, extra if ignore_extra else (), source)
-    if needs_work and not found and not configuration.has_work:
-        found.append(NOTHING_TO_DO % source)
+    if not values.get("ignore_extra_keys"):
+        found, extra = found + extra, []
+    if needs_work and not any(
+            setting.name in ("vm-export", "vdi-export")
+            or setting.name == "pool_db_backup" and values.get(setting.name, True) for setting in chosen):
+        found.append(f"{source}: there is nothing to do: no vm-export, no vdi-export and no pool_db_backup.")
     if found:
         raise ConfigurationError(sorted(found, key=line_number))
-    return configuration
-
-
-NOTHING_TO_DO = "%s: there is nothing to do: no vm-export, no vdi-export and no pool_db_backup."
+    return Configuration(values, places, extra, source)
 
 
 def line_number(problem: str) -> int:
     """The line that a problem is about, for sorting; those about none come last."""
     match = re.match(r".*?:([0-9]+): ", problem)
     return int(match.group(1)) if match else 1 << 30
-
-
-def _ignores_extra_keys(settings: Sequence[Setting]) -> bool:
-    """Is ignore_extra_keys switched on anywhere? The last word counts."""
-    words = [setting.value.lower() for setting in settings if setting.name == "ignore_extra_keys"]
-    return bool(words) and words[-1] in TRUE_WORDS
-
-
-def unknown_key_text(setting: Setting) -> str:
-    """The sentence about a key that does not exist, with the nearest one that does."""
-    hint = did_you_mean(setting.name.lower(), OPTION_NAMES) or "`VmBackup.py help config` lists the keys."
-    return f'{setting.place}: "{one_line(setting.name)}" is not a key; {hint}'
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -1075,85 +1039,50 @@ def parse_pool_address(text: str) -> PoolAddress:
 # --- selectors ------------------------------------------------------------------
 
 
+PLAIN_OLD_NAME = re.compile("[A-Za-z0-9_ -]+")      # what versions 3.1 to 3.25 took for no regex
+
+
 def parse_selector(setting: Setting, wildcards: str) -> Selector:
     """The selector that the setting's value writes; ValueError with a sentence if it writes none."""
-    method = None if setting.name == "exclude" else Method(setting.name)
-    text = setting.value
-    if not text:
-        raise ValueError("the value is empty: write * if every VM is meant.")
+    text, is_bare = setting.value, False
     if text.startswith('"'):
-        form, (pattern, rest), bare = "name", _split_quoted(text), False
+        match = re.match(r'"((?:[^"\\]|\\.)*)"', text, re.DOTALL)
+        if not match:
+            raise ValueError("the quote is not closed.")
+        form, pattern, rest = "name", re.sub(r'\\(["\\])', r"\1", match.group(1)), text[match.end():]
     elif text.startswith("/"):
-        form, (pattern, rest), bare = "regex", _split_slashes(text), False
-    elif text.startswith("uuid:") or text.startswith("tag:"):
+        form, (pattern, slash, rest) = "regex", text[1:].rpartition("/")
+        if not slash:
+            raise ValueError("a regex stands between two slashes: /REGEX/.")
+    elif text.startswith(("uuid:", "tag:")):
         form, _, pattern = text.partition(":")
-        match = re.fullmatch(r"(.*?)(:[0-9]+)", pattern, re.DOTALL)
-        pattern, rest = match.groups() if match else (pattern, "")
-        bare = False
+        pattern, rest = re.fullmatch("(.*?)(:[0-9]+)?", pattern, re.DOTALL).groups("")
         if form == "uuid":
             pattern = pattern.lower()
-        if not pattern:
-            raise ValueError(f"there is nothing behind {form}:")
     else:
-        form, (pattern, rest), bare = _bare_selector(text, wildcards)
-    keep = _parse_keep(rest)
+        is_bare = True
+        name, colon, _ = text.rpartition(":")
+        pattern, rest = (name.rstrip(), text[len(name):]) if colon else (text, "")
+        if wildcards == "regex":
+            form = "name" if PLAIN_OLD_NAME.fullmatch(pattern) else "prefix-regex"
+        else:
+            form = "wildcard" if re.search("[*?[]", pattern) else "name"
+    if not pattern:
+        raise ValueError("the name is empty: write * if every VM is meant.")
+    match = re.fullmatch("(:0*([1-9][0-9]{0,8}))?" if is_bare else r"(\s*:\s*0*([1-9][0-9]{0,8}))?", rest)
+    if not match and is_bare:
+        raise ValueError('what follows the last ":" must be a whole number from 1, the copies to keep; if '
+                         'the colon belongs to the name, write it in quotes, and a regex between slashes: '
+                         '"%s" or /%s/.' % (one_line(text.replace('"', '\\"')), one_line(text)))
+    if not match:
+        raise ValueError(f'"{one_line(rest)}" behind the selector is not :N with N a whole number from 1.')
     if form in ("regex", "prefix-regex", "wildcard"):
         try:
             re.compile(fnmatch.translate(pattern) if form == "wildcard" else pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f'"{one_line(pattern)}" is no proper pattern: {error}.')
-    return Selector(method, form, pattern, keep, bare, text, setting.place)
-
-
-def _bare_selector(text: str, wildcards: str) -> Tuple[str, Tuple[str, str], bool]:
-    """Form, pattern and :N of a selector without quotes."""
-    pattern, colon, number = text.rpartition(":")
-    if not colon:
-        pattern, number = text, ""
-    elif not re.fullmatch(r"[0-9]+", number) or int(number) < 1:
-        raise ValueError('what follows the last ":" must be a whole number from 1, the copies to keep; if '
-                         'the colon belongs to the name, write it in quotes, and a regex between slashes: '
-                         '"%s" or /%s/.' % (one_line(text.replace('"', '\\"')), one_line(text)))
-    pattern = pattern.rstrip()
-    if not pattern:
-        raise ValueError("there is no name before the colon.")
-    rest = ":" + number if number else ""
-    if wildcards == "regex" and not re.fullmatch(r"[A-Za-z0-9_ -]+", pattern):
-        return "prefix-regex", (pattern, rest), True
-    if wildcards != "regex" and any(char in pattern for char in "*?["):
-        return "wildcard", (pattern, rest), True
-    return "name", (pattern, rest), True
-
-
-def _split_quoted(text: str) -> Tuple[str, str]:
-    """The name in double quotes with its escapes resolved, and what stands behind it."""
-    match = re.match(r'"((?:[^"\\]|\\["\\]|\\(?!["\\]))*)"', text, re.DOTALL)
-    if not match:
-        raise ValueError("the quote is not closed.")
-    name = re.sub(r'\\(["\\])', r"\1", match.group(1))
-    if not name:
-        raise ValueError("the name in the quotes is empty.")
-    return name, text[match.end():]
-
-
-def _split_slashes(text: str) -> Tuple[str, str]:
-    """The regex between slashes, and what stands behind it."""
-    end = text.rfind("/")
-    if end == 0:
-        raise ValueError("a regex stands between two slashes: /REGEX/.")
-    if end == 1:
-        raise ValueError("there is nothing between the slashes: /.*/ is every VM.")
-    return text[1:end], text[end + 1:]
-
-
-def _parse_keep(rest: str) -> Optional[int]:
-    """The number in `:N`, None if there is none; ValueError for anything else."""
-    if not rest:
-        return None
-    match = re.fullmatch(r"\s*:\s*([0-9]{1,9})", rest)
-    if not match or int(match.group(1)) < 1:
-        raise ValueError(f'"{one_line(rest)}" behind the selector is not :N with N a whole number from 1.')
-    return int(match.group(1))
+    return Selector(None if setting.name == "exclude" else Method(setting.name), form, pattern,
+                    int(match.group(2)) if match.group(2) else None, is_bare, text, setting.place)
 
 
 # --- the command line --------------------------------------------------------------
@@ -1246,12 +1175,12 @@ class Arguments(NamedTuple):
 def parse_arguments(words: Sequence[str]) -> Arguments:
     """The command line; UsageError with a sentence if it is wrong."""
     if len(words) < 2:
-        raise UsageError(f"TARGET is missing: a config file or a selector.\n\n{usage_text()}")
+        raise UsageError(f"TARGET is missing: a config file or a selector.\n\n{USAGE}")
     password, target = words[0], words[1]
     name, equals, _ = target.partition("=")
     if equals and name not in ("vm-export", "vdi-export") and (name in OPTION_NAMES or name == "vm"):
         raise UsageError(f"TARGET is missing before {one_line(target)}: a config file or a "
-                         f"selector.\n\n{usage_text()}")
+                         f"selector.\n\n{USAGE}")
     plain = [word for word in words[2:] if "=" not in word]
     action_word = plain.pop(0) if plain else "backup"
     if action_word not in ACTION_NAMES:
@@ -1303,13 +1232,11 @@ def _settings_and_parameters(words: Sequence[str], action: Action) -> Tuple[List
     return settings, given
 
 
-def usage_text() -> str:
-    """The usage lines."""
-    return "\n".join((
-        "usage: VmBackup.py PASSWORD TARGET [ACTION] [NAME=VALUE ...]",
-        "       VmBackup.py PASSWORD create-password-file=FILE",
-        "       VmBackup.py help [config | example | ACTION]",
-        "       VmBackup.py --version"))
+USAGE = """\
+usage: VmBackup.py PASSWORD TARGET [ACTION] [NAME=VALUE ...]
+       VmBackup.py PASSWORD create-password-file=FILE
+       VmBackup.py help [config | example | ACTION]
+       VmBackup.py --version"""
 
 
 # --- what the table says to people ------------------------------------------------
@@ -1317,15 +1244,9 @@ def usage_text() -> str:
 
 def option_values_text(option: Option) -> str:
     """The values that an option takes, in a few words."""
-    if option.kind == "bool":
-        return "yes or no"
-    if option.kind == "choice":
-        return ", ".join(option.choices)
-    if option.kind == "int":
-        return f"{int(option.minimum)} or more"
-    if option.kind == "percent":
-        return f"percent, {int(option.minimum)} to {int(option.maximum)}"
-    return {"selector": "SELECTOR", "path": "PATH", "pool": "ADDRESS", "fingerprint": "HEX",
+    return {"bool": "yes or no", "choice": ", ".join(option.choices), "int": f"{option.minimum} or more",
+            "percent": f"percent, {option.minimum} to {option.maximum}",
+            "selector": "SELECTOR", "path": "PATH", "pool": "ADDRESS", "fingerprint": "HEX",
             "address": "USER@HOST", "addresses": "USER@HOST, ...", "text": "TEXT"}[option.kind]
 
 
@@ -1339,15 +1260,12 @@ def option_default_text(option: Option) -> str:
 def option_help() -> str:
     """`help config`: every key with values, default and meaning, by section."""
     lines = ["Config file: key=value lines, UTF-8; # in the first column begins a comment.", ""]
-    section = None
-    for option in OPTIONS:
-        if option.section != section:
-            section = option.section
-            lines += [section, "-" * len(section)]
-        default = option_default_text(option)
-        lines.append("  %s=%s%s" % (option.name, option_values_text(option),
-                                    " [%s]" % default if default else ""))
-        lines.append("      " + option.help)
+    for section, options in itertools.groupby(OPTIONS, lambda option: option.section):
+        lines += [section, "-" * len(section)]
+        for option in options:
+            default = option_default_text(option)
+            lines += [f"  {option.name}={option_values_text(option)}{f' [{default}]' if default else ''}",
+                      f"      {option.help}"]
     return "\n".join(lines + ["", SELECTOR_HELP])
 
 
@@ -1365,25 +1283,19 @@ def example_text() -> str:
     """example.cfg: every key with its meaning, default or example, commented out where not needed."""
     lines = ["# VmBackup: example config. A line that begins with # is a comment.",
              "# Every key can stand on the command line too, as NAME=VALUE, and wins there."]
-    section = None
-    for option in OPTIONS:
-        if option.section != section:
-            section = option.section
-            lines += ["", f"# ---- {section} ----"]
-        lines += ["", "# " + option.help]
-        values = option_values_text(option)
-        default = option_default_text(option)
-        lines.append(f"# {values}{'; default: ' + default if default else ''}")
-        if option.name == "vm-export":
-            lines.append("vm-export=" + option.example)
-        else:
-            lines.append(f"#{option.name}={option.example or default}")
+    for section, options in itertools.groupby(OPTIONS, lambda option: option.section):
+        lines += ["", f"# ---- {section} ----"]
+        for option in options:
+            default = option_default_text(option)
+            lines += ["", f"# {option.help}",
+                      f"# {option_values_text(option)}{f'; default: {default}' if default else ''}",
+                      f"{'' if option.name == 'vm-export' else '#'}{option.name}={option.example or default}"]
     return "\n".join(lines) + "\n"
 
 
 def help_text() -> str:
     """`VmBackup.py help`."""
-    lines = [usage_text(), "",
+    lines = [USAGE, "",
              "PASSWORD  the pool's root password (visible to ps), the path of a password file, or - on a "
              "host as root",
              "TARGET    a config file, or a selector such as web, PROD* or vdi-export=db1",
@@ -1392,9 +1304,9 @@ def help_text() -> str:
     lines += [f"  {action.name:9} {action.help}" for action in ACTIONS]
     lines += ["", "A crontab line for every host of the pool:",
               "  10 0 * * 6 /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - "
-              "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/logs/VmBackup.log 2>&1", "", "Exit "
-              "statuses:"]
-    lines += [f"  {int(status):3}    {text}" for status, text in EXIT_STATUS_HELP]
+              "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/logs/VmBackup.log 2>&1", "",
+              "Exit statuses:"]
+    lines += [f"  {status.value:3}    {status.meaning}" for status in ExitStatus]
     lines += ["  128+N  stopped by signal N, after clean-up", "",
               "`help config` lists the config keys, `help example` prints an example config."]
     return "\n".join(lines)
@@ -1402,9 +1314,8 @@ def help_text() -> str:
 
 def action_help_text(action: Action) -> str:
     """`VmBackup.py help ACTION`."""
-    lines = [f"VmBackup.py PASSWORD TARGET {action.name}{' [VM]' if action.takes_vm else ''} [NAME=VALUE "
-             "...]",
-             "", action.help]
+    vm = " [VM]" if action.takes_vm else ""
+    lines = [f"VmBackup.py PASSWORD TARGET {action.name}{vm} [NAME=VALUE ...]", "", action.help]
     lines += [f"  {parameter.name}{'' if parameter.kind == 'word' else '='}  {parameter.help}"
               for parameter in action.parameters]
     return "\n".join(lines)
@@ -1463,24 +1374,15 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
     """The plan for that pool; every VM is in exactly one of jobs, excluded, provisional and unselected."""
     selectors = configuration.vm_export + configuration.vdi_export
     findings, missing = [], []                  # type: List[Finding], List[Tuple[Method, str]]
-    usable = []
-    for selector in selectors:
+    usable, excludes = [], []                   # type: List[Selector], List[Selector]
+    for selector in selectors + configuration.exclude:
         problem = _selector_problem(selector, inventory)
         if problem is None:
-            usable.append(selector)
+            (usable if selector.method else excludes).append(selector)
             continue
         findings.append(problem)
-        if problem.severity is Severity.ERROR:
+        if problem.severity is Severity.ERROR and selector.method:
             missing.append((selector.method, selector.pattern))
-    excludes = []
-    for selector in configuration.exclude:
-        problem = _quote_it(selector, inventory)
-        if problem is not None:                    # which VM is meant is open: then none is left out
-            findings.append(problem)
-            continue
-        excludes.append(selector)
-        if not any(selector.matches(machine) for machine in inventory.machines):
-            findings.append(Finding(Severity.WARNING, selector.line, "excludes no VM of the pool."))
     jobs, excluded, provisional, unselected = [], [], [], []
     for machine in inventory.machines:
         exclude = next((selector for selector in excludes if selector.matches(machine)), None)
@@ -1579,23 +1481,23 @@ def selects(selector: Selector, machine: VirtualMachine) -> bool:
 
 
 def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Finding]:
-    """Why the entry can't be used as it stands, or None. An ERROR entry chooses nothing."""
+    """Why the entry can't be used as it stands, or None: then it chooses nothing, and excludes nothing."""
     if selector.method is Method.VDI and () < inventory.master.product_version < OLDEST_VDI_EXPORT:
         return Finding(Severity.ERROR, selector.line, "vdi-export needs XenServer 6.5 or newer; this pool "
                        f"runs {'.'.join(map(str, inventory.master.product_version))}. Use vm-export.")
-    problem = _quote_it(selector, inventory)
-    if problem is not None:
-        return problem
-    names = {machine.name for machine in inventory.machines}
-    if any(selects(selector, machine) for machine in inventory.machines):
-        return None
+    if selector.bare and selector.keep and any(machine.name == selector.text
+                                               for machine in inventory.machines):
+        return Finding(Severity.ERROR, selector.line, "there is a VM named exactly "
+                       f"{quote_name(selector.text)}: write the name in quotes if it is meant.")
     found = [machine for machine in inventory.machines if selector.matches(machine)]
+    if selector.method is None:
+        return None if found else Finding(Severity.WARNING, selector.line, "excludes no VM of the pool.")
+    if any(selects(selector, machine) for machine in found):
+        return None
     if found:
         return Finding(Severity.ERROR if selector.is_literal else Severity.WARNING, selector.line, "is not "
                        f"backed up: {provisional_text(found[0])}")
-    hint = ""
-    if selector.bare and selector.form in ("name", "wildcard"):
-        hint = _regex_hint(selector, names)
+    hint = _regex_hint(selector, {machine.name for machine in inventory.machines})
     if selector.is_literal:
         return Finding(Severity.ERROR, selector.line, f"no VM of the pool {inventory.pool_title} bears this "
                        f"{'name' if selector.form == 'name' else 'uuid'}, so it is not being backed "
@@ -1609,29 +1511,18 @@ def provisional_text(machine: VirtualMachine) -> str:
             "give it another name.")
 
 
-def _quote_it(selector: Selector, inventory: Inventory) -> Optional[Finding]:
-    """The problem of `web:2` where a VM bears just that name, else None."""
-    if selector.bare and selector.keep and any(machine.name == selector.text
-                                               for machine in inventory.machines):
-        return Finding(Severity.ERROR, selector.line, "there is a VM named exactly "
-                       f"{quote_name(selector.text)}: write the name in quotes if it is meant.")
-    return None
-
-
 def _regex_hint(selector: Selector, names: Set[str]) -> str:
     """`did you mean` for a selector that matches nothing but would as a regex."""
-    if re.fullmatch(r"[A-Za-z0-9_ -]+", selector.pattern):
+    if not selector.bare or selector.form == "prefix-regex" or PLAIN_OLD_NAME.fullmatch(selector.pattern):
         return ""
     try:
-        matching = [name for name in names if re.match(selector.pattern, name)]
+        matching = counted(sum(1 for name in names if re.match(selector.pattern, name)), "VM")
     except (re.error, OverflowError, RecursionError):
         return ""
-    if not matching:
-        return ""
     wildcard = selector.pattern.replace(".*", "*")
-    return " As a regex it would match %s: did you mean %swildcards=regex?" % (
-        counted(len(matching), "VM"), wildcard + ", or " if wildcard != selector.pattern
-        else "/%s/, or " % selector.pattern)
+    meant = wildcard if wildcard != selector.pattern else f"/{wildcard}/"
+    return "" if matching == "0 VMs" else (
+        f" As a regex it would match {matching}: did you mean {meant}, or wildcards=regex?")
 
 
 def _duplicate_names(jobs: Sequence[Job]) -> List[Finding]:
@@ -11449,7 +11340,7 @@ def main(argv: Sequence[str]) -> int:
     words = [fs_text(word) for word in argv]
     try:
         if not words:
-            log.complain(usage_text())
+            log.complain(USAGE)
             return ExitStatus.USAGE
         text = asked_help(words)
         if text is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from support.shelf import write_copy
 from support.values import POOL_UUID, a_host, an_inventory, configured
-from VmBackup import (ACTIONS, EXIT_STATUS_HELP, OPTIONS, BackupError, Catalog, Clock, ConfigurationError, ExitStatus, Log,
+from VmBackup import (ACTIONS, OPTIONS, BackupError, Catalog, Clock, ConfigurationError, ExitStatus, Log,
                       Run, Services, UsageError, asked_help, chosen_vms, config_place, create_password_file, format_utc, is_config_path,
                       load_configuration, neighbour_text, parse_arguments, prune_one, read_password)
 
@@ -156,12 +156,12 @@ def test_a_config_that_asks_for_nothing_is_refused_together_with_its_other_probl
         configuration_of(tmp_path, 'backup_dir=STORE/missing\nmax_backups=0\n')
     text = str(caught.value)
     assert 'nothing to do' in text and 'weekend.cfg:2' in text and 'weekend.cfg:1' in text
-    assert configuration_of(tmp_path, 'backup_dir=STORE\npool_db_backup=1\n').has_work
+    assert configuration_of(tmp_path, 'backup_dir=STORE\npool_db_backup=1\n').pool_db_backup
 
 
 @pytest.mark.parametrize('action', [action for action in ACTIONS if not action.needs_work], ids=lambda action: action.name)
 def test_what_only_reads_the_store_needs_no_selector(tmp_path, action):
-    assert not configuration_of(tmp_path, 'backup_dir=STORE\n', action.name).has_work
+    assert configuration_of(tmp_path, 'backup_dir=STORE\n', action.name).vm_export == ()
 
 
 def test_one_selection_has_one_place_however_it_is_written(tmp_path, monkeypatch):
@@ -234,9 +234,8 @@ def test_the_help_tells_every_action_and_exit_status():
     text = asked_help(['help'])
     for action in ACTIONS:
         assert action.name in text and action.help in text
-    for status, sentence in EXIT_STATUS_HELP:
-        assert '%d    %s' % (status, sentence) in text
-    assert {status for status, _ in EXIT_STATUS_HELP} == set(ExitStatus)
+    for status in ExitStatus:
+        assert '%d    %s' % (status, status.meaning) in text
 
 
 def test_the_help_of_an_action_tells_its_parameters():

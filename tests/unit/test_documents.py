@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from VmBackup import (ACTIONS, EXIT_STATUS_HELP, OPTIONS, asked_help, example_text, option_default_text,
+from VmBackup import (ACTIONS, OPTIONS, ExitStatus, asked_help, example_text, option_default_text,
                       option_values_text)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -33,7 +33,7 @@ def test_readme_lists_no_key_that_does_not_exist():
 
 def test_readme_tells_every_exit_status_and_action():
     readme = text_of('README.md')
-    assert all('\n| %d |' % status in readme for status, _ in EXIT_STATUS_HELP)
+    assert all('\n| %d |' % status in readme for status in ExitStatus)
     assert all('`%s`' % action.name in readme for action in ACTIONS)
 
 
