@@ -3021,24 +3021,20 @@ class Pool:
         """The disk that a VBD record and its VDI record make."""
         vdi = Fields("its disk", record, problems)
         sr_ref = vdi.text("SR")
+        if sr_ref not in self._sr_uuids:
+            self._sr_uuids[sr_ref] = "" if sr_ref in ("", NULL_REF) else self.ask_if_there(
+                "reading an SR", "SR.get_uuid", sr_ref, missing="")
         disk = Disk(vbd.text("uuid"), vbd.text("userdevice"),
                     vbd.text("device") or device_name(vbd.text("userdevice")),
                     vbd.flag("bootable"), vbd.text("mode"), vbd.text("type"), vbd.flag("unpluggable"),
                     vbd.text("VDI"), vdi.text("uuid"), vdi.text("name_label"), vdi.text("name_description"),
                     vdi.number("virtual_size"),
                     vdi.text("type"), vdi.flag("sharable"), vdi.flag("read_only"), sr_ref,
-                    self._sr_uuid(sr_ref), vdi.text("snapshot_of"))
+                    self._sr_uuids[sr_ref], vdi.text("snapshot_of"))
         if not disk.sr_uuid:
             problems.append(f"its disk {disk.device} {quote_name(disk.name)} lies on an SR that is not in "
                             f"the pool ({quote_name(sr_ref)}): no snapshot can be made of it.")
         return disk
-
-    def _sr_uuid(self, ref: str) -> str:
-        """The SR's uuid, asked for once; "" if there is no such SR."""
-        if ref not in self._sr_uuids:
-            self._sr_uuids[ref] = "" if ref in ("", NULL_REF) else self.ask_if_there(
-                "reading an SR", "SR.get_uuid", ref, missing="")
-        return self._sr_uuids[ref]
 
     def machine(self, ref: str, doing: str, record: Optional[Dict[str, Any]] = None) -> VirtualMachine:
         """The VM, or snapshot, as it is now; ApiFailure HANDLE_INVALID if it is gone."""
@@ -3176,19 +3172,19 @@ def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname:
     return None
 
 
+MACHINE_FLAGS = ("is_a_template", "is_a_snapshot", "is_control_domain")
+
+
 def is_real_machine(record: Dict[str, Any]) -> bool:
     """Neither template, snapshot nor control domain. A snapshot whose is_a_template was cleared looks like a
     VM but for is_a_snapshot (ocaml/xapi/xapi_vm_clone.ml, v26.17.0)."""
-    return not any(record.get(field) is not False for field in ("is_a_template", "is_a_snapshot",
-                                                                "is_control_domain"))
+    return all(record.get(flag) is False for flag in MACHINE_FLAGS)
 
 
 def can_be_told_apart(record: Dict[str, Any]) -> bool:
     """Does the record say whether it is a real VM, and which?"""
-    return all(isinstance(record.get(field), bool) for field in ("is_a_template", "is_a_snapshot",
-                                                                 "is_control_domain")) \
-        and all(isinstance(record.get(field), str) for field in ("uuid",
-                                                                 "name_label")) and record["uuid"] != ""
+    return bool(record.get("uuid")) and all(isinstance(record.get(flag), bool) for flag in MACHINE_FLAGS) \
+        and all(isinstance(record.get(field), str) for field in ("uuid", "name_label"))
 
 
 def server_time_argument(at: datetime) -> Any:
@@ -3286,12 +3282,6 @@ def subject_header(text: str) -> Any:
     return text if is_plain else email.header.Header(text, "utf-8", header_name="Subject")
 
 
-def this_host() -> str:
-    """This host's full name; its plain one where the resolver only says localhost."""
-    name = socket.getfqdn()
-    return socket.gethostname() if name.split(".")[0] == "localhost" else name
-
-
 class Mailer:
     """Sends mail; what can't be sent goes into the outbox, and out with the next run's."""
 
@@ -3300,12 +3290,12 @@ class Mailer:
         self._services = services
         self._outbox = outbox
         self._recipients = tuple(collections.OrderedDict.fromkeys(settings.mail_to))
-        self._host = this_host()
+        name = socket.getfqdn()
+        # a resolver may only say localhost
+        self._host = socket.gethostname() if name.split(".")[0] == "localhost" else name
         self._sender = settings.mail_from or "root@" + self._host
         self._port = settings.smtp_port or SMTP_PORTS[settings.smtp_security]
         self._server_title = f"{settings.smtp_server}:{self._port}"
-        self._context = None               # type: Any
-        self._password = ""
 
     def send(self, subject: str, body: str) -> bool:
         """True if the mail is with the server for every recipient; those kept from earlier runs have followed
@@ -3368,10 +3358,6 @@ class Mailer:
 
     def _deliver(self, message: bytes, pauses_s: Tuple[int, ...]) -> Dict[str, Refusal]:
         """The recipients whose mail is not with the server after all tries, and why; none if all is well."""
-        try:
-            self._prepare()
-        except BackupError as error:
-            return {address: Refusal(str(error).rstrip("."), True) for address in self._recipients}
         refused = {}                       # type: Dict[str, Refusal]
         waiting = list(self._recipients)
         for pause_s in (0,) + pauses_s:
@@ -3387,94 +3373,89 @@ class Mailer:
                 break
         return refused
 
-    def _prepare(self) -> None:
-        """What the settings name is read; BackupError if it can't be used."""
-        import ssl
-        settings = self._services.settings
-        if settings.smtp_security != "none" and self._context is None:
-            try:
-                self._context = ssl.create_default_context(
-                    cafile=fs_path(settings.smtp_ca_file) if settings.smtp_ca_file else None)
-            except OSError as error:
-                raise BackupError(f"smtp_ca_file {settings.smtp_ca_file} can't be used: {os_reason(error)}")
-        if settings.smtp_user and not self._password:
-            self._password = read_smtp_password(settings.smtp_password_file)
-
     def _try_once(self, recipients: Sequence[str], message: bytes) -> Dict[str, Refusal]:
         """The recipients whose mail is not with the server after one try, and why."""
-        import smtplib
-        talk = SmtpTalk(self._services.settings, self._port, self._host, self._context, self._password)
         try:
-            answers = within(MAIL_TRY_LIMIT_S, "the mail", lambda: talk.hand_over(
+            talk = SmtpTalk(self._services.settings, self._port, self._host)
+        except BackupError as error:
+            return dict.fromkeys(recipients, Refusal(str(error).rstrip("."), True))
+        try:
+            refused = within(MAIL_TRY_LIMIT_S, "the mail", lambda: talk.hand_over(
                 self._sender, list(recipients), message), self._services.signals.check)
         except StorageStalled:             # it is the mail server that hangs
             talk.break_off()
-            reason = f"it had not taken the mail after {format_duration(MAIL_TRY_LIMIT_S)}"
-            return {address: Refusal(reason, False) for address in recipients}
-        except (OSError, smtplib.SMTPException, ValueError) as error:
-            is_final = is_final_refusal(error)
-            refusal = Refusal(self._struck_out(smtp_reason(error)), is_final,
-                              is_final and isinstance(error, smtplib.SMTPDataError))
-            return {address: refusal for address in recipients}
+            return dict.fromkeys(recipients, Refusal(
+                f"it had not taken the mail after {format_duration(MAIL_TRY_LIMIT_S)}", False))
         with contextlib.suppress(StorageStalled):      # the mail is taken, or is not, already
             within(MAIL_GOODBYE_S, "the good-bye", talk.leave)
-        return {address: Refusal(self._struck_out(answer_text(code, text)), code >= 500, code >= 500)
-                for address, (code, text) in answers.items()}
-
-    def _struck_out(self, text: str) -> str:
-        """The text without the password, which a server may repeat as it was sent."""
-        raw = self._password.encode("utf-8", "surrogateescape")
-        for secret in (base64.b64encode(f"\0{self._services.settings.smtp_user}\0".encode("utf-8") + raw),
-                       base64.b64encode(raw), raw) if raw else ():
-            text = text.replace(secret.decode("utf-8", "surrogateescape"), "***")
-        return text
+        return refused
 
 
 class SmtpTalk:
     """One conversation with the mail server. Threads of their own hold it, so that neither a resolver that
     hangs nor a server that sends a byte a minute can make it longer."""
 
-    def __init__(self, settings: Configuration, port: int, host: str, context: Any,
-                 password: str) -> None:
+    def __init__(self, settings: Configuration, port: int, host: str) -> None:
+        """What the settings name is read; BackupError if it can't be used."""
         self._settings = settings
         self._port = port
         self._host = host
-        self._context = context
-        self._password = password
-        self._is_over = False
+        self._context = None               # type: Any
+        self._password = ""
         self._server = None                # type: Any
+        self._is_over = False
+        if settings.smtp_security != "none":
+            import ssl
+            try:
+                self._context = ssl.create_default_context(
+                    cafile=fs_path(settings.smtp_ca_file) if settings.smtp_ca_file else None)
+            except OSError as error:
+                raise BackupError(f"smtp_ca_file {settings.smtp_ca_file} can't be used: {os_reason(error)}")
+        if settings.smtp_user:
+            self._password = read_smtp_password(settings.smtp_password_file)
 
-    def hand_over(self, sender: str, recipients: List[str], message: bytes) -> Dict[str, Tuple[int, bytes]]:
-        """The server has the mail, but for the recipients that it refused with these words; raises what ended
-        it."""
+    def hand_over(self, sender: str, recipients: List[str], message: bytes) -> Dict[str, Refusal]:
+        """The server has the mail, but for these recipients, and why."""
         import smtplib
+        settings = self._settings
         limit_s = 2 * MAIL_TRY_LIMIT_S     # the one who waits has the shorter limit
-        if self._settings.smtp_security == "tls":
-            server = smtplib.SMTP_SSL(self._settings.smtp_server, self._port, self._host, timeout=limit_s,
-                                      context=self._context)
-        else:
-            server = smtplib.SMTP(self._settings.smtp_server, self._port, self._host, timeout=limit_s)
-        self._server = server
         try:
+            if settings.smtp_security == "tls":
+                self._server = smtplib.SMTP_SSL(settings.smtp_server, self._port, self._host, timeout=limit_s,
+                                                context=self._context)
+            else:
+                self._server = smtplib.SMTP(settings.smtp_server, self._port, self._host, timeout=limit_s)
             if self._is_over:
                 raise smtplib.SMTPServerDisconnected("it came too late")
-            if self._settings.smtp_security == "starttls":
-                server.starttls(context=self._context)
+            if settings.smtp_security == "starttls":
+                self._server.starttls(context=self._context)
             if self._password:
-                server.login(self._settings.smtp_user, self._password)
-            return server.sendmail(sender, recipients, message)
+                self._server.login(settings.smtp_user, self._password)
+            answers = self._server.sendmail(sender, recipients, message)
         except smtplib.SMTPRecipientsRefused as error:
-            return error.recipients
-        except Exception:              # raised on: only the connection is ours to close
-            server.close()
-            raise
+            answers = error.recipients
+        except (OSError, ValueError) as error:
+            if self._server is not None:
+                self._server.close()
+            refusal = refusal_of(error)
+            return dict.fromkeys(recipients, refusal._replace(reason=self._struck_out(refusal.reason)))
+        return {address: Refusal(self._struck_out(answer_text(code, text)), code >= 500, code >= 500)
+                for address, (code, text) in answers.items()}
+
+    def _struck_out(self, text: str) -> str:
+        """The text without the password, which a server may repeat as it was sent."""
+        raw = self._password.encode("utf-8", "surrogateescape")
+        for secret in (base64.b64encode(f"\0{self._settings.smtp_user}\0".encode("utf-8") + raw),
+                       base64.b64encode(raw), raw) if raw else ():
+            text = text.replace(secret.decode("utf-8", "surrogateescape"), "***")
+        return text
 
     def leave(self) -> None:
         """The conversation is over, with a good-bye if the server listens."""
-        import smtplib
-        with contextlib.suppress(OSError, smtplib.SMTPException):
-            self._server.quit()
-        self._server.close()
+        if self._server is not None:
+            with contextlib.suppress(OSError):
+                self._server.quit()
+            self._server.close()
 
     def break_off(self) -> None:
         """The conversation ends where it is, from another thread."""
@@ -3483,36 +3464,30 @@ class SmtpTalk:
             self._server.sock.shutdown(socket.SHUT_RDWR)
 
 
-def is_final_refusal(error: Exception) -> bool:
-    """Is another try useless: a no for good (5xx), a certificate, something the server can't do, a wrong
-    setting?"""
-    import smtplib
-    if isinstance(error, smtplib.SMTPResponseException):
-        return error.smtp_code >= 500
-    return isinstance(error, (smtplib.SMTPNotSupportedError, ValueError)) or is_certificate_refusal(error)
-
-
-def smtp_reason(error: Exception) -> str:
-    """Why a mail was not sent, in words; never what we sent."""
+def refusal_of(error: Exception) -> Refusal:
+    """Why a mail was not sent, in words; never what we sent. Another try is useless after a no for good
+    (5xx), a certificate, something the server can't do, a wrong setting."""
     import smtplib
     import ssl
-    if isinstance(error, smtplib.SMTPAuthenticationError):
-        return (f"the login was refused: {answer_text(error.smtp_code, error.smtp_error)}; look at smtp_user "
-                f"and smtp_password_file")
     if isinstance(error, smtplib.SMTPResponseException):
-        return answer_text(error.smtp_code, error.smtp_error)
+        reason, is_final = answer_text(error.smtp_code, error.smtp_error), error.smtp_code >= 500
+        if isinstance(error, smtplib.SMTPAuthenticationError):
+            reason = f"the login was refused: {reason}; look at smtp_user and smtp_password_file"
+        return Refusal(reason, is_final, is_final and isinstance(error, smtplib.SMTPDataError))
     if isinstance(error, smtplib.SMTPServerDisconnected):
-        return "it closed the connection before it had taken the mail"
+        return Refusal("it closed the connection before it had taken the mail", False)
     if is_certificate_refusal(error):
         reason = getattr(error, "verify_message", "") or one_line(str(error))
-        return (f"its certificate was not accepted ({reason}): smtp_ca_file must hold the CA that signed it, "
-                f"and smtp_server the name that it is made out to")
+        return Refusal(f"its certificate was not accepted ({reason}): smtp_ca_file must hold the CA that "
+                       "signed it, and smtp_server the name that it is made out to", True)
     if isinstance(error, ssl.SSLError):
-        return f"no TLS: {one_line(error.reason or str(error))}; is smtp_security right for this port?"
+        return Refusal(f"no TLS: {one_line(error.reason or str(error))}; is smtp_security right for this "
+                       "port?", False)
     if isinstance(error, UnicodeError):
-        return ("an address, a name or the password holds characters other than ASCII, which mail servers "
-                "do not all take")
-    return one_line(os_reason(error)).rstrip(".")
+        return Refusal("an address, a name or the password holds characters other than ASCII, which mail "
+                       "servers do not all take", True)
+    return Refusal(one_line(os_reason(error)).rstrip("."),
+                   isinstance(error, (smtplib.SMTPNotSupportedError, ValueError)))
 
 
 def answer_text(code: int, text: Union[bytes, str]) -> str:
