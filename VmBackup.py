@@ -49,7 +49,7 @@ The sections below stand in reading order; each uses only those above it.
 
 Where do I change what?
 
-    a config key, a parameter       a row of OPTIONS or ACTIONS (5); help, example.cfg and parser follow
+    a config key, a parameter       a row of OPTION_GROUPS or ACTIONS (5); help, example.cfg, parser follow
     which copies stay               judge (7); whose a copy is: as_seen_by (7); is it good: Copy (7)
     what the server answers         Pool (11); what to do about it: FAILURE_ADVICE (2)
     a format of images              a check beside check_xva and check_vhd (15)
@@ -696,18 +696,18 @@ def fs_text(path: str) -> str:
 # 5. Settings
 # =============================================================================
 # From text to one checked value, all problems at once, each with its place.
-# OPTIONS declares every key once: the parser, `help config`, example.cfg and
+# OPTION_GROUPS declares every key once: the parser, `help config`, example.cfg and
 # README's table come from it. Pure: files are read by the commands.
 
 
 class Option(NamedTuple):
-    """A config key. `kind` is one of: bool, int, percent, choice, text, path, pool, fingerprint, address,
-    addresses, selector. `decides`: which copies arise and stay depends on it, so that it is part of what a
-    config is."""
+    """A config key, or a parameter of an action. `kind` is one of: bool, int, percent, choice, text, path,
+    pool, fingerprint, address, addresses, selector; of parameters minutes, too, and word, of which the bare
+    name will do. `decides`: which copies arise and stay depends on it, so that it is part of what a config
+    is."""
     name: str
     kind: str
     default: Any
-    section: str
     help: str
     choices: Tuple[str, ...] = ()
     minimum: int = 0
@@ -721,84 +721,75 @@ class Option(NamedTuple):
         return self.name.replace("-", "_")
 
 
-OPTIONS = (
-    Option("vm-export", "selector", (), "What to back up",
-           "Selects VMs for a full backup (repeatable).", example='PROD*', decides=True),
-    Option("vdi-export", "selector", (), "What to back up",
-           "Selects VMs of which only Disk 0, the OS disk, is backed up (repeatable).",
-           example='"File server 1":2', decides=True),
-    Option("exclude", "selector", (), "What to back up",
-           "Leaves VMs out, whatever selects them (repeatable, anywhere in the file).", example='*-test',
-           decides=True),
-    Option("pool_db_backup", "bool", False, "What to back up",
-           "Dumps the pool database into METADATA_<host> at the start of the run.", decides=True),
-    Option("wildcards", "choice", "shell", "What to back up",
-           "Reads bare selectors as shell wildcards, or as the regexes of versions 3.1 to 3.25.",
-           choices=("shell", "regex")),
-    Option("backup_dir", "path", "/snapshots/BACKUPS", "Where to",
-           "Names the directory that holds all backups: it must exist and be writable.", decides=True),
-    Option("require_mount", "choice", "auto", "Where to",
-           "Refuses a backup_dir on the root file system or in memory: always (yes), never (no), or on a "
-           "host of a pool only (auto).",
-           choices=("auto", "yes", "no")),
-    Option("status_log", "path", "/snapshots/NAUbackup/status.log", "Where to",
-           "Names the file that gets the status lines; a backup never fails for it."),
-    Option("max_backups", "int", 4, "How many to keep",
-           "Keeps so many good copies of each VM and kind, where a selector gives no :N.", minimum=1,
-           decides=True),
-    Option("pre_clean", "bool", False, "How many to keep",
-           "Frees space before the export: down to one copy fewer, never the last good one.", decides=True),
-    Option("vdi_export_format", "choice", "raw", "How",
-           "Chooses the format of vdi-export images.", choices=("raw", "vhd"), decides=True),
-    Option("compress", "choice", "none", "How",
-           "Compresses the images on this host: gzip (or True), zstd, none (or False).",
-           choices=("none", "gzip", "zstd"), decides=True),
-    Option("verify_after", "bool", False, "How",
-           "Reads each image back from storage and compares it before the copy counts."),
-    Option("min_sr_free", "percent", 5, "How",
-           "Makes no snapshot, and gives a running export up, while less than so many percent of an SR are "
-           "free.",
-           maximum=90),
-    Option("lock_wait", "int", 10, "How",
-           "Waits so many minutes for a run of another config that is busy with the same VM.", maximum=1440),
-    Option("stall_timeout", "int", 15, "How",
-           "Gives an export up after so many minutes without a sign of life.", minimum=1, maximum=1440),
-    Option("ignore_extra_keys", "bool", False, "How",
-           "Makes an unknown key in this file a warning instead of an error."),
-    Option("mail_to", "addresses", (), "Mail",
-           "Mails a report of each run to these addresses, separated by commas.",
-           example="admins@example.org"),
-    Option("mail_when", "choice", "always", "Mail",
-           "Sends the mail always, or only when there are problems, or never.",
-           choices=("always", "problems", "never")),
-    Option("mail_from", "address", "", "Mail",
-           "Names the sender; without it, root@ and this host's full name.", example="backup@example.org"),
-    Option("smtp_server", "text", "localhost", "Mail", "Names the mail server."),
-    Option("smtp_port", "int", 0, "Mail",
-           "Names its port; 0 stands for 25, or 587 with starttls, or 465 with tls.", maximum=65535),
-    Option("smtp_security", "choice", "none", "Mail",
-           "Encrypts the way to the mail server, whose certificate is then checked.",
-           choices=("none", "starttls", "tls")),
-    Option("smtp_ca_file", "path", "", "Mail",
-           "Checks the mail server's certificate against this file of CA certificates.",
-           example="/etc/ssl/mail.pem"),
-    Option("smtp_user", "text", "", "Mail", "Logs in to the mail server as this user.", example="backup"),
-    Option("smtp_password_file", "path", "", "Mail",
-           "Names the file with that user's password; only its owner may be able to read it.",
-           example="/root/smtp.password"),
-    Option("pool", "pool", None, "Which pool",
-           "Names another pool's master, HOST[:PORT] or http(s)://HOST[:PORT]; without it, this host's pool.",
-           example="xcp1.example.org"),
-    Option("ca_file", "path", "", "Which pool",
-           "Checks the pool's TLS certificate against this file of CA certificates.",
-           example="/etc/ssl/pool.pem"),
-    Option("ca_fingerprint", "fingerprint", "", "Which pool",
-           "Accepts only the pool's TLS certificate with this SHA-256 fingerprint.",
-           example=":".join(["AB"] * 32)),
-    Option("xe_path", "path", "", "Which pool",
-           "Names the xe program; without it, xe on the PATH, else " + XE_FALLBACK + ".",
-           example="/usr/bin/xe"),
+OPTION_GROUPS = (
+    ("What to back up", (
+        Option("vm-export", "selector", (), "Selects VMs for a full backup (repeatable).", example="PROD*",
+               decides=True),
+        Option("vdi-export", "selector", (), "Selects VMs of which only Disk 0, the OS disk, is backed up "
+               "(repeatable).", example='"File server 1":2', decides=True),
+        Option("exclude", "selector", (), "Leaves VMs out, whatever selects them (repeatable, anywhere in "
+               "the file).", example="*-test", decides=True),
+        Option("pool_db_backup", "bool", False, "Dumps the pool database into METADATA_<host> at the start "
+               "of the run.", decides=True),
+        Option("wildcards", "choice", "shell", "Reads bare selectors as shell wildcards, or as the regexes "
+               "of versions 3.1 to 3.25.", choices=("shell", "regex")))),
+    ("Where to", (
+        Option("backup_dir", "path", "/snapshots/BACKUPS", "Names the directory that holds all backups: it "
+               "must exist and be writable.", decides=True),
+        Option("require_mount", "choice", "auto", "Refuses a backup_dir on the root file system or in "
+               "memory: always (yes), never (no), or on a host of a pool only (auto).",
+               choices=("auto", "yes", "no")),
+        Option("status_log", "path", "/snapshots/NAUbackup/status.log", "Names the file that gets the status "
+               "lines; a backup never fails for it."))),
+    ("How many to keep", (
+        Option("max_backups", "int", 4, "Keeps so many good copies of each VM and kind, where a selector "
+               "gives no :N.", minimum=1, decides=True),
+        Option("pre_clean", "bool", False, "Frees space before the export: down to one copy fewer, never the "
+               "last good one.", decides=True))),
+    ("How", (
+        Option("vdi_export_format", "choice", "raw", "Chooses the format of vdi-export images.",
+               choices=("raw", "vhd"), decides=True),
+        Option("compress", "choice", "none", "Compresses the images on this host: gzip (or True), zstd, none "
+               "(or False).", choices=("none", "gzip", "zstd"), decides=True),
+        Option("verify_after", "bool", False, "Reads each image back from storage and compares it before the "
+               "copy counts."),
+        Option("min_sr_free", "percent", 5, "Makes no snapshot, and gives a running export up, while less "
+               "than so many percent of an SR are free.", maximum=90),
+        Option("lock_wait", "int", 10, "Waits so many minutes for a run of another config that is busy with "
+               "the same VM.", maximum=1440),
+        Option("stall_timeout", "int", 15, "Gives an export up after so many minutes without a sign of life.",
+               minimum=1, maximum=1440),
+        Option("ignore_extra_keys", "bool", False, "Makes an unknown key in this file a warning instead of "
+               "an error."))),
+    ("Mail", (
+        Option("mail_to", "addresses", (), "Mails a report of each run to these addresses, separated by "
+               "commas.", example="admins@example.org"),
+        Option("mail_when", "choice", "always", "Sends the mail always, or only when there are problems, or "
+               "never.", choices=("always", "problems", "never")),
+        Option("mail_from", "address", "", "Names the sender; without it, root@ and this host's full name.",
+               example="backup@example.org"),
+        Option("smtp_server", "text", "localhost", "Names the mail server."),
+        Option("smtp_port", "int", 0, "Names its port; 0 stands for 25, or 587 with starttls, or 465 with "
+               "tls.", maximum=65535),
+        Option("smtp_security", "choice", "none", "Encrypts the way to the mail server, whose certificate is "
+               "then checked.", choices=("none", "starttls", "tls")),
+        Option("smtp_ca_file", "path", "", "Checks the mail server's certificate against this file of CA "
+               "certificates.", example="/etc/ssl/mail.pem"),
+        Option("smtp_user", "text", "", "Logs in to the mail server as this user.", example="backup"),
+        Option("smtp_password_file", "path", "", "Names the file with that user's password; only its owner "
+               "may be able to read it.", example="/root/smtp.password"))),
+    ("Which pool", (
+        Option("pool", "pool", None, "Names another pool's master, HOST[:PORT] or http(s)://HOST[:PORT]; "
+               "without it, this host's pool.", example="xcp1.example.org"),
+        Option("ca_file", "path", "", "Checks the pool's TLS certificate against this file of CA "
+               "certificates.", example="/etc/ssl/pool.pem"),
+        Option("ca_fingerprint", "fingerprint", "", "Accepts only the pool's TLS certificate with this "
+               "SHA-256 fingerprint.", example=":".join(["AB"] * 32)),
+        Option("xe_path", "path", "",
+               f"Names the xe program; without it, xe on the PATH, else {XE_FALLBACK}.",
+               example="/usr/bin/xe")))
 )
+OPTIONS = tuple(row for group in OPTION_GROUPS for row in group[1])
 OPTION_NAMES = tuple(option.name for option in OPTIONS)
 BOOT_MINUTES = 5                  # what boot=yes means: a guest's tools are up by then, or something is wrong
 TRUE_WORDS = ("true", "yes", "1")
@@ -1098,64 +1089,55 @@ class Action(NamedTuple):
     parameters: Tuple[Option, ...]
 
 
-def parameter(name: str, kind: str, help: str, default: Any = "", choices: Tuple[str, ...] = ()) -> Option:
-    """A NAME=VALUE that belongs to one action; of kind `word`, its bare name will do."""
-    return Option(name, kind, default, "", help, choices, minimum=1)
-
-
 ACTIONS = (
     Action("backup", "Backs up what the config selects (the default).", False, True, True, (
-        parameter("force", "bool", "yes: run even if another host of the pool has just run this config.",
-                  False),)),
-    Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.",
-           False, True, False, ()),
+        Option("force", "bool", False, "yes: run even if another host of the pool has just run this "
+               "config."),)),
+    Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.", False,
+           True, False, ()),
     Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.",
            True, False, False, (
-               parameter("from", "text", "latest: the newest copy of each VM; or the stamp of one copy."),
-               parameter("max_time", "int", "Stops after so many minutes; the next run goes on with what was "
-                         "longest not verified.", 0))),
+        Option("from", "text", "", "latest: the newest copy of each VM; or the stamp of one copy."),
+        Option("max_time", "int", 0, "Stops after so many minutes; the next run goes on with what was "
+               "longest not verified.", minimum=1))),
     Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.",
-           True, False, False, (parameter("format", "choice", "text or json.", "text", ("text", "json")),)),
+           True, False, False, (
+        Option("format", "choice", "text", "text or json.", choices=("text", "json")),)),
     Action("restore", "Brings a VM back from a copy, as a new VM; with the word preview it only shows what "
            "would be made.", True, False, True, (
-               parameter("from", "text", "latest: the newest good copy (the default); a stamp; or the path "
-                         "of an image or of a copy's directory, for which no store is needed.", "latest"),
-               parameter("to", "text", "The name of the new VM; without it, the VM's own, or NAME (restored "
-                         "DATE) if that is taken."),
-               parameter("sr", "text", "Puts all disks on this SR (name or uuid); without it, each goes "
-                         "where it came from."),
-               parameter("network", "text", "Puts all interfaces on this network (name or uuid); without it, "
-                         "each on the one of its network's name."),
-               parameter("preserve", "bool", "yes: keeps the VM's uuid and MAC addresses; refused while they "
-                         "are in use.", False),
-               parameter("attach_existing_disks", "bool", "yes: attaches those disks that the copy lacks, "
-                         "where they are in the pool and on no VM.", False),
-               parameter("start", "bool", "yes: starts the VM when all is proven.", False),
-               parameter("verify_first", "bool", "yes: reads the whole copy once before anything is made.",
-                         False),
-               parameter("force", "bool", "yes: takes a copy that is not good, and keeps what a damaged one "
-                         "gave.",
-                         False))),
+        Option("from", "text", "latest", "latest: the newest good copy (the default); a stamp; or the path "
+               "of an image or of a copy's directory, for which no store is needed."),
+        Option("to", "text", "", "The name of the new VM; without it, the VM's own, or NAME (restored DATE) "
+               "if that is taken."),
+        Option("sr", "text", "", "Puts all disks on this SR (name or uuid); without it, each goes where it "
+               "came from."),
+        Option("network", "text", "", "Puts all interfaces on this network (name or uuid); without it, each "
+               "on the one of its network's name."),
+        Option("preserve", "bool", False, "yes: keeps the VM's uuid and MAC addresses; refused while they "
+               "are in use."),
+        Option("attach_existing_disks", "bool", False, "yes: attaches those disks that the copy lacks, where "
+               "they are in the pool and on no VM."),
+        Option("start", "bool", False, "yes: starts the VM when all is proven."),
+        Option("verify_first", "bool", False, "yes: reads the whole copy once before anything is made."),
+        Option("force", "bool", False, "yes: takes a copy that is not good, and keeps what a damaged one "
+               "gave."))),
     Action("extract", "Writes a disk of a copy into a sparse raw image; needs no pool, no password, no xe.",
            True, False, False, (
-               parameter("disk", "text", "Which disk: device (xvda), userdevice (0), uuid or name; needed if "
-                         "there are several."),
-               parameter("to", "text", "The file to write, which must not exist."),
-               parameter("from", "text", "latest (the default), a stamp, or a path, as with restore.",
-                         "latest"),
-               parameter("metadata", "word", "Writes the VM's metadata (ova.xml) instead of a disk, to "
-                         "stdout unless to= is given.", False))),
+        Option("disk", "text", "", "Which disk: device (xvda), userdevice (0), uuid or name; needed if there "
+               "are several."),
+        Option("to", "text", "", "The file to write, which must not exist."),
+        Option("from", "text", "latest", "latest (the default), a stamp, or a path, as with restore."),
+        Option("metadata", "word", False, "Writes the VM's metadata (ova.xml) instead of a disk, to stdout "
+               "unless to= is given."))),
     Action("drill", "Imports copies for a while, compares their disks, and removes everything again. VM: a "
            "VM, or newest-of-each.", True, False, True, (
-               parameter("sample", "int", "Takes so many VMs, those that were longest not drilled.", 0),
-               parameter("sr", "text", "Puts all disks on this SR; without it, each goes where it came "
-                         "from."),
-               parameter("boot", "minutes", "yes: boots the VM, without network, and waits up to 5 minutes "
-                         "for its tools; or so many minutes.", 0.0))),
+        Option("sample", "int", 0, "Takes so many VMs, those that were longest not drilled.", minimum=1),
+        Option("sr", "text", "", "Puts all disks on this SR; without it, each goes where it came from."),
+        Option("boot", "minutes", 0.0, "yes: boots the VM, without network, and waits up to 5 minutes for "
+               "its tools; or so many minutes."))),
     Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
     Action("prune", "Applies retention without a backup and without a pool; with the word preview it only "
-           "shows.",
-           True, False, True, ()),
+           "shows.", True, False, True, ()),
 )
 ACTION_NAMES = tuple(action.name for action in ACTIONS)
 
@@ -1260,7 +1242,7 @@ def option_default_text(option: Option) -> str:
 def option_help() -> str:
     """`help config`: every key with values, default and meaning, by section."""
     lines = ["Config file: key=value lines, UTF-8; # in the first column begins a comment.", ""]
-    for section, options in itertools.groupby(OPTIONS, lambda option: option.section):
+    for section, options in OPTION_GROUPS:
         lines += [section, "-" * len(section)]
         for option in options:
             default = option_default_text(option)
@@ -1283,7 +1265,7 @@ def example_text() -> str:
     """example.cfg: every key with its meaning, default or example, commented out where not needed."""
     lines = ["# VmBackup: example config. A line that begins with # is a comment.",
              "# Every key can stand on the command line too, as NAME=VALUE, and wins there."]
-    for section, options in itertools.groupby(OPTIONS, lambda option: option.section):
+    for section, options in OPTION_GROUPS:
         lines += ["", f"# ---- {section} ----"]
         for option in options:
             default = option_default_text(option)
