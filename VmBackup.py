@@ -369,7 +369,6 @@ class StorageRepository(NamedTuple):
     ref: str
     uuid: str
     name: str
-    content_type: str
     physical_size: int
     physical_utilisation: int
 
@@ -1463,7 +1462,7 @@ def selects(selector: Selector, machine: VirtualMachine) -> bool:
 
 
 def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Finding]:
-    """Why the entry can't be used as it stands, or None: then it chooses nothing, and excludes nothing."""
+    """Why the entry, as it stands, chooses or excludes nothing; None if it does."""
     if selector.method is Method.VDI and () < inventory.master.product_version < OLDEST_VDI_EXPORT:
         return Finding(Severity.ERROR, selector.line, "vdi-export needs XenServer 6.5 or newer; this pool "
                        f"runs {'.'.join(map(str, inventory.master.product_version))}. Use vm-export.")
@@ -1637,26 +1636,27 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
     going = {copy.name: position for position, copy in enumerate(counted_ones[:-keep], 1)}
     verdicts = []
     for copy in ordered:
+        goes = False
         if not copy.is_good:
-            verdicts.append(Verdict(copy, True, "not a good copy, so neither counted nor removed: "
-                                                f"{copy.trouble}"))
+            reason = f"not a good copy, so neither counted nor removed: {copy.trouble}"
         elif copy.aside:
-            verdicts.append(Verdict(copy, True, copy.aside))
+            reason = copy.aside
         elif copy.uuid != uuid:
-            verdicts.append(Verdict(copy, True, f"belongs to another VM ({copy.uuid or 'uuid unknown'})"))
+            reason = f"belongs to another VM ({copy.uuid or 'uuid unknown'})"
         elif copy.method is not method:
-            verdicts.append(Verdict(copy, True, "of the other kind"))
+            reason = "of the other kind"
         elif copy.name not in going:
-            verdicts.append(Verdict(copy, True, f"one of the newest {keep}"))
+            reason = f"one of the newest {keep}"
         elif unknown:
             why = "was made by a newer VmBackup" if unknown.is_newer else "can't be read now"
-            verdicts.append(Verdict(copy, True, f"{unknown.name} {why}, so nothing here is removed"))
+            reason = f"{unknown.name} {why}, so nothing here is removed"
         elif copy.name in last_made:
-            verdicts.append(Verdict(
-                copy, True, "the last one made, whatever stamps copies of the older program bear"))
+            reason = "the last one made, whatever stamps copies of the older program bear"
         else:
+            goes = True
             newer = counted(len(counted_ones) - going[copy.name], "good copy", "is")
-            verdicts.append(Verdict(copy, False, f"{newer} newer, and {counted(keep, verb='is')} kept"))
+            reason = f"{newer} newer, and {counted(keep, verb='is')} kept"
+        verdicts.append(Verdict(copy, not goes, reason))
     return verdicts
 
 
@@ -3068,7 +3068,7 @@ class Pool:
         for ref in sorted(set(refs)):
             record = Fields("an SR", read("reading an SR", "SR.get_record", ref), [])
             found.append(StorageRepository(ref, record.text("uuid"), record.text("name_label"),
-                                           record.text("content_type"), record.number("physical_size"),
+                                           record.number("physical_size"),
                                            record.number("physical_utilisation")))
         return found
 
