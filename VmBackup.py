@@ -6482,6 +6482,7 @@ class Owned:
         self._entry = entry
         self._facts = entry.facts
         self._tell = tell
+        self._is_of_this_run = entry.journal is services.journal
         self._told_drives = set()          # type: Set[str]
 
     def tell_left(self, what: str, by_hand: Sequence[str] = ()) -> None:
@@ -6499,11 +6500,6 @@ class Owned:
     def _key(self) -> str:
         """The key in other_config that what we make bears."""
         return KEY_PREFIX + self._facts["token"]
-
-    @property
-    def _is_of_this_run(self) -> bool:
-        """Did this run open the entry?"""
-        return self._entry in self._services.journal.entries
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """The pool's answer."""
@@ -6659,14 +6655,10 @@ class Snapshot(Owned):
             found = self._find()
             if len(found) == 1:
                 return found[0]
-            if not at_work:
-                if not self._facts.get("seen_idle"):
-                    self._entry.note(seen_idle=True)
-                if time.monotonic() > quiet_until:
-                    return None
-            if not has_time:
+            if not at_work and not self._facts.get("seen_idle"):
+                self._entry.note(seen_idle=True)
+            if not has_time or not at_work and time.monotonic() > quiet_until:
                 return None
-        return None
 
     def _is_being_made(self) -> bool:
         """Is a snapshot of the original being made now?"""
@@ -6699,9 +6691,8 @@ class VmSnapshot(Snapshot):
 
     def _find(self) -> List[str]:
         known = self._ref("VM", self._facts.get("uuid", ""))
-        refs = ([known] if known else []) + [
-            ref for ref in self._ask("VM.get_by_name_label", self._facts["name"]) if ref != known]
-        return [ref for ref in refs if self._ask_if_there("VM.get_is_a_snapshot", ref)]
+        refs = [known, *self._ask("VM.get_by_name_label", self._facts["name"])]
+        return [ref for ref in dict.fromkeys(refs) if ref and self._ask_if_there("VM.get_is_a_snapshot", ref)]
 
     def remove(self) -> None:
         """Disks first, the VM snapshot last: VM.destroy leaves disks behind that tell not whose they are."""
@@ -6772,16 +6763,14 @@ class DiskSnapshot(Snapshot):
         SR can have copied it; a dead run's may have stood for days, for any copy of the disk.
         """
         disk = self._ref("VDI", self._facts["disk"])
-        records = {}                       # type: Dict[str, Dict[str, Any]]
-        if disk is None or not self._is_of_this_run:
+        record = self._ask_if_there("VDI.get_record", disk) if disk and self._is_of_this_run else None
+        if record is None:
             records = self._ask("VDI.get_all_records")
         else:
-            record = self._ask_if_there("VDI.get_record", disk)
-            if record is not None:
-                is_clean = "calling_at" not in self._facts or "uuid" in self._facts
-                field, value = ("snapshot_of", disk) if is_clean else ("SR", record["SR"])
-                records = dict(self._ask("VDI.get_all_records_where", f'field "{field}" = "{value}"'))
-                records[disk] = record
+            is_clean = "calling_at" not in self._facts or "uuid" in self._facts
+            field, value = ("snapshot_of", disk) if is_clean else ("SR", record["SR"])
+            records = dict(self._ask("VDI.get_all_records_where", f'field "{field}" = "{value}"'))
+            records[disk] = record
         return {ref: record for ref, record in records.items()
                 if self._key in (record.get("other_config") or ())}
 
@@ -6820,8 +6809,8 @@ class DiskSnapshot(Snapshot):
             return
         bearers = self._bearers()
         plausible = {} if is_known else self._plausible(bearers)
-        known = self._ref("VDI", self._facts["uuid"]) if is_known else None
-        ours = self._proven(plausible) if not is_known else [known] if known else []
+        known = self._ref("VDI", self._facts.get("uuid", ""))
+        ours = [known] if known else self._proven(plausible)
         if ours and not is_known:
             self._entry.remember(uuid=bearers[ours[0]]["uuid"])
         for ref in [] if is_at_work else set(bearers) - set(ours):
@@ -6914,9 +6903,10 @@ class ImportedVms(Owned):
                 elif state == "not taken" and time.monotonic() > quiet_until:
                     self._ask_if_there("task.set_status", ref, "cancelled")
                     states[ref] = ""
-            if not any(states.values()) or not has_time:
-                break
-        return not any(states.values())
+            if not any(states.values()):
+                return True
+            if not has_time:
+                return False
 
     def _state_of_import(self, task: str) -> str:
         """What is seen of the import of that task: `at work`, `not taken` (yet), "" when it has ended."""
@@ -7085,8 +7075,7 @@ class Snapshots:
             for entry in journal.open_entries():
                 if not is_understood(entry.facts):
                     self._services.log.info(f"{journal.name}: entry {entry.number} is not one that this "
-                                            "version writes; it is left. A newer version of VmBackup deals "
-                                            "with it.")
+                                            "version writes; it is left to a newer VmBackup.")
                     continue
                 self._services.log.info(
                     f"{entry.title}: a run on {journal.header.get('host', 'another host')} that began "
