@@ -9308,20 +9308,8 @@ def target_srs(pool: Pool, master: str) -> Tuple[TargetSr, ...]:
 # --- the plan ------------------------------------------------------------------------------
 
 
-NEW_UUID, VIF_UUID = "NEW-UUID", "VIF-UUID"      # in a note: the uuid that the VM, or interface, will have
+NEW_UUID, VIF_UUID = "NEW-UUID", "VIF-UUID-"     # in a note: what the VM's uuid, or its VIF's, will be
 NEEDED_OF_VM = ("memory_static_max", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
-
-
-class Wishes(NamedTuple):
-    """What the person asked for; "" where a name is not given. `force`: a damaged copy gives what it can."""
-    to: str = ""
-    sr: str = ""
-    network: str = ""
-    preserve: bool = False
-    start: bool = False
-    attach_existing: bool = False
-    force: bool = False
-    is_drill: bool = False
 
 
 class PlannedDisk(NamedTuple):
@@ -9350,11 +9338,12 @@ class ExistingDisk(NamedTuple):
 class RestorePlan(NamedTuple):
     """What a restore will make, with reasons; nothing is made if there are `problems`.
 
-    `uuid`: the one that the VM is to keep, "" for a new one. `parts`: for each import its SR and the ids of
-    its disks, in the order of the archive. `new_mac_seed`: a kept one would clash.
+    `given`: the parameters of the action. `name`: "" for a drill. `uuid`: the one that the VM is to keep, ""
+    for a new one. `parts`: for each import its SR and the ids of its disks, in the order of the archive.
+    `new_mac_seed`: a kept one would clash.
     """
     source: Source
-    wishes: Wishes
+    given: Dict[str, Any]
     name: str
     uuid: str
     new_mac_seed: bool
@@ -9366,18 +9355,21 @@ class RestorePlan(NamedTuple):
     problems: Tuple[str, ...]
 
 
-def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
+def plan_restore(source: Source, view: PoolView, given: Dict[str, Any],
+                 is_drill: bool = False) -> RestorePlan:
     """What will be made of that copy in that pool. UsageError for an SR or network that is not there."""
     problems, notes = [], []               # type: List[str], List[str]
-    named = find_sr(view, wishes.sr) if wishes.sr else None
+    named = find_sr(view, given["sr"]) if given["sr"] else None
     disks = _plan_disks(source, view, named, problems)
     _check_space(source, disks, notes, problems)
     interfaces, existing, name = [], [], ""      # type: List[PlannedInterface], List[ExistingDisk], str
-    if not wishes.is_drill:
-        interfaces = _plan_interfaces(source, view, wishes, notes, problems)
-        existing = [_plan_existing(disk, view, wishes.attach_existing) for disk in source.lacking]
-        name = _plan_name(source, view, wishes.to, notes, problems)
-    uuid, new_mac_seed = _plan_identity(source, view, wishes, interfaces, notes, problems)
+    uuid, new_mac_seed = "", True
+    if not is_drill:
+        interfaces = _plan_interfaces(source, view, given, notes, problems)
+        existing = [_plan_existing(disk, view, given["attach_existing_disks"]) for disk in source.lacking]
+        name = _plan_name(source, view, given["to"], notes, problems)
+        if given["preserve"]:
+            uuid, new_mac_seed = _plan_identity(source, view, interfaces, notes, problems)
     _check_needs(source, problems)
     usable = sorted((sr for sr in view.srs if sr.is_usable), key=lambda sr: sr.ref != view.default_sr)
     home = ([named] if named else [planned.sr for planned in disks] + usable + [None])[0]
@@ -9390,11 +9382,11 @@ def plan_restore(source: Source, view: PoolView, wishes: Wishes) -> RestorePlan:
         notes.append("this copy has no vm-metadata.xml, so how the VM boots is not on record: it is made as "
                      "an HVM guest that boots from its disk. Look at its settings before it is started.")
     other_config = (source.original or source.record).get("other_config", {})
-    if not wishes.is_drill and other_config.get("auto_poweron") == "true" and name != source.vm_name:
+    if not is_drill and other_config.get("auto_poweron") == "true" and name != source.vm_name:
         notes.append("its other_config has auto_poweron=true, as the VM's had: it starts with its host "
                      f"beside the VM that bears its name; `xe vm-param-remove uuid={NEW_UUID} "
                      "param-name=other-config param-key=auto_poweron` stops that.")
-    return RestorePlan(source, wishes, name, uuid, new_mac_seed, tuple(disks),
+    return RestorePlan(source, given, name, uuid, new_mac_seed, tuple(disks),
                        _cut_into_parts(source, disks, home), tuple(interfaces), tuple(existing), tuple(notes),
                        tuple(problems))
 
@@ -9450,25 +9442,29 @@ def lost_memory(source: Source) -> str:
     return ""
 
 
-def find_sr(view: PoolView, word: str) -> TargetSr:
-    """The SR that `sr=` means, by uuid or name; UsageError if it is not one that disks can go to."""
-    found = [sr for sr in view.srs if word in (sr.uuid, "uuid:" + sr.uuid)] or \
-        [sr for sr in view.srs if sr.name == word]
-    if len(found) == 1 and found[0].is_usable:
+def meant_by(key: str, word: str, named: Sequence[Tuple[str, str]], choice: str) -> int:
+    """Which of those, each a uuid and a name, `sr=` or `network=` means; UsageError if none or several."""
+    found = [number for number, (uuid, _) in enumerate(named) if word in (uuid, "uuid:" + uuid)] or \
+        [number for number, (_, name) in enumerate(named) if name == word]
+    if len(found) == 1:
         return found[0]
-    if len(found) > 1:
-        problem = f"stands for {len(found)} SRs: give one's uuid ({', '.join(sr.uuid for sr in found)})."
-    elif found:
-        problem = ("disks can't be put there: it is for ISOs, or not plugged (then "
-                   f"{found[0].way_in}). {_sr_choice(view)}")
-    else:
-        problem = "the pool has no such SR. " + _sr_choice(view)
-    raise UsageError(f"sr={one_line(word)}{' ' if len(found) > 1 else ': '}{problem} Nothing was started.")
+    problem = f"has {len(found)} of that name: give a uuid" if found else "has none such"
+    raise UsageError(f"{key}={one_line(word)}: the pool {problem}. {choice} Nothing was started.")
+
+
+def find_sr(view: PoolView, word: str) -> TargetSr:
+    """The SR that `sr=` means; UsageError if it is not one that disks can go to."""
+    sr = view.srs[meant_by("sr", word, [(sr.uuid, sr.name) for sr in view.srs], _sr_choice(view))]
+    if not sr.is_usable:
+        raise UsageError(f"sr={one_line(word)}: disks can't be put there: it is for ISOs, or not plugged "
+                         f"(then {sr.way_in}). {_sr_choice(view)} Nothing was started.")
+    return sr
 
 
 def _sr_choice(view: PoolView) -> str:
     """The SRs to choose from, in a sentence."""
-    usable = [f"{sr.title}, {format_size(sr.free_bytes) if sr.free_bytes >= 0 else '? bytes'} free"
+    usable = [f"{quote_name(sr.name)} ({sr.uuid}), "
+              f"{format_size(sr.free_bytes) if sr.free_bytes >= 0 else '? bytes'} free"
               for sr in view.srs if sr.is_usable]
     return f"There are: {'; '.join(usable)}." if usable else "There is none that could take it."
 
@@ -9497,10 +9493,12 @@ def least_bytes(source: Source, disks: Sequence[SourceDisk]) -> int:
     return sum(max(0, disk.stored_bytes) for disk in disks)
 
 
-def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List[str],
+def _plan_interfaces(source: Source, view: PoolView, given: Dict[str, Any], notes: List[str],
                      problems: List[str]) -> List[PlannedInterface]:
     """Each VIF on the network that was named, else on the one of its own name; none is ever created."""
-    named = find_network(view, wishes.network) if wishes.network else None
+    known = [(record["uuid"], record["name_label"]) for record in view.networks.values()]
+    choice = f"There are: {', '.join(sorted(f'{quote_name(name)} ({uuid})' for uuid, name in known))}."
+    named = given["network"] and list(view.networks)[meant_by("network", given["network"], known, choice)]
     networks, vifs = ova_objects(source.ova, "network"), ova_objects(source.ova, "VIF")
     planned = []
     for key, vif in vifs.items():
@@ -9512,47 +9510,31 @@ def _plan_interfaces(source: Source, view: PoolView, wishes: Wishes, notes: List
         same = [ref for ref in alike if view.networks[ref]["uuid"] == own.get("uuid")]
         ref = named or next(iter(same or alike), "")
         if not named and not same and len(alike) != 1:
-            choice = sorted({quote_name(one["name_label"]) for one in view.networks.values()})
             problems.append(f"its interface {vif.get('device')} was on network {quote_name(name)}, which is "
-                            "not in this pool, or more than once: name one with network=. There are: "
-                            f"{', '.join(choice)}.")
+                            f"not in this pool, or more than once: name one with network=. {choice}")
             continue
-        mac = vif.get("MAC", "") if wishes.preserve else ""
         planned.append(PlannedInterface(needed("VIF", key, vif, "device"), ref,
-                                        view.networks[ref]["name_label"], mac, vif))
-        fixed = fixed_addresses(vif)
-        if fixed:
-            notes.append(f"its interface {vif['device']} had been given "
-                         f"{' and '.join(address for address, _ in fixed)} through the pool, which no import "
-                         f"brings back: {', '.join(f'`{command}`' for _, command in fixed)}, once its guest "
-                         "tools run.")
+                                        view.networks[ref]["name_label"],
+                                        vif.get("MAC", "") if given["preserve"] else "", vif))
+        _note_fixed_addresses(vif, notes)
     return sorted(planned, key=lambda item: (userdevice_number(item.device), item.device))
 
 
-def fixed_addresses(vif: Dict[str, Any]) -> List[Tuple[str, str]]:
-    """The addresses that VIF.configure_ipv4 and configure_ipv6 gave it: in words, and the command that gives
-    it again. An import loses them, as VIF.create sets none (ocaml/xapi/xapi_vif.ml@v26.17.0), and what comes
-    back beside the VM must not take its address."""
-    found = []
+def _note_fixed_addresses(vif: Dict[str, Any], notes: List[str]) -> None:
+    """The addresses that VIF.configure_ipv4 and configure_ipv6 gave it are told, with the commands that give
+    them again. An import loses them, as VIF.create sets none (ocaml/xapi/xapi_vif.ml@v26.17.0), and what
+    comes back beside the VM must not take its address."""
+    found, commands = [], []
     for family in ("ipv4", "ipv6"):
         if vif.get(family + "_configuration_mode") == "Static":
             gateway = vif.get(family + "_gateway")
-            in_words, in_command = (f", gateway {gateway}", f" gateway={gateway}") if gateway else ("", "")
-            found += [(address + in_words, f"xe vif-configure-{family} uuid={VIF_UUID} mode=static "
-                       f"address={address}{in_command}") for address in vif.get(family + "_addresses", ())]
-    return found
-
-
-def find_network(view: PoolView, word: str) -> str:
-    """The ref of the network that `network=` means, by uuid or name; UsageError if it does not mean one."""
-    found = [ref for ref, record in view.networks.items() if record["uuid"] == word] or \
-        [ref for ref, record in view.networks.items() if record["name_label"] == word]
-    if len(found) == 1:
-        return found[0]
-    problem = f"{len(found)} networks of that name: give a uuid" if found else "no such network"
-    choice = sorted(f"{quote_name(one['name_label'])} ({one['uuid']})" for one in view.networks.values())
-    raise UsageError(f"network={one_line(word)}: the pool has {problem}. There are: {', '.join(choice)}. "
-                     "Nothing was started.")
+            for address in vif.get(family + "_addresses", ()):
+                found.append(address + (f", gateway {gateway}" if gateway else ""))
+                commands.append(f"`xe vif-configure-{family} uuid={VIF_UUID}{vif['device']} mode=static "
+                                f"address={address}{f' gateway={gateway}' if gateway else ''}`")
+    if found:
+        notes.append(f"its interface {vif['device']} had been given {' and '.join(found)} through the pool, "
+                     f"which no import brings back: {', '.join(commands)}, once its guest tools run.")
 
 
 def _plan_name(source: Source, view: PoolView, wanted: str, notes: List[str], problems: List[str]) -> str:
@@ -9574,11 +9556,9 @@ def _plan_name(source: Source, view: PoolView, wanted: str, notes: List[str], pr
     return name
 
 
-def _plan_identity(source: Source, view: PoolView, wishes: Wishes, interfaces: Sequence[PlannedInterface],
-                   notes: List[str], problems: List[str]) -> Tuple[str, bool]:
+def _plan_identity(source: Source, view: PoolView, interfaces: Sequence[PlannedInterface], notes: List[str],
+                   problems: List[str]) -> Tuple[str, bool]:
     """The uuid to keep ("" for a new one), and whether its mac_seed has to be a new one all the same."""
-    if not wishes.preserve:
-        return "", True
     if not source.vm_uuid:
         notes.append("which uuid the VM had is not on record, so it gets a new one, and its backups begin a "
                      "new line; its MAC addresses are kept.")
@@ -9655,7 +9635,7 @@ def plan_text(plan: RestorePlan) -> str:
               f"{'; it will be attached' if item.vdi_ref else ''}" for item in plan.existing]
     lines += ["  note: " + note for note in plan.notes]
     lines += ["  PROBLEM: " + problem for problem in plan.problems]
-    lines.append(f"  it will {'' if plan.wishes.start else 'not '}be started")
+    lines.append(f"  it will {'' if plan.given['start'] else 'not '}be started")
     return "\n".join(lines)
 
 
@@ -9732,7 +9712,7 @@ def new_uuid() -> str:
 def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str]) -> Dict[str, Any]:
     """The VM's record of that part: halted, provisionally named, no template, nothing that acts by itself."""
     record = dict(IMPORT_DEFAULTS["VM"], **plan.source.record)
-    is_to_stay = not part and not plan.wishes.is_drill
+    is_to_stay = plan.name and not part
     original = plan.source.original or record
     record.update({field: original[field] for field in ORIGINAL_FIELDS if field in original})
     record["other_config"] = own_other_config(record)
@@ -9805,12 +9785,11 @@ class Importer:
         """The VM of the plan with its own disks only, proven, under a provisional name; removed on every way
         out unless its entry was closed. `sink` is shown the disks' contents as they go in."""
         token, source = random_hex(8), plan.source
-        is_drill = plan.wishes.is_drill
-        name = DRILL_VM_NAME % (source.vm_name, token) if is_drill else NEW_VM_NAME % (plan.name, token)
+        name = NEW_VM_NAME % (plan.name, token) if plan.name else DRILL_VM_NAME % (source.vm_name, token)
         names = [name] + [PART_NAME % (name, part + 1) for part in range(1, len(plan.parts))]
         make = self._create if source.has_only_cfg_files else self._import
         with self._snapshots.begun(source.vm_uuid or "?", source.vm_name, token=token, names=names, tasks=[],
-                                   kind="drill" if is_drill else "restore") as entry:
+                                   kind="restore" if plan.name else "drill") as entry:
             yield self._take_stock(entry, plan, make(entry, plan, sink))
 
     def _import(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:
@@ -9826,7 +9805,7 @@ class Importer:
             command = ["vm-import", "filename=/dev/stdin", f"sr-uuid={sr.uuid}",
                        f"task-uuid={pool.ask(doing, 'task.get_uuid', task)}"]
             command += ["preserve=true"] if plan.uuid and not part else []
-            commands.append(command + (["force=true"] if plan.wishes.force else []))
+            commands.append(command + (["force=true"] if plan.given.get("force") else []))
 
         def new_feed(pipes: Sequence[PartPipe]) -> Any:
             if not source.is_archive:
@@ -9867,7 +9846,7 @@ class Importer:
         """The image went into those xe commands, was what it should be, and they ended well. One pass:
         digests, structure, blocks, import. Returns and raises as _import does: what is wrong with the copy
         goes before what xe said of it, and what xe said before what followed from that."""
-        source, force, problem = plan.source, plan.wishes.force, ""
+        source, force, problem = plan.source, plan.given.get("force"), ""
         size_bytes = source.inside.status(source.copy.image).st_size
         watch = ImportWatch(self._services, doing, size_bytes, find_tasks=lambda: tasks)
         try:
@@ -10155,7 +10134,7 @@ def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePla
     log.info(f"{name}: the import {'is over' if imported.problem else 'is proven'}: {size} in {took}.")
     if imported.problem:                                # told by then
         run.findings.append(Finding(Severity.WARNING, name, imported.problem))
-    if plan.wishes.start and not imported.problem:
+    if plan.given["start"] and not imported.problem:
         try:
             doing = f"starting {quote_name(plan.name)}"
             services.pool.call(doing, "VM.start", imported.ref, False, False)
@@ -10209,16 +10188,15 @@ def restored_text(plan: RestorePlan, imported: ImportedVm, record: Dict[str, Any
     lines += [f"  disk {disk.device} {quote_name(disk.name)}, {format_size(disk.virtual_size)}, uuid "
               f"{disk.vdi_uuid}, on SR "
               f"{quote_name(srs.get(disk.sr_uuid, disk.sr_uuid))}" for disk in machine.disks]
-    lines += [f"  interface {vif.device} on network {quote_name(vif.network_name)}, MAC {vif.mac}"
-              for vif in interfaces]
-    lines += ["  note: once its guest tools run: " + command.replace(VIF_UUID, vif.uuid)
-              for item in plan.interfaces for vif in interfaces if vif.device == item.device
-              for _, command in fixed_addresses(item.fields)]
+    uuids = {NEW_UUID: record["uuid"]}
+    for vif in interfaces:
+        uuids[VIF_UUID + vif.device] = vif.uuid
+        lines.append(f"  interface {vif.device} on network {quote_name(vif.network_name)}, MAC {vif.mac}")
     lines += [f"  not in this copy, and not attached: disk {item.disk.title}: {item.reason}"
               for item in plan.existing if not item.vdi_ref]
-    if lost_memory(plan.source):
-        lines.append("  note: " + lost_memory(plan.source))
-    lines += ["  note: " + note.replace(NEW_UUID, record["uuid"]) for note in plan.notes if NEW_UUID in note]
+    gaps = f"{NEW_UUID}|{VIF_UUID}[0-9]+"
+    lines += ["  note: " + re.sub(gaps, lambda gap: uuids.get(gap.group(), gap.group()), note)
+              for note in plan.notes]
     if record["power_state"] == "Halted" and not imported.problem:
         start = f"xe vm-start uuid={record['uuid']}"
         if "start" in record["blocked_operations"]:
@@ -10428,8 +10406,8 @@ def drill_plan(services: Services, view: PoolView, copy: Copy, inside: Directory
     if not copy.is_good:
         raise BackupError(f"it is no good copy ({copy.trouble}), and there is no good one of this VM.")
     view = view._replace(srs=target_srs(services.pool, view.master))
-    wishes = Wishes(sr=services.arguments.parameters["sr"], is_drill=True)
-    plan = plan_restore(opened_source(services, copy, inside), view, wishes)
+    given = services.arguments.parameters
+    plan = plan_restore(opened_source(services, copy, inside), view, given, is_drill=True)
     if plan.problems:
         raise BackupError(" ".join(plan.problems))
     return plan
@@ -11190,12 +11168,10 @@ def command_restore(run: Run) -> None:
     """A VM is back as a new VM, proven, or nothing of it is left and the person knows why."""
     services, arguments, log = run.services, run.services.arguments, run.services.log
     given = arguments.parameters
-    wishes = Wishes(given["to"], given["sr"], given["network"], given["preserve"], given["start"],
-                    given["attach_existing_disks"], given["force"])
-    with chosen_source(services, wishes.force) as (source, catalog):
+    with chosen_source(services, given["force"]) as (source, catalog):
         find_xe(services.settings)
         with connected(services, changes_allowed=not arguments.preview) as (services, inventory):
-            plan = plan_restore(source, read_pool_view(services.pool, inventory), wishes)
+            plan = plan_restore(source, read_pool_view(services.pool, inventory), given)
             if arguments.preview:
                 log.show(plan_text(plan))
                 run.findings += [Finding(Severity.ERROR, source.title, problem) for problem in plan.problems]

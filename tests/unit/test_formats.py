@@ -394,7 +394,8 @@ def test_of_a_damaged_foreign_vhd_force_gives_what_is_there(tmp_path):
 VIEW = VmBackup.PoolView(
     'master', (VmBackup.TargetSr('OpaqueRef:sr', 'sr-uuid', 'Local storage', 'nfs', True, 1 << 50, ()),), 'OpaqueRef:sr',
     {'OpaqueRef:net': {'uuid': 'net', 'name_label': 'LAN'}}, {}, {}, {}, {})
-NO_WISHES = VmBackup.Wishes()
+NO_WISHES = {'to': '', 'sr': '', 'network': '', 'preserve': False, 'start': False, 'attach_existing_disks': False,
+             'force': False}
 WRONG = ['text', {'a': []}, [[]], True, 1.5, Date('20260101T00:00:00Z')]
 
 
@@ -430,7 +431,7 @@ def restored_in_process(text, wishes=NO_WISHES):
 
 @pytest.mark.parametrize('class_name', ['VM', 'VBD', 'VDI', 'SR', 'VIF', 'network'])
 def test_every_field_of_ova_xml_may_be_missing_or_of_another_kind(class_name):
-    wishes = NO_WISHES._replace(preserve=True)
+    wishes = dict(NO_WISHES, preserve=True)
     for name, field, value in every_change():
         if name != class_name:
             continue
@@ -471,7 +472,7 @@ def test_numbers_with_a_tag_and_nothing_at_all_are_text():
 def test_what_the_server_needs_and_is_missing_is_one_sentence():
     found = others.objects(Ids())
     del found[0]['snapshot']['VCPUs_max'], found[2]['snapshot']['SR']
-    problem, = restored_in_process(others.ova(found), NO_WISHES._replace(sr='sr-uuid')).problems
+    problem, = restored_in_process(others.ova(found), dict(NO_WISHES, sr='sr-uuid')).problems
     assert problem == "its ova.xml lacks what the server needs: VCPUs_max of the VM, the SR of disk xvda disk 0 (5.0 MiB)."
 
 
@@ -515,7 +516,7 @@ def test_nothing_of_cfg_files_is_needed_for_an_archive_and_what_a_disk_needs_is_
         try:
             source = VmBackup.read_source(inside, found)
             assert source.disks[0].virtual_size == 5 * MIB
-            plan = VmBackup.plan_restore(source, VIEW, NO_WISHES._replace(network='LAN', sr='sr-uuid'))
+            plan = VmBackup.plan_restore(source, VIEW, dict(NO_WISHES, network='LAN', sr='sr-uuid'))
             assert not (plan.problems and image == 'web.xva')
         except VerificationError as error:
             assert image != 'web.xva' and isinstance(error, UnknownFormat), error
