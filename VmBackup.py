@@ -8962,17 +8962,16 @@ def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: b
     problems: List[VerificationError] = []
     try:
         compression = image_compression(inside, copy, manifest)
-        fd = inside.open_file(copy.image)
         if is_archive and compression == "none" and not force:
             end = inside.read_part(copy.image, 2 * SECTOR_BYTES, at_end=True)
             # An archive of others may lack the zero blocks: then it ends with a digest.
-            has_digest = not manifest and DIGEST_AT_END.fullmatch(end[SECTOR_BYTES:])
-            if status_of(fd).st_size % SECTOR_BYTES or end != XVA_END and not has_digest:
-                os.close(fd)
+            has_digest = not manifest and re.fullmatch(br"([0-9A-Fa-f]{16,40})?\0+", end[SECTOR_BYTES:])
+            if inside.status(copy.image).st_size % SECTOR_BYTES or end != XVA_END and not has_digest:
                 raise VerificationError("the archive does not end with two zero blocks: it was cut off or "
                                         "overwritten")
         with contextlib.ExitStack() as stack, contextlib.suppress(Enough):
-            flows = reading_flows(stack, fd, compression, [], [look], is_foreign_vhd(copy), not force)
+            flows = reading_flows(stack, inside.open_file(copy.image), compression, [], [look],
+                                  is_foreign_vhd(copy), not force)
             pump(flows, on_tick, f"reading {copy.image}", problems if force else None)
             if problems:                    # the last is what the look itself has found
                 raise problems[-1]
@@ -8981,9 +8980,6 @@ def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: b
             kind = type(error) if copy.is_old else VerificationError
             raise kind(f"the image {copy.image} {kind.verdict}: {error}")
     return look
-
-
-DIGEST_AT_END = re.compile(br"([0-9A-Fa-f]{16,40})?\0+")
 
 
 def disks_of_ova(ova: Dict[str, Any], vm_id: str) -> List[SourceDisk]:
@@ -9102,8 +9098,8 @@ def chosen_source(services: Services, force: bool = False,
     wanted, vm, catalog = services.arguments.parameters["from"], services.arguments.vm, None
     with contextlib.ExitStack() as stack:
         if "/" in wanted:
-            copy = copy_at_path(wanted)
-            inside = stack.enter_context(Directory.open_path(copy_directory(wanted)))
+            place, copy = copy_at_path(wanted)
+            inside = stack.enter_context(Directory.open_path(place))
         elif not vm:
             raise UsageError(f"{services.arguments.action.name} of what? Name a VM, or a copy with "
                              "from=PATH.")
@@ -9182,30 +9178,28 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
                       "from=STAMP with force=yes takes one all the same.")
 
 
-def copy_directory(path: str) -> str:
-    """The directory that holds the image that the path means."""
-    return path if os.path.isdir(fs_path(path)) else os.path.dirname(path.rstrip("/")) or "/"
-
-
-def copy_at_path(path: str) -> Copy:
-    """The copy at that path: a copy's directory, the image in one, or an image alone; or UsageError."""
-    place, image = copy_directory(path), os.path.basename(path)
+def copy_at_path(path: str) -> Tuple[str, Copy]:
+    """The directory and the copy of that path: a copy's directory, the image in one, or an image alone; or
+    UsageError."""
+    is_directory = os.path.isdir(fs_path(path))
+    place, image = (path, "") if is_directory else os.path.split(path.rstrip("/"))
+    place = place or "/"
     absolute = fs_text(os.path.realpath(fs_path(place)))
     folder, name = os.path.basename(os.path.dirname(absolute)), os.path.basename(absolute)
     try:
         with Directory.open_path(place) as inside, Directory.open_path(place + "/..") as parent:
             written_at = datetime.fromtimestamp(int(status_of(inside.fd).st_mtime))
             copy = read_copy(parent, folder, name, *(parse_copy_name(name) or (written_at, True)))
-            if os.path.isdir(fs_path(path)) or copy.is_newer or copy.image == image and (
+            if is_directory or copy.is_newer or copy.image == image and (
                     not copy.is_old or parse_copy_name(name)):
-                return copy
+                return place, copy
             status = inside.status(image)
             if status is None or not IMAGE_NAME.fullmatch(image):
                 raise UsageError(f"{path} is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is "
                                  "or with .gz or .zst." if status else f"{path} is not there.")
             taken_at = datetime.fromtimestamp(int(status.st_mtime))
             alone = Copy(folder, name, taken_at, True, None, "", "", 0, None, None, "", 0, "")
-            return with_old_image(inside, alone, image, status.st_size)
+            return place, with_old_image(inside, alone, image, status.st_size)
     except CatalogError as error:
         raise UsageError(f"{path} can't be read: {str(error).rstrip('.')}.")
 
@@ -9308,6 +9302,25 @@ def target_srs(pool: Pool, master: str) -> Tuple[TargetSr, ...]:
 # --- the plan ------------------------------------------------------------------------------
 
 
+LIKE_FIELDS = {         # what a new drive or interface has of an old one's record
+    "VBD": ("VDI", "userdevice", "bootable", "mode", "type", "empty", "unpluggable", "qos_algorithm_type",
+            "qos_algorithm_params"),
+    "VIF": ("MTU", "qos_algorithm_type", "qos_algorithm_params", "locking_mode", "ipv4_allowed",
+            "ipv6_allowed")}
+
+
+def own_other_config(record: Dict[str, Any]) -> Dict[str, str]:
+    """The record's other_config without what backups and imports put there."""
+    return {key: value for key, value in record.get("other_config", {}).items()
+            if not key.startswith(KEY_PREFIX) and key != "import_task"}
+
+
+def fields_like(class_name: str, record: Dict[str, Any], **fields: Any) -> Dict[str, Any]:
+    """The argument of VBD.create or VIF.create for one like that record but for the fields that are given."""
+    like = {field: record[field] for field in LIKE_FIELDS[class_name] if field in record}
+    return dict(like, other_config=own_other_config(record), **fields)
+
+
 NEW_UUID, VIF_UUID = "NEW-UUID", "VIF-UUID-"     # in a note: what the VM's uuid, or its VIF's, will be
 NEEDED_OF_VM = ("memory_static_max", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
 
@@ -9320,12 +9333,9 @@ class PlannedDisk(NamedTuple):
 
 
 class PlannedInterface(NamedTuple):
-    """A VIF that will be made; `mac` "" for a new one. `fields`: the rest of its record."""
-    device: str
-    network_ref: str
-    network_name: str
-    mac: str
+    """A VIF that will be made: the arguments of VIF.create but for the VM; MAC is "" for a new one."""
     fields: Dict[str, Any]
+    network_name: str
 
 
 class ExistingDisk(NamedTuple):
@@ -9513,11 +9523,11 @@ def _plan_interfaces(source: Source, view: PoolView, given: Dict[str, Any], note
             problems.append(f"its interface {vif.get('device')} was on network {quote_name(name)}, which is "
                             f"not in this pool, or more than once: name one with network=. {choice}")
             continue
-        planned.append(PlannedInterface(needed("VIF", key, vif, "device"), ref,
-                                        view.networks[ref]["name_label"],
-                                        vif.get("MAC", "") if given["preserve"] else "", vif))
+        fields = fields_like("VIF", vif, device=needed("VIF", key, vif, "device"), network=ref,
+                             MAC=vif.get("MAC", "") if given["preserve"] else "")
+        planned.append(PlannedInterface(fields, view.networks[ref]["name_label"]))
         _note_fixed_addresses(vif, notes)
-    return sorted(planned, key=lambda item: (userdevice_number(item.device), item.device))
+    return sorted(planned, key=lambda item: (userdevice_number(item.fields["device"]), item.fields["device"]))
 
 
 def _note_fixed_addresses(vif: Dict[str, Any], notes: List[str]) -> None:
@@ -9567,7 +9577,7 @@ def _plan_identity(source: Source, view: PoolView, interfaces: Sequence[PlannedI
             problems.append("preserve=yes can't be done: the VM with this uuid, "
                             f"{quote_name(record['name_label'])} ({source.vm_uuid}), is still in the pool, "
                             "and it is never touched. Restore without preserve=yes, or remove that VM first.")
-    macs = {item.mac.lower() for item in interfaces if item.mac}
+    macs = {item.fields["MAC"].lower() for item in interfaces if item.fields["MAC"]}
     for vif in view.interfaces.values():
         holder = view.machines.get(vif["VM"])
         is_other = holder and is_real_machine(holder) and holder["uuid"] != source.vm_uuid
@@ -9629,8 +9639,8 @@ def plan_text(plan: RestorePlan) -> str:
              f"  becomes VM {quote_name(plan.name)}, "
              f"{f'uuid {plan.uuid} kept' if plan.uuid else 'with a new uuid'}"]
     lines += [f"  disk {item.disk.title} on SR {item.sr.title}: {item.reason}" for item in plan.disks]
-    lines += [f"  interface {item.device} on network {quote_name(item.network_name)}, MAC {item.mac or 'new'}"
-              for item in plan.interfaces]
+    lines += [f"  interface {item.fields['device']} on network {quote_name(item.network_name)}, MAC "
+              f"{item.fields['MAC'] or 'new'}" for item in plan.interfaces]
     lines += [f"  disk {item.disk.title} is not in this copy: {item.reason}"
               f"{'; it will be attached' if item.vdi_ref else ''}" for item in plan.existing]
     lines += ["  note: " + note for note in plan.notes]
@@ -9640,12 +9650,6 @@ def plan_text(plan: RestorePlan) -> str:
 
 
 # --- ova.xml as it goes in --------------------------------------------------------------------
-
-
-def own_other_config(record: Dict[str, Any]) -> Dict[str, str]:
-    """The record's other_config without what backups and imports put there."""
-    return {key: value for key, value in record.get("other_config", {}).items()
-            if not key.startswith(KEY_PREFIX) and key != "import_task"}
 
 
 def rewritten_ova(plan: RestorePlan, part: int, name: str) -> bytes:
@@ -9664,23 +9668,22 @@ def rewritten_ova(plan: RestorePlan, part: int, name: str) -> bytes:
                                         **own_other_config(vbd)))
             for key, vbd in ova_objects(source.ova, "VBD").items() if vbd.get("VM") == source.vm_id
             and (vbd.get("VDI") in disks if vbd.get("type") != "CD" else part == 0)}
-    kept_vdis = disks | {vbd["VDI"] for vbd in vbds.values()}
+    kept = disks | {vbd["VDI"] for vbd in vbds.values()}
+    records = {
+        "VM": {source.vm_id: _rewritten_vm(plan, part, name, list(vbds))}, "VBD": vbds, "VIF": {},
+        "VDI": {key: dict(dict(IMPORT_DEFAULTS["VDI"], **vdi), other_config=own_other_config(vdi),
+                          is_a_snapshot=False, snapshot_of=NULL_REF, snapshots=[],
+                          VBDs=[ref for ref, vbd in vbds.items() if vbd["VDI"] == key],
+                          virtual_size=str(sizes.get(key, vdi["virtual_size"])))
+                for key, vdi in vdis.items() if key in kept}, "network": {}}
     objects = []
     for entry in source.ova["objects"]:
         kind, key = entry["class"], entry["id"]
-        record = dict(IMPORT_DEFAULTS.get(kind, {}), **entry["snapshot"])
-        if kind == "VM" and key == source.vm_id:
-            record = _rewritten_vm(plan, part, name, list(vbds))
-        elif kind == "VBD" and key in vbds:
-            record = vbds[key]
-        elif kind == "VDI" and key in kept_vdis and key in vdis:
-            own = [ref for ref, vbd in vbds.items() if vbd["VDI"] == key]
-            record = dict(record, other_config=own_other_config(record), is_a_snapshot=False,
-                          snapshot_of=NULL_REF, snapshots=[], VBDs=own,
-                          virtual_size=str(sizes.get(key, record["virtual_size"])))
-        elif kind in ("VM", "VBD", "VDI", "VIF", "network") or part and kind not in ("SR", "host"):
-            continue
-        objects.append(dict(entry, snapshot=record))
+        if kind in records:
+            if key in records[kind]:
+                objects.append(dict(entry, snapshot=records[kind][key]))
+        elif not part or kind in ("SR", "host"):
+            objects.append(dict(entry, snapshot=dict(IMPORT_DEFAULTS.get(kind, {}), **entry["snapshot"])))
     text = ova_text({"version": source.ova["version"], "objects": objects})
     srs = ova_objects(source.ova, "SR")
     wanted = {key for key in disks if _content_type(srs, vdis[key]) != "iso"}
@@ -9719,9 +9722,8 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str]) 
     record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False,
                   is_a_snapshot=False, snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF,
                   VIFs=[], VBDs=list(vbds), ha_always_run=False, blocked_operations={}, current_operations={},
-                  allowed_operations=[], resident_on=NULL_REF, uuid=plan.uuid or record["uuid"] or new_uuid())
-    if "children" in record:
-        record["children"] = []
+                  allowed_operations=[], resident_on=NULL_REF, uuid=plan.uuid or record["uuid"] or new_uuid(),
+                  children=[])
     if plan.new_mac_seed or not is_to_stay:
         record["other_config"].pop("mac_seed", None)
         if plan.uuid:
@@ -9796,16 +9798,14 @@ class Importer:
         """The data are in the pool; "" or, with force=yes, what is wrong. Raises what went wrong first."""
         doing, source, pool = f"the import of {entry.title}", plan.source, self._services.pool
         ovas = [rewritten_ova(plan, part, name) for part, name in enumerate(entry.facts["names"])]
-        tasks = []                         # type: List[str]
-        for name in entry.facts["names"]:
+        tasks, commands, ids = [], [], [part_ids for _, part_ids in plan.parts]
+        for name, (sr, _) in zip(entry.facts["names"], plan.parts):
             tasks.append(pool.call(f"making the task of {doing}", "task.create", name, f"VmBackup {VERSION}"))
             entry.note(tasks=list(tasks))
-        commands, ids = [], [part_ids for _, part_ids in plan.parts]
-        for part, (task, (sr, _)) in enumerate(zip(tasks, plan.parts)):
-            command = ["vm-import", "filename=/dev/stdin", f"sr-uuid={sr.uuid}",
-                       f"task-uuid={pool.ask(doing, 'task.get_uuid', task)}"]
-            command += ["preserve=true"] if plan.uuid and not part else []
-            commands.append(command + (["force=true"] if plan.given.get("force") else []))
+            commands.append(["vm-import", "filename=/dev/stdin", f"sr-uuid={sr.uuid}",
+                             f"task-uuid={pool.ask(doing, 'task.get_uuid', tasks[-1])}"]
+                            + (["force=true"] if plan.given.get("force") else []))
+        commands[0] += ["preserve=true"] if plan.uuid else []
 
         def new_feed(pipes: Sequence[PartPipe]) -> Any:
             if not source.is_archive:
@@ -9834,7 +9834,7 @@ class Importer:
             "name_description": vdi["name_description"]})
         uuid = pool.ask(doing, "VDI.get_uuid", new_disk)
         entry.note(disks=[uuid])
-        pool.call(doing, "VBD.create", vbd_fields(dict(vbd, VDI=new_disk), machine))
+        pool.call(doing, "VBD.create", fields_like("VBD", dict(vbd, VDI=new_disk), VM=machine))
         size = int(pool.ask(doing, "VDI.get_virtual_size", new_disk))
         command = ["vdi-import", f"uuid={uuid}", "filename=/dev/stdin", "format=raw"]
         problem = self._stream(doing, plan, [command], (), lambda pipes: DiskFeed(pipes[0], size), sink)
@@ -9856,11 +9856,11 @@ class Importer:
                 sinks, more = ([], [feed]) if source.is_archive else ([feed], [])
                 problems: Optional[List[VerificationError]] = [] if force else None
                 try:
-                    stream_image(source, watch, sinks + ([sink] if sink else []), more, problems)
-                except VerificationError as error:
+                    stream_image(source, watch, sinks + ([sink] if sink else []), more, problems,
+                                 "" if force else VERIFY_ADVICE)
+                except VerificationError:
                     imports.problems()                   # they end by themselves, as their input is over
-                    advice = "" if force else " " + VERIFY_ADVICE
-                    raise type(error)(f"{doing}: the copy {error.verdict}: {str(error).rstrip('.')}.{advice}")
+                    raise
                 except BrokenPipeError:
                     reasons = imports.problems() or ["xe closed its input and said nothing"]
                     raise import_failure(doing, reasons[0])
@@ -9903,27 +9903,29 @@ class Importer:
         if missing and not problem:
             raise BackupError(f"{entry.title}: xe reported no failure, but there is no VM named "
                               f"{missing[0]}.")
-        disks = [vbd["VDI"] for _, _, vbds in found for vbd in vbds if vbd["VDI"] != NULL_REF]
-        records = {ref: ask(doing, "VDI.get_record", ref) for ref in disks}
+        records = {vbd["VDI"]: ask(doing, "VDI.get_record", vbd["VDI"])
+                   for _, _, vbds in found for vbd in vbds if vbd["VDI"] != NULL_REF}
         entry.note(uuids=[uuid for _, uuid, _ in found],
                    disks=sorted(record["uuid"] for record in records.values()))
-        if missing:
-            lost = [planned.disk.title for planned in plan.disks if planned.disk.id not in vdis]
-            problem += f" Of its disks nothing is there of: {', '.join(lost)}."
-        for planned in [] if missing else plan.disks:
+        lost = []
+        for planned in plan.disks:
             record = records.get(vdis.get(planned.disk.id, ""))
-            if record is None:
+            if record is None and missing:
+                lost.append(planned.disk.title)
+            elif record is None:
                 raise ProgramError(f"{entry.title}: the pool made no disk {planned.disk.title}.")
-            if int(record["virtual_size"]) < planned.disk.virtual_size or record["SR"] != planned.sr.ref:
+            elif int(record["virtual_size"]) < planned.disk.virtual_size or record["SR"] != planned.sr.ref:
                 raise ProgramError(f"{entry.title}: the pool made disk {planned.disk.title} with "
                                    f"{record['virtual_size']} bytes, or not on SR {planned.sr.title}.")
+        if lost:
+            problem += f" Of its disks nothing is there of: {', '.join(lost)}."
         if problem:
             self._services.log.warning(f"{entry.title}: {problem} It is kept, as force=yes asks for.")
         main = found[0][0]
         doing = f"putting together the disks of {entry.title}"
         for helper, _, vbds in found[1:]:
             for vbd in vbds:
-                self._create_once(doing, "VBD", "userdevice", vbd_fields(vbd, main))
+                self._create_once(doing, "VBD", fields_like("VBD", vbd, VM=main))
             destroy(self._services, "VM", helper, doing)       # which leaves its disks
         return ImportedVm(entry, main, vdis, problem)
 
@@ -9964,37 +9966,37 @@ class Importer:
         vbds = [] if source.is_archive else ova_objects(source.ova, "VBD").values()
         vbd = next((vbd for vbd in vbds if vbd.get("VDI") == existing.disk.id),
                    dict(IMPORT_DEFAULTS["VBD"], userdevice=existing.disk.userdevice))
-        fields = vbd_fields(dict(vbd, VDI=existing.vdi_ref), imported.ref)
+        fields = fields_like("VBD", dict(vbd, VDI=existing.vdi_ref), VM=imported.ref)
         fields["other_config"].pop("owner", None)
-        self._create_once(doing, "VBD", "userdevice", fields)
+        self._create_once(doing, "VBD", fields)
 
-    def _create_once(self, doing: str, class_name: str, place: str, fields: Dict[str, Any]) -> None:
+    def _create_once(self, doing: str, class_name: str, fields: Dict[str, Any]) -> None:
         """The VM has that VIF or VBD. A call without an answer is repeated only if nothing stands in its
         place: an import of hours must not be given up for it."""
-        pool, own = self._services.pool, f'field "VM" = "{fields["VM"]}"'
+        pool, place = self._services.pool, "device" if class_name == "VIF" else "userdevice"
         try:
             pool.call(doing, f"{class_name}.create", fields)
         except AnswerLost:
-            there = pool.ask(doing, f"{class_name}.get_all_records_where", own)
+            there = pool.ask(doing, f"{class_name}.get_all_records_where", f'field "VM" = "{fields["VM"]}"')
             if not any(record[place] == fields[place] for record in there.values()):
                 pool.call(doing, f"{class_name}.create", fields)
 
     def _make_interface(self, interface: PlannedInterface, imported: ImportedVm, doing: str) -> None:
         """The VM has that VIF. Where the pool has no licence for VIF locking it is made without, as the
         server's own import does (ocaml/xapi/import.ml@v26.17.0), and that is told."""
-        fields = vif_fields(interface, imported.ref)
+        fields = dict(interface.fields, VM=imported.ref)
         try:
-            self._create_once(doing, "VIF", "device", fields)
+            self._create_once(doing, "VIF", fields)
         except ApiFailure as failure:
             if failure.code != "LICENCE_RESTRICTION" or "locking_mode" not in fields:
                 raise
             allowed = fields.get("ipv4_allowed", []) + fields.get("ipv6_allowed", [])
             mode = fields["locking_mode"]
-            unlocked = "network_default" if mode == "locked" else mode
-            self._create_once(doing, "VIF", "device", dict(fields, ipv4_allowed=[], ipv6_allowed=[],
-                                                           locking_mode=unlocked))
+            fields.update(ipv4_allowed=[], ipv6_allowed=[],
+                          locking_mode="network_default" if mode == "locked" else mode)
+            self._create_once(doing, "VIF", fields)
             self._snapshots.tell(
-                imported.entry, f"its interface {interface.device} was restricted (locking_mode {mode}, "
+                imported.entry, f"its interface {fields['device']} was restricted (locking_mode {mode}, "
                 f"addresses allowed: {', '.join(allowed) or 'none'}), for which this pool has no licence: it "
                 "was made WITHOUT that restriction.")
 
@@ -10036,20 +10038,25 @@ class _Imports:
 
 
 def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequence[MebibyteSink] = (),
-                 more: Sequence[Consumer] = (), problems: Optional[List[VerificationError]] = None) -> Check:
+                 more: Sequence[Consumer] = (), problems: Optional[List[VerificationError]] = None,
+                 advice: str = "") -> Check:
     """The whole image passed through its check (whose sinks are shown the disks' contents) and through
-    `more`, and its digests are those on record; the check. VerificationError if anything is not as it was at
-    the export; where `problems` is given that is noted there, and as much passes as can be read."""
+    `more`, and its digests are those on record; the check. VerificationError, which ends in `advice`, if
+    anything is not as it was at the export; where `problems` is given that is noted there, and as much passes
+    as can be read."""
     # Of what only passes on, the digest of bytes that were proven once says all that their structure could
     # say again, at half the cost.
     check_it = sinks or not (more and source.manifest)
     check = image_check(source.inside, source.copy, source.manifest, sinks, check_it and problems is None,
                         problems is None)
-    if check is None:
-        raise VerificationError(f"{source.copy.image} was compressed a second time: decompress it once")
-    consumers = ([check] if check_it else []) + list(more)
-    read_image(source.inside, source.copy, source.manifest, consumers, on_tick, f"reading {source.title}",
-               problems)
+    try:
+        if check is None:
+            raise VerificationError(f"{source.copy.image} was compressed a second time: decompress it once")
+        read_image(source.inside, source.copy, source.manifest, ([check] if check_it else []) + list(more),
+                   on_tick, f"reading {source.title}", problems)
+    except VerificationError as error:
+        raise type(error)(f"{source.title}: the copy {error.verdict}: {str(error).rstrip('.')}."
+                          + (f" {advice}" if advice else ""))
     return check
 
 
@@ -10067,34 +10074,7 @@ def import_failure(doing: str, problem: str, was_proven: bool = False) -> Backup
     return ProgramError(f"{doing} failed: {problem}.")
 
 
-def vbd_fields(vbd: Dict[str, Any], machine: str) -> Dict[str, Any]:
-    """The argument of VBD.create for a disk like that one on that VM."""
-    fields = ("VDI", "userdevice", "bootable", "mode", "type", "empty", "unpluggable", "qos_algorithm_type",
-              "qos_algorithm_params")
-    return dict({field: vbd[field] for field in fields if field in vbd}, VM=machine,
-                other_config=own_other_config(vbd))
-
-
-def vif_fields(interface: PlannedInterface, machine: str) -> Dict[str, Any]:
-    """The argument of VIF.create for that interface of that VM."""
-    vif = interface.fields
-    fields = ("MTU", "qos_algorithm_type", "qos_algorithm_params", "locking_mode", "ipv4_allowed",
-              "ipv6_allowed")
-    return dict({field: vif[field] for field in fields if field in vif}, VM=machine, device=interface.device,
-                network=interface.network_ref, MAC=interface.mac, other_config=own_other_config(vif))
-
-
 # --- a restore from end to end ---------------------------------------------------------------------
-
-
-def read_once(services: Services, source: Source) -> None:
-    """The whole image was read and is what it should be; BackupError if not."""
-    title = f"verifying {source.title}"
-    services.log.info(title)
-    try:
-        stream_image(source, shown_progress(services, title, source.copy.size_bytes))
-    except VerificationError as error:
-        raise BackupError(f"{source.title} {error.verdict}: {str(error).rstrip('.')}. Nothing was started.")
 
 
 def journal_catalog(services: Services, shown: str, catalog: Optional[Catalog]) -> Catalog:
@@ -10121,6 +10101,11 @@ def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePla
     """The plan was carried out. Raises what went wrong, when nothing of it is left."""
     log, name, size = services.log, quote_name(plan.source.vm_name), format_size(plan.source.copy.size_bytes)
     began_s, status = services.clock.monotonic(), ExitStatus.OK
+    if plan.given["verify_first"]:
+        title = f"verifying {plan.source.title}"
+        log.info(title)
+        stream_image(plan.source, shown_progress(services, title, plan.source.copy.size_bytes),
+                     advice="Nothing was started.")
     catalog = journal_catalog(services, plan.source.inside.shown, catalog)
     run.begin(services._replace(catalog=catalog), inventory)
     for problem in run.sweep():
@@ -10167,7 +10152,8 @@ def check_nothing_lost(plan: RestorePlan, imported: ImportedVm, machine: Virtual
     disks, devices = {disk.vdi_ref for disk in machine.disks}, {vif.device for vif in interfaces}
     lost = [f"disk {planned.disk.title}" for planned in plan.disks
             if planned.disk.id in imported.vdis and imported.vdis[planned.disk.id] not in disks]
-    lost += [f"interface {planned.device}" for planned in plan.interfaces if planned.device not in devices]
+    lost += [f"interface {planned.fields['device']}" for planned in plan.interfaces
+             if planned.fields["device"] not in devices]
     name = quote_name(plan.source.vm_name)
     if lost:
         raise BackupError(f"{name}: its server restarted, and with its last seconds the pool has lost "
@@ -10255,7 +10241,8 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
                                  f"full size of {format_size(disk.virtual_size)}; its zeros take no room.")
         sink = MebibyteSink(functools.partial(write_in_place, file.fd),
                             disk.id if source.is_archive else "image")
-        check = stream_image(source, shown_progress(services, title, source.copy.size_bytes), [sink])
+        check = stream_image(source, shown_progress(services, title, source.copy.size_bytes), [sink],
+                             advice="No file was left.")
         size = disk.virtual_size or check.report.disks[0].virtual_size
         file.complete(size)
     proven = "its digests match" if source.manifest else source.digests_text + (
@@ -11181,8 +11168,6 @@ def command_restore(run: Run) -> None:
                 raise BackupError(f"{quote_name(source.vm_name)} is not restored:{problems}\n"
                                   "Nothing was started.")
             log.info(plan_text(plan))
-            if given["verify_first"]:
-                read_once(services, source)
             restore(run, services, inventory, plan, catalog)
 
 
@@ -11201,8 +11186,6 @@ def command_extract(run: Run) -> None:
             raise UsageError("say with to= which file to write.")
         try:
             told = extract_disk(services, source, disk, path)
-        except VerificationError as error:
-            raise BackupError(f"{source.title} {error.verdict}: {str(error).rstrip('.')}. No file was left.")
         except CatalogError as error:
             raise BackupError(f"{error} No file was left.")
     services.log.show(told)

@@ -30,7 +30,7 @@ SLOW = settings(deadline=None, max_examples=25, suppress_health_check=list(Healt
 def opened(path):
     """The image that stands alone at that path, and its directory."""
     with Directory.open_path(os.path.dirname(str(path))) as inside:
-        yield VmBackup.copy_at_path(str(path)), inside
+        yield VmBackup.copy_at_path(str(path))[1], inside
 
 
 def extracted(folder, name, content, disk='xvda', force=False):
@@ -424,8 +424,8 @@ def restored_in_process(text, wishes=NO_WISHES):
         made = VmBackup.parse_ova(VmBackup.rewritten_ova(plan, part, 'new name'))
         assert set(VmBackup.exported_disks(made)) == set(ids)
     for interface in plan.interfaces:
-        assert VmBackup.vif_fields(interface, 'vm')['device']
-        xmlrpc.client.dumps((VmBackup.vif_fields(interface, 'vm'),))
+        assert interface.fields['device']
+        xmlrpc.client.dumps((interface.fields,))
     return plan
 
 
