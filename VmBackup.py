@@ -9017,7 +9017,13 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
         vm_id, record = own_vm(look.ova)
         if not manifest and _seed(original) != _seed(record) and _seed(original) and _seed(record):
             every, original, copy = [], {}, copy._replace(uuid="")     # it only lies beside another VM's
-        disks = _with_manifest(disks_of_ova(look.ova, vm_id), manifest)
+        rows = {row["archive_id"]: row for row in manifest.get("disks", ()) if row.get("archive_id")}
+        disks = []
+        for disk in disks_of_ova(look.ova, vm_id):
+            row = rows.get(disk.id, {})    # it knows better where the disk lay, and how much of it was stored
+            stored = row["blocks"] * MEBIBYTE if isinstance(row.get("blocks"), int) else -1
+            disks.append(disk._replace(device=row.get("device") or disk.device, stored_bytes=stored,
+                                       sr_uuid=row.get("sr_uuid") or disk.sr_uuid))
         there = {disk.userdevice for disk in disks}
         lacking = tuple(disk for disk in every if disk.userdevice not in there and not disk.is_memory)
         return Source(inside, copy, manifest, look.ova, vm_id, original, tuple(disks), lacking,
@@ -9058,18 +9064,6 @@ def read_metadata(inside: Directory, copy: Copy, manifest: Dict[str, Any], force
 def _seed(record: Dict[str, Any]) -> str:
     """What MAC addresses are made of: a VM and its snapshots share it, two VMs do not."""
     return record.get("other_config", {}).get("mac_seed", "")
-
-
-def _with_manifest(disks: Sequence[SourceDisk], manifest: Dict[str, Any]) -> List[SourceDisk]:
-    """The disks, with what the manifest knows better: where each really lay, how much of it was stored."""
-    rows = {row.get("archive_id"): row for row in manifest.get("disks", ()) if isinstance(row, dict)}
-    known = []
-    for disk in disks:
-        row = rows.get(disk.id, {})
-        stored = row["blocks"] * MEBIBYTE if isinstance(row.get("blocks"), int) else -1
-        known.append(disk._replace(device=row.get("device") or disk.device, stored_bytes=stored,
-                                   sr_uuid=row.get("sr_uuid") or disk.sr_uuid))
-    return known
 
 
 def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: int) -> SourceDisk:
@@ -10356,15 +10350,13 @@ def drill_copies(services: Services, vm: str) -> Tuple[List[Copy], List[Finding]
     newest, findings = {}, []              # type: Dict[str, Copy], List[Finding]
     listing = chosen_vms(catalog, "", services.log)
     for stored in listing.vms:
-        findings += [Finding(Severity.WARNING, f"{copy.folder}/{copy.name}", "not drilled: "
-                                                                                   f"{copy.problem}.")
-                     for copy in stored.copies if copy.is_newer]     # nothing is known of it
-        known = [copy for copy in stored.copies if not copy.is_newer]
-        if not known:
-            continue
-        best = ([copy for copy in known if copy.is_good] or known)[-1]
+        known = [copy for copy in stored.copies if not copy.is_newer]       # of a newer one nothing is known
+        best = ([copy for copy in known if copy.is_good] or known or [None])[-1]
+        passed = known[known.index(best) + 1 if best else 0:]
         findings += [Finding(Severity.WARNING, f"{copy.folder}/{copy.name}", f"passed over: {copy.trouble}.")
-                     for copy in known[known.index(best) + 1:]]
+                     for copy in stored.copies if copy.is_newer or copy in passed]
+        if best is None:
+            continue
         rival = newest.get(stored.uuid or stored.folder)
         if rival is None or (rival.is_good, rival.taken_at) < (best.is_good, best.taken_at):
             newest[stored.uuid or stored.folder] = best
