@@ -617,6 +617,7 @@ def userdevice_number(userdevice: str) -> int:
 # --- names of what is being made in a pool ----------------------------------------
 
 TOKEN_MARK = "vmbackup-"       # a random token follows
+KEY_PREFIX = "vmbackup:"       # of our keys in other_config, before such a token
 NEW_VM_NAME = "%s (being restored) " + TOKEN_MARK + "%s"
 DRILL_VM_NAME = "VmBackup drill of %s " + TOKEN_MARK + "%s"
 PART_NAME = "%s part %d"       # a VM that only carries disks for one of these
@@ -2629,7 +2630,6 @@ IDLE_CONNECTION_S = 5
 POLL_TIMEOUT_S = 10            # for a question that can as well be asked a little later
 SAME_SESSION_PAUSE_S = 2
 ORIGINATOR = "VmBackup"
-KEY_PREFIX = "vmbackup:"
 
 
 class Transport:
@@ -4430,6 +4430,72 @@ def _exported_disk(disk_id: str, vdi: Dict[str, Any]) -> ExportedDisk:
     if not re.fullmatch("[0-9]{1,18}", size):
         raise UnknownFormat(f"ova.xml gives disk {disk_id} the virtual_size {ascii(size[:40])}")
     return ExportedDisk(disk_id, vdi.get("uuid", ""), int(size))
+
+
+# What the server's importer looks for (ocaml/xapi/import.ml@v26.17.0) and other programs leave out.
+IMPORT_DEFAULTS = {
+    "VM": {"uuid": "", "name_description": "", "user_version": "1", "affinity": NULL_REF,
+           "guest_metrics": NULL_REF, "version": "0", "actions_after_shutdown": "destroy",
+           "actions_after_reboot": "restart", "actions_after_crash": "restart"},
+    "VBD": {"VDI": NULL_REF, "type": "Disk", "bootable": False, "mode": "RW", "unpluggable": True,
+            "empty": False, "device": "", "qos_algorithm_type": "", "qos_algorithm_params": {}},
+    "VDI": {"uuid": "", "SR": NULL_REF, "name_label": "", "name_description": "", "type": "user",
+            "sharable": False, "read_only": False, "xenstore_data": {}, "sm_config": {}, "tags": [],
+            "location": ""},
+    "SR": {"uuid": "", "name_label": "", "content_type": "user"}}     # type: Dict[str, Dict[str, Any]]
+
+
+def own_other_config(record: Dict[str, Any]) -> Dict[str, str]:
+    """The record's other_config without what backups and imports put there."""
+    return {key: value for key, value in record.get("other_config", {}).items()
+            if not key.startswith(KEY_PREFIX) and key != "import_task"}
+
+
+def new_uuid() -> str:
+    """A random uuid (RFC 4122, version 4)."""
+    token = random_hex(16)
+    return "-".join((token[:8], token[8:12], "4" + token[13:16], "a" + token[17:20], token[20:]))
+
+
+def rewritten_ova(ova: Dict[str, Any], vm_id: str, machine: Dict[str, Any], sizes: Dict[str, int],
+                  is_main: bool) -> bytes:
+    """The ova.xml of an import of one VM of it, whose record is `machine`, with the disks that have a size in
+    `sizes`, and with neither VIF nor network. Without `is_main` it only carries those disks: nothing else
+    that belongs to the VM, nor its CD drives, is in it.
+
+    An import without networks creates none (tried on a real server).
+    """
+    vdis = ova_objects(ova, "VDI")
+    # With preserve=true an import re-uses an object that has the uuid: so none is to have it. The key `owner`
+    # lets `xe vm-uninstall` remove a disk with its VM; a snapshot's drives have it, the original's may not.
+    vbds = {key: dict(dict(IMPORT_DEFAULTS["VBD"], **vbd), uuid=new_uuid(), currently_attached=False,
+                      other_config=dict({} if vbd.get("type") == "CD" else {"owner": ""},
+                                        **own_other_config(vbd)))
+            for key, vbd in ova_objects(ova, "VBD").items() if vbd.get("VM") == vm_id
+            and (vbd.get("VDI") in sizes if vbd.get("type") != "CD" else is_main)}
+    kept = set(sizes) | {vbd["VDI"] for vbd in vbds.values()}
+    records = {
+        "VM": {vm_id: dict(machine, VBDs=list(vbds))}, "VBD": vbds, "VIF": {}, "network": {},
+        "VDI": {key: dict(dict(IMPORT_DEFAULTS["VDI"], **vdi), other_config=own_other_config(vdi),
+                          is_a_snapshot=False, snapshot_of=NULL_REF, snapshots=[],
+                          VBDs=[ref for ref, vbd in vbds.items() if vbd["VDI"] == key],
+                          virtual_size=str(sizes.get(key, vdi["virtual_size"])))
+                for key, vdi in vdis.items() if key in kept}}
+    objects = []
+    for entry in ova["objects"]:
+        kind, key = entry["class"], entry["id"]
+        if kind in records:
+            if key in records[kind]:
+                objects.append(dict(entry, snapshot=records[kind][key]))
+        elif is_main or kind in ("SR", "host"):
+            objects.append(dict(entry, snapshot=dict(IMPORT_DEFAULTS.get(kind, {}), **entry["snapshot"])))
+    text = ova_text({"version": ova["version"], "objects": objects})
+    srs = ova_objects(ova, "SR")
+    wanted = {key for key in sizes if _content_type(srs, vdis[key]) != "iso"}
+    if parse_ova(text)["objects"] != objects or set(exported_disks(parse_ova(text))) != wanted:
+        raise VerificationError(f"the rewritten ova.xml of {machine['name_label']} does not say what it "
+                                "should; nothing was created")
+    return text
 
 
 # ---- Checks: a format read as it passes --------------------------------------------------------------------
@@ -9303,12 +9369,6 @@ LIKE_FIELDS = {         # what a new drive or interface has of an old one's reco
             "ipv6_allowed")}
 
 
-def own_other_config(record: Dict[str, Any]) -> Dict[str, str]:
-    """The record's other_config without what backups and imports put there."""
-    return {key: value for key, value in record.get("other_config", {}).items()
-            if not key.startswith(KEY_PREFIX) and key != "import_task"}
-
-
 def fields_like(class_name: str, record: Dict[str, Any], **fields: Any) -> Dict[str, Any]:
     """The argument of VBD.create or VIF.create for one like that record but for the fields that are given."""
     like = {field: record[field] for field in LIKE_FIELDS[class_name] if field in record}
@@ -9646,68 +9706,9 @@ def plan_text(plan: RestorePlan) -> str:
 # --- ova.xml as it goes in --------------------------------------------------------------------
 
 
-def rewritten_ova(plan: RestorePlan, part: int, name: str) -> bytes:
-    """The ova.xml of that part's import: one VM of that name with its disks, and neither VIF nor network.
-
-    Part 0 is the VM itself; a further part is a VM that only carries disks. An import without networks
-    creates none (tried on a real server).
-    """
-    source, disks = plan.source, set(plan.parts[part][1])
-    vdis = ova_objects(source.ova, "VDI")
-    sizes = {planned.disk.id: planned.disk.virtual_size for planned in plan.disks}
-    # With preserve=true an import re-uses an object that has the uuid: so none is to have it. The key `owner`
-    # lets `xe vm-uninstall` remove a disk with its VM; a snapshot's drives have it, the original's may not.
-    vbds = {key: dict(dict(IMPORT_DEFAULTS["VBD"], **vbd), uuid=new_uuid(), currently_attached=False,
-                      other_config=dict({} if vbd.get("type") == "CD" else {"owner": ""},
-                                        **own_other_config(vbd)))
-            for key, vbd in ova_objects(source.ova, "VBD").items() if vbd.get("VM") == source.vm_id
-            and (vbd.get("VDI") in disks if vbd.get("type") != "CD" else part == 0)}
-    kept = disks | {vbd["VDI"] for vbd in vbds.values()}
-    records = {
-        "VM": {source.vm_id: _rewritten_vm(plan, part, name, list(vbds))}, "VBD": vbds, "VIF": {},
-        "VDI": {key: dict(dict(IMPORT_DEFAULTS["VDI"], **vdi), other_config=own_other_config(vdi),
-                          is_a_snapshot=False, snapshot_of=NULL_REF, snapshots=[],
-                          VBDs=[ref for ref, vbd in vbds.items() if vbd["VDI"] == key],
-                          virtual_size=str(sizes.get(key, vdi["virtual_size"])))
-                for key, vdi in vdis.items() if key in kept}, "network": {}}
-    objects = []
-    for entry in source.ova["objects"]:
-        kind, key = entry["class"], entry["id"]
-        if kind in records:
-            if key in records[kind]:
-                objects.append(dict(entry, snapshot=records[kind][key]))
-        elif not part or kind in ("SR", "host"):
-            objects.append(dict(entry, snapshot=dict(IMPORT_DEFAULTS.get(kind, {}), **entry["snapshot"])))
-    text = ova_text({"version": source.ova["version"], "objects": objects})
-    srs = ova_objects(source.ova, "SR")
-    wanted = {key for key in disks if _content_type(srs, vdis[key]) != "iso"}
-    if parse_ova(text)["objects"] != objects or set(exported_disks(parse_ova(text))) != wanted:
-        raise VerificationError(f"the rewritten ova.xml of {name} does not say what it should; nothing was "
-                                "created")
-    return text
-
-
-# What the server's importer looks for (ocaml/xapi/import.ml@v26.17.0) and other programs leave out.
-IMPORT_DEFAULTS = {
-    "VM": {"uuid": "", "name_description": "", "user_version": "1", "affinity": NULL_REF,
-           "guest_metrics": NULL_REF, "version": "0", "actions_after_shutdown": "destroy",
-           "actions_after_reboot": "restart", "actions_after_crash": "restart"},
-    "VBD": {"VDI": NULL_REF, "type": "Disk", "bootable": False, "mode": "RW", "unpluggable": True,
-            "empty": False, "device": "", "qos_algorithm_type": "", "qos_algorithm_params": {}},
-    "VDI": {"uuid": "", "SR": NULL_REF, "name_label": "", "name_description": "", "type": "user",
-            "sharable": False, "read_only": False, "xenstore_data": {}, "sm_config": {}, "tags": [],
-            "location": ""},
-    "SR": {"uuid": "", "name_label": "", "content_type": "user"}}     # type: Dict[str, Dict[str, Any]]
-
-
-def new_uuid() -> str:
-    """A random uuid (RFC 4122, version 4)."""
-    token = random_hex(16)
-    return "-".join((token[:8], token[8:12], "4" + token[13:16], "a" + token[17:20], token[20:]))
-
-
-def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str]) -> Dict[str, Any]:
-    """The VM's record of that part: halted, provisionally named, no template, nothing that acts by itself."""
+def ova_of_part(plan: RestorePlan, part: int, name: str) -> bytes:
+    """The ova.xml of that part's import: one VM of that name, halted, no template, nothing that acts by
+    itself, with its disks. Part 0 is the VM itself; a further part is a VM that only carries disks."""
     record = dict(IMPORT_DEFAULTS["VM"], **plan.source.record)
     is_to_stay = plan.name and not part
     original = plan.source.original or record
@@ -9715,7 +9716,7 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str]) 
     record["other_config"] = own_other_config(record)
     record.update(name_label=name, power_state="Halted", suspend_VDI=NULL_REF, is_a_template=False,
                   is_a_snapshot=False, snapshot_of=NULL_REF, snapshots=[], snapshot_info={}, parent=NULL_REF,
-                  VIFs=[], VBDs=list(vbds), ha_always_run=False, blocked_operations={}, current_operations={},
+                  VIFs=[], ha_always_run=False, blocked_operations={}, current_operations={},
                   allowed_operations=[], resident_on=NULL_REF, uuid=plan.uuid or record["uuid"] or new_uuid(),
                   children=[])
     if plan.new_mac_seed or not is_to_stay:
@@ -9727,7 +9728,9 @@ def _rewritten_vm(plan: RestorePlan, part: int, name: str, vbds: Sequence[str]) 
         record["other_config"].pop("auto_poweron", None)
     if part:
         record["guest_metrics"] = NULL_REF
-    return record
+    sizes = {planned.disk.id: planned.disk.virtual_size for planned in plan.disks
+             if planned.disk.id in plan.parts[part][1]}
+    return rewritten_ova(plan.source.ova, plan.source.vm_id, record, sizes, not part)
 
 
 # --- feeding imports ------------------------------------------------------------------------------
@@ -9791,7 +9794,7 @@ class Importer:
     def _import(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:
         """The data are in the pool; "" or, with force=yes, what is wrong. Raises what went wrong first."""
         doing, source, pool = f"the import of {entry.title}", plan.source, self._services.pool
-        ovas = [rewritten_ova(plan, part, name) for part, name in enumerate(entry.facts["names"])]
+        ovas = [ova_of_part(plan, part, name) for part, name in enumerate(entry.facts["names"])]
         tasks, commands, ids = [], [], [part_ids for _, part_ids in plan.parts]
         for name, (sr, _) in zip(entry.facts["names"], plan.parts):
             tasks.append(pool.call(f"making the task of {doing}", "task.create", name, f"VmBackup {VERSION}"))

@@ -421,7 +421,7 @@ def restored_in_process(text, wishes=NO_WISHES):
     if plan.problems:
         return plan
     for part, (_, ids) in enumerate(plan.parts):
-        made = VmBackup.parse_ova(VmBackup.rewritten_ova(plan, part, 'new name'))
+        made = VmBackup.parse_ova(VmBackup.ova_of_part(plan, part, 'new name'))
         assert set(VmBackup.exported_disks(made)) == set(ids)
     for interface in plan.interfaces:
         assert interface.fields['device']
