@@ -9179,12 +9179,13 @@ def chosen_source(services: Services, force: bool = False,
 
 
 @contextlib.contextmanager
-def held_copy(services: Services, catalog: Catalog,
-              choose: Callable[[], Copy]) -> Iterator[Tuple[Copy, Directory]]:
-    """The copy that `choose` gives, open; nobody removes it meanwhile, where this store can be locked from
-    here: who reads goes on without. One that went away before it was held is chosen anew."""
+def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy],
+              copy: Optional[Copy] = None) -> Iterator[Tuple[Copy, Directory]]:
+    """That copy, or the one that `choose` gives, open; nobody removes it meanwhile, where this store can be
+    locked from here: who reads goes on without. For one that went away before it was held another is
+    chosen."""
     while True:
-        copy = choose()
+        copy = copy or choose()
         with contextlib.ExitStack() as stack:
             try:
                 is_free = services.arguments.preview or not catalog.is_writable() \
@@ -9199,6 +9200,8 @@ def held_copy(services: Services, catalog: Catalog,
             try:
                 inside = stack.enter_context(catalog.open_copy(copy))
             except NotThere:
+                services.log.info(f"{copy.folder}/{copy.name} was removed meanwhile.")
+                copy = None
                 continue
             yield copy, inside
             return
@@ -9608,15 +9611,12 @@ def _plan_name(source: Source, view: PoolView, wanted: str, notes: List[str], pr
         if wanted in taken:
             problems.append(f"a VM named {quote_name(wanted)} is there already: give another to=.")
         return wanted
-    if source.vm_name not in taken:
-        return source.vm_name
-    marked = name = f"{source.vm_name} (restored {source.copy.taken_at:%Y-%m-%d})"
-    number = 1
-    while name in taken:
-        number += 1
-        name = f"{marked} {number}"
-    notes.append(f"a VM named {quote_name(source.vm_name)} is there: it is left as it is, and the new one is "
-                 f"named {quote_name(name)}.")
+    marked = f"{source.vm_name} (restored {source.copy.taken_at:%Y-%m-%d})"
+    numbered = (f"{marked} {number}" for number in itertools.count(2))
+    name = next(one for one in itertools.chain((source.vm_name, marked), numbered) if one not in taken)
+    if name != source.vm_name:
+        notes.append(f"a VM named {quote_name(source.vm_name)} is there: it is left as it is, and the new "
+                     f"one is named {quote_name(name)}.")
     return name
 
 
@@ -9703,7 +9703,7 @@ def plan_text(plan: RestorePlan) -> str:
     return "\n".join(lines)
 
 
-# --- ova.xml as it goes in --------------------------------------------------------------------
+# --- doing it ----------------------------------------------------------------------------------------
 
 
 def ova_of_part(plan: RestorePlan, part: int, name: str) -> bytes:
@@ -9733,10 +9733,7 @@ def ova_of_part(plan: RestorePlan, part: int, name: str) -> bytes:
     return rewritten_ova(plan.source.ova, plan.source.vm_id, record, sizes, not part)
 
 
-# --- feeding imports ------------------------------------------------------------------------------
-
-
-NEW_HVM_FIELDS = {
+NEW_HVM_FIELDS = {        # what VM.create must be told, and cfg files do not tell
     "user_version": "1", "is_a_template": False, "affinity": NULL_REF, "memory_static_min": "16777216",
     "VCPUs_params": {}, "actions_after_shutdown": "destroy", "actions_after_reboot": "restart",
     "actions_after_crash": "restart", "PV_bootloader": "", "PV_kernel": "", "PV_ramdisk": "", "PV_args": "",
@@ -9744,9 +9741,6 @@ NEW_HVM_FIELDS = {
     "HVM_boot_params": {"order": "cdn"}, "PCI_bus": "", "recommendations": "",
     "platform": {"acpi": "1", "apic": "true", "pae": "true", "nx": "true", "viridian": "true",
                  "device-model": "qemu-upstream-compat", "videoram": "8"}}
-
-
-# --- doing it ----------------------------------------------------------------------------------------
 
 
 class ImportedVm(NamedTuple):
@@ -9998,24 +9992,22 @@ class Importer:
                 "was made WITHOUT that restriction.")
 
 
-class _Imports:
+class _Imports(contextlib.ExitStack):
     """The xe programs of a restore, each started when its first byte is there; none outlives the block."""
 
     def __init__(self, xe: XeProgram, commands: Sequence[Sequence[str]]) -> None:
+        super().__init__()
         self._xe, self._commands = xe, commands
         self._lock = threading.Lock()
         self._is_over = False
         self.programs = []                 # type: List[Program]
-
-    def __enter__(self) -> "_Imports":
-        return self
 
     def start(self, number: int) -> int:
         """xe runs; the descriptor to feed it with. Called in the thread of the consumer that feeds."""
         with self._lock:
             if self._is_over:
                 raise BrokenPipeError(errno.EPIPE, "the restore was given up")
-            program = self._xe.start(*self._commands[number], stdin=subprocess.PIPE)
+            program = self.enter_context(self._xe.start(*self._commands[number], stdin=subprocess.PIPE))
             self.programs.append(program)
         fd = os.dup(program.stdin_fd)
         program.close_stdin()
@@ -10027,11 +10019,10 @@ class _Imports:
         found = [xe_problem(status, said) for status, said in ended if status is not None]
         return [problem for problem in found if problem]
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *details: Any) -> Any:
         with self._lock:
             self._is_over = True
-        for program in self.programs:
-            program.__exit__()
+        return super().__exit__(*details)
 
 
 def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequence[MebibyteSink] = (),
@@ -10371,17 +10362,6 @@ def drill_copies(services: Services, vm: str) -> Tuple[List[Copy], List[Finding]
     return copies, findings
 
 
-def still_there(services: Services, copy: Copy) -> Copy:
-    """The copy if nothing has removed it, else the one that a drill of its VM takes now; or BackupError."""
-    with contextlib.suppress(NotThere), services.catalog.open_copy(copy):
-        return copy
-    services.log.info(f"{copy.folder}/{copy.name} was removed meanwhile; the newest copy of "
-                      f"{quote_name(copy.vm_name)} is taken.")
-    for other in drill_copies(services, f"uuid:{copy.uuid}")[0]:
-        return other
-    raise BackupError("it was removed meanwhile, and no other copy of this VM is there.")
-
-
 def drill_plan(services: Services, view: PoolView, copy: Copy, inside: Directory) -> RestorePlan:
     """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read
     anew."""
@@ -10419,11 +10399,11 @@ def undrilled(copy: Copy) -> Outcome:
 
 def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> Outcome:
     """What the drill of that copy found; its verdict is on record."""
-    began_s = services.clock.monotonic()
-    title = f"{copy.folder}/{copy.name}"
+    began_s, title = services.clock.monotonic(), f"{copy.folder}/{copy.name}"
+    choose = functools.partial(choose_copy, services.catalog, f"uuid:{copy.uuid}", "latest", services.log)
     try:
-        with held_copy(services, services.catalog, lambda: still_there(services, copy)) as (held, inside):
-            copy, title = held, f"{held.folder}/{held.name}"
+        with held_copy(services, services.catalog, choose, copy) as (copy, inside):
+            title = f"{copy.folder}/{copy.name}"
             services.log.info(f"{title}: drill of {format_size(copy.size_bytes)}.")
             boot_s = services.arguments.parameters["boot"] * MINUTE_S
             said, error = drill.run(drill_plan(services, view, copy, inside), boot_s), None
