@@ -9752,11 +9752,6 @@ class ImportedVm(NamedTuple):
     problem: str
 
 
-def final_name(plan: RestorePlan, imported: ImportedVm) -> str:
-    """What the restored VM is called."""
-    return plan.name + (" (DAMAGED)" if imported.problem else "")
-
-
 class ImportWatch(Watch):
     """The watch over an import; whoever opened its entry cancels its tasks and removes what was made."""
 
@@ -9940,7 +9935,7 @@ class Importer:
                 ask(doing, "VM.remove_from_other_config", ref, KEY_PREFIX + entry.facts["token"])
                 if blocked:
                     ask(doing, "VM.set_blocked_operations", ref, blocked)
-                ask(doing, "VM.set_name_label", ref, final_name(plan, imported))
+                ask(doing, "VM.set_name_label", ref, plan.name + (" (DAMAGED)" if imported.problem else ""))
             except BackupError as error:
                 raise BackupError(f"{entry.title}: {unnamed_text(entry)} ({error})")
 
@@ -10117,38 +10112,32 @@ def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePla
             status = ExitStatus.FAILED
     run.look_again()
     record, machine, interfaces = read_restored(services.pool, plan, imported)
-    check_nothing_lost(plan, imported, machine, interfaces)
     log.show(restored_text(plan, imported, record, machine, interfaces, status))
 
 
 def read_restored(pool: Pool, plan: RestorePlan,
                   imported: ImportedVm) -> Tuple[Dict[str, Any], VirtualMachine, List[Interface]]:
-    """The VM's record, the VM and its interfaces as they are now, all read since the server was last lost."""
-    while True:
+    """The VM's record, the VM and its interfaces as they are now, all read since the server was last lost.
+    BackupError if the VM has no more what was made of it: a server that restarts can have lost its last
+    seconds."""
+    times_shaken = -1
+    while pool.times_shaken != times_shaken:
         times_shaken, doing = pool.times_shaken, f"reading {quote_name(plan.name)}"
         record = pool.ask(doing, "VM.get_record", imported.ref)
         machine = pool.machine(imported.ref, doing, record)
         interfaces = pool.interfaces(machine)
-        if pool.times_shaken == times_shaken:
-            return record, machine, interfaces
-
-
-def check_nothing_lost(plan: RestorePlan, imported: ImportedVm, machine: VirtualMachine,
-                       interfaces: Sequence[Interface]) -> None:
-    """Raises BackupError if the VM has no more what was made of it: a server that restarts can have lost its
-    last seconds."""
     disks, devices = {disk.vdi_ref for disk in machine.disks}, {vif.device for vif in interfaces}
     lost = [f"disk {planned.disk.title}" for planned in plan.disks
             if planned.disk.id in imported.vdis and imported.vdis[planned.disk.id] not in disks]
     lost += [f"interface {planned.fields['device']}" for planned in plan.interfaces
              if planned.fields["device"] not in devices]
-    name = quote_name(plan.source.vm_name)
     if lost:
-        raise BackupError(f"{name}: its server restarted, and with its last seconds the pool has lost "
-                          f"{', '.join(lost)} of the restored VM {quote_name(machine.name)}. Remove it with "
-                          f"`xe vm-uninstall uuid={machine.uuid}`, and restore again.")
-    if machine.name != final_name(plan, imported):
-        raise BackupError(f"{name}: {unnamed_text(imported.entry)}")
+        raise BackupError(f"{imported.entry.title}: its server restarted, and with its last seconds the pool "
+                          f"has lost {', '.join(lost)} of the restored VM {quote_name(machine.name)}. Remove "
+                          f"it with `xe vm-uninstall uuid={machine.uuid}`, and restore again.")
+    if machine.name in imported.entry.facts["names"]:
+        raise BackupError(f"{imported.entry.title}: {unnamed_text(imported.entry)}")
+    return record, machine, interfaces
 
 
 def restored_text(plan: RestorePlan, imported: ImportedVm, record: Dict[str, Any], machine: VirtualMachine,
