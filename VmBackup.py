@@ -9405,12 +9405,13 @@ class ExistingDisk(NamedTuple):
 class RestorePlan(NamedTuple):
     """What a restore will make, with reasons; nothing is made if there are `problems`.
 
-    `given`: the parameters of the action. `name`: "" for a drill. `uuid`: the one that the VM is to keep, ""
-    for a new one. `parts`: for each import its SR and the ids of its disks, in the order of the archive.
-    `new_mac_seed`: a kept one would clash.
+    `given`: the parameters of the action. `uuid`: the one that the VM is to keep, "" for a new one. `parts`:
+    for each import its SR and the ids of its disks, in the order of the archive. `new_mac_seed`: a kept one
+    would clash.
     """
     source: Source
     given: Dict[str, Any]
+    is_drill: bool
     name: str
     uuid: str
     new_mac_seed: bool
@@ -9453,7 +9454,7 @@ def plan_restore(source: Source, view: PoolView, given: Dict[str, Any],
         notes.append("its other_config has auto_poweron=true, as the VM's had: it starts with its host "
                      f"beside the VM that bears its name; `xe vm-param-remove uuid={NEW_UUID} "
                      "param-name=other-config param-key=auto_poweron` stops that.")
-    return RestorePlan(source, given, name, uuid, new_mac_seed, tuple(disks),
+    return RestorePlan(source, given, is_drill, name, uuid, new_mac_seed, tuple(disks),
                        _cut_into_parts(source, disks, home), tuple(interfaces), tuple(existing), tuple(notes),
                        tuple(problems))
 
@@ -9710,7 +9711,7 @@ def ova_of_part(plan: RestorePlan, part: int, name: str) -> bytes:
     """The ova.xml of that part's import: one VM of that name, halted, no template, nothing that acts by
     itself, with its disks. Part 0 is the VM itself; a further part is a VM that only carries disks."""
     record = dict(IMPORT_DEFAULTS["VM"], **plan.source.record)
-    is_to_stay = plan.name and not part
+    is_to_stay = not part and not plan.is_drill
     original = plan.source.original or record
     record.update({field: original[field] for field in ORIGINAL_FIELDS if field in original})
     record["other_config"] = own_other_config(record)
@@ -9773,11 +9774,11 @@ class Importer:
         """The VM of the plan with its own disks only, proven, under a provisional name; removed on every way
         out unless its entry was closed. `sink` is shown the disks' contents as they go in."""
         token, source = random_hex(8), plan.source
-        name = NEW_VM_NAME % (plan.name, token) if plan.name else DRILL_VM_NAME % (source.vm_name, token)
+        name = DRILL_VM_NAME % (source.vm_name, token) if plan.is_drill else NEW_VM_NAME % (plan.name, token)
         names = [name] + [PART_NAME % (name, part + 1) for part in range(1, len(plan.parts))]
         make = self._create if source.has_only_cfg_files else self._import
         with self._snapshots.begun(source.vm_uuid or "?", source.vm_name, token=token, names=names, tasks=[],
-                                   kind="restore" if plan.name else "drill") as entry:
+                                   kind="drill" if plan.is_drill else "restore") as entry:
             yield self._take_stock(entry, plan, make(entry, plan, sink))
 
     def _import(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:

@@ -103,15 +103,15 @@ def test_the_drives_are_as_they_were(a_pool: Any, a_shelf: Any) -> None:
     assert len(cds) == 1 and cds[0]['empty']
 
 
-@pytest.mark.parametrize('name', ['\u00dcmlaut & <b> "q" \'x\'', 'two  spaces', 'a/b:c=d,e', 'line\nbreak', '-dash', '.hidden',
+@pytest.mark.parametrize('name', ['', '\u00dcmlaut & <b> "q" \'x\'', 'two  spaces', 'a/b:c=d,e', 'line\nbreak', '-dash', '.hidden',
                                   'x (being restored) vmbackup-0123456789'])
 def test_odd_names_come_back(a_pool: Any, a_shelf: Any, name: str) -> None:
-    pool, shelf = a_pool(vm(name)), a_shelf()
+    pool, shelf = a_pool(vm(name, tags=['gold'])), a_shelf()
     backed_up(pool, shelf)
     destroy(pool, name)
     run = restore(pool, shelf, 'uuid:' + uuid_of(name))
     assert run.exit_status == 0, run
-    assert holds(pool, name, disk(seed=0))
+    assert holds(pool, name, disk(seed=0)) and machine(pool, name)['tags'] == ['gold']
 
 
 def test_a_vm_without_disks_comes_back(a_pool: Any, a_shelf: Any) -> None:
