@@ -3646,27 +3646,30 @@ def excerpt(piece: bytes) -> str:
 class Consumer:
     """What reads a stream, in a thread of its own. `name` is for people.
 
-    A descriptor is taken over: whoever wants to keep one gives a copy (os.dup). So no thread that is left
-    behind on a hung share can ever write into a file that was opened later under the same number.
+    `work` is given the reader, what is `held`, and `how`; `result` is then what it returned, and what it
+    leaves of the stream unread passes by. What is held has a `close`, or is a descriptor, which is taken
+    over: whoever wants to keep one gives a copy (os.dup). So no thread that is left behind on a hung share
+    can ever write into a file that was opened later under the same number.
     """
 
-    name = ""
-
-    def __init__(self, fd: Optional[int] = None) -> None:
-        self.fd = fd
+    def __init__(self, name: str = "", work: Optional[Callable[..., Any]] = None, *held: Any,
+                 **how: Any) -> None:
+        self.name = name
+        self.result: Any = None
+        self._work, self._held, self._how = work, held, how
 
     def read(self, reader: Reader) -> None:
-        """All work on the stream is done. What it leaves of the stream unread passes by."""
-        raise NotImplementedError
+        """All work on the stream is done."""
+        self.result = self._work(reader, *self._held, **self._how)
 
     def salvage(self) -> None:
         """The best is made of what came before the damage that `read` has raised, if that is put up with."""
 
     def close(self) -> None:
         """Nothing is held open. Called last in every case."""
-        if self.fd is not None:
-            fd, self.fd = self.fd, None
-            os.close(fd)
+        held, self._held = self._held, ()
+        for one in held:
+            os.close(one) if isinstance(one, int) else one.close()
 
 
 @contextlib.contextmanager
@@ -3716,13 +3719,26 @@ class _PumpRun:
     def is_done(self) -> bool:
         return all(flow.has_ended and all(lane.is_done for lane in flow.lanes) for flow in self.flows)
 
-    def fail(self, problem: BaseException) -> None:
-        """The first failure is the reason; those that follow from it are not told."""
-        with self._lock:
-            if self.failure is None and not self.stopping:
-                self.failure = problem
-            self.stopping = True
-        self.news.set()
+    def do(self, step: Callable[[], Any], salvage: Optional[Callable[[], Any]] = None) -> None:
+        """The step is done, or what it raised is noted: the first failure is the reason, those that follow
+        from it are not told. What a source, which has no `salvage`, does not support is no damage."""
+        try:
+            try:
+                step()
+            except VerificationError as problem:
+                if self.problems is None or not salvage and isinstance(problem, UnknownFormat):
+                    raise
+                self.problems.append(problem)
+                if salvage:
+                    salvage()
+        except _Stopped:
+            pass
+        except BaseException as problem:        # whatever it is, the caller's thread must hear of it
+            with self._lock:
+                if self.failure is None and not self.stopping:
+                    self.failure = problem
+                self.stopping = True
+            self.news.set()
 
     def raise_failure(self, doing: str) -> None:
         if self.failure is not None:
@@ -3770,9 +3786,8 @@ class _FlowRun(Consumer):
     every buffer is handed to a lane for each consumer."""
 
     def __init__(self, flow: Flow, run: _PumpRun) -> None:
-        super().__init__()
+        super().__init__(flow.name)
         run.flows.append(self)
-        self.name = flow.name
         self.bytes_read = 0
         self.has_ended = self.is_starved = False
         self._flow, self._run = flow, run
@@ -3797,29 +3812,20 @@ class _FlowRun(Consumer):
 
     def read(self, reader: Optional[Reader] = None) -> None:
         """The source was read to its end, and the lanes know it; what went wrong is the run's."""
-        try:
-            try:
-                if isinstance(self._flow.source, int):
-                    self._read_descriptor(self._flow.source)
-                else:
-                    self._read_pieces(self._flow.source() if reader is None else self._flow.source(reader))
-                if self._flow.at_end is not None:
-                    self._flow.at_end()
-            except UnknownFormat:
-                raise
-            except VerificationError as problem:
-                if self._run.problems is None:
-                    raise
-                self._run.problems.append(problem)
-            for lane in self.lanes:
-                lane.inbox.put(None)
-        except _Stopped:
-            pass
-        except BaseException as problem:    # whatever it is, the caller's thread must hear of it
-            self._run.fail(problem)
-        finally:
-            self.has_ended = True
-            self._run.news.set()
+        self._run.do(lambda: self._read_source(reader))
+        for lane in self.lanes:
+            lane.inbox.put(None)
+        self.has_ended = True
+        self._run.news.set()
+
+    def _read_source(self, reader: Optional[Reader]) -> None:
+        source = self._flow.source
+        if isinstance(source, int):
+            self._read_descriptor(source)
+        else:
+            self._read_pieces(source() if reader is None else source(reader))
+        if self._flow.at_end is not None:
+            self._flow.at_end()
 
     def _read_descriptor(self, source_fd: int) -> None:
         try:
@@ -3903,29 +3909,12 @@ class _Lane:
         self.thread = threading.Thread(target=self._work, name=self.name, daemon=True)
 
     def _work(self) -> None:
-        reader = Reader(self._views())
-        self._do(lambda: self._read(reader))
-        self._do(self._consumer.close)
-        self._do(lambda: collections.deque(reader, 0))      # what the consumer left passes by
+        reader, consumer, run = Reader(self._views()), self._consumer, self._run
+        run.do(lambda: consumer.read(reader), consumer.salvage)
+        run.do(consumer.close)
+        run.do(lambda: collections.deque(reader, 0))        # what the consumer left passes by
         self.is_done = True
-        self._run.news.set()
-
-    def _do(self, step: Callable[[], Any]) -> None:
-        try:
-            step()
-        except _Stopped:
-            pass
-        except BaseException as problem:    # whatever it is, the caller's thread must hear of it
-            self._run.fail(problem)
-
-    def _read(self, reader: Reader) -> None:
-        try:
-            self._consumer.read(reader)
-        except VerificationError as problem:
-            if self._run.problems is None:
-                raise
-            self._run.problems.append(problem)
-            self._consumer.salvage()
+        run.news.set()
 
     def _views(self) -> Iterator[memoryview]:
         """The buffers as they come, each given back when the next one is asked for."""
@@ -3949,10 +3938,9 @@ class _Lane:
 
 # ---- XXH64: the block digest of newer archives -------------------------------------------------------------
 #
-# hashlib has no XXH64. A hasher here has `update(view)` and `hexdigest()`, as an archive writes the digest:
-# 16 upper-case digits (stream_vdi.ml@v26.17.0 write_block: "%016LX").
+# hashlib has no XXH64. A hasher here has `update(view)` and `hexdigest()`, as those of hashlib.
 
-XXH64_VECTORS = ((b"", "EF46DB3751D8E999"), (bytes(range(101)), "E99038495F85381E"))
+XXH64_VECTORS = ((b"", "ef46db3751d8e999"), (bytes(range(101)), "e99038495f85381e"))
 
 
 class CtypesXxh64:
@@ -3961,8 +3949,8 @@ class CtypesXxh64:
     functions: Any = None       # (create, reset, update, digest, free), by `load`
 
     @classmethod
-    def load(cls) -> None:
-        """Raise ImportError, OSError or AttributeError where there is no such library."""
+    def load(cls) -> Callable[[], Any]:
+        """The class, ready; ImportError, OSError or AttributeError where there is no such library."""
         import ctypes           # some minimal builds of Python lack it
         library = ctypes.CDLL("libxxhash.so.0")     # find_library would start a compiler and ldconfig
         state, size = ctypes.c_void_p, ctypes.c_size_t
@@ -3975,6 +3963,7 @@ class CtypesXxh64:
             function.restype, function.argtypes = result, arguments
             functions.append(function)
         cls.functions, cls.byref, cls.byte = functions, ctypes.byref, ctypes.c_char
+        return cls
 
     def __init__(self) -> None:
         create, reset = self.functions[:2]
@@ -3992,39 +3981,25 @@ class CtypesXxh64:
             self.functions[2](self._state, bytes(view), len(view))
 
     def hexdigest(self) -> str:
-        return f"{self.functions[3](self._state):016X}"
+        return f"{self.functions[3](self._state):016x}"
 
     def __del__(self) -> None:
         if getattr(self, "_state", None):
             self.functions[4](self._state)
 
 
-class ModuleXxh64:
-    """XXH64 by the xxhash module from the package index."""
-
-    new: Any = None
-
-    @classmethod
-    def load(cls) -> None:
-        """Raise ImportError where there is no such module."""
-        import xxhash
-        cls.new = xxhash.xxh64
-
-    def __init__(self) -> None:
-        hasher = type(self).new()
-        self.update = hasher.update
-        self._digest = hasher.intdigest
-
-    def hexdigest(self) -> str:
-        return f"{self._digest():016X}"
+def module_xxh64() -> Callable[[], Any]:
+    """XXH64 by the xxhash module from the package index; ImportError where there is none."""
+    import xxhash
+    return xxhash.xxh64
 
 
 @functools.lru_cache(maxsize=None)
 def block_hasher() -> Optional[Callable[[], Any]]:
     """The fastest XXH64 that works here, tried once against known digests; None if there is none."""
-    for hasher in (CtypesXxh64, ModuleXxh64):
+    for load in (CtypesXxh64.load, module_xxh64):
         try:
-            hasher.load()
+            hasher = load()
             if all(_digest_in_two(hasher, message) == digest for message, digest in XXH64_VECTORS):
                 return hasher
         except (ImportError, OSError, AttributeError, TypeError):
@@ -4044,8 +4019,7 @@ class Digest(Consumer):
     """The SHA-256 and the length of all that passes."""
 
     def __init__(self, name: str = "SHA-256") -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name)
         self.total_bytes = 0
         self._sha256 = hashlib.sha256()
         self.hexdigest = self._sha256.hexdigest
@@ -4198,27 +4172,22 @@ class MebibyteSink:
         while len(view):
             number, begin = divmod(offset, MEBIBYTE)
             if (disk, number) != (self._disk, self._number):
-                self.flush()
+                self._flush()
                 self._disk, self._number = disk, number
             piece = view[:MEBIBYTE - begin]
             self._chunk[begin:begin + len(piece)] = piece
             offset += len(piece)
             view = view[len(piece):]
 
-    def flush(self) -> None:
-        """All that was shown is taken."""
+    def _flush(self) -> None:
         if self._chunk != ZERO_MEBIBYTE:
             self._take(self._disk, self._number, memoryview(self._chunk))
             self.taken_bytes += MEBIBYTE
             self._chunk[:] = ZERO_MEBIBYTE
 
-    def finish(self) -> None:
-        """All has been shown, and the check is content."""
-        self.flush()
-
-    def salvage(self) -> None:
-        """What was shown counts, although there is damage behind it."""
-        self.flush()
+    def end(self, is_whole: bool) -> None:
+        """All that was shown is taken: all there is, or what came before damage that is put up with."""
+        self._flush()
 
     def close(self) -> None:
         """Nothing is held open. Called last in every case."""
@@ -4542,17 +4511,15 @@ class Check(Consumer):
     is of `first_disk`.
     """
 
-    name = "check"
-
     def __init__(self, check: Callable[..., Contents], blocks: Any = None, sinks: Sequence[Any] = (),
                  is_first_look: bool = False, **how: Any) -> None:
-        super().__init__()
+        super().__init__("check", check, *([blocks] if blocks else []), *sinks, **how)
         self.report: Optional[StreamReport] = None
         self.blocks = blocks
         self.ova: Dict[str, Any] = {}
         self.size = 0
         self.first_disk = ""
-        self._check, self._how, self._sinks, self._is_first_look = check, how, sinks, is_first_look
+        self._sinks, self._is_first_look = sinks, is_first_look
 
     def read(self, reader: Reader) -> None:
         collections.deque(self._pieces(reader), 0)
@@ -4574,7 +4541,7 @@ class Check(Consumer):
     def _pieces(self, image: Any) -> Iterator[Any]:
         """All that the disks hold, once the sinks have seen it."""
         def contents() -> Iterator[Tuple[str, int, Any]]:
-            report = yield from self._check(self, image, **self._how)
+            report = yield from self._work(self, image, **self._how)
             if self.blocks:
                 self.blocks.end()
             self.report = report
@@ -4586,15 +4553,11 @@ class Check(Consumer):
                 sink.put(self.first_disk, offset, piece)
             yield piece
         for sink in self._sinks:
-            sink.finish()
+            sink.end(True)
 
     def salvage(self) -> None:
         for sink in self._sinks:
-            sink.salvage()
-
-    def close(self) -> None:
-        for one in ([self.blocks] if self.blocks else []) + list(self._sinks):
-            one.close()
+            sink.end(False)
 
 
 # ---- XVA: a tar archive ------------------------------------------------------------------------------------
@@ -4847,9 +4810,10 @@ def check_xva(check: Check, reader: Reader, expected: Optional[Dict[str, int]] =
         suffix, digest = _read_digest(archive, member, suffix)
         if suffix not in hashers:
             unchecked += 1
-        elif hashers[suffix].hexdigest() != digest:
-            raise VerificationError(f"{block} is damaged: its digest is {hashers[suffix].hexdigest()}, not "
-                                    f"{digest}")
+        else:
+            found = hashers[suffix].hexdigest()
+            if found != digest.lower():
+                raise VerificationError(f"{block} is damaged: its digest is {found}, not {digest}")
         if check.blocks:
             check.blocks.line(b"%b %d %b\n" % (disk_id.encode(), number, digest.encode()))
         reports[disk_id] = report._replace(blocks=report.blocks + 1,
@@ -4909,53 +4873,40 @@ class PartPipe:
         self._is_over = True
 
 
-class ArchiveFeed(Consumer):
-    """Feeds an archive to its parts' imports: each gets an ova.xml of its own and the members of its disks,
-    as the server writes them. `is_whole`: of one part, and all its disks are wanted: behind ova.xml, all
-    passes as it comes."""
-
-    name = "import"
-
-    def __init__(self, pipes: Sequence[PartPipe], ovas: Sequence[bytes], parts: Sequence[Sequence[str]],
+def feed_archive(reader: Reader, *pipes: PartPipe, ovas: Sequence[bytes], parts: Sequence[Sequence[str]],
                  strict: bool, is_whole: bool = False) -> None:
-        super().__init__()
-        self._pipes, self._ovas, self._strict, self._is_whole = pipes, ovas, strict, is_whole
-        self._part_of = {disk: number for number, part in enumerate(parts) for disk in part}
-
-    def read(self, reader: Reader) -> None:
-        """What may stand behind the end is the check's to judge."""
-        archive = Archive(reader, self._strict)
-        archive.ova()
-        self._pipes[0].write(tar_member("ova.xml", self._ovas[0]))
-        if self._is_whole:
-            for piece in reader:
-                self._pipes[0].write(piece)
-            return
-        part, last_disk = 0, ""
-        member = archive.next_member("the header of a block")
-        while member is not None:
-            disk = member.name.partition("/")[0]
-            wanted = self._part_of.get(disk)           # a disk of no part (a snapshot's) goes nowhere
-            if wanted is not None and wanted != part:
-                self._pipes[part].write(XVA_END)
-                self._pipes[part].close()
-                part = wanted
-                self._pipes[part].write(tar_member("ova.xml", self._ovas[part]))
-            elif wanted is not None and disk < last_disk:
-                raise UnknownFormat(f"the archive holds disk {last_disk} before {disk}, and the server reads "
-                                    "them in the order of these names: `extract` each disk")
+    """An archive is with its parts' imports: each got an ova.xml of its own and the members of its disks, as
+    the server writes them. `is_whole`: of one part, and all its disks are wanted: behind ova.xml, all passes
+    as it comes. What may stand behind the end is the check's to judge."""
+    part_of = {disk: number for number, part in enumerate(parts) for disk in part}
+    archive = Archive(reader, strict)
+    archive.ova()
+    pipes[0].write(tar_member("ova.xml", ovas[0]))
+    if is_whole:
+        for piece in reader:
+            pipes[0].write(piece)
+        return
+    part, last_disk = 0, ""
+    member = archive.next_member("the header of a block")
+    while member is not None:
+        disk = member.name.partition("/")[0]
+        wanted = part_of.get(disk)              # a disk of no part (a snapshot's) goes nowhere
+        if wanted is not None and wanted != part:
+            pipes[part].write(XVA_END)
+            pipes[part].close()
+            part = wanted
+            pipes[part].write(tar_member("ova.xml", ovas[part]))
+        elif wanted is not None and disk < last_disk:
+            raise UnknownFormat(f"the archive holds disk {last_disk} before {disk}, and the server reads "
+                                "them in the order of these names: `extract` each disk")
+        if wanted is not None:
+            last_disk = disk
+            pipes[part].write(tar_header(member.name, member.size))
+        for piece in reader.pieces(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, member.name):
             if wanted is not None:
-                last_disk = disk
-                self._pipes[part].write(tar_header(member.name, member.size))
-            for piece in reader.pieces(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, member.name):
-                if wanted is not None:
-                    self._pipes[part].write(piece)
-            member = archive.next_member("the header of a block")
-        self._pipes[part].write(XVA_END)
-
-    def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
+                pipes[part].write(piece)
+        member = archive.next_member("the header of a block")
+    pipes[part].write(XVA_END)
 
 
 class DiskFeed(MebibyteSink):
@@ -4994,15 +4945,11 @@ class DiskFeed(MebibyteSink):
             self._pipe.write(bytes(-len(content) % SECTOR_BYTES) + tar_member(name + ".checksum", digest))
         self._next = number + 1
 
-    def salvage(self) -> None:
-        """The disk is complete with what came up to here, the rest zeros; nothing came: nothing is given."""
-        self.flush()
-        if self._next:
-            self.finish()
-
-    def finish(self) -> None:
-        """The disk is complete: call it when the image has ended well."""
-        self.flush()
+    def end(self, is_whole: bool) -> None:
+        """The disk is complete, a damaged one with zeros behind what came, if anything did."""
+        self._flush()
+        if not (is_whole or self._next):
+            return
         if self._next <= self._last:
             self._give(self._id, self._last, memoryview(ZERO_MEBIBYTE))
         if self._ova:
@@ -5290,43 +5237,31 @@ GZIP_INPUT_BYTES = 64 * 1024
 PROGRAM_ENDING_S = 120      # how long a program may take to end after its last byte: xe's task is final later
 
 
-class FileWriter(Consumer):
-    """Writes into a file and syncs it; `tail` is then the last KiB of it."""
+def write_file(reader: Reader, fd: int) -> bytes:
+    """The stream is in that file and on disk: NFS and CIFS may tell of a full disk only when it is synced or
+    closed. Its last KiB."""
+    advised = 0
+    for view in reader:
+        write_all(fd, view)
+        if reader.position - advised >= WRITE_BACK_BYTES:
+            # Have the kernel write now, and drop what it has written: else the sync at the end waits for
+            # gigabytes, and the small memory of a host is filled with pages that nobody reads again.
+            forget_cached(fd, max(0, advised - WRITE_BACK_BYTES))
+            advised = reader.position
+    os.fsync(fd)
+    return reader.tail
 
-    name = "storage"
-    tail = b""
 
-    def read(self, reader: Reader) -> None:
-        """All is on disk: NFS and CIFS may tell of a full disk only when it is synced or closed."""
-        advised = 0
+def write_pipe(reader: Reader, fd: int) -> bool:
+    """The stream went into that pipe, a program's stdin for one; false if its reader ended before it had read
+    all: the program's exit status, or what it made, tells why."""
+    widen_pipe(fd)
+    try:
         for view in reader:
-            write_all(self.fd, view)
-            if reader.position - advised >= WRITE_BACK_BYTES:
-                # Have the kernel write now, and drop what it has written: else the sync at the end waits for
-                # gigabytes, and the small memory of a host is filled with pages that nobody reads again.
-                forget_cached(self.fd, max(0, advised - WRITE_BACK_BYTES))
-                advised = reader.position
-        self.tail = reader.tail
-        os.fsync(self.fd)
-
-
-class PipeWriter(Consumer):
-    """Writes into a pipe, a program's stdin for one. A reader that ends before it has read all gets no more:
-    the program's exit status, or what it made, tells why."""
-
-    was_refused = False
-
-    def __init__(self, fd: int, name: str = "compressor") -> None:
-        super().__init__(fd)
-        self.name = name
-
-    def read(self, reader: Reader) -> None:
-        widen_pipe(self.fd)
-        try:
-            for view in reader:
-                write_all(self.fd, view)
-        except BrokenPipeError:
-            self.was_refused = True
+            write_all(fd, view)
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def gunzip(reader: Reader) -> Iterator[bytes]:
@@ -5441,10 +5376,10 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
     if path is None:
         return [Flow(fd, stored + [Flow(unzstd, plain, "unzstd")])]
     program = stack.enter_context(Program((path, "-q", "-d", "-c"), stdin=subprocess.PIPE))
-    feeder = PipeWriter(os.dup(program.stdin_fd), "zstd")
+    feeder = Consumer("zstd", write_pipe, os.dup(program.stdin_fd))
 
     def check_ending() -> None:
-        if program.wait(PROGRAM_ENDING_S) != 0 or feeder.was_refused:
+        if program.wait(PROGRAM_ENDING_S) != 0 or not feeder.result:
             raise CompressionDamaged("the zstd file is damaged or cut short: "
                                      f"{one_line(program.said or 'no reason given')}")
 
@@ -7695,9 +7630,9 @@ class Exporter:
 
     def pool_database(self, file_fd: int) -> None:
         """The pool's database is in that file, whole; the descriptor is taken over."""
-        doing, writer = "the dump of the pool database", FileWriter(file_fd)
+        doing, writer = "the dump of the pool database", Consumer("storage", write_file, file_fd)
         self._run_xe(doing, [writer], Watch(self._services, doing), "pool-dump-database", "file-name=")
-        if not writer.tail.rstrip().endswith(b"</database>"):
+        if not writer.result.rstrip().endswith(b"</database>"):
             raise VerificationError(f"{doing} does not end with </database>: it was cut off. Nothing of it "
                                     f"was kept.")
 
@@ -7736,7 +7671,7 @@ class Exporter:
         watch = Watch(self._services, doing, sum(disk.virtual_size for disk in disks), disks, find_tasks)
         blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
         check, plain = new_check(blocks), Digest()
-        writer = FileWriter(within(limit_s, doing, lambda: inside.create(name)))
+        writer = Consumer("storage", write_file, within(limit_s, doing, lambda: inside.create(name)))
         stored, again = plain, plain
         if settings.compress == "none":
             self._run_xe(doing, [plain, check, writer], watch, *command)
@@ -7778,7 +7713,7 @@ class Exporter:
             watch.program = xe
             flows = [Flow(os.dup(xe.stdout_fd), consumers, "xe", lambda: self._check_ending(doing, xe))]
             if compressor is not None:
-                flows[0].consumers.append(PipeWriter(os.dup(compressor.stdin_fd)))
+                flows[0].consumers.append(Consumer("compressor", write_pipe, os.dup(compressor.stdin_fd)))
                 compressor.close_stdin()
                 proving = reading_flows(stack, os.dup(compressor.stdout_fd), compression, stored, again)
                 flows.append(proving[0]._replace(name=compressor.name,
@@ -9798,7 +9733,8 @@ class Importer:
             if not source.is_archive:
                 return DiskFeed(pipes[0], source.disks[0].virtual_size, ovas[0], source.disks[0].id)
             is_whole = source.manifest and len(ovas) == 1 and set(exported_disks(source.ova)) == set(ids[0])
-            return ArchiveFeed(pipes, ovas, ids, bool(source.manifest), bool(is_whole))
+            return Consumer("import", feed_archive, *pipes, ovas=ovas, parts=ids,
+                            strict=bool(source.manifest), is_whole=bool(is_whole))
         return self._stream(doing, plan, commands, tasks, new_feed, sink)
 
     def _create(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:

@@ -182,7 +182,8 @@ def test_a_part_that_was_ended_takes_nothing_more_nor_does_what_has_its_descript
         return VmBackup.PartPipe(start)
 
     first, second = part(0), part(1)
-    feed = VmBackup.ArchiveFeed([first, second], [b'<a/>', b'<b/>'], [['Ref:2'], ['Ref:4']], False)
+    feed = VmBackup.Consumer('import', VmBackup.feed_archive, first, second, ovas=[b'<a/>', b'<b/>'],
+                             parts=[['Ref:2'], ['Ref:4']], strict=False)
     before = b''
 
     def views():
