@@ -8195,7 +8195,12 @@ class BackupJob:
                 run.in_store("finishing the copy", lambda: copy.finish(
                     self._manifest(machine, report, taken_at, folder)))
                 if services.settings.verify_after:
-                    self._read_back(machine, copy, image)
+                    services.log.info(f"{machine.title}: reading {image['name']} back from storage.")
+                    digest = stored_digest(services, copy.inside, image["name"])
+                    if (digest.total_bytes, digest.hexdigest()) != (image["size"], image["sha256"]):
+                        raise StorageMisbehaved(
+                            f"the storage gives back other bytes than were written to {image['name']}: the "
+                            "copy was not kept, and nothing is pruned. Check the share or disk.")
                 run.in_store("sealing the copy", lambda: (
                     run.check_alive(), services.catalog.check_in_place(), copy.seal()))
         except BaseException as error:
@@ -8272,17 +8277,6 @@ class BackupJob:
             "image": report.image, "disks": report.disks, "verified": report.verified,
         }
 
-    def _read_back(self, machine: VirtualMachine, copy: NewCopy, image: Dict[str, Any]) -> None:
-        """Raises StorageMisbehaved unless the storage gives back what was written."""
-        name, digest = image["name"], Digest()
-        self._services.log.info(f"{machine.title}: reading {name} back from storage.")
-        fd = copy.inside.open_file(name)
-        forget_cached(fd)
-        pump([Flow(fd, [digest])], lambda progress: self._services.signals.check(), f"reading {name} back")
-        if (digest.total_bytes, digest.hexdigest()) != (image["size"], image["sha256"]):
-            raise StorageMisbehaved(f"the storage gives back other bytes than were written to {name}: the "
-                                    "copy was not kept, and nothing is pruned. Check the share or disk.")
-
     # --- retention ------------------------------------------------------------------------
 
     def _retain(self, folder_name: str, sealed: str) -> int:
@@ -8327,6 +8321,14 @@ class BackupJob:
             removed += 1
             log.info(f"{title}: removed {place} ({why}): {verdict.reason}.")
         return removed
+
+
+def stored_digest(services: Services, folder: Directory, name: str) -> Digest:
+    """The digest of what the storage itself, and no cache, gives of that file."""
+    digest, fd = Digest(), folder.open_file(name)
+    forget_cached(fd)
+    pump([Flow(fd, [digest])], lambda progress: services.signals.check(), f"reading {name}")
+    return digest
 
 
 def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
@@ -8428,6 +8430,7 @@ class CopyState(enum.Enum):
 
 class CopyVerdict(NamedTuple):
     """What a check of a copy found, and how its files looked when it began."""
+    copy: Copy
     state: CopyState
     reason: str
     look: str
@@ -8457,7 +8460,7 @@ def verify_copy(services: Services, copy: Copy) -> CopyVerdict:
             state, reason = CopyState.GONE, "another run removed it while it was read"
         except CatalogError as error:
             state, reason = CopyState.UNREADABLE, str(error)
-    return CopyVerdict(state, reason.rstrip("."), look)
+    return CopyVerdict(copy, state, reason.rstrip("."), look)
 
 
 def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
@@ -8505,12 +8508,9 @@ def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
         folder, _, base = name.rpartition("/")
         if folder.startswith("/") or ".." in folder.split("/"):
             raise VerificationError(f"{MANIFEST} names a file outside the copy: {one_line(name)}")
-        digest = Digest()
         with contextlib.ExitStack() as stack:
             place = stack.enter_context(inside.child(folder)) if folder else inside
-            # `blocks` can be large, so all of them are streamed.
-            pump([Flow(place.open_file(base), [digest])], lambda progress: services.signals.check(),
-                 "reading " + name)
+            digest = stored_digest(services, place, base)
         if digest.hexdigest() != sums[name]:
             raise VerificationError(f"{name} is not what was written: its SHA-256 differs")
     return manifest
@@ -8727,17 +8727,27 @@ def verify_chosen(run: Run) -> None:
              f"{'; ' + counted(left, 'copy') + ' left for the next run' if left else ''}.")
 
 
-def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optional[int], str]:
+def is_pruned_by_hand(arguments: Arguments) -> bool:
+    """Does somebody say by hand how many copies of one VM are to stay?"""
+    return arguments.action.name == "prune" and bool(arguments.vm) \
+        and any(setting.name == "max_backups" for setting in arguments.settings)
+
+
+def stored_keep(services: Services, stored: StoredVm) -> Tuple[Optional[int], str]:
     """How many good copies stay when retention is applied without a pool, and by which rule; None: nothing is
     removed.
 
-    The larger of the newest manifest's number and the config's. A VM that the
-    config does not select by name, and copies without a number, are left.
+    What is said by hand, else the larger of the newest manifest's number and the
+    config's. A VM that the config does not select by name, and copies without a
+    number, are left.
     """
+    settings = services.settings
+    if is_pruned_by_hand(services.arguments) and stored.method is not None:
+        return settings.max_backups, "max_backups on the command line"
     machine = VirtualMachine("", stored.uuid, stored.name, "", "", (), "", "", "", NULL_REF, ())
-    if any(selector.matches(machine) for selector in configuration.exclude):
+    if any(selector.matches(machine) for selector in settings.exclude):
         return None, "the config excludes this VM"
-    selector = choose_selector(machine, configuration.vm_export + configuration.vdi_export)
+    selector = choose_selector(machine, settings.vm_export + settings.vdi_export)
     numbers = [copy.keep for copy in stored.copies if copy.keep is not None]
     if stored.method is None or not stored.uuid:
         return None, "the kind or the VM's uuid can't be read"
@@ -8745,19 +8755,7 @@ def stored_keep(stored: StoredVm, configuration: Configuration) -> Tuple[Optiona
         return None, "no manifest says how many copies to keep"
     if selector is None:
         return None, "no selector of this config names this VM"
-    return max(numbers[-1], selector.keep or configuration.max_backups), selector.line
-
-
-def is_pruned_by_hand(arguments: Arguments) -> bool:
-    """Does somebody say by hand how many copies of one VM are to stay?"""
-    return bool(arguments.vm) and any(setting.name == "max_backups" for setting in arguments.settings)
-
-
-def prune_rule(services: Services, stored: StoredVm) -> Tuple[Optional[int], str]:
-    """As stored_keep(), but what is said by hand wins."""
-    if is_pruned_by_hand(services.arguments) and stored.method is not None:
-        return services.settings.max_backups, "max_backups on the command line"
-    return stored_keep(stored, services.settings)
+    return max(numbers[-1], selector.keep or settings.max_backups), selector.line
 
 
 def prune_chosen(run: Run) -> None:
@@ -8781,7 +8779,7 @@ def prune_chosen(run: Run) -> None:
                          f"({uuids}): name one as vm=uuid:UUID, or by its directory.")
     removed = 0
     for stored in listing.vms:
-        keep, rule = prune_rule(services, stored)
+        keep, rule = stored_keep(services, stored)
         if keep is None:
             log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in {stored.folder}/: "
                      f"{rule}; `prune vm=... max_backups=N` removes by hand.")
@@ -8813,7 +8811,7 @@ def prune_one(run: Run, services: Services, chosen: StoredVm) -> int:
         for warning in retention_warnings(stored.around, utc, local):
             if warning not in {finding.sentence for finding in run.findings}:
                 run.tell([Finding(Severity.WARNING, stored.title, warning)])
-        keep, _ = prune_rule(services, stored)
+        keep, _ = stored_keep(services, stored)
         if not keep or clock_went_back(stored.around, utc):
             return 0
         removed = 0
@@ -10825,29 +10823,24 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
 LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only adds which VMs it still has
 
 
-def asked_pool(services: Services) -> Optional[Inventory]:
-    """What is in the pool, None if no pool can be asked from here."""
-    if services.arguments.password == "-" and not os.path.exists(fs_path(own_doors()[0].host)):
-        return None
+def note_in_pool(services: Services, rows: Sequence[Dict[str, Any]]) -> None:
+    """Each row tells whether the pool still has its VM: None where no pool can be asked from here, or it is
+    another pool's."""
+    inventory, uuids = None, set()         # type: Optional[Inventory], Set[str]
     try:
-        with connected(services, changes_allowed=False, patience_s=LIST_PATIENCE_S) as (_, inventory):
-            return inventory
+        if services.arguments.password != "-" or os.path.exists(fs_path(own_doors()[0].host)):
+            with connected(services, changes_allowed=False, patience_s=LIST_PATIENCE_S) as (_, inventory):
+                uuids = {machine.uuid for machine in inventory.machines}
     except (PoolError, ApiFailure) as error:
         services.log.info(f"the pool was not asked which VMs it knows: {error}")
-        return None
+    for row in rows:
+        is_known = inventory is not None and row["pool"] in ("", inventory.pool_uuid)
+        row["in_pool"] = row["uuid"] in uuids if is_known else None
 
 
-def is_in_pool(inventory: Optional[Inventory], uuid: str, pool: str) -> Optional[bool]:
-    """Does the pool still have the VM? None if it was not asked, or the VM is another pool's."""
-    if inventory is None or pool not in ("", inventory.pool_uuid):
-        return None
-    return any(machine.uuid == uuid for machine in inventory.machines)
-
-
-def list_row(stored: StoredVm, configuration: Configuration, catalog: Catalog,
-             now: datetime) -> Dict[str, Any]:
+def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: datetime) -> Dict[str, Any]:
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
-    keep, rule = stored_keep(stored, configuration)
+    keep, rule = stored_keep(services, stored)
     verdicts = judge(stored.around, stored.uuid, stored.method, keep) if keep and stored.method else []
     fates = {copy.name: ("kept: " if stays else "goes with the next pruning: ") + reason
              for copy, stays, reason in verdicts}
@@ -10875,7 +10868,7 @@ def rows_of_store(services: Services) -> Tuple[Catalog, List[Dict[str, Any]], Li
     """The store, a row for each VM and kind in it that the words mean, and what is not ours there."""
     catalog, vm = open_store(services.settings), services.arguments.vm
     listing, now = chosen_vms(catalog, vm, services.log), services.clock.local()
-    rows = [list_row(stored, services.settings, catalog, now) for stored in listing.vms]
+    rows = [list_row(services, catalog, stored, now) for stored in listing.vms]
     return catalog, rows, [] if vm else listing.strangers
 
 
@@ -10922,19 +10915,14 @@ def load_configuration(arguments: Arguments) -> Configuration:
     try:
         return parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
     except ConfigurationError as error:
-        problems = list(error.problems) + missing_backup_dir(file_settings, settings)
+        # who opens a backup_dir that is not there tells that; beside other problems it is told with them
+        own = [setting for setting in settings + file_settings if setting.name == "backup_dir"]
+        path = own[0].value if own else OPTIONS[OPTION_NAMES.index("backup_dir")].default
+        problems, place = list(error.problems), own[0].place if own else "default"
+        if path and not os.path.isdir(fs_path(path)):
+            problems.append(f"{place}: backup_dir: {one_line(path)} is not there, or no directory. Is the "
+                            "share mounted?")
         raise ConfigurationError(sorted(problems, key=line_number))
-
-
-def missing_backup_dir(file_settings: Sequence[Setting], arguments: Sequence[Setting]) -> List[str]:
-    """The problem of a backup_dir that is not there, as one of those that are told at once; [] if it is.
-    Where there is no other problem, who opens it tells."""
-    wanted = [setting for setting in list(arguments) + list(file_settings) if setting.name == "backup_dir"]
-    path = wanted[0].value if wanted else OPTIONS[OPTION_NAMES.index("backup_dir")].default
-    if not path or os.path.isdir(fs_path(path)):
-        return []
-    return [f"{wanted[0].place if wanted else 'default'}: backup_dir: {one_line(path)} is not there, or no "
-            "directory. Is the share mounted?"]
 
 
 def read_config_file(path: str) -> bytes:
@@ -11028,9 +11016,8 @@ def command_list(run: Run) -> None:
                                             FOR_EVER_S)
     if not as_json and rows + strangers:
         show(list_text(rows, strangers))
-    inventory = asked_pool(run.services)
+    note_in_pool(run.services, rows)
     for row in rows:
-        row["in_pool"] = is_in_pool(inventory, row["uuid"], row["pool"])
         if not as_json and row["in_pool"] is False:
             show(f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in "
                  f"{row['folder']}/")
