@@ -7709,7 +7709,9 @@ class Exporter:
                 xe = stack.enter_context(self._xe.start(*command))
                 compressor = None          # type: Optional[Program]
                 if compression != "none":
-                    compressor = stack.enter_context(start_compressor(compression))
+                    path = find_compressor(self._services.settings)
+                    compressor = stack.enter_context(Program(
+                        (path,) + COMPRESSOR_OPTIONS[os.path.basename(path)], stdin=subprocess.PIPE))
             watch.program = xe
             flows = [Flow(os.dup(xe.stdout_fd), consumers, "xe", lambda: self._check_ending(doing, xe))]
             if compressor is not None:
@@ -7745,13 +7747,13 @@ class Exporter:
             self._services.log.info(f"{doing}: xe said: {one_line(xe.said[-400:])}")
 
 
-def start_compressor(compression: str) -> Program:
-    """The compressor for that word, running; ProgramError if there is none."""
-    path = find_program(COMPRESSORS[compression])
+def find_compressor(settings: Configuration) -> str:
+    """The path of the program that compress= asks for; UsageError if there is none."""
+    path = find_program(COMPRESSORS[settings.compress])
     if path is None:
-        raise ProgramError(f"compress={compression} needs the program "
-                           f"{' or '.join(COMPRESSORS[compression])}.")
-    return Program((path,) + COMPRESSOR_OPTIONS[os.path.basename(path)], stdin=subprocess.PIPE)
+        raise UsageError(f"{settings.places['compress']}: compress={settings.compress} needs the program "
+                         f"{' or '.join(COMPRESSORS[settings.compress])}, which is not on the PATH.")
+    return path
 
 
 def check_compressor(program: Program) -> None:
@@ -8397,17 +8399,15 @@ def planned(run: Run, changes_allowed: bool = True) -> Iterator[Tuple[Services, 
     settings, log = run.services.settings, run.services.log
     services = run.services._replace(
         catalog=run.in_store("opening the store", lambda: open_catalog(settings, log)))
-    compress = f"{settings.places.get('compress', 'default')}: compress={settings.compress}"
-    if settings.compress != "none" and find_program(COMPRESSORS[settings.compress]) is None:
-        raise UsageError(f"{compress} needs the program {' or '.join(COMPRESSORS[settings.compress])}, which "
-                         f"is not on the PATH.")
+    if settings.compress != "none":
+        find_compressor(settings)
     find_xe(settings)
     with connected(services, changes_allowed) as (services, inventory):
         plan, api = make_plan(settings, inventory), inventory.master.api_version
         if settings.compress == "zstd" and (0, 0) < api < OLDEST_ZSTD_API \
                 and any(job.method is Method.VM for job in plan.jobs):
-            raise UsageError(f"{compress}: this pool (API {api[0]}.{api[1]}) could not import a zstd "
-                             f"archive: use gzip. Nothing was started.")
+            raise UsageError(f"{settings.places['compress']}: compress=zstd: this pool (API {api[0]}."
+                             f"{api[1]}) could not import a zstd archive: use gzip. Nothing was started.")
         yield services, inventory, plan
 
 
@@ -10505,22 +10505,23 @@ def mail_body(report: Report, store: StoreFacts) -> str:
     errors = mail_errors(report, store)
     done = [mail_line(outcome) for outcome in report.outcomes if outcome.error is None]
     if report.wording is DRILL_WORDING:
-        return "\n".join(mail_items(errors + done + warnings)) + "\n"
+        return mail_items(errors + done + warnings) + "\n"
     blocks = [f"VmBackup ran on host {report.host} of pool {report.pool} with {report.source}, from "
               f"{format_local(report.began_at)} to {format_local(report.ended_at)}."]
     if errors:
-        blocks.append(mail_block("NOT BACKED UP" if report.failed_names else "ERRORS", errors)
-                      + "\nThe next run tries again. To run sooner, repeat the crontab line by hand. The log "
+        blocks.append(f"{'NOT BACKED UP' if report.failed_names else 'ERRORS'}\n{mail_items(errors)}"
+                      "\nThe next run tries again. To run sooner, repeat the crontab line by hand. The log "
                         "of this run tells each step.")
     if warnings:
-        blocks.append(mail_block("WARNINGS", warnings))
+        blocks.append("WARNINGS\n" + mail_items(warnings))
     if report.dump_error == "":
         done.append("The pool database.")
     if done:
-        blocks.append(mail_block("BACKED UP (vm-export: the whole VM; vdi-export: its OS disk only)", done))
+        blocks.append("BACKED UP (vm-export: the whole VM; vdi-export: its OS disk only)\n"
+                      + mail_items(done))
     if store.vms:
-        blocks.append(mail_block(f"AGE OF THE NEWEST GOOD COPY OF EACH VM IN {store.path}",
-                                 [newest_line(stored, store.now) for stored in store.vms]))
+        blocks.append(f"AGE OF THE NEWEST GOOD COPY OF EACH VM IN {store.path}\n"
+                      + mail_items([newest_line(stored, store.now) for stored in store.vms]))
     if store.problem:
         blocks.append(f"The copies in {store.path} are not listed here: {store.problem}")
     if store.free_bytes is not None:
@@ -10528,14 +10529,9 @@ def mail_body(report: Report, store: StoreFacts) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def mail_block(title: str, items: Sequence[str]) -> str:
-    """A titled list."""
-    return "\n".join([title] + mail_items(items))
-
-
-def mail_items(items: Sequence[str]) -> List[str]:
-    """The lines of a list. Each item keeps to its line, whatever a name in it holds."""
-    return ["* " + "\n  ".join(one_line(line) for line in item.split("\n")) for item in items]
+def mail_items(items: Sequence[str]) -> str:
+    """A list. Each item keeps to its lines, whatever a name in it holds."""
+    return "\n".join("* " + "\n  ".join(one_line(line) for line in item.split("\n")) for item in items)
 
 
 def mail_errors(report: Report, store: StoreFacts) -> List[str]:
@@ -10604,7 +10600,7 @@ def early_end_body(report: Report) -> str:
                 f"ends in the same way, report the traceback to whoever maintains VmBackup.\n")
     item = f"The run was {error} before it began." if isinstance(error, Interrupted) else str(error)
     return (f"{started} ended at {ended_at} before the first VM.\n\n"
-            f"{mail_block('NOTHING WAS ' + wording.deed.upper(), [item])}\nNo VM and no earlier copy was "
+            f"NOTHING WAS {wording.deed.upper()}\n{mail_items([item])}\nNo VM and no earlier copy was "
             f"touched. The next run tries again. To run sooner, repeat the crontab line by hand.\n")
 
 
