@@ -3238,30 +3238,25 @@ def cut(text: str, most: int) -> str:
 def compose_mail(subject: str, body: str, sender: str, recipients: Sequence[str], now: datetime) -> bytes:
     """The message as it is sent, with the headers that keep it out of spam folders and loops."""
     import email.charset
+    import email.header
     import email.message
     import email.policy
     import email.utils
     charset = email.charset.Charset("utf-8")
     charset.body_encoding = email.charset.QP
+    subject = one_line(subject)
+    # one that looks encoded already (=?...?=) would be decoded, so it is encoded too
+    is_plain = all(" " <= char <= "~" for char in subject) and "=?" not in subject \
+        and max(map(len, subject.split(" "))) <= 60
     message = email.message.Message()
     message["From"] = sender
     message["To"] = ", ".join(recipients)
-    message["Subject"] = subject_header(subject)
+    message["Subject"] = subject if is_plain else email.header.Header(subject, "utf-8", header_name="Subject")
     message["Date"] = email.utils.format_datetime(now)
     message["Message-ID"] = email.utils.make_msgid(domain=sender.rpartition("@")[2])
     message["Auto-Submitted"] = "auto-generated"
     message.set_payload("\n".join(one_line(line) for line in body.split("\n")), charset)
     return message.as_bytes(policy=email.policy.compat32.clone(linesep="\r\n"))
-
-
-def subject_header(text: str) -> Any:
-    """The text as a header's value. One that looks encoded already (=?...?=) would be decoded, so it is
-    encoded too."""
-    import email.header
-    text = one_line(text)
-    is_plain = text.isprintable() and all(char < "\x7f" for char in text) and "=?" not in text \
-        and max(map(len, text.split(" "))) <= 60
-    return text if is_plain else email.header.Header(text, "utf-8", header_name="Subject")
 
 
 class Mailer:
@@ -3287,10 +3282,15 @@ class Mailer:
         refused = self._deliver(message, MAIL_PAUSES_S)
         if not refused:
             return self.send_kept()
+        advice = "The other recipients have it."
         if len(refused) == len(self._recipients):
-            advice = self._keep(message, now)
-        else:
-            advice = "The other recipients have it."
+            try:
+                if self._outbox is None:
+                    raise BackupError("the backup directory is out of reach.")
+                self._outbox.keep(message, now)
+                advice = "It is kept and goes out with the next run's."
+            except BackupError as error:
+                advice = f"It could not be kept either: {error}"
         self._services.log.warning(f"{self._failure_text(refused)} {advice}")
         return False
 
@@ -3328,16 +3328,6 @@ class Mailer:
         reasons = "; ".join(sorted({refusal.reason for refusal in refused.values()}))
         return f"the mail to {', '.join(refused)} was not sent: {self._server_title}: {reasons}."
 
-    def _keep(self, message: bytes, now: datetime) -> str:
-        """The message is in the outbox, or it can't be: the sentence that says which."""
-        try:
-            if self._outbox is None:
-                raise BackupError("the backup directory is out of reach.")
-            self._outbox.keep(message, now)
-            return "It is kept and goes out with the next run's."
-        except BackupError as error:
-            return f"It could not be kept either: {error}"
-
     def _deliver(self, message: bytes, pauses_s: Tuple[int, ...]) -> Dict[str, Refusal]:
         """The recipients whose mail is not with the server after all tries, and why; none if all is well."""
         refused = {}                       # type: Dict[str, Refusal]
@@ -3347,10 +3337,9 @@ class Mailer:
                 failure = self._failure_text({address: refused[address] for address in waiting})
                 self._services.log.info(f"{failure} Trying again in {format_duration(pause_s)}.")
                 self._services.signals.sleep(pause_s)
-            for address in waiting:
-                refused.pop(address, None)
+            refused = {address: refused[address] for address in refused if address not in waiting}
             refused.update(self._try_once(waiting, message))
-            waiting = [address for address, refusal in refused.items() if not refusal.is_final]
+            waiting = [address for address in refused if not refused[address].is_final]
             if not waiting:
                 break
         return refused
