@@ -1889,8 +1889,8 @@ class Signals:
     HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, log: Log) -> None:
+        self.noted = None           # type: Optional[Interrupted]
         self._log = log
-        self._noted = None          # type: Optional[int]
         self._noted_at = 0.0
         self._asked_at = None       # type: Optional[float]
         self._may_break = False
@@ -1909,12 +1909,12 @@ class Signals:
         # nothing is written from here: the main thread may be in the middle of a line of the same log
         if self._is_over:
             return
-        if self._noted is None:
-            self._noted, self._noted_at = number, time.monotonic()
+        if self.noted is None:
+            self.noted, self._noted_at = Interrupted(number), time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, SIGNAL_PATIENCE_S)
         self._untold = self._untold or (number if self._shields else None)
         if self._may_break and not self._shields:
-            raise Interrupted(self._noted)
+            raise self.noted
 
     def _wake(self, _number: int, _frame: Any) -> None:
         if self._asked_at is not None and self._asked_at <= self._noted_at:
@@ -1935,17 +1935,12 @@ class Signals:
     def patience_ends(self, answered_at: float) -> float:
         """Until when a pool that answered then last is waited for, by the monotonic clock: for ever until a
         signal came."""
-        return max(self._noted_at, answered_at) + SIGNAL_PATIENCE_S if self._noted else float("inf")
-
-    @property
-    def noted(self) -> Optional[Interrupted]:
-        """The signal that came, if one did."""
-        return Interrupted(self._noted) if self._noted else None
+        return max(self._noted_at, answered_at) + SIGNAL_PATIENCE_S if self.noted else float("inf")
 
     def come_too_late(self) -> None:
         """From now on: all is done and about to be told, so a signal changes nothing and is no news."""
         self._is_over = True
-        self._noted = self._untold = None
+        self.noted = self._untold = None
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _tell(self) -> None:
@@ -1958,8 +1953,8 @@ class Signals:
     def check(self) -> None:
         """Raises Interrupted if one came and we are not cleaning up."""
         self._tell()
-        if self._noted and not self._shields:
-            raise Interrupted(self._noted)
+        if self.noted and not self._shields:
+            raise self.noted
 
     @contextlib.contextmanager
     def shielded(self) -> Iterator[None]:

@@ -99,7 +99,7 @@ def test_a_store_that_hangs_on_the_way_out_is_waited_for_once(monkeypatch):
     run.tidy('that', lambda: done.append('that'))
     assert done == ['that'] and log.lines == ['this: left to the next run: EIO.'] and not run.storage_hangs
     monkeypatch.setattr(VmBackup, 'WAY_OUT_S', 0.05)
-    run.services.signals._noted = 15                        # told to stop, it waits less
+    run.services.signals.noted = VmBackup.Interrupted(15)                        # told to stop, it waits less
     run.tidy('hung', lambda: time.sleep(60))
     run.tidy('more', lambda: done.append('more'))
     assert run.storage_hangs and done == ['that'] and len([line for line in log.lines if line.startswith('hung')]) == 1
