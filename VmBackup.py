@@ -466,13 +466,11 @@ def format_size(size_bytes: Union[int, float]) -> str:
 def format_duration(seconds: float) -> str:
     """A duration as people say it: `3 s`, `4 min 10 s`, `5 h 12 min`, `2 d 3 h`."""
     whole = int(seconds)
-    if whole < MINUTE_S:
-        return f"{int(whole)} s"
-    if whole < HOUR_S:
-        return "%d min %d s" % divmod(whole, MINUTE_S)
-    if whole < DAY_S:
-        return f"{int(whole // HOUR_S)} h {int(whole % HOUR_S // MINUTE_S)} min"
-    return f"{int(whole // DAY_S)} d {int(whole % DAY_S // HOUR_S)} h"
+    for unit_s, unit, smaller_s, smaller in ((DAY_S, "d", HOUR_S, "h"), (HOUR_S, "h", MINUTE_S, "min"),
+                                             (MINUTE_S, "min", 1, "s")):
+        if whole >= unit_s:
+            return f"{whole // unit_s} {unit} {whole % unit_s // smaller_s} {smaller}"
+    return f"{whole} s"
 
 
 def format_utc(at: datetime) -> str:
@@ -2923,15 +2921,10 @@ class Pool:
         doing = "reading the pool"
         session_host = self._session_host(doing)
         problems = []                      # type: List[str]
-        pool = Fields("the pool", next(iter(self.records(doing, "pool").values()), {}), problems)
-        hosts = self.records(doing, "host")
-        machines = self.records(doing, "VM")
-        vbds = self.records(doing, "VBD")
-        vdis = self.records(doing, "VDI")
-        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid")
-                          for ref, record in self.records(doing, "SR").items()}
-        vifs = self.records(doing, "VIF")
-        networks = self.records(doing, "network")
+        pools, hosts, machines, vbds, vdis, srs, vifs, networks = (
+            self.records(doing, name) for name in "pool host VM VBD VDI SR VIF network".split())
+        pool = Fields("the pool", next(iter(pools.values()), {}), problems)
+        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in srs.items()}
         values = {ref: _host(ref, record, problems) for ref, record in hosts.items()}
         if not pool.text("uuid") or not values:
             raise PoolError("the pool does not say its uuid, or has no host: its database is damaged. No VM "
