@@ -1378,17 +1378,23 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
     if usable and not jobs:
         findings.append(Finding(Severity.WARNING, configuration.source, "backs up no VM: whatever its "
                                 "entries select is left out by exclude."))
-    findings.extend(_duplicate_names(jobs))
-    findings.extend(_record_problems(jobs, unselected, inventory))
+    findings.extend(_odd_machines(jobs, unselected, inventory))
     return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing),
                 tuple(provisional))
 
 
-def _record_problems(jobs: Sequence[Job], unselected: Sequence[VirtualMachine],
-                     inventory: Inventory) -> List[Finding]:
-    """What is wrong with records of the pool: a warning where it may cost a VM of this config something."""
-    findings = [Finding(Severity.WARNING, "pool " + inventory.pool_title, problem)
-                for problem in inventory.problems]
+def _odd_machines(jobs: Sequence[Job], unselected: Sequence[VirtualMachine],
+                  inventory: Inventory) -> List[Finding]:
+    """What is odd about names and records of the pool: a warning where it may cost a VM of this config
+    something."""
+    findings = []
+    for name, number in sorted(collections.Counter(job.machine.name for job in jobs).items()):
+        if number > 1:
+            bearers = ", ".join(job.machine.uuid for job in jobs if job.machine.name == name)
+            findings.append(Finding(Severity.WARNING, quote_name(name), f"{number} VMs bear this name, and "
+                                    f"each is backed up in a directory of its own: {bearers}."))
+    findings += [Finding(Severity.WARNING, "pool " + inventory.pool_title, problem)
+                 for problem in inventory.problems]
     for machines, severity in (([job.machine for job in jobs], Severity.WARNING),
                                (unselected, Severity.INFO)):
         findings += [Finding(severity, machine.title, problem) for machine in machines
@@ -1503,20 +1509,6 @@ def _regex_hint(selector: Selector, names: Set[str]) -> str:
     meant = wildcard if wildcard != selector.pattern else f"/{wildcard}/"
     return "" if matching == "0 VMs" else (
         f" As a regex it would match {matching}: did you mean {meant}, or wildcards=regex?")
-
-
-def _duplicate_names(jobs: Sequence[Job]) -> List[Finding]:
-    """A warning for each name that more than one chosen VM bears."""
-    findings = []
-    by_name = {}                           # type: Dict[str, List[str]]
-    for job in jobs:
-        by_name.setdefault(job.machine.name, []).append(job.machine.uuid)
-    for name, bearers in sorted(by_name.items()):
-        if len(bearers) > 1:
-            findings.append(Finding(Severity.WARNING, quote_name(name), f"{len(bearers)} VMs bear this name, "
-                                    "and each is backed up in a directory of its own: "
-                                    f"{', '.join(bearers)}."))
-    return findings
 
 
 # =============================================================================
