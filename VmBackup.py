@@ -2037,6 +2037,11 @@ class Services(NamedTuple):
     catalog: Any = None         # Catalog
     journal: Any = None         # RunJournal
 
+    @property
+    def patience_s(self) -> float:
+        """How long a sign of life of pool or store is waited for."""
+        return float(self.settings.stall_timeout * MINUTE_S)
+
 
 # =============================================================================
 # 9. Programs
@@ -2728,7 +2733,7 @@ class Pool:
         It is waited for so long, or as long as stall_timeout."""
         self._services = services
         self._password = password
-        self._patience_s = patience_s or services.settings.stall_timeout * MINUTE_S
+        self._patience_s = patience_s or services.patience_s
         self._xenapi = None                # type: Any
         self._session = None               # type: Any
         self._transport = None             # type: Optional[Transport]
@@ -3585,7 +3590,7 @@ class Reader:
 
     def take(self, count: int, where: str) -> bytes:
         """The next `count` bytes."""
-        return b"".join(self.pieces(count, where))
+        return joined(self.pieces(count, where))
 
     def zeros(self, count: int, where: str) -> None:
         """The next `count` bytes have passed, and were zeros."""
@@ -3605,6 +3610,15 @@ class Reader:
         _, found, answer = self.tail.partition(b"HTTP/1.")
         body = re.sub("<[^>]*>", " ", answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace"))
         return f"; the server says: {ascii(' '.join(body.split())[:200])}" if found else ""
+
+
+def joined(pieces: Iterable[Any]) -> bytes:
+    """The pieces in one, each copied before the next is asked for: `b"".join` would collect them all first,
+    while the buffers that they are views of are filled anew."""
+    whole = bytearray()
+    for piece in pieces:
+        whole += piece
+    return bytes(whole)
 
 
 def excerpt(piece: bytes) -> str:
@@ -4641,7 +4655,7 @@ class Archive:
                                 "one first (tar -cf NEW.xva ova.xml Ref*)")
         if member.size > OVA_LIMIT_BYTES:
             raise VerificationError(f"the archive's ova.xml has {member.size} bytes, more than any real one")
-        return b"".join(self.body(member))
+        return joined(self.body(member))
 
     def next_member(self, where: str) -> Optional[Member]:
         """The next member, or None at the end of the archive: two zero blocks."""
@@ -4810,7 +4824,7 @@ def _read_digest(archive: Archive, block: Member, before: str) -> Tuple[str, str
         raise VerificationError(f"block {block.name} at byte {block.at} is followed by "
                                 f"{ascii(name) if name else 'the end of the archive'}, not by its digest")
     _, pattern, length = DIGEST_KINDS[suffix]
-    digest = b"".join(archive.body(member)) if member.size == length else b""
+    digest = joined(archive.body(member)) if member.size == length else b""
     if not pattern.fullmatch(digest):
         raise VerificationError(f"{name} at byte {member.at} is not a digest")
     return suffix, digest.decode()
@@ -5000,7 +5014,7 @@ class _Vhd:
             at, count = at + len(piece), count - len(piece)
 
     def _read(self, at: int, count: int, where: str) -> bytes:
-        return b"".join(self._pieces(at, count, where))
+        return joined(self._pieces(at, count, where))
 
     def read_footer(self) -> bytes:
         """A file's at its end, where that of old Virtual PCs lacks its last byte; a stream's copy at its
@@ -5551,8 +5565,8 @@ class Catalog:
 
     def _checks(self, copy: Copy) -> Dict[str, Any]:
         """What is on record about the copy, {} if nothing. It belongs to its manifest, not to its name."""
+        self._verdicts = self._verdicts or self.state_if_there(VERDICT_FOLDER)       # opened once for all
         with contextlib.suppress(NotThere, WrongKind, ValueError):
-            self._verdicts = self._verdicts or self.state_if_there(VERDICT_FOLDER)       # opened once for all
             if self._verdicts is not None and copy.mark:
                 return parse_object(self._verdicts.read(copy.mark[:32] + ".json", MEBIBYTE))
         return {}
@@ -5941,7 +5955,7 @@ def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[st
 
 def image_format(name: str) -> str:
     """xva, raw or vhd, as an image's name says."""
-    return IMAGE_NAME.fullmatch(name).group(3)
+    return re.search(r"\.(xva|raw|vhd)(\.gz|\.zst)*$", name).group(1)      # also of one compressed again
 
 
 def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
@@ -6411,9 +6425,9 @@ def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
 
 def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
     """The object is gone. A call without an answer is repeated only if the object still exists."""
-    for has_time in services.signals.until(services.journal.limit_s):
+    for has_time in services.signals.until(services.patience_s):
         try:
-            services.pool.call(doing, class_name + ".destroy", ref, timeout_s=services.journal.limit_s)
+            services.pool.call(doing, class_name + ".destroy", ref, timeout_s=services.patience_s)
             return
         except ApiFailure as failure:
             if is_gone(failure, class_name):
@@ -6481,7 +6495,7 @@ class Owned:
 
     def _call(self, method: str, ref: str) -> None:
         """Done once, and waited for as long as the pool may take for a large object."""
-        self._services.pool.call(self._doing, method, ref, timeout_s=self._services.journal.limit_s)
+        self._services.pool.call(self._doing, method, ref, timeout_s=self._services.patience_s)
 
     def _ref(self, class_name: str, uuid: str) -> Optional[str]:
         """The ref of that object, None if it is gone or was never known."""
@@ -6605,7 +6619,7 @@ class Snapshot(Owned):
             raise
         try:
             return self._services.pool.call(doing, method, *arguments,
-                                            timeout_s=self._services.journal.limit_s)
+                                            timeout_s=self._services.patience_s)
         except ApiFailure as failure:
             self._entry.note(answer=failure.code)
             raise
@@ -6620,7 +6634,7 @@ class Snapshot(Owned):
     def _await_lost(self) -> Optional[str]:
         """The one snapshot that a call without an answer made, None if none appears."""
         quiet_until = time.monotonic() + LOST_ANSWER_PATIENCE_S
-        for has_time in self._services.signals.until(self._services.journal.limit_s):
+        for has_time in self._services.signals.until(self._services.patience_s):
             at_work = self._is_being_made()
             found = self._find()
             if len(found) == 1:
@@ -6767,7 +6781,7 @@ class DiskSnapshot(Snapshot):
             return []
         called_at = parse_utc(self._facts["calling_at"])
         earliest = called_at - timedelta(seconds=HOST_CLOCKS_DIFFER_S)
-        latest = called_at + timedelta(seconds=self._services.journal.limit_s)
+        latest = called_at + timedelta(seconds=self._services.patience_s)
         found = [ref for ref, record in plausible.items()
                  if earliest <= parse_server_time(record["snapshot_time"]) <= latest]
         return found if len(found) == 1 else []
@@ -7377,7 +7391,7 @@ class Run:
         header = dict(signature(services, inventory), config=services.settings.source)
         journal = self.in_store("beginning the journal", lambda: begin_run(
             services.catalog, name, header, now.timestamp()))
-        journal.limit_s = services.settings.stall_timeout * MINUTE_S
+        journal.limit_s = services.patience_s
         self.services = services._replace(journal=journal)
         self.inventory = inventory
         self.snapshots = Snapshots(self.services)
@@ -7459,7 +7473,7 @@ class Run:
         is given, and after a signal soon."""
         signals = self.services.signals
         try:
-            return within(limit_s or self.services.settings.stall_timeout * MINUTE_S, doing, work,
+            return within(limit_s or self.services.patience_s, doing, work,
                           lambda: signals.noted)
         except StorageStalled as error:
             self.note(error)
@@ -7636,7 +7650,7 @@ class Exporter:
         decompressed again on the way, so that what is proven is what is stored."""
         settings = self._services.settings
         name = plain_name + COMPRESSED_SUFFIX[settings.compress]
-        limit_s = settings.stall_timeout * MINUTE_S
+        limit_s = self._services.patience_s
         watch = Watch(self._services, doing, sum(disk.virtual_size for disk in disks), disks, find_tasks)
         blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
         check, plain = new_check(blocks), Digest()
@@ -7770,7 +7784,7 @@ class Watch:
         self._show = shown_progress(services, doing, size_bytes)
         self._disks = disks                # whose SRs must not become full
         self._find_tasks = find_tasks
-        self._stall_s = services.settings.stall_timeout * MINUTE_S
+        self._stall_s = services.patience_s
         self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
         self._task_progress = []           # type: List[float]
         self.program = None                # type: Optional[Program]
@@ -8542,6 +8556,12 @@ def is_foreign_vhd(copy: Copy) -> bool:
     return copy.is_old and image_format(copy.image) == "vhd"
 
 
+def is_compressed_twice(copy: Copy, manifest: Dict[str, Any]) -> bool:
+    """Did the storage host compress an image that was compressed already?"""
+    return bool(manifest) and copy.image != manifest["image"]["name"] \
+        and manifest["image"].get("compression") != "none"
+
+
 def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: Sequence[MebibyteSink] = (),
                 compare: bool = True, is_whole: bool = True) -> Optional[Check]:
     """The check of that image, whose sinks are shown the disks' contents; where the export noted a digest of
@@ -8549,7 +8569,7 @@ def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: 
     stays as it is. `is_whole` false: damage is put up with."""
     expected, blocks, size, image = None, None, None, manifest.get("image", {})
     if manifest:
-        if copy.image != image["name"] and image.get("compression") != "none":
+        if is_compressed_twice(copy, manifest):
             return None
         expected = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
         size = list(expected.values())[0] if len(expected) == 1 else None
@@ -8977,6 +8997,8 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
     should be; with `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its
     size is then 0: not known)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
+    if is_compressed_twice(copy, manifest):
+        raise UnknownFormat(f"{copy.image} was compressed a second time: decompress it once")
     metadata = read_metadata(inside, copy, manifest, force)
     vm_id, original = own_vm(metadata, copy.uuid) if metadata else ("", {})
     every = disks_of_ova(metadata, vm_id) if metadata else []
@@ -9937,8 +9959,6 @@ def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequ
     check = image_check(source.inside, source.copy, source.manifest, sinks, check_it and problems is None,
                         problems is None)
     try:
-        if check is None:
-            raise VerificationError(f"{source.copy.image} was compressed a second time: decompress it once")
         read_image(source.inside, source.copy, source.manifest, ([check] if check_it else []) + list(more),
                    on_tick, f"reading {source.title}", problems)
     except VerificationError as error:
@@ -10293,6 +10313,7 @@ def undrilled(copy: Copy) -> Outcome:
 def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> Outcome:
     """What the drill of that copy found; its verdict is on record."""
     began_s, title = services.clock.monotonic(), f"{copy.folder}/{copy.name}"
+    cause = None                           # type: Optional[Exception]
     choose = functools.partial(choose_copy, services.catalog, f"uuid:{copy.uuid}", "latest", services.log)
     try:
         with held_copy(services, services.catalog, choose, copy) as (copy, inside):
@@ -10304,8 +10325,10 @@ def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> O
     except BackupError as problem:
         # what the pool, an SR, the store or another run is to blame for says nothing about the copy
         is_the_copys = isinstance(problem, VerificationError) and not isinstance(problem, UnknownFormat)
-        said = NOT_RESTORABLE if is_the_copys else NOT_TRIED
-        error = str(problem)
+        said, error = NOT_RESTORABLE if is_the_copys else NOT_TRIED, str(problem)
+    except Exception as bug:               # one copy's, not the others'
+        services.log.bug(bug, title + ": ")
+        said, error, cause = NOT_TRIED, BUG_TEXT, bug
     try:
         if copy.mark and said != NOT_TRIED:
             services.catalog.record(copy, drilled_at=format_utc(services.clock.utc()), drill=said,
@@ -10313,7 +10336,7 @@ def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> O
     except BackupError as problem:
         services.log.info(f"the verdict is not recorded: {problem}")
     return undrilled(copy)._replace(error=error, status_word="DRILL-FAIL" if error else "SUCCESS", said=said,
-                                    seconds=services.clock.monotonic() - began_s)
+                                    cause=cause, seconds=services.clock.monotonic() - began_s)
 
 
 def drill_all(run: Run, copies: Sequence[Copy]) -> None:

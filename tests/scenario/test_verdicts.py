@@ -84,6 +84,19 @@ def test_prune_by_hand_removes_the_damaged_copy_never_for_the_sound_one(one_dama
     assert run.exit_status == 0 and shelf.copies('web') == [sound, damaged], run
 
 
+@pytest.mark.parametrize('instead', ['link', 'file'])
+def test_where_the_verdicts_cant_be_read_nothing_is_pruned(one_damaged: Any, instead: str) -> None:
+    _pool, shelf, sound, damaged = one_damaged
+    verdicts, elsewhere = shelf.at('.vmbackup', 'verdicts'), shelf.at('.vmbackup', 'elsewhere')
+    os.rename(verdicts, elsewhere)
+    if instead == 'link':
+        os.symlink(elsewhere, verdicts)
+    else:
+        open(verdicts, 'w').close()
+    run = run_program('-', shelf.config('vm-export=web'), 'prune', 'web', 'max_backups=1')
+    assert shelf.copies('web') == [sound, damaged] and "can't be read now" in run.stdout + run.stderr, run
+
+
 def test_list_says_why_it_is_not_good_and_does_not_count_it(one_damaged: Any) -> None:
     _pool, shelf, sound, damaged = one_damaged
     run = run_program('-', shelf.config('vm-export=web'), 'list')
@@ -209,3 +222,21 @@ def test_an_image_that_the_storage_host_compresses_while_others_are_verified_is_
     os.remove(path)
     verdict = verified(catalog, copy)
     assert verdict.state is VmBackup.CopyState.GOOD and verdict.copy.image == 'web.xva.gz', verdict
+
+
+def test_an_image_that_was_compressed_twice_is_good_and_no_drill_ends_with_it(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[ROOT]), vm('zdb', disks=[ROOT])), a_shelf()
+    assert backup(pool, shelf, 'vm-export=*', 'compress=gzip').exit_status == 0
+    copy, = shelf.copies('web')
+    path = shelf.at('web', copy, shelf.image('web', copy))
+    with open(path, 'rb') as plain, gzip.open(path + '.gz', 'wb') as packed:
+        shutil.copyfileobj(plain, packed)
+    os.remove(path)
+
+    run = drill(pool, shelf, 'newest-of-each')
+
+    assert run.exit_status == 1 and '1 of 2 copies came back' in run.stdout and 'decompress it once' in run.stderr, run
+    for words in (['restore', 'web', 'to=back'], ['extract', 'web', 'to=' + shelf.at('disk.raw')]):
+        run = run_program('-', shelf.config('vm-export=web'), *words, environment=pool.environment())
+        assert run.exit_status == 1 and 'decompress it once' in run.stderr, run
+    assert verify(shelf, 'web').exit_status == 0 and all(row['good'] for row in rows(shelf).values())

@@ -515,6 +515,20 @@ def test_any_truncated_or_longer_vhd_is_found(length, more):
                 run(vhd_check(3 * MIB), data)
 
 
+def test_what_is_taken_in_one_piece_may_span_more_than_all_buffers():
+    data = b"".join(struct.pack(">Q", number) * 128 for number in range(30 * 1024))
+    found = []
+
+    class Taker(stream.Consumer):
+        name = "taker"
+
+        def read(self, reader):
+            found.append(reader.take(len(data) - 5, "all"))
+
+    stream.pump([stream.Flow(pipe_with(data), [Taker()])], ignore)
+    assert found == [data[:-5]]
+
+
 def test_a_failed_export_is_told_by_the_servers_words():
     words = real("vdi-export-failed-partial.vhd")
     for start in (b"", VHD[:100000], VHD[:2048]):
