@@ -10768,10 +10768,9 @@ def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]
     return lines
 
 
-def foreseen(services: Services, inventory: Inventory,
-             plan: Plan) -> Tuple[Plan, Dict[str, Tuple[str, List[Verdict]]]]:
-    """The plan with what the store adds to its findings; and by the uuid of each VM its directory, and what a
-    run will say about the copies there."""
+def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan, str]:
+    """The plan with what the store adds to its findings, and the preview: it tells of each VM its directory
+    too, and what a run will say about the copies there."""
     placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
     utc, local = services.clock.utc(), services.clock.local()
     placement.claim_all(job.machine for job in plan.jobs)
@@ -10786,8 +10785,10 @@ def foreseen(services: Services, inventory: Inventory,
                      for warning in retention_warnings(copies, utc, local)]
         views.append((job, folder.name, copies))
     clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies in views)
-    return plan._replace(findings=tuple(findings)), {job.machine.uuid: (folder, future_verdicts(
+    futures = {job.machine.uuid: (folder, future_verdicts(
         job, copies, local, clock_is_wrong, services.settings.pre_clean)) for job, folder, copies in views}
+    plan = plan._replace(findings=tuple(findings))
+    return plan, preview_text(services.settings, inventory, plan, futures, services.catalog)
 
 
 def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool,
@@ -10949,9 +10950,9 @@ def command_preview(run: Run) -> None:
     """Shown: the plan, and what retention would then remove."""
     with planned(run, changes_allowed=False) as (services, inventory, bare_plan):
         pass                               # nothing more is asked of the pool
-    plan, futures = run.in_store("looking at the copies", lambda: foreseen(services, inventory, bare_plan),
-                                 FOR_EVER_S)
-    services.log.show(preview_text(services.settings, inventory, plan, futures, services.catalog))
+    plan, text = run.in_store("looking at the copies", lambda: foreseen(services, inventory, bare_plan),
+                              FOR_EVER_S)
+    services.log.show(text)
     run.findings += plan.findings
     run.findings += [Finding(Severity.WARNING, "", warning) for warning in services.settings.warnings]
 

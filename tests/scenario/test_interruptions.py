@@ -383,9 +383,9 @@ def lines_of(path: str) -> List[str]:
         return file.readlines()
 
 
-@pytest.mark.parametrize('action', ['list', 'verify', 'prune', 'prune preview', 'list format=json'])
-@pytest.mark.parametrize('where', ['BACKUPS', 'backup.json'])
-def test_a_signal_ends_what_only_reads_a_store_that_hangs(a_shelf: Any, action: str, where: str) -> None:
+@pytest.mark.parametrize('action, where', [('', 'BACKUPS'), ('preview', 'BACKUPS')] + [
+    (action, where) for action in ('list', 'verify', 'prune', 'prune preview', 'list format=json') for where in ('BACKUPS', 'backup.json')])
+def test_a_signal_ends_what_opens_or_reads_a_store_that_hangs(a_shelf: Any, action: str, where: str) -> None:
     """The store hangs when it is opened, or when the first copy is looked at."""
     shelf = a_shelf(complete('web', days_ago=2), complete('web', days_ago=1))
     process = Process(['-', shelf.config('vm-export=web:1')] + action.split(), {'PATH': CRON_PATH},
