@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from typing import Any, Dict, List, Optional
 
 import pool_file
@@ -88,13 +87,12 @@ def _shell_quoted(text: str) -> str:
 
 
 def command_serve(options: argparse.Namespace) -> int:
-    end = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: end.set())
+    # Blocked, and waited for: a process that goes on after SIGSTOP may be given the signal in a thread that can't wake this one.
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     running = start(options)
     print("ready " + running.url_of(running.pool.master()), flush=True)
-    while not end.wait(3600):
-        pass
+    signal.sigwait(ends)
     running.stop()
     return 0
 
