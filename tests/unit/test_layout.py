@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import glob
 import os
 import re
@@ -16,8 +17,6 @@ PATH = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.absp
 with open(PATH, 'rb') as file:
     RAW = file.read()
 LINES = RAW.decode('utf-8').splitlines()
-TREE = ast.parse(RAW, PATH)
-NODES = list(ast.walk(TREE))
 RULE = '# ' + '=' * 77
 
 
@@ -63,10 +62,32 @@ def targets(node: ast.AST) -> Iterator[str]:
                 yield inner.id
 
 
-DEFINED = {}                                                 # type: Dict[str, int]
-for statement in TREE.body:
-    for name in targets(statement):
-        DEFINED.setdefault(name, statement.lineno)
+# Every worker imports this file, and few read the program by it: a tree of it is large, and slow to make.
+@functools.lru_cache(maxsize=None)
+def tree() -> ast.Module:
+    return ast.parse(RAW, PATH)
+
+
+@functools.lru_cache(maxsize=None)
+def nodes() -> List[ast.AST]:
+    return list(ast.walk(tree()))
+
+
+@functools.lru_cache(maxsize=None)
+def defined() -> Dict[str, int]:
+    """The line of the statement that defines each name of the module first."""
+    found = {}                                               # type: Dict[str, int]
+    for statement in tree().body:
+        for name in targets(statement):
+            found.setdefault(name, statement.lineno)
+    return found
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forgotten_at_the_end() -> Iterator[None]:
+    yield
+    for one in (tree, nodes, defined, uses):
+        one.cache_clear()
 
 
 class Uses(ast.NodeVisitor):
@@ -78,7 +99,7 @@ class Uses(ast.NodeVisitor):
         self._depth = 0
 
     def visit_Name(self, node: ast.Name) -> None:
-        if isinstance(node.ctx, ast.Load) and node.id in DEFINED and not any(node.id in names for names in self._local):
+        if isinstance(node.ctx, ast.Load) and node.id in defined() and not any(node.id in names for names in self._local):
             self.found.append((node.id, node.lineno, self._depth > 0))
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -114,15 +135,16 @@ def annotations(node: ast.FunctionDef) -> List[ast.AST]:
     return [one for one in [argument.annotation for argument in arguments if argument] + [node.returns] if one]
 
 
+@functools.lru_cache(maxsize=None)
 def uses() -> List[Tuple[str, int, bool]]:
     visitor = Uses()
-    visitor.visit(TREE)
+    visitor.visit(tree())
     return visitor.found
 
 
 def attribute_uses(module: str) -> Iterator[Tuple[str, int]]:
     """Each `module.name` of the file with its line."""
-    for node in NODES:
+    for node in nodes():
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module:
             yield node.attr, node.lineno
 
@@ -145,7 +167,7 @@ def test_every_section_begins_with_what_it_is_for():
 
 
 def test_the_map_in_the_docstring_names_the_sections_as_they_stand():
-    text = ast.get_docstring(TREE)
+    text = ast.get_docstring(tree())
     for section in SECTIONS:
         assert re.search(r'(?<![0-9])%d\.? +%s' % (section.number, re.escape(section.title)), text), section
 
@@ -161,63 +183,63 @@ MAY_NAME = {
 
 
 def test_the_parts_of_the_map_hold_all_sections_in_order():
-    text = ast.get_docstring(TREE)
+    text = ast.get_docstring(tree())
     parts = [(match.group(1), text.index(match.group())) for match in re.finditer(r'(?m)^    ([IV]+)\. +\S', text)]
     assert [name for name, _ in parts] == ['I', 'II', 'III', 'IV', 'V', 'VI']
     assert [int(number) for number in re.findall(r'(?m)^ {9,10}([0-9]+)\. ', text)] == list(range(1, len(SECTIONS) + 1))
 
 
 def test_where_to_change_what_names_what_stands_there():
-    text = ast.get_docstring(TREE)
+    text = ast.get_docstring(tree())
     table = text[text.index('Where do I change what?'):text.index('Exit statuses:')]
     named = [(name, int(number)) for names, number in re.findall(r'([A-Za-z_]+(?:(?:, | and | or )[A-Za-z_]+)*) \((\d+)\)', table)
-             for name in re.split(r', | and | or ', names) if name in DEFINED]
+             for name in re.split(r', | and | or ', names) if name in defined()]
     assert len(named) >= 12
-    assert [(name, number, section_of(DEFINED[name])) for name, number in named if section_of(DEFINED[name]) != number] == []
+    assert [(name, number, section_of(defined()[name])) for name, number in named if section_of(defined()[name]) != number] == []
 
 
 def test_only_those_who_may_name_what_stands_behind_a_door():
     titles = {section.number: section.title for section in SECTIONS}
-    wrong = ['%s (%s) is used in line %d (%s)' % (name, titles[section_of(DEFINED[name])], line, titles[section_of(line)])
-             for name, line, _ in uses() if section_of(DEFINED[name]) != section_of(line)
-             and titles.get(section_of(line)) not in MAY_NAME.get(titles.get(section_of(DEFINED[name]), ''),
+    wrong = ['%s (%s) is used in line %d (%s)' % (name, titles[section_of(defined()[name])], line, titles[section_of(line)])
+             for name, line, _ in uses() if section_of(defined()[name]) != section_of(line)
+             and titles.get(section_of(line)) not in MAY_NAME.get(titles.get(section_of(defined()[name]), ''),
                                                                   (titles.get(section_of(line)),))]
     assert not wrong, '\n'.join(wrong)
 
 
 def test_no_section_uses_a_name_from_one_below():
-    wrong = ['%s (section %d) is used in line %d, section %d' % (name, section_of(DEFINED[name]), line, section_of(line))
-             for name, line, _ in uses() if section_of(DEFINED[name]) > section_of(line)]
+    wrong = ['%s (section %d) is used in line %d, section %d' % (name, section_of(defined()[name]), line, section_of(line))
+             for name, line, _ in uses() if section_of(defined()[name]) > section_of(line)]
     assert not wrong, '\n'.join(wrong)
 
 
 def test_outside_of_function_bodies_a_name_stands_before_its_use():
-    wrong = ['%s (line %d) is used in line %d' % (name, DEFINED[name], line) for name, line, is_inside in uses()
-             if not is_inside and DEFINED[name] > line]
+    wrong = ['%s (line %d) is used in line %d' % (name, defined()[name], line) for name, line, is_inside in uses()
+             if not is_inside and defined()[name] > line]
     assert not wrong, '\n'.join(wrong)
 
 
 def test_every_name_of_the_module_is_defined_once():
-    names = [name for statement in TREE.body if not isinstance(statement, (ast.If, ast.Import, ast.ImportFrom))
+    names = [name for statement in tree().body if not isinstance(statement, (ast.If, ast.Import, ast.ImportFrom))
              for name in targets(statement)]
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
 def test_every_name_that_is_used_is_defined_somewhere():
-    known = set(DEFINED) | set(dir(builtins)) | {'__name__', '__file__', '__doc__'}
-    bound = {node.id for node in NODES if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    bound |= {node.arg for node in NODES if isinstance(node, ast.arg)}
-    bound |= {node.name for node in NODES
+    known = set(defined()) | set(dir(builtins)) | {'__name__', '__file__', '__doc__'}
+    bound = {node.id for node in nodes() if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    bound |= {node.arg for node in nodes() if isinstance(node, ast.arg)}
+    bound |= {node.name for node in nodes()
               if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)) and node.name}
-    bound |= {name for node in NODES if isinstance(node, (ast.Import, ast.ImportFrom)) for name in targets(node)}
-    assert sorted({node.id for node in NODES if isinstance(node, ast.Name)} - known - bound) == []
+    bound |= {name for node in nodes() if isinstance(node, (ast.Import, ast.ImportFrom)) for name in targets(node)}
+    assert sorted({node.id for node in nodes() if isinstance(node, ast.Name)} - known - bound) == []
 
 
 def test_nothing_is_imported_or_defined_in_vain():
-    used = {node.id for node in NODES if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used = {node.id for node in nodes() if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     used.update(re.findall(r'\w+', ' '.join(re.findall(r'# type: (.*)', '\n'.join(LINES)))))
     used.update(re.findall(r'"(\w+)"', '\n'.join(LINES)))                  # annotations that name what stands below
-    assert sorted(set(DEFINED) - used - {'NEEDS'}) == []
+    assert sorted(set(defined()) - used - {'NEEDS'}) == []
 
 
 # --- doors -----------------------------------------------------------------------------------------------------------
@@ -227,22 +249,22 @@ def test_programs_are_started_in_their_section_only_and_never_through_a_shell():
     doors += [(name, line) for name, line in attribute_uses('os')
               if re.match(r'system\Z|popen\Z|fork|exec|spawn|posix_spawn', name)]
     assert not places([row for row in doors if section_of(row[1]) != number_of('Programs')])
-    shells = [keyword for node in NODES if isinstance(node, ast.Call) for keyword in node.keywords
+    shells = [keyword for node in nodes() if isinstance(node, ast.Call) for keyword in node.keywords
               if keyword.arg == 'shell']
     assert not shells
 
 
 def test_the_pool_is_spoken_to_in_its_section_only():
-    lines = [node.lineno for node in NODES
+    lines = [node.lineno for node in nodes()
              if isinstance(node, ast.Import) and any(alias.name == 'XenAPI' for alias in node.names)
              or isinstance(node, ast.ImportFrom) and node.module == 'XenAPI'
              or isinstance(node, ast.Name) and node.id == 'XenAPI']
     assert lines and {section_of(line) for line in lines} == {number_of('Pool')}
-    assert not [node for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom)) and 'XenAPI' in targets(node)]
+    assert not [node for node in tree().body if isinstance(node, (ast.Import, ast.ImportFrom)) and 'XenAPI' in targets(node)]
 
 
 def test_nothing_is_printed_but_by_the_log():
-    assert not [node.lineno for node in NODES if isinstance(node, ast.Name) and node.id == 'print']
+    assert not [node.lineno for node in nodes() if isinstance(node, ast.Name) and node.id == 'print']
     written = [row for row in attribute_uses('sys') if row[0] in ('stdout', 'stderr')]
     assert not places([row for row in written if section_of(row[1]) not in (number_of('Process'), number_of('main'))])
 
@@ -260,7 +282,7 @@ def test_behind_the_storage_door_no_error_of_the_system_is_caught_where_copies_a
     """What the system says of the store is a CatalogError there. Config and password files, mail and the pool's
     connections have doors of their own."""
     behind = [number_of(title) for title in ('Copies', 'Ownership', 'Backup', 'Verify and prune', 'Restore', 'Extract and drill')]
-    caught = [('OSError', node.lineno) for node in NODES if isinstance(node, ast.Name) and section_of(node.lineno) in behind
+    caught = [('OSError', node.lineno) for node in nodes() if isinstance(node, ast.Name) and section_of(node.lineno) in behind
               and node.id in ('OSError', 'IOError', 'EnvironmentError', 'FileNotFoundError', 'FileExistsError', 'PermissionError')]
     assert not places(caught)
 
@@ -276,7 +298,7 @@ def test_mail_is_sent_in_its_section_only():
 
 
 def test_who_lists_copies_does_not_pay_for_what_speaks_to_pools_and_mail_servers():
-    at_the_top = {name for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom)) for name in targets(node)}
+    at_the_top = {name for node in tree().body if isinstance(node, (ast.Import, ast.ImportFrom)) for name in targets(node)}
     assert at_the_top & {'email', 'smtplib', 'ssl', 'http', 'xmlrpc', 'xml', 'difflib', 'traceback'} == set()
     assert not places([row for module in ('ssl', 'http', 'xmlrpc') for row in attribute_uses(module) if section_of(row[1])
                        not in [number_of(title) for title in ('Pool', 'Post', 'Image formats')]])
@@ -287,7 +309,7 @@ def test_pure_sections_touch_nothing():
     outside = ('os', 'sys', 'time', 'socket', 'shutil', 'subprocess', 'signal', 'fcntl', 'select', 'threading')
     touched = [(module + '.' + name, line) for module in outside for name, line in attribute_uses(module)
                if section_of(line) in pure and name not in ('fsdecode', 'fsencode')]
-    touched += [(node.id, node.lineno) for node in NODES if isinstance(node, ast.Name) and node.id == 'open'
+    touched += [(node.id, node.lineno) for node in nodes() if isinstance(node, ast.Name) and node.id == 'open'
                 and section_of(node.lineno) in pure]
     assert not places(touched)
 
@@ -305,7 +327,7 @@ def test_the_file_is_pure_ascii():
 
 
 def test_the_first_statement_is_the_one_that_python_2_cannot_read():
-    first = [node for node in TREE.body if not (isinstance(node, ast.Expr) and node is TREE.body[0])][0]
+    first = [node for node in tree().body if not (isinstance(node, ast.Expr) and node is tree().body[0])][0]
     assert isinstance(first, ast.AnnAssign) and first.target.id == 'NEEDS'
     assert first.lineno < SECTIONS[0].line
     assert VmBackup.NEEDS == 'VmBackup needs Python 3.6 or newer: write /usr/bin/python3 in the crontab'
@@ -329,7 +351,7 @@ def test_python_2_shows_the_sentence_that_says_what_is_needed():
 # --- prose -----------------------------------------------------------------------------------------------------------------
 
 def test_every_class_and_function_for_others_says_what_is_true_afterwards():
-    silent = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    silent = [node.name for node in tree().body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
               and not node.name.startswith('_') and not ast.get_docstring(node)]
     assert silent == []
 

@@ -298,47 +298,48 @@ def sized(size, *blocks):
 
 
 LAST = block("Ref:3", 0, B)
+#: What makes each of them: they are large, and every worker imports this file.
 WRONG_ARCHIVES = {
-    "first block missing": sized(2 * MIB, block("Ref:1", 1, A)),
-    "last block missing": sized(2 * MIB, block("Ref:1", 0, A)),
-    "last block missing, keep-alive there": sized(2 * MIB, block("Ref:1", 0, A), block("Ref:1", 1, b"")),
-    "keep-alive beyond the end": sized(2 * MIB, block("Ref:1", 0, A), block("Ref:1", 1, A), block("Ref:1", 2, b"")),
-    "keep-alive first": sized(2 * MIB, block("Ref:1", 0, b""), block("Ref:1", 1, A), block("Ref:1", 2, A)),
-    "a block too many": sized(MIB, block("Ref:1", 0, A), block("Ref:1", 1, A)),
-    "a block twice": sized(2 * MIB, block("Ref:1", 0, A), block("Ref:1", 0, A)),
-    "blocks swapped": sized(2 * MIB, block("Ref:1", 1, A), block("Ref:1", 0, A)),
-    "short block in the middle": sized(3 * MIB, block("Ref:1", 0, A), block("Ref:1", 1, A[:512]), block("Ref:1", 2, A)),
-    "big block": sized(2 * MIB, block("Ref:1", 0, A + A)),
-    "a lost block that keep-alive hides": sized(4 * MIB, block("Ref:1", 0, A), block("Ref:1", 2, b""), block("Ref:1", 3, A)),
-    "disk missing": member("ova.xml", ova({"Ref:1": MIB, "Ref:3": MIB})) + block("Ref:1", 0, A) + END,
-    "disks out of order": member("ova.xml", ova({"Ref:1": MIB, "Ref:3": MIB})) + LAST + block("Ref:1", 0, A) + END,
-    "disk comes back": sized(2 * MIB, block("Ref:1", 0, A), LAST, block("Ref:1", 1, A)),
-    "foreign file": sized(MIB, block("Ref:1", 0, A), member("readme", b"hello")),
-    "foreign disk": sized(MIB, block("Ref:1", 0, A), block("Ref:2", 0, A)),
-    "no digest": sized(MIB, member("Ref:1/00000000", A)),
-    "digest of another": sized(MIB, member("Ref:1/00000000", A), member("Ref:1/00000001.xxhash", xxh(A).encode())),
-    "digest kind changes": sized(2 * MIB, block("Ref:1", 0, A), block("Ref:1", 1, A, "checksum")),
-    "wrong digest": sized(MIB, member("Ref:1/00000000", A), member("Ref:1/00000000.xxhash", xxh(B).encode())),
-    "lower-case digest": sized(MIB, member("Ref:1/00000000", A), member("Ref:1/00000000.xxhash", xxh(A).lower().encode())),
-    "long digest": sized(MIB, member("Ref:1/00000000", A), member("Ref:1/00000000.xxhash", xxh(A).encode() + b"\n")),
-    "directory": sized(MIB, member("Ref:1/00000000", A, typeflag=b"5")),
-    "no ova": block("Ref:1", 0, A) + END,
-    "empty": b"",
-    "only the end": END,
-    "one end block": sized(MIB, block("Ref:1", 0, A))[:-512],
-    "three end blocks": sized(MIB, block("Ref:1", 0, A)) + bytes(512),
-    "http text at the end": sized(MIB, block("Ref:1", 0, A)) + b"HTTP/1.0 500 Internal Error\r\n",
-    "http text instead": b"HTTP/1.0 500 Internal Error\r\n" * 40,
-    "two archives": sized(MIB, block("Ref:1", 0, A)) * 2,
-    "huge ova": header("ova.xml", 8 ** 11 - 1) + bytes(512),
-    "no disk id": member("ova.xml", ova({"Ref 1\n": MIB})) + END,
+    "first block missing": lambda: sized(2 * MIB, block("Ref:1", 1, A)),
+    "last block missing": lambda: sized(2 * MIB, block("Ref:1", 0, A)),
+    "last block missing, keep-alive there": lambda: sized(2 * MIB, block("Ref:1", 0, A), block("Ref:1", 1, b"")),
+    "keep-alive beyond the end": lambda: sized(2 * MIB, block("Ref:1", 0, A), block("Ref:1", 1, A), block("Ref:1", 2, b"")),
+    "keep-alive first": lambda: sized(2 * MIB, block("Ref:1", 0, b""), block("Ref:1", 1, A), block("Ref:1", 2, A)),
+    "a block too many": lambda: sized(MIB, block("Ref:1", 0, A), block("Ref:1", 1, A)),
+    "a block twice": lambda: sized(2 * MIB, block("Ref:1", 0, A), block("Ref:1", 0, A)),
+    "blocks swapped": lambda: sized(2 * MIB, block("Ref:1", 1, A), block("Ref:1", 0, A)),
+    "short block in the middle": lambda: sized(3 * MIB, block("Ref:1", 0, A), block("Ref:1", 1, A[:512]), block("Ref:1", 2, A)),
+    "big block": lambda: sized(2 * MIB, block("Ref:1", 0, A + A)),
+    "a lost block that keep-alive hides": lambda: sized(4 * MIB, block("Ref:1", 0, A), block("Ref:1", 2, b""), block("Ref:1", 3, A)),
+    "disk missing": lambda: member("ova.xml", ova({"Ref:1": MIB, "Ref:3": MIB})) + block("Ref:1", 0, A) + END,
+    "disks out of order": lambda: member("ova.xml", ova({"Ref:1": MIB, "Ref:3": MIB})) + LAST + block("Ref:1", 0, A) + END,
+    "disk comes back": lambda: sized(2 * MIB, block("Ref:1", 0, A), LAST, block("Ref:1", 1, A)),
+    "foreign file": lambda: sized(MIB, block("Ref:1", 0, A), member("readme", b"hello")),
+    "foreign disk": lambda: sized(MIB, block("Ref:1", 0, A), block("Ref:2", 0, A)),
+    "no digest": lambda: sized(MIB, member("Ref:1/00000000", A)),
+    "digest of another": lambda: sized(MIB, member("Ref:1/00000000", A), member("Ref:1/00000001.xxhash", xxh(A).encode())),
+    "digest kind changes": lambda: sized(2 * MIB, block("Ref:1", 0, A), block("Ref:1", 1, A, "checksum")),
+    "wrong digest": lambda: sized(MIB, member("Ref:1/00000000", A), member("Ref:1/00000000.xxhash", xxh(B).encode())),
+    "lower-case digest": lambda: sized(MIB, member("Ref:1/00000000", A), member("Ref:1/00000000.xxhash", xxh(A).lower().encode())),
+    "long digest": lambda: sized(MIB, member("Ref:1/00000000", A), member("Ref:1/00000000.xxhash", xxh(A).encode() + b"\n")),
+    "directory": lambda: sized(MIB, member("Ref:1/00000000", A, typeflag=b"5")),
+    "no ova": lambda: block("Ref:1", 0, A) + END,
+    "empty": lambda: b"",
+    "only the end": lambda: END,
+    "one end block": lambda: sized(MIB, block("Ref:1", 0, A))[:-512],
+    "three end blocks": lambda: sized(MIB, block("Ref:1", 0, A)) + bytes(512),
+    "http text at the end": lambda: sized(MIB, block("Ref:1", 0, A)) + b"HTTP/1.0 500 Internal Error\r\n",
+    "http text instead": lambda: b"HTTP/1.0 500 Internal Error\r\n" * 40,
+    "two archives": lambda: sized(MIB, block("Ref:1", 0, A)) * 2,
+    "huge ova": lambda: header("ova.xml", 8 ** 11 - 1) + bytes(512),
+    "no disk id": lambda: member("ova.xml", ova({"Ref 1\n": MIB})) + END,
 }
 
 
 @pytest.mark.parametrize("what", sorted(WRONG_ARCHIVES))
 def test_a_wrong_archive_is_refused_in_one_sentence(what):
     with pytest.raises(VerificationError) as caught:
-        run(xva_check(), WRONG_ARCHIVES[what])
+        run(xva_check(), WRONG_ARCHIVES[what]())
     sentence = str(caught.value)
     print(sentence)
     assert "\n" not in sentence and 20 < len(sentence) < 300 and sentence.isascii() if hasattr(str, "isascii") else True
@@ -884,7 +885,7 @@ def test_a_compressor_that_dies_gets_no_more_and_its_exit_status_is_left_to_tell
 def test_a_wrong_archive_aborts_the_export_at_once():
     hold = threading.Event()
     with pytest.raises(VerificationError, match="foreign|no block"):
-        stream.pump([stream.Flow(pipe_with(WRONG_ARCHIVES["foreign file"] + bytes(MIB), hold), [xva_check(),
+        stream.pump([stream.Flow(pipe_with(WRONG_ARCHIVES["foreign file"]() + bytes(MIB), hold), [xva_check(),
                                                                                            stream.Digest()])], ignore)
     hold.set()
 
