@@ -1,8 +1,9 @@
 """Fixtures that all tests share."""
 
+import json
 import shutil
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
 
@@ -10,7 +11,7 @@ from support import warm
 from support.deeds import backup
 from support.language import described, disk, vm
 from support.process import Pool
-from support.shelf import Given, Shelf
+from support.shelf import STATE, Given, Shelf, Tree, copied
 
 
 @pytest.fixture
@@ -54,6 +55,65 @@ def a_store() -> Iterator[str]:
     finally:
         pool.remove()
         shelf.remove()
+
+
+class Made(NamedTuple):
+    """A pool that has ended after its backups, and their shelf."""
+    pool: Pool
+    shelf: Shelf
+    tree: Tree
+
+
+@pytest.fixture(scope='module')
+def made_backups() -> Iterator[Dict[str, Made]]:
+    """What `a_backup` has made for the tests of one file, by what was asked for."""
+    made: Dict[str, Made] = {}
+    yield made
+    for one in made.values():
+        one.pool.remove()
+        one.shelf.remove()
+
+
+@pytest.fixture
+def a_backup(made_backups: Dict[str, Made]) -> Iterator[Callable[..., Tuple[Pool, Shelf]]]:
+    """pool, shelf = a_backup(vm('web'), lines=['vm-export=*'], nights=1, faults=[…], …): a pool that serves until the test
+    ends, and a shelf with the copies of so many good runs of these lines. It is for tests that only need them to be there: the
+    runs were real ones, once for all tests of a file that ask for the same, and pool and shelf are copies of what they left.
+    The pool's journal is new, and the program's own state on the shelf is gone, as after a move to another disk."""
+    given: List[Any] = []
+
+    def build(*vms: Dict[str, Any], lines: Sequence[str] = ('vm-export=*',), nights: int = 1,
+              faults: Sequence[Dict[str, Any]] = (), **sections: Any) -> Tuple[Pool, Shelf]:
+        description = described(vms, sections)
+        wish = json.dumps([description, list(lines), nights], sort_keys=True)
+        if wish not in made_backups:
+            made_backups[wish] = after_backups(description, lines, nights)
+        made = made_backups[wish]
+        given.append(Pool(description, faults).like(made.pool))
+        given.append(Shelf([copied(made.shelf.path)], tree=made.tree))
+        return given[-2].start(), given[-1]
+
+    yield build
+    for one in given:
+        one.remove()
+
+
+def after_backups(description: Dict[str, Any], lines: Sequence[str], nights: int) -> Made:
+    """A pool of that description was backed up so often, and has ended."""
+    pool, shelf = Pool(description), Shelf()
+    try:
+        pool.start()
+        for night in range(nights):
+            time.sleep(1.1 if night else 0)         # no two copies bear one name
+            run = backup(pool, shelf, *lines)
+            assert run.exit_status == 0, run
+        pool.stop()
+    except BaseException:
+        pool.remove()
+        shelf.remove()
+        raise
+    shutil.rmtree(shelf.at(STATE))
+    return Made(pool, shelf, shelf.tree())
 
 
 warm.hear_signals()

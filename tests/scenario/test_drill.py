@@ -36,9 +36,8 @@ def is_as_before(pool: Any, before: Any) -> bool:
 
 @pytest.mark.parametrize('lines', [('vm-export=*',), ('vm-export=*', 'compress=gzip'), ZSTD, ('vdi-export=*',),
                                    ('vdi-export=*', 'vdi_export_format=vhd', 'compress=gzip')])
-def test_a_good_copy_comes_back_and_goes_again(a_pool: Any, a_shelf: Any, lines: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA], vifs=[VIF], power_state='Running', tags=['x'])), a_shelf()
-    backed_up(pool, shelf, *lines)
+def test_a_good_copy_comes_back_and_goes_again(a_backup: Any, lines: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT, DATA], vifs=[VIF], power_state='Running', tags=['x']), lines=lines)
     before = objects(pool)
     run = drill(pool, shelf, 'web', lines=lines)
     assert run.exit_status == 0 and run.says('restored and compared'), run
@@ -48,18 +47,15 @@ def test_a_good_copy_comes_back_and_goes_again(a_pool: Any, a_shelf: Any, lines:
         'vmbackup.py', 'drill', 'drill', 'vmbackup.py']
 
 
-def test_no_interface_is_ever_made(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', vifs=[VIF])), a_shelf()
-    backed_up(pool, shelf)
+def test_no_interface_is_ever_made(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', vifs=[VIF]))
     assert drill(pool, shelf, 'web').exit_status == 0
     assert pool.never_saw('api:VIF.create') and not [record for record in pool.dump()['VM'].values() if 'drill' in
                                                      record['name_label']]
 
 
-def test_newest_of_each_takes_every_vm_once_and_sample_those_longest_not_drilled(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*[vm(name, disks=[disk(seed=number)]) for number, name in enumerate(['a', 'b', 'c'])]), a_shelf()
-    backed_up(pool, shelf)
-    backed_up(pool, shelf)
+def test_newest_of_each_takes_every_vm_once_and_sample_those_longest_not_drilled(a_backup: Any) -> None:
+    pool, shelf = a_backup(*[vm(name, disks=[disk(seed=number)]) for number, name in enumerate(['a', 'b', 'c'])], nights=2)
     run = drill(pool, shelf, 'newest-of-each')
     assert run.exit_status == 0 and run.says('3 of 3 copies came back') and len(pool.calls('xe:vm-import')) == 3
     for name in ('a', 'b', 'c', 'a'):
@@ -68,10 +64,8 @@ def test_newest_of_each_takes_every_vm_once_and_sample_those_longest_not_drilled
         assert run.exit_status == 0 and run.says('%s/%s: restored and compared' % (name, shelf.newest(name))), run
 
 
-def test_a_newest_copy_that_is_not_good_is_passed_over_and_said(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web')), a_shelf()
-    backed_up(pool, shelf)
-    backed_up(pool, shelf)
+def test_a_newest_copy_that_is_not_good_is_passed_over_and_said(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web'), nights=2)
     os.unlink(shelf.at('web', shelf.newest('web'), 'success'))
     run = drill(pool, shelf, 'newest-of-each')
     assert run.exit_status == 3 and run.says('passed over: ') and run.says('web/%s: restored' % shelf.newest('web')), run
@@ -79,16 +73,14 @@ def test_a_newest_copy_that_is_not_good_is_passed_over_and_said(a_pool: Any, a_s
 
 @pytest.mark.parametrize('words', [[], ['sample=0'], ['sample=x'], ['web', 'sample=1'], ['nobody'], ['web', 'boot=perhaps'],
                                    ['web', 'sr=none']])
-def test_a_drill_that_is_not_asked_for_properly_starts_nothing(a_pool: Any, a_shelf: Any, words: Any) -> None:
-    pool, shelf = a_pool(vm('web')), a_shelf()
-    backed_up(pool, shelf)
+def test_a_drill_that_is_not_asked_for_properly_starts_nothing(a_backup: Any, words: Any) -> None:
+    pool, shelf = a_backup(vm('web'))
     run = drill(pool, shelf, *words)
     assert run.exit_status in (1, 2) and pool.never_saw('xe:vm-import'), run
 
 
-def test_a_vm_that_has_no_good_copy_fails_the_drill(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web'), vm('db')), a_shelf()
-    backed_up(pool, shelf)
+def test_a_vm_that_has_no_good_copy_fails_the_drill(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web'), vm('db'))
     os.truncate(shelf.at('web', shelf.newest('web'), 'web.xva'), MEBIBYTE)
     run = drill(pool, shelf, 'newest-of-each')
     assert run.exit_status == 1 and run.says('there is no good one of this VM') and run.says('1 of 2 copies came back'), run
@@ -101,9 +93,8 @@ def test_an_old_copy_can_be_drilled(a_pool: Any, a_shelf: Any) -> None:
     assert is_as_before(pool, before)
 
 
-def test_a_damaged_copy_fails_the_drill_and_says_so_everywhere(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT]), vm('db')), a_shelf()
-    backed_up(pool, shelf)
+def test_a_damaged_copy_fails_the_drill_and_says_so_everywhere(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]), vm('db'))
     path = shelf.at('web', shelf.newest('web'), 'web.xva')
     with open(path, 'r+b') as file:
         file.seek(os.path.getsize(path) // 2)
@@ -115,27 +106,22 @@ def test_a_damaged_copy_fails_the_drill_and_says_so_everywhere(a_pool: Any, a_sh
     assert 'NOT RESTORABLE on 20' in listed(pool, shelf) and 'DRILL-FAIL web' in ''.join(shelf.status_lines())
 
 
-def test_an_sr_that_gives_back_other_bytes_is_found_out(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    backed_up(pool, shelf)
-    serving(pool, at('http:/export_raw_vdi', flips=-5 * MEBIBYTE))
+def test_an_sr_that_gives_back_other_bytes_is_found_out(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]), faults=[at('http:/export_raw_vdi', flips=-5 * MEBIBYTE)])
     run = drill(pool, shelf, 'web')
     assert run.exit_status == 1 and run.says('came back different'), run
 
 
-def test_it_boots_where_that_is_asked_for(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT], power_state='Running', os_version='CentOS 7')), a_shelf()
-    backed_up(pool, shelf)
+def test_it_boots_where_that_is_asked_for(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT], power_state='Running', os_version='CentOS 7'))
     before = objects(pool)
     run = drill(pool, shelf, 'web', 'boot=0.05')
     assert run.exit_status == 0 and run.says('booted'), run
     assert is_as_before(pool, before)
 
 
-def test_a_vm_that_does_not_start_fails_the_drill(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    backed_up(pool, shelf)
-    serving(pool, at('api:VM.start', fails=['NO_HOSTS_AVAILABLE']))
+def test_a_vm_that_does_not_start_fails_the_drill(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]), faults=[at('api:VM.start', fails=['NO_HOSTS_AVAILABLE'])])
     before = objects(pool)
     run = drill(pool, shelf, 'web', 'boot=yes')
     assert run.exit_status == 1 and run.says('NO_HOSTS_AVAILABLE') and is_as_before(pool, before), run
@@ -148,11 +134,9 @@ FAULTS = [at('http:/import', breaks_off_after=MEBIBYTE), at('http:/import', drop
 
 
 @pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: '%s %s' % (fault['on'], sorted(fault['do'])[0] + fault.get('when', '')))
-def test_nothing_stays_after_any_fault(a_pool: Any, a_shelf: Any, fault: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
-    backed_up(pool, shelf)
+def test_nothing_stays_after_any_fault(a_backup: Any, fault: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT, DATA]), faults=[fault])
     before = objects(pool)
-    serving(pool, fault)
     run = drill(pool, shelf, 'web')
     assert run.exit_status in (0, 1, 3), run
     assert is_as_before(pool, before) and shelf.journals() == [], run
@@ -160,9 +144,8 @@ def test_nothing_stays_after_any_fault(a_pool: Any, a_shelf: Any, fault: Any) ->
 
 @pytest.mark.parametrize('occasion,when', [('http:/import', ''), ('xe:vm-import', 'after'), ('http:/export_raw_vdi', ''),
                                            ('api:VM.start', 'after'), ('api:VDI.destroy', ''), ('api:VM.destroy', 'after')])
-def test_what_a_killed_drill_left_is_gone_after_the_next_run(a_pool: Any, a_shelf: Any, occasion: str, when: str) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
-    backed_up(pool, shelf)
+def test_what_a_killed_drill_left_is_gone_after_the_next_run(a_backup: Any, occasion: str, when: str) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT, DATA]))
     before = objects(pool)
     killed_at(pool, shelf, occasion, when, 'drill', 'web', 'boot=yes')
     run = drill(pool, shelf, 'web')
@@ -172,11 +155,9 @@ def test_what_a_killed_drill_left_is_gone_after_the_next_run(a_pool: Any, a_shel
     assert shelf.journals() == []
 
 
-def test_a_signal_ends_a_drill_cleanly(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    backed_up(pool, shelf)
+def test_a_signal_ends_a_drill_cleanly(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]), faults=[at('http:/import', sleeps=3)])
     before = objects(pool)
-    serving(pool, at('http:/import', sleeps=3))
     with beginning(pool, shelf, 'vm-export=*', words=['drill', 'web']) as process:
         assert process.says(': drill of'), process.output
         process.signal(signal.SIGTERM)

@@ -26,9 +26,8 @@ def content(path: Any) -> bytes:
 
 
 @pytest.mark.parametrize('lines', KINDS)
-def test_a_disk_comes_out_of_every_format(a_pool: Any, a_shelf: Any, tmp_path: Any, lines: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
-    assert backup(pool, shelf, *lines).exit_status == 0
+def test_a_disk_comes_out_of_every_format(a_backup: Any, tmp_path: Any, lines: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT, DATA]), lines=lines)
     pool.stop()
     path = tmp_path / 'disk.raw'
     run = extract(shelf, 'web', 'disk=xvda', 'to=%s' % path)
@@ -44,9 +43,8 @@ def test_a_disk_comes_out_of_every_format(a_pool: Any, a_shelf: Any, tmp_path: A
 
 
 @pytest.mark.parametrize('lines', KINDS[3:] + [('vdi-export=*', 'compress=gzip')])
-def test_an_image_that_stands_alone_is_enough(a_pool: Any, a_shelf: Any, tmp_path: Any, lines: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
-    assert backup(pool, shelf, *lines).exit_status == 0
+def test_an_image_that_stands_alone_is_enough(a_backup: Any, tmp_path: Any, lines: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT, DATA]), lines=lines)
     pool.stop()
     name = shelf.manifest('web', shelf.newest('web'))['image']['name']
     os.mkdir(str(tmp_path / 'usb'))
@@ -57,10 +55,9 @@ def test_an_image_that_stands_alone_is_enough(a_pool: Any, a_shelf: Any, tmp_pat
     assert found[:ROOT['size']] == disk_content(ROOT) and not found[ROOT['size']:].strip(b'\0')
 
 
-def test_a_sparse_disk_stays_sparse(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None:
+def test_a_sparse_disk_stays_sparse(a_backup: Any, tmp_path: Any) -> None:
     large = disk(size=20 * GIBIBYTE, used=[[5, 1], [15000, 1]])
-    pool, shelf = a_pool(vm('web', disks=[large])), a_shelf()
-    assert backup(pool, shelf, 'vm-export=*').exit_status == 0
+    pool, shelf = a_backup(vm('web', disks=[large]))
     path = tmp_path / 'disk.raw'
     assert extract(shelf, 'web', 'to=%s' % path).exit_status == 0
     status = os.stat(str(path))
@@ -78,9 +75,8 @@ def test_old_copies_give_their_disks(a_shelf: Any, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize('lines', KINDS)
-def test_damage_leaves_no_file(a_pool: Any, a_shelf: Any, tmp_path: Any, lines: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    assert backup(pool, shelf, *lines).exit_status == 0
+def test_damage_leaves_no_file(a_backup: Any, tmp_path: Any, lines: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]), lines=lines)
     image = shelf.manifest('web', shelf.newest('web'))['image']['name']
     path = shelf.at('web', shelf.newest('web'), image)
     with open(path, 'r+b') as file:
@@ -93,9 +89,8 @@ def test_damage_leaves_no_file(a_pool: Any, a_shelf: Any, tmp_path: Any, lines: 
     assert os.listdir(str(tmp_path)) == []
 
 
-def test_a_file_that_is_there_is_never_replaced(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA])), a_shelf()
-    assert backup(pool, shelf, 'vm-export=*').exit_status == 0
+def test_a_file_that_is_there_is_never_replaced(a_backup: Any, tmp_path: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT, DATA]))
     path = tmp_path / 'disk.raw'
     path.write_bytes(b'precious')
     assert extract(shelf, 'web', 'disk=xvda', 'to=%s' % path).exit_status == 2
@@ -108,9 +103,8 @@ def test_a_file_that_is_there_is_never_replaced(a_pool: Any, a_shelf: Any, tmp_p
     assert run.exit_status == 1 and run.says('No such file or directory')
 
 
-def test_metadata_come_out_too(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    assert backup(pool, shelf, 'vm-export=*').exit_status == 0
+def test_metadata_come_out_too(a_backup: Any, tmp_path: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]))
     run = extract(shelf, 'web', 'metadata')
     assert run.exit_status == 0 and run.stdout.startswith('<value>') and '<name>VCPUs_max</name>' in run.stdout
     assert extract(shelf, 'web', 'metadata', 'to=%s' % (tmp_path / 'm.xml')).exit_status == 0
@@ -141,10 +135,9 @@ def as_raw(path: Any, form: str, folder: Any) -> bytes:
 @pytest.mark.needs_qemu_img
 @pytest.mark.parametrize('lines, form', [(('vm-export=*',), 'xva'), (('vdi-export=*',), 'raw'),
                                          (('vdi-export=*', 'vdi_export_format=vhd'), 'vpc')])
-def test_qemu_img_reads_what_is_extracted_and_what_is_stored_as_the_disk_that_it_was(a_pool: Any, a_shelf: Any, tmp_path: Any,
+def test_qemu_img_reads_what_is_extracted_and_what_is_stored_as_the_disk_that_it_was(a_backup: Any, tmp_path: Any,
                                                                                      lines: Any, form: str) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    assert backup(pool, shelf, *lines).exit_status == 0
+    pool, shelf = a_backup(vm('web', disks=[ROOT]), lines=lines)
     assert extract(shelf, 'web', 'to=%s' % (tmp_path / 'disk.raw')).exit_status == 0
     told = json.loads(qemu_img('info', '--output=json', '-f', 'raw', str(tmp_path / 'disk.raw')))
     assert told['virtual-size'] >= ROOT['size']

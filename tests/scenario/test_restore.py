@@ -56,9 +56,8 @@ def has_nothing_provisional(pool: Any) -> bool:
 # --- All comes back -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('line', ['compress=none', 'compress=gzip', ZSTD])
-def test_a_vm_that_is_gone_comes_back_with_every_block_and_field(a_pool: Any, a_shelf: Any, line: str) -> None:
-    pool, shelf = a_pool(web(), vm('db')), a_shelf()
-    backed_up(pool, shelf, 'vm-export=web', line)
+def test_a_vm_that_is_gone_comes_back_with_every_block_and_field(a_backup: Any, line: str) -> None:
+    pool, shelf = a_backup(web(), vm('db'), lines=['vm-export=web', line])
     gone = destroy(pool, 'web')
     run = restore(pool, shelf, 'web')
     assert run.exit_status == 0, run
@@ -73,9 +72,8 @@ def test_a_vm_that_is_gone_comes_back_with_every_block_and_field(a_pool: Any, a_
 
 @pytest.mark.parametrize('line', ['compress=none', 'compress=gzip', ZSTD])
 @pytest.mark.parametrize('kind', ['raw', 'vhd'])
-def test_an_os_disk_comes_back_as_a_vm(a_pool: Any, a_shelf: Any, kind: str, line: str) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf, 'vdi-export=web', 'vdi_export_format=' + kind, line)
+def test_an_os_disk_comes_back_as_a_vm(a_backup: Any, kind: str, line: str) -> None:
+    pool, shelf = a_backup(web(), lines=['vdi-export=web', 'vdi_export_format=' + kind, line])
     gone = destroy(pool, 'web')
     run = restore(pool, shelf, 'web')
     assert run.exit_status == 0, run
@@ -86,9 +84,8 @@ def test_an_os_disk_comes_back_as_a_vm(a_pool: Any, a_shelf: Any, kind: str, lin
     assert [row[:2] for row in interfaces_of(pool, 'web')] == [('0', NETWORK)]
 
 
-def test_the_drives_are_as_they_were(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web(disks=[dict(ROOT, mode='RO', bootable=False, userdevice='2'), dict(DATA, userdevice='5')])), a_shelf()
-    backed_up(pool, shelf)
+def test_the_drives_are_as_they_were(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(disks=[dict(ROOT, mode='RO', bootable=False, userdevice='2'), dict(DATA, userdevice='5')]))
     before = disks_of(pool, 'web')
     destroy(pool, 'web')
     assert restore(pool, shelf, 'web').exit_status == 0
@@ -114,20 +111,18 @@ def test_odd_names_come_back(a_pool: Any, a_shelf: Any, name: str) -> None:
     assert holds(pool, name, disk(seed=0)) and machine(pool, name)['tags'] == ['gold']
 
 
-def test_a_vm_without_disks_comes_back(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=0, vifs=[VIF])), a_shelf()
-    backed_up(pool, shelf)
+def test_a_vm_without_disks_comes_back(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=0, vifs=[VIF]))
     destroy(pool, 'web')
     assert restore(pool, shelf, 'web').exit_status == 0
     assert disks_of(pool, 'web') == {} and len(interfaces_of(pool, 'web')) == 1
 
 
 @pytest.mark.parametrize('line', ['vm-export=web', 'vdi-export=web'])
-def test_a_large_disk_of_which_little_is_used_comes_back_small(a_pool: Any, a_shelf: Any, line: str) -> None:
+def test_a_large_disk_of_which_little_is_used_comes_back_small(a_backup: Any, line: str) -> None:
     large = disk(size=(100 if line.startswith('vdi') else 2000) * GIBIBYTE // (100 if line.startswith('vdi') else 1),
                  used=[[0, 1], [700, 2]], seed=5)
-    pool, shelf = a_pool(vm('web', disks=[large])), a_shelf()
-    backed_up(pool, shelf, line, 'vdi_export_format=vhd')
+    pool, shelf = a_backup(vm('web', disks=[large]), lines=[line, 'vdi_export_format=vhd'])
     destroy(pool, 'web')
     run = restore(pool, shelf, 'web')
     assert run.exit_status == 0, run
@@ -136,11 +131,10 @@ def test_a_large_disk_of_which_little_is_used_comes_back_small(a_pool: Any, a_sh
     assert drill(pool, shelf, 'web').exit_status == 0
 
 
-def test_disks_of_several_srs_go_back_each_to_its_own(a_pool: Any, a_shelf: Any) -> None:
+def test_disks_of_several_srs_go_back_each_to_its_own(a_backup: Any) -> None:
     srs = [{'name_label': 'fast'}, {'name_label': 'slow', 'type': 'lvmoiscsi'}]
     disks = [disk(size=(4 + number) * MEBIBYTE, seed=number, sr='fast' if number % 3 else 'slow') for number in range(6)]
-    pool, shelf = a_pool(vm('web', disks=disks, vifs=[VIF]), srs=srs), a_shelf()
-    backed_up(pool, shelf, 'vm-export=*', 'compress=gzip')
+    pool, shelf = a_backup(vm('web', disks=disks, vifs=[VIF]), srs=srs, lines=['vm-export=*', 'compress=gzip'])
     destroy(pool, 'web')
     run = restore(pool, shelf, 'web')
     assert run.exit_status == 0, run
@@ -150,19 +144,17 @@ def test_disks_of_several_srs_go_back_each_to_its_own(a_pool: Any, a_shelf: Any)
     assert has_nothing_provisional(pool)
 
 
-def test_all_disks_go_to_the_sr_that_is_named(a_pool: Any, a_shelf: Any) -> None:
+def test_all_disks_go_to_the_sr_that_is_named(a_backup: Any) -> None:
     srs = [{'name_label': 'fast'}, {'name_label': 'slow'}, {'name_label': 'spare room'}]
-    pool, shelf = a_pool(vm('web', disks=[disk(sr='fast', seed=1), disk(sr='slow', seed=2)]), srs=srs), a_shelf()
-    backed_up(pool, shelf)
+    pool, shelf = a_backup(vm('web', disks=[disk(sr='fast', seed=1), disk(sr='slow', seed=2)]), srs=srs)
     assert restore(pool, shelf, 'web', 'sr=spare room', 'to=web 2').exit_status == 0
     assert {vdi['SR_name'] for vdi in disks_of(pool, 'web 2').values()} == {'spare room'}
 
 
 # --- Beside the VM that is there --------------------------------------------------------------------------------------------
 
-def test_the_vm_that_is_there_is_left_as_it_is(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf)
+def test_the_vm_that_is_there_is_left_as_it_is(a_backup: Any) -> None:
+    pool, shelf = a_backup(web())
     before = objects(pool)
     run = restore(pool, shelf, 'web')
     assert run.exit_status == 0, run
@@ -178,9 +170,8 @@ def test_the_vm_that_is_there_is_left_as_it_is(a_pool: Any, a_shelf: Any) -> Non
     assert restore(pool, shelf, 'web').exit_status == 0 and has_machine(pool, 'web (restored %s) 2' % day)
 
 
-def test_a_name_can_be_given_and_one_that_is_taken_is_refused(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web'), vm('db')), a_shelf()
-    backed_up(pool, shelf, 'vm-export=web')
+def test_a_name_can_be_given_and_one_that_is_taken_is_refused(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web'), vm('db'), lines=['vm-export=web'])
     assert restore(pool, shelf, 'web', 'to=web two').exit_status == 0 and holds(pool, 'web two', disk(seed=0))
     before = objects(pool)
     run = restore(pool, shelf, 'web', 'to=db')
@@ -188,9 +179,8 @@ def test_a_name_can_be_given_and_one_that_is_taken_is_refused(a_pool: Any, a_she
     assert objects(pool) == before
 
 
-def test_preserve_keeps_uuid_and_mac_once_the_vm_is_gone(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf)
+def test_preserve_keeps_uuid_and_mac_once_the_vm_is_gone(a_backup: Any) -> None:
+    pool, shelf = a_backup(web())
     before = objects(pool)
     run = restore(pool, shelf, 'web', 'preserve=yes')
     assert run.exit_status == 1 and run.says('the VM with this uuid') and objects(pool) == before
@@ -203,25 +193,22 @@ def test_preserve_keeps_uuid_and_mac_once_the_vm_is_gone(a_pool: Any, a_shelf: A
     assert holds(pool, 'web', ROOT, DATA)
 
 
-def test_preserve_refuses_a_mac_address_that_another_vm_has(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web(), vm('squatter', vifs=[VIF])), a_shelf()
-    backed_up(pool, shelf, 'vm-export=web')
+def test_preserve_refuses_a_mac_address_that_another_vm_has(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(), vm('squatter', vifs=[VIF]), lines=['vm-export=web'])
     destroy(pool, 'web')
     run = restore(pool, shelf, 'web', 'preserve=yes')
     assert run.exit_status == 1 and run.says('squatter has the MAC address') and not has_machine(pool, 'web')
 
 
-def test_it_is_started_only_when_that_is_asked_for(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf)
+def test_it_is_started_only_when_that_is_asked_for(a_backup: Any) -> None:
+    pool, shelf = a_backup(web())
     destroy(pool, 'web')
     run = restore(pool, shelf, 'web', 'start=yes')
     assert run.exit_status == 0 and machine(pool, 'web')['power_state'] == 'Running'
 
 
-def test_preview_shows_the_plan_and_changes_nothing(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf)
+def test_preview_shows_the_plan_and_changes_nothing(a_backup: Any) -> None:
+    pool, shelf = a_backup(web())
     before, tree = objects(pool), shelf.tree()
     run = restore(pool, shelf, 'web', 'preview')
     assert run.exit_status == 0 and run.says('disk xvda root') and run.says('where it came from')
@@ -274,12 +261,11 @@ def test_words_that_mean_nothing_are_refused(a_pool: Any, a_shelf: Any, word: st
     refused(pool, shelf, word, status=2)
 
 
-def test_too_little_space_is_told_before_anything_starts(a_pool: Any, a_shelf: Any) -> None:
+def test_too_little_space_is_told_before_anything_starts(a_backup: Any) -> None:
     srs = [{'name_label': 'fast'}, {'name_label': 'tiny', 'size': 2 * MEBIBYTE}, {'name_label': 'thick', 'type': 'lvm',
                                                                                 'size': 20 * MEBIBYTE}]
     large = disk(size=64 * MEBIBYTE, used=4, sr='fast')
-    pool, shelf = a_pool(vm('web', disks=[large]), srs=srs), a_shelf()
-    backed_up(pool, shelf)
+    pool, shelf = a_backup(vm('web', disks=[large]), srs=srs)
     assert refused(pool, shelf, 'sr=tiny').says('SR tiny')
     assert refused(pool, shelf, 'sr=thick').says('needs at least 64 MiB')
 
@@ -295,9 +281,8 @@ def test_a_name_that_stands_for_several_vms_of_the_store_is_refused(a_pool: Any,
     assert holds(pool, 'second', disk(seed=2))
 
 
-def test_latest_is_the_newest_good_copy(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web')), a_shelf()
-    backed_up(pool, shelf)
+def test_latest_is_the_newest_good_copy(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web'))
     backed_up(pool, shelf)
     os.unlink(os.path.join(newest(shelf), 'success'))
     first = shelf.copies('web')[0]
@@ -318,9 +303,8 @@ def refused_copy(pool: Any, shelf: Any, *words: str) -> Run:
 # --- A file alone -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('line', ['compress=none', 'compress=gzip'])
-def test_a_single_archive_is_enough(a_pool: Any, a_shelf: Any, tmp_path: Any, line: str) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf, 'vm-export=*', line)
+def test_a_single_archive_is_enough(a_backup: Any, tmp_path: Any, line: str) -> None:
+    pool, shelf = a_backup(web(), lines=['vm-export=*', line])
     path = str(tmp_path / os.path.basename(image_of(shelf)))
     shutil.copy(image_of(shelf), path)
     destroy(pool, 'web')
@@ -331,9 +315,8 @@ def test_a_single_archive_is_enough(a_pool: Any, a_shelf: Any, tmp_path: Any, li
 
 
 @pytest.mark.parametrize('part', ['', 'image'])
-def test_a_copys_directory_that_lies_anywhere_is_enough(a_pool: Any, a_shelf: Any, tmp_path: Any, part: str) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf, 'vdi-export=*', 'vdi_export_format=vhd', 'compress=gzip')
+def test_a_copys_directory_that_lies_anywhere_is_enough(a_backup: Any, tmp_path: Any, part: str) -> None:
+    pool, shelf = a_backup(web(), lines=['vdi-export=*', 'vdi_export_format=vhd', 'compress=gzip'])
     place = str(tmp_path / 'rescued')
     shutil.copytree(newest(shelf), place)
     destroy(pool, 'web')
@@ -393,9 +376,8 @@ def test_an_old_copy_without_vm_metadata_is_rebuilt_from_its_cfg_files(a_pool: A
 
 # --- Disks that the copy lacks ------------------------------------------------------------------------------------------------------
 
-def test_existing_disks_are_attached_only_when_asked_and_when_nobody_has_them(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web(snapshots=0)), a_shelf()
-    backed_up(pool, shelf, 'vdi-export=web')
+def test_existing_disks_are_attached_only_when_asked_and_when_nobody_has_them(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(snapshots=0), lines=['vdi-export=web'])
     run = restore(pool, shelf, 'web', 'attach_existing_disks=yes', 'to=first')
     assert run.exit_status == 0 and run.says('it hangs on web') and list(disks_of(pool, 'first')) == ['0']
     data = disks_of(pool, 'web')['1']
@@ -412,9 +394,8 @@ def test_existing_disks_are_attached_only_when_asked_and_when_nobody_has_them(a_
     assert 'owner' in disks_of(pool, 'second')['0']['VBD']['other_config']
 
 
-def test_a_restore_that_fails_leaves_an_attached_disk_where_it_was(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web(snapshots=0)), a_shelf()
-    backed_up(pool, shelf, 'vdi-export=web')
+def test_a_restore_that_fails_leaves_an_attached_disk_where_it_was(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(snapshots=0), lines=['vdi-export=web'])
     session = pool.session()
     ref = session.xenapi.VM.get_by_uuid(machine(pool, 'web')['uuid'])
     session.xenapi.VM.hard_shutdown(ref)
@@ -442,9 +423,8 @@ def damage(path: str, place: float) -> None:
                                    ('vdi-export=*', 'vdi_export_format=vhd', 'compress=gzip'),
                                    pytest.param(('vm-export=*', 'compress=zstd'), marks=pytest.mark.needs_zstd)])
 @pytest.mark.parametrize('place', [0.3, 0.6, 0.97])
-def test_damage_anywhere_leaves_nothing_in_the_pool(a_pool: Any, a_shelf: Any, lines: Sequence[str], place: float) -> None:
-    pool, shelf = a_pool(web(disks=[ROOT])), a_shelf()
-    backed_up(pool, shelf, *lines)
+def test_damage_anywhere_leaves_nothing_in_the_pool(a_backup: Any, lines: Sequence[str], place: float) -> None:
+    pool, shelf = a_backup(web(disks=[ROOT]), lines=lines)
     damage(image_of(shelf), place)
     before = objects(pool)
     run = restore(pool, shelf, 'web')
@@ -452,9 +432,8 @@ def test_damage_anywhere_leaves_nothing_in_the_pool(a_pool: Any, a_shelf: Any, l
     assert objects(pool) == before and shelf.journals() == []
 
 
-def test_a_block_that_was_cut_out_of_the_middle_is_seen(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web(disks=[ROOT])), a_shelf()
-    backed_up(pool, shelf)
+def test_a_block_that_was_cut_out_of_the_middle_is_seen(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(disks=[ROOT]))
     path = image_of(shelf)
     with open(path, 'rb') as file:
         content = file.read()
@@ -470,18 +449,16 @@ def test_a_block_that_was_cut_out_of_the_middle_is_seen(a_pool: Any, a_shelf: An
     assert run.exit_status == 3 and run.says('IT IS DAMAGED'), run
 
 
-def test_verify_first_finds_damage_before_anything_is_made(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web(disks=[ROOT])), a_shelf()
-    backed_up(pool, shelf)
+def test_verify_first_finds_damage_before_anything_is_made(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(disks=[ROOT]))
     damage(image_of(shelf), 0.6)
     before = objects(pool)
     run = restore(pool, shelf, 'web', 'verify_first=yes')
     assert run.exit_status == 1 and run.says('is damaged') and pool.never_saw('xe:vm-import') and objects(pool) == before
 
 
-def test_force_keeps_what_a_damaged_copy_gave(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web(disks=[ROOT])), a_shelf()
-    backed_up(pool, shelf)
+def test_force_keeps_what_a_damaged_copy_gave(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(disks=[ROOT]))
     damage(image_of(shelf), 0.6)
     destroy(pool, 'web')
     run = restore(pool, shelf, 'web', 'force=yes', 'start=yes')
@@ -513,11 +490,9 @@ TWO_DISKS = [dict(ROOT, sr='fast'), dict(DATA, sr='slow')]
 
 
 @pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: '%s %s' % (fault['on'], sorted(fault['do'])[0] + fault.get('when', '')))
-def test_after_any_fault_the_vm_is_there_whole_or_nothing_is(a_pool: Any, a_shelf: Any, fault: Any) -> None:
-    pool, shelf = a_pool(web(disks=TWO_DISKS), srs=TWO_SRS), a_shelf()
-    backed_up(pool, shelf)
+def test_after_any_fault_the_vm_is_there_whole_or_nothing_is(a_backup: Any, fault: Any) -> None:
+    pool, shelf = a_backup(web(disks=TWO_DISKS), srs=TWO_SRS, faults=[fault])
     before = objects(pool)
-    serving(pool, fault)
     run = restore(pool, shelf, 'web', 'to=back')
     if run.exit_status == 0:
         assert holds(pool, 'back', *TWO_DISKS) and has_nothing_provisional(pool), run
@@ -546,9 +521,8 @@ POINTS = {
 
 
 @pytest.mark.parametrize('point', sorted(POINTS))
-def test_what_a_killed_restore_left_is_gone_after_the_next_run(a_pool: Any, a_shelf: Any, point: str) -> None:
-    pool, shelf = a_pool(web(disks=TWO_DISKS), srs=TWO_SRS), a_shelf()
-    backed_up(pool, shelf)
+def test_what_a_killed_restore_left_is_gone_after_the_next_run(a_backup: Any, point: str) -> None:
+    pool, shelf = a_backup(web(disks=TWO_DISKS), srs=TWO_SRS)
     before = objects(pool)
     occasion, when = POINTS[point]
     killed_at(pool, shelf, occasion, when, 'restore', 'web', 'to=back')
@@ -560,9 +534,8 @@ def test_what_a_killed_restore_left_is_gone_after_the_next_run(a_pool: Any, a_sh
     assert shelf.journals() == []
 
 
-def test_a_restore_killed_before_its_last_steps_left_a_whole_vm(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf)
+def test_a_restore_killed_before_its_last_steps_left_a_whole_vm(a_backup: Any) -> None:
+    pool, shelf = a_backup(web())
     destroy(pool, 'web')
     killed_at(pool, shelf, 'api:VM.set_name_label', '', 'restore', 'web')
     run = backup(pool, shelf, 'vm-export=nobody*')
@@ -571,10 +544,8 @@ def test_a_restore_killed_before_its_last_steps_left_a_whole_vm(a_pool: Any, a_s
     assert holds(pool, name, ROOT, DATA) and shelf.journals() == [] and not pool.dump()['task']
 
 
-def test_a_name_that_the_pool_refuses_leaves_a_whole_vm_and_says_how_to_name_it(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf)
-    serving(pool, at('api:VM.set_name_label', fails=['INTERNAL_ERROR', 'x']))
+def test_a_name_that_the_pool_refuses_leaves_a_whole_vm_and_says_how_to_name_it(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(), faults=[at('api:VM.set_name_label', fails=['INTERNAL_ERROR', 'x'])])
     run = restore(pool, shelf, 'web', 'to=back')
     name, = [record['name_label'] for record in pool.dump()['VM'].values() if PROVISIONAL in record['name_label']]
     assert run.exit_status == 1 and run.says('xe vm-param-set uuid=%s name-label=' % machine(pool, name)['uuid']), run
@@ -582,10 +553,8 @@ def test_a_name_that_the_pool_refuses_leaves_a_whole_vm_and_says_how_to_name_it(
     assert holds(pool, name, ROOT, DATA) and shelf.journals() == [] and not pool.dump()['task']
 
 
-def test_a_task_that_can_not_be_removed_never_makes_it_advise_against_the_restored_vm(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf)
-    serving(pool, at('api:task.destroy', fails=['INTERNAL_ERROR', 'x']))
+def test_a_task_that_can_not_be_removed_never_makes_it_advise_against_the_restored_vm(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(), faults=[at('api:task.destroy', fails=['INTERNAL_ERROR', 'x'])])
     run = restore(pool, shelf, 'web', 'to=back')
     assert run.exit_status == 3 and run.says('is whole; only the record') and run.never_says('vm-uninstall'), run
     assert holds(pool, 'back', ROOT, DATA)
@@ -593,17 +562,14 @@ def test_a_task_that_can_not_be_removed_never_makes_it_advise_against_the_restor
 
 @pytest.mark.parametrize('fault', [at('api:VIF.create', drop=True, when='after'), at('api:VIF.create', drop=True, nth=1)],
                          ids=['made', 'not made'])
-def test_a_lost_answer_behind_the_import_does_not_cost_the_import(a_pool: Any, a_shelf: Any, fault: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf)
-    serving(pool, fault)
+def test_a_lost_answer_behind_the_import_does_not_cost_the_import(a_backup: Any, fault: Any) -> None:
+    pool, shelf = a_backup(web(), faults=[fault])
     run = restore(pool, shelf, 'web', 'to=back')
     assert run.exit_status == 0 and holds(pool, 'back', ROOT, DATA) and len(interfaces_of(pool, 'back')) == 1, run
 
 
-def test_metadata_that_were_changed_are_refused(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf, 'vdi-export=*')
+def test_metadata_that_were_changed_are_refused(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(), lines=['vdi-export=*'])
     path = os.path.join(newest(shelf), 'vm-metadata.xml')
     with open(path, 'rb') as file:
         text = file.read()
@@ -613,16 +579,14 @@ def test_metadata_that_were_changed_are_refused(a_pool: Any, a_shelf: Any) -> No
     assert run.exit_status == 1 and run.says('vm-metadata.xml is not what was written') and not has_machine(pool, 'back'), run
 
 
-def test_a_copy_of_another_vm_than_the_one_named_is_refused(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web(), vm('db')), a_shelf()
-    backed_up(pool, shelf)
+def test_a_copy_of_another_vm_than_the_one_named_is_refused(a_backup: Any) -> None:
+    pool, shelf = a_backup(web(), vm('db'))
     run = restore(pool, shelf, 'db', 'to=back', 'from=' + image_of(shelf))
     assert run.exit_status == 2 and run.says('is a copy of web, not of db') and not has_machine(pool, 'back'), run
 
 
-def test_an_archive_beside_the_metadata_of_another_vm_is_known_by_its_own(a_pool: Any, a_shelf: Any, tmp_path: Any) -> None:
-    pool, shelf = a_pool(web(), vm('db')), a_shelf()
-    backed_up(pool, shelf)
+def test_an_archive_beside_the_metadata_of_another_vm_is_known_by_its_own(a_backup: Any, tmp_path: Any) -> None:
+    pool, shelf = a_backup(web(), vm('db'))
     shutil.copy(image_of(shelf), str(tmp_path / 'web.xva'))
     shutil.copy(os.path.join(newest(shelf, 'db'), 'vm-metadata.xml'), str(tmp_path))
     destroy(pool, 'web')
@@ -631,12 +595,10 @@ def test_an_archive_beside_the_metadata_of_another_vm_is_known_by_its_own(a_pool
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_the_import_leaves_nothing(a_pool: Any, a_shelf: Any, number: int) -> None:
+def test_a_signal_in_the_import_leaves_nothing(a_backup: Any, number: int) -> None:
     big = disk(size=64 * MEBIBYTE, used=60, seed=3)
-    pool, shelf = a_pool(vm('web', disks=[big])), a_shelf()
-    backed_up(pool, shelf)
+    pool, shelf = a_backup(vm('web', disks=[big]), faults=[at('http:/import', sleeps=3)])
     before = objects(pool)
-    serving(pool, at('http:/import', sleeps=3))
     with beginning(pool, shelf, 'vm-export=*', words=['restore', 'web', 'to=back']) as process:
         assert process.says(': importing '), process.output
         process.signal(number)
@@ -648,9 +610,8 @@ def test_a_signal_in_the_import_leaves_nothing(a_pool: Any, a_shelf: Any, number
     assert shelf.journals() == []
 
 
-def test_a_vm_that_somebody_took_over_is_left_to_them(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(web()), a_shelf()
-    backed_up(pool, shelf)
+def test_a_vm_that_somebody_took_over_is_left_to_them(a_backup: Any) -> None:
+    pool, shelf = a_backup(web())
     killed_at(pool, shelf, 'api:VIF.create', '', 'restore', 'web', 'to=back')
     session = pool.session()
     ref, = [ref for ref, record in session.xenapi.VM.get_all_records().items() if PROVISIONAL in record['name_label']]

@@ -3,11 +3,10 @@
 import os
 import shutil
 import subprocess
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 import pytest
 
-from support.deeds import backup
 from support.language import MEBIBYTE, disk, vm
 from support.process import Pool, run_program
 from support.recovery import destroy, disks_of, extract, has_machine, machine, objects, restore
@@ -22,12 +21,12 @@ COMPRESSIONS = ['none', 'gzip', pytest.param('zstd', marks=pytest.mark.needs_zst
 NAME = 'web (DAMAGED)'
 
 
-def stored(pool: Any, shelf: Any, *lines: str) -> str:
-    """The path of the image of web's new copy; web itself is gone from the pool."""
-    assert backup(pool, shelf, *lines).exit_status == 0
+def stored(a_backup: Any, disks: Sequence[Dict[str, Any]], *lines: str) -> Tuple[Pool, Shelf, str]:
+    """A pool from which web with these disks is gone, the shelf with its copy, and the path of the image."""
+    pool, shelf = a_backup(vm('web', disks=disks), srs=SRS, lines=lines)
     destroy(pool, 'web')
     copy = shelf.newest('web')
-    return shelf.at('web', copy, shelf.image('web', copy))
+    return pool, shelf, shelf.at('web', copy, shelf.image('web', copy))
 
 
 def flip(path: str, offset: int) -> None:
@@ -67,9 +66,8 @@ def forced(pool: Pool, shelf: Shelf, *words: str) -> Any:
 # --- What can still be read ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', EVERY)
-def test_one_bad_block_costs_that_block_alone(a_pool: Any, a_shelf: Any, kind: str) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT]), srs=SRS), a_shelf()
-    path = stored(pool, shelf, *FORMATS[kind])
+def test_one_bad_block_costs_that_block_alone(a_backup: Any, kind: str) -> None:
+    pool, shelf, path = stored(a_backup, [ROOT], *FORMATS[kind])
     flip(path, block_at(path, 7) + 5)
     run = forced(pool, shelf)
     assert differing(pool, ROOT) == [7] and run.says('its SHA-256 differs'), run
@@ -77,9 +75,8 @@ def test_one_bad_block_costs_that_block_alone(a_pool: Any, a_shelf: Any, kind: s
 
 @pytest.mark.parametrize('kind', EVERY)
 @pytest.mark.parametrize('compress', ['gzip', COMPRESSIONS[2]])
-def test_a_bad_checksum_at_the_end_of_a_compressed_copy_costs_no_more_than_the_last_block(a_pool: Any, a_shelf: Any, kind: str, compress: str) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT]), srs=SRS), a_shelf()
-    path = stored(pool, shelf, *(FORMATS[kind] + ('compress=' + compress,)))
+def test_a_bad_checksum_at_the_end_of_a_compressed_copy_costs_no_more_than_the_last_block(a_backup: Any, kind: str, compress: str) -> None:
+    pool, shelf, path = stored(a_backup, [ROOT], *FORMATS[kind], 'compress=' + compress)
     flip(path, -8 if compress == 'gzip' else -1)
     run = forced(pool, shelf)
     assert set(differing(pool, ROOT)) <= {35} and run.says('the %s file is damaged' % compress), run
@@ -87,9 +84,8 @@ def test_a_bad_checksum_at_the_end_of_a_compressed_copy_costs_no_more_than_the_l
 
 @pytest.mark.parametrize('kind', EVERY)
 @pytest.mark.parametrize('compress', COMPRESSIONS)
-def test_a_copy_that_was_cut_off_gives_its_beginning(a_pool: Any, a_shelf: Any, kind: str, compress: str) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT]), srs=SRS), a_shelf()
-    path = stored(pool, shelf, *(FORMATS[kind] + ('compress=' + compress,)))
+def test_a_copy_that_was_cut_off_gives_its_beginning(a_backup: Any, kind: str, compress: str) -> None:
+    pool, shelf, path = stored(a_backup, [ROOT], *FORMATS[kind], 'compress=' + compress)
     os.truncate(path, os.path.getsize(path) * 3 // 4 + 77)
     copy = os.path.basename(os.path.dirname(path))
     refused = restore(pool, shelf, 'web', 'from=' + copy)
@@ -99,9 +95,8 @@ def test_a_copy_that_was_cut_off_gives_its_beginning(a_pool: Any, a_shelf: Any, 
     assert lost and lost[0] >= 15 and lost == [number for number in list(range(30)) + [35] if number >= lost[0]]
 
 
-def test_of_a_copy_for_several_srs_the_disks_behind_the_damage_are_named_as_lost(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT, DATA]), srs=SRS), a_shelf()
-    path = stored(pool, shelf, 'vm-export=*')
+def test_of_a_copy_for_several_srs_the_disks_behind_the_damage_are_named_as_lost(a_backup: Any) -> None:
+    pool, shelf, path = stored(a_backup, [ROOT, DATA], 'vm-export=*')
     with open(path, 'rb') as file:
         content = file.read()
     first, second = sorted((content.index(disk_content(one)[:64]), one['name_label']) for one in (ROOT, DATA))
@@ -112,9 +107,8 @@ def test_of_a_copy_for_several_srs_the_disks_behind_the_damage_are_named_as_lost
 
 
 @pytest.mark.parametrize('kind', ['raw', 'vhd'])
-def test_of_a_copy_of_which_nothing_can_be_read_nothing_is_made(a_pool: Any, a_shelf: Any, kind: str) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT]), srs=SRS), a_shelf()
-    path = stored(pool, shelf, *(FORMATS[kind] + ('compress=gzip',)))
+def test_of_a_copy_of_which_nothing_can_be_read_nothing_is_made(a_backup: Any, kind: str) -> None:
+    pool, shelf, path = stored(a_backup, [ROOT], *FORMATS[kind], 'compress=gzip')
     flip(path, 0)
     before = objects(pool)
     run = restore(pool, shelf, 'web', 'force=yes')
@@ -170,9 +164,8 @@ def test_a_damaged_disk_of_a_vm_known_by_its_cfg_files(a_pool: Any, a_shelf: Any
 
 @pytest.mark.parametrize('kind', EVERY)
 @pytest.mark.parametrize('compress', COMPRESSIONS)
-def test_the_copy_is_blamed_and_not_what_xe_says_of_a_stream_that_ends(a_pool: Any, a_shelf: Any, kind: str, compress: str) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT]), srs=SRS), a_shelf()
-    path = stored(pool, shelf, *(FORMATS[kind] + ('compress=' + compress,)))
+def test_the_copy_is_blamed_and_not_what_xe_says_of_a_stream_that_ends(a_backup: Any, kind: str, compress: str) -> None:
+    pool, shelf, path = stored(a_backup, [ROOT], *FORMATS[kind], 'compress=' + compress)
     if compress == 'none':
         flip(path, block_at(path, 20))
     else:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from typing import Any, List
+from typing import Any
 
 import pytest
 
@@ -19,15 +19,6 @@ from support.shelf import old
 from support.values import verified
 
 ROOT = disk(size=4 * MEBIBYTE, used=[[0, 2]], seed=7)
-
-
-def nights(pool: Any, shelf: Any, number: int, *lines: str) -> List[str]:
-    """So many copies, oldest first."""
-    for _ in range(number):
-        run = backup(pool, shelf, 'vm-export=web', *lines, words=['force=yes'])
-        assert run.exit_status == 0, run
-        time.sleep(1.1)
-    return shelf.copies('web')
 
 
 def flip(shelf: Any, copy: str, keeps_time: bool = True) -> None:
@@ -53,10 +44,10 @@ def rows(shelf: Any) -> Any:
 
 
 @pytest.fixture
-def one_damaged(a_pool: Any, a_shelf: Any) -> Any:
+def one_damaged(a_backup: Any) -> Any:
     """A sound copy, and a newer one that verify has found damaged."""
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    sound, damaged = nights(pool, shelf, 2, 'max_backups=2')
+    pool, shelf = a_backup(vm('web', disks=[ROOT]), lines=['vm-export=web', 'max_backups=2'], nights=2)
+    sound, damaged = shelf.copies('web')
     flip(shelf, damaged)
     assert verify(shelf).exit_status == 1
     return pool, shelf, sound, damaged
@@ -137,17 +128,17 @@ def test_a_later_verify_that_finds_it_whole_lifts_the_verdict(one_damaged: Any) 
     assert verify(shelf).exit_status == 0 and rows(shelf)[damaged]['good']
 
 
-def test_a_good_verdict_holds_only_while_the_files_are_those_that_were_read(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    copy, = nights(pool, shelf, 1)
+def test_a_good_verdict_holds_only_while_the_files_are_those_that_were_read(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]))
+    copy, = shelf.copies('web')
     assert verify(shelf).exit_status == 0 and rows(shelf)[copy]['verdict'] == 'good'
     os.utime(shelf.at('web', copy, shelf.image('web', copy)))
     assert 'CHANGED' in rows(shelf)[copy]['verdict'] and rows(shelf)[copy]['good']
 
 
-def test_a_copy_that_a_drill_found_not_restorable_is_not_good_until_a_check_says_otherwise(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    sound, damaged = nights(pool, shelf, 2)
+def test_a_copy_that_a_drill_found_not_restorable_is_not_good_until_a_check_says_otherwise(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]), nights=2)
+    sound, damaged = shelf.copies('web')
     flip(shelf, damaged)
     assert drill(pool, shelf, 'web').exit_status == 1
     assert 'found it NOT RESTORABLE' in rows(shelf)[damaged]['problem'] and rows(shelf)[sound]['good']
@@ -157,18 +148,18 @@ def test_a_copy_that_a_drill_found_not_restorable_is_not_good_until_a_check_says
     assert verify(shelf).exit_status == 0 and rows(shelf)[damaged]['good']
 
 
-def test_what_the_pool_is_to_blame_for_in_a_drill_is_nothing_against_the_copy(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    copy, = nights(pool, shelf, 1)
+def test_what_the_pool_is_to_blame_for_in_a_drill_is_nothing_against_the_copy(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]))
+    copy, = shelf.copies('web')
     serving(pool, at('api:task.create', fail=['INTERNAL_ERROR', 'no']))
     run = drill(pool, shelf, 'web')
     assert run.exit_status == 1 and rows(shelf)[copy]['good'] and rows(shelf)[copy]['drill'] is None, run
 
 
 @pytest.mark.parametrize('content', [b'', b'5', b'{"verified_at": 5, "verdict": ["x"], "drilled_at": {}}', b'\xff', b'[' * 100000])
-def test_a_verdict_that_this_version_does_not_write_costs_nothing(a_pool: Any, a_shelf: Any, content: bytes) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    copy, = nights(pool, shelf, 1)
+def test_a_verdict_that_this_version_does_not_write_costs_nothing(a_backup: Any, content: bytes) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]))
+    copy, = shelf.copies('web')
     assert verify(shelf).exit_status == 0
     folder = shelf.at('.vmbackup', 'verdicts')
     name, = os.listdir(folder)
@@ -189,9 +180,9 @@ def test_a_damaged_copy_of_the_older_program_is_known_too(a_shelf: Any) -> None:
     at('http:/import', fail=['SR_BACKEND_FAILURE_44', '', 'There is insufficient space', '']), at('http:/import', drop=True),
     at('http:/export_raw_vdi', flip=-700000),
     at('http:/export_raw_vdi', truncate=1000)])
-def test_an_sr_that_fails_in_a_drill_condemns_no_copy(a_pool: Any, a_shelf: Any, fault: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    copy, = nights(pool, shelf, 1)
+def test_an_sr_that_fails_in_a_drill_condemns_no_copy(a_backup: Any, fault: Any) -> None:
+    pool, shelf = a_backup(vm('web', disks=[ROOT]))
+    copy, = shelf.copies('web')
     serving(pool, fault)
     run = drill(pool, shelf, 'web')
     assert run.exit_status == 1 and rows(shelf)[copy]['good'] and rows(shelf)[copy]['drill'] is None, run
@@ -210,10 +201,10 @@ def test_a_damaged_copy_of_the_older_program_stays_so_when_its_image_is_compress
     assert not rows(shelf)[name]['good']
 
 
-def test_an_image_that_the_storage_host_compresses_while_others_are_verified_is_not_damaged(a_pool: Any, a_shelf: Any,
+def test_an_image_that_the_storage_host_compresses_while_others_are_verified_is_not_damaged(a_backup: Any,
                                                                                            monkeypatch: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
-    name, = nights(pool, shelf, 1)
+    pool, shelf = a_backup(vm('web', disks=[ROOT]))
+    name, = shelf.copies('web')
     catalog = VmBackup.Catalog(shelf.path)
     copy, = catalog.folder('web').copies                       # verify lists everything first
     path = shelf.at('web', name, 'web.xva')

@@ -106,6 +106,11 @@ class Pool:
         """The faults from the next `start` on."""
         write_json(os.path.join(self.home, 'FAULTS.json'), list(faults))
 
+    def like(self, other: 'Pool') -> 'Pool':
+        """It begins with what the other one, which has ended, had come to; its journal is new."""
+        shutil.copytree(os.path.join(other.dir, 'private'), os.path.join(self.dir, 'private'))
+        return self
+
     def start(self, port: int = 0) -> 'Pool':
         """The pool answers, on the port it is told, as one that restarts does."""
         command = [SIMPOOL, 'serve', '--dir', self.dir,

@@ -32,6 +32,8 @@ COMPRESSED_SUFFIXES = ('', '.gz', '.zst')
 IMAGE = b'the disk of last week ' * 64
 STATE = '.vmbackup'
 MIB = 1 << 20
+#: What lies on a shelf: by its path, mode and, for a file, time of its last change and digest.
+Tree = Dict[str, Tuple[Any, ...]]
 
 
 # --- What is given ---------------------------------------------------------------------------------------------------
@@ -170,8 +172,9 @@ def text_of(path: str) -> str:
 class Shelf:
     """A backup directory, with a place beside it for the config and the status log."""
 
-    def __init__(self, given: Sequence[Given] = (), path: str = '') -> None:
-        """`path`: a directory that is there already, such as a file system of its own; else a new one."""
+    def __init__(self, given: Sequence[Given] = (), path: str = '', tree: Optional[Tree] = None) -> None:
+        """`path`: a directory that is there already, such as a file system of its own; else a new one. `tree`: that of what
+        is given, where it is known, as it takes a while to find out."""
         self.home = tempfile.mkdtemp(prefix='shelf-')
         self.path = path or os.path.join(self.home, 'BACKUPS')
         os.makedirs(self.path, exist_ok=True)
@@ -181,7 +184,7 @@ class Shelf:
         for item in sorted(given, key=lambda item: -item.age_s):
             sequences[item.folder] = sequences.get(item.folder, 0) + 1
             item.put(self, sequences[item.folder])
-        self.first_tree = self.tree()
+        self.first_tree = self.tree() if tree is None else tree
 
     def remove(self) -> None:
         shutil.rmtree(self.home, ignore_errors=True)
@@ -200,9 +203,9 @@ class Shelf:
 
     # --- looking ---
 
-    def tree(self) -> Dict[str, Tuple[Any, ...]]:
+    def tree(self) -> Tree:
         """Everything on the shelf: by its path, mode and, for a file, content and time of its last change."""
-        found = {}  # type: Dict[str, Tuple[Any, ...]]
+        found = {}  # type: Tree
         for folder, folders, files in os.walk(path_of(self.path)):
             for name in folders + files:
                 path = os.path.join(folder, name)
@@ -223,7 +226,7 @@ class Shelf:
         now = self.tree()
         return all(now.get(key) == value for path in paths for key, value in self.given_under(path).items())
 
-    def given_under(self, path: str) -> Dict[str, Tuple[Any, ...]]:
+    def given_under(self, path: str) -> Tree:
         under = {key: value for key, value in self.first_tree.items() if key == path or key.startswith(path + '/')}
         assert under, '%s was never on the shelf' % path
         return under
