@@ -5413,10 +5413,10 @@ class Catalog:
         """Raises CatalogError if the directory can't be opened."""
         self.path = path
         self.root = Directory.open_path(path)
-        self._own = status_of(self.root.fd)
+        self._device = status_of(self.root.fd).st_dev
         self._state = None                     # type: Optional[Directory]
         self._verdicts = None                  # type: Optional[Directory]
-        self.mount = find_mount(read_text_file("/proc/self/mountinfo"), self._own.st_dev)
+        self.mount = find_mount(read_text_file("/proc/self/mountinfo"), self._device)
 
     # --- guards -----------------------------------------------------------------
 
@@ -5424,20 +5424,18 @@ class Catalog:
         """Raises StorageMisbehaved if the path no longer leads to what was opened: the share went away."""
         try:
             with storage_errors(f"looking at {self.path}"):
-                now = os.stat(fs_path(self.path))
-                os.fstat(self.root.fd)
+                if os.path.samestat(os.stat(fs_path(self.path)), os.fstat(self.root.fd)):
+                    return
+            problem = ("is no longer the directory it was at the start of the run: the share went away, or "
+                       "was mounted again.")
         except CatalogError as error:
-            raise StorageMisbehaved(f"{self.path} can't be reached any more ({str(error).rstrip('.')}): is "
-                                    "the share still mounted? Nothing is written or pruned.")
-        if not os.path.samestat(now, self._own):
-            raise StorageMisbehaved(f"{self.path} is no longer the directory it was at the start of the run: "
-                                    "the share went away, or was mounted again. Nothing is written or "
-                                    "pruned.")
+            problem = f"can't be reached any more ({str(error).rstrip('.')}): is the share still mounted?"
+        raise StorageMisbehaved(f"{self.path} {problem} Nothing is written or pruned.")
 
     @property
     def is_on_root(self) -> bool:
         """Does it lie on the root file system?"""
-        return self._own.st_dev == os.stat("/").st_dev
+        return self._device == os.stat("/").st_dev
 
     @property
     def locks_are_local(self) -> bool:
@@ -6001,12 +5999,10 @@ def _old_uuid(inside: Directory) -> str:
 def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
     """Id and record of the VM itself in an ova.xml that may hold its snapshots too."""
     machines = ova_objects(ova, "VM")
-    for wanted in (lambda record: uuid and record.get("uuid") == uuid,
-                   lambda record: not record.get("is_a_snapshot"), lambda record: True):
-        for key, record in machines.items():
-            if wanted(record):
-                return key, record
-    raise UnknownFormat("ova.xml holds no VM")
+    if not machines:
+        raise UnknownFormat("ova.xml holds no VM")
+    return min(machines.items(), key=lambda item: (not uuid or item[1].get("uuid") != uuid,
+                                                   bool(item[1].get("is_a_snapshot"))))
 
 
 MANIFEST_FORMAT = 1
@@ -6161,10 +6157,10 @@ class OpenEntry:
     uuid. Both: answer, if it was none or a failure.
     """
 
-    def __init__(self, journal: "RunJournal", number: int, facts: Dict[str, Any]) -> None:
+    def __init__(self, journal: "RunJournal", number: int) -> None:
         self.journal = journal
         self.number = number
-        self.facts = facts
+        self.facts = {}                # type: Dict[str, Any]
 
     def note(self, **facts: Any) -> None:
         """The facts are remembered and on disk; CatalogError if they are only remembered."""
@@ -6252,7 +6248,7 @@ class RunJournal:
             if number is None:
                 self.header.update(facts)
             elif isinstance(number, int):
-                numbered.setdefault(number, OpenEntry(self, number, {})).facts.update(facts)
+                numbered.setdefault(number, OpenEntry(self, number)).facts.update(facts)
         self.entries = [numbered[number] for number in sorted(numbered)]
         self._is_torn = bool(content) and not content.endswith(b"\n")
         return True
@@ -6282,7 +6278,7 @@ class RunJournal:
         if self.is_mute:
             raise StorageStalled("the journal can't be written, as the backup storage hangs: nothing is "
                                  "begun in the pool.")
-        entry = OpenEntry(self, len(self.entries) + 1, {})
+        entry = OpenEntry(self, len(self.entries) + 1)
         entry.note(**facts)
         self.entries.append(entry)
         return entry
