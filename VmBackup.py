@@ -4367,21 +4367,18 @@ def exported_disks(ova: Dict[str, Any]) -> Dict[str, ExportedDisk]:
               if vbd.get("type") != "CD"]
     wanted += [vm.get("suspend_VDI", "") for vm in ova_objects(ova, "VM").values()
                if vm.get("power_state") == "Suspended"]
-    return {disk_id: _exported_disk(disk_id, vdis[disk_id]) for disk_id in wanted
-            if disk_id in vdis and _content_type(srs, vdis[disk_id]) != "iso"}
-
-
-def _content_type(srs: Dict[str, Dict[str, Any]], vdi: Dict[str, Any]) -> Any:
-    return srs.get(vdi.get("SR", ""), {}).get("content_type")
-
-
-def _exported_disk(disk_id: str, vdi: Dict[str, Any]) -> ExportedDisk:
-    size = needed("VDI", disk_id, vdi, "virtual_size")
-    if not DISK_ID.fullmatch(disk_id):
-        raise VerificationError(f"ova.xml names a disk {excerpt(disk_id.encode('utf-8', 'replace'))}")
-    if not re.fullmatch("[0-9]{1,18}", size):
-        raise UnknownFormat(f"ova.xml gives disk {disk_id} the virtual_size {ascii(size[:40])}")
-    return ExportedDisk(disk_id, vdi.get("uuid", ""), int(size))
+    found = {}
+    for disk_id in wanted:
+        vdi = vdis.get(disk_id)
+        if vdi is None or srs.get(vdi.get("SR", ""), {}).get("content_type") == "iso":
+            continue
+        size = needed("VDI", disk_id, vdi, "virtual_size")
+        if not DISK_ID.fullmatch(disk_id):
+            raise VerificationError(f"ova.xml names a disk {excerpt(disk_id.encode('utf-8', 'replace'))}")
+        if not re.fullmatch("[0-9]{1,18}", size):
+            raise UnknownFormat(f"ova.xml gives disk {disk_id} the virtual_size {ascii(size[:40])}")
+        found[disk_id] = ExportedDisk(disk_id, vdi.get("uuid", ""), int(size))
+    return found
 
 
 # What the server's importer looks for (ocaml/xapi/import.ml@v26.17.0) and other programs leave out.
@@ -4442,9 +4439,7 @@ def rewritten_ova(ova: Dict[str, Any], vm_id: str, machine: Dict[str, Any], size
         elif is_main or kind in ("SR", "host"):
             objects.append(dict(entry, snapshot=dict(IMPORT_DEFAULTS.get(kind, {}), **entry["snapshot"])))
     text = ova_text({"version": ova["version"], "objects": objects})
-    srs = ova_objects(ova, "SR")
-    wanted = {key for key in sizes if _content_type(srs, vdis[key]) != "iso"}
-    if parse_ova(text)["objects"] != objects or set(exported_disks(parse_ova(text))) != wanted:
+    if parse_ova(text)["objects"] != objects or set(exported_disks(parse_ova(text))) != set(sizes):
         raise VerificationError(f"the rewritten ova.xml of {machine['name_label']} does not say what it "
                                 "should; nothing was created")
     return text
@@ -8968,22 +8963,20 @@ def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: b
 
 def disks_of_ova(ova: Dict[str, Any], vm_id: str) -> List[SourceDisk]:
     """The disks of that VM in ova.xml, in order of their device; the memory of a suspended VM is one."""
-    vdis, srs, drives = ova_objects(ova, "VDI"), ova_objects(ova, "SR"), []
+    exported, vdis, srs, drives = exported_disks(ova), ova_objects(ova, "VDI"), ova_objects(ova, "SR"), []
     for key, vbd in ova_objects(ova, "VBD").items():
-        if needed("VBD", key, vbd, "VM") == vm_id and vbd.get("type") != "CD":
-            vdi = vdis.get(needed("VBD", key, vbd, "VDI"))
-            if vdi is not None and _content_type(srs, vdi) != "iso":
-                userdevice = needed("VBD", key, vbd, "userdevice")
-                drives.append((vbd["VDI"], vbd.get("device") or device_name(userdevice), userdevice))
+        is_own = needed("VBD", key, vbd, "VM") == vm_id and vbd.get("type") != "CD"
+        if is_own and vbd["VDI"] in exported:
+            userdevice = needed("VBD", key, vbd, "userdevice")
+            drives.append((vbd["VDI"], vbd.get("device") or device_name(userdevice), userdevice))
     machine = ova_objects(ova, "VM")[vm_id]
-    if machine.get("power_state") == "Suspended" and machine.get("suspend_VDI") in vdis:
+    if machine.get("power_state") == "Suspended" and machine.get("suspend_VDI") in exported:
         drives.append((machine["suspend_VDI"], MEMORY_DEVICE, ""))
     found = []
     for disk_id, device, userdevice in drives:
-        vdi, size = vdis[disk_id], _exported_disk(disk_id, vdis[disk_id]).virtual_size
-        sr = srs.get(vdi.get("SR", ""), {})
-        found.append(SourceDisk(disk_id, device, userdevice, vdi.get("name_label", ""), size,
-                                vdi.get("uuid", ""), sr.get("uuid", ""), sr.get("name_label", "")))
+        name, sr = vdis[disk_id].get("name_label", ""), srs.get(vdis[disk_id].get("SR", ""), {})
+        found.append(SourceDisk(disk_id, device, userdevice, name, exported[disk_id].virtual_size,
+                                exported[disk_id].uuid, sr.get("uuid", ""), sr.get("name_label", "")))
     return sorted(found, key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
 
 
