@@ -9996,7 +9996,7 @@ def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePla
             catalog: Optional[Catalog]) -> None:
     """The plan was carried out. Raises what went wrong, when nothing of it is left."""
     log, name, size = services.log, quote_name(plan.source.vm_name), format_size(plan.source.copy.size_bytes)
-    began_s, status = services.clock.monotonic(), ExitStatus.OK
+    began_s = services.clock.monotonic()
     if plan.given["verify_first"]:
         title = f"verifying {plan.source.title}"
         log.info(title)
@@ -10022,22 +10022,18 @@ def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePla
         except BackupError as error:
             log.error(f"{error} The VM itself is whole; start it when that is settled.")
             run.findings.append(Finding(Severity.ERROR, name, str(error)))
-            status = ExitStatus.FAILED
     run.look_again()
-    record, machine, interfaces = read_restored(services.pool, plan, imported)
-    log.show(restored_text(plan, imported, record, machine, interfaces, status))
+    log.show(restored_text(plan, imported, *read_restored(services.pool, plan, imported)))
 
 
 def read_restored(pool: Pool, plan: RestorePlan,
-                  imported: ImportedVm) -> Tuple[Dict[str, Any], VirtualMachine, List[Interface]]:
-    """The VM's record, the VM and its interfaces as they are now, all read since the server was last lost.
-    BackupError if the VM has no more what was made of it: a server that restarts can have lost its last
-    seconds."""
+                  imported: ImportedVm) -> Tuple[VirtualMachine, List[Interface]]:
+    """The VM and its interfaces as they are now, all read since the server was last lost. BackupError if the
+    VM has no more what was made of it: a server that restarts can have lost its last seconds."""
     times_shaken = -1
     while pool.times_shaken != times_shaken:
-        times_shaken, doing = pool.times_shaken, f"reading {quote_name(plan.name)}"
-        record = pool.ask(doing, "VM.get_record", imported.ref)
-        machine = pool.machine(imported.ref, doing, record)
+        times_shaken = pool.times_shaken
+        machine = pool.machine(imported.ref, f"reading {quote_name(plan.name)}")
         interfaces = pool.interfaces(machine)
     disks, devices = {disk.vdi_ref for disk in machine.disks}, {vif.device for vif in interfaces}
     lost = [f"disk {planned.disk.title}" for planned in plan.disks
@@ -10050,21 +10046,21 @@ def read_restored(pool: Pool, plan: RestorePlan,
                           f"it with `xe vm-uninstall uuid={machine.uuid}`, and restore again.")
     if machine.name in imported.entry.facts["names"]:
         raise BackupError(f"{imported.entry.title}: {unnamed_text(imported.entry)}")
-    return record, machine, interfaces
+    return machine, interfaces
 
 
-def restored_text(plan: RestorePlan, imported: ImportedVm, record: Dict[str, Any], machine: VirtualMachine,
-                  interfaces: Sequence[Interface], status: int) -> str:
+def restored_text(plan: RestorePlan, imported: ImportedVm, machine: VirtualMachine,
+                  interfaces: Sequence[Interface]) -> str:
     """What is there now, in lines for people."""
-    lines = [f"{quote_name(plan.source.vm_name)} is back as VM {quote_name(record['name_label'])}, uuid "
-             f"{record['uuid']}, {record['power_state'].lower()}."]
+    lines = [f"{quote_name(plan.source.vm_name)} is back as VM {quote_name(machine.name)}, uuid "
+             f"{machine.uuid}, {machine.power_state.lower()}."]
     if imported.problem:
         lines.append(f"  IT IS DAMAGED: {imported.problem}")
     srs = {planned.sr.uuid: planned.sr.name for planned in plan.disks}
     lines += [f"  disk {disk.device} {quote_name(disk.name)}, {format_size(disk.virtual_size)}, uuid "
               f"{disk.vdi_uuid}, on SR "
               f"{quote_name(srs.get(disk.sr_uuid, disk.sr_uuid))}" for disk in machine.disks]
-    uuids = {NEW_UUID: record["uuid"]}
+    uuids = {NEW_UUID: machine.uuid}
     for vif in interfaces:
         uuids[VIF_UUID + vif.device] = vif.uuid
         lines.append(f"  interface {vif.device} on network {quote_name(vif.network_name)}, MAC {vif.mac}")
@@ -10073,14 +10069,15 @@ def restored_text(plan: RestorePlan, imported: ImportedVm, record: Dict[str, Any
     gaps = f"{NEW_UUID}|{VIF_UUID}[0-9]+"
     lines += ["  note: " + re.sub(gaps, lambda gap: uuids.get(gap.group(), gap.group()), note)
               for note in plan.notes]
-    if record["power_state"] == "Halted" and not imported.problem:
-        start = f"xe vm-start uuid={record['uuid']}"
-        if "start" in record["blocked_operations"]:
-            reason = one_line(record["blocked_operations"]["start"]) or "no reason given"
-            lines.append(f"  Its start is blocked, as that of the VM was when it was backed up ({reason}). "
-                         f"To start it: xe vm-param-remove uuid={record['uuid']} "
-                         f"param-name=blocked-operations param-key=start; then: {start}")
-        elif status == ExitStatus.OK:
+    if machine.power_state == "Halted" and not imported.problem:
+        start = f"xe vm-start uuid={machine.uuid}"
+        blocked = plan.source.original.get("blocked_operations", {})
+        if "start" in blocked:
+            lines.append("  Its start is blocked, as that of the VM was when it was backed up "
+                         f"({one_line(blocked['start']) or 'no reason given'}). To start it: xe "
+                         f"vm-param-remove uuid={machine.uuid} param-name=blocked-operations "
+                         f"param-key=start; then: {start}")
+        elif not plan.given["start"]:
             lines.append(f"  To start it: {start}")
     return "\n".join(lines)
 
