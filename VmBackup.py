@@ -10161,74 +10161,56 @@ NEWEST_OF_EACH = "newest-of-each"
 NOT_TRIED = "COULD NOT BE TRIED"
 
 
-class Drill:
-    """Imports copies for a while and looks at them."""
+def compare_disk(services: Services, exporter: Exporter, imported: ImportedVm, planned: PlannedDisk,
+                 held: Sequence[int]) -> None:
+    """ProgramError unless the disk in the pool holds what the image held, by the digests of its MiBs: that
+    matched its own."""
+    doing = f"reading back disk {planned.disk.device} of {imported.entry.title}"
+    record = services.pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
+    size = int(record["virtual_size"])
+    is_sparse = planned.sr.type in VHD_SR_TYPES and size <= VHD_LARGEST_BYTES
+    found: Dict[str, array] = {}
+    sink = MebibyteSink(functools.partial(note_digest, found))
+    services.log.info(f"{doing}, {format_size(size)}.")
+    try:
+        exporter.disk_contents(doing, record["uuid"], size, "vhd" if is_sparse else "raw", sink)
+    except VerificationError as error:
+        raise ProgramError(str(error))
+    # What one of them does not reach to is zeros.
+    pairs = itertools.zip_longest(held, found.get("image", ()), fillvalue=0)
+    difference = next((number for number, (one, other) in enumerate(pairs) if one != other), None)
+    if difference is not None:
+        raise ProgramError(f"{imported.entry.title}: disk {planned.disk.title} came back different: its MiB "
+                           f"{difference} on SR {planned.sr.title} is not what the copy holds. The copy "
+                           "itself matched its digests: look at the SR.")
 
-    def __init__(self, services: Services, importer: Importer, exporter: Exporter) -> None:
-        self._services = services
-        self._importer = importer
-        self._exporter = exporter
 
-    def run(self, plan: RestorePlan, boot_s: float) -> str:
-        """What was proven; raises what went wrong. Nothing is left in the pool, or a finding says so."""
-        expected: Dict[str, array] = {}
-        sink = MebibyteSink(functools.partial(note_digest, expected))
-        with self._importer.imported(plan, sink) as imported:
-            for planned in plan.disks:
-                self._compare(plan, imported, planned, expected)
-            if boot_s:
-                return f"restored, compared and booted: {self._boot(imported, boot_s)}"
-        return "restored and compared"
+def boot(services: Services, imported: ImportedVm, patience_s: float) -> str:
+    """How the VM did; raises BackupError if it did not start or did not stay up."""
+    doing, pool, clock = f"starting {imported.entry.title}", services.pool, services.clock
+    metrics = guest_metrics(pool, imported.ref, doing)
+    # the copy may bear what blocked the start of its VM: of this one nobody but us knows
+    pool.ask(doing, "VM.remove_from_blocked_operations", imported.ref, "start")
+    pool.call(doing, "VM.start", imported.ref, False, False)
+    began_s = clock.monotonic()
+    while True:
+        state = pool.ask(doing, "VM.get_record", imported.ref)["power_state"]
+        after_s = clock.monotonic() - began_s
+        if state != "Running":
+            raise BackupError(f"{imported.entry.title}: it started, and was {state.lower()} after "
+                              f"{format_duration(after_s)}.")
+        if guest_metrics(pool, imported.ref, doing) not in ("", metrics):
+            return f"the guest's tools answered after {format_duration(after_s)}"
+        if after_s >= patience_s:
+            return f"running after {format_duration(after_s)}, no guest tools seen"
+        services.signals.sleep(BOOT_POLL_S)
 
-    def _compare(self, plan: RestorePlan, imported: ImportedVm, planned: PlannedDisk,
-                 expected: Dict[str, array]) -> None:
-        """ProgramError unless the disk in the pool holds what the image held: that matched its digests."""
-        doing = f"reading back disk {planned.disk.device} of {imported.entry.title}"
-        record = self._services.pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
-        size = int(record["virtual_size"])
-        is_sparse = planned.sr.type in VHD_SR_TYPES and size <= VHD_LARGEST_BYTES
-        found: Dict[str, array] = {}
-        sink = MebibyteSink(functools.partial(note_digest, found))
-        self._services.log.info(f"{doing}, {format_size(size)}.")
-        try:
-            self._exporter.disk_contents(doing, record["uuid"], size, "vhd" if is_sparse else "raw", sink)
-        except VerificationError as error:
-            raise ProgramError(str(error))
-        held = expected.get(planned.disk.id if plan.source.is_archive else "image", ())
-        # What one of them does not reach to is zeros.
-        pairs = itertools.zip_longest(held, found.get("image", ()), fillvalue=0)
-        difference = next((number for number, (one, other) in enumerate(pairs) if one != other), None)
-        if difference is not None:
-            raise ProgramError(f"{imported.entry.title}: disk {planned.disk.title} came back different: its "
-                               f"MiB {difference} on SR {planned.sr.title} is not what the copy holds. The "
-                               "copy itself matched its digests: look at the SR.")
 
-    def _boot(self, imported: ImportedVm, boot_s: float) -> str:
-        """How it did; raises BackupError if it did not start or did not stay up."""
-        doing, pool, clock = f"starting {imported.entry.title}", self._services.pool, self._services.clock
-        metrics = self._guest_metrics(imported.ref, doing)
-        # the copy may bear what blocked the start of its VM: of this one nobody but us knows
-        pool.ask(doing, "VM.remove_from_blocked_operations", imported.ref, "start")
-        pool.call(doing, "VM.start", imported.ref, False, False)
-        began_s = clock.monotonic()
-        while True:
-            state = pool.ask(doing, "VM.get_record", imported.ref)["power_state"]
-            after_s = clock.monotonic() - began_s
-            if state != "Running":
-                raise BackupError(f"{imported.entry.title}: it started, and was {state.lower()} after "
-                                  f"{format_duration(after_s)}.")
-            if self._guest_metrics(imported.ref, doing) not in ("", metrics):
-                return f"the guest's tools answered after {format_duration(after_s)}"
-            if after_s >= boot_s:
-                return f"running after {format_duration(after_s)}, no guest tools seen"
-            self._services.signals.sleep(BOOT_POLL_S)
-
-    def _guest_metrics(self, ref: str, doing: str) -> str:
-        """What changes when the guest's tools report; "" if they never did."""
-        pool = self._services.pool
-        metrics = pool.ask(doing, "VM.get_guest_metrics", ref)
-        record = metrics != NULL_REF and pool.ask_if_there(doing, "VM_guest_metrics.get_record", metrics)
-        return f"{metrics} {record['last_updated']}" if record else ""
+def guest_metrics(pool: Pool, ref: str, doing: str) -> str:
+    """What changes when the guest's tools report; "" if they never did."""
+    metrics = pool.ask(doing, "VM.get_guest_metrics", ref)
+    record = metrics != NULL_REF and pool.ask_if_there(doing, "VM_guest_metrics.get_record", metrics)
+    return f"{metrics} {record['last_updated']}" if record else ""
 
 
 def drill_copies(services: Services, vm: str) -> Tuple[List[Copy], List[Finding]]:
@@ -10296,8 +10278,10 @@ def undrilled(copy: Copy) -> Outcome:
                    "not drilled, as the run ended before it was done.", UNTRIED, size_bytes=copy.size_bytes)
 
 
-def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> Outcome:
-    """What the drill of that copy found; its verdict is on record."""
+def drill_one(services: Services, view: PoolView, importer: Importer, exporter: Exporter,
+              copy: Copy) -> Outcome:
+    """What the drill of that copy found; its verdict is on record. Nothing of it is left in the pool, or a
+    finding says so."""
     began_s, title = services.clock.monotonic(), f"{copy.folder}/{copy.name}"
     cause = None                           # type: Optional[Exception]
     choose = functools.partial(choose_copy, services.catalog, f"uuid:{copy.uuid}", "latest", services.log)
@@ -10305,8 +10289,17 @@ def drill_one(services: Services, view: PoolView, drill: Drill, copy: Copy) -> O
         with held_copy(services, services.catalog, choose, copy) as (copy, inside):
             title = f"{copy.folder}/{copy.name}"
             services.log.info(f"{title}: drill of {format_size(copy.size_bytes)}.")
-            boot_s = services.arguments.parameters["boot"] * MINUTE_S
-            said, error = drill.run(drill_plan(services, view, copy, inside), boot_s), None
+            plan = drill_plan(services, view, copy, inside)
+            expected: Dict[str, array] = {}
+            sink = MebibyteSink(functools.partial(note_digest, expected))
+            said, boot_s = "restored and compared", services.arguments.parameters["boot"] * MINUTE_S
+            with importer.imported(plan, sink) as imported:
+                for planned in plan.disks:
+                    held = expected.get(planned.disk.id if plan.source.is_archive else "image", ())
+                    compare_disk(services, exporter, imported, planned, held)
+                if boot_s:
+                    said = f"restored, compared and booted: {boot(services, imported, boot_s)}"
+            error = None
             services.log.info(f"{title}: {said}.")
     except BackupError as problem:
         # what the pool, an SR, the store or another run is to blame for says nothing about the copy
@@ -10332,7 +10325,7 @@ def drill_all(run: Run, copies: Sequence[Copy]) -> None:
     for problem in run.sweep():
         services.log.info(f"{problem} It is left.")
     xe = make_xe(services)
-    drill = Drill(services, Importer(services, xe, run.snapshots), Exporter(services, xe))
+    importer, exporter = Importer(services, xe, run.snapshots), Exporter(services, xe)
     view = read_pool_view(services.pool, run.inventory)
     for number, copy in enumerate(copies):
         services.signals.check()
@@ -10341,7 +10334,7 @@ def drill_all(run: Run, copies: Sequence[Copy]) -> None:
             outcome = run.outcomes[number]._replace(error="it was not tried, as the backup storage hangs.",
                                                     status_word="DRILL-FAIL")
         else:
-            outcome = drill_one(services, view, drill, copy)
+            outcome = drill_one(services, view, importer, exporter, copy)
         run.settle(number, outcome)
     run.look_again()
 
