@@ -9064,11 +9064,11 @@ def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: in
 
 
 @contextlib.contextmanager
-def chosen_source(services: Services, force: bool = False,
-                  without_vm: bool = False) -> Iterator[Tuple[Source, Optional[Catalog]]]:
+def chosen_source(services: Services) -> Iterator[Tuple[Source, Optional[Catalog]]]:
     """What the copy holds that VM and from= mean, and its store (None: it was named by its path). UsageError
     if they mean none or several, or a path another VM's, BackupError if it is not good."""
-    wanted, vm, catalog = services.arguments.parameters["from"], services.arguments.vm, None
+    given, vm, catalog = services.arguments.parameters, services.arguments.vm, None
+    wanted = given["from"]
     with contextlib.ExitStack() as stack:
         if "/" in wanted:
             place, copy = copy_at_path(wanted)
@@ -9080,10 +9080,10 @@ def chosen_source(services: Services, force: bool = False,
             catalog = open_store(services.settings)
             copy, inside = stack.enter_context(held_copy(
                 services, catalog, lambda: choose_copy(catalog, vm, wanted, services.log)))
-        if copy.trouble and not (force and copy.image):
+        if copy.trouble and not (given.get("force") and copy.image):
             advice = "force=yes takes it all the same." if copy.image else "Choose another with from=."
             raise BackupError(f"{inside.shown} is not a good copy: {copy.trouble}. {advice}")
-        source = opened_source(services, copy, inside, force, without_vm)
+        source = opened_source(services, copy, inside)
         names = (source.vm_name, copy.vm_name, source.vm_uuid, f"uuid:{source.vm_uuid}")
         if catalog is None and vm and vm not in names:
             raise UsageError(f"{source.title} is a copy of {quote_name(source.vm_name)}, not of "
@@ -9180,11 +9180,12 @@ def copy_at_path(path: str) -> Tuple[str, Copy]:
         raise UsageError(f"{path} can't be read: {str(error).rstrip('.')}.")
 
 
-def opened_source(services: Services, copy: Copy, inside: Directory, force: bool = False,
-                  without_vm: bool = False) -> Source:
-    """What that copy holds; BackupError with what is wrong with it."""
+def opened_source(services: Services, copy: Copy, inside: Directory) -> Source:
+    """What that copy holds; BackupError with what is wrong with it. A disk is extracted without its VM."""
+    given = services.arguments.parameters
     try:
-        return read_source(inside, copy, force, without_vm, lambda progress: services.signals.check())
+        return read_source(inside, copy, given.get("force", False), not given.get("metadata", True),
+                           lambda progress: services.signals.check())
     except (VerificationError, ValueError) as error:
         kind = type(error) if isinstance(error, VerificationError) else VerificationError
         raise kind(f"{inside.shown}: {str(error).rstrip('.')}. Nothing was started.")
@@ -11011,7 +11012,7 @@ def command_restore(run: Run) -> None:
     """A VM is back as a new VM, proven, or nothing of it is left and the person knows why."""
     services, arguments, log = run.services, run.services.arguments, run.services.log
     given = arguments.parameters
-    with chosen_source(services, given["force"]) as (source, catalog):
+    with chosen_source(services) as (source, catalog):
         find_xe(services.settings)
         with connected(services, changes_allowed=not arguments.preview) as (services, inventory):
             plan = plan_restore(source, read_pool_view(services.pool, inventory), given)
@@ -11033,7 +11034,7 @@ def command_extract(run: Run) -> None:
     path = given["to"]
     if path and os.path.lexists(fs_path(path)):
         raise UsageError(f"to={path} exists already and was left as it is.")
-    with chosen_source(services, without_vm=not given["metadata"]) as (source, _):
+    with chosen_source(services) as (source, _):
         if given["metadata"]:
             extract_metadata(services, source, path)
             return

@@ -693,6 +693,7 @@ def test_a_signal_is_seen_while_the_beginning_of_an_image_is_looked_at(tmp_path,
     make_own(tmp_path, web__xva=bytes(512 * 20), manifest=dict(MANIFEST, image=dict(MANIFEST['image'], size=512 * 20)))
     catalog, copy = Catalog(str(tmp_path)), only_copy(tmp_path)
     monkeypatch.setattr(os, 'readv', lambda *arguments: time.sleep(10))
-    context = types.SimpleNamespace(signals=types.SimpleNamespace(check=lambda: broken_door(VmBackup.Interrupted(2))))
+    context = types.SimpleNamespace(signals=types.SimpleNamespace(check=lambda: broken_door(VmBackup.Interrupted(2))),
+                                    arguments=types.SimpleNamespace(parameters={}))
     with catalog.open_copy(copy) as inside, pytest.raises(VmBackup.Interrupted):
         VmBackup.opened_source(context, copy, inside)
