@@ -3509,10 +3509,10 @@ class Flow(NamedTuple):
     """One source and the consumers that each see all of it; one of them may be a further flow.
 
     `source`: a descriptor, which is taken over, or a function that gives pieces of any length. It is called
-    with no argument, or, where the flow is itself a consumer, with the reader of what passes there (what
-    decompresses, for one). `at_end` is called at the end of the source, before the consumers learn of it:
-    what it raises (a program's exit status) is then the reason, not the truncated stream that follows from
-    it.
+    with no argument (a check that reads a file is such a source), or, where the flow is itself a consumer,
+    with the reader of what passes there (what decompresses, for one). `at_end` is called at the end of the
+    source, before the consumers learn of it: what it raises (a program's exit status) is then the reason, not
+    the truncated stream that follows from it.
     """
 
     source: Any
@@ -3534,7 +3534,8 @@ def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str =
     """
     run = _PumpRun(flows, problems)
     try:
-        run.start()
+        for thread in run.threads:
+            thread.start()
         while not run.is_done():
             run.news.wait(TICK_S)
             run.news.clear()
@@ -3691,13 +3692,9 @@ class _PumpRun:
         self._moved: Tuple[int, ...] = ()
         self._moved_at = time.monotonic()
         roots = [_FlowRun(flow, self) for flow in flows]
-        self._threads = [threading.Thread(target=root.read, name="read " + root.name, daemon=True)
+        self.threads = [threading.Thread(target=root.read, name="read " + root.name, daemon=True)
                          for root in roots]
-        self._threads += [lane.thread for flow in self.flows for lane in flow.lanes]
-
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        self.threads += [lane.thread for flow in self.flows for lane in flow.lanes]
 
     def is_done(self) -> bool:
         return all(flow.has_ended and all(lane.is_done for lane in flow.lanes) for flow in self.flows)
@@ -3750,7 +3747,7 @@ class _PumpRun:
         deadline = time.monotonic() + GRACE_S
         for flow in self.flows:
             flow.wake()
-        for thread in self._threads:
+        for thread in self.threads:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -3811,34 +3808,27 @@ class _FlowRun(Consumer):
             self._flow.at_end()
 
     def _read_descriptor(self, source_fd: int) -> None:
+        """A buffer is handed over when it is full, when the source pauses, and at its end."""
         try:
             widen_pipe(source_fd)
             poll = select.poll()
             poll.register(source_fd, select.POLLIN)
-            has_more = True
-            while has_more:
+            count = 1
+            while count:
                 buffer = self._free_buffer()
-                has_more = self._fill(buffer, source_fd, poll)
+                while count and buffer.length < BUFFER_BYTES:
+                    if poll.poll(TICK_S * 1000):
+                        count = os.readv(source_fd, [buffer.view[buffer.length:]])
+                        buffer.length += count
+                        self.bytes_read += count
+                    elif self._run.stopping:
+                        raise _Stopped
+                    elif buffer.length:
+                        break
                 self._hand_over(buffer)
         finally:
             with contextlib.suppress(OSError):      # what was read was read: some report old errors here
                 os.close(source_fd)
-
-    def _fill(self, buffer: _Buffer, source_fd: int, poll: Any) -> bool:
-        """Read until the buffer is full or the source pauses; false at its end."""
-        while buffer.length < BUFFER_BYTES:
-            if not poll.poll(TICK_S * 1000):
-                if self._run.stopping:
-                    raise _Stopped
-                if buffer.length:
-                    return True
-                continue
-            count = os.readv(source_fd, [buffer.view[buffer.length:]])
-            if not count:
-                return False
-            buffer.length += count
-            self.bytes_read += count
-        return True
 
     def _read_pieces(self, pieces: Iterator[Any]) -> None:
         """Copied, as pieces may be small and their memory used again. What came before damage counts."""
@@ -4273,33 +4263,25 @@ def _refuse_doctype(*_: Any) -> None:
 
 def ova_text(ova: Dict[str, Any]) -> bytes:
     """What parse_ova read, as xapi writes it: numbers and strings without a tag (ocaml-rpc xmlrpc.ml)."""
-    parts = []                             # type: List[str]
-    _write_value(ova, parts)
-    return "".join(parts).encode("utf-8")
+    return _value_text(ova).encode("utf-8")
 
 
-def _write_value(value: Any, parts: List[str]) -> None:
-    """The value as XML, appended."""
+def _value_text(value: Any) -> str:
     if isinstance(value, dict):
-        parts.append("<value><struct>")
-        for key, item in value.items():
-            parts.append(f"<member><name>{_escaped(key)}</name>")
-            _write_value(item, parts)
-            parts.append("</member>")
-        parts.append("</struct></value>")
+        members = (f"<member><name>{_escaped(key)}</name>{_value_text(item)}</member>"
+                   for key, item in value.items())
+        text = f"<struct>{''.join(members)}</struct>"
     elif isinstance(value, (list, tuple)):
-        parts.append("<value><array><data>")
-        for item in value:
-            _write_value(item, parts)
-        parts.append("</data></array></value>")
+        text = f"<array><data>{''.join(map(_value_text, value))}</data></array>"
     elif isinstance(value, bool):
-        parts.append(f"<value><boolean>{value:d}</boolean></value>")
+        text = f"<boolean>{value:d}</boolean>"
     elif isinstance(value, float):
-        parts.append(f"<value><double>{value:.16g}</double></value>")
+        text = f"<double>{value:.16g}</double>"
     elif isinstance(value, OvaDate):
-        parts.append(f"<value><dateTime.iso8601>{_escaped(value)}</dateTime.iso8601></value>")
+        text = f"<dateTime.iso8601>{_escaped(value)}</dateTime.iso8601>"
     else:
-        parts.append(f"<value>{_escaped(str(value))}</value>")
+        text = _escaped(str(value))
+    return f"<value>{text}</value>"
 
 
 def _escaped(text: str) -> str:
@@ -4524,11 +4506,12 @@ class Check(Consumer):
                 self.blocks.end()
             self.report = report
 
-        for self.first_disk, offset, piece in contents():
+        for disk, offset, piece in contents():
             if self._is_first_look:
+                self.first_disk = disk
                 raise Enough
             for sink in self._sinks:
-                sink.put(self.first_disk, offset, piece)
+                sink.put(disk, offset, piece)
             yield piece
         for sink in self._sinks:
             sink.end(True)
@@ -4988,6 +4971,7 @@ class _Vhd:
         self._is_file = isinstance(image, int)
         self._end = os.fstat(image).st_size if self._is_file else 0     # of the blocks
         self._bitmap_bytes = 0              # before each block; a fixed VHD has none
+        self._step = 0                      # the sectors that a block takes with its bitmap
         self._batmap = b""                  # bits for the blocks whose bitmaps need not be asked
 
     def _pieces(self, at: int, count: int, where: str) -> Iterator[memoryview]:
@@ -5069,6 +5053,7 @@ class _Vhd:
             raise VerificationError(f"the image is of a disk of {self.size} bytes, the pool says "
                                     f"{virtual_size}")
         self._bitmap_bytes = -(-self.block_bytes // (SECTOR_BYTES * 8 * SECTOR_BYTES)) * SECTOR_BYTES
+        self._step = (self._bitmap_bytes + self.block_bytes) // SECTOR_BYTES
         if self._strict:
             self._image.zeros(SECTOR_BYTES, "the empty sector after its header")
         sectors = _byteswapped(self._read(table_at, 4 * blocks, "its block table"))
@@ -5090,13 +5075,13 @@ class _Vhd:
 
     def _check_order(self, sectors: array) -> None:
         """Each block lies right behind the one before, the first behind the table."""
-        behind, step = self._image.position // SECTOR_BYTES, self._step()
+        behind = self._image.position // SECTOR_BYTES
         for number, sector in enumerate(memoryview(sectors)):
             if sector != VHD_NOT_PRESENT:
                 if sector != behind:
                     raise VerificationError(f"the image's block table puts block {number} at sector "
                                             f"{sector}, not {behind}")
-                behind += step
+                behind += self._step
         self._end = behind * SECTOR_BYTES
 
     def _check_places(self, sectors: array, taken: Sequence[Tuple[int, int]]) -> None:
@@ -5108,7 +5093,7 @@ class _Vhd:
                                     "stream: decompress it first")
             return
         present.sort()
-        step = self._step()
+        step = self._step
         clash = any(after - before < step for before, after in zip(present, present[1:]))
         for at, count in taken:
             clash = clash or any(at < (sector + step) * SECTOR_BYTES and sector * SECTOR_BYTES < at + count
@@ -5119,9 +5104,6 @@ class _Vhd:
         if self._is_whole and present and (present[-1] + step) * SECTOR_BYTES > self._end:
             raise VerificationError(f"the image's block table puts a block at sector {present[-1]}, behind "
                                     f"the end at byte {self._end}: it was cut off")
-
-    def _step(self) -> int:
-        return (self._bitmap_bytes + self.block_bytes) // SECTOR_BYTES
 
     def _read_batmap(self, at: int, blocks: int) -> bytes:
         """Bits for the blocks that were written whole, if the map is there, right behind its header, and
