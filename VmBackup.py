@@ -2457,11 +2457,6 @@ class LockFile:
             cls.opened[status.st_dev, status.st_ino] = lock
         return cls.opened[status.st_dev, status.st_ino]
 
-    @property
-    def is_held(self) -> bool:
-        """Is the whole of it ours?"""
-        return WHOLE_FILE in self._held
-
     def take(self, byte: int = WHOLE_FILE, shared: bool = False) -> bool:
         """True if the lock is ours now; CatalogError where the file system can't lock."""
         with storage_errors(f"locking {self.shown}"):
@@ -2507,10 +2502,6 @@ class LockFile:
             write_all(self.fd, content)
             os.ftruncate(self.fd, len(content))
             os.fsync(self.fd)
-
-    def abandon(self) -> None:
-        """Left to end with this process: the store hangs, and asking it for anything would wait for it."""
-        self._held.clear()
 
     def release(self, byte: int = WHOLE_FILE) -> None:
         """Free for others, at the latest when this process ends: that fails nothing. The file stays."""
@@ -6305,16 +6296,17 @@ def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
             file = LockFile.of(state, "store")
         inode, facts = status_of(file.fd).st_ino, file.text()
         for _ in range(IDENTITY_TRIES):
-            if is_known() or file.take():
+            if is_known():
                 break
-            time.sleep(0.1)                    # another first run is about to write it
-            facts = file.text()
-        if file.is_held:
-            with file.held():
+            with file.held() as is_ours:
                 facts = file.text()
-                if not is_known() and now_s - _last_journal_s(runs, now_s) > WEAK_LOCK_PATIENCE_S:
+                if is_ours and not is_known() \
+                        and now_s - _last_journal_s(runs, now_s) > WEAK_LOCK_PATIENCE_S:
                     facts = {"id": random_hex(8), "inode": inode}
                     file.write_text(facts)
+            if is_ours:
+                break
+            time.sleep(0.1)                    # another first run is about to write it
     except StorageFull:
         raise
     except CatalogError:
@@ -10658,8 +10650,6 @@ def end_told(run: Run) -> int:
         if run.lock is not None:
             status = report.exit_status if run.is_told else ExitStatus.BUG
             run.tidy("giving back the lock of this config", lambda: end_config_lock(run.lock, status))
-            if run.storage_hangs:
-                run.lock.abandon()
         if run.is_told:
             run.status_log.end_run(report)
             services.signals.come_too_late()

@@ -530,7 +530,8 @@ def test_a_copy_whose_verdict_can_not_be_read_is_not_good_now_and_costs_no_other
 def test_a_verdicts_folder_of_the_wrong_kind_does_not_make_the_vms_directory_one(tmp_path):
     make_own(tmp_path)
     make(tmp_path, '.vmbackup', verdicts=b'')
-    assert only_copy(tmp_path).is_good
+    copy = only_copy(tmp_path)
+    assert copy.is_unreadable and 'whether a check has condemned it' in copy.problem
 
 
 def test_a_journal_that_can_not_be_read_costs_no_other(tmp_path, monkeypatch):
