@@ -792,6 +792,7 @@ OPTION_NAMES = tuple(option.name for option in OPTIONS)
 BOOT_MINUTES = 5                  # what boot=yes means: a guest's tools are up by then, or something is wrong
 TRUE_WORDS = ("true", "yes", "1")
 FALSE_WORDS = ("false", "no", "0")
+MAIL_ADDRESS = re.compile(r"[^\s@,<>()\"\x00-\x20\x7f]+@[^\s@,<>()\"\x00-\x20\x7f]+")
 
 
 class PoolAddress(NamedTuple):
@@ -966,52 +967,50 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 def parse_value(option: Option, text: str) -> Any:
     """The value that the text means for that option; ValueError with a sentence if it means none."""
     word = text.lower()
-    if option.name == "compress" and word in TRUE_WORDS:
-        return "gzip"
-    if option.name == "compress" and word in FALSE_WORDS:
-        return "none"
+    if option.name == "compress" and word in TRUE_WORDS + FALSE_WORDS:
+        return "gzip" if word in TRUE_WORDS else "none"
     if option.kind in ("bool", "word"):
-        if word not in TRUE_WORDS + FALSE_WORDS:
-            raise ValueError(f'"{one_line(text)}" is neither yes nor no; allowed: True, False, yes, no, 1, '
-                             '0.')
-        return word in TRUE_WORDS
-    if option.kind in ("int", "percent"):
+        if word in TRUE_WORDS + FALSE_WORDS:
+            return word in TRUE_WORDS
+        allowed = "True, False, yes, no, 1, 0"
+    elif option.kind in ("int", "percent"):
         digits = text[:-1].strip() if option.kind == "percent" and text.endswith("%") else text
-        if not re.fullmatch(r"[0-9]{1,9}", digits) or not option.minimum <= int(digits) <= option.maximum:
-            raise ValueError(f'"{one_line(text)}" is not allowed; allowed: a whole number from '
-                             f'{int(option.minimum)} to {int(option.maximum)}.')
-        return int(digits)
-    if option.kind == "choice":
-        if word not in option.choices:
-            raise ValueError(f"\"{one_line(text)}\" is not allowed; allowed: {', '.join(option.choices)}.")
-        return word
-    if option.kind == "minutes":
+        if re.fullmatch(r"[0-9]{1,9}", digits) and option.minimum <= int(digits) <= option.maximum:
+            return int(digits)
+        allowed = f"a whole number from {option.minimum} to {option.maximum}"
+    elif option.kind == "choice":
+        if word in option.choices:
+            return word
+        allowed = ", ".join(option.choices)
+    elif option.kind == "minutes":
         if word in FALSE_WORDS:
             return 0.0
         if word in TRUE_WORDS and word != "1":
             return float(BOOT_MINUTES)
-        if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,2})?", word):
-            raise ValueError(f'"{one_line(text)}" is neither yes nor no nor a number of minutes.')
-        return float(word)
-    if option.kind == "pool":
+        if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,2})?", word):
+            return float(word)
+        allowed = "yes, no or a number of minutes"
+    elif option.kind == "pool":
         return parse_pool_address(text)
-    if option.kind == "fingerprint":
+    elif option.kind == "fingerprint":
         digits = text.replace(":", "").lower()
-        if not re.fullmatch(r"[0-9a-f]{64}", digits):
-            raise ValueError(f'"{one_line(text)}" is not a SHA-256 fingerprint: 64 hexadecimal digits, with '
-                             'or without colons.')
-        return digits
-    if option.kind in ("address", "addresses"):
-        words = tuple(word.strip() for word in text.split(","))
-        for word in words:
-            if not re.fullmatch(r"[^\s@,<>()\"\x00-\x20\x7f]+@[^\s@,<>()\"\x00-\x20\x7f]+", word):
-                raise ValueError(f'"{one_line(word)}" is not a mail address.')
-        if option.kind == "address" and len(words) > 1:
-            raise ValueError(f"one address is wanted, not {len(words)}.")
-        return words if option.kind == "addresses" else words[0]
-    if not text:
+        if re.fullmatch(r"[0-9a-f]{64}", digits):
+            return digits
+        allowed = "SHA-256 as 64 hexadecimal digits, with or without colons"
+    elif option.kind == "address":
+        if MAIL_ADDRESS.fullmatch(text):
+            return text
+        allowed = "USER@HOST"
+    elif option.kind == "addresses":
+        addresses = tuple(part.strip() for part in text.split(","))
+        if all(MAIL_ADDRESS.fullmatch(address) for address in addresses):
+            return addresses
+        allowed = "USER@HOST, and more of them behind commas"
+    elif text:
+        return text
+    else:
         raise ValueError(f"the value is empty; leave it out for the default, {option.default or 'none'}.")
-    return text
+    raise ValueError(f'"{one_line(text)}" is not allowed; allowed: {allowed}.')
 
 
 def parse_pool_address(text: str) -> PoolAddress:
