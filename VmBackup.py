@@ -1750,15 +1750,9 @@ def next_sequence(copies: Sequence[Copy]) -> int:
 
 
 def free_copy_name(local: datetime, taken: Iterable[str]) -> str:
-    """The name of a new copy: that second, or the next one that no copy, old or new, has."""
-    used = set()
-    for name in taken:
-        for suffix in (PARTIAL, DELETING):
-            if name.endswith(suffix):
-                name = name[:-len(suffix)]
-        parsed = parse_copy_name(name)
-        if parsed:
-            used.add(parsed[0])
+    """The name of a new copy: that second, or the next one that no copy has, old or new, begun or going."""
+    stamps = [parse_copy_name(name.partition(".")[0]) for name in taken]
+    used = {stamp[0] for stamp in stamps if stamp}
     local = local.replace(microsecond=0, tzinfo=None)
     while local in used:
         local += timedelta(seconds=1)
@@ -2623,7 +2617,8 @@ class Transport:
         """Raises UsageError if the CA file can't be read."""
         self._address = address
         self._fingerprint = settings.ca_fingerprint
-        self._context = tls_context(settings.ca_file) if address.scheme == "https" else None
+        self._context = None if address.scheme != "https" \
+            else checking_context("ca_file", settings.ca_file) if settings.ca_file else unchecking_context()
         self._connection = None            # type: Any
         self._used_at = 0.0
         self.timeout_s = 0.0
@@ -2684,15 +2679,19 @@ class Transport:
             self._used_at = time.monotonic()
 
 
-def tls_context(ca_file: str) -> Any:
-    """How a pool's certificate is checked: by that CA file, else not at all, as with xe. Raises UsageError if
-    the file can't be read."""
+def checking_context(key: str, ca_file: str) -> Any:
+    """The TLS settings that take only certificates of these CAs, the system's if the file is not given;
+    UsageError, about that key, if it can't be read."""
     import ssl
-    if ca_file:
-        try:
-            return ssl.create_default_context(cafile=fs_path(ca_file))
-        except OSError as error:
-            raise UsageError(f"ca_file {ca_file} can't be used: {os_reason(error)}.")
+    try:
+        return ssl.create_default_context(cafile=fs_path(ca_file) if ca_file else None)
+    except OSError as error:
+        raise UsageError(f"{key} {ca_file} can't be used: {os_reason(error)}.")
+
+
+def unchecking_context() -> Any:
+    """The TLS settings that take any certificate, as xe does."""
+    import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -3351,12 +3350,7 @@ class SmtpTalk:
         self._server = None                # type: Any
         self._is_over = False
         if settings.smtp_security != "none":
-            import ssl
-            try:
-                self._context = ssl.create_default_context(
-                    cafile=fs_path(settings.smtp_ca_file) if settings.smtp_ca_file else None)
-            except OSError as error:
-                raise BackupError(f"smtp_ca_file {settings.smtp_ca_file} can't be used: {os_reason(error)}")
+            self._context = checking_context("smtp_ca_file", settings.smtp_ca_file)
         if settings.smtp_user:
             self._password = read_smtp_password(settings.smtp_password_file)
 
