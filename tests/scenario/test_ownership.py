@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from typing import Any, Callable, Dict, List
 
 import pytest
@@ -214,19 +213,6 @@ def test_a_pool_that_takes_its_time_is_waited_for_as_long_as_stall_timeout_says(
     run = hurried_backup(pool, shelf, kind + '=web', 'stall_timeout=60')
     assert run.exit_status == 0 and pool.has_no_snapshots_of_ours() and shelf.journals() == [], run
     assert shelf.has('web', complete=1)
-
-
-def test_a_disk_snapshot_that_took_long_is_ours_though_nobody_waited_for_it(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=BIG), faults=[at('api:VDI.snapshot', nth=1, sleeps=9)]), a_shelf()
-    before = len(pool.dump()['VDI'])
-    with beginning(pool, shelf, 'vdi-export=web', 'stall_timeout=60', is_hurried=True) as process:
-        assert eventually(lambda: pool.calls('api:VDI.add_to_other_config'))
-        time.sleep(1)
-        process.signal(signal.SIGTERM)
-        assert process.ending(40).exit_status == 143
-    assert eventually(lambda: pool.calls('api:VDI.snapshot'))
-    run = hurried_backup(pool, shelf, 'vdi-export=web', 'stall_timeout=60')
-    assert run.exit_status == 0 and len(pool.dump()['VDI']) == before and shelf.journals() == [], run
 
 
 @pytest.mark.parametrize('kind', ['vm-export', 'vdi-export'])
