@@ -7048,7 +7048,7 @@ class Snapshots:
 # 19. Run
 # =============================================================================
 # What every deed has around it: the values that tell how it went, store and pool as config and password name
-# them, and the frame (journal, what dead runs left, the way out) of a deed that makes things in the pool.
+# them, and the frame: how the store does, the journal of what is made in the pool, and what ended the deed.
 
 
 class Outcome(NamedTuple):
@@ -8355,8 +8355,8 @@ def planned(run: Run, changes_allowed: bool = True) -> Iterator[Tuple[Services, 
 # =============================================================================
 # 21. Verify and prune
 # =============================================================================
-# Is what lies on disk what was exported? Reads copies and changes none: works on
-# any machine that sees the store, without pool, password, xe or XenAPI.
+# Is what lies on disk what was exported, and what of it may go? Works on any machine
+# that sees the store, without pool, password, xe or XenAPI.
 
 
 class CopyState(enum.Enum):
@@ -10636,13 +10636,15 @@ def store_facts(services: Services, report: Report, storage_hangs: bool) -> Stor
 def end_told(run: Run) -> int:
     """The exit status of a run that has ended: its mail is out, the lock of its config given back, and its
     last lines stand in status log and log. A run that ended before it could begin tells that by mail only."""
-    services, report = run.services, run.report()
+    services, report, status = run.services, run.report(), int(ExitStatus.BUG)
     with services.signals.shielded():
-        if run.is_told or run.wording is not None and run.ended_by is not None:
-            report = mailed(run, report)
-        if run.lock is not None:
-            status = report.exit_status if run.is_told else ExitStatus.BUG
-            run.tidy("giving back the lock of this config", lambda: end_config_lock(run.lock, status))
+        try:
+            if run.is_told or run.wording is not None and run.ended_by is not None:
+                report = mailed(run, report)
+            status = report.exit_status if run.is_told else status
+        finally:
+            if run.lock is not None:       # another host leaves the config to a run that ended well
+                run.tidy("giving back the lock of this config", lambda: end_config_lock(run.lock, status))
         if run.is_told:
             run.status_log.end_run(report)
             services.signals.come_too_late()
@@ -11042,8 +11044,7 @@ COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": comm
 # =============================================================================
 # 26. main
 # =============================================================================
-# From argv to an exit status: help, arguments, config, the action, and one
-# place that turns errors into what people and cron are told.
+# From argv to an exit status: help, arguments, config, and the action in its run.
 
 
 def open_standard_descriptors() -> None:
