@@ -95,6 +95,7 @@ import itertools
 import json
 import queue
 import re
+import resource
 import select
 import signal
 import socket
@@ -1798,6 +1799,7 @@ class Log:
         self._out = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
         self._err = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
         self._progress = False
+        self.is_for_program = False        # what is shown is for a program: stdout is kept for it
 
     def keep_secret(self, password: str) -> None:
         """From now on the password is struck out of what a bug's traceback quotes; our own sentences never
@@ -1813,7 +1815,7 @@ class Log:
 
     def info(self, sentence: str) -> None:
         """Something happened as it should."""
-        self._line(self._out, sentence)
+        self._line(self._err if self.is_for_program else self._out, sentence)
 
     def warning(self, sentence: str) -> None:
         """The administrator should look some day."""
@@ -2222,14 +2224,17 @@ CANT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def storage_errors(doing: str) -> Iterator[None]:
-    """Inside, an OSError becomes a CatalogError that says what was being done."""
+def storage_errors(doing: str, is_elsewhere: bool = False) -> Iterator[None]:
+    """Inside, an OSError becomes a CatalogError that says what was being done, and of a file that lies
+    elsewhere nothing about the store."""
     try:
         yield
     except BrokenPipeError:
         raise                       # the program at the other end has ended: it tells why
     except OSError as error:
         reason = os_reason(error)
+        if is_elsewhere:
+            raise ERROR_KINDS.get(error.errno, CatalogError)(f"{doing}: {reason}.")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFull(f"{doing}: no space left on the backup storage ({reason}). Free space there, "
                               "lower max_backups, or set pre_clean=yes.")
@@ -2562,7 +2567,7 @@ class NewFile:
         self._path, self._partial = fs_path(path), fs_path(path + PARTIAL)
         if os.path.lexists(self._path):
             raise NameTaken(f"{path} exists already and was left as it is.")
-        with storage_errors(f"making {path + PARTIAL}"):
+        with storage_errors(f"making {path + PARTIAL}", is_elsewhere=True):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self.fd = os.open(self._partial, flags, 0o600)
 
@@ -2571,7 +2576,7 @@ class NewFile:
 
     def complete(self, size: Optional[int] = None) -> None:
         """All is on disk, under its own name, of that size; a file that came there meanwhile stays."""
-        with storage_errors(f"writing {self.shown}"):
+        with storage_errors(f"writing {self.shown}", is_elsewhere=True):
             if size is not None:
                 os.ftruncate(self.fd, size)
             os.fsync(self.fd)
@@ -2586,7 +2591,7 @@ class NewFile:
     def __exit__(self, *_: Any) -> None:
         os.close(self.fd)
         if self._partial:
-            with storage_errors(f"removing {self.shown + PARTIAL}"):
+            with storage_errors(f"removing {self.shown + PARTIAL}", is_elsewhere=True):
                 os.unlink(self._partial)
 
 
@@ -4159,10 +4164,11 @@ def note_digest(disks: Dict[str, array], disk: str, number: int, content: memory
     digests[number] = int.from_bytes(hashlib.sha1(content).digest()[:8], "big")
 
 
-def write_in_place(fd: int, _: str, number: int, content: memoryview) -> None:
+def write_in_place(file: NewFile, _: str, number: int, content: memoryview) -> None:
     """That MiB of a disk is in the file; those of zeros, which never come here, take no room in it."""
-    os.lseek(fd, number * MEBIBYTE, os.SEEK_SET)
-    write_all(fd, content)
+    with storage_errors(f"writing {file.shown}", is_elsewhere=True):
+        os.lseek(file.fd, number * MEBIBYTE, os.SEEK_SET)
+        write_all(file.fd, content)
 
 
 # =============================================================================
@@ -5323,7 +5329,10 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
     feeder = Consumer("zstd", write_pipe, os.dup(program.stdin_fd))
 
     def check_ending() -> None:
-        if program.wait(PROGRAM_ENDING_S) != 0 or not feeder.result:
+        status = program.wait(PROGRAM_ENDING_S)
+        if status is None or status < 0:           # killed, for the memory that it wanted perhaps
+            raise ProgramError("zstd did not end" if status is None else ending_text("zstd", status))
+        if status != 0 or not feeder.result:
             raise CompressionDamaged("the zstd file is damaged or cut short: "
                                      f"{one_line(program.said or 'no reason given')}")
 
@@ -5967,6 +5976,7 @@ def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
 
 
 MANIFEST_FORMAT = 1
+MOST_COPIES = 10 ** 9                  # of one VM: a later number is none that was counted
 MAYBE_TEXT = (str, type(None))
 MANIFEST_SHAPE = {                     # as check_shape() takes it; it may hold more
     "kind": str, "taken_at": str, "sequence": int, "copies_to_keep": int,
@@ -6015,6 +6025,8 @@ def parse_manifest(content: bytes) -> Dict[str, Any]:
     name = manifest["image"]["name"]
     if not IMAGE_NAME.fullmatch(name) or "/" in name or "\0" in name or re.search("[\ud800-\udfff]", name):
         raise ValueError("image.name is not the name of an image")
+    if not 0 <= manifest["sequence"] < MOST_COPIES:
+        raise ValueError("sequence is no number of a copy")
     Method(manifest["kind"])
     parse_utc(manifest["taken_at"])
     return manifest
@@ -6338,7 +6350,9 @@ def begin_run(catalog: Catalog, name: str, header: Dict[str, Any], now_s: float)
 def keep_reserve(catalog: Catalog) -> None:
     """A little space is set aside for the journal of a run that begins on a full store."""
     with contextlib.suppress(CatalogError), catalog.state("runs") as folder:
-        if folder.status(RESERVE) is None:
+        status = folder.status(RESERVE)
+        if status is None or status.st_size != RESERVE_BYTES:       # a full store cut it short
+            folder.remove_file(RESERVE)
             folder.write(RESERVE, bytes(RESERVE_BYTES))
 
 
@@ -7288,6 +7302,7 @@ def make_xe(services: Services) -> XeProgram:
 
 # --- the frame ----------------------------------------------------------------------
 
+REMOVAL_LIMIT_S = HOUR_S           # some file systems take minutes to free terabytes
 FOR_EVER_S = float("inf")          # what only reads the store may take all its time, until a signal comes
 
 class Run:
@@ -7486,7 +7501,8 @@ def take_config_lock(services: Services, inventory: Inventory) -> Optional[LockF
     if not ours:
         raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was "
                        f"started.")
-    lock.write_text(dict(signature(services, inventory), state="running"))
+    with contextlib.suppress(StorageFull):     # the text is for others, and this run may be to make room
+        lock.write_text(dict(signature(services, inventory), state="running"))
     return lock
 
 
@@ -7854,7 +7870,8 @@ class BackupRun:
         tell(self._plan.findings)
         tell(Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings)
         tell(self._clear_leftovers())
-        self.placement.claim_all(job.machine for _, job in jobs)
+        self.run.in_store("looking for the directories", lambda: self.placement.claim_all(
+            job.machine for _, job in jobs), FOR_EVER_S)
         tell(self._check_retention())
         if settings.pool_db_backup:
             tell(self._dump_pool_database())
@@ -8056,9 +8073,11 @@ class BackupJob:
                 self._prune(copies, job.keep - 1, "to make room")
             sealed, size_bytes = self._make_copy(folder)
             outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes)
-            try:                                   # whatever comes now, the new copy is sealed and good
+            try:                                   # whatever comes now, the new copy is sealed
                 return outcome._replace(kept=self._retain(folder.name, sealed))
-            except BackupError as error:
+            except VerificationError as error:
+                outcome = outcome._replace(error=str(error), status_word="SEAL-FAIL", cause=error)
+            except (BackupError, Interrupted) as error:
                 run.note(error)
                 self._warn(f"older copies were not pruned: {error}")
             except Exception as bug:
@@ -8079,7 +8098,7 @@ class BackupJob:
             with stage("LOCK-FAIL"):
                 self._wait_for_lock(lock, name)
             try:
-                folder = placement.look_again(name)                    # under the lock
+                folder = self._run.in_store(f"listing {name}", lambda: placement.look_again(name))
                 if placement.folder_name(self._job.machine) == name:
                     yield folder
                     return
@@ -8112,7 +8131,8 @@ class BackupJob:
         taken_at = services.clock.utc()
         machine = self._read_again()
         with stage("DIR-FAIL"):
-            copy = services.catalog.new_copy(folder.name, services.clock.local())
+            copy = run.in_store("beginning the copy", lambda: services.catalog.new_copy(
+                folder.name, services.clock.local()))
         try:
             services.log.info(f"{machine.title}: {self._job.method.value} into {folder.name}/{copy.name}")
             with stage("METADATA-FAIL"):
@@ -8224,10 +8244,17 @@ class BackupJob:
 
     def _retain(self, folder_name: str, sealed: str) -> int:
         """Older copies beyond the number to keep are gone, never the one just sealed; the number of good ones
-        there."""
-        job, log = self._job, self._services.log
-        folder = self._services.catalog.folder(folder_name)
+        there. VerificationError if that one does not read back as good."""
+        job, log, place = self._job, self._services.log, f"{folder_name}/{sealed}"
+        folder = self._run.in_store(f"listing {folder_name}",
+                                    lambda: self._services.catalog.folder(folder_name))
         copies = self._backup.placement.own_view(folder, job.machine)
+        made = next((copy for copy in copies if copy.name == sealed), None)
+        if made is not None and made.is_unreadable:
+            raise CatalogError(f"{place}, just made, can't be read: {made.problem}.")
+        if made is None or not made.is_good:
+            raise VerificationError(f"{place}, just made, does not read back as a good copy"
+                                    f"{f' ({made.trouble})' if made else ''}: nothing was pruned.")
         for copy in copies:
             if not copy.is_good:
                 log.info(f"{folder_name}/{copy.name} is not a good copy and is left: {copy.trouble}.")
@@ -8252,7 +8279,8 @@ class BackupJob:
             place = f"{verdict.copy.folder}/{verdict.copy.name}"
             try:
                 self._run.check_alive()
-                if not self._services.catalog.remove_copy(verdict.copy):
+                if not self._run.in_store(f"removing {place}", functools.partial(
+                        self._services.catalog.remove_copy, verdict.copy), REMOVAL_LIMIT_S):
                     log.info(f"{title}: {place} is being read by a restore or drill: a later run removes it.")
                     continue
             except TakenOver:
@@ -10094,7 +10122,7 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
         if free is not None and free < disk.virtual_size:
             services.log.warning(f"{file.shown}: {format_size(free)} are free there, less than the disk's "
                                  f"full size of {format_size(disk.virtual_size)}; its zeros take no room.")
-        sink = MebibyteSink(functools.partial(write_in_place, file.fd),
+        sink = MebibyteSink(functools.partial(write_in_place, file),
                             disk.id if source.is_archive else "image")
         check = stream_image(source, shown_progress(services, title, source.copy.size_bytes), [sink],
                              advice="No file was left.")
@@ -10114,7 +10142,7 @@ def extract_metadata(services: Services, source: Source, path: str) -> None:
     if not path:
         services.log.show(text.decode("utf-8", "replace"))
         return
-    with NewFile(path) as file, storage_errors(f"writing {path}"):
+    with NewFile(path) as file, storage_errors(f"writing {path}", is_elsewhere=True):
         write_all(file.fd, text)
         file.complete()
     services.log.show(f"{path}: the metadata of {quote_name(source.vm_name)} ({source.copy.name}).")
@@ -10761,7 +10789,7 @@ LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only ad
 
 def note_in_pool(services: Services, rows: Sequence[Dict[str, Any]]) -> None:
     """Each row tells whether the pool still has its VM: None where no pool can be asked from here, or it is
-    another pool's."""
+    another pool's, or it does not tell its uuid."""
     inventory, uuids = None, set()         # type: Optional[Inventory], Set[str]
     try:
         if services.arguments.password != "-" or os.path.exists(fs_path(own_doors()[0].host)):
@@ -10770,7 +10798,7 @@ def note_in_pool(services: Services, rows: Sequence[Dict[str, Any]]) -> None:
     except (PoolError, ApiFailure) as error:
         services.log.info(f"the pool was not asked which VMs it knows: {error}")
     for row in rows:
-        is_known = inventory is not None and row["pool"] in ("", inventory.pool_uuid)
+        is_known = inventory is not None and row["uuid"] and row["pool"] in ("", inventory.pool_uuid)
         row["in_pool"] = row["uuid"] in uuids if is_known else None
 
 
@@ -10948,6 +10976,7 @@ def command_verify(run: Run) -> None:
 def command_list(run: Run) -> None:
     """Shown: what is in the store, as text or JSON, and what of it the pool has no more."""
     show, as_json = run.services.log.show, run.services.arguments.parameters["format"] == "json"
+    run.services.log.is_for_program = as_json
     catalog, rows, strangers = run.in_store("listing the store", lambda: rows_of_store(run.services),
                                             FOR_EVER_S)
     if not as_json and rows + strangers:
@@ -11047,6 +11076,9 @@ COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": comm
 # From argv to an exit status: help, arguments, config, and the action in its run.
 
 
+MOST_DESCRIPTORS = 65536
+
+
 def open_standard_descriptors() -> None:
     """0, 1 and 2 lead somewhere: closed ones would be given to the first files that are opened, and to our
     children."""
@@ -11057,9 +11089,18 @@ def open_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)         # the lowest free number: this one
 
 
+def raise_descriptor_limit() -> None:
+    """As many files can be open as the system lets us: a lock file is never closed, and each VM has two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main(argv: Sequence[str]) -> int:
     """The exit status of that command line."""
     open_standard_descriptors()
+    raise_descriptor_limit()
     os.umask(0o077)                        # images hold whole disks, dumps hold secrets
     clock = Clock()
     log = Log(clock)

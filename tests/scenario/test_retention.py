@@ -349,3 +349,16 @@ def test_preview_tells_what_retention_would_remove_and_the_run_removes_just_that
     told = [name for name in given if 'removes ' + name in shown]
     assert shelf.is_unchanged() and backup(pool, shelf, 'vm-export=web:%d' % keep).exit_status == 0
     assert told == [name for name in given if name not in shelf.names('web')] == given[:4 - keep]
+
+
+def test_a_new_copy_that_does_not_count_as_good_is_no_success(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(complete('web', days_ago=2))
+    older, = shelf.copies('web')
+    path = shelf.at('web', older, 'backup.json')
+    with open(path) as file:
+        manifest = json.load(file)
+    with open(path, 'w') as file:
+        json.dump(dict(manifest, sequence=10 ** 9 - 1), file)
+    run = backup(pool, shelf, 'vm-export=web', 'max_backups=1')
+    assert run.exit_status == 1 and 'does not read back as a good copy' in run.stderr and '1 not: web' in run.stdout, run
+    assert older in shelf.copies('web')
