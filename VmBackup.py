@@ -7079,7 +7079,7 @@ class Outcome(NamedTuple):
     size_bytes: int = 0
     seconds: float = 0.0
     kept: int = 0
-    cause: Optional[Exception] = None
+    cause: Optional[BaseException] = None
     findings: Tuple[Finding, ...] = ()
 
 
@@ -7408,12 +7408,12 @@ class Run:
                 self.findings.append(finding)
 
     def settle(self, number: int, outcome: Outcome) -> None:
-        """That is what became of the thing of that number, and it is told. PoolError if the pool is gone:
-        what is behind that one would fail too."""
+        """That is what became of the thing of that number, and it is told. Raises what ends the run with it: a
+        pool that is gone, as what is behind would fail too, or a signal."""
         self.outcomes[number] = outcome
         self.tell(outcome.findings)
         self.status_log.end(outcome)
-        if isinstance(outcome.cause, PoolError) and not isinstance(outcome.cause, AnswerLost):
+        if isinstance(outcome.cause, (PoolError, Interrupted)) and not isinstance(outcome.cause, AnswerLost):
             raise outcome.cause
         if outcome.error is not None and not is_bug(outcome.cause):
             self.services.log.error(f"{outcome.title}: {outcome.error}")
@@ -8079,7 +8079,8 @@ class BackupJob:
                 outcome = outcome._replace(error=str(error), status_word="SEAL-FAIL", cause=error)
             except (BackupError, Interrupted) as error:
                 run.note(error)
-                self._warn(f"older copies were not pruned: {error}")
+                self._warn(f"older copies were not pruned: {str(error).rstrip('.')}.")
+                outcome = outcome._replace(cause=error if isinstance(error, Interrupted) else None)
             except Exception as bug:
                 self._services.log.bug(bug, job.machine.title + ": ")
                 outcome = outcome._replace(cause=bug)

@@ -378,6 +378,21 @@ def test_a_signal_while_the_store_hangs_still_clears_the_pool_and_ends_the_run(a
     assert run.exit_status == 128 + signal.SIGTERM and run.never_says('Traceback'), run
 
 
+@pytest.mark.parametrize('where', [r'rename web/backup-[-0-9]*$', r'unlink web/.*\.deleting/'])
+def test_a_signal_while_the_store_hangs_in_pruning_ends_the_run_and_the_new_copy_stands(a_pool: Any, a_shelf: Any,
+                                                                                       where: str) -> None:
+    pool, shelf, lines = a_pool(vm('web')), a_shelf(), ('vm-export=web', 'max_backups=1', 'stall_timeout=1440')
+    step = steps_before(pool, shelf, where, *lines) + 1
+    trace = os.path.join(pool.home, 'trace of the run that hangs')
+    process = Process(['-', shelf.config(*lines)], pool.environment(),
+                      in_trouble(pool, store=shelf.path, trace=trace, step=step, do='hang', stays=True, hurried=True))
+    assert eventually(lambda: os.path.exists(trace) and len(lines_of(trace)) >= step, 60), process.output
+    process.signal(signal.SIGTERM)
+    run = process.ending(60)
+    assert run.exit_status == 128 + signal.SIGTERM and 'older copies were not pruned' in run.stderr, run
+    assert '1 VM backed up' in run.stdout and pool.has_no_snapshots_of_ours(), run
+
+
 def lines_of(path: str) -> List[str]:
     with open(path) as file:
         return file.readlines()
