@@ -7408,8 +7408,8 @@ class Run:
                 self.findings.append(finding)
 
     def settle(self, number: int, outcome: Outcome) -> None:
-        """That is what became of the thing of that number, and it is told. Raises what ends the run with it: a
-        pool that is gone, as what is behind would fail too, or a signal."""
+        """That is what became of the thing of that number, and it is told. Raises what ends the run with it:
+        a pool that is gone, as what is behind would fail too, or a signal."""
         self.outcomes[number] = outcome
         self.tell(outcome.findings)
         self.status_log.end(outcome)
