@@ -5621,12 +5621,6 @@ class Catalog:
 
     # --- removing ----------------------------------------------------------------------
 
-    def remove_pool_dump(self, folder_name: str, name: str) -> None:
-        """The dump is gone."""
-        with self.root.child(folder_name) as folder:
-            folder.remove_file(name)
-            folder.sync()
-
     def remove_copy(self, copy: Copy) -> bool:
         """The copy is gone: from its name in one step, then from the disk. False if somebody reads it."""
         self.check_in_place()
@@ -8025,7 +8019,9 @@ class BackupRun:
             return
         for old in dumps[:-most]:
             self.run.check_alive()
-            catalog.remove_pool_dump(folder, old)
+            with catalog.root.child(folder) as place:
+                place.remove_file(old)
+                place.sync()
             self._services.log.info(f"pool database: removed {folder}/{old}: {counted(most, 'dump', 'is')} "
                                     f"kept.")
 
