@@ -4006,13 +4006,6 @@ BLOCK_LINE = re.compile(rb"(?P<disk>[!-~]{1,100}) (?P<number>[0-9]{1,15}) (?P<di
 LONGEST_LINE_BYTES = 256
 
 
-class Block(NamedTuple):
-    """A block of an image: the disk's name there, the block's number and its digest."""
-    disk: str
-    number: int
-    digest: str
-
-
 class BlocksFile:
     """Writes the lines into a file whose descriptor is taken over; digested, its length known.
 
@@ -4066,27 +4059,18 @@ class BlockComparer:
 
 
 def _difference(recorded: bytes, found: bytes) -> str:
-    there, here = _parse_block(recorded), _parse_block(found)
-    if there is None and recorded:
+    there, here = BLOCK_LINE.fullmatch(recorded), BLOCK_LINE.fullmatch(found)
+    if recorded and not there:
         return f"the list of recorded blocks has a line that is none: {excerpt(recorded)}"
-    if there is None:
-        return f"{_name_block(here, found)} is in the image, but not among the blocks recorded at its export"
-    if here is not None and (there.disk, there.number) == (here.disk, here.number):
-        return (f"{_name_block(here, found)} has the digest {here.digest}, {there.digest} was recorded at "
-                "the export")
-    return (f"{_name_block(there, recorded)} was recorded at the export, the image has "
-            f"{_name_block(here, found)} in its place")
-
-
-def _name_block(block: Optional[Block], line: bytes) -> str:
-    if block is not None:
-        return f"block {block.number} of disk {block.disk}"
-    return f"the line {excerpt(line)}" if line else "no further block"
-
-
-def _parse_block(line: bytes) -> Optional[Block]:
-    match = BLOCK_LINE.fullmatch(line)
-    return match and Block(match.group(1).decode(), int(match.group(2)), match.group(3).decode())
+    before, now = [f"block {int(match.group('number'))} of disk {match.group('disk').decode()}" if match else
+                   f"the line {excerpt(line)}" if line else "no further block"
+                   for match, line in ((there, recorded), (here, found))]
+    if not there:
+        return f"{now} is in the image, but not among the blocks recorded at its export"
+    if before == now:
+        return (f"{now} has the digest {here.group('digest').decode()}, {there.group('digest').decode()} was "
+                "recorded at the export")
+    return f"{before} was recorded at the export, the image has {now} in its place"
 
 
 def listed(reader: Reader, blocks: Any) -> Reader:
@@ -4474,13 +4458,13 @@ class Check(Consumer):
     def read(self, reader: Reader) -> None:
         collections.deque(self._pieces(reader), 0)
 
-    def read_file(self, fd: int, is_whole: bool) -> Iterator[Any]:
+    def read_file(self, fd: int) -> Iterator[Any]:
         """The source of a flow that is the check itself: of a file whose parts may lie anywhere. The
-        descriptor is taken over. `is_whole` false: damage is put up with."""
+        descriptor is taken over."""
         try:
             yield from self._pieces(fd)
         except VerificationError:
-            if not is_whole:
+            if not self._how["is_whole"]:
                 self.salvage()
             raise
         finally:
@@ -5303,12 +5287,11 @@ def unzstd(reader: Reader) -> Iterator[memoryview]:
 
 
 def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored: Sequence[Any],
-                  plain: Sequence[Any], is_foreign_vhd: bool = False, is_whole: bool = True) -> List[Flow]:
+                  plain: Sequence[Any], is_foreign_vhd: bool = False) -> List[Flow]:
     """Flows that bring the stored bytes of an image to `stored` and their plain content to `plain`.
 
     The VHD of another program that is not compressed is read by its check, all that there is for it, wherever
-    its parts lie; `is_whole` false: damage is put up with. A program that is needed lives as long as the
-    stack. ProgramError if it is not here.
+    its parts lie. A program that is needed lives as long as the stack. ProgramError if it is not here.
     """
     stored, plain, path = list(stored), list(plain), None
     if compression == "zstd" and not libzstd():
@@ -5318,7 +5301,7 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
             raise ProgramError("the program zstd is not here, which this image needs")
     if is_foreign_vhd and compression == "none":
         check, = plain
-        return [Flow(lambda: check.read_file(fd, is_whole), [], check.name)]
+        return [Flow(lambda: check.read_file(fd), [], check.name)]
     if compression == "none":
         return [Flow(fd, stored + plain)]
     if compression == "gzip":
@@ -8497,7 +8480,7 @@ def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumer
             digests = [stored, plain] if manifest else []
             flows = reading_flows(stack, inside.open_file(copy.image), compression,
                                   digests[:1] if compression != "none" else [], [*digests[1:], *consumers],
-                                  is_foreign_vhd(copy), problems is None)
+                                  is_foreign_vhd(copy))
         pump(flows, on_tick, doing, problems)
     problem = digest_problem(copy, manifest["image"], stored, plain) if manifest else ""
     if problem:
@@ -8942,7 +8925,7 @@ def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: b
                                         "overwritten")
         with contextlib.ExitStack() as stack, contextlib.suppress(Enough):
             flows = reading_flows(stack, inside.open_file(copy.image), compression, [], [look],
-                                  is_foreign_vhd(copy), not force)
+                                  is_foreign_vhd(copy))
             pump(flows, on_tick, f"reading {copy.image}", problems if force else None)
             if problems:                    # the last is what the look itself has found
                 raise problems[-1]
