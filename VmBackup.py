@@ -229,7 +229,6 @@ class StorageMisbehaved(CatalogError):
 
 class StorageStalled(StorageMisbehaved):
     """The storage hangs in the kernel: nothing that needs it can be waited for."""
-    passing = False
 
 
 class TakenOver(StorageMisbehaved):
@@ -323,7 +322,8 @@ def quote_name(name: str) -> str:
     """The name as it is if it is plain; else in double quotes with control characters shown."""
     if re.fullmatch(r"[\w.+@()-]+( [\w.+@()-]+)*", name):
         return name
-    return '"%s"' % one_line(name).replace('"', '\\"')
+    escaped = one_line(name).replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 # =============================================================================
@@ -491,7 +491,7 @@ def counted(number: int, noun: str = "", verb: str = "") -> str:
     """`1 copy`, `2 copies`, `3 VMs are`: the number with its noun and verb, both given for one."""
     if number != 1:
         noun = noun[:-1] + "ies" if noun.endswith("y") else noun and noun + "s"
-    return f"{int(number)}{noun and ' ' + noun}{verb and ' ' + verb if number == 1 else PLURAL_VERBS[verb]}"
+    return f"{number}{noun and ' ' + noun}{verb and ' ' + verb if number == 1 else PLURAL_VERBS[verb]}"
 
 
 # --- names of directories -----------------------------------------------------
@@ -806,7 +806,7 @@ class PoolAddress(NamedTuple):
     def url(self) -> str:
         """The address as a URL, an IPv6 address in brackets."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{int(self.port)}"
+        return f"{self.scheme}://{host}:{self.port}"
 
 
 class Setting(NamedTuple):
@@ -891,12 +891,13 @@ def read_settings(raw: bytes, source: str) -> Tuple[List[Setting], List[str]]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        return [], [f"{source}:{int(line)}: this is not UTF-8 text: is it the right file?"]
+        return [], [f"{source}:{line}: this is not UTF-8 text: is it the right file?"]
     if "\0" in text:
-        return [], ["%s:%d: this is not a text file." % (source, text.count("\n", 0, text.index("\0")) + 1)]
+        line = text.count("\n", 0, text.index("\0")) + 1
+        return [], [f"{source}:{line}: this is not a text file."]
     settings, problems = [], []
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
-        place = f"{source}:{int(number)}"
+        place = f"{source}:{number}"
         if line.startswith("#") or not line.strip():
             continue
         name, equals, value = line.partition("=")
@@ -1060,9 +1061,10 @@ def parse_selector(setting: Setting, wildcards: str) -> Selector:
         raise ValueError("the name is empty: write * if every VM is meant.")
     match = re.fullmatch("(:0*([1-9][0-9]{0,8}))?" if is_bare else r"(\s*:\s*0*([1-9][0-9]{0,8}))?", rest)
     if not match and is_bare:
+        quoted = one_line(text.replace('"', '\\"'))
         raise ValueError('what follows the last ":" must be a whole number from 1, the copies to keep; if '
                          'the colon belongs to the name, write it in quotes, and a regex between slashes: '
-                         '"%s" or /%s/.' % (one_line(text.replace('"', '\\"')), one_line(text)))
+                         f'"{quoted}" or /{one_line(text)}/.')
     if not match:
         raise ValueError(f'"{one_line(rest)}" behind the selector is not :N with N a whole number from 1.')
     if form in ("regex", "prefix-regex", "wildcard"):
@@ -2138,7 +2140,7 @@ class XeProgram(NamedTuple):
         try:
             os.write(write_end, (f"root\n{self.password}\n").encode("utf-8", "surrogateescape"))
             os.close(write_end)
-            options = ("-s", self.address.host, "-u", "root", "-pwf", f"/dev/fd/{int(read_end)}")
+            options = ("-s", self.address.host, "-u", "root", "-pwf", f"/dev/fd/{read_end}")
             # A port that is given counts for TLS and plain alike, also where the server sends xe on to
             # another host (newcli.ml get_xapiport), and to 127.0.0.1 xe never speaks TLS: so only one that is
             # unusual is given.
@@ -2174,8 +2176,8 @@ def ending_text(name: str, status: int) -> str:
         try:
             return f"{name} was killed by {signal.Signals(-status).name}"
         except ValueError:
-            return f"{name} was killed by signal {int(-status)}"
-    return f"{name} ended with exit status {int(status)}"
+            return f"{name} was killed by signal {-status}"
+    return f"{name} ended with exit status {status}"
 
 
 # `xe` can exit 0 after a failed export and say so only here (ocaml/xapi-cli-server/cli_operations.ml
