@@ -114,6 +114,20 @@ def test_a_vm_that_the_pool_no_longer_has_is_told_only_where_the_pool_was_asked(
     assert rows(list_store(shelf, 'format=json'))['web vm-export']['in_pool'] is None
 
 
+def test_a_vm_whose_uuid_is_not_known_is_not_missed_in_the_pool(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(old('db', days_ago=2, uuid='-'))
+    run = backup(pool, shelf, 'vm-export=web', words=['list'])
+    assert run.exit_status == 0 and 'uuid unknown' in run.stdout and 'NO LONGER' not in run.stdout, run
+
+
+def test_json_stays_json_when_the_pool_does_not_answer(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(complete('web', days_ago=2))
+    pool.process.send_signal(signal.SIGKILL)
+    run = backup(pool, shelf, 'vm-export=web', words=['list', 'format=json'])
+    assert run.exit_status == 0 and [row['in_pool'] for row in json.loads(run.stdout)['vms']] == [None], run
+    assert 'the pool was not asked' in run.stderr, run
+
+
 def test_a_copy_from_another_pool_is_not_missed_in_this_one(a_pool: Any, a_shelf: Any) -> None:
     shelf = a_shelf(complete('web', pool={'uuid': '00000000-0000-4000-8000-000000000001', 'name': 'elsewhere'}))
     pool = a_pool(vm('db'))

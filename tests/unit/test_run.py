@@ -1,5 +1,9 @@
 """What a run and its watch make of a pool or a store that gives no answer where nothing hangs on it."""
 
+import errno
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -104,3 +108,21 @@ def test_a_store_that_hangs_on_the_way_out_is_waited_for_once(monkeypatch):
     run.tidy('more', lambda: done.append('more'))
     assert run.storage_hangs and done == ['that'] and len([line for line in log.lines if line.startswith('hung')]) == 1
     assert not [line for line in log.lines if line.startswith('more')]
+
+
+def test_as_many_files_can_be_open_as_the_system_lets_us():
+    """A lock file is never closed, and each VM has two: the usual 1,024 are too few for a large pool."""
+    code = ('import resource; hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; '
+            'resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); import VmBackup; VmBackup.raise_descriptor_limit(); '
+            'print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] == (65536 if hard < 0 else min(hard, 65536)))')
+    shown = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, check=True,
+                           cwd=os.path.dirname(os.path.abspath(VmBackup.__file__)))
+    assert shown.stdout == b'True\n'
+
+
+def test_a_full_disk_elsewhere_is_not_called_the_backup_storage():
+    for number, is_elsewhere, said in ((errno.ENOSPC, False, 'pre_clean'), (errno.EIO, False, 'the backup storage misbehaved')):
+        for elsewhere in (is_elsewhere, True):
+            with pytest.raises(VmBackup.CatalogError) as caught, VmBackup.storage_errors('writing x', elsewhere):
+                raise OSError(number, os.strerror(number))
+            assert (said in str(caught.value)) is not elsewhere and os.strerror(number) in str(caught.value)
