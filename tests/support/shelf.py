@@ -59,9 +59,9 @@ def complete(name: str, days_ago: float = 1, kind: str = 'vm-export', folder: st
 def damaged(name: str, days_ago: float = 1, kind: str = 'vm-export') -> Given:
     """A copy that was sealed, and whose image has since lost its end."""
     def put(shelf: 'Shelf', sequence: int) -> None:
-        complete(name, days_ago, kind).put(shelf, sequence)
-        path = shelf.at(name, 'backup-' + stamp(days_ago, '%Y-%m-%d-%H%M%S'), name + suffix_of(kind))
-        with open(path, 'r+b') as file:
+        path = shelf.at(name, 'backup-' + stamp(days_ago, '%Y-%m-%d-%H%M%S'))
+        write_copy(path, name, uuid_of(name), kind, sequence, days_ago, IMAGE, {})
+        with open(os.path.join(path, name + suffix_of(kind)), 'r+b') as file:
             file.truncate(len(IMAGE) // 2)
     return Given(name, days_ago, put)
 
