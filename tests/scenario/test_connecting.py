@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.deeds import backup, beginning, objects, preview
+from support.deeds import backup, beginning, is_exporting, objects, preview
 from support.language import MEBIBYTE, at, disk, vm
 from support.process import PASSWORD, TESTS, Pool
 from support.shelf import Shelf
@@ -169,10 +169,10 @@ def test_a_master_that_moves_during_the_run_is_followed(a_pool: Any, a_shelf: An
 
 def test_a_pool_that_restarts_in_the_middle_is_waited_for(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(vm('db'), vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]),
-                  faults=[at('http:/export', object='db', runs_at=2 * MEBIBYTE)])
+                  faults=[at('http:/export', object='db', runs_at=MEBIBYTE // 2)])
     shelf, port = a_shelf(), pool.port
     with beginning(pool, shelf, 'vm-export=*') as process:
-        assert eventually(lambda: pool.calls('api:VM.set_is_a_template'))
+        assert eventually(is_exporting(shelf))
         pool.stop()
         pool.set_faults([])
         pool.start(port)
