@@ -58,7 +58,12 @@ def extract(shelf: Shelf, *words: str) -> Run:
 
 def machine(pool: Pool, name: str) -> Dict[str, Any]:
     """The record of the only real VM of that name."""
-    found = [record for record in pool.dump()['VM'].values() if record['name_label'] == name
+    return machine_in(pool.dump(), name)
+
+
+def machine_in(objects: Dict[str, Any], name: str) -> Dict[str, Any]:
+    """The same, of what is in a pool."""
+    found = [record for record in objects['VM'].values() if record['name_label'] == name
              and not record['is_a_snapshot'] and not record['is_a_template']]
     assert len(found) == 1, [record['name_label'] for record in found]
     return found[0]
@@ -72,7 +77,7 @@ def disks_of(pool: Pool, name: str) -> Dict[str, Dict[str, Any]]:
     """The VDIs of that VM by userdevice, each with its VBD and its SR's name."""
     objects = pool.dump()
     found = {}
-    for ref in machine(pool, name)['VBDs']:
+    for ref in machine_in(objects, name)['VBDs']:
         vbd = objects['VBD'][ref]
         if vbd['type'] == 'Disk':
             vdi = objects['VDI'][vbd['VDI']]
@@ -84,7 +89,7 @@ def interfaces_of(pool: Pool, name: str) -> List[Any]:
     """(device, network, MAC) of that VM's interfaces."""
     objects = pool.dump()
     return sorted((objects['VIF'][ref]['device'], objects['network'][objects['VIF'][ref]['network']]['name_label'],
-                   objects['VIF'][ref]['MAC']) for ref in machine(pool, name)['VIFs'])
+                   objects['VIF'][ref]['MAC']) for ref in machine_in(objects, name)['VIFs'])
 
 
 def holds(pool: Pool, name: str, *disks: Dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 Sources: the files named are those of xapi v24.19.2; what was recorded or tried on a real server of that version says so.
 """
 
+import json
 from typing import Any, List
 
 from support.language import MEBIBYTE, at, disk, vm
@@ -187,6 +188,21 @@ def test_the_four_memory_values_are_one(a_pool: Any) -> None:
     assert refused(api.VM.set_memory_static_max, web, small)[0] == 'MEMORY_CONSTRAINT_VIOLATION_MAXPIN'
     api.VM.set_memory(web, small)
     assert api.VM.get_memory_static_max(web) == small
+
+
+# --- looking at a pool from outside -------------------------------------------------------------------------------------
+
+def test_what_its_commands_print_of_a_pool_is_what_tests_see_of_it(a_pool: Any) -> None:
+    pool = a_pool(vm('web', disks=[disk(size=3 * MEBIBYTE + 512, used=[[1, 1]], seed=5)], tags=['Zo\u00eb'], snapshots=1))
+    session = pool.session()
+    session.xenapi.VM.snapshot(ref_of(session, 'web'), 'another')
+    pool.command('write', '--dir', pool.dir, '--vm', 'web', '--device', 'xvda', '--block', '0')
+    vdi = uuid_of(session, 'VDI', disks_of(session, ref_of(session, 'web'))[0])
+    for _ in ('while it serves', 'afterwards'):
+        assert json.loads(pool.command('dump', '--dir', pool.dir).decode('utf-8')) == pool.dump()
+        content = pool.command('read', '--dir', pool.dir, '--vdi', vdi)
+        assert content == pool.read(vdi) and len(content) == 3 * MEBIBYTE + 512 and content[:MEBIBYTE].strip(b'\0')
+        pool.stop()
 
 
 # --- snapshots and copies --------------------------------------------------------------------------------------------
