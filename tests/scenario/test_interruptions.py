@@ -9,7 +9,7 @@ from typing import Any, List
 import pytest
 
 from support import warm
-from support.deeds import Process, backup, beginning, in_trouble, is_exporting, objects
+from support.deeds import Process, backup, beginning, hurried_backup, in_trouble, is_exporting, objects
 from support.language import MEBIBYTE, at, disk, vm
 from support.process import CRON_PATH, Pool, ended
 from support.shelf import complete, unfinished
@@ -289,9 +289,9 @@ def test_what_xe_says_of_a_reason_that_passes_gives_a_second_try(a_pool: Any, a_
 @pytest.mark.parametrize('answer', [{'drops': True}, {'fails': ['INTERNAL_ERROR', 'x']}])
 def test_a_poll_of_an_sr_without_an_answer_does_not_cost_a_healthy_export(a_pool: Any, a_shelf: Any, answer: Any) -> None:
     polls = [at('api:SR.get_record', nth=number, **answer) for number in range(2, 6)]
-    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=MEBIBYTE * 2 // 3)] + polls)
+    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=3 * MEBIBYTE)] + polls)
     shelf = a_shelf()
-    run = backup(pool, shelf, 'vm-export=web', 'min_sr_free=1')
+    run = hurried_backup(pool, shelf, 'vm-export=web', 'min_sr_free=1')
     assert run.exit_status == 0 and shelf.has('web', complete=1), run
     assert len(pool.calls('api:SR.get_record')) > 1, 'it was asked in the export'
 

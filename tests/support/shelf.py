@@ -242,6 +242,9 @@ class Shelf:
         with open(path_of(self.at(*path)), 'rb') as file:
             return file.read()
 
+    def size(self, *path: str) -> int:
+        return os.path.getsize(path_of(self.at(*path)))
+
     def text(self, *path: str) -> str:
         return self.read(*path).decode('utf-8', 'surrogateescape')
 
@@ -264,7 +267,7 @@ class Shelf:
         """The name of the image in that copy; empty if there is none."""
         images = [name for name in self.names(folder, copy)
                   if any(name.endswith(kind + ending) for kind in IMAGE_SUFFIXES for ending in COMPRESSED_SUFFIXES)]
-        return max(images, key=lambda name: len(self.read(folder, copy, name))) if images else ''
+        return max(images, key=lambda name: self.size(folder, copy, name)) if images else ''
 
     def kind(self, folder: str, copy: str) -> str:
         return 'vm-export' if '.xva' in self.image(folder, copy) else 'vdi-export'
@@ -275,7 +278,7 @@ class Shelf:
         image = self.image(folder, copy)
         if not image or not any(marker in names for marker in OLD_MARKERS):
             return False
-        size = len(self.read(folder, copy, image))
+        size = self.size(folder, copy, image)
         if 'backup.json' in names:
             return size == self.manifest(folder, copy)['image']['size']
         return size > 0

@@ -172,8 +172,8 @@ def befall(names: Sequence[str], deed: str) -> None:
 
 #: Constants of VmBackup.py, and what they are when it is in a hurry: shorter minutes and less patience; hours and days stay.
 HURRY = {'MINUTE_S': 0.5, 'HOUR_S': 3600, 'READ_TIMEOUT_S': 2, 'LOGOUT_TIMEOUT_S': 2, 'BUSY_PATIENCE_S': 6,
-         'LOST_ANSWER_PATIENCE_S': 2, 'PROGRAM_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SILENCE_BEFORE_POLL_S': 0.5,
-         'WAY_OUT_S': 4, 'CLEAN_UP_LIMIT_S': 4, 'STATUS_LOG_LIMIT_S': 4, 'OUTBOX_LIMIT_S': 4}
+         'LOST_ANSWER_PATIENCE_S': 2, 'PROGRAM_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SR_POLL_S': 1,
+         'SILENCE_BEFORE_POLL_S': 0.5, 'WAY_OUT_S': 4, 'CLEAN_UP_LIMIT_S': 4, 'STATUS_LOG_LIMIT_S': 4, 'OUTBOX_LIMIT_S': 4}
 #: When it has a second for mail servers.
 HASTE = {'MAIL_TRY_LIMIT_S': 1, 'MAIL_PAUSES_S': (0.1, 0.3), 'MAIL_GOODBYE_S': 0.2}
 
