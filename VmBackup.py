@@ -4960,8 +4960,7 @@ class _Vhd:
             yield from self._image.pieces(count, where)
             return
         while count:
-            wanted = min(count, BUFFER_BYTES)
-            # pread takes no number of 64 bits
+            wanted = min(count, BUFFER_BYTES)       # a wild place is behind the end: pread takes no 64 bits
             piece = os.pread(self._image, wanted, at) if at + wanted <= self._end else b""
             if not piece:
                 raise VerificationError(f"the image ends in {where}, which should be at byte {at}")
