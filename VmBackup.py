@@ -3292,7 +3292,7 @@ class Mailer:
                 refused = self._deliver(self._outbox.read(name), ())
                 if refused and not all(refusal.is_for_good for refusal in refused.values()):
                     self._services.log.info(f"{self._failure_text(refused)} Mails of earlier runs are still "
-                                            f"kept.")
+                                            "kept.")
                     break
                 self._outbox.remove(name)
                 if refused:
@@ -3454,7 +3454,7 @@ def read_smtp_password(path: str) -> str:
         with open(fs_path(path), "rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
                 raise BackupError(f"smtp_password_file {path} can be read by others: chmod 600 it, and "
-                                  f"change the password.")
+                                  "change the password.")
             raw = file.read(64 * KIBIBYTE)
     except OSError as error:
         raise BackupError(f"smtp_password_file {path} can't be read: {os_reason(error)}.")
@@ -6568,8 +6568,7 @@ class Snapshot(Owned):
             self._entry.remember(answer="not called")
             raise
         try:
-            return self._services.pool.call(doing, method, *arguments,
-                                            timeout_s=self._services.patience_s)
+            return self._services.pool.call(doing, method, *arguments, timeout_s=self._services.patience_s)
         except ApiFailure as failure:
             self._entry.note(answer=failure.code)
             raise
@@ -7224,7 +7223,7 @@ def open_catalog(settings: Configuration, log: Log) -> Catalog:
     if settings.require_mount != "no":
         if settings.require_mount == "yes" or os.path.exists(INVENTORY_FILE):
             raise UsageError(f"{place} lies {where}: is the share mounted? Backups there {harm}. "
-                             f"require_mount=no allows it.")
+                             "require_mount=no allows it.")
         log.info(f"{settings.backup_dir} lies {where}; this is no host of a pool, so it is used.")
     return catalog
 
@@ -7238,7 +7237,7 @@ def find_xe(settings: Configuration) -> str:
     found = find_program(("xe",), XE_FALLBACK)
     if found is None:
         raise UsageError(f"the program xe was not found, neither on the PATH nor as {XE_FALLBACK}: run this "
-                         f"on a host of the pool, or install xe and name it with xe_path=.")
+                         "on a host of the pool, or install xe and name it with xe_path=.")
     return fs_text(found)
 
 
@@ -7282,6 +7281,7 @@ def make_xe(services: Services) -> XeProgram:
 
 REMOVAL_LIMIT_S = HOUR_S           # some file systems take minutes to free terabytes
 FOR_EVER_S = float("inf")          # what only reads the store may take all its time, until a signal comes
+
 
 class Run:
     """The frame of every deed: the services that it has, what became of each thing that it was to do, what
@@ -7375,8 +7375,8 @@ class Run:
         journal = self.services.journal
         if not journal.is_still_ours():
             raise TakenOver(f"another run took this one for dead (its journal {journal.name} was taken "
-                            f"over): nothing more is sealed or deleted. Do the clocks and locks of the share "
-                            f"work?")
+                            "over): nothing more is sealed or deleted. Do the clocks and locks of the share "
+                            "work?")
 
     def tell(self, findings: Iterable[Finding]) -> None:
         """Each is told as soon as it is found, once, and noted for the report."""
@@ -7424,8 +7424,7 @@ class Run:
         is given, and after a signal soon."""
         signals = self.services.signals
         try:
-            return within(limit_s or self.services.patience_s, doing, work,
-                          lambda: signals.noted)
+            return within(limit_s or self.services.patience_s, doing, work, lambda: signals.noted)
         except StorageStalled as error:
             self.note(error)
             signals.check()
@@ -7478,7 +7477,7 @@ def take_config_lock(services: Services, inventory: Inventory) -> Optional[LockF
             return None
     if not ours:
         raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was "
-                       f"started.")
+                       "started.")
     with contextlib.suppress(StorageFull):     # the text is for others, and this run may be to make room
         lock.write_text(dict(signature(services, inventory), state="running"))
     return lock
@@ -7506,7 +7505,7 @@ def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, ma
         return ""
     how = f"ended with exit status {text['exit']:d}" if has_ended else "is running"
     return (f"{host} of the same pool began this config's backup at {text['since']} and {how}: left to it. "
-            f"force=yes runs all the same.")
+            "force=yes runs all the same.")
 
 
 def end_config_lock(lock: LockFile, status: int) -> None:
@@ -7569,7 +7568,7 @@ class Exporter:
         self._run_xe(doing, [writer], Watch(self._services, doing), "pool-dump-database", "file-name=")
         if not writer.result.rstrip().endswith(b"</database>"):
             raise VerificationError(f"{doing} does not end with </database>: it was cut off. Nothing of it "
-                                    f"was kept.")
+                                    "was kept.")
 
     def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory,
                  base: str) -> ImageReport:
@@ -7705,7 +7704,7 @@ def check_compressor(program: Program) -> None:
 def bad_compressor(doing: str, compression: str, found: str) -> str:
     """The sentence about a compressor whose output does not give back what went in."""
     return (f"{doing}: what compress={compression} stored decompresses to {found}: nothing of it was kept. "
-            f"Is the compressor on the PATH the real one?")
+            "Is the compressor on the PATH the real one?")
 
 
 def disk_reports(disks: Sequence[Disk], report: Any) -> List[Dict[str, Any]]:
@@ -7769,7 +7768,7 @@ class Watch:
         # the image's writer, the list of blocks, or a compressor before them
         if waiting_for != "xe":
             raise StorageStalled(f"{stalled} while waiting for the {waiting_for}. It was given up and its "
-                                 f"snapshot removed; is the share still reachable?")
+                                 "snapshot removed; is the share still reachable?")
         with self._services.signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
             for task in self._find_tasks():
                 self._services.pool.call(f"cancelling {self._doing}", "task.cancel", task)
@@ -7787,7 +7786,7 @@ def check_sr_space(services: Services, disks: Sequence[Disk], consequence: str, 
             raise BackupError(
                 f"{consequence}: SR {quote_name(sr.name)} has only {format_size(free)} of "
                 f"{format_size(sr.physical_size)} free, less than min_sr_free={least} %, and a snapshot on a "
-                f"full SR stops VMs. Free space on it.")
+                "full SR stops VMs. Free space on it.")
 
 
 def shown_progress(services: Services, doing: str, size_bytes: int) -> Callable[[Progress], None]:
@@ -7939,7 +7938,7 @@ class BackupRun:
             if isinstance(error, BackupError) and error.passing and not is_last:
                 self.run.tell(outcome.findings)
                 self._services.log.warning(f"{job.machine.title}: {error} It is tried once more at the end "
-                                           f"of the run.")
+                                           "of the run.")
                 status_log.end(outcome._replace(status_word="RETRY"))
                 again.append((number, job))
                 continue
@@ -8007,7 +8006,7 @@ class BackupRun:
                 place.remove_file(old)
                 place.sync()
             self._services.log.info(f"pool database: removed {folder}/{old}: {counted(most, 'dump', 'is')} "
-                                    f"kept.")
+                                    "kept.")
 
 
 class BackupJob:
@@ -8096,7 +8095,7 @@ class BackupJob:
             holder = f"{name} is in use by another run ({holder_text(lock.text())})"
             if not has_time:
                 raise BackupError(f"the directory {holder} since before lock_wait={lock_wait} minutes. "
-                                  f"Nothing was done for this VM.")
+                                  "Nothing was done for this VM.")
             if not told:
                 self._services.log.info(f"{holder}; waiting.")
                 told = True
@@ -8168,7 +8167,7 @@ class BackupJob:
             except ApiFailure as failure:
                 if is_gone(failure, "VM"):
                     raise BackupError(f"{planned.title} is no longer in the pool, so it was not backed up. "
-                                      f"Its earlier copies are left as they are.")
+                                      "Its earlier copies are left as they are.")
                 raise
         for what, before, now in (("name", planned.name, machine.name),
                                   ("power state", planned.power_state, machine.power_state),
@@ -8693,9 +8692,8 @@ def stored_keep(services: Services, stored: StoredVm) -> Tuple[Optional[int], st
     """How many good copies stay when retention is applied without a pool, and by which rule; None: nothing is
     removed.
 
-    What is said by hand, else the larger of the newest manifest's number and the
-    config's. A VM that the config does not select by name, and copies without a
-    number, are left.
+    What is said by hand, else the larger of the newest manifest's number and the config's. A VM that the
+    config does not select by name, and copies without a number, are left.
     """
     settings = services.settings
     if is_pruned_by_hand(services.arguments) and stored.method is not None:
@@ -10391,6 +10389,8 @@ OUTBOX_LIMIT_S = 20
 STORE_FACTS_LIMIT_S = 5 * MINUTE_S
 MAIL_KEPT_MOST = 50                # of one config
 MAIL_NAME_MOST = 40                # characters of a VM's name in a subject
+
+
 class StoreFacts(NamedTuple):
     """What a mail tells about the store. `problem` says why the copies are not known, "" if they are."""
     path: str
@@ -10544,7 +10544,7 @@ def early_end_body(report: Report) -> str:
     if is_bug(error):
         return (f"{started} a bug in it ({type(error).__name__}) ended the run at {ended_at}.\n\nThe log of "
                 f"this run has the traceback, and tells which VMs were {wording.deed} before. What the run "
-                f"may have left in the pool or in the backup directory, the next run removes. If that one "
+                "may have left in the pool or in the backup directory, the next run removes. If that one "
                 f"ends in the same way, report the traceback to whoever maintains VmBackup.\n")
     item = f"The run was {error} before it began." if isinstance(error, Interrupted) else str(error)
     return (f"{started} ended at {ended_at} before the first VM.\n\n"
