@@ -2476,9 +2476,17 @@ class LockFile:
         return True
 
     @contextlib.contextmanager
-    def held(self, byte: int = WHOLE_FILE, shared: bool = False) -> Iterator[bool]:
-        """Inside, and if true, the lock is ours. No store that hangs keeps us when it is given back."""
-        is_ours = self.take(byte, shared)
+    def held(self, byte: int = WHOLE_FILE, shared: bool = False, tries: Iterable[bool] = (False,),
+             on_wait: Callable[[], Any] = lambda: None) -> Iterator[bool]:
+        """Inside, and if true, the lock is ours. `tries`: those of Signals.until; `on_wait` is called once, if the
+        first is in vain. No store that hangs keeps us when the lock is given back."""
+        is_ours = False
+        for number, has_time in enumerate(tries):
+            is_ours = self.take(byte, shared)
+            if is_ours or not has_time:
+                break
+            if not number:
+                on_wait()
         try:
             yield is_ours
         finally:
@@ -8071,37 +8079,30 @@ class BackupJob:
     @contextlib.contextmanager
     def _own_folder(self) -> Iterator[Folder]:
         """The VM's directory, listed, its lock ours; an empty one is removed at the end."""
-        placement, catalog = self._backup.placement, self._services.catalog
+        placement, catalog, services = self._backup.placement, self._services.catalog, self._services
+        lock_wait = services.settings.lock_wait
         while True:
             name = placement.folder_name(self._job.machine)
             lock = catalog.folder_lock(name)
-            with stage("LOCK-FAIL"):
-                self._wait_for_lock(lock, name)
-            try:
+
+            def holder() -> str:
+                return f"{name} is in use by another run ({holder_text(lock.text())})"
+
+            with contextlib.ExitStack() as stack:
+                with stage("LOCK-FAIL"):
+                    if not stack.enter_context(lock.held(
+                            tries=services.signals.until(lock_wait * MINUTE_S),
+                            on_wait=lambda: services.log.info(f"{holder()}; waiting."))):
+                        raise BackupError(f"the directory {holder()} since before lock_wait={lock_wait} "
+                                          "minutes. Nothing was done for this VM.")
+                    # the text is for people; a full store must not cost the lock
+                    with contextlib.suppress(CatalogError):
+                        lock.write_text(signature(services, self._run.inventory))
+                stack.callback(self._run.tidy, f"leaving {name}", lambda: catalog.root.remove_if_empty(name))
                 folder = self._run.in_store(f"listing {name}", lambda: placement.look_again(name))
                 if placement.folder_name(self._job.machine) == name:
                     yield folder
                     return
-            finally:
-                self._run.tidy(f"leaving {name}", lambda: catalog.root.remove_if_empty(name))
-                self._run.tidy(f"unlocking {name}", lock.release)
-
-    def _wait_for_lock(self, lock: LockFile, name: str) -> None:
-        """The lock is ours, or BackupError when lock_wait is over."""
-        lock_wait, told = self._services.settings.lock_wait, False
-        for has_time in self._services.signals.until(lock_wait * MINUTE_S):
-            if lock.take():
-                break
-            holder = f"{name} is in use by another run ({holder_text(lock.text())})"
-            if not has_time:
-                raise BackupError(f"the directory {holder} since before lock_wait={lock_wait} minutes. "
-                                  "Nothing was done for this VM.")
-            if not told:
-                self._services.log.info(f"{holder}; waiting.")
-                told = True
-        # the text is for people; a full store must not cost the lock
-        with contextlib.suppress(CatalogError):
-            lock.write_text(signature(self._services, self._run.inventory))
 
     # --- the copy -----------------------------------------------------------------------
 
