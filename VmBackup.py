@@ -2478,8 +2478,8 @@ class LockFile:
     @contextlib.contextmanager
     def held(self, byte: int = WHOLE_FILE, shared: bool = False, tries: Iterable[bool] = (False,),
              on_wait: Callable[[], Any] = lambda: None) -> Iterator[bool]:
-        """Inside, and if true, the lock is ours. `tries`: those of Signals.until; `on_wait` is called once, if the
-        first is in vain. No store that hangs keeps us when the lock is given back."""
+        """Inside, and if true, the lock is ours. `tries`: those of Signals.until; `on_wait` is called once if
+        the first is in vain. No store that hangs keeps us when the lock is given back."""
         is_ours = False
         for number, has_time in enumerate(tries):
             is_ours = self.take(byte, shared)
