@@ -6388,7 +6388,8 @@ def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
             services.pool.call(doing, class_name + ".destroy", ref, timeout_s=services.patience_s)
             return
         except ApiFailure as failure:
-            if is_gone(failure, class_name):
+            if is_gone(failure, class_name) and \
+                    services.pool.ask_if_there(doing, class_name + ".get_uuid", ref) is None:
                 return
             raise
         except AnswerLost:
