@@ -2686,8 +2686,7 @@ class Transport:
                 parser.feed(piece)
             parser.close()
             return reader.close()
-        except BaseException:
-            # whatever ended it, half an answer may still be on its way: not for the next one
+        except BaseException:       # whatever ended it: half an answer may still come, and not for the next
             self.close()
             raise
         finally:

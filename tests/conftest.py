@@ -108,7 +108,7 @@ def after_backups(description: Dict[str, Any], lines: Sequence[str], nights: int
             run = backup(pool, shelf, *lines)
             assert run.exit_status == 0, run
         pool.stop()
-    except BaseException:
+    except BaseException:               # raised on: nothing of it may stay, whatever ended it
         pool.remove()
         shelf.remove()
         raise

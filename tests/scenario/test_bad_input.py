@@ -265,6 +265,6 @@ def test_every_field_of_a_manifest_missing_or_of_another_kind_is_damage_and_neve
             json.dump(manifest, file)
         try:
             read_as_all_commands_do(store, shelf.at('disk.raw'))
-        except Exception:
+        except Exception:                   # raised on, with the manifest that it is about
             print([(key, manifest.get(key)) for key in set(real) | set(manifest) if manifest.get(key) != real.get(key)])
             raise
