@@ -1901,7 +1901,7 @@ class Signals:
             signal.setitimer(signal.ITIMER_REAL, SIGNAL_PATIENCE_S)
         self._untold = self._untold or (number if self._shields else None)
         if self._may_break and not self._shields:
-            raise self.noted
+            raise Interrupted(self.noted.number)
 
     def _wake(self, _number: int, _frame: Any) -> None:
         if self._asked_at is not None and self._asked_at <= self._noted_at:
@@ -1941,7 +1941,7 @@ class Signals:
         """Raises Interrupted if one came and we are not cleaning up."""
         self._tell()
         if self.noted and not self._shields:
-            raise self.noted
+            raise Interrupted(self.noted.number)
 
     @contextlib.contextmanager
     def shielded(self) -> Iterator[None]:
@@ -2477,9 +2477,11 @@ class LockFile:
 
     @contextlib.contextmanager
     def held(self, byte: int = WHOLE_FILE, shared: bool = False, tries: Iterable[bool] = (False,),
-             on_wait: Callable[[], Any] = lambda: None) -> Iterator[bool]:
+             on_wait: Callable[[], Any] = lambda: None,
+             is_kept: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Inside, and if true, the lock is ours. `tries`: those of Signals.until; `on_wait` is called once if
-        the first is in vain. No store that hangs keeps us when the lock is given back."""
+        the first is in vain. If `is_kept` in the end, it is ours until this process ends: a thread that hangs
+        may go on with what the lock is for. No store that hangs keeps us when the lock is given back."""
         is_ours = False
         for number, has_time in enumerate(tries):
             is_ours = self.take(byte, shared)
@@ -2490,7 +2492,7 @@ class LockFile:
         try:
             yield is_ours
         finally:
-            if is_ours:
+            if is_ours and not is_kept():
                 with contextlib.suppress(StorageStalled):      # then it ends with this process
                     within(WAY_OUT_S, f"unlocking {self.shown}", lambda: self.release(byte))
 
@@ -5873,7 +5875,8 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
         written_at = parse_utc(told(manifest, "taken_at"))
     copy = copy._replace(
         uuid=told(manifest, "vm", "uuid") or _old_uuid(inside), vm_name=told(manifest, "vm", "name"),
-        sequence=sequence if isinstance(sequence, int) else 0, written_at=written_at,
+        sequence=sequence if isinstance(sequence, int) and 0 <= sequence < MOST_COPIES else 0,
+        written_at=written_at,
         pool=told(manifest, "pool", "uuid"), home=told(manifest, "folder"))
     if copy.is_newer:
         return copy
@@ -8092,7 +8095,8 @@ class BackupJob:
                 with stage("LOCK-FAIL"):
                     if not stack.enter_context(lock.held(
                             tries=services.signals.until(lock_wait * MINUTE_S),
-                            on_wait=lambda: services.log.info(f"{holder()}; waiting."))):
+                            on_wait=lambda: services.log.info(f"{holder()}; waiting."),
+                            is_kept=lambda: self._run.storage_hangs)):
                         raise BackupError(f"the directory {holder()} since before lock_wait={lock_wait} "
                                           "minutes. Nothing was done for this VM.")
                     # the text is for people; a full store must not cost the lock
@@ -11076,7 +11080,8 @@ def raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with contextlib.suppress(OSError, ValueError):     # then as many as there are must do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -126,3 +126,35 @@ def test_a_full_disk_elsewhere_is_not_called_the_backup_storage():
             with pytest.raises(VmBackup.CatalogError) as caught, VmBackup.storage_errors('writing x', elsewhere):
                 raise OSError(number, os.strerror(number))
             assert (said in str(caught.value)) is not elsewhere and os.strerror(number) in str(caught.value)
+
+
+@pytest.mark.parametrize('hangs', [False, True])
+def test_the_lock_of_a_directory_stays_ours_while_a_thread_may_go_on_in_a_store_that_hung(tmp_path, hangs):
+    """What seals or removes there was left to itself, and does its work when the store answers again."""
+    (tmp_path / 'web').mkdir()
+    own = services('backup_dir=%s\nvm-export=web\n' % tmp_path, LOG, catalog=VmBackup.Catalog(str(tmp_path)))
+    run = Run(own, None)
+    run.inventory = an_inventory()
+    placement = SimpleNamespace(folder_name=lambda machine: 'web', look_again=own.catalog.folder)
+    job = VmBackup.BackupJob(SimpleNamespace(run=run, placement=placement), SimpleNamespace(machine=None))
+    with pytest.raises(StorageMisbehaved), job._own_folder():
+        run.storage_hangs = hangs
+        raise StorageMisbehaved('what sealed the copy was left to itself')
+    probe = 'import fcntl, sys; fcntl.lockf(open(sys.argv[1], "r+"), fcntl.LOCK_EX | fcntl.LOCK_NB)'
+    path = own.catalog.folder_lock('web').shown
+    other = subprocess.run([sys.executable, '-c', probe, path], stderr=subprocess.DEVNULL)
+    assert (other.returncode != 0) is hangs
+    own.catalog.folder_lock('web').release()
+
+
+def test_a_signal_is_raised_anew_each_time():
+    """One object that is raised while it unwinds becomes its own context, and Python 3.6 never ends with that."""
+    signals = VmBackup.Signals(LOG)
+    signals._note(15, None)
+    raised = []
+    for _ in range(2):
+        with pytest.raises(VmBackup.Interrupted) as caught:
+            signals.check()
+        raised.append(caught.value)
+    signals.come_too_late()
+    assert raised[0] is not raised[1] and {one.number for one in raised} == {15}
