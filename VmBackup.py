@@ -4452,8 +4452,8 @@ class Check(Consumer):
     `check` is the function for the format, from top to bottom: it is given this Check, the reader and `how`,
     gives the contents of the disks piece by piece, which the sinks are shown, and returns the report. It puts
     its lines into `blocks`, the list of them (BlocksFile, BlockComparer), and notes here what passes before:
-    `ova`, or the `size` of an image's disk. A first look ends with Enough where the first block begins, which
-    is of `first_disk`.
+    `ova` and `first_disk`, whose block is the first, or the `size` of an image's disk. A first look ends with
+    Enough where that block begins.
     """
 
     def __init__(self, check: Callable[..., Contents], blocks: Any = None, sinks: Sequence[Any] = (),
@@ -4493,7 +4493,6 @@ class Check(Consumer):
 
         for disk, offset, piece in contents():
             if self._is_first_look:
-                self.first_disk = disk
                 raise Enough
             for sink in self._sinks:
                 sink.put(disk, offset, piece)
@@ -4724,6 +4723,7 @@ def check_xva(check: Check, reader: Reader, expected: Optional[Dict[str, int]] =
             raise VerificationError(f"the archive has a file {ascii(member.name)} at byte {member.at}, which "
                                     "is no block of a disk in its ova.xml")
         disk_id, number = match.group("disk"), int(match.group("number"))
+        check.first_disk = check.first_disk or disk_id
         report, block = reports[disk_id], f"block {member.name} at byte {member.at}"
         if disk_id != current:                  # only once that before it is complete, in the order of ids
             if current:
@@ -10020,7 +10020,7 @@ def read_restored(pool: Pool, plan: RestorePlan,
             if planned.disk.id in imported.vdis and imported.vdis[planned.disk.id] not in disks]
     lost += [f"interface {planned.fields['device']}" for planned in plan.interfaces
              if planned.fields["device"] not in devices]
-    if lost:
+    if lost and pool.times_shaken:
         raise BackupError(f"{imported.entry.title}: its server restarted, and with its last seconds the pool "
                           f"has lost {', '.join(lost)} of the restored VM {quote_name(machine.name)}. Remove "
                           f"it with `xe vm-uninstall uuid={machine.uuid}`, and restore again.")
