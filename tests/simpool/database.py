@@ -66,8 +66,9 @@ class DatabaseLock:
         self._depth = depth
 
 
-class _Identities:
-    """Where new uuids come from: chance, or, while a pool is built from its description, a seed."""
+class _Identities(threading.local):
+    """Where new uuids come from: chance, or, in the thread that builds a pool from its description, a seed. What another thread
+    makes meanwhile must not shift those that are the same every time."""
 
     def __init__(self) -> None:
         self.seed = None  # type: Optional[str]

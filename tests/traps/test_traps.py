@@ -4,6 +4,7 @@ Each test is one of them, seen from outside: through the XenAPI module, through 
 real server's behaviour is from its source, the file of xapi is named; the rest was tried on a real xapi 24.19.2.
 """
 
+import concurrent.futures
 import hashlib
 import os
 import re
@@ -801,3 +802,11 @@ def with_ova(archive: bytes, old: str, new: str) -> bytes:
     changed = text.replace(old, new).ljust(len(text)).encode('utf-8')
     assert len(changed) == len(text.encode('utf-8'))
     return archive[:512] + changed + archive[512 + len(changed):]
+
+
+def test_looks_at_one_pool_that_go_on_at_the_same_time_show_the_same_uuids(a_pool: Any) -> None:
+    pool = a_pool(vm('web', snapshots=[{'name_label': 'before upgrade'}]))
+    with concurrent.futures.ThreadPoolExecutor(4) as looks:
+        seen = [{record['uuid'] for record in tables['VBD'].values()}
+                for tables in looks.map(lambda _: pool.dump(), range(40))]
+    assert seen == seen[:1] * 40
