@@ -51,6 +51,7 @@ Where do I change what?
 
     a config key, a parameter       a row of OPTION_GROUPS or ACTIONS (5); help, example.cfg, parser follow
     which copies stay               judge (7); whose a copy is: as_seen_by (7); is it good: Copy (7)
+    which disks are in a copy       disks_to_export (6)
     what the server answers         Pool (11); what to do about it: FAILURE_ADVICE (2)
     a format of images              a check beside check_xva and check_vhd (15)
     what a copy has on disk         NewCopy and read_copy (17)
@@ -106,7 +107,7 @@ import time
 import unicodedata
 import zlib
 from array import array
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from typing import (Any, Callable, ContextManager, Dict, Generator, Iterable, Iterator, List, Mapping,
                     NamedTuple, Optional, Sequence, Set, Tuple, Union)
 
@@ -355,14 +356,28 @@ class Finding(NamedTuple):
     sentence: str
 
 
+class Rules(NamedTuple):
+    """How many good copies of a VM and kind are to stay: the newest so many, and one of each of the last so
+    many days, weeks, months and years that have one. `config` is the path of the config that says so, "" if
+    it is not known."""
+    newest: int
+    daily: int = 0
+    weekly: int = 0
+    monthly: int = 0
+    yearly: int = 0
+    config: str = ""
+
+
 class Host(NamedTuple):
-    """A host of the pool. `short_name` is its hostname up to the first dot."""
+    """A host of the pool. `short_name` is its hostname up to the first dot; `build` the version of its xapi.
+    """
     ref: str
     uuid: str
     short_name: str
     address: str
     product_version: Tuple[int, ...]
     api_version: Tuple[int, int]
+    build: Tuple[int, ...] = ()
 
 
 class StorageRepository(NamedTuple):
@@ -490,7 +505,7 @@ PLURAL_VERBS = {"is": " are", "was": " were", "has": " have", "": ""}
 def counted(number: int, noun: str = "", verb: str = "") -> str:
     """`1 copy`, `2 copies`, `3 VMs are`: the number with its noun and verb, both given for one."""
     if number != 1:
-        noun = noun[:-1] + "ies" if noun.endswith("y") else noun and noun + "s"
+        noun = re.sub("(?<=[^aeiou])y$", "ie", noun) + "s" * bool(noun)
     return f"{number}{noun and ' ' + noun}{verb and ' ' + verb if number == 1 else PLURAL_VERBS[verb]}"
 
 
@@ -701,9 +716,9 @@ def fs_text(path: str) -> str:
 
 class Option(NamedTuple):
     """A config key, or a parameter of an action. `kind` is one of: bool, int, percent, choice, text, path,
-    pool, fingerprint, address, addresses, selector; of parameters minutes, too, and word, of which the bare
-    name will do. `decides`: which copies arise and stay depends on it, so that it is part of what a config
-    is."""
+    pool, fingerprint, address, addresses, selector, disk; of parameters minutes, too, and word, of which the
+    bare name will do. `decides`: which copies arise and stay depends on it, so that it is part of what a
+    config is."""
     name: str
     kind: str
     default: Any
@@ -720,6 +735,7 @@ class Option(NamedTuple):
         return self.name.replace("-", "_")
 
 
+NOBAK = "[NOBAK]"                 # in a disk's name, as Xen Orchestra has it
 OPTION_GROUPS = (
     ("What to back up", (
         Option("vm-export", "selector", (), "Selects VMs for a full backup (repeatable).", example="PROD*",
@@ -728,6 +744,9 @@ OPTION_GROUPS = (
                "(repeatable).", example='"File server 1":2', decides=True),
         Option("exclude", "selector", (), "Leaves VMs out, whatever selects them (repeatable, anywhere in "
                "the file).", example="*-test", decides=True),
+        Option("exclude-disk", "disk", (), "Leaves disks of VMs out: SELECTOR/DEVICE, both with wildcards; "
+               f"or {NOBAK}, for those that bear this mark in their name (repeatable).",
+               example="db*/xvd[c-z]", decides=True),
         Option("pool_db_backup", "bool", False, "Dumps the pool database into METADATA_<host> at the start "
                "of the run.", decides=True),
         Option("wildcards", "choice", "shell", "Reads bare selectors as shell wildcards, or as the regexes "
@@ -743,6 +762,12 @@ OPTION_GROUPS = (
     ("How many to keep", (
         Option("max_backups", "int", 4, "Keeps so many good copies of each VM and kind, where a selector "
                "gives no :N.", minimum=1, decides=True),
+        Option("keep_daily", "int", 0, "Keeps beside them one good copy of each of the last so many days "
+               "that have one.", maximum=9999, decides=True),
+        Option("keep_weekly", "int", 0, "The same for weeks, which begin on Monday.", maximum=9999,
+               decides=True),
+        Option("keep_monthly", "int", 0, "The same for months.", maximum=9999, decides=True),
+        Option("keep_yearly", "int", 0, "The same for years.", maximum=9999, decides=True),
         Option("pre_clean", "bool", False, "Frees space before the export: down to one copy fewer, never the "
                "last good one.", decides=True))),
     ("How", (
@@ -856,20 +881,48 @@ class Selector(NamedTuple):
         return re.match(self.pattern, machine.name) is not None
 
 
+class DiskExclude(NamedTuple):
+    """One exclude-disk line: disks of the VMs that the selector selects; without one those that bear the
+    mark in their name."""
+    selector: Optional[Selector]
+    device: str
+    text: str
+    place: str
+
+    @property
+    def line(self) -> str:
+        """It as its config line, and where that stands."""
+        return f"exclude-disk={one_line(self.text)} ({self.place})"
+
+    def matches(self, machine: VirtualMachine, disk: Disk) -> bool:
+        """Does it leave that disk of that VM out?"""
+        if self.selector is None:
+            return NOBAK in disk.name
+        return self.selector.matches(machine) and any(
+            fnmatch.fnmatchcase(word, self.device) for word in (disk.device, disk.userdevice))
+
+
 class Configuration:
     """The checked settings: one attribute per row of OPTIONS, selectors in the order of their lines.
 
-    `places` tells where each setting was made; one that is not in it has its
-    default. `warnings` are problems that do not stop anything.
+    `places` tells where each setting was made; one that is not in it has its default. `warnings` are problems
+    that do not stop anything. `source` is the config as it was named, `path` what tells it from others:
+    its real path, or the selector in its place.
     """
 
     def __init__(self, values: Dict[str, Any], places: Dict[str, str], warnings: Sequence[str],
-                 source: str) -> None:
+                 source: str, path: str) -> None:
         for option in OPTIONS:
             setattr(self, option.field, values.get(option.name, option.default))
         self.places = places
         self.warnings = tuple(warnings)
         self.source = source
+        self.path = path
+
+    def rules(self, keep: Optional[int] = None) -> Rules:
+        """How many copies are to stay of a VM whose selector has that :N."""
+        return Rules(keep or self.max_backups, self.keep_daily, self.keep_weekly, self.keep_monthly,
+                     self.keep_yearly, self.path)
 
     @property
     def decisions(self) -> str:
@@ -880,6 +933,8 @@ class Configuration:
             value = getattr(self, option.field)
             if option.kind == "selector":
                 value = [(selector.form, selector.pattern, selector.keep) for selector in value]
+            elif option.kind == "disk":
+                value = [(one.selector and one.selector[1:3], one.device) for one in value]
             if option.decides:
                 decided.append((option.name, value))
         return hashlib.sha256(json.dumps(decided).encode("ascii")).hexdigest()[:16]
@@ -910,7 +965,8 @@ def read_settings(raw: bytes, source: str) -> Tuple[List[Setting], List[str]]:
 
 
 def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Setting],
-                        source: str, problems: Sequence[str] = (), needs_work: bool = False) -> Configuration:
+                        source: str, problems: Sequence[str] = (), needs_work: bool = False,
+                        path: str = "") -> Configuration:
     """The configuration that the file's settings make, command-line arguments winning.
 
     Raises ConfigurationError with every problem, the given ones too, in the
@@ -929,15 +985,15 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
             extra.append(f'{setting.place}: "{one_line(setting.name)}" is not a key; {hint}')
             continue
         option = OPTIONS[OPTION_NAMES.index(setting.name)]
-        if option.kind != "selector" and setting.name in places:
+        if option.kind not in ("selector", "disk") and setting.name in places:
             found.append(f"{setting.place}: {setting.name} was set before, in {places[setting.name]}: keep "
                          "one of the two lines.")
             continue
         places.setdefault(setting.name, setting.place)
         try:
-            if option.kind == "selector":
-                selector = parse_selector(setting, wildcards)
-                values[option.name] = values.get(option.name, ()) + (selector,)
+            if option.kind in ("selector", "disk"):
+                parse = parse_selector if option.kind == "selector" else parse_disk_exclude
+                values[option.name] = values.get(option.name, ()) + (parse(setting, wildcards),)
             else:
                 values[option.name] = parse_value(option, setting.value)
         except ValueError as problem:
@@ -950,7 +1006,7 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
         found.append(f"{source}: there is nothing to do: no vm-export, no vdi-export and no pool_db_backup.")
     if found:
         raise ConfigurationError(sorted(found, key=line_number))
-    return Configuration(values, places, extra, source)
+    return Configuration(values, places, extra, source, path or source)
 
 
 def line_number(problem: str) -> int:
@@ -1076,6 +1132,31 @@ def parse_selector(setting: Setting, wildcards: str) -> Selector:
                     int(match.group(2)) if match.group(2) else None, is_bare, text, setting.place)
 
 
+def parse_disk_exclude(setting: Setting, wildcards: str) -> DiskExclude:
+    """The exclude-disk line that the setting's value writes; ValueError with a sentence if it writes none."""
+    text = setting.value
+    if text == NOBAK:
+        return DiskExclude(None, "", text, setting.place)
+    is_quoted = re.fullmatch(r'"(?:[^"\\]|\\.)*"', text, re.DOTALL) is not None
+    name, slash, device = text[1:-1].rpartition("/") if is_quoted else text.rpartition("/")
+    if not slash or not name.strip() or not device.strip():
+        raise ValueError(f'"{one_line(text)}" is no SELECTOR/DEVICE, such as db*/xvdc or "File server '
+                         f'1/xvdc"; {NOBAK} alone stands for disks that bear this mark.')
+    if re.search('[:"]', device):
+        raise ValueError(f'"{one_line(device.strip())}" is no device, such as xvdc: no number of copies '
+                         "belongs here, and quotes stand around the whole.")
+    selector = parse_selector(Setting("exclude", f'"{name}"' if is_quoted else name.strip(), setting.place),
+                              wildcards)
+    if selector.keep is not None:
+        raise ValueError(f'":{selector.keep}" has no place here: no number of copies belongs to it. If it is '
+                         "part of the name, put the whole in quotes.")
+    try:
+        re.compile(fnmatch.translate(device.strip()))
+    except re.error as error:
+        raise ValueError(f'"{one_line(device)}" is no proper pattern: {error}.')
+    return DiskExclude(selector, device.strip(), text, setting.place)
+
+
 # --- the command line --------------------------------------------------------------
 
 
@@ -1087,6 +1168,7 @@ class Action(NamedTuple):
     needs_work: bool              # a config that selects nothing is an error
     has_preview: bool             # takes the word preview behind it
     parameters: Tuple[Option, ...]
+    words: Tuple[str, ...] = ()   # the parameters that plain words are, behind the VM
 
 
 ACTIONS = (
@@ -1138,8 +1220,15 @@ ACTIONS = (
     Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
     Action("prune", "Applies retention without a backup and without a pool; with the word preview it only "
            "shows.", True, False, True, ()),
+    Action("pin", "Keeps a copy whatever the rules say, and counts it no more, until it is unpinned.", True,
+           False, False, (
+        Option("stamp", "text", "", "Which copy: its stamp, as `list` shows it."),
+        Option("why", "text", "", "The reason, for people.")), ("stamp", "why")),
+    Action("unpin", "Gives a pinned copy back to the rules.", True, False, False, (
+        Option("stamp", "text", "", "Which copy: its stamp, as `list` shows it."),), ("stamp",)),
 )
 ACTION_NAMES = tuple(action.name for action in ACTIONS)
+IS_NAMED = re.compile(r"[^\s=]*=")       # NAME=VALUE, rather than a sentence
 
 
 class Arguments(NamedTuple):
@@ -1163,7 +1252,7 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     if equals and name not in ("vm-export", "vdi-export") and (name in OPTION_NAMES or name == "vm"):
         raise UsageError(f"TARGET is missing before {one_line(target)}: a config file or a "
                          f"selector.\n\n{USAGE}")
-    plain = [word for word in words[2:] if "=" not in word]
+    plain = [word for word in words[2:] if not IS_NAMED.match(word)]
     action_word = plain.pop(0) if plain else "backup"
     if action_word not in ACTION_NAMES:
         raise UsageError(f'"{one_line(action_word)}" is not an action; the actions are '
@@ -1174,10 +1263,13 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
         plain.remove("preview")
         if action.name == "backup":
             action = ACTIONS[ACTION_NAMES.index("preview")]
-    settings, given = _settings_and_parameters([word for word in words[2:] if "=" in word], action)
+    settings, given = _settings_and_parameters([word for word in words[2:] if IS_NAMED.match(word)], action)
     vm = given.pop("vm", "")
     if plain and action.takes_vm and not vm:
         vm = plain.pop(0)
+    for name in action.words:
+        if plain and name not in given:
+            given[name] = plain.pop(0)
     parameters = {own.name: own.default for own in action.parameters}
     for own in action.parameters:
         if own.kind == "word" and own.name in plain:
@@ -1189,8 +1281,9 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
             except ValueError as problem:
                 raise UsageError(f"{own.name}: {problem}")
     if plain:
+        takes = ", ".join(["one VM"] * action.takes_vm + [word.upper() for word in action.words])
         raise UsageError(f'"{one_line(plain[0])}" is one word too many: {action.name} takes '
-                         f'{"one VM" if action.takes_vm else "only NAME=VALUE words"}.')
+                         f'{takes or "only NAME=VALUE words"}.')
     return Arguments(password, target, action, vm, preview, tuple(settings), parameters)
 
 
@@ -1228,7 +1321,8 @@ def option_values_text(option: Option) -> str:
     """The values that an option takes, in a few words."""
     return {"bool": "yes or no", "choice": ", ".join(option.choices), "int": f"{option.minimum} or more",
             "percent": f"percent, {option.minimum} to {option.maximum}",
-            "selector": "SELECTOR", "path": "PATH", "pool": "ADDRESS", "fingerprint": "HEX",
+            "selector": "SELECTOR", "disk": f"SELECTOR/DEVICE or {NOBAK}", "path": "PATH",
+            "pool": "ADDRESS", "fingerprint": "HEX",
             "address": "USER@HOST", "addresses": "USER@HOST, ...", "text": "TEXT"}[option.kind]
 
 
@@ -1296,8 +1390,8 @@ def help_text() -> str:
 
 def action_help_text(action: Action) -> str:
     """`VmBackup.py help ACTION`."""
-    vm = " [VM]" if action.takes_vm else ""
-    lines = [f"VmBackup.py PASSWORD TARGET {action.name}{vm} [NAME=VALUE ...]", "", action.help]
+    words = " [VM]" * action.takes_vm + "".join(f" [{word.upper()}]" for word in action.words)
+    lines = [f"VmBackup.py PASSWORD TARGET {action.name}{words} [NAME=VALUE ...]", "", action.help]
     lines += [f"  {parameter.name}{'' if parameter.kind == 'word' else '='}  {parameter.help}"
               for parameter in action.parameters]
     return "\n".join(lines)
@@ -1332,10 +1426,10 @@ def asked_help(words: Sequence[str]) -> Optional[str]:
 
 
 class Job(NamedTuple):
-    """One VM to back up, and the config line that chose it."""
+    """One VM to back up, the rules for its copies, and the config line that chose it."""
     machine: VirtualMachine
     method: Method
-    keep: int
+    rules: Rules
     chosen_by: str
 
 
@@ -1372,7 +1466,7 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
         if exclude:
             excluded.append((machine, exclude.line))
         elif chosen:
-            jobs.append(Job(machine, chosen.method, chosen.keep or configuration.max_backups, chosen.line))
+            jobs.append(Job(machine, chosen.method, configuration.rules(chosen.keep), chosen.line))
         elif is_provisional(machine.name) and any(selector.matches(machine) for selector in selectors):
             provisional.append(machine)
         else:
@@ -1380,6 +1474,9 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
     if usable and not jobs:
         findings.append(Finding(Severity.WARNING, configuration.source, "backs up no VM: whatever its "
                                 "entries select is left out by exclude."))
+    findings += [Finding(Severity.WARNING, exclude.line, "leaves out no disk of any VM that is backed up.")
+                 for exclude in configuration.exclude_disk if exclude.selector is not None and not any(
+                     exclude.matches(job.machine, disk) for job in jobs for disk in job.machine.disks)]
     findings.extend(_odd_machines(jobs, unselected, inventory))
     return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing),
                 tuple(provisional))
@@ -1427,7 +1524,37 @@ def first_disk(machine: VirtualMachine) -> Disk:
                       "the OS disk userdevice 0.")
 
 
-def disk_list(disks: Sequence[Disk]) -> str:
+def left_out_disks(machine: VirtualMachine, excludes: Sequence[DiskExclude]) -> Dict[Disk, str]:
+    """The VM's disks that are left out, each with the line that says so. One that hangs on two of its drives
+    is so only if both are named."""
+    found = {}                             # type: Dict[Disk, str]
+    for exclude in excludes:
+        for disk in machine.disks:
+            if exclude.matches(machine, disk):
+                found.setdefault(disk, exclude.line)
+    wanted = {disk.vdi_ref for disk in machine.disks if disk not in found}
+    return {disk: line for disk, line in found.items() if disk.vdi_ref not in wanted}
+
+
+def disks_to_export(machine: VirtualMachine, method: Method,
+                    excludes: Sequence[DiskExclude]) -> Tuple[Disk, ...]:
+    """The disks that the copy is to hold; BackupError, which begins with the VM's title, if none may be."""
+    left_out = left_out_disks(machine, excludes)
+    if method is Method.VDI:
+        disk = first_disk(machine)
+        if disk in left_out:
+            raise BackupError(f"{machine.title} has its Disk 0, {disk_list((disk,))}, left out by "
+                              f"{left_out[disk]}, and vdi-export backs up nothing else: correct that line, "
+                              "or exclude the VM.")
+        return (disk,)
+    if machine.disks and len(left_out) == len(machine.disks):
+        raise BackupError(f"{machine.title} has all its disks left out, by "
+                          f"{' and '.join(sorted(set(left_out.values())))}: such a copy would be of no use. "
+                          "Correct that, or exclude the VM.")
+    return tuple(disk for disk in machine.disks if disk not in left_out)
+
+
+def disk_list(disks: Iterable[Disk]) -> str:
     """The disks in a few words: device, name, size."""
     return ", ".join(f"{disk.device} {quote_name(disk.name)} ({format_size(disk.virtual_size)})"
                      for disk in disks)
@@ -1528,8 +1655,10 @@ class Copy(NamedTuple):
     the storage did not say what it is. `disks` are those in the image, in words. `pool` is the uuid of the
     pool that it comes from, and `home` the directory that it was made in, "" where nothing tells. `is_newer`:
     its manifest is of a later version than this. `aside` says why it is neither counted nor removed, good as
-    it may be, "" if it is. `mark` is what a verdict on it belongs to, the SHA-256 of its manifest; `checks`
-    what is on record of later checks.
+    it may be, "" if it is; `pin` the same of one that somebody pinned. `mark` is what a verdict on it belongs
+    to, the SHA-256 of its manifest; `checks` what is on record of later checks. `rules` are those that its
+    manifest tells, None if it tells none; `other_rules` those of other configs that counted when it was made,
+    each with the UTC time of that config's last copy; `left_out` the disks, in words, that were left out.
     """
     folder: str
     name: str
@@ -1540,7 +1669,7 @@ class Copy(NamedTuple):
     vm_name: str
     sequence: int
     written_at: Optional[datetime]
-    keep: Optional[int]
+    rules: Optional[Rules]
     image: str
     size_bytes: int
     problem: str
@@ -1552,6 +1681,9 @@ class Copy(NamedTuple):
     is_unreadable: bool = False
     mark: str = ""
     checks: Mapping[str, Any] = {}
+    pin: str = ""
+    left_out: Tuple[str, ...] = ()
+    other_rules: Tuple[Tuple[Rules, str], ...] = ()
 
     @property
     def stamp(self) -> str:
@@ -1586,7 +1718,11 @@ class Copy(NamedTuple):
 
     def counts_for(self, uuid: str, method: Method) -> bool:
         """Is it one of the good copies of that VM and kind that retention counts?"""
-        return self.is_good and not self.aside and self.uuid == uuid and self.method is method
+        return self.is_of(uuid, method) and self.is_good and not self.pin
+
+    def is_of(self, uuid: str, method: Method) -> bool:
+        """Is it a copy of that VM and kind, and at home where it lies?"""
+        return self.uuid == uuid and self.method is method and not self.aside
 
 
 DAMAGED = "DAMAGED"
@@ -1594,10 +1730,25 @@ NOT_RESTORABLE = "NOT RESTORABLE"
 
 
 class Verdict(NamedTuple):
-    """What retention says about a copy."""
+    """What retention says about a copy: whether it stays, the rules that hold it or why it goes, and until
+    when it is held, "" where that can't be known."""
     copy: Copy
     keep: bool
     reason: str
+    until: str = ""
+
+    @property
+    def text(self) -> str:
+        """All of it in a line."""
+        return self.reason + (f" ({self.until})" if self.until else "")
+
+
+class Hold(NamedTuple):
+    """A rule that holds a copy, in words; and when it lets go: not before so many more good copies of the VM
+    and kind are there, nor before that day (None: any day)."""
+    words: str
+    more: int
+    day: Optional[date] = None
 
 
 def in_order(copies: Iterable[Copy]) -> List[Copy]:
@@ -1606,40 +1757,138 @@ def in_order(copies: Iterable[Copy]) -> List[Copy]:
     ours = sorted((copy for copy in copies if not copy.is_old), key=lambda copy: (copy.sequence, copy.name))
     ordered = []                                # type: List[Copy]
     older = sorted((copy for copy in copies if copy.is_old), key=lambda copy: (copy.taken_at, copy.name))
-    for copy in ours:
-        while older and older[0].taken_at < copy.taken_at:
+    for copy in ours:              # one without a number, as its manifest can't be read, moves no other
+        while older and copy.sequence and older[0].taken_at < copy.taken_at:
             ordered.append(older.pop(0))
         ordered.append(copy)
     return ordered + older
 
 
-def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: str = "") -> List[Verdict]:
-    """A verdict on each copy of a VM's directory, oldest first, when `keep` good ones of VM and kind stay.
+def period_of(unit: str, at: datetime) -> str:
+    """The day, (ISO) week, month or year of that time: `2026-11-26`, `2026-W48`, `2026-11`, `2026`. Of one
+    unit, later ones sort behind earlier ones."""
+    if unit == "week":
+        return "%04d-W%02d" % at.isocalendar()[:2]
+    return at.isoformat()[:{"day": 10, "month": 7, "year": 4}[unit]]
 
-    Only good copies of this uuid and this method are counted or let go. The newest good one always stays; and
-    so do `sealed`, which this run has just made, and the last that we made, which copies of the older program
-    with later stamps do not make old. A copy that can't be read, or of a later version, keeps all: what it
-    is, or needs of the others, is not known here.
+
+def later_period(unit: str, at: datetime, steps: int) -> Optional[date]:
+    """The first day of the period that is so many behind that of the time; None beyond the calendar's end."""
+    day = at.date()
+    try:
+        if unit == "day":
+            return day + timedelta(days=steps)
+        if unit == "week":
+            return day + timedelta(days=7 * steps - day.weekday())
+        months = day.month - 1 + steps if unit == "month" else 12 * steps
+        return date(day.year + months // 12, months % 12 + 1, 1)
+    except (OverflowError, ValueError):
+        return None
+
+
+def held_by(copies: Sequence[Copy], rules: Rules, now: datetime) -> Iterator[Tuple[str, Hold]]:
+    """The rules' holds on these copies, which are all that count and stand oldest first; each with the name
+    of its copy. `now` is local time."""
+    newest = max(rules.newest, 1)
+    for position, copy in enumerate(reversed(copies[-newest:])):
+        yield copy.name, Hold(f"newest {newest}", newest - position)
+    for unit, number in (("day", rules.daily), ("week", rules.weekly), ("month", rules.monthly),
+                         ("year", rules.yearly)):
+        last = {period_of(unit, copy.taken_at): copy.name for copy in copies}
+        current = period_of(unit, now)
+        for position, period in enumerate(sorted(last, reverse=True)[:number]):
+            if period >= current:              # the next copy of the same period takes its place
+                hold = Hold(f"{unit} {period}", 1)
+            else:                              # it goes when so many later periods have a copy
+                steps = number - position - (current not in last)
+                day = later_period(unit, now, steps)
+                hold = Hold(f"{unit} {period}", number - position,
+                            day if day is not None and day >= now.date() else None)
+            yield last[period], hold
+
+
+def until_text(holds: Sequence[Hold]) -> str:
+    """When the last of these holds lets go."""
+    day = max((hold.day for hold in holds if hold.day is not None), default=None)
+    more = counted(max(hold.more for hold in holds), "more good copy", "is")
+    return f"at least until {more} there" + (f", not before {day}" if day else "")
+
+
+def kept_text(rules: Sequence[Rules], noun: str = "", verb: str = "") -> str:
+    """How many copies the rules keep, in words, those of other configs than the first behind it."""
+    texts = []
+    for one in rules:
+        number = max(one.newest, 1)
+        texts.append(f"{counted(number, noun, verb)} kept" if not texts else f"newest {number}")
+        periods = [counted(number, unit) for number, unit in (
+            (one.daily, "day"), (one.weekly, "week"), (one.monthly, "month"), (one.yearly, "year")) if number]
+        if periods:
+            texts[-1] += f", and one of each of the last {', '.join(periods)}"
+        texts[-1] += of_config(one, rules[0].config)
+    return "; ".join(texts)
+
+
+def of_config(rules: Rules, own: str) -> str:
+    """Whose rules they are, "" if they are this config's."""
+    return "" if rules.config == own else f" of {one_line(rules.config)}"
+
+
+def rules_told(copies: Iterable[Copy], uuid: str, method: Method) -> Dict[str, Tuple[Rules, str]]:
+    """By config the rules in the newest manifest of each that made copies of a VM and kind, and the UTC time
+    of that one. The newest manifest of all tells them too, as that copy may be gone by now. Those of earlier
+    versions tell no config, and are left out."""
+    told, last = {}, None                  # type: Dict[str, Tuple[Rules, str]], Optional[Copy]
+    for copy in in_order(copies):
+        if copy.rules is not None and copy.rules.config and copy.written_at and copy.is_of(uuid, method):
+            told[copy.rules.config], last = (copy.rules, format_utc(copy.written_at)), copy
+    for rules, at in last.other_rules if last is not None else ():
+        if rules.config and at > told.get(rules.config, (rules, ""))[1]:
+            told[rules.config] = rules, at
+    return told
+
+
+def rules_for(own: Rules, copies: Iterable[Copy], uuid: str, method: Method) -> Tuple[Rules, ...]:
+    """The rules that count for a VM and kind: this config's own first, then those of each other config that
+    made copies of it, so that no config removes what another wants."""
+    told = rules_told(copies, uuid, method)
+    return (own,) + tuple(told[config][0] for config in sorted(told) if config != own.config)
+
+
+def judge(copies: Sequence[Copy], uuid: str, method: Method, rules: Sequence[Rules], now: datetime,
+          sealed: str = "") -> List[Verdict]:
+    """A verdict on each copy of a VM's directory, oldest first, by the rules for that VM and kind, this
+    config's first; `now` is local time.
+
+    Only good copies of this uuid and this method are counted or let go, and of those only what no rule holds.
+    The newest good one always stays; and so do `sealed`, which this run has just made, and the last that we
+    made, which copies of the older program with later stamps do not make old. A copy that can't be read, or
+    of a later version, keeps all: what it is, or needs of the others, is not known here.
     """
     ordered = in_order(copies)
     counted_ones = [copy for copy in ordered if copy.counts_for(uuid, method)]
-    keep = max(keep, 1)
     last_made = {sealed}.union(copy.name for copy in [copy for copy in counted_ones if not copy.is_old][-1:])
     unknown = not_known(ordered)
-    going = {copy.name: position for position, copy in enumerate(counted_ones[:-keep], 1)}
+    holds = {copy.name: [] for copy in counted_ones}       # type: Dict[str, List[Hold]]
+    for one in rules:
+        for name, hold in held_by(counted_ones, one, now):
+            holds[name].append(hold._replace(words=hold.words + of_config(one, rules[0].config)))
     verdicts = []
     for copy in ordered:
-        goes = False
+        goes, until = False, ""
         if not copy.is_good:
             reason = f"not a good copy, so neither counted nor removed: {copy.trouble}"
+            reason += f"; {copy.pin}" * bool(copy.pin)
         elif copy.aside:
             reason = copy.aside
         elif copy.uuid != uuid:
             reason = f"belongs to another VM ({copy.uuid or 'uuid unknown'})"
         elif copy.method is not method:
             reason = "of the other kind"
-        elif copy.name not in going:
-            reason = f"one of the newest {keep}"
+        elif copy.pin:
+            reason, until = copy.pin, "until it is unpinned"
+        elif holds[copy.name]:
+            reason = "; ".join(hold.words for hold in holds[copy.name])
+            until = until_text(holds[copy.name])
         elif unknown:
             why = "was made by a newer VmBackup" if unknown.is_newer else "can't be read now"
             reason = f"{unknown.name} {why}, so nothing here is removed"
@@ -1647,9 +1896,9 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, keep: int, sealed: 
             reason = "the last one made, whatever stamps copies of the older program bear"
         else:
             goes = True
-            newer = counted(len(counted_ones) - going[copy.name], "good copy", "is")
-            reason = f"{newer} newer, and {counted(keep, verb='is')} kept"
-        verdicts.append(Verdict(copy, not goes, reason))
+            newer = counted(len(counted_ones) - counted_ones.index(copy) - 1, "good copy", "is")
+            reason = f"{newer} newer, and {kept_text(rules, verb='is')}"
+        verdicts.append(Verdict(copy, not goes, reason, until))
     return verdicts
 
 
@@ -3111,10 +3360,11 @@ class Fields:
 def _host(ref: str, record: Dict[str, Any], problems: List[str]) -> Host:
     """The host's value."""
     host = Fields("the host", record, problems)
-    version = host.texts_by_key("software_version").get("product_version", "")
+    software = host.texts_by_key("software_version")
+    version, build = (tuple(int(part) for part in re.findall(r"[0-9]+", software.get(key, "")))
+                      for key in ("product_version", "xapi_build"))
     return Host(ref, host.text("uuid"), host.text("hostname").split(".")[0] or "host", host.text("address"),
-                tuple(int(part) for part in re.findall(r"[0-9]+", version)),
-                (host.number("API_version_major"), host.number("API_version_minor")))
+                version, (host.number("API_version_major"), host.number("API_version_minor")), build)
 
 
 def _networks_of(machine: Dict[str, Any], vifs: Dict[str, Any],
@@ -5342,11 +5592,14 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
 
 STATE_FOLDER = ".vmbackup"
 VERDICT_FOLDER = "verdicts"
+PLAN_FOLDER = "plans"
+PLAN_SHAPE = {"pool": str, "config": str, "host": str, "at": str, "vms": {"*": str}, "excluded": [str]}
 MANIFEST = "backup.json"
 CHECKSUMS = "SHA256SUMS"
 SUCCESS = "success"
 BLOCKS = "blocks"
 VM_METADATA = "vm-metadata.xml"
+PIN = ".pin"
 OLD_MARKERS = ("success", "success_restore", "success_compress", "success_compressing")
 IMAGE_NAME = re.compile(r"((.+)\.(xva|raw|vhd))(\.gz|\.zst)?", re.DOTALL)
 COMPRESSED_MAGIC = ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"))
@@ -5450,7 +5703,7 @@ class Catalog:
         """The copy as it is now, what was learned of its VM from elsewhere kept; NotThere if it is gone."""
         with self.root.child(copy.folder) as folder:
             now = read_copy(folder, copy.folder, copy.name, copy.taken_at, copy.is_old)
-        return self.with_checks(now._replace(uuid=now.uuid or copy.uuid))
+        return self.with_checks(now._replace(uuid=now.uuid or copy.uuid, pin=copy.pin))
 
     def open_copy(self, copy: Copy) -> Directory:
         """The copy's directory; NotThere if it is gone."""
@@ -5493,16 +5746,19 @@ class Catalog:
         copies, unfinished, strangers = [], [], []
         try:
             with contextlib.suppress(NotThere), self.root.child(name) as folder:
-                for item in folder.names():
+                names = folder.names()
+                for item in names:
                     parsed, is_directory = parse_copy_name(item), True
                     with contextlib.suppress(CatalogError):
                         is_directory = folder.is_directory(item)
                     if is_directory and parsed is not None:
                         with contextlib.suppress(NotThere):    # gone meanwhile: another run is at work here
-                            copies.append(self.with_checks(read_copy(folder, name, item, *parsed)))
+                            copy = self.with_checks(read_copy(folder, name, item, *parsed))
+                            copies.append(copy._replace(
+                                pin=pin_text(folder, item) if item + PIN in names else ""))
                     elif is_directory and is_unfinished_name(item):
                         unfinished.append(item)
-                    else:
+                    elif not is_pin_of(item, names):
                         strangers.append(item)
         except WrongKind:
             raise WrongKind(f"{self.path}/{name} is not a directory, and is in the way of backups: move it.")
@@ -5612,20 +5868,78 @@ class Catalog:
                         problems.append(error)
         return found
 
+    # --- the last plan of each config: which VMs it had ------------------------------------
+
+    def plans(self) -> List[Dict[str, Any]]:
+        """Those on record; what can't be read, or is none of this version's, is as if it were not there,
+        unless the storage is to blame."""
+        found, folder = [], self.state_if_there(PLAN_FOLDER)
+        if folder is None:
+            return found
+        with folder:
+            for name in folder.names():
+                try:
+                    plan = parse_object(folder.read(name, 16 * MEBIBYTE))
+                    check_shape(plan, PLAN_SHAPE)
+                    for at in [plan["at"], *filter(None, plan["vms"].values())]:
+                        parse_utc(at)
+                    found.append(plan)
+                except StorageMisbehaved:
+                    raise
+                except (CatalogError, ValueError):
+                    continue
+        return found
+
+    def put_plan(self, plan: Dict[str, Any]) -> None:
+        """It is on record, in the place of the last one of that config on that host."""
+        place = f"{plan['pool']}/{plan['host']}/{plan['config']}"
+        digest = hashlib.sha256(place.encode("utf-8", "surrogateescape"))
+        with self.state(PLAN_FOLDER) as folder:
+            folder.put(digest.hexdigest()[:32] + ".json", (json.dumps(plan, sort_keys=True) + "\n").encode())
+
+    # --- pins: files beside the copies, whose names alone pin -----------------------------
+
+    def pin(self, copy: Copy, text: str) -> bool:
+        """The copy is pinned, in a file with that text, for people; false if it was already, and was left.
+        NotThere if it is gone."""
+        with self.root.child(copy.folder) as folder, self.copy_lock(copy, shared=True) as is_free:
+            if not is_free or not folder.is_directory(copy.name):
+                raise NotThere(f"{copy.folder}/{copy.name} is being removed just now.")
+            try:
+                with contextlib.suppress(StorageFull):         # then its name pins, if that could be made
+                    folder.write(copy.name + PIN, text.encode("utf-8", "surrogateescape"))
+            except NameTaken:
+                return False
+            folder.sync()
+            if folder.status(copy.name + PIN) is None:
+                raise StorageFull(f"{copy.folder}/{copy.name} is not pinned: no file can be made on the full "
+                                  "store.")
+            return True
+
+    def unpin(self, copy: Copy) -> None:
+        """The copy is pinned no more."""
+        with self.root.child(copy.folder) as folder:
+            folder.remove_file(copy.name + PIN)
+            folder.sync()
+
     # --- removing ----------------------------------------------------------------------
 
-    def remove_copy(self, copy: Copy) -> bool:
-        """The copy is gone: from its name in one step, then from the disk. False if somebody reads it."""
+    def remove_copy(self, copy: Copy) -> str:
+        """The copy is gone: from its name in one step, then from the disk. Else why it is left: somebody
+        reads it, or has pinned it since it was listed."""
         self.check_in_place()
         with self.root.child(copy.folder) as folder:
             if parse_copy_name(copy.name) is None or not folder.is_directory(copy.name):
                 raise CatalogError(f"{copy.folder}/{copy.name} is not a copy's directory; it is left.")
             with self.copy_lock(copy, shared=False) as is_free:
-                if is_free:
-                    folder.rename(copy.name, copy.name + DELETING)
-                    folder.remove_tree(copy.name + DELETING)
-                    folder.sync()
-                return is_free
+                if not is_free:
+                    return "is being read by a restore or drill"
+                if folder.status(copy.name + PIN) is not None:
+                    return "was pinned just now"
+                folder.rename(copy.name, copy.name + DELETING)
+                folder.remove_tree(copy.name + DELETING)
+                folder.sync()
+                return ""
 
     def remove_unfinished(self, folder_name: str, name: str) -> None:
         """A .partial or .deleting directory is gone."""
@@ -5837,6 +6151,20 @@ def pool_of_dump(folder: Directory, name: str) -> str:
 # --- one copy ------------------------------------------------------------------------
 
 
+def is_pin_of(name: str, names: Sequence[str]) -> bool:
+    """Is it the name of a pin of one of those copies?"""
+    copy = name[:-len(PIN)]
+    return name.endswith(PIN) and parse_copy_name(copy) is not None and copy in names
+
+
+def pin_text(folder: Directory, name: str) -> str:
+    """That a copy is pinned, and why, as the pin's first line tells where it can be read."""
+    why = ""
+    with contextlib.suppress(CatalogError):
+        why = folder.read_part(name + PIN, KIBIBYTE).decode("utf-8", "replace").partition("\n")[0].strip()
+    return f"pinned: {one_line(why)}" if why else "pinned"
+
+
 def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime, is_old: bool) -> Copy:
     """The copy in that directory; what can't be read of it is its `problem`. NotThere if it is gone."""
     blank = Copy(folder_name, name, taken_at, is_old, None, "", "", 0, None, None, "", 0, "")
@@ -5885,9 +6213,24 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
     if inside.status(SUCCESS) is None:
         problem = f"the marker `{SUCCESS}` is not there"
     return copy._replace(
-        method=Method(manifest["kind"]), keep=manifest["copies_to_keep"], image=stored or image["name"],
-        size_bytes=image["size"], problem=problem,
-        disks=tuple(f"{disk['device']} {format_size(disk['virtual_size'])}" for disk in manifest["disks"]))
+        method=Method(manifest["kind"]), image=stored or image["name"],
+        size_bytes=image["size"], problem=problem, disks=disk_words(manifest["disks"]),
+        left_out=disk_words(manifest.get("left-out", ())),
+        # those of earlier versions tell a number only
+        rules=rules_of(manifest.get("rules", {"newest": manifest["copies_to_keep"]}),
+                       told(manifest, "config")),
+        other_rules=tuple((rules_of(row["rules"], row["config"]), row["at"])
+                          for row in manifest.get("other-rules", ())))
+
+
+def disk_words(rows: Sequence[Dict[str, Any]]) -> Tuple[str, ...]:
+    """Those disks of a manifest in words: device and size."""
+    return tuple(f"{one_line(disk['device'])} {format_size(disk['virtual_size'])}" for disk in rows)
+
+
+def rules_of(numbers: Dict[str, int], config: str) -> Rules:
+    """Those rules of a manifest."""
+    return Rules(*(max(0, int(numbers.get(name, 0))) for name in RULE_NAMES), config=config)
 
 
 def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[str, str]:
@@ -5966,6 +6309,10 @@ def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
 MANIFEST_FORMAT = 1
 MOST_COPIES = 10 ** 9                  # of one VM: a later number is none that was counted
 MAYBE_TEXT = (str, type(None))
+RULE_NAMES = Rules._fields[:-1]        # those of numbers
+MANIFEST_LATER_SHAPE = {               # what manifests of earlier versions do not have
+    "rules": {"*": int}, "other-rules": [{"config": str, "at": str, "rules": {"*": int}}], "config": str,
+    "left-out": [{"device": str, "userdevice": str, "virtual_size": int, "by": str}]}
 MANIFEST_SHAPE = {                     # as check_shape() takes it; it may hold more
     "kind": str, "taken_at": str, "sequence": int, "copies_to_keep": int,
     "vm": {"uuid": str, "name": str}, "files": {"*": {"sha256": str}},
@@ -6010,13 +6357,15 @@ def parse_manifest(content: bytes) -> Dict[str, Any]:
     if isinstance(manifest.get("format"), (int, float)) and manifest["format"] > MANIFEST_FORMAT:
         raise NewerManifest(manifest)
     check_shape(manifest, MANIFEST_SHAPE)
+    check_shape(manifest, {key: shape for key, shape in MANIFEST_LATER_SHAPE.items() if key in manifest})
     name = manifest["image"]["name"]
     if not IMAGE_NAME.fullmatch(name) or "/" in name or "\0" in name or re.search("[\ud800-\udfff]", name):
         raise ValueError("image.name is not the name of an image")
     if not 0 <= manifest["sequence"] < MOST_COPIES:
         raise ValueError("sequence is no number of a copy")
     Method(manifest["kind"])
-    parse_utc(manifest["taken_at"])
+    for at in [manifest["taken_at"]] + [row["at"] for row in manifest.get("other-rules", ())]:
+        parse_utc(at)
     return manifest
 
 
@@ -6483,22 +6832,27 @@ class Owned:
 
     def _destroy_disk(self, uuid: str, own: Iterable[str] = ()) -> bool:
         """True if that disk is gone; False, with a finding, if it must stay. `own`: refs of VMs of ours."""
+        stays = self._try_disk(uuid, own)
+        if stays:
+            self.tell_left(*stays)
+        return not stays
+
+    def _try_disk(self, uuid: str, own: Iterable[str]) -> Tuple[Any, ...]:
+        """Nothing if that disk is gone; if it must stay what tell_left is to say."""
         for has_time in self._services.signals.until(BUSY_PATIENCE_S, BUSY_PAUSE_S):
             ref = self._ref("VDI", uuid)
             record = self._ask_if_there("VDI.get_record", ref) if ref else None
             if record is None:
-                return True
+                return ()
             if self.DISKS_ARE_SNAPSHOTS and not record["is_a_snapshot"]:
-                self.tell_left(f"has a disk, {uuid}, that is no snapshot any more, so it was left.")
-                return False
+                return (f"has a disk, {uuid}, that is no snapshot any more, so it was left.",)
             strangers = strangers_on(self._services.pool, record, own, self._doing)
             if strangers:
-                self.tell_left(f"has a disk, {uuid}, that hangs on another VM, "
-                               f"{self._ask('VM.get_name_label', strangers[0])}, so it was left.")
-                return False
+                return (f"has a disk, {uuid}, that hangs on another VM, "
+                        f"{self._ask('VM.get_name_label', strangers[0])}, so it was left.",)
             try:
                 destroy(self._services, "VDI", ref, self._doing)
-                return True
+                return ()
             except ApiFailure as failure:
                 if failure.code not in STILL_BUSY:
                     raise
@@ -6507,9 +6861,8 @@ class Owned:
             drives = {ref: drive for ref, drive in drives.items()
                       if drive is not None and self._ask_if_there("VM.get_is_control_domain", drive["VM"])}
             if not self._let_go(record, drives, not has_time) and not has_time:
-                self.tell_left(f"has a disk, {uuid}, that is still in use ({reason}).",
-                               self._commands_for_busy(uuid, drives.values()))
-                return False
+                return (f"has a disk, {uuid}, that is still in use ({reason}).",
+                        self._commands_for_busy(uuid, drives.values()))
 
     def _let_go(self, disk: Dict[str, Any], drives: Dict[str, Dict[str, Any]], has_waited: bool) -> bool:
         """True if one of those VBDs, by which our disk hangs on control domains, is gone: a server that died
@@ -6622,16 +6975,33 @@ class VmSnapshot(Snapshot):
     """A snapshot of a VM: born with the token in its name."""
     FIRST = Owned.FIRST + ("name",)
 
-    def make(self, machine: VirtualMachine, label: str) -> VirtualMachine:
-        """It is there, ready for export; raises ApiFailure or AnswerLost if not."""
+    def make(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk],
+             knows_ignored: bool) -> VirtualMachine:
+        """It is there, ready for export and without the disks that are left out; raises ApiFailure,
+        AnswerLost or BackupError if not. A server that does not know how to leave them out (`knows_ignored`)
+        makes snapshots of them too, which are destroyed before the export."""
         doing, pool = f"the snapshot of {machine.title}", self._services.pool
-        ref = self._make(lambda: None, doing, "VM.snapshot", machine.ref, self._facts["name"])
+        ignored = [disk.vdi_ref for disk in left_out]
+        ref = self._make(lambda: None, doing, "VM.snapshot", machine.ref, self._facts["name"],
+                         *([ignored] if ignored and knows_ignored else []))
         snapshot = pool.machine(ref, "reading " + doing)
-        self._entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks])
+        too_many = [disk.vdi_uuid for disk in snapshot.disks if disk.snapshot_of in ignored]
+        self._entry.note(uuid=snapshot.uuid, disks=[disk.vdi_uuid for disk in snapshot.disks],
+                         left_out=too_many)
+        for uuid in too_many:
+            problem = f"{doing}: what it holds of a disk that is left out could not be removed, so nothing " \
+                "was exported"
+            try:
+                stays = self._try_disk(uuid, [ref])
+            except ApiFailure as failure:
+                raise BackupError(f"{problem}: {failure}", passing=failure.passing)
+            if stays:                      # what is left in the end is told by the clean-up
+                raise BackupError(f"{problem}: it {stays[0]}", passing=True)
         pool.ask("naming " + doing, "VM.set_name_label", ref, label)
         # a snapshot is a template too, and would be imported as one (ocaml/xapi/export.ml, v26.17.0)
         pool.ask("preparing " + doing, "VM.set_is_a_template", ref, False)
-        return snapshot
+        return snapshot._replace(disks=tuple(
+            disk for disk in snapshot.disks if disk.vdi_uuid not in too_many))
 
     def _find(self) -> List[str]:
         known = self._ref("VM", self._facts.get("uuid", ""))
@@ -6933,7 +7303,7 @@ OWNED_KINDS = {"vm-snapshot": VmSnapshot, "vdi-snapshot": DiskSnapshot,
 ENTRY_SHAPE = {                        # of what kind its facts are, where it has them
     **dict.fromkeys(("token", "vm_uuid", "vm_name", "called_at", "name", "disk", "calling_at", "uuid",
                      "answer", "closed"), str),
-    **dict.fromkeys(("names", "tasks", "uuids", "disks", "known"), [str])}
+    **dict.fromkeys(("names", "tasks", "uuids", "disks", "known", "left_out"), [str])}
 
 
 def is_understood(facts: Dict[str, Any]) -> bool:
@@ -6970,13 +7340,14 @@ class Snapshots:
         return OWNED_KINDS[entry.facts["kind"]](self._services, entry, self.tell)
 
     @contextlib.contextmanager
-    def of_vm(self, machine: VirtualMachine, label: str) -> Iterator[VirtualMachine]:
+    def of_vm(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk] = (),
+              knows_ignored: bool = False) -> Iterator[VirtualMachine]:
         """A snapshot of the VM, ready for export, removed on every way out. Raises ApiFailure or AnswerLost
         if there is none. One that can't be removed is a finding, and hides no other error."""
         token = random_hex(8)
         with self.begun(machine.uuid, machine.name, kind="vm-snapshot", token=token,
                         name=f"{label} {TOKEN_MARK}{token}") as entry:
-            yield self.owned(entry).make(machine, label)
+            yield self.owned(entry).make(machine, label, left_out, knows_ignored)
 
     @contextlib.contextmanager
     def of_disk(self, machine: VirtualMachine, disk: Disk) -> Iterator[Disk]:
@@ -7182,9 +7553,9 @@ def selector_of(target: str) -> Tuple[str, str]:
     return name, value
 
 
-def config_place(arguments: Arguments) -> str:
-    """The config's path, or the selector: what its kept mails belong to, whichever pool or settings a run
-    has."""
+def config_path(arguments: Arguments) -> str:
+    """The config's real path, or the selector in its place: what tells it from other configs, whichever pool
+    or settings a run has."""
     if is_config_path(arguments.target):
         return fs_text(os.path.realpath(fs_path(arguments.target)))
     return "=".join(selector_of(arguments.target))
@@ -7255,6 +7626,15 @@ def find_xe(settings: Configuration) -> str:
 def this_host_name() -> str:
     """This host's name as reports have it before the pool has said it: up to the first dot."""
     return socket.gethostname().split(".")[0]
+
+
+def this_user() -> str:
+    """Who runs the program, for people."""
+    import pwd
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:                   # no such user on this host
+        return f"user {os.getuid()}"
 
 
 def is_bug(error: Optional[BaseException]) -> bool:
@@ -7471,7 +7851,7 @@ def take_config_lock(services: Services, inventory: Inventory) -> Optional[LockF
     """
     settings = services.settings
     lock = services.catalog.lock_file("config", "/".join(
-        (inventory.pool_uuid, settings.decisions, config_place(services.arguments))))
+        (inventory.pool_uuid, settings.decisions, settings.path)))
     ours = lock.take()
     text = lock.text()
     # its holder may have taken it this very second, and not have written yet what it is
@@ -7858,6 +8238,7 @@ class BackupRun:
         tell(self._plan.findings)
         tell(Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings)
         tell(self._clear_leftovers())
+        tell(self._dropped())
         self.run.in_store("looking for the directories", lambda: self.placement.claim_all(
             job.machine for _, job in jobs), FOR_EVER_S)
         tell(self._check_retention())
@@ -7924,6 +8305,19 @@ class BackupRun:
                 yield self.left(error)
 
     # --- the jobs ---------------------------------------------------------------------
+
+    def _dropped(self) -> List[Finding]:
+        """Warnings about VMs that dropped out of all configs; what is planned now is on record."""
+        findings = []                      # type: List[Finding]
+        try:
+            record, findings = self.run.in_store("reading the earlier plans", lambda: dropped_vms(
+                self._services, self.run.inventory, self._plan))
+            if record is not None:
+                self.run.in_store("putting the plan on record",
+                                  lambda: self._services.catalog.put_plan(record))
+        except CatalogError as error:              # it costs no VM its backup
+            return findings + [self.left(error)]
+        return findings
 
     def _check_retention(self) -> Iterator[Finding]:
         """What stands in the way of pruning is told; where the clock went back since any of these VMs' newest
@@ -8060,7 +8454,7 @@ class BackupJob:
             self._findings += self._backup.clear_unfinished(folder)
             if self._services.settings.pre_clean:
                 copies = self._backup.placement.own_view(folder, job.machine)
-                self._prune(copies, job.keep - 1, "to make room")
+                self._prune(copies, job.rules._replace(newest=job.rules.newest - 1), "to make room")
             sealed, size_bytes = self._make_copy(folder)
             outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes)
             try:                                   # whatever comes now, the new copy is sealed
@@ -8115,6 +8509,14 @@ class BackupJob:
         run, services, exporter = self._run, self._services, self._backup.exporter
         taken_at = services.clock.utc()
         machine = self._read_again()
+        excludes, method = services.settings.exclude_disk, self._job.method
+        with stage(method.name + "-EXPORT-FAIL"):
+            disks_to_export(machine, method, excludes)         # where there are none, nothing is begun
+        left_out = left_out_disks(machine, excludes)
+        for disk, line in left_out.items():
+            services.log.info(f"{machine.title}: disk {disk_list((disk,))} is left out by {line}.")
+        self._findings += newly_left_out(machine, method, left_out,
+                                         self._backup.placement.own_view(folder, machine))
         with stage("DIR-FAIL"):
             copy = run.in_store("beginning the copy", lambda: services.catalog.new_copy(
                 folder.name, services.clock.local()))
@@ -8128,11 +8530,11 @@ class BackupJob:
                 for problem in machine.problems + tuple(vif.problem for vif in interfaces if vif.problem):
                     if problem not in self._job.machine.problems:
                         self._warn(problem)
-                files = metadata_files(machine, machine.disks, interfaces, os_version)
+                files = metadata_files(machine, machine.disks, interfaces, os_version, left_out)
                 # the sizes are those of the snapshot
                 run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if not name.endswith(VDI_CFG)))
-            report, disks = self._export(machine, copy)
+            report, disks = self._export(machine, left_out, copy)
             image, blocks = report.image, report.blocks
             with stage("SEAL-FAIL"):
                 files = metadata_files(machine, disks, interfaces, os_version)
@@ -8141,7 +8543,7 @@ class BackupJob:
                 run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if name.endswith(VDI_CFG)))
                 run.in_store("finishing the copy", lambda: copy.finish(
-                    self._manifest(machine, report, taken_at, folder)))
+                    self._manifest(machine, left_out, report, taken_at, folder)))
                 if services.settings.verify_after:
                     services.log.info(f"{machine.title}: reading {image['name']} back from storage.")
                     digest = stored_digest(services, copy.inside, image["name"])
@@ -8185,19 +8587,25 @@ class BackupJob:
             log.info(f"{machine.title} is suspended: the copy holds its disks, but not its memory.")
         return machine
 
-    def _export(self, machine: VirtualMachine, copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
+    def _export(self, machine: VirtualMachine, left_out: Mapping[Disk, str],
+                copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
         """The image, and the VM's disks with the sizes that their snapshots have."""
         exporter, snapshots, base = self._backup.exporter, self._run.snapshots, safe_name(machine.name)
         snapshots.check_none_left(machine)
-        is_whole_vm, disks = self._job.method is Method.VM, machine.disks
-        if not is_whole_vm:
-            with stage("VDI-EXPORT-FAIL"):
-                disks = (first_disk(machine),)
+        method, knows_ignored = self._job.method, self._run.inventory.master.build >= OLDEST_IGNORED_DISKS
+        disks = disks_to_export(machine, method, self._services.settings.exclude_disk)
         with stage("SNAPSHOT-FAIL"):
-            check_sr_space(self._services, disks, f"no snapshot of {machine.title} was made")
-            if is_whole_vm:
+            touched = machine.disks if method is Method.VM and not knows_ignored else disks
+            check_sr_space(self._services, touched, f"no snapshot of {machine.title} was made")
+            if method is Method.VM:
                 label = f"{machine.name} (backup {parse_copy_name(copy.name)[0]:%Y-%m-%d %H:%M:%S})"
-                with snapshots.of_vm(machine, label) as snapshot, stage("VM-EXPORT-FAIL"):
+                with snapshots.of_vm(machine, label, left_out, knows_ignored) as snapshot, \
+                        stage("VM-EXPORT-FAIL"):
+                    there = {disk.userdevice for disk in snapshot.disks}
+                    lost = [disk for disk in disks if disk.userdevice not in there]
+                    if lost:
+                        raise BackupError(f"the snapshot of {machine.title} lacks {disk_list(lost)}, so "
+                                          "nothing was exported: was it detached just now?", passing=True)
                     image = exporter.vm_image(snapshot, machine, copy.inside, base)
                     sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
             else:
@@ -8207,28 +8615,37 @@ class BackupJob:
         return image, [disk._replace(virtual_size=sizes.get(disk.vdi_ref, disk.virtual_size))
                        for disk in machine.disks]
 
-    def _manifest(self, machine: VirtualMachine, report: ImageReport, taken_at: datetime,
-                  folder: Folder) -> Dict[str, Any]:
+    def _manifest(self, machine: VirtualMachine, left_out: Mapping[Disk, str], report: ImageReport,
+                  taken_at: datetime, folder: Folder) -> Dict[str, Any]:
         """backup.json: what, when, from where, and what was verified. `files` is added when all are
         written."""
         inventory, job = self._run.inventory, self._job
+        told = rules_told(self._backup.placement.own_view(folder, machine), machine.uuid, job.method)
+        others = [{"config": rules.config, "at": at, "rules": dict(zip(RULE_NAMES, rules))}
+                  for rules, at in told.values() if rules.config != job.rules.config and is_still_told(
+                      rules.config, parse_utc(at), taken_at)]
         return {
             "format": MANIFEST_FORMAT, "program": "VmBackup " + VERSION, "kind": job.method.value,
             "folder": folder.name,
             "taken_at": format_utc(taken_at), "finished_at": format_utc(self._services.clock.utc()),
-            "sequence": next_sequence(folder.copies), "copies_to_keep": job.keep, "chosen_by": job.chosen_by,
+            "sequence": next_sequence(folder.copies), "copies_to_keep": job.rules.newest,
+            "rules": dict(zip(RULE_NAMES, job.rules)), "config": job.rules.config,
+            "other-rules": others, "chosen_by": job.chosen_by,
             "vm": {"uuid": machine.uuid, "name": machine.name, "power_state": machine.power_state},
             "pool": {"uuid": inventory.pool_uuid, "name": inventory.pool_name},
             "host": inventory.host.short_name,
             "server": {"product_version": ".".join(map(str, inventory.master.product_version)),
                        "api_version": "%d.%d" % inventory.master.api_version},
             "image": report.image, "disks": report.disks, "verified": report.verified,
+            "left-out": [{"device": disk.device, "userdevice": disk.userdevice, "name": disk.name,
+                          "uuid": disk.vdi_uuid, "virtual_size": disk.virtual_size, "by": line}
+                         for disk, line in left_out.items()],
         }
 
     # --- retention ------------------------------------------------------------------------
 
     def _retain(self, folder_name: str, sealed: str) -> int:
-        """Older copies beyond the number to keep are gone, never the one just sealed; the number of good ones
+        """Older copies that no rule holds are gone, never the one just sealed; the number of good ones
         there. VerificationError if that one does not read back as good."""
         job, log, place = self._job, self._services.log, f"{folder_name}/{sealed}"
         folder = self._run.in_store(f"listing {folder_name}",
@@ -8247,15 +8664,16 @@ class BackupJob:
                 log.info(f"{folder_name}/{copy.name} is left: {copy.aside}.")
         for name in folder.strangers:
             log.info(f"{folder_name}/{one_line(name)} is not ours and is left.")
-        removed = self._prune(copies, job.keep, "retention", sealed)
+        removed = self._prune(copies, job.rules, "retention", sealed)
         return sum(1 for copy in copies if copy.counts_for(job.machine.uuid, job.method)) - removed
 
-    def _prune(self, copies: Sequence[Copy], keep: int, why: str, sealed: str = "") -> int:
-        """What the verdicts let go is gone; how many copies that were. A copy that can't be removed is a
-        warning."""
+    def _prune(self, copies: Sequence[Copy], rules: Rules, why: str, sealed: str = "") -> int:
+        """What neither these rules of this config nor others hold is gone; how many copies that were. A copy
+        that can't be removed is a warning."""
         job, title, log = self._job, self._job.machine.title, self._services.log
-        removed = 0
-        for verdict in judge(copies, job.machine.uuid, job.method, keep, sealed):
+        removed, uuid = 0, job.machine.uuid
+        for verdict in judge(copies, uuid, job.method, rules_for(rules, copies, uuid, job.method),
+                             self._services.clock.local(), sealed):
             if verdict.keep:
                 continue
             if self._backup.why_not_pruned:
@@ -8264,9 +8682,10 @@ class BackupJob:
             place = f"{verdict.copy.folder}/{verdict.copy.name}"
             try:
                 self._run.check_alive()
-                if not self._run.in_store(f"removing {place}", functools.partial(
-                        self._services.catalog.remove_copy, verdict.copy), REMOVAL_LIMIT_S):
-                    log.info(f"{title}: {place} is being read by a restore or drill: a later run removes it.")
+                is_left = self._run.in_store(f"removing {place}", functools.partial(
+                    self._services.catalog.remove_copy, verdict.copy), REMOVAL_LIMIT_S)
+                if is_left:
+                    log.info(f"{title}: {place} is left, as it {is_left}; a later run looks at it again.")
                     continue
             except TakenOver:
                 raise
@@ -8295,6 +8714,50 @@ def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
     return plain if not pools or inventory.pool_uuid in pools else f"{plain}--{inventory.pool_uuid[:8]}"
 
 
+DROPPED_TOLD_S = 7 * DAY_S - 12 * HOUR_S   # 7 nights, also where one begins a little earlier
+PLAN_LIFE_S = 35 * DAY_S
+
+
+def dropped_vms(services: Services, inventory: Inventory,
+                plan: Plan) -> Tuple[Optional[Dict[str, Any]], List[Finding]]:
+    """This config's plan as it is put on record, and warnings about VMs of the pool that it had in an earlier
+    one and that no config selects or excludes any more. None and none where the VMs were chosen by hand.
+
+    Of other configs what counts is their last plan on record; one that did not run for long counts no more.
+    `missed` is when a VM was first missed, "" for one that is selected.
+    """
+    arguments, path, now = services.arguments, services.settings.path, services.clock.utc()
+    if not is_config_path(arguments.target) or any(
+            OPTIONS[OPTION_NAMES.index(setting.name)].kind == "selector" for setting in arguments.settings):
+        return None, []
+    plans, host = services.catalog.plans(), inventory.host.short_name
+    plans = [one for one in plans if one["pool"] == inventory.pool_uuid]
+    last = [one for one in plans if (one["config"], one["host"]) == (path, host)]
+    # What another host did with this path before our last run is an earlier state of this config; if it did
+    # so since, it may have another file there. What it misses we miss, too.
+    last += [one for one in plans if one["config"] == path and last and one["at"] < last[0]["at"]]
+    earlier, named = {}, set()             # type: Dict[str, str], Set[str]
+    for one in reversed(last):
+        earlier.update(one["vms"])
+    for one in plans:
+        if one["config"] == path:
+            earlier.update((uuid, missed) for uuid, missed in one["vms"].items() if missed)
+        if one not in last and (now - parse_utc(one["at"])).total_seconds() < PLAN_LIFE_S:
+            named.update(one["excluded"], (uuid for uuid, missed in one["vms"].items() if not missed))
+    vms, findings = {job.machine.uuid: "" for job in plan.jobs}, []
+    for machine in plan.unselected:
+        if machine.uuid not in earlier or machine.uuid in named:
+            continue
+        missed = vms[machine.uuid] = earlier[machine.uuid] or format_utc(now)
+        if (now - parse_utc(missed)).total_seconds() < DROPPED_TOLD_S:
+            findings.append(Finding(Severity.WARNING, machine.title, "was backed up by this config, and now "
+                                    "no config selects or excludes it: select it again, or exclude it if "
+                                    f"that is meant. (Missed since {missed}; told for 7 nights.)"))
+    record = {"pool": inventory.pool_uuid, "config": path, "host": host, "at": format_utc(now), "vms": vms,
+              "excluded": [machine.uuid for machine, _ in plan.excluded]}
+    return record, findings
+
+
 @contextlib.contextmanager
 def stage(word: str) -> Iterator[None]:
     """Inside, a BackupError gets the word for the status log, unless it has one."""
@@ -8314,12 +8777,34 @@ def proof_text(verified: Dict[str, Any]) -> str:
     return "in structure; block digests need libxxhash, which is not here"
 
 
+OTHER_RULES_LIFE = timedelta(days=400)
+
+
+def is_still_told(config: str, at: datetime, now: datetime) -> bool:
+    """Do a config's rules count beyond its own copies, the last of which it made then? Those of a file do for
+    long, as it may be one for each year; what was chosen by hand is not asked for again."""
+    return config.startswith("/") and now - at < OTHER_RULES_LIFE
+
+
+def newly_left_out(machine: VirtualMachine, method: Method, left_out: Mapping[Disk, str],
+                   copies: Sequence[Copy]) -> Iterator[Finding]:
+    """Warnings about disks that are left out now and that the newest good one of the copies holds."""
+    newest = [copy for copy in copies if copy.is_good and copy.is_of(machine.uuid, method)][-1:]
+    held = {words.partition(" ")[0]: copy.name for copy in newest for words in copy.disks}
+    for disk, line in left_out.items():
+        if disk.device in held:
+            yield Finding(Severity.WARNING, machine.title, f"disk {disk_list((disk,))}, which its newest "
+                          f"good copy, {held[disk.device]}, holds, is left out from now on by {line}.")
+
+
 VDI_CFG = "/vdi.cfg"
+OLDEST_IGNORED_DISKS = (21, 4)     # VM.snapshot's ignore_vdis: xapi 21.4.0, ocaml/idl/datamodel_vm.ml
 
 
 def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: Sequence[Interface],
-                   os_version: str) -> List[Tuple[str, str]]:
-    """The cfg files of a copy: (name, text), in the fields and order of the older program."""
+                   os_version: str, left_out: Mapping[Disk, str] = {}) -> List[Tuple[str, str]]:
+    """The cfg files of a copy: (name, text), in the fields and order of the older program; and beside those
+    of a disk that is left out the line that says so."""
     files = [("vm.cfg", cfg_text((
         ("name_label", machine.name), ("name_description", machine.description),
         ("memory_dynamic_max", machine.memory_dynamic_max), ("VCPUs_max", machine.vcpus_max),
@@ -8334,6 +8819,8 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
             ("name_label", disk.name), ("name_description", disk.description),
             ("virtual_size", disk.virtual_size), ("type", disk.vdi_type), ("sharable", disk.sharable),
             ("read_only", disk.read_only), ("orig_uuid", disk.vdi_uuid), ("orig_sr_uuid", disk.sr_uuid)))))
+        if disk in left_out:
+            files.append((folder + "/left-out", f"left out by {left_out[disk]}\n"))
     vifs = _told_apart([("vif-" + safe_name(vif.device), vif.uuid[:8], vif.uuid) for vif in interfaces])
     for name, interface in zip(vifs, interfaces):
         files.append((f"VIFs/{name}.cfg", cfg_text((
@@ -8693,33 +9180,38 @@ def is_pruned_by_hand(arguments: Arguments) -> bool:
         and any(setting.name == "max_backups" for setting in arguments.settings)
 
 
-def stored_keep(services: Services, stored: StoredVm) -> Tuple[Optional[int], str]:
-    """How many good copies stay when retention is applied without a pool, and by which rule; None: nothing is
-    removed.
+def stored_rules(services: Services, stored: StoredVm) -> Tuple[Tuple[Rules, ...], str]:
+    """The rules for a VM and kind when retention is applied without a pool, this config's first, and what
+    makes them so; none if nothing is removed.
 
-    What is said by hand, else the larger of the newest manifest's number and the config's. A VM that the
-    config does not select by name, and copies without a number, are left.
+    Where max_backups is said by hand, only this config's rules count. A VM that the config does not select by
+    name, and copies that tell no rules, are left. The rules of this config's newest manifest, or of one that
+    tells no config, count too: which line decides, for tags or after a change of the kind, only a run with
+    the pool knows, and one by hand can have other rules. Lowered ones count once a run has told them.
     """
     settings = services.settings
     if is_pruned_by_hand(services.arguments) and stored.method is not None:
-        return settings.max_backups, "max_backups on the command line"
+        return (settings.rules(),), "max_backups on the command line"
     machine = VirtualMachine("", stored.uuid, stored.name, "", "", (), "", "", "", NULL_REF, ())
     if any(selector.matches(machine) for selector in settings.exclude):
-        return None, "the config excludes this VM"
+        return (), "the config excludes this VM"
     selector = choose_selector(machine, settings.vm_export + settings.vdi_export)
-    numbers = [copy.keep for copy in stored.copies if copy.keep is not None]
     if stored.method is None or not stored.uuid:
-        return None, "the kind or the VM's uuid can't be read"
-    if not numbers:
-        return None, "no manifest says how many copies to keep"
+        return (), "the kind or the VM's uuid can't be read"
+    told = [copy.rules for copy in stored.copies if copy.rules is not None]
+    if not told:
+        return (), "no manifest says how many copies to keep"
     if selector is None:
-        return None, "no selector of this config names this VM"
-    return max(numbers[-1], selector.keep or settings.max_backups), selector.line
+        return (), "no selector of this config names this VM"
+    own = settings.rules(selector.keep)
+    for last in [rules for rules in told if rules.config in ("", own.config)][-1:]:
+        own = Rules(*map(max, own[:-1], last[:-1]), config=own.config)
+    return rules_for(own, stored.around, stored.uuid, stored.method), selector.line
 
 
 def prune_chosen(run: Run) -> None:
-    """The copies beyond the numbers to keep of the VMs that the words mean are gone, or shown in a preview;
-    nothing of any VM while the storage misbehaves, or once the clock went back since the copies of one."""
+    """The copies that no rule holds of the VMs that the words mean are gone, or shown in a preview; nothing
+    of any VM while the storage misbehaves, or once the clock went back since the copies of one."""
     services, log, arguments = run.services, run.services.log, run.services.arguments
     settings, preview = services.settings, arguments.preview
     services = services._replace(catalog=open_store(settings) if preview else open_catalog(settings, log))
@@ -8738,10 +9230,10 @@ def prune_chosen(run: Run) -> None:
                          f"({uuids}): name one as vm=uuid:UUID, or by its directory.")
     removed = 0
     for stored in listing.vms:
-        keep, rule = stored_keep(services, stored)
-        if keep is None:
+        rules, why = stored_rules(services, stored)
+        if not rules:
             log.show(f"left: {stored.title}: {counted(len(stored.copies), 'copy')} in {stored.folder}/: "
-                     f"{rule}; `prune vm=... max_backups=N` removes by hand.")
+                     f"{why}; `prune vm=... max_backups=N` removes by hand.")
             continue
         try:
             removed += prune_one(run, services, stored)
@@ -8753,7 +9245,7 @@ def prune_chosen(run: Run) -> None:
 
 
 def prune_one(run: Run, services: Services, chosen: StoredVm) -> int:
-    """The VM's copies beyond the number to keep are gone, or shown in a preview; how many.
+    """The VM's copies that no rule holds are gone, or shown in a preview; how many.
 
     What goes is decided on what is there under the lock, whatever was there when the VM was chosen.
     """
@@ -8770,21 +9262,22 @@ def prune_one(run: Run, services: Services, chosen: StoredVm) -> int:
         for warning in retention_warnings(stored.around, utc, local):
             if warning not in {finding.sentence for finding in run.findings}:
                 run.tell([Finding(Severity.WARNING, stored.title, warning)])
-        keep, _ = stored_keep(services, stored)
-        if not keep or clock_went_back(stored.around, utc):
+        rules, _ = stored_rules(services, stored)
+        if not rules or clock_went_back(stored.around, utc):
             return 0
         removed = 0
-        for copy, stays, reason in judge(stored.around, stored.uuid, stored.method, keep):
-            place = f"{folder}/{copy.name}"
-            if not stays:
+        for verdict in judge(stored.around, stored.uuid, stored.method, rules, local):
+            copy, place = verdict.copy, f"{folder}/{verdict.copy.name}"
+            if not verdict.keep:
                 services.signals.check()
-                if preview or catalog.remove_copy(copy):
-                    removed += 1
-                    log.show(f"{'would remove' if preview else 'removed'}: {place}: {reason}")
-                else:
-                    log.show(f"left: {place} is being read by a restore or drill")
-            elif not copy.is_good or copy.aside:
-                log.show(f"left: {place}: {reason}")
+                is_left = "" if preview else catalog.remove_copy(copy)
+                removed += not is_left
+                log.show(f"left: {place} {is_left}" if is_left else
+                         f"{'would remove' if preview else 'removed'}: {place}: {verdict.text}")
+            elif not copy.is_good or copy.aside or copy.pin and copy.is_of(stored.uuid, stored.method):
+                log.show(f"left: {place}: {verdict.text}")
+            elif preview and copy.counts_for(stored.uuid, stored.method):
+                log.show(f"would keep: {place}: {verdict.text}")
         return removed
 
 
@@ -8816,7 +9309,8 @@ MEMORY_DEVICE = "memory"
 
 
 class SourceDisk(NamedTuple):
-    """A disk of the VM as the copy knows it. `id`: its name in ova.xml; `stored_bytes` -1 if unknown."""
+    """A disk of the VM as the copy knows it. `id`: its name in ova.xml; `stored_bytes` -1 if unknown;
+    `left_out`: the line that left it out of the copy."""
     id: str
     device: str
     userdevice: str
@@ -8826,12 +9320,18 @@ class SourceDisk(NamedTuple):
     sr_uuid: str
     sr_name: str
     stored_bytes: int = -1
+    left_out: str = ""
 
     @property
     def title(self) -> str:
         """The disk in a few words."""
         size = f" ({format_size(self.virtual_size)})" if self.virtual_size else ""
         return f"{self.device} {quote_name(self.name)}{size}"
+
+    def absence(self, where: str = "it") -> str:
+        """That it is not in the copy, and by which line."""
+        why = f", as it was left out by {one_line(self.left_out)}" if self.left_out else ""
+        return f"disk {self.title} is not in {where}{why}"
 
     @property
     def is_memory(self) -> bool:
@@ -8983,9 +9483,9 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
             disks.append(disk._replace(device=row.get("device") or disk.device, stored_bytes=stored,
                                        sr_uuid=row.get("sr_uuid") or disk.sr_uuid))
         there = {disk.userdevice for disk in disks}
-        lacking = tuple(disk for disk in every if disk.userdevice not in there and not disk.is_memory)
-        return Source(inside, copy, manifest, look.ova, vm_id, original, tuple(disks), lacking,
-                      look.first_disk)
+        lacking = [disk for disk in every if disk.userdevice not in there]
+        return Source(inside, copy, manifest, look.ova, vm_id, original, tuple(disks),
+                      _lacking(lacking, manifest), look.first_disk)
     size = 0                               # then the manifest tells, or what stands beside the image
     if is_foreign_vhd(copy):
         size = first_look(inside, copy, manifest, force, on_tick).size
@@ -8999,8 +9499,15 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
                             "that tells of it stands beside it. `extract` makes a raw image of it, and `xe "
                             "vdi-import uuid=VDI-UUID format=raw filename=FILE` puts that into a new disk")
     disk = _imaged_disk(every, manifest, size)
-    others = tuple(other for other in every if other.id != disk.id and not other.is_memory)
-    return Source(inside, copy, manifest, metadata, vm_id, original, (disk,), others)
+    others = [other for other in every if other.id != disk.id]
+    return Source(inside, copy, manifest, metadata, vm_id, original, (disk,), _lacking(others, manifest))
+
+
+def _lacking(disks: Iterable[SourceDisk], manifest: Dict[str, Any]) -> Tuple[SourceDisk, ...]:
+    """The disks that a copy lacks, those that were left out with the line that the manifest tells."""
+    lines = {row["userdevice"]: row["by"] for row in manifest.get("left-out", ())}
+    return tuple(disk._replace(left_out=lines.get(disk.userdevice, "")) for disk in disks
+                 if not disk.is_memory)
 
 
 def read_metadata(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool) -> Dict[str, Any]:
@@ -9589,7 +10096,7 @@ def plan_text(plan: RestorePlan) -> str:
     lines += [f"  disk {item.disk.title} on SR {item.sr.title}: {item.reason}" for item in plan.disks]
     lines += [f"  interface {item.fields['device']} on network {quote_name(item.network_name)}, MAC "
               f"{item.fields['MAC'] or 'new'}" for item in plan.interfaces]
-    lines += [f"  disk {item.disk.title} is not in this copy: {item.reason}"
+    lines += [f"  {item.disk.absence('this copy')}: {item.reason}"
               f"{'; it will be attached' if item.vdi_ref else ''}" for item in plan.existing]
     lines += ["  note: " + note for note in plan.notes]
     lines += ["  PROBLEM: " + problem for problem in plan.problems]
@@ -10082,8 +10589,8 @@ def wanted_disk(source: Source, word: str) -> SourceDisk:
     found = meant(source.disks) if word else [disk for disk in source.disks if not disk.is_memory]
     if len(found) == 1:
         return found[0]
-    lacking = [disk.title for disk in meant(source.lacking)]
-    problem = f"disk {lacking[0]} is not in it" if lacking else f"it holds no disk {one_line(word)}" \
+    lacking = [disk.absence() for disk in meant(source.lacking)]
+    problem = lacking[0] if lacking else f"it holds no disk {one_line(word)}" \
         if word and not found else "say which disk with disk="
     held = ", ".join(disk.title for disk in source.disks) or "no disk"
     also = "; the VM had also " + ", ".join(disk.title for disk in source.lacking) if source.lacking else ""
@@ -10243,8 +10750,9 @@ def preview_drill(services: Services, inventory: Inventory, copies: Sequence[Cop
         try:
             with services.catalog.open_copy(copy) as inside:
                 plan = drill_plan(services, view, copy, inside)
-            places = [f"disk {item.disk.title} on SR {item.sr.title}" for item in plan.disks]
-            text = ", ".join(places) or "no disk"
+            places = [f"disk {item.disk.title} on SR {item.sr.title}" for item in plan.disks] or ["no disk"]
+            text = "; ".join([", ".join(places)] + [
+                disk.absence() for disk in plan.source.lacking if disk.left_out])
         except BackupError as error:
             text = f"can't be drilled: {error}"
             findings.append(Finding(Severity.ERROR, copy.folder, text))
@@ -10270,6 +10778,9 @@ def drill_one(services: Services, view: PoolView, importer: Importer, exporter: 
             title = f"{copy.folder}/{copy.name}"
             services.log.info(f"{title}: drill of {format_size(copy.size_bytes)}.")
             plan = drill_plan(services, view, copy, inside)
+            for disk in plan.source.lacking:
+                if disk.left_out:
+                    services.log.info(f"{title}: {disk.absence()}.")
             expected: Dict[str, array] = {}
             sink = MebibyteSink(functools.partial(note_digest, expected))
             said, boot_s = "restored and compared", services.arguments.parameters["boot"] * MINUTE_S
@@ -10608,7 +11119,7 @@ class Outbox:
 
 def make_mailer(services: Services, catalog: Optional[Catalog]) -> Mailer:
     """What sends this config's mail, and keeps in that store what can't be sent."""
-    outbox = Outbox(catalog, config_place(services.arguments)) if catalog is not None else None
+    outbox = Outbox(catalog, services.settings.path) if catalog is not None else None
     return Mailer(services, outbox)
 
 
@@ -10679,8 +11190,9 @@ def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
         lines += [f"The pool database is dumped into {dump_folder(catalog, inventory)}.", ""]
     lines.append(f"{counted(len(plan.jobs), 'VM')} to back up:")
     for job in plan.jobs:
-        lines += preview_job(job, *futures[job.machine.uuid])
-    total = sum(disk.virtual_size for job in plan.jobs for disk in planned_disks(job)[0])
+        lines += preview_job(job, configuration.exclude_disk, *futures[job.machine.uuid])
+    total = sum(disk.virtual_size for job in plan.jobs
+                for disk in planned_disks(job, configuration.exclude_disk)[0])
     lines += [f"  In all: disks of {format_size(total)} (an upper limit: empty space is not exported by "
               f"vm-export).", ""]
     for title, rows in (("left out by exclude",
@@ -10697,35 +11209,35 @@ def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
     return "\n".join(lines)
 
 
-def planned_disks(job: Job) -> Tuple[Tuple[Disk, ...], str]:
+def planned_disks(job: Job, excludes: Sequence[DiskExclude]) -> Tuple[Tuple[Disk, ...], str]:
     """The disks that the job's export reads; and why it will fail, "" if it won't."""
-    if job.method is Method.VM:
-        return job.machine.disks, ""
     try:
-        return (first_disk(job.machine),), ""
+        return disks_to_export(job.machine, job.method, excludes), ""
     except BackupError as error:
-        return (), f"vdi-export will fail: it{str(error)[len(job.machine.title):]}"
+        return (), f"{job.method.value} will fail: it{str(error)[len(job.machine.title):]}"
 
 
-def preview_job(job: Job, folder: str, verdicts: Sequence[Verdict]) -> List[str]:
+def preview_job(job: Job, excludes: Sequence[DiskExclude], folder: str,
+                verdicts: Sequence[Verdict]) -> List[str]:
     """The lines of one VM in a preview."""
-    machine, (disks, problem) = job.machine, planned_disks(job)
-    size = format_size(sum(disk.virtual_size for disk in disks))
-    lines = [f"  {machine.title}: {job.method.value}, {counted(job.keep, 'copy')} kept, "
+    machine, (disks, problem) = job.machine, planned_disks(job, excludes)
+    size, left_out = format_size(sum(disk.virtual_size for disk in disks)), left_out_disks(machine, excludes)
+    lines = [f"  {machine.title}: {job.method.value}, {kept_text([job.rules], 'copy')}, "
              f"{machine.power_state.lower()}, {counted(len(disks), 'disk')} of {size}; chosen by "
              f"{job.chosen_by}"]
     if machine.power_state == "Suspended":
         lines.append("      it is suspended: the copy will hold its disks, but not its memory")
     if problem:
         lines.append(f"      {problem}")
+    lines += [f"      disk {disk_list((disk,))} is left out by {line}" for disk, line in left_out.items()]
+    lines += [f"      disk {disk_list((disk,))} is not left out: its mark is heeded with exclude-disk={NOBAK}"
+              for disk in disks if NOBAK in disk.name]
     own = [verdict for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == machine.uuid
            and not verdict.copy.aside]
     lines.append(f"      into {folder}/, which holds {counted(len(own), 'good copy')} of it")
     for verdict in verdicts:
-        if not verdict.keep:
-            lines.append(f"      then removes {verdict.copy.name}: {verdict.reason}")
-        elif verdict not in own:
-            lines.append(f"      leaves {verdict.copy.name}: {verdict.reason}")
+        words = "leaves" if verdict not in own else "keeps" if verdict.keep else "then removes"
+        lines.append(f"      {words} {verdict.copy.name}: {verdict.text}")
     return lines
 
 
@@ -10735,6 +11247,10 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
     placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
     utc, local = services.clock.utc(), services.clock.local()
     placement.claim_all(job.machine for job in plan.jobs)
+    try:
+        findings += dropped_vms(services, inventory, plan)[1]
+    except CatalogError as error:
+        findings.append(Finding(Severity.ERROR, services.settings.backup_dir, str(error)))
     for job in plan.jobs:
         try:
             folder = placement.folder(placement.folder_name(job.machine))
@@ -10744,6 +11260,8 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
         copies = placement.own_view(folder, job.machine)
         findings += [Finding(Severity.WARNING, job.machine.title, warning)
                      for warning in retention_warnings(copies, utc, local)]
+        findings += newly_left_out(job.machine, job.method, left_out_disks(
+            job.machine, services.settings.exclude_disk), copies)
         views.append((job, folder.name, copies))
     clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies in views)
     futures = {job.machine.uuid: (folder, future_verdicts(
@@ -10758,13 +11276,16 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
     left out here."""
     if clock_is_wrong:
         return [Verdict(copy, True, "the clock went back, so nothing is pruned") for copy in in_order(copies)]
-    first = judge(copies, job.machine.uuid, job.method, job.keep - 1) if pre_clean else []
+    def judged(copies: Sequence[Copy], own: Rules) -> List[Verdict]:
+        uuid = job.machine.uuid
+        return judge(copies, uuid, job.method, rules_for(own, copies, uuid, job.method), now)
+
+    first = judged(copies, job.rules._replace(newest=job.rules.newest - 1)) if pre_clean else []
     going = [verdict for verdict in first if not verdict.keep]
     left = [copy for copy in copies if copy.name not in {verdict.copy.name for verdict in going}]
     new = Copy("", "", now, False, job.method, job.machine.uuid, job.machine.name, next_sequence(copies),
-               None, job.keep, "", 0, "")
-    return going + [verdict for verdict in judge(left + [new], job.machine.uuid, job.method, job.keep)
-                    if verdict.copy is not new]
+               None, job.rules, "", 0, "")
+    return going + [verdict for verdict in judged(left + [new], job.rules) if verdict.copy is not new]
 
 
 # --- list -------------------------------------------------------------------------------
@@ -10790,12 +11311,12 @@ def note_in_pool(services: Services, rows: Sequence[Dict[str, Any]]) -> None:
 
 def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: datetime) -> Dict[str, Any]:
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
-    keep, rule = stored_keep(services, stored)
-    verdicts = judge(stored.around, stored.uuid, stored.method, keep) if keep and stored.method else []
-    fates = {copy.name: ("kept: " if stays else "goes with the next pruning: ") + reason
-             for copy, stays, reason in verdicts}
+    rules, why = stored_rules(services, stored)
+    verdicts = {verdict.copy.name: verdict
+                for verdict in judge(stored.around, stored.uuid, stored.method, rules, now)} if rules else {}
     copies = []
     for copy in stored.copies:
+        verdict = verdicts.get(copy.name, Verdict(copy, True, copy.pin or why))
         verdict_word = copy.checked("verdict")
         if verdict_word and verdict_word != DAMAGED:
             with contextlib.suppress(CatalogError):
@@ -10808,10 +11329,14 @@ def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: dateti
             "of_older_program": copy.is_old, "image": copy.image,
             "verified_at": copy.checked("verified_at"), "verdict": verdict_word,
             "drilled_at": copy.checked("drilled_at"), "drill": copy.checked("drill"),
-            "fate": fates.get(copy.name, "kept: " + rule)})
+            "left_out": list(copy.left_out), "pinned": copy.pin, "kept": verdict.keep,
+            "reason": verdict.reason, "until": verdict.until,
+            "fate": ("kept: " if verdict.keep else "goes with the next pruning: ") + verdict.text})
     return {"name": stored.name, "names": sorted({copy.vm_name for copy in stored.copies if copy.vm_name}),
-            "folder": stored.folder, "uuid": stored.uuid, "pool": stored.pool, "copies": copies, "keep": keep,
-            "rule": rule, "kind": stored.method.value if stored.method else None}
+            "folder": stored.folder, "uuid": stored.uuid, "pool": stored.pool, "copies": copies,
+            "keep": rules[0].newest if rules else None, "rule": why,
+            "rules": [dict(one._asdict()) for one in rules],
+            "kind": stored.method.value if stored.method else None}
 
 
 def rows_of_store(services: Services) -> Tuple[Catalog, List[Dict[str, Any]], List[str]]:
@@ -10839,6 +11364,8 @@ def list_text(rows: Sequence[Dict[str, Any]], strangers: Sequence[str]) -> str:
             if copy["drilled_at"]:
                 checked += f", {copy['drill']} on {copy['drilled_at'][:10]}"
             disks = f" ({', '.join(copy['disks'])})" if copy["disks"] else ""
+            if copy["left_out"] and row["kind"] == Method.VM.value:
+                disks += f" without {', '.join(copy['left_out'])}"
             lines.append(f"  {copy['name']}  {format_duration(copy['age_s'])} old  "
                          f"{format_size(copy['size'])}{disks}  {state}  {checked}  {copy['fate']}")
     return "\n".join(lines + [f"not ours, left alone: {one_line(stranger)}" for stranger in strangers])
@@ -10863,7 +11390,8 @@ def load_configuration(arguments: Arguments) -> Configuration:
         name, value = selector_of(arguments.target)
         settings.insert(0, Setting(name, value.strip(), "command line"))
     try:
-        return parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work)
+        return parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work,
+                                   config_path(arguments))
     except ConfigurationError as error:
         # who opens a backup_dir that is not there tells that; beside other problems it is told with them
         own = [setting for setting in settings + file_settings if setting.name == "backup_dir"]
@@ -10987,6 +11515,40 @@ def command_prune(run: Run) -> None:
     run.in_store("pruning", lambda: prune_chosen(run), FOR_EVER_S)
 
 
+def command_pin(run: Run) -> None:
+    """The copy is pinned; what a person has to know of that is shown."""
+    services, given = run.services, run.services.arguments.parameters
+    catalog, copy = run.in_store("looking for the copy", lambda: copy_to_pin(services), FOR_EVER_S)
+    text = (f"{given['why']}\npinned {services.clock.local():%Y-%m-%d %H:%M:%S} by {this_user()} on "
+            f"{this_host_name()}\n")
+    is_new = run.in_store("pinning the copy", lambda: catalog.pin(copy, text))
+    told = "is pinned: no rule removes it, and it is not counted" if is_new else \
+        f"is {copy.pin or 'pinned'} already, and that was left as it is"
+    services.log.show(f"{copy.folder}/{copy.name} {told}.")
+    if not copy.is_good:
+        services.log.warning(f"{copy.folder}/{copy.name} is no good copy: {copy.trouble}.")
+
+
+def command_unpin(run: Run) -> None:
+    """The copy is no longer pinned."""
+    services = run.services
+    catalog, copy = run.in_store("looking for the copy", lambda: copy_to_pin(services), FOR_EVER_S)
+    run.in_store("unpinning the copy", lambda: catalog.unpin(copy))
+    services.log.show(f"{copy.folder}/{copy.name} " + (
+        "is no longer pinned: the next run judges it by the rules." if copy.pin else "was not pinned."))
+
+
+def copy_to_pin(services: Services) -> Tuple[Catalog, Copy]:
+    """The store, and the copy that the words mean."""
+    name, vm, stamp = services.arguments.action.name, services.arguments.vm, \
+        services.arguments.parameters["stamp"]
+    if not vm or stamp in ("", "latest"):
+        raise UsageError(f"{name} which copy? Name a VM and a stamp: {name} web 2026-11-26-001000; `list` "
+                         "shows both.")
+    catalog = open_store(services.settings)
+    return catalog, choose_copy(catalog, vm, stamp, services.log)
+
+
 # --- restore, extract and drill ---------------------------------------------------------------------
 
 
@@ -11053,7 +11615,8 @@ def command_drill(run: Run) -> None:
 
 COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify,
             "list": command_list, "prune": command_prune, "test-mail": command_test_mail,
-            "restore": command_restore, "extract": command_extract, "drill": command_drill}
+            "restore": command_restore, "extract": command_extract, "drill": command_drill,
+            "pin": command_pin, "unpin": command_unpin}
 
 
 # =============================================================================

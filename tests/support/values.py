@@ -57,7 +57,7 @@ def a_copy(night: int, **facts: Any) -> VmBackup.Copy:
     name = taken_at.strftime('backup-%Y-%m-%d-(%H:%M:%S)') if is_old else VmBackup.copy_name(taken_at)
     values = dict(folder='web', name=name, taken_at=taken_at, is_old=is_old, method=VmBackup.Method.VM,
                   uuid=uuid_of(1), vm_name='web', sequence=0 if is_old else night,
-                  written_at=None if is_old else taken_at.replace(tzinfo=timezone.utc), keep=None, image='web.xva',
+                  written_at=None if is_old else taken_at.replace(tzinfo=timezone.utc), rules=None, image='web.xva',
                   size_bytes=GIBIBYTE, problem='')
     return VmBackup.Copy(**dict(values, **facts))
 
@@ -89,7 +89,7 @@ def planned(text: str, *machines: VmBackup.VirtualMachine, **facts: Any) -> VmBa
 
 def jobs_of(plan: VmBackup.Plan) -> Dict[str, Any]:
     """What the plan does: kind and copies to keep by the VM's name."""
-    return {job.machine.name: (job.method.value, job.keep) for job in plan.jobs}
+    return {job.machine.name: (job.method.value, job.rules.newest) for job in plan.jobs}
 
 
 def an_outcome(job: VmBackup.Job, error: Optional[str] = None, **facts: Any) -> VmBackup.Outcome:

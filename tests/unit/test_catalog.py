@@ -362,11 +362,11 @@ def test_readers_of_a_copy_go_side_by_side_and_only_its_removal_waits(tmp_path):
         older, newer = catalog.folder('web').copies
         with catalog.copy_lock(older, shared=True) as held:
             assert held
-        assert not catalog.remove_copy(older) and catalog.remove_copy(newer)
+        assert catalog.remove_copy(older) == 'is being read by a restore or drill' and catalog.remove_copy(newer) == ''
         assert [copy.name for copy in catalog.folder('web').copies] == [older.name]
         reader.stdin.close()
         assert reader.wait(20) == 0
-    assert catalog.remove_copy(older)
+    assert catalog.remove_copy(older) == ''
 
 
 @pytest.mark.parametrize('content', [
@@ -507,7 +507,7 @@ def test_a_copy_that_can_not_be_looked_at_costs_no_other_and_nothing_beside_it_i
     assert [(copy.name[15:17], copy.is_good, copy.is_unreadable) for copy in folder.copies] == [
         ('14', True, False), ('15', False, True), ('16', True, False)]
     assert (folder.strangers, folder.unfinished) == (('mine',), ('backup-2016-04-13-001000.partial',))
-    assert all(verdict.keep for verdict in VmBackup.judge(folder.copies, US_UUID, Method.VM, 1))
+    assert all(verdict.keep for verdict in VmBackup.judge(folder.copies, US_UUID, Method.VM, [VmBackup.Rules(1)], datetime(2016, 5, 1)))
 
 
 def test_a_copy_whose_verdict_can_not_be_read_is_not_good_now_and_costs_no_other(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.shelf import write_copy
 from support.values import POOL_UUID, a_host, an_inventory, configured
 from VmBackup import (ACTIONS, OPTIONS, BackupError, Catalog, Clock, ConfigurationError, ExitStatus, Log,
-                      Run, Services, UsageError, asked_help, chosen_vms, config_place, create_password_file, format_utc, is_config_path,
+                      Run, Services, UsageError, asked_help, chosen_vms, config_path, create_password_file, format_utc, is_config_path,
                       load_configuration, neighbour_text, parse_arguments, prune_one, read_password)
 
 
@@ -166,10 +166,10 @@ def test_what_only_reads_the_store_needs_no_selector(tmp_path, action):
 
 def test_one_selection_has_one_place_however_it_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(str(tmp_path))
-    assert config_place(parsed('- web')) == config_place(parsed('- vm-export=web')) != config_place(parsed('- vdi-export=web'))
+    assert config_path(parsed('- web')) == config_path(parsed('- vm-export=web')) != config_path(parsed('- vdi-export=web'))
     tmp_path.joinpath('weekend.cfg').write_text('')
     tmp_path.joinpath('link.cfg').symlink_to('weekend.cfg')
-    assert len({config_place(parsed('- ' + path)) for path in ('weekend.cfg', './weekend.cfg', str(tmp_path / 'link.cfg'))}) == 1
+    assert len({config_path(parsed('- ' + path)) for path in ('weekend.cfg', './weekend.cfg', str(tmp_path / 'link.cfg'))}) == 1
 
 
 # --- passwords ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from support.values import configured, problems_of
 from VmBackup import (OPTION_NAMES, OPTIONS, Configuration, ConfigurationError, Setting, example_text, option_help,
                       parse_configuration, read_settings)
 
-SCALARS = [option for option in OPTIONS if option.kind != 'selector']
+SCALARS = [option for option in OPTIONS if option.kind not in ('selector', 'disk')]
 
 # Per kind: texts that are taken, each with the value that it means, and texts that are refused.
 GOOD = {

@@ -151,7 +151,7 @@ def test_an_unknown_userdevice_sorts_last():
     assert sorted(['odd', 'hdb', '0', '10', 'xvdc'], key=userdevice_number) == ['0', 'hdb', 'xvdc', '10', 'odd']
 
 
-@pytest.mark.parametrize('number, noun, text', [(0, 'copy', '0 copies'), (1, 'copy', '1 copy'), (2, 'copy', '2 copies'),
+@pytest.mark.parametrize('number, noun, text', [(0, 'copy', '0 copies'), (1, 'copy', '1 copy'), (2, 'copy', '2 copies'), (3, 'day', '3 days'),
                                                 (1, 'VM', '1 VM'), (3, 'VM', '3 VMs')])
 def test_a_number_agrees_with_its_noun(number, noun, text):
     assert counted(number, noun) == text

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from support.values import (GIBIBYTE, NIGHT, US_UUID, a_copy, a_disk, a_report, a_vm, an_inventory, an_outcome, configured, planned,
                             vms)
-from VmBackup import (UNTRIED, CatalogError, ExitStatus, Finding, Method, Outcome, PoolError, Services, Severity, StatusLog, first_disk,
-                      future_verdicts, preview_text, judge, next_sequence, summary_text)
+from VmBackup import (UNTRIED, CatalogError, ExitStatus, Finding, Method, Outcome, PoolError, Rules, Services, Severity, StatusLog,
+                      first_disk, future_verdicts, preview_text, judge, next_sequence, summary_text)
 from unit.test_retention import shelves
 
 WARNING = Finding(Severity.WARNING, 'web', 'something worth a look.')
@@ -237,8 +237,8 @@ def test_a_preview_lets_nothing_go_when_the_clock_went_back():
 def test_a_preview_lets_go_just_what_the_run_will(copies, keep, pre_clean, second):
     plan = planned('vm-export=web:%d\n' % keep, a_vm('web', 1))
     new = a_copy(0, taken_at=NIGHT + timedelta(seconds=second, microseconds=1), sequence=next_sequence(copies))._replace(name='new')
-    left = [verdict.copy for verdict in judge(copies, US_UUID, Method.VM, keep - 1) if verdict.keep] if pre_clean else copies
-    left = [verdict.copy for verdict in judge(left + [new], US_UUID, Method.VM, keep, 'new') if verdict.keep]
+    left = [verdict.copy for verdict in judge(copies, US_UUID, Method.VM, [Rules(keep - 1)], NIGHT) if verdict.keep] if pre_clean else copies
+    left = [verdict.copy for verdict in judge(left + [new], US_UUID, Method.VM, [Rules(keep)], NIGHT, 'new') if verdict.keep]
     verdicts = future_verdicts(plan.jobs[0], copies, new.taken_at, False, pre_clean)
     assert sorted(verdict.copy.name for verdict in verdicts) == sorted(copy.name for copy in copies)
     assert {verdict.copy.name for verdict in verdicts if verdict.keep} == {copy.name for copy in left} - {'new'}

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.values import NIGHT, a_copy, uuid_of
-from VmBackup import Method, Owner, as_seen_by, clock_is_behind, clock_went_back, in_order, judge, next_sequence, retention_warnings
+from VmBackup import (Method, Owner, Rules, as_seen_by, clock_is_behind, clock_went_back, in_order, judge, next_sequence,
+                      retention_warnings)
 
 US, OTHERS = uuid_of(1), uuid_of(2)
 
 
 def going(copies, keep, uuid=US, method=Method.VM, sealed=''):
-    return [verdict.copy.name for verdict in judge(copies, uuid, method, keep, sealed) if not verdict.keep]
+    return [verdict.copy.name for verdict in judge(copies, uuid, method, [Rules(keep)], NIGHT, sealed) if not verdict.keep]
 
 
 def names(copies):
@@ -105,7 +106,7 @@ def test_only_good_copies_of_this_vm_and_kind_go(copies, keep):
 
 @given(shelves(), st.integers(1, 8))
 def test_every_copy_gets_one_verdict_with_a_reason(copies, keep):
-    verdicts = judge(copies, US, Method.VM, keep)
+    verdicts = judge(copies, US, Method.VM, [Rules(keep)], NIGHT)
     assert sorted(verdict.copy.name for verdict in verdicts) == sorted(names(copies))
     assert all(verdict.reason for verdict in verdicts)
 
@@ -113,7 +114,7 @@ def test_every_copy_gets_one_verdict_with_a_reason(copies, keep):
 @given(shelves(), st.integers(1, 8), st.integers(0, 1000))
 def test_the_order_of_listing_does_not_matter(copies, keep, seed):
     shuffled = random_module.Random(seed).sample(copies, len(copies))
-    assert judge(shuffled, US, Method.VM, keep) == judge(copies, US, Method.VM, keep)
+    assert judge(shuffled, US, Method.VM, [Rules(keep)], NIGHT) == judge(copies, US, Method.VM, [Rules(keep)], NIGHT)
 
 
 @given(shelves(), st.integers(1, 8))
@@ -128,14 +129,14 @@ def test_failed_copies_around_them_change_nothing_for_good_ones(copies, keep):
 
 
 def test_the_copies_beyond_the_number_to_keep_go_and_the_reason_says_why():
-    verdicts = judge([a_copy(night) for night in range(1, 6)], US, Method.VM, 3)
+    verdicts = judge([a_copy(night) for night in range(1, 6)], US, Method.VM, [Rules(3)], NIGHT)
     assert [verdict.keep for verdict in verdicts] == [False, False, True, True, True]
     assert re.match('4 good copies .*are newer, and 3 are kept', verdicts[0].reason)
     assert re.match('3 good copies .*are newer, and 3 are kept', verdicts[1].reason)
 
 
 def test_one_newer_copy_is_said_in_the_singular():
-    verdict = judge([a_copy(1), a_copy(2)], US, Method.VM, 1)[0]
+    verdict = judge([a_copy(1), a_copy(2)], US, Method.VM, [Rules(1)], NIGHT)[0]
     assert re.match('1 good copy .*is newer, and 1 is kept', verdict.reason)
 
 
@@ -144,6 +145,12 @@ def test_one_newer_copy_is_said_in_the_singular():
 def test_our_copies_stand_by_their_sequence_number_whatever_the_clock_said():
     copies = [a_copy(9, sequence=1), a_copy(2, sequence=2), a_copy(5, sequence=3)]
     assert in_order(reversed(copies)) == copies
+
+
+def test_a_copy_without_a_number_as_its_manifest_can_not_be_read_moves_no_copy_of_the_older_program():
+    first, old, last = a_copy(1), a_copy(3, is_old=True), a_copy(5, sequence=2)
+    damaged = a_copy(6, sequence=0, problem='backup.json is damaged')
+    assert [copy for copy in in_order([damaged, last, old, first]) if copy != damaged] == [first, old, last]
 
 
 def test_a_copy_of_the_older_program_stands_before_our_first_with_a_later_stamp():

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import VmBackup
-from support.values import a_host, a_vm, an_inventory, configured, jobs_of, planned, problems_of, uuid_of, vms
-from VmBackup import Severity, make_plan
+from support.values import a_disk, a_host, a_vm, an_inventory, configured, jobs_of, planned, problems_of, uuid_of, vms
+from VmBackup import Method, Severity, disks_to_export, left_out_disks, make_plan
 
 
 def chosen(text, *names):
@@ -255,4 +255,14 @@ def test_every_decision_names_a_line_of_the_config_that_says_so(lines, machines)
 
 @given(st.lists(LINE, max_size=6), POOLS)
 def test_every_job_keeps_at_least_one_copy(lines, machines):
-    assert all(job.keep >= 1 for job in plan_of(lines, machines).jobs)
+    assert all(job.rules.newest >= 1 for job in plan_of(lines, machines).jobs)
+
+
+def test_a_disk_that_hangs_on_two_drives_of_a_vm_is_left_out_only_if_both_are_named():
+    root, data = a_disk('0'), a_disk('1')._replace(vdi_ref='OpaqueRef:data')
+    twice = data._replace(userdevice='5', device='xvdf', vbd_uuid='another')
+    machine = a_vm('web', 1, disks=(root, data, twice))
+    excludes = configured('vm-export=web\nexclude-disk=web/xvdf\n').exclude_disk
+    assert left_out_disks(machine, excludes) == {} and disks_to_export(machine, Method.VM, excludes) == machine.disks
+    excludes = configured('vm-export=web\nexclude-disk=web/xvd[bf]\n').exclude_disk
+    assert set(left_out_disks(machine, excludes)) == {data, twice}
