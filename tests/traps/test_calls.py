@@ -6,6 +6,8 @@ Sources: the files named are those of xapi v24.19.2; what was recorded or tried 
 import json
 from typing import Any, List
 
+import pytest
+
 from support.language import MEBIBYTE, at, disk, vm
 from support.wire import Background, eventually
 from test_traps import NULL, STORE, disks_of, get, ref_of, refused, slowly, uuid_of
@@ -288,3 +290,95 @@ def test_a_copy_is_whole_and_lies_where_it_is_told(a_pool: Any) -> None:
         assert pool.read(uuid_of(session, 'VDI', made)) == pool.read(uuid_of(session, 'VDI', disks_of(session, web)[0]))
         assert api.VIF.get_MAC(api.VM.get_VIFs(copy)[0]) != api.VIF.get_MAC(api.VM.get_VIFs(web)[0])
         assert not api.VM.get_is_a_snapshot(copy)
+
+
+# --- VM.snapshot that leaves disks out ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('version', ['1.249.3', '21.3.0'])
+def test_an_older_server_counts_the_disks_to_ignore_as_one_parameter_too_many(a_pool: Any, version: str) -> None:
+    # ocaml/idl/datamodel_vm.ml: ignore_vdis came with 21.4.0.
+    pool = a_pool(vm('web', disks=2), xapi_version=version)
+    session = pool.session()
+    api = session.xenapi
+    web = ref_of(session, 'web')
+    for ignored in ([], disks_of(session, web)[1:]):
+        assert refused(api.VM.snapshot, web, 'short', ignored) == ['MESSAGE_PARAMETER_COUNT_MISMATCH', 'VM.snapshot', '2', '3']
+        assert refused(api.Async.VM.snapshot, web, 'short', ignored)[0] == 'MESSAGE_PARAMETER_COUNT_MISMATCH'
+    uuid = uuid_of(session, 'VDI', disks_of(session, web)[1])
+    done = pool.xe('vm-snapshot', 'vm=web', 'new-name-label=short', 'ignore-vdi-uuids=' + uuid)
+    assert done.exit_status == 1 and done.stdout == '', done
+    assert api.VM.get_snapshots(web) == [] and pool.has_no_snapshots_of_ours()
+    assert len(disks_of(session, api.VM.snapshot(web, 'whole'))) == 2
+
+
+def test_a_snapshot_has_neither_disk_nor_drive_of_what_is_to_be_ignored_and_keeps_the_places_of_the_rest(a_pool: Any) -> None:
+    # xapi_vm_clone.ml clone: the VM's drives are filtered by their VDI, before any disk is copied.
+    pool = a_pool(vm('web', disks=[disk(seed=number) for number in range(3)], power_state='Running'), xapi_version='21.4.0')
+    session = pool.session()
+    api = session.xenapi
+    web = ref_of(session, 'web')
+    first, second, third = disks_of(session, web)
+    short = api.VM.snapshot(web, 'short', [second])
+    assert [api.VDI.get_snapshot_of(made) for made in disks_of(session, short)] == [first, third]
+    assert sorted(api.VBD.get_userdevice(vbd) for vbd in api.VM.get_VBDs(short)) == ['0', '2']
+    assert api.VDI.get_snapshots(second) == [] and len(api.VM.get_VBDs(web)) == 3
+    assert len(disks_of(session, api.VM.snapshot(web, 'whole', []))) == 3
+    assert disks_of(session, api.VM.snapshot(web, 'nothing', [first, second, third])) == []
+
+
+def test_what_the_vm_does_not_have_is_ignored_in_silence_and_what_is_no_set_of_refs_is_refused(a_pool: Any) -> None:
+    # xapi_vm_clone.ml clone: List.mem alone looks at the refs, so nothing says that one is unknown; a CD drive goes by its
+    # ISO, an empty one by the null reference.
+    pool = a_pool(vm('web', disks=2, cds=[{'userdevice': '3', 'empty': True}, {'userdevice': '4', 'sr': 'images',
+                                                                               'name_label': 'a.iso', 'empty': False}]),
+                  vm('db'), srs=[STORE, {'name_label': 'images', 'type': 'iso', 'shared': True}])
+    session = pool.session()
+    api = session.xenapi
+    web = ref_of(session, 'web')
+    foreign = disks_of(session, ref_of(session, 'db')) + ['OpaqueRef:nothing', 'nonsense', web]
+    whole = api.VM.snapshot(web, 'whole', foreign)
+    assert len(disks_of(session, whole)) == 2 and len(api.VM.get_VBDs(whole)) == 4
+    assert sorted(api.VBD.get_userdevice(vbd) for vbd in api.VM.get_VBDs(api.VM.snapshot(web, 'x', [NULL]))) == ['0', '1', '4']
+    iso = [api.VBD.get_VDI(vbd) for vbd in api.VM.get_VBDs(web) if api.VBD.get_userdevice(vbd) == '4']
+    assert sorted(api.VBD.get_userdevice(vbd) for vbd in api.VM.get_VBDs(api.VM.snapshot(web, 'x', iso))) == ['0', '1', '3']
+    before = len(api.VM.get_snapshots(web))
+    for wrong in (disks_of(session, web)[0], {}, [1], True):
+        assert refused(api.VM.snapshot, web, 'wrong', wrong)[0] == 'INTERNAL_ERROR'
+    assert refused(api.VM.snapshot, web, 'more', [], [])[0] == 'MESSAGE_PARAMETER_COUNT_MISMATCH'
+    assert len(api.VM.get_snapshots(web)) == before
+
+
+def test_a_disk_to_be_ignored_may_lie_where_no_snapshot_can_be_made_but_not_where_no_host_sees_it_nor_reset_at_boot(
+        a_pool: Any) -> None:
+    # The storage is only asked for the disks that are copied. The host is chosen by all SRs of the VM (message_forwarding.ml),
+    # and what is allowed by all its disks (xapi_vm_lifecycle.ml), whatever is to be ignored.
+    srs = [STORE, {'name_label': 'images', 'type': 'iso', 'shared': True}, {'name_label': 'far', 'type': 'ext', 'host': 'xcp2'}]
+    pool = a_pool(vm('web', disks=[disk(), disk(sr='images')]), vm('far', disks=[disk(), disk(sr='far')]),
+                  vm('reset', disks=[disk(), disk(on_boot='reset')]), hosts=[dict(TWO_HOSTS[0]), dict(TWO_HOSTS[1])], srs=srs)
+    session = pool.session()
+    api = session.xenapi
+    for name, code in (('web', 'SR_OPERATION_NOT_SUPPORTED'), ('far', 'NO_HOSTS_AVAILABLE'),
+                       ('reset', 'VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION')):
+        ref = ref_of(session, name)
+        assert refused(api.VM.snapshot, ref, 'whole')[0] == code
+        ignored = disks_of(session, ref)[1:]
+        if name == 'web':
+            assert len(disks_of(session, api.VM.snapshot(ref, 'short', ignored))) == 1
+        else:
+            assert refused(api.VM.snapshot, ref, 'short', ignored)[0] == code
+
+
+def test_xe_takes_the_uuids_of_the_disks_to_ignore_between_commas(a_pool: Any) -> None:
+    # cli_operations.ml vm_snapshot: each uuid is looked up before the call.
+    pool = a_pool(vm('web', disks=3))
+    session = pool.session()
+    web = ref_of(session, 'web')
+    uuids = [uuid_of(session, 'VDI', ref) for ref in disks_of(session, web)]
+    for ignored, left in ((uuids[1:], 1), (uuids[:1], 2), ([], 3)):
+        done = pool.xe('vm-snapshot', 'vm=web', 'new-name-label=short', 'ignore-vdi-uuids=' + ','.join(ignored))
+        assert done.exit_status == 0, done
+        assert len(disks_of(session, session.xenapi.VM.get_by_uuid(done.stdout.strip()))) == left
+    before = session.xenapi.VM.get_snapshots(web)
+    done = pool.xe('vm-snapshot', 'vm=web', 'new-name-label=short', 'ignore-vdi-uuids=%s,nonsense' % uuids[1])
+    assert done.exit_status == 1 and 'The uuid you supplied was invalid' in done.stderr, done
+    assert session.xenapi.VM.get_snapshots(web) == before
