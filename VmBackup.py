@@ -8511,7 +8511,7 @@ class BackupJob:
         machine = self._read_again()
         excludes, method = services.settings.exclude_disk, self._job.method
         with stage(method.name + "-EXPORT-FAIL"):
-            disks_to_export(machine, method, excludes)         # where there are none, nothing is begun
+            disks = disks_to_export(machine, method, excludes)     # where there are none, nothing is begun
         left_out = left_out_disks(machine, excludes)
         for disk, line in left_out.items():
             services.log.info(f"{machine.title}: disk {disk_list((disk,))} is left out by {line}.")
@@ -8534,10 +8534,10 @@ class BackupJob:
                 # the sizes are those of the snapshot
                 run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if not name.endswith(VDI_CFG)))
-            report, disks = self._export(machine, left_out, copy)
+            report, measured = self._export(machine, disks, left_out, copy)
             image, blocks = report.image, report.blocks
             with stage("SEAL-FAIL"):
-                files = metadata_files(machine, disks, interfaces, os_version)
+                files = metadata_files(machine, measured, interfaces, os_version)
                 copy.sums.update({image["name"]: (image["size"], image["sha256"]),
                                   BLOCKS: (blocks.size, blocks.hexdigest())})
                 run.in_store("writing the metadata", lambda: copy.write_texts(
@@ -8587,13 +8587,12 @@ class BackupJob:
             log.info(f"{machine.title} is suspended: the copy holds its disks, but not its memory.")
         return machine
 
-    def _export(self, machine: VirtualMachine, left_out: Mapping[Disk, str],
+    def _export(self, machine: VirtualMachine, disks: Sequence[Disk], left_out: Iterable[Disk],
                 copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
-        """The image, and the VM's disks with the sizes that their snapshots have."""
+        """The image of these disks, and all of the VM's with the sizes that their snapshots have."""
         exporter, snapshots, base = self._backup.exporter, self._run.snapshots, safe_name(machine.name)
         snapshots.check_none_left(machine)
         method, knows_ignored = self._job.method, self._run.inventory.master.build >= OLDEST_IGNORED_DISKS
-        disks = disks_to_export(machine, method, self._services.settings.exclude_disk)
         with stage("SNAPSHOT-FAIL"):
             touched = machine.disks if method is Method.VM and not knows_ignored else disks
             check_sr_space(self._services, touched, f"no snapshot of {machine.title} was made")
@@ -9198,13 +9197,13 @@ def stored_rules(services: Services, stored: StoredVm) -> Tuple[Tuple[Rules, ...
     selector = choose_selector(machine, settings.vm_export + settings.vdi_export)
     if stored.method is None or not stored.uuid:
         return (), "the kind or the VM's uuid can't be read"
-    told = [copy.rules for copy in stored.copies if copy.rules is not None]
-    if not told:
+    known = [copy.rules for copy in stored.copies if copy.rules is not None]
+    if not known:
         return (), "no manifest says how many copies to keep"
     if selector is None:
         return (), "no selector of this config names this VM"
     own = settings.rules(selector.keep)
-    for last in [rules for rules in told if rules.config in ("", own.config)][-1:]:
+    for last in [rules for rules in known if rules.config in ("", own.config)][-1:]:
         own = Rules(*map(max, own[:-1], last[:-1]), config=own.config)
     return rules_for(own, stored.around, stored.uuid, stored.method), selector.line
 

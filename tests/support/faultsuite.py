@@ -32,8 +32,9 @@ WEB_DISKS = {'0': disk(userdevice='0', seed=11, size=4 * MEBIBYTE, used=[[0, 2]]
              '1': disk(userdevice='1', seed=12, size=2 * MEBIBYTE + 512, used=[[1, 1]])}
 #: What the config leaves out. The server is too old to: it makes a snapshot of it, which has to go before the export.
 LEFT_OUT = disk(userdevice='2', name_label='page file [NOBAK]', seed=15, size=MEBIBYTE, used=1)
-DB_DISKS = {'0': disk(userdevice='0', seed=13, size=3 * MEBIBYTE, used=[[0, 1], [2, 1]])}
-DISKS = {'web': WEB_DISKS, 'db': DB_DISKS}
+DB_DISKS = {'0': disk(userdevice='0', seed=13, size=3 * MEBIBYTE, used=[[0, 1], [2, 1]]),
+            '1': disk(userdevice='1', seed=14, size=MEBIBYTE, used=1)}
+DISKS = {'web': WEB_DISKS, 'db': {'0': DB_DISKS['0']}}
 #: What guests write between the earlier copy and the run that is troubled, so that one can't pass for the other.
 WRITES = {'web': {'0': {1: 1}}, 'db': {'0': {2: 1}}}
 POOL = described(
