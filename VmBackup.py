@@ -1533,7 +1533,7 @@ def left_out_disks(machine: VirtualMachine, excludes: Sequence[DiskExclude]) -> 
             if exclude.matches(machine, disk):
                 found.setdefault(disk, exclude.line)
     wanted = {disk.vdi_ref for disk in machine.disks if disk not in found}
-    return {disk: line for disk, line in found.items() if disk.vdi_ref not in wanted}
+    return {disk: found[disk] for disk in machine.disks if disk in found and disk.vdi_ref not in wanted}
 
 
 def disks_to_export(machine: VirtualMachine, method: Method,
@@ -9275,8 +9275,9 @@ def prune_one(run: Run, services: Services, chosen: StoredVm) -> int:
                          f"{'would remove' if preview else 'removed'}: {place}: {verdict.text}")
             elif not copy.is_good or copy.aside or copy.pin and copy.is_of(stored.uuid, stored.method):
                 log.show(f"left: {place}: {verdict.text}")
-            elif preview and copy.counts_for(stored.uuid, stored.method):
-                log.show(f"would keep: {place}: {verdict.text}")
+            elif copy.counts_for(stored.uuid, stored.method) and (
+                    preview or is_pruned_by_hand(services.arguments)):
+                log.show(f"{'would keep' if preview else 'kept'}: {place}: {verdict.text}")
         return removed
 
 

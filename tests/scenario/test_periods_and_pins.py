@@ -345,6 +345,14 @@ def test_what_older_manifests_told_of_other_configs_counts_no_more_once_a_newer_
     assert run.exit_status == 0 and shelf.has('web', complete=1), run
 
 
+def test_by_hand_it_is_told_what_still_holds_the_copies_that_stay(a_shelf: Any) -> None:
+    shelf = made_by(a_shelf(*[complete('web', days_ago=day) for day in (3, 2, 1)]), rules(3))
+    first, second, last = shelf.copies('web')
+    run = without_pool(shelf, 'prune', 'web', 'max_backups=1', lines=('vm-export=web', 'keep_daily=2'))
+    assert run.exit_status == 0 and shelf.copies('web') == [second, last], run
+    assert run.says('kept: web/%s: day ' % second) and run.says('kept: web/%s: newest 1; day ' % last), run
+
+
 def test_of_one_vm_what_is_said_by_hand_counts_alone_whatever_other_configs_want(a_shelf: Any) -> None:
     shelf = a_shelf(*[complete('web', days_ago=day, config='/other.cfg', rules=rules(4, 9, 9)) for day in (5, 4, 3, 2, 1)])
     run = without_pool(shelf, 'prune', 'web', 'max_backups=1')
