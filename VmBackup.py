@@ -1476,7 +1476,8 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
                                 "entries select is left out by exclude."))
     findings += [Finding(Severity.WARNING, exclude.line, "leaves out no disk of any VM that is backed up.")
                  for exclude in configuration.exclude_disk if exclude.selector is not None and not any(
-                     exclude.matches(job.machine, disk) for job in jobs for disk in job.machine.disks)]
+                     exclude.matches(job.machine, disk) for job in jobs
+                     for disk in left_out_disks(job.machine, configuration.exclude_disk))]
     findings.extend(_odd_machines(jobs, unselected, inventory))
     return Plan(tuple(jobs), tuple(excluded), tuple(unselected), tuple(findings), tuple(missing),
                 tuple(provisional))
@@ -8600,11 +8601,12 @@ class BackupJob:
                 label = f"{machine.name} (backup {parse_copy_name(copy.name)[0]:%Y-%m-%d %H:%M:%S})"
                 with snapshots.of_vm(machine, label, left_out, knows_ignored) as snapshot, \
                         stage("VM-EXPORT-FAIL"):
-                    there = {disk.userdevice for disk in snapshot.disks}
-                    lost = [disk for disk in disks if disk.userdevice not in there]
-                    if lost:
-                        raise BackupError(f"the snapshot of {machine.title} lacks {disk_list(lost)}, so "
-                                          "nothing was exported: was it detached just now?", passing=True)
+                    there, wanted = ({disk.userdevice for disk in some} for some in (snapshot.disks, disks))
+                    odd = [disk for disk in disks if disk.userdevice not in there] + [
+                        disk for disk in left_out if disk.userdevice in there - wanted]
+                    if odd:
+                        raise BackupError(f"{machine.title}: {disk_list(odd)} was detached or exchanged while "
+                                          "the snapshot was made, so nothing was exported.", passing=True)
                     image = exporter.vm_image(snapshot, machine, copy.inside, base)
                     sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
             else:
@@ -8715,6 +8717,7 @@ def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
 
 DROPPED_TOLD_S = 7 * DAY_S - 12 * HOUR_S   # 7 nights, also where one begins a little earlier
 PLAN_LIFE_S = 35 * DAY_S
+HOST_PLAN_LIFE_S = 8 * DAY_S       # a weekly run's plan is not old before the next
 
 
 def dropped_vms(services: Services, inventory: Inventory,
@@ -8729,19 +8732,16 @@ def dropped_vms(services: Services, inventory: Inventory,
     if not is_config_path(arguments.target) or any(
             OPTIONS[OPTION_NAMES.index(setting.name)].kind == "selector" for setting in arguments.settings):
         return None, []
-    plans, host = services.catalog.plans(), inventory.host.short_name
-    plans = [one for one in plans if one["pool"] == inventory.pool_uuid]
-    last = [one for one in plans if (one["config"], one["host"]) == (path, host)]
-    # What another host did with this path before our last run is an earlier state of this config; if it did
-    # so since, it may have another file there. What it misses we miss, too.
-    last += [one for one in plans if one["config"] == path and last and one["at"] < last[0]["at"]]
-    earlier, named = {}, set()             # type: Dict[str, str], Set[str]
-    for one in reversed(last):
-        earlier.update(one["vms"])
-    for one in plans:
+    host, earlier, named = inventory.host.short_name, {}, set()      # type: str, Dict[str, str], Set[str]
+    for one in sorted(services.catalog.plans(), key=lambda one: one["at"]):
+        age_s = (now - parse_utc(one["at"])).total_seconds()
+        if one["pool"] != inventory.pool_uuid:
+            continue
+        # Another host that ran this path lately may have another file there. What it misses we miss, too.
+        is_ours = one["config"] == path and (one["host"] == host or age_s > HOST_PLAN_LIFE_S)
         if one["config"] == path:
-            earlier.update((uuid, missed) for uuid, missed in one["vms"].items() if missed)
-        if one not in last and (now - parse_utc(one["at"])).total_seconds() < PLAN_LIFE_S:
+            earlier.update((uuid, missed) for uuid, missed in one["vms"].items() if missed or is_ours)
+        if not is_ours and age_s < PLAN_LIFE_S:
             named.update(one["excluded"], (uuid for uuid, missed in one["vms"].items() if not missed))
     vms, findings = {job.machine.uuid: "" for job in plan.jobs}, []
     for machine in plan.unselected:
@@ -9202,8 +9202,9 @@ def stored_rules(services: Services, stored: StoredVm) -> Tuple[Tuple[Rules, ...
         return (), "no manifest says how many copies to keep"
     if selector is None:
         return (), "no selector of this config names this VM"
-    own = settings.rules(selector.keep)
-    for last in [rules for rules in known if rules.config in ("", own.config)][-1:]:
+    own, told_last = settings.rules(selector.keep), rules_told(stored.around, stored.uuid, stored.method)
+    for last in [rules for rules in known if rules.config in ("", own.config)][-1:] + [
+            rules for rules, _ in told_last.values() if rules.config == own.config]:
         own = Rules(*map(max, own[:-1], last[:-1]), config=own.config)
     return rules_for(own, stored.around, stored.uuid, stored.method), selector.line
 

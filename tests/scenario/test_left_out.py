@@ -712,3 +712,23 @@ def test_what_is_gone_when_the_run_ends_is_not_told_as_left(a_pool: Any, a_shelf
     assert run.exit_status == 3 and 'second try' in run.stderr and missing(shelf) == ['xvdb'], run
     assert is_as_before(pool, before) and shelf.journals() == []
     assert 'The next run tries again' not in run.stderr and 'xe ' not in run.stderr, run
+
+
+@pytest.mark.parametrize('line', ['vm-export=web', LINE])
+def test_a_disk_that_is_exchanged_while_the_snapshot_is_made_costs_a_second_try_and_no_copy_tells_what_is_not_so(
+        a_pool: Any, a_shelf: Any, line: str) -> None:
+    pool = a_pool(web(power_state='Halted'), vm('db'), xapi_version=NEW, faults=[at('api:VM.snapshot', nth=1, when='before', sleeps=5)])
+    shelf, name = a_shelf(), 'data' if line == LINE else 'swap'
+    with beginning(pool, shelf, 'vm-export=web', line) as process:
+        assert process.says('vm-export into'), process.output
+        api = pool.session().xenapi
+        (vdi,), (other,) = api.VDI.get_by_name_label(name), api.VDI.get_by_name_label('root')
+        drive = api.VBD.get_record(api.VDI.get_VBDs(vdi)[0])
+        api.VBD.destroy(api.VDI.get_VBDs(vdi)[0])
+        if line == LINE:               # another disk hangs in its place
+            api.VBD.create({'VM': drive['VM'], 'VDI': other, 'userdevice': drive['userdevice'], 'bootable': False, 'mode': 'RO',
+                            'type': 'Disk', 'empty': False, 'other_config': {}, 'qos_algorithm_type': '',
+                            'qos_algorithm_params': {}})
+        run = process.ending()
+    assert 'so nothing was exported' in run.stderr and run.exit_status == 3 and shelf.has('web', complete=1), run
+    assert missing(shelf) == [] and ('xvdc' in held(shelf)) == (line == LINE) and shelf.journals() == [], run

@@ -66,11 +66,11 @@ def run_of(pool: Any, path: str, *words: str) -> Run:
     return run_program('-', path, *words, environment=pool.environment())
 
 
-def made_by(shelf: Any, numbers: Dict[str, int], config: str = 'weekend.cfg') -> Any:
+def made_by(shelf: Any, numbers: Dict[str, int], config: str = 'weekend.cfg', **more: Any) -> Any:
     """The shelf, all its copies of web as that config made them while it had these rules."""
     for name in shelf.copies('web'):
         path = os.path.join(os.path.realpath(shelf.home), config)
-        manifest = dict(shelf.manifest('web', name), rules=numbers, config=path)
+        manifest = dict(shelf.manifest('web', name), rules=numbers, config=path, **more)
         with open(shelf.at('web', name, 'backup.json'), 'w', encoding='utf-8') as file:
             json.dump(manifest, file)
     shelf.first_tree = shelf.tree()
@@ -328,6 +328,23 @@ def test_prune_without_a_pool_removes_nothing_for_a_line_of_which_only_the_pool_
     shelf = made_by(a_shelf(*[complete('web', days_ago=day) for day in range(9, 0, -1)]), rules(9))
     run = without_pool(shelf, 'prune', lines=lines)
     assert run.exit_status == 0 and shelf.has('web', complete=9), run
+
+
+def test_prune_without_a_pool_goes_by_what_this_config_told_last_though_only_the_copy_of_another_carries_it(a_shelf: Any) -> None:
+    shelf = made_by(a_shelf(*[complete('web', days_ago=day) for day in range(9, 0, -1)]), rules(1), 'other.cfg')
+    told = {'config': os.path.realpath(shelf.config_path), 'at': shelf.manifest('web', shelf.copies('web')[0])['taken_at'],
+            'rules': rules(8)}
+    made_by(shelf, rules(1), 'other.cfg', **{'other-rules': [told]})
+    run = without_pool(shelf, 'prune', lines=('vm-export=web:2', 'vm-export=tag:gold:8'))
+    assert run.exit_status == 0 and shelf.has('web', complete=8), run
+
+
+def test_rules_of_other_files_are_carried_on_for_400_days_and_those_of_what_was_chosen_by_hand_not(a_pool: Any, a_shelf: Any) -> None:
+    given = [('/dead.cfg', 401), ('/yearly.cfg', 399), ('vm-export=web', 2), ('/monthly.cfg', 1)]
+    shelf = a_shelf(*[complete('web', days_ago=day, config=config, rules=rules(1)) for config, day in given])
+    assert backup(a_pool(vm('web')), shelf, 'vm-export=web:1').exit_status == 0
+    carried = shelf.manifest('web', shelf.newest('web'))['other-rules']
+    assert sorted(row['config'] for row in carried) == ['/monthly.cfg', '/yearly.cfg'] and carried[0]['rules'] == rules(1)
 
 
 def test_prune_tells_of_each_copy_once_though_there_are_two_kinds(a_shelf: Any) -> None:
