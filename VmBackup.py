@@ -8605,8 +8605,9 @@ class BackupJob:
                     odd = [disk for disk in disks if disk.userdevice not in there] + [
                         disk for disk in left_out if disk.userdevice in there - wanted]
                     if odd:
-                        raise BackupError(f"{machine.title}: {disk_list(odd)} was detached or exchanged while "
-                                          "the snapshot was made, so nothing was exported.", passing=True)
+                        raise BackupError(
+                            f"{machine.title}: {disk_list(odd)} was detached or exchanged while the snapshot "
+                            "was made, so nothing was exported.", passing=True)
                     image = exporter.vm_image(snapshot, machine, copy.inside, base)
                     sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
             else:

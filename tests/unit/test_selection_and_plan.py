@@ -264,5 +264,7 @@ def test_a_disk_that_hangs_on_two_drives_of_a_vm_is_left_out_only_if_both_are_na
     machine = a_vm('web', 1, disks=(root, data, twice))
     excludes = configured('vm-export=web\nexclude-disk=web/xvdf\n').exclude_disk
     assert left_out_disks(machine, excludes) == {} and disks_to_export(machine, Method.VM, excludes) == machine.disks
+    (finding,) = planned('vm-export=web\nexclude-disk=web/xvdf\n', machine).findings
+    assert finding.severity is Severity.WARNING and 'leaves out no disk' in finding.sentence
     excludes = configured('vm-export=web\nexclude-disk=web/xvd[bf]\n').exclude_disk
     assert set(left_out_disks(machine, excludes)) == {data, twice}
