@@ -3,7 +3,7 @@
     python3 tests/simpool serve --pool POOL.json --dir DIR [--faults FAULTS.json] [--port N]
     python3 tests/simpool run   --pool POOL.json --dir DIR [--faults FAULTS.json] [--host NAME] -- COMMAND ARG ...
     python3 tests/simpool dump  --dir DIR
-    python3 tests/simpool write --dir DIR --vm NAME --device xvda --block I
+    python3 tests/simpool write --dir DIR --vm NAME --device xvda --block I [--count N] [--zero]
     python3 tests/simpool read  --dir DIR --vdi UUID
     python3 tests/simpool example
 """
@@ -179,14 +179,15 @@ def command_write(options: argparse.Namespace) -> int:
     try:
         lock = state.Lock(options.dir)
     except state.InUse:
-        answer = _ask_server(options.dir, {"vm": options.vm, "device": options.device, "block": options.block})
+        answer = _ask_server(options.dir, {"vm": options.vm, "device": options.device, "block": options.block,
+                                           "count": options.count, "zeros": options.zero})
         if not answer["ok"]:
             raise CommandError(answer["error"])
         return 0
     import server
     try:
         pool = state.open_for_writing(options.dir)
-        server.guest_write(pool, options.vm, options.device, options.block)
+        server.guest_write(pool, options.vm, options.device, options.block, options.count, options.zero)
         pool.close_log()
     except KeyError as error:
         raise CommandError(error.args[0])
@@ -244,6 +245,8 @@ def main(arguments: List[str]) -> int:
             sub.add_argument("--vm", required=True, metavar="NAME")
             sub.add_argument("--device", required=True)
             sub.add_argument("--block", required=True, type=int, metavar="I")
+            sub.add_argument("--count", default=1, type=int, metavar="N", help="so many blocks from I on")
+            sub.add_argument("--zero", action="store_true", help="the guest writes zeros")
         if verb == "read":
             sub.add_argument("--vdi", required=True, metavar="UUID")
     commands.add_parser("example").set_defaults(function=command_example)

@@ -338,8 +338,9 @@ class Disks:
 
     # --- what a guest does
 
-    def guest_write(self, vm: str, device: str, block: int) -> None:
-        """A guest writes to one MiB block of the disk that it has under this device name."""
+    def guest_write(self, vm: str, device: str, block: int, count: int = 1, zeros: bool = False) -> None:
+        """A guest writes to so many MiB blocks of the disk that it has under this device name, up to the one that does not fit
+        on the SR: data that were never there before, or zeros."""
         with self.lock:
             for vbd in self.record("VM", vm)["VBDs"]:
                 record = self.tables["VBD"][vbd]
@@ -350,11 +351,17 @@ class Disks:
             else:
                 raise KeyError("the VM has no disk %s" % device)
             uuid = self.record("VDI", vdi)["uuid"]
-            if not 0 <= block < self.storage.contents[uuid].block_count():
-                raise KeyError("the disk has no block %d" % block)
-            self._reserve_block(uuid, block)
-            self.storage.guest_write(uuid, block)
-            self.update_utilisation(vdi)
+            if count < 1:
+                raise KeyError("the number of blocks must be 1 or more, not %d" % count)
+            for number in (block, block + count - 1):
+                if not 0 <= number < self.storage.contents[uuid].block_count():
+                    raise KeyError("the disk has no block %d" % number)
+            try:
+                for number in range(block, block + count):
+                    self._reserve_block(uuid, number)
+                    self.storage.guest_write(uuid, number, zeros)
+            finally:
+                self.update_utilisation(vdi)
 
 
 def device_name(userdevice: str) -> str:

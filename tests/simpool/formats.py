@@ -5,7 +5,7 @@ sends them decides about compression, speed and faults. Readers take a Source an
 real importer checks, and no more: what it lets pass, passes here too.
 
 Disks are storage.Disk: `size`, `block(i)` (MiB i, the last one may be short), `next_used(i)`,
-`write(offset, data)`.
+`zeroed_blocks()`, `write(offset, data)`.
 
 Source of the facts: xapi v24.19.2 (the recorded archives), ocaml/xapi/export.ml, import.ml,
 stream_vdi.ml, ocaml/libs/vhd/vhd_format/f.ml; ocaml-tar for the headers.
@@ -324,12 +324,15 @@ def vhd(disk: Any, advance: Callable[[int], None], base: Optional[Any] = None,
 
 
 def _vhd_blocks(disk: Any, base: Optional[Any]) -> Iterator[int]:
-    """Numbers of the 2 MiB blocks that hold something (that differ from `base`)."""
+    """Numbers of the 2 MiB blocks that are allocated, zeros of a guest too (that differ from `base`)."""
     if base is None:
+        present = {index // 2 for index in disk.zeroed_blocks()}
         index = disk.next_used(0)
         while index is not None:
-            yield index // 2
+            present.add(index // 2)
             index = disk.next_used(index // 2 * 2 + 2)
+        for block in sorted(present):
+            yield block
         return
     used = set()
     for one in (disk, base):

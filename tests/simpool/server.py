@@ -345,10 +345,10 @@ class Server:
     # --- the private socket: `write`, `dump` and `read` of another process
 
     def _control(self, request: Request) -> bool:
-        """POST /write with JSON {vm, device, block}: a guest of the running pool writes."""
+        """POST /write with JSON {vm, device, block, count, zeros}: a guest of the running pool writes."""
         wish = json.loads(request.body().decode("utf-8"))
         try:
-            guest_write(self.pool, wish["vm"], wish["device"], wish["block"])
+            guest_write(self.pool, wish["vm"], wish["device"], wish["block"], wish["count"], wish["zeros"])
             answer = {"ok": True}  # type: Dict[str, Any]
         except KeyError as error:
             answer = {"ok": False, "error": error.args[0]}
@@ -443,14 +443,14 @@ def api_call(body: bytes) -> Tuple[str, List[Any]]:
         raise BadRequest("Xmlm.Error(%s)" % error)
 
 
-def guest_write(pool: Pool, vm_name: str, device: str, block: int) -> None:
-    """A guest, named by its name or uuid, writes one block. KeyError with a reason if there is no such thing."""
+def guest_write(pool: Pool, vm_name: str, device: str, block: int, count: int, zeros: bool) -> None:
+    """A guest, named by its name or uuid, writes blocks. KeyError with a reason if there is no such thing."""
     with pool.lock:
         found = [vm for vm in pool.find_vms(vm_name)
                  if not pool.record("VM", vm)["is_a_snapshot"] and not pool.record("VM", vm)["is_control_domain"]]
         if len(found) != 1:
             raise KeyError("there are %d VMs named %s" % (len(found), vm_name))
-        pool.guest_write(found[0], device, block)
+        pool.guest_write(found[0], device, block, count, zeros)
 
 
 def _free_port(address: str) -> int:

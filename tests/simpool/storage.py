@@ -19,8 +19,9 @@ _ZEROS = bytes(MIB)
 #: SRs whose disks are allocated whole (LVHD on LVM): the live disk takes its virtual size, a snapshot what was written.
 THICK_TYPES = ("lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")
 
-#: What a block is, if not what the disk was born with: an int is a generation (a guest wrote it), a str the layer file that
-#: holds it (an import wrote it), ZERO that an import wrote zeros.
+#: What a block is, if not what the disk was born with: an int is a generation (a guest wrote it), below 0 one of zeros; a str
+#: is the layer file that holds it (an import wrote it), ZERO that an import wrote zeros. Zeros of a guest take space, as
+#: tapdisk allocates whatever is written; each time they have a number of their own, so that no two versions look like one.
 Mark = Union[int, str]
 ZERO = ""
 
@@ -55,13 +56,17 @@ def overhead(size: int) -> int:
 class Content:
     """The contents of one VDI."""
 
-    __slots__ = ("size", "seed", "extents", "marks", "layer", "family", "sr", "frozen", "_starts", "_marked")
+    __slots__ = ("size", "seed", "extents", "marks", "highest", "zeroed", "layer", "family", "sr", "frozen", "_starts", "_marked")
 
     def __init__(self, size: int, seed: Union[int, str], extents: List[Tuple[int, int]], family: str, sr: str) -> None:
         self.size = size
         self.seed = seed
         self.extents = extents
         self.marks = {}  # type: Dict[int, Mark]
+        #: the last generation of blocks that show it no more: zeros or an import came over it
+        self.highest = {}  # type: Dict[int, int]
+        #: how often guests wrote zeros to a block
+        self.zeroed = 0
         self.layer = None  # type: Optional[str]
         self.family = family
         self.sr = sr
@@ -78,18 +83,35 @@ class Content:
 
     def is_zero(self, block: int) -> bool:
         mark = self.marks.get(block)
-        if mark is None:
-            return not self.born_with(block)
-        return mark == ZERO and not isinstance(mark, int)
+        return not self.born_with(block) if mark is None else _is_of_zeros(mark)
+
+    def is_allocated(self, block: int) -> bool:
+        """Whether it takes space: what a guest wrote does, zeros too."""
+        mark = self.marks.get(block)
+        return self.born_with(block) if mark is None else mark != ZERO
 
     def mark(self, block: int, mark: Mark) -> None:
+        old = self.marks.get(block)
+        if isinstance(old, int) and old > 0:
+            self.highest[block] = old
+        if isinstance(mark, int):
+            self.zeroed = max(self.zeroed, -mark)
         self.marks[block] = mark
         self._marked = None
+
+    def next_generation(self, block: int) -> int:
+        """A generation that the block never had, so what is written now differs from all that ever was there."""
+        mark = self.marks.get(block)
+        return 1 + max(mark if isinstance(mark, int) else 0, self.highest.get(block, 0))
+
+    def zeroed_blocks(self) -> List[int]:
+        """The blocks that a guest wrote zeros to: they are there, and zero."""
+        return [block for block, mark in self.marks.items() if isinstance(mark, int) and mark < 0]
 
     def next_used(self, block: int) -> Optional[int]:
         """The first block from `block` on that is not all zeros."""
         if self._marked is None:
-            self._marked = sorted(number for number, mark in self.marks.items() if mark != ZERO)
+            self._marked = sorted(number for number, mark in self.marks.items() if not _is_of_zeros(mark))
         found = None
         at = bisect.bisect_left(self._marked, block)
         if at < len(self._marked):
@@ -103,7 +125,7 @@ class Content:
         return found
 
     def written_blocks(self) -> int:
-        """How many blocks are not zero."""
+        """How many blocks take space."""
         born = sum(end - first for first, end in self.extents)
         for block, mark in self.marks.items():
             if self.born_with(block):
@@ -114,8 +136,9 @@ class Content:
 
     def to_json(self) -> Dict[str, Any]:
         return {"size": self.size, "seed": self.seed, "extents": self.extents, "family": self.family, "sr": self.sr,
-                "layer": self.layer, "frozen": self.frozen,
-                "marks": {str(block): mark for block, mark in self.marks.items()}}
+                "layer": self.layer, "frozen": self.frozen, "zeroed": self.zeroed,
+                "marks": {str(block): mark for block, mark in self.marks.items()},
+                "highest": {str(block): generation for block, generation in self.highest.items()}}
 
     @staticmethod
     def from_json(fields: Dict[str, Any]) -> "Content":
@@ -123,8 +146,14 @@ class Content:
                           fields["family"], fields["sr"])
         content.layer = fields["layer"]
         content.frozen = fields["frozen"]
+        content.zeroed = fields["zeroed"]
         content.marks = {int(block): mark for block, mark in fields["marks"].items()}
+        content.highest = {int(block): generation for block, generation in fields["highest"].items()}
         return content
+
+
+def _is_of_zeros(mark: Mark) -> bool:
+    return mark < 0 if isinstance(mark, int) else mark == ZERO
 
 
 class Storage:
@@ -172,7 +201,7 @@ class Storage:
         content = self.contents[uuid]
         if content.sr in self.thick:
             return 0
-        if content.is_zero(block) or self._is_shared(uuid, content, block):
+        if not content.is_allocated(block) or self._is_shared(uuid, content, block):
             return MIB
         return 0
 
@@ -200,7 +229,7 @@ class Storage:
         for other in relatives[1:]:
             changed_by_all &= set(other.marks)
         for block in changed_by_all | set(content.marks):
-            if not content.is_zero(block) and not self._is_shared(uuid, content, block):
+            if content.is_allocated(block) and not self._is_shared(uuid, content, block):
                 owned += 1
         return overhead(content.size) + owned * MIB
 
@@ -223,6 +252,8 @@ class Storage:
         self.used[original.sr] += self.cost_of_snapshot(uuid)
         copy = Content(original.size, original.seed, original.extents, original.family, original.sr)
         copy.marks = dict(original.marks)
+        copy.highest = dict(original.highest)
+        copy.zeroed = original.zeroed
         copy.frozen = frozen
         original.layer = None
         self.contents[new_uuid] = copy
@@ -251,16 +282,15 @@ class Storage:
         content = self.contents[uuid]
         if mark != ZERO:
             self.used[content.sr] += self.cost_of_write(uuid, block)
-        elif content.sr not in self.thick and not content.is_zero(block) and not self._is_shared(uuid, content, block):
+        elif content.sr not in self.thick and content.is_allocated(block) and not self._is_shared(uuid, content, block):
             self.used[content.sr] -= MIB
         content.mark(block, mark)
         self._log(["mark", uuid, block, mark])
 
-    def guest_write(self, uuid: str, block: int) -> None:
-        """A guest writes the next generation of one block."""
+    def guest_write(self, uuid: str, block: int, zeros: bool = False) -> None:
+        """A guest writes the next generation of one block, or zeros."""
         content = self.contents[uuid]
-        mark = content.marks.get(block)
-        self._mark(uuid, block, mark + 1 if isinstance(mark, int) else 1)
+        self._mark(uuid, block, -content.zeroed - 1 if zeros else content.next_generation(block))
 
     def replay(self, entry: List[Any]) -> None:
         """Do again what an earlier server logged."""
@@ -295,10 +325,10 @@ class Storage:
         mark = content.marks.get(block)
         if mark is None:
             data = pattern(content.seed, block, 0) if content.born_with(block) else _ZEROS
+        elif _is_of_zeros(mark):
+            data = _ZEROS
         elif isinstance(mark, int):
             data = pattern(content.seed, block, mark)
-        elif mark == ZERO:
-            data = _ZEROS
         else:
             with open(self._layer_path(mark), "rb") as stream:
                 stream.seek(block * MIB)
@@ -360,6 +390,11 @@ class Disk:
         """The first block from `block` on that is not all zeros, or None: what a 2 TiB disk is walked by."""
         with self._lock:
             return self._content.next_used(block)
+
+    def zeroed_blocks(self) -> List[int]:
+        """The blocks that a guest wrote zeros to."""
+        with self._lock:
+            return self._content.zeroed_blocks()
 
     def used_blocks(self) -> Iterator[int]:
         """Every block that is not all zeros, ascending."""
