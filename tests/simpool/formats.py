@@ -5,7 +5,7 @@ sends them decides about compression, speed and faults. Readers take a Source an
 real importer checks, and no more: what it lets pass, passes here too.
 
 Disks are storage.Disk: `size`, `block(i)` (MiB i, the last one may be short), `next_used(i)`,
-`zeroed_blocks()`, `write(offset, data)`.
+`zeroed_blocks()`, `read(offset, length)`, `write(offset, data)`.
 
 Source of the facts: xapi v24.19.2 (the recorded archives), ocaml/xapi/export.ml, import.ml,
 stream_vdi.ml, ocaml/libs/vhd/vhd_format/f.ml; ocaml-tar for the headers.
@@ -23,7 +23,7 @@ import time
 import uuid
 import xml.etree.ElementTree as ElementTree
 import zlib
-from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 MIB = 1024 * 1024
 ZERO_MIB = bytes(MIB)
@@ -681,21 +681,39 @@ def receive_vhd(source: Source, disk: Any, advance: Callable[[int], None], lengt
             skip_to(sector * SECTOR)
             bitmap = source.exactly(bitmap_size)
             content = source.exactly(block_size)
-            for first, count in _set_bits(bitmap, block_size // SECTOR):
-                start = block * block_size + first * SECTOR
-                piece = content[first * SECTOR:(first + count) * SECTOR]
-                if start + len(piece) > disk.size:
-                    if piece[max(0, disk.size - start):].strip(b'\0'):
-                        raise BadVhd('data behind the end of the disk')
-                    piece = piece[:max(0, disk.size - start)]
-                if piece:
-                    disk.write(start, piece)
+            _lay_over(disk, block * block_size, content, list(_set_bits(bitmap, block_size // SECTOR)))
             advance(block_size)
         if length is not None:
             skip_to((length - 1) // SECTOR * SECTOR)
         _assert_sound(source.exactly(SECTOR), b'conectix', 64)
     except PrematureEnd:
         raise BadVhd('the end came too early')
+
+
+def _lay_over(disk: Any, start: int, content: bytes, runs: List[Tuple[int, int]]) -> None:
+    """Writes these runs of sectors, (first, length), of the block that begins at `start` of the disk.
+
+    A sector behind the end of the disk is no harm only if it is zero and the disk ends within the
+    block: a real disk of VHDs has whole blocks. Else the write fails there, zeros too, when what
+    fits is written (impl.ml serve_vhd_to_raw writes to a device of the disk's size).
+    """
+    inside = max(0, min(len(content), disk.size - start))
+    is_whole = runs == [(0, len(content) // SECTOR)]
+    whole = bytearray(content[:inside] if is_whole else disk.read(start, inside))
+    changed = set()     # type: Set[int]
+    past_the_end = False
+    for first, count in runs:
+        begin, end = first * SECTOR, (first + count) * SECTOR
+        if begin < inside:
+            whole[begin:min(end, inside)] = content[begin:min(end, inside)]
+            changed.update(range(begin // MIB, (min(end, inside) + MIB - 1) // MIB))
+        if end > inside and (not inside or content[max(begin, inside):end].strip(b'\0')):
+            past_the_end = True
+            break
+    for number in sorted(changed):
+        disk.write(start + number * MIB, bytes(whole[number * MIB:(number + 1) * MIB]))
+    if past_the_end:
+        raise BadVhd('data behind the end of the disk')
 
 
 def _assert_sound(block: bytes, cookie: bytes, checksum_at: int) -> None:

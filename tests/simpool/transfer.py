@@ -617,11 +617,16 @@ def assert_format(transfer: Transfer, task: str) -> str:
     """The format asked for; an unknown one fails the task, and the client gets 404."""
     chosen = transfer.parameter('format') or 'raw'
     if chosen not in RAW_FORMATS or (chosen == 'tar' and not transfer.pool.has_tar_export()):
-        failure = Failure('INTERNAL_ERROR', 'Unknown format ' + chosen)
-        transfer.pool.fail_task(task, failure)
-        transfer.send(b'HTTP/1.0 404 Not Found\r\nConnection: close\r\nCache-Control: no-cache, no-store\r\n\r\n')
-        raise EmptyReply(failure.description())
+        refuse(transfer, task, '404 Not Found', 'Unknown format ' + chosen)
     return chosen
+
+
+def refuse(transfer: Transfer, task: str, status: str, reason: str) -> None:
+    """The task fails, and the client gets a status and no page (import_raw_vdi.ml HandleError)."""
+    failure = Failure('INTERNAL_ERROR', reason)
+    transfer.pool.fail_task(task, failure)
+    transfer.send(head('1.0 ' + status))
+    raise EmptyReply(failure.description())
 
 
 def export_raw_vdi(transfer: Transfer) -> None:
@@ -823,7 +828,6 @@ def import_raw_vdi(transfer: Transfer) -> None:
     with pool.lock:
         named = transfer.parameter('vdi')
         transfer.describe(vdi_if_known(transfer))
-    refuse_chunked(transfer)
     length = transfer.request.headers.get('content-length')
     with pool.lock:
         makes_disk = named is None and (transfer.parameter('sr_id') or transfer.parameter('sr_uuid'))
@@ -847,10 +851,15 @@ def import_raw_vdi(transfer: Transfer) -> None:
     with transfer.task('VDI.import') as task:
         pool.set_progress(task, 0.0)
         chosen = assert_format(transfer, task)
+        encoding = transfer.request.headers.get('transfer-encoding')
+        if encoding is not None:
+            # tried on a real server: 404, and the connection is reset
+            refuse(transfer, task, '404 Not Found', 'Cannot handle encoding: ' + encoding)
+        if makes_disk and (chosen != 'raw' or not length or not length.isdigit()):
+            refuse(transfer, task, '400 Bad Request', 'Importing a VHD directly into an SR not yet supported'
+                   if chosen == 'vhd' else 'Not enough info supplied to import')
         transfer.occasion.before()
         if makes_disk:
-            if not length or not length.isdigit():
-                raise Failure('INTERNAL_ERROR', 'Failure("Content-Length is required")')
             vdi = pool.vdi_create({'SR': srs[0], 'virtual_size': length, 'type': 'user', 'sharable': False,
                                    'read_only': False, 'other_config': {}, 'name_label': 'Imported VDI',
                                    'name_description': ''})
