@@ -839,6 +839,16 @@ def _add_disks(api: Api) -> None:
     api.add("VDI.create", "args: struct", "ref VDI", lambda call, fields: pool.vdi_create(fields), constructs="VDI",
             has_async=True)
     api.add("VDI.destroy", "self: ref VDI", "void", lambda call, self: pool.vdi_destroy(self, call.task), has_async=True)
+    api.add("VDI.resize", "vdi: ref VDI, size: int", "void",
+            lambda call, vdi, size: pool.vdi_resize(vdi, int(size), call.task), has_async=True)
+
+    def resize_online(call: Call, vdi: str, size: str) -> None:
+        # no storage manager has VDI_RESIZE_ONLINE, which it takes (xapi_vdi.ml check_sm_feature_error)
+        with pool.lock:
+            raise Failure("SR_OPERATION_NOT_SUPPORTED", pool.record("VDI", vdi)["SR"])
+
+    api.add("VDI.resize_online", "vdi: ref VDI, size: int", "void", resize_online, has_async=True,
+            removed=not pool.has_online_resize())
     api.add("VDI.snapshot", "vdi: ref VDI, " + params, "ref VDI",
             lambda call, vdi, driver_params: pool.vdi_snapshot(vdi, driver_params, call.task), has_async=True)
     api.add("VDI.clone", "vdi: ref VDI, " + params, "ref VDI",

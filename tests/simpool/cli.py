@@ -1064,6 +1064,14 @@ def vdi_create(command: Command) -> None:
     command.print_list([command.uuid('VDI', ref)])
 
 
+def vdi_resize(command: Command) -> None:
+    ref = command.ref('VDI', command.required('uuid'))
+    size = bytes_of('disk-size', command.required('disk-size'))
+    command.begin(ref)
+    # no other word than `true` is looked at
+    command.call('VDI.resize_online' if command.get('online') == 'true' else 'VDI.resize', ref, size)
+
+
 def bytes_of(name: str, text: str) -> str:
     """A size with an optional unit (record_util.ml bytes_of_string)."""
     number, unit = re.match(r'([0-9]*)(.*)', text, re.DOTALL).groups()
@@ -1307,6 +1315,7 @@ COMMANDS.update((name, Entry(tuple(cli_help.HELP[name][0].split()), run, cli_hel
     'vdi-copy': vdi_copy,
     'vdi-create': vdi_create,
     'vdi-destroy': destroy_by('VDI', 'uuid'),
+    'vdi-resize': vdi_resize,
     'vbd-create': vbd_create,
     'vbd-destroy': destroy_by('VBD', 'uuid'),
     'vbd-plug': on_object('VBD', 'VBD.plug'),

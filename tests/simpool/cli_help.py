@@ -71,6 +71,7 @@ HELP = {
     'vdi-destroy': ('uuid', '', 'Destroy a VDI.'),
     'vdi-export': ('uuid filename', 'format base progress', 'Export a VDI.'),
     'vdi-import': ('uuid filename', 'format progress', 'Import a raw VDI.'),
+    'vdi-resize': ('uuid disk-size', 'online', 'Resize a VDI.'),
     'vdi-snapshot': ('uuid', 'driver-params-', 'Snapshot a specified VDI.'),
     'vif-configure-ipv4': ('uuid mode', 'address gateway', 'Configure IPv4 settings on a VIF.'),
     'vif-configure-ipv6': ('uuid mode', 'address gateway', 'Configure IPv6 settings on a VIF.'),

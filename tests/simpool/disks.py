@@ -12,6 +12,8 @@ from schema import NULL, Failure
 
 #: SM drivers write sizes in whole VHD blocks (VDI.create rounds up, recorded from a file-backed SR of xapi 24.19.2).
 SIZE_UNIT = 2 * storage.MIB
+#: The largest VHD (sm, vhdutil.py MAX_VHD_SIZE).
+LARGEST = 2040 * 1024 * storage.MIB
 
 
 class Disks:
@@ -165,7 +167,7 @@ class Disks:
             size = int(fields["virtual_size"])
             if size <= 0:
                 raise Failure("SR_BACKEND_FAILURE_78", "", "VDI Creation failed [opterr=invalid size]", "")
-            size = (size + SIZE_UNIT - 1) // SIZE_UNIT * SIZE_UNIT
+            size = _in_whole_units(size)
             self._reserve(sr, self.storage.cost_of_new(record["uuid"], size))
             uuid = new_uuid4()
             self.storage.create(uuid, record["uuid"], size)
@@ -173,6 +175,32 @@ class Disks:
             self.update_space(sr)
             self.update_allowed_operations("VDI", vdi)
             return vdi
+
+    def vdi_resize(self, vdi: str, size: int, task: Optional[str] = None) -> None:
+        """VDI.resize: the disk grows, and what is new of it is zeros. Refused while a VBD holds the disk, whatever its VM does
+        (xapi_vdi.ml check_operation_error and resize, v24.19.2; sm, FileSR.py resize: a VHD is never made smaller)."""
+        with self.own_task("VDI.resize", task) as mine:
+            with self.operation("VDI", vdi, "resize", mine):
+                with self.lock:
+                    record = self.record("VDI", vdi)
+                    self.assert_sr_answers(record["SR"])
+                    if not record["managed"]:
+                        raise Failure("VDI_NOT_MANAGED", vdi)
+                    content = self.storage.contents.get(record["uuid"])
+                    if record["missing"] or content is None:
+                        raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
+                    if size < content.size:
+                        raise Failure("SR_BACKEND_FAILURE_79", "", "VDI Invalid size [opterr=shrinking not allowed]", "")
+                    if size > LARGEST:
+                        raise Failure("SR_BACKEND_FAILURE_79", "", "VDI Invalid size [opterr=VDI size must be between 1 MB "
+                                                                   "and %d MB]" % (LARGEST // storage.MIB), "")
+                    if size == content.size:
+                        return
+                    size = _in_whole_units(size)
+                    self._reserve(record["SR"], self.storage.cost_of_growth(record["uuid"], size))
+                    self.storage.grow(record["uuid"], size)
+                    self.set_field("VDI", vdi, "virtual_size", str(size))
+                    self.update_utilisation(vdi)
 
     def vdi_snapshot(self, vdi: str, driver_params: Dict[str, str], task: Optional[str] = None) -> str:
         """VDI.snapshot. What is copied from the row is read when the call begins, other_config included."""
@@ -298,9 +326,10 @@ class Disks:
             for vdi in list(record["VDIs"]):
                 uuid = self.record("VDI", vdi)["uuid"]
                 if uuid in self.storage.contents:
-                    used = str(self.storage.utilisation(uuid))
-                    if self.record("VDI", vdi)["physical_utilisation"] != used:
-                        self.set_field("VDI", vdi, "physical_utilisation", used)
+                    for field, value in (("physical_utilisation", str(self.storage.utilisation(uuid))),
+                                         ("virtual_size", str(self.storage.contents[uuid].size))):
+                        if self.record("VDI", vdi)[field] != value:
+                            self.set_field("VDI", vdi, field, value)
             self.update_space(sr)
 
     def pbd_plug(self, pbd: str) -> None:
@@ -362,6 +391,10 @@ class Disks:
                     self.storage.guest_write(uuid, number, zeros)
             finally:
                 self.update_utilisation(vdi)
+
+
+def _in_whole_units(size: int) -> int:
+    return (size + SIZE_UNIT - 1) // SIZE_UNIT * SIZE_UNIT
 
 
 def device_name(userdevice: str) -> str:

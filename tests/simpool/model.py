@@ -96,6 +96,9 @@ class Pool(Machines, Disks, Database):
     def has_quiesce(self) -> bool:
         return self.version < (1, 214)
 
+    def has_online_resize(self) -> bool:
+        return self.version < (1, 60)
+
     def has_task_set_status(self) -> bool:
         return self.version >= (1, 20)
 

@@ -18,7 +18,7 @@ from database import FOLD_BYTES, VOLATILE, read_log
 from model import Pool
 from schema import NULL
 
-STORAGE_ENTRIES = ("content", "snapshot", "mark", "stray")
+STORAGE_ENTRIES = ("content", "snapshot", "mark", "size", "stray")
 
 
 class InUse(Exception):

@@ -292,6 +292,39 @@ class Storage:
         content = self.contents[uuid]
         self._mark(uuid, block, -content.zeroed - 1 if zeros else content.next_generation(block))
 
+    # --- growing
+
+    def cost_of_growth(self, uuid: str, size: int) -> int:
+        """What it takes to make the disk this large."""
+        content = self.contents[uuid]
+        grown = overhead(size) - overhead(content.size)
+        if content.sr in self.thick:
+            return grown + (0 if content.frozen else size - content.size)
+        return grown + (self.cost_of_write(uuid, content.block_count() - 1) if self._is_cut_short(content) else 0)
+
+    def grow(self, uuid: str, size: int) -> None:
+        """The disk is larger from now on; it holds what it held, and zeros behind that."""
+        content = self.contents[uuid]
+        if self._is_cut_short(content):
+            # a generated block would grow too: what there is of it is kept as an import's would be
+            block, layer = content.block_count() - 1, self.layer_for_import(uuid)
+            self.store(layer, block, self.read_block(content, block))
+            self.mark_imported(uuid, block, layer)
+        self._grow(uuid, size)
+
+    def _grow(self, uuid: str, size: int) -> None:
+        content = self.contents[uuid]
+        self.used[content.sr] += overhead(size) - overhead(content.size)
+        if content.sr in self.thick and not content.frozen:
+            self.used[content.sr] += size - content.size
+        content.size = size
+        self._log(["size", uuid, size])
+
+    def _is_cut_short(self, content: Content) -> bool:
+        """The last block is a generated one, and has less than a MiB of it."""
+        block = content.block_count() - 1
+        return bool(content.size % MIB) and not content.is_zero(block) and not isinstance(content.marks.get(block), str)
+
     def replay(self, entry: List[Any]) -> None:
         """Do again what an earlier server logged."""
         kind, uuid = entry[0], entry[1]
@@ -309,6 +342,8 @@ class Storage:
                 if isinstance(entry[3], str) and entry[3]:
                     content.layer = entry[3]
                 self._mark(uuid, entry[2], entry[3])
+            elif kind == "size":
+                self._grow(uuid, entry[2])
         finally:
             self._log = log
 

@@ -1,6 +1,6 @@
-"""What disks hold after what guests write to them, and the space that it takes.
+"""What disks hold after what guests write to them, how they grow, and the space that all that takes.
 
-Sources: the files named are those of xapi v24.19.2; contents are as support/contents.py computes them.
+Sources: the files named are those of xapi v24.19.2, those of sm say so; contents are as support/contents.py computes them.
 """
 
 import sys
@@ -9,10 +9,12 @@ from typing import Any, Dict, List, Sequence
 import pytest
 
 from support.contents import block_of
-from support.language import MEBIBYTE, at, disk, vm
+from support.language import GIBIBYTE, MEBIBYTE, at, disk, vm
 from support.process import CRON_PATH, SIMPOOL, Pool, Run, run
-from test_traps import STORE, disks_of, get, ref_of, uuid_of
+from test_traps import STORE, disks_of, get, ref_of, refused, uuid_of
 
+SHRINKING = ['SR_BACKEND_FAILURE_79', '', 'VDI Invalid size [opterr=shrinking not allowed]', '']
+NO_SPACE = ['SR_BACKEND_FAILURE_44', '', 'There is insufficient space', '']
 ZEROS = -1
 
 
@@ -160,3 +162,142 @@ def test_a_guest_writes_up_to_the_block_that_does_not_fit(a_pool: Any) -> None:
         assert (result.exit_status, result.stdout) == (2, '') and 'SR_BACKEND_FAILURE_44' in result.stderr
     assert session.xenapi.VDI.get_physical_utilisation(session.xenapi.VDI.get_by_uuid(uuid)) == str(3 * MEBIBYTE)
     assert [bool(pool.read(uuid)[number * MEBIBYTE:][:MEBIBYTE].strip(b'\0')) for number in range(5)] == [True] * 3 + [False] * 2
+
+
+# --- Disks that grow -------------------------------------------------------------------------------------------------
+
+def test_a_disk_grows_by_whole_blocks_of_zeros_and_is_never_made_smaller(a_pool: Any) -> None:
+    # xapi_vdi.ml resize; sm, FileSR.py resize_online and vhdutil.py validate_and_round_vhd_size
+    pool = a_pool(vm('web', disks=[CUT_SHORT]), srs=[STORE])
+    session = pool.session()
+    api = session.xenapi
+    web = ref_of(session, 'web')
+    vdi, = disks_of(session, web)
+    uuid, sr = uuid_of(session, 'VDI', vdi), api.VDI.get_SR(vdi)
+    assert write(pool, 3).exit_status == 0
+    frozen, = disks_of(session, api.VM.snapshot(web, 'before'))
+    before = pool.read(uuid)
+    for smaller in (0, MEBIBYTE, 3 * MEBIBYTE):
+        assert refused(api.VDI.resize, vdi, str(smaller)) == SHRINKING
+    assert refused(api.VDI.resize, vdi, str(2040 * GIBIBYTE + 1))[:3] == [
+        'SR_BACKEND_FAILURE_79', '', 'VDI Invalid size [opterr=VDI size must be between 1 MB and 2088960 MB]']
+    api.VDI.resize(vdi, str(len(before)))
+    assert api.VDI.get_virtual_size(vdi) == str(len(before)), 'its own size is left as it is'
+
+    api.VDI.resize(vdi, str(6 * MEBIBYTE + 1))
+    assert api.VDI.get_virtual_size(vdi) == str(8 * MEBIBYTE)
+    assert api.SR.get_virtual_allocation(sr) == str(8 * MEBIBYTE + len(before))
+    assert refused(api.VDI.resize, vdi, str(6 * MEBIBYTE + 1)) == SHRINKING
+    grown = before + bytes(8 * MEBIBYTE - len(before))
+    for _ in ('while it serves', 'after a restart'):
+        assert pool.read(uuid) == grown
+        assert pool.read(uuid_of(session, 'VDI', frozen)) == before
+        pool.stop()
+        pool.start()
+        session = pool.session()
+    assert write(pool, 3, '--count', '5').exit_status == 0
+    after = dict(CUT_SHORT, size=8 * MEBIBYTE)
+    assert pool.read(uuid) == content(after, [0, 0, 0, 2, 1, 1, 1, 1])
+    exported = get(pool, '/export_raw_vdi', vdi=vdi, format='raw').body
+    assert exported == pool.read(uuid)
+
+
+def test_a_disk_that_anything_holds_does_not_grow(a_pool: Any) -> None:
+    # xapi_vdi.ml check_operation_error: no live operation, unlike a snapshot
+    pool = a_pool(vm('up', power_state='Running'), vm('asleep', power_state='Suspended', memory=8 * MEBIBYTE),
+                  vm('iso', cds=[{'userdevice': '3', 'empty': False, 'sr': 'images', 'name_label': 'a.iso'}]),
+                  srs=[STORE, {'name_label': 'images', 'type': 'iso', 'shared': True}])
+    session = pool.session()
+    api = session.xenapi
+    larger = str(16 * MEBIBYTE)
+    for name in ('up', 'asleep'):
+        vdi, = disks_of(session, ref_of(session, name))
+        assert refused(api.VDI.resize, vdi, larger) == ['VDI_IN_USE', vdi, 'resize']
+        result = pool.xe('vdi-resize', 'uuid=' + uuid_of(session, 'VDI', vdi), 'disk-size=16MiB')
+        assert result.exit_status == 1 and result.stderr.endswith('\noperation: resize\n')
+    iso, = [ref for ref in api.VDI.get_all() if api.SR.get_name_label(api.VDI.get_SR(ref)) == 'images']
+    assert refused(api.VDI.resize, iso, str(GIBIBYTE)) == ['SR_OPERATION_NOT_SUPPORTED', api.VDI.get_SR(iso)]
+    api.VM.hard_shutdown(ref_of(session, 'up'))
+    vdi, = disks_of(session, ref_of(session, 'up'))
+    pbd, = api.SR.get_PBDs(api.VDI.get_SR(vdi))
+    api.PBD.unplug(pbd)
+    assert refused(api.VDI.resize, vdi, larger) == ['SR_HAS_NO_PBDS', api.VDI.get_SR(vdi)]
+    api.PBD.plug(pbd)
+    assert api.VDI.get_virtual_size(vdi) == str(4 * MEBIBYTE)
+    api.VDI.resize(vdi, larger)
+    assert api.VDI.get_virtual_size(vdi) == larger
+
+
+@pytest.mark.parametrize('kind', ['lvm', 'nfs'])
+def test_growing_takes_space_where_disks_are_allocated_whole(a_pool: Any, kind: str) -> None:
+    pool = a_pool(vm('web', disks=[disk(size=4 * MEBIBYTE, used=1)]), srs=[dict(STORE, type=kind, size=16 * MEBIBYTE)])
+    session = pool.session()
+    api = session.xenapi
+    vdi, = disks_of(session, ref_of(session, 'web'))
+    before = used_in_store(session)
+    if kind == 'lvm':
+        assert refused(api.VDI.resize, vdi, str(32 * MEBIBYTE)) == NO_SPACE
+        assert (used_in_store(session), api.VDI.get_virtual_size(vdi)) == (before, str(4 * MEBIBYTE))
+    size = (12 if kind == 'lvm' else 512) * MEBIBYTE
+    api.VDI.resize(vdi, str(size))
+    pool.stop()
+    pool.start()
+    session = pool.session()
+    assert used_in_store(session) == before + (size - 4 * MEBIBYTE if kind == 'lvm' else 0)
+    assert session.xenapi.VDI.get_virtual_size(vdi) == str(size)
+    session.xenapi.VDI.destroy(vdi)
+    assert used_in_store(session) == 0
+
+
+def test_a_disk_that_grew_before_the_server_lost_its_memory_has_the_size_that_the_storage_has(a_pool: Any) -> None:
+    # xapi_sr.ml scan: virtual_size is what the storage manager says
+    pool = a_pool(vm('web'), vm('other'), faults=[at('api:VM.get_record', object='other', lose=3600)])
+    session = pool.session()
+    vdi, = disks_of(session, ref_of(session, 'web'))
+    session.xenapi.VDI.resize(vdi, str(8 * MEBIBYTE))
+    with pytest.raises(Exception):
+        session.xenapi.VM.get_record(ref_of(session, 'other'))
+    api = pool.session().xenapi
+    assert api.VDI.get_virtual_size(vdi) == str(4 * MEBIBYTE)
+    api.SR.scan(api.VDI.get_SR(vdi))
+    assert api.VDI.get_virtual_size(vdi) == str(8 * MEBIBYTE)
+
+
+def test_xe_grows_a_disk_by_the_words_that_it_knows(a_pool: Any) -> None:
+    # cli_operations.ml vdi_resize, record_util.ml bytes_of_string
+    pool = a_pool(vm('web'), vm('up', power_state='Running'))
+    session = pool.session()
+    vdi, = disks_of(session, ref_of(session, 'web'))
+    uuid = 'uuid=' + uuid_of(session, 'VDI', vdi)
+    for word, mebibytes in (('4194304', 4), ('5MiB', 6), ('8192KiB', 8), ('1GiB', 1024), ('1073741825bytes', 1026), ('2TiB', 0)):
+        result = pool.xe('vdi-resize', uuid, 'disk-size=' + word)
+        if mebibytes:
+            assert result == Run(0, '', '')
+            assert session.xenapi.VDI.get_virtual_size(vdi) == str(mebibytes * MEBIBYTE)
+    assert result == Run(1, '', 'Error code: SR_BACKEND_FAILURE_79\nError parameters: , VDI Invalid size '
+                                '[opterr=VDI size must be between 1 MB and 2088960 MB], \n')
+    assert pool.xe('vdi-resize', uuid, 'disk-size=1GiB') == Run(
+        1, '', 'Error code: SR_BACKEND_FAILURE_79\nError parameters: , VDI Invalid size [opterr=shrinking not allowed], \n')
+    for word, told in (('2GB', "Unknown suffix: 'GB' (try KiB, MiB, GiB or TiB)"),
+                       ('GiB', 'expecting an integer (possibly with suffix)'),
+                       ('', 'expecting an integer (possibly with suffix)')):
+        assert pool.xe('vdi-resize', uuid, 'disk-size=' + word) == Run(
+            1, '', "Error: Failed to parse field 'disk-size': %s\n" % told)
+    assert pool.xe('vdi-resize', uuid) == Run(1, '', "Required parameter not found: disk-size\nFor usage run: 'xe help'\n")
+    nowhere = pool.xe('vdi-resize', 'uuid=12345678-1234-4234-8234-123456789abc', 'disk-size=GB')
+    assert nowhere.stderr.startswith('The uuid you supplied was invalid.\ntype: VDI\n')
+    # Nothing but `true` is online, which no server has had since 7.3.
+    assert pool.xe('vdi-resize', uuid, 'disk-size=2GiB', 'online=yes') == Run(0, '', '')
+    assert pool.xe('vdi-resize', uuid, 'disk-size=3GiB', '--online') == Run(1, '', 'This function is no longer available.\n')
+    assert session.xenapi.VDI.get_virtual_size(vdi) == str(2 * GIBIBYTE)
+    assert 'reqd params     : uuid, disk-size\n' in pool.xe('help', 'vdi-resize').stdout
+
+
+def test_no_storage_grows_a_disk_online(a_pool: Any) -> None:
+    # datamodel.ml VDI.resize_online: removed with 7.3; before, it took a feature that no storage manager has
+    for version, code in (('1.14.41', 'SR_OPERATION_NOT_SUPPORTED'), ('1.60.7', 'MESSAGE_REMOVED'), ('24.19.2', 'MESSAGE_REMOVED')):
+        pool = a_pool(vm('web'), xapi_version=version)
+        session = pool.session()
+        vdi, = disks_of(session, ref_of(session, 'web'))
+        assert refused(session.xenapi.VDI.resize_online, vdi, str(GIBIBYTE))[0] == code
+        assert session.xenapi.VDI.get_virtual_size(vdi) == str(4 * MEBIBYTE)

@@ -382,6 +382,57 @@ def test_an_sr_that_must_be_zeroed_takes_no_vhd(a_pool: Any, tmp_path: Any) -> N
         session = pool.session()
 
 
+def test_xe_alone_brings_a_vm_back_from_a_full_and_what_has_changed_since(a_pool: Any, tmp_path: Any) -> None:
+    # What a person types who has only files and xe: one disk has grown, one is gone, one has come.
+    source = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=5, seed=1, owner=True), disk(seed=2),
+                                      disk(seed=3, owner=True)]))
+    session = source.session()
+    api = session.xenapi
+    web = ref_of(session, 'web')
+    first, second, third = disks_of(session, web)
+    full, difference, new = [str(tmp_path / name) for name in ('web.xva', 'xvda.vhd', 'xvdd.vhd')]
+    assert source.xe('vm-export', 'vm=web', 'filename=' + full).exit_status == 0
+    base = uuid_of(session, 'VDI', api.VDI.snapshot(first))
+    api.VDI.resize(first, str(12 * MEBIBYTE))
+    guest_writes(source, 3, '--count', '2')
+    guest_writes(source, 1, '--zero')
+    guest_writes(source, 11)
+    for word, path in (('base=' + base, difference), ('format=vhd', new)):
+        assert source.xe('vdi-export', 'uuid=' + uuid_of(session, 'VDI', third if path == new else first), word, 'format=vhd',
+                         'filename=' + path) == Run(0, '', '')
+
+    pool = a_pool(vm('other', disks=2), srs=[STORE, {'name_label': 'second', 'type': 'ext', 'shared': True}])
+
+    def xe(*words: str) -> str:
+        result = pool.xe(*words)
+        assert (result.exit_status, result.stderr) == (0, ''), result
+        return result.stdout.rstrip('\n')
+
+    sr = xe('sr-list', 'name-label=second', '--minimal')
+    back = xe('vm-import', 'filename=' + full, 'sr-uuid=' + sr)
+    assert xe('vm-list', 'name-label=web', 'params=uuid', '--minimal') == back
+    root = xe('vbd-list', 'vm-uuid=' + back, 'userdevice=0', 'params=vdi-uuid', '--minimal')
+    assert xe('vdi-list', 'sr-uuid=' + sr, 'uuid=' + root, 'params=virtual-size', '--minimal') == str(8 * MEBIBYTE)
+    assert xe('vdi-resize', 'uuid=' + root, 'disk-size=12MiB') == ''
+    assert xe('vdi-import', 'uuid=' + root, 'format=vhd', 'filename=' + difference) == ''
+    gone, drive = [xe('vbd-list', 'vm-uuid=' + back, 'userdevice=1', 'params=' + field, '--minimal')
+                   for field in ('vdi-uuid', 'uuid')]
+    assert xe('vbd-destroy', 'uuid=' + drive) == xe('vdi-destroy', 'uuid=' + gone) == ''
+    made = xe('vdi-create', 'sr-uuid=' + sr, 'name-label=came later', 'virtual-size=3MiB', 'type=user')
+    assert xe('vdi-import', 'uuid=' + made, 'format=vhd', 'filename=' + new) == ''
+    drive = xe('vbd-create', 'vm-uuid=' + back, 'vdi-uuid=' + made, 'device=3', 'mode=RW', 'type=Disk', 'bootable=false')
+    xe('vbd-param-set', 'uuid=' + drive, 'other-config:owner=true')
+    assert sorted(xe('vbd-list', 'vm-uuid=' + back, 'params=userdevice', '--minimal').split(',')) == ['0', '2', '3']
+    assert pool.read(root) == source.read(uuid_of(session, 'VDI', first))
+    assert pool.read(made) == source.read(uuid_of(session, 'VDI', third)), 'its size was rounded up to whole blocks'
+    assert xe('vm-list', 'uuid=' + back, 'params=VBDs', '--minimal').count(';') == 2
+    # A disk has no VM's uuid: such a filter is refused, where there is a disk to look at.
+    assert pool.xe('vdi-list', 'vm-uuid=' + back) == Run(1, '', "Error: Unknown field 'vm-uuid'\n")
+    xe('vm-start', 'uuid=' + back)
+    xe('vm-uninstall', 'uuid=' + back, 'force=true')
+    assert xe('vdi-list', 'sr-uuid=' + sr, '--minimal') == ''
+
+
 # --- Imports of VMs --------------------------------------------------------------------------------------------------
 
 def test_an_import_into_an_sr_that_is_not_plugged_hangs_without_a_word(a_pool: Any, tmp_path: Any) -> None:
