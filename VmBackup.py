@@ -101,6 +101,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import threading
 import time
@@ -327,6 +328,12 @@ def quote_name(name: str) -> str:
     return f'"{escaped}"'
 
 
+def shell_word(text: str) -> str:
+    """The text as one word of a shell."""
+    import shlex
+    return shlex.quote(text)
+
+
 # =============================================================================
 # 3. Values
 # =============================================================================
@@ -334,6 +341,7 @@ def quote_name(name: str) -> str:
 # pool; everything that is written down or compared uses uuids.
 
 NULL_REF = "OpaqueRef:NULL"
+VHD_LARGEST_BYTES = 2040 * GIBIBYTE    # of a disk: vhd_format/f.ml@v26.17.0 Constants.max_vhd_size
 
 
 class Method(enum.Enum):
@@ -771,6 +779,10 @@ OPTION_GROUPS = (
         Option("pre_clean", "bool", False, "Frees space before the export: down to one copy fewer, never the "
                "last good one.", decides=True))),
     ("How", (
+        Option("incremental", "bool", False, "Stores after a full only what changed, in copies that need the "
+               "ones before them.", decides=True),
+        Option("full_every", "int", 14, "Makes a full again after so many copies, the full counted, with "
+               "incremental=yes.", minimum=1, maximum=100, decides=True),
         Option("vdi_export_format", "choice", "raw", "Chooses the format of vdi-export images.",
                choices=("raw", "vhd"), decides=True),
         Option("compress", "choice", "none", "Compresses the images on this host: gzip (or True), zstd, none "
@@ -1648,6 +1660,27 @@ def _regex_hint(selector: Selector, names: Set[str]) -> str:
 # or deleted here, and no clock is asked.
 
 
+class Layer(NamedTuple):
+    """What a copy is in its chain, as a manifest tells that has the state of every block: a full that
+    increments can build on (`depth` 1), or an increment.
+
+    `full`: the copy that the chain begins with, its own name for a full. `base`: the copy that it was
+    compared with, "" for a full. `holders`: the copies that hold blocks of it, each with the SHA-256 of its
+    manifest. `why` it is a full, or how it came about. `is_first`: the chain is the VM's first.
+    """
+    depth: int
+    full: str
+    base: str
+    why: str
+    holders: Tuple[Tuple[str, str], ...] = ()
+    is_first: bool = False
+
+    @property
+    def held_by(self) -> Set[str]:
+        """The names of the copies that hold blocks of it."""
+        return {name for name, _ in self.holders}
+
+
 class Copy(NamedTuple):
     """A directory in a VM's directory that is named as a copy is.
 
@@ -1660,6 +1693,10 @@ class Copy(NamedTuple):
     to, the SHA-256 of its manifest; `checks` what is on record of later checks. `rules` are those that its
     manifest tells, None if it tells none; `other_rules` those of other configs that counted when it was made,
     each with the UTC time of that config's last copy; `left_out` the disks, in words, that were left out.
+    `layer` is its place in a chain, None where its manifest does not tell the state of every block; `broken`
+    says which of the copies that hold blocks of it fails it, "" if none; `read_back`: its image was read back
+    from storage when it was made; `is_changed`: files of it were written since it was verified. `images` are
+    the names of all its images, `image` the first.
     """
     folder: str
     name: str
@@ -1685,6 +1722,11 @@ class Copy(NamedTuple):
     pin: str = ""
     left_out: Tuple[str, ...] = ()
     other_rules: Tuple[Tuple[Rules, str], ...] = ()
+    layer: Optional[Layer] = None
+    broken: str = ""
+    read_back: bool = False
+    is_changed: bool = False
+    images: Tuple[str, ...] = ()
 
     @property
     def stamp(self) -> str:
@@ -1699,7 +1741,31 @@ class Copy(NamedTuple):
     @property
     def trouble(self) -> str:
         """Why it is not good, "" if it is."""
-        return self.problem or self.verdict
+        return self.problem or self.verdict or self.broken
+
+    @property
+    def is_increment(self) -> bool:
+        """Does it hold only what changed since others?"""
+        return self.layer is not None and self.layer.depth > 1
+
+    @property
+    def layer_words(self) -> str:
+        """What it is in its chain, in words; "" if its manifest tells of none."""
+        if self.layer is None:
+            return ""
+        return f"increment on {self.layer.base}, {self.layer.why}" if self.is_increment \
+            else f"full, as {self.layer.why}"
+
+    @property
+    def is_garbled(self) -> bool:
+        """Is it one of ours of which the manifest does not tell what it is?"""
+        return not self.is_old and self.method is None and not self.is_newer
+
+    @property
+    def was_read_back(self) -> bool:
+        """Has all that it holds itself been read from storage since it was written there, and was it good?"""
+        return self.is_good and (self.read_back or not self.is_changed and (
+            self.checked("verdict") == GOOD or self.checked("drilled_at") is not None))
 
     @property
     def verdict(self) -> str:
@@ -1712,6 +1778,18 @@ class Copy(NamedTuple):
         if at is None or not is_bad:
             return ""
         return f"{who} of {at[:10]} found it {word} ({one_line(str(why)).rstrip('.')})"
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Did the last check on record find it bad, and not only in what it does not hold itself?"""
+        is_by_drill = (self.checked("drilled_at") or "") > (self.checked("verified_at") or "")
+        return bool(self.verdict) and (is_by_drill or self.checked("layer") != GOOD)
+
+    def vouches_against(self, other: "Copy") -> bool:
+        """Was it found good later than the other was found bad?"""
+        at, others = ([copy.checks.get(key) for key in ("verified_s", "drilled_s")] for copy in (self, other))
+        return self.checked("verdict") == GOOD and isinstance(at[0], float) \
+            and all(at[0] > one for one in others if isinstance(one, float))
 
     def checked(self, key: str) -> Optional[str]:
         """A text on record of its checks, None if it is not there or is none that this program writes."""
@@ -1726,17 +1804,19 @@ class Copy(NamedTuple):
         return self.uuid == uuid and self.method is method and not self.aside
 
 
+GOOD = "good"
 DAMAGED = "DAMAGED"
 NOT_RESTORABLE = "NOT RESTORABLE"
 
 
 class Verdict(NamedTuple):
     """What retention says about a copy: whether it stays, the rules that hold it or why it goes, and until
-    when it is held, "" where that can't be known."""
+    when it is held, "" where that can't be known; and for how many copies that stay it holds blocks."""
     copy: Copy
     keep: bool
     reason: str
     until: str = ""
+    needed: int = 0
 
     @property
     def text(self) -> str:
@@ -1789,13 +1869,15 @@ def later_period(unit: str, at: datetime, steps: int) -> Optional[date]:
 
 def held_by(copies: Sequence[Copy], rules: Rules, now: datetime) -> Iterator[Tuple[str, Hold]]:
     """The rules' holds on these copies, which are all that count and stand oldest first; each with the name
-    of its copy. `now` is local time."""
+    of its copy. `now` is local time. Of a week, month or year the newest full is held, where there is one, as
+    it needs no other copy."""
     newest = max(rules.newest, 1)
     for position, copy in enumerate(reversed(copies[-newest:])):
         yield copy.name, Hold(f"newest {newest}", newest - position)
     for unit, number in (("day", rules.daily), ("week", rules.weekly), ("month", rules.monthly),
                          ("year", rules.yearly)):
-        last = {period_of(unit, copy.taken_at): copy.name for copy in copies}
+        last = {period_of(unit, copy.taken_at): copy.name for copy in sorted(
+            copies, key=lambda copy: unit != "day" and not copy.is_increment)}
         current = period_of(unit, now)
         for position, period in enumerate(sorted(last, reverse=True)[:number]):
             if period >= current:              # the next copy of the same period takes its place
@@ -1856,19 +1938,20 @@ def rules_for(own: Rules, copies: Iterable[Copy], uuid: str, method: Method) -> 
 
 
 def judge(copies: Sequence[Copy], uuid: str, method: Method, rules: Sequence[Rules], now: datetime,
-          sealed: str = "") -> List[Verdict]:
+          sealed: str = "", has_unfinished: bool = False) -> List[Verdict]:
     """A verdict on each copy of a VM's directory, oldest first, by the rules for that VM and kind, this
     config's first; `now` is local time.
 
-    Only good copies of this uuid and this method are counted or let go, and of those only what no rule holds.
-    The newest good one always stays; and so do `sealed`, which this run has just made, and the last that we
-    made, which copies of the older program with later stamps do not make old. A copy that can't be read, or
-    of a later version, keeps all: what it is, or needs of the others, is not known here.
+    Only good copies of this uuid and this method are counted or let go, and of those only what no rule holds
+    and no copy needs that stays. The newest good one always stays; and so do `sealed`, which this run has
+    just made, and the last that we made, which copies of the older program with later stamps do not make old.
+    A copy that can't be read, or of a later version, keeps all: what it is, or needs of the others, is not
+    known here; nor is it of an unfinished one, which may need any that increments can build on.
     """
     ordered = in_order(copies)
     counted_ones = [copy for copy in ordered if copy.counts_for(uuid, method)]
     last_made = {sealed}.union(copy.name for copy in [copy for copy in counted_ones if not copy.is_old][-1:])
-    unknown = not_known(ordered)
+    unknown, before = not_known(ordered), last_before_chain(ordered, uuid, method)
     holds = {copy.name: [] for copy in counted_ones}       # type: Dict[str, List[Hold]]
     for one in rules:
         for name, hold in held_by(counted_ones, one, now):
@@ -1895,18 +1978,127 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, rules: Sequence[Rul
             reason = f"{unknown.name} {why}, so nothing here is removed"
         elif copy.name in last_made:
             reason = "the last one made, whatever stamps copies of the older program bear"
+        elif before is not None and copy.name == before[0].name:
+            reason = (f"the last of the chain before, until {before[1]}, with which the present one begins, "
+                      "has been read back from the store: `verify` does that")
+        elif copy.layer is not None and has_unfinished:
+            reason = "a copy that is not finished may need it"
         else:
             goes = True
             newer = counted(len(counted_ones) - counted_ones.index(copy) - 1, "good copy", "is")
             reason = f"{newer} newer, and {kept_text(rules, verb='is')}"
         verdicts.append(Verdict(copy, not goes, reason, until))
+    needed = collections.Counter()         # type: Dict[str, int]
+    for position, verdict in reversed(list(enumerate(verdicts))):      # what holds a copy's blocks is older
+        copy, number = verdict.copy, needed[verdict.copy.name]
+        if number and not verdict.keep:
+            verdict = verdict._replace(keep=True, reason=f"held for {counted(number, 'later copy')}")
+        verdicts[position] = verdict._replace(needed=number)
+        if verdict.keep and copy.layer is not None and (
+                copy.is_good or copy.pin or would_be_held(copy, counted_ones, rules, now)):
+            needed.update(copy.layer.held_by)
     return verdicts
 
 
+def would_be_held(copy: Copy, good: Sequence[Copy], rules: Sequence[Rules], now: datetime) -> bool:
+    """Would a rule hold that copy, which is not good, if it were?"""
+    among = in_order(list(good) + [copy])
+    return any(name == copy.name for one in rules for name, _ in held_by(among, one, now))
+
+
+def last_before_chain(ordered: Sequence[Copy], uuid: str, method: Method) -> Optional[Tuple[Copy, str]]:
+    """The last good copy of the chain before the present one, and the name of the full that the present one
+    begins with; None once that has been read back from the store, so that no rotten full takes all."""
+    good = [copy for copy in ordered if copy.is_of(uuid, method) and copy.is_good]
+    layer = good[-1].layer if good else None
+    if layer is None or any(copy.name == layer.full and copy.was_read_back for copy in ordered):
+        return None
+    before = [copy for copy in good if copy.layer is None or copy.layer.full != layer.full]
+    return (before[-1], layer.full) if before else None
+
+
+def in_removal_order(verdicts: Sequence[Verdict]) -> List[Verdict]:
+    """The verdicts on those that go, each copy before those that hold blocks of it."""
+    return sorted((verdict for verdict in verdicts if not verdict.keep),
+                  key=lambda verdict: -verdict.copy.sequence if verdict.copy.layer else 0)
+
+
 def not_known(copies: Iterable[Copy]) -> Optional[Copy]:
-    """A copy of which it is not known here what it is, or needs of those beside it; None if there is none."""
-    unknown = [copy for copy in copies if copy.is_unreadable or copy.is_newer]
+    """A copy of which it is not known here what it is, or needs of those beside it; None if there is none.
+    One that lost its manifest needs nothing where no increment can have been built on another."""
+    copies = list(copies)
+    has_layers = any(copy.layer is not None for copy in copies)
+    unknown = [copy for copy in copies if copy.is_unreadable or copy.is_newer
+               or copy.is_garbled and has_layers]
     return min(unknown, key=lambda copy: copy.is_newer, default=None)
+
+
+def holder_problem(base: Copy, copies: Sequence[Copy], holders: Sequence[Tuple[str, str]]) -> str:
+    """Why an increment can't rest on that copy and those that hold its blocks, "" if it can. Whoever of them
+    was found bad is rested on no more, also where its bad blocks are not needed."""
+    by_name = {copy.name: copy for copy in copies}
+    for name, mark in [(base.name, base.mark), *holders]:
+        copy = by_name.get(name)
+        if copy is not None and copy.is_unreadable:
+            return f"{name} can't be read now: {copy.problem}"
+        if copy is None or copy.mark != mark:
+            return f"{name} is no longer there" if copy is None else f"{name} is not the copy that it was"
+        if copy.problem or copy.verdict or name == base.name and copy.trouble:
+            return f"{name} is not good any more: {copy.trouble}"
+    return ""
+
+
+class NextLayer(NamedTuple):
+    """What the next copy of a VM will be: an increment on `base`, or a full where that is None; why; and what
+    is to be told of it. `left`: how many copies later the next full is due."""
+    base: Optional[Copy]
+    why: str
+    is_first: bool = False
+    warning: str = ""
+    left: int = 0
+
+
+def next_layer(copies: Sequence[Copy], machine: VirtualMachine, method: Method, disks: Sequence[Disk],
+               full_every: int, free_bytes: Optional[int]) -> NextLayer:
+    """What a copy of these disks will be beside the VM's copies. A VM's first chain ends early, by up to half
+    of full_every, so that not all fulls of a store fall on one night."""
+    own = [copy for copy in in_order(copies) if copy.is_of(machine.uuid, method)]
+    base = next((copy for copy in reversed(own) if copy.is_good), None)
+    is_first = not any(copy.layer for copy in own)
+    spread = zlib.crc32(machine.uuid.encode("utf-8", "surrogateescape")) % (full_every // 2 + 1)
+    large = [disk for disk in disks if disk.virtual_size > VHD_LARGEST_BYTES]
+    due_at = max(1, full_every - spread if is_first else full_every)
+    why = ""
+    lost = [copy.name for copy in copies if copy.is_unreadable]
+    if base is None and lost:
+        why = f"{lost[-1]} can't be read now"
+    elif not own:
+        why = "it is the first copy"
+    elif base is None:
+        why = "there is no good copy to build on"
+    elif large:
+        why = f"{disk_list(large[:1])} is larger than a VHD can be"
+    elif not disks:
+        why = "it has no disk"
+    elif base.layer is None:
+        why = f"its newest good copy, {base.name}, does not tell the state of every block"
+    else:
+        why = holder_problem(base, own, base.layer.holders)
+    if why:
+        return NextLayer(None, why, is_first, left=due_at if disks and not large else 1)
+    depth, full = base.layer.depth + 1, next((copy for copy in own if copy.name == base.layer.full), None)
+    due_at = max(1, full_every - spread if base.layer.is_first else full_every)
+    if depth <= due_at:
+        return NextLayer(base, f"copy {depth} of {due_at} of its chain", base.layer.is_first,
+                         left=due_at - depth + 1)
+    needed = full.size_bytes if full is not None else 0
+    if free_bytes is None or needed <= free_bytes or depth > 2 * full_every:
+        return NextLayer(None, f"its chain has reached {counted(base.layer.depth, 'copy')}, and "
+                         f"full_every={full_every}", left=full_every)
+    return NextLayer(base, f"copy {depth} of its chain", base.layer.is_first,
+                     f"a full is due, and one of {format_size(needed)} does not fit into the "
+                     f"{format_size(free_bytes)} that are free in the store: this copy is an increment "
+                     "again. Free space there, or lower max_backups.", 1)
 
 
 class Owner(NamedTuple):
@@ -1990,16 +2182,49 @@ def retention_warnings(copies: Sequence[Copy], utc: datetime, local: datetime) -
     unknown = not_known(copies)
     if unknown is not None:
         place = f"{unknown.folder}/{unknown.name}"
-        found.append(f"{place}: {unknown.problem}: nothing is pruned in {unknown.folder}/ until it can be "
-                     "read again." if unknown.is_unreadable else
-                     f"{place}/backup.json is of a format that only a newer VmBackup knows: nothing is "
-                     f"pruned in {unknown.folder}/ until that version is used here again.")
-    return [sentence for sentence in found if sentence]
+        if not unknown.is_newer:
+            needed = any(unknown.name in copy.layer.held_by for copy in copies if copy.layer)
+            advice = ("" if unknown.is_unreadable or not unknown.is_garbled else
+                      " Others beside it need its blocks, so leave it where it is." if needed else
+                      f" If it never can, remove it: `rm -r {shell_word(place)}` in the store.")
+            found.append(f"{place}: {unknown.problem}: nothing is pruned in {unknown.folder}/ until it can "
+                         f"be read again.{advice}")
+        else:
+            found.append(f"{place}/backup.json is of a format that only a newer VmBackup knows: nothing is "
+                         f"pruned in {unknown.folder}/ until that version is used here again.")
+    return [sentence for sentence in found + [moved_text(copy) for copy in copies] if sentence]
 
 
-def next_sequence(copies: Sequence[Copy]) -> int:
-    """The sequence number of the next copy in this directory."""
-    return max((copy.sequence for copy in copies), default=0) + 1
+def moved_text(copy: Copy) -> str:
+    """What is to be said of an increment that lies where it was not made, without what holds its blocks; ""
+    of any other copy."""
+    if not copy.broken or folded(copy.home) in ("", folded(copy.folder)):
+        return ""
+    return (f"{copy.folder}/{copy.name} is an increment, and was moved here from {quote_name(copy.home)}/: "
+            "what holds its blocks there is not kept for it, and it can't be restored here. Move it back, "
+            "and pin it there.")
+
+
+def idle_warnings(verdicts: Sequence[Verdict], uuid: str, method: Method, rules: Sequence[Rules],
+                  now: datetime) -> List[str]:
+    """What is to be said of increments that are not good, by judge's verdicts: what holds their blocks is
+    kept for them only as long as the rules would keep them."""
+    good = [verdict.copy for verdict in verdicts if verdict.copy.counts_for(uuid, method)]
+    return [f"{copy.folder}/{copy.name} is not good ({copy.trouble}), and too old for any rule: the copies "
+            "that hold its blocks are no longer kept for it. In the store "
+            f"`rm -r {shell_word(f'{copy.folder}/{copy.name}')}` removes it."
+            for copy, needed in ((verdict.copy, verdict.needed) for verdict in verdicts)
+            if copy.is_increment and copy.is_of(uuid, method) and not copy.is_good and not copy.pin
+            and not needed and not would_be_held(copy, good, rules, now)]
+
+
+def next_sequence(copies: Sequence[Copy], utc: Optional[datetime] = None) -> int:
+    """The sequence number of the next copy in this directory. Where the numbers of some can't be read it is
+    one that no count of copies reaches, the minutes till now, so that the new one does not pass for older."""
+    highest = max((copy.sequence for copy in copies), default=0)
+    if utc is not None and any(copy.is_unreadable for copy in copies):
+        highest = max(highest, int(utc.timestamp()) // MINUTE_S)
+    return highest + 1
 
 
 def free_copy_name(local: datetime, taken: Iterable[str]) -> str:
@@ -3745,6 +3970,7 @@ TICK_S = 1.0
 GRACE_S = 2.0                   # how long an aborted pump waits for its threads before it leaves them
 F_SETPIPE_SZ = 1031             # linux/fcntl.h; Python names it only since 3.10
 TAIL_BYTES = 1024
+WRITE_BACK_BYTES = 16 * MEBIBYTE
 
 
 class Progress(NamedTuple):
@@ -4001,6 +4227,9 @@ class _PumpRun:
         for thread in self.threads:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in self.threads):
+            for flow in self.flows:        # a ring of references would keep the buffers for long
+                flow.drop_buffers()
 
 
 class _Buffer:
@@ -4033,6 +4262,10 @@ class _FlowRun(Consumer):
         self._free.put(None)
         for lane in self.lanes:
             lane.inbox.put(None)
+
+    def drop_buffers(self) -> None:
+        self._free = queue.Queue()
+        self.lanes.clear()
 
     def release(self, buffer: _Buffer) -> None:
         with self._lock:
@@ -4265,7 +4498,7 @@ class Digest(Consumer):
 XVA_BLOCKS_HEADING = b"# disk as named in the archive, block number, the archive's own digest of it\n"
 STREAM_BLOCKS_HEADING = b"# image, MiB of the uncompressed image counted from 0, CRC-32 of that MiB\n"
 BLOCK_LINE = re.compile(rb"(?P<disk>[!-~]{1,100}) (?P<number>[0-9]{1,15}) (?P<digest>[0-9a-fA-F]{8,40})\n")
-LONGEST_LINE_BYTES = 256
+LONGEST_LINE_BYTES = 512
 
 
 class BlocksFile:
@@ -4291,6 +4524,11 @@ class BlocksFile:
         """All is on disk. Called in the thread of the check, as a store can hang here."""
         self._write()
         os.fsync(self._fd)
+
+    @property
+    def position(self) -> int:
+        """Where the next line will stand."""
+        return self.size + len(self._buffer)
 
     def _write(self) -> None:
         write_all(self._fd, self._buffer)
@@ -4352,6 +4590,63 @@ def listed(reader: Reader, blocks: Any) -> Reader:
         if filled:
             blocks.line(b"image %d %08x\n" % (number, crc))
     return Reader(views()) if blocks else reader
+
+
+# ---- Rows: the same file where increments can build on the copy --------------------------------------------
+#
+# Then `blocks` has a row for each MiB of each disk that is not all zeros, whatever the image's format, and
+# for each that is, but has data in an earlier copy of the chain. So it is the whole state of every disk, and
+# the copies that it names are those that have to be laid over each other. The rows of a disk stand together,
+# in order; the manifest tells where they begin and end.
+
+ROWS_HEADING = (b"# disk, MiB of the disk counted from 0, BLAKE2b-128 of it or `zero`, the copy that holds "
+                b"it if not this one\n")
+ROW = re.compile(rb"(?P<disk>[!-~]{1,400}) (?P<number>0|[1-9][0-9]{0,14}) (?P<digest>[0-9a-f]{32}|zero)"
+                 rb"(?: (?P<holder>backup-[0-9-]{17}))?")
+ROWS_PIECE_BYTES = 256 * KIBIBYTE
+ZERO = "zero"
+
+
+class Row(NamedTuple):
+    """The state of a MiB of a disk: its digest, or ZERO; and the copy that holds it, "" for the one whose
+    row it is."""
+    number: int
+    digest: str
+    holder: str
+
+    def line(self, disk: str) -> bytes:
+        """It as a line of `blocks`."""
+        return f"{disk} {self.number} {self.digest}{self.holder and ' ' + self.holder}\n".encode("ascii")
+
+
+def block_digest(content: Any) -> str:
+    """The BLAKE2b-128 of a MiB of a disk, which is shorter at the disk's end."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def rows_of(file: io.BufferedIOBase, disk: str, begin: int, end: int) -> Iterator[Row]:
+    """The rows of that disk, which stand between these bytes of the file, which is taken over;
+    VerificationError for anything else."""
+    def problem(line: bytes) -> VerificationError:
+        return VerificationError(f"its list of blocks has {excerpt(line)} among those of disk {disk}")
+
+    with file:
+        left, last, rest, name = end - begin, -1, b"", disk.encode("ascii", "replace")
+        with storage_errors("reading a list of blocks"):
+            file.seek(max(0, begin))
+        while left > 0:
+            with storage_errors("reading a list of blocks"):
+                piece = file.read(min(left, ROWS_PIECE_BYTES))
+            left -= len(piece)
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                match = ROW.fullmatch(line)
+                if match is None or match.group(1) != name or int(match.group(2)) <= last:
+                    raise problem(line)
+                last = int(match.group(2))
+                yield Row(last, match.group(3).decode(), (match.group(4) or b"").decode())
+            if not piece or len(rest) > LONGEST_LINE_BYTES or rest and not left:
+                raise problem(rest)
 
 
 # ---- Sinks: what is done with the contents of disks --------------------------------------------------------
@@ -4934,13 +5229,15 @@ class Archive:
 
 
 def check_xva(check: Check, reader: Reader, expected: Optional[Dict[str, int]] = None,
-              holds_disks: bool = True, strict: bool = True) -> Contents:
+              holds_disks: bool = True, strict: bool = True, bad: Optional[List[str]] = None,
+              has_digests: bool = True) -> Contents:
     """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the exact
     end.
 
     `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's
     list holds in any case. With `holds_disks` false it is a metadata export: ova.xml alone. `strict`: see
-    Archive.
+    Archive. `bad`: there a block with another digest than its own is noted, and the rest is read all the
+    same; with `has_digests` false they are not computed, as others tell more.
     """
     archive = Archive(reader, strict)
     if check.blocks:
@@ -4998,7 +5295,7 @@ def check_xva(check: Check, reader: Reader, expected: Optional[Dict[str, int]] =
                                     f"{report.virtual_size} has room for {max(room, 0)}")
         # The digest and its kind come after the block: of the first block both kinds are computed.
         hashers = {kind: new() for kind, new in ((".checksum", hashlib.sha1), (".xxhash", block_hasher()))
-                   if new and suffix in ("", kind)}
+                   if new and suffix in ("", kind) and has_digests}
         for piece in archive.body(member):
             for hasher in hashers.values():
                 hasher.update(piece)
@@ -5010,7 +5307,10 @@ def check_xva(check: Check, reader: Reader, expected: Optional[Dict[str, int]] =
         else:
             found = hashers[suffix].hexdigest()
             if found != digest.lower():
-                raise VerificationError(f"{block} is damaged: its digest is {found}, not {digest}")
+                problem = f"{block} is damaged: its digest is {found}, not {digest}"
+                if bad is None:
+                    raise VerificationError(problem)
+                bad.append(problem)
         if check.blocks:
             check.blocks.line(b"%b %d %b\n" % (disk_id.encode(), number, digest.encode()))
         reports[disk_id] = report._replace(blocks=report.blocks + 1,
@@ -5042,6 +5342,34 @@ def _read_digest(archive: Archive, block: Member, before: str) -> Tuple[str, str
     if not pattern.fullmatch(digest):
         raise VerificationError(f"{name} at byte {member.at} is not a digest")
     return suffix, digest.decode()
+
+
+def archive_block(disk: str, number: int, content: Any, suffix: str = ".checksum") -> Tuple[Any, ...]:
+    """A block of an archive with its digest, in pieces. SHA-1 is the one that all versions of the importer
+    know."""
+    name, hasher = f"{disk}/{number:08d}", hashlib.sha1() if suffix == ".checksum" else block_hasher()()
+    hasher.update(content)
+    text = hasher.hexdigest() if suffix == ".checksum" else hasher.hexdigest().upper()
+    return (tar_header(name, len(content)), content,
+            bytes(-len(content) % SECTOR_BYTES) + tar_member(name + suffix, text.encode("ascii")))
+
+
+def image_pieces(disk: str, size: int, contents: Iterable[Tuple[int, Any]],
+                 suffix: str = ".checksum") -> Iterator[Any]:
+    """The pieces of an image of a disk of which these MiB are not zeros: those of an archive, where the disk
+    bears that name, without MiBs of zeros but for the first and the last, with digests of that kind; or raw.
+    """
+    def pieces(number: int, content: Any) -> Tuple[Any, ...]:
+        content = content or memoryview(ZERO_MEBIBYTE)[:size - number * MEBIBYTE]
+        return archive_block(disk, number, content, suffix) if disk else (content,)
+
+    following, last = 0, max(0, -(-size // MEBIBYTE) - 1)
+    for number, content in itertools.chain(contents, [(last, b"")]):
+        for empty in range(following, min(number, 1) if disk else number):
+            yield from pieces(empty, b"")
+        if number >= following:
+            yield from pieces(number, content)
+        following = max(following, number + 1)
 
 
 class PartPipe:
@@ -5109,8 +5437,8 @@ def feed_archive(reader: Reader, *pipes: PartPipe, ovas: Sequence[bytes], parts:
 class DiskFeed(MebibyteSink):
     """The sink of an image's check that gives its one disk to an import.
 
-    With `ova` as an archive: a block for each MiB with SHA-1, which all versions of the importer know; MiBs
-    of zeros are left out but for the first and the last (stream_vdi.ml@v26.17.0). Without it raw and whole,
+    With `ova` as an archive: a block for each MiB; MiBs of zeros are left out but for the first and the last
+    (stream_vdi.ml@v26.17.0). Without it raw and whole,
     for `xe vdi-import format=raw`.
     """
 
@@ -5133,13 +5461,8 @@ class DiskFeed(MebibyteSink):
 
     def _write(self, number: int, content: memoryview) -> None:
         content = content[:self._size - number * MEBIBYTE]
-        name = f"{self._id}/{number:08d}"
-        if self._ova:
-            self._pipe.write(tar_header(name, len(content)))
-        self._pipe.write(content)
-        if self._ova:
-            digest = hashlib.sha1(content).hexdigest().encode("ascii")
-            self._pipe.write(bytes(-len(content) % SECTOR_BYTES) + tar_member(name + ".checksum", digest))
+        for piece in archive_block(self._id, number, content) if self._ova else (content,):
+            self._pipe.write(piece)
         self._next = number + 1
 
     def end(self, is_whole: bool) -> None:
@@ -5170,23 +5493,194 @@ def check_raw(check: Check, reader: Reader, virtual_size: Optional[int] = None) 
 # ---- VHD ---------------------------------------------------------------------------------------------------
 
 VHD_MAGIC = b"conectix"
+VHD_BLOCK_BYTES = 2 * MEBIBYTE
+VHD_OWN_BAT_OFFSET = 3 * SECTOR_BYTES
 VHD_BAT_OFFSET = 2048
 VHD_NOT_PRESENT = 0xFFFFFFFF
 VHD_BLOCK_SIZES = [1 << shift for shift in range(12, 29)]
 VHD_FIXED, VHD_DYNAMIC, VHD_DIFFERENCING = 2, 3, 4
-VHD_LARGEST_BYTES = 2040 * 1024 * MEBIBYTE      # vhd_format/f.ml@v26.17.0 Constants.max_vhd_size
+
+
+class VhdFile:
+    """Writes a VHD of the blocks that it is given, in order, into a file whose descriptor is taken over.
+
+    Of type 4, which holds what differs from what is there, or 3; without parent or locators, which nobody
+    looks at (tried on a real server). The table, which stands before the blocks, is written last: a file
+    without it is none. It bears the sign of Windows, as some readers go by the size only of such files, and
+    else by the geometry, which is less.
+    """
+
+    def __init__(self, fd: int, size: int, kind: int) -> None:
+        self.close = functools.partial(os.close, fd)
+        self._fd = fd
+        self._size, self._kind = -(-size // SECTOR_BYTES) * SECTOR_BYTES, kind
+        code = next(code for code in "IL" if array(code).itemsize == 4)
+        self._table = array(code, [VHD_NOT_PRESENT]) * -(-self._size // VHD_BLOCK_BYTES)
+        self._sector = VHD_OWN_BAT_OFFSET // SECTOR_BYTES + -(-4 * len(self._table) // SECTOR_BYTES)
+        self._advised = 0
+
+    def add(self, number: int, mebibytes: Sequence[Any]) -> None:
+        """The block of that number holds these two MiB, None for one of zeros."""
+        at, there = self._sector * SECTOR_BYTES, min(VHD_BLOCK_BYTES, self._size - number * VHD_BLOCK_BYTES)
+        sectors = there // SECTOR_BYTES
+        bitmap = (((1 << sectors) - 1) << SECTOR_BYTES * 8 - sectors).to_bytes(SECTOR_BYTES, "big")
+        os.lseek(self._fd, at, os.SEEK_SET)
+        write_all(self._fd, bitmap)
+        for content in mebibytes:
+            write_all(self._fd, content or ZERO_MEBIBYTE)
+            write_all(self._fd, bytes(MEBIBYTE - len(content or ZERO_MEBIBYTE)))
+        self._table[number] = self._sector
+        self._sector += 1 + VHD_BLOCK_BYTES // SECTOR_BYTES
+        if at - self._advised >= WRITE_BACK_BYTES:         # as write_file does
+            forget_cached(self._fd, max(0, self._advised - WRITE_BACK_BYTES))
+            self._advised = at
+
+    def complete(self) -> None:
+        """All of it is on disk."""
+        size = self._size
+        footer = bytearray(SECTOR_BYTES)
+        footer[:64] = struct.pack(">8sIIQI4sI4sQQHBBI", VHD_MAGIC, 2, 0x10000, SECTOR_BYTES, 0, b"win ",
+                                  0x10000, b"Wi2k", size, size, *vhd_geometry(size), self._kind)
+        footer[68:84] = os.urandom(16)
+        footer[64:68] = _vhd_sum(footer, 64).to_bytes(4, "big")
+        header = bytearray(2 * SECTOR_BYTES)
+        header[:36] = struct.pack(">8sQQIII", b"cxsparse", (1 << 64) - 1, VHD_OWN_BAT_OFFSET, 0x10000,
+                                  len(self._table), VHD_BLOCK_BYTES)
+        header[36:40] = _vhd_sum(header, 36).to_bytes(4, "big")
+        os.lseek(self._fd, self._sector * SECTOR_BYTES, os.SEEK_SET)
+        write_all(self._fd, footer)
+        if sys.byteorder == "little":
+            self._table.byteswap()
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        write_all(self._fd, bytes(footer + header) + self._table.tobytes()
+                  + b"\xff" * (-4 * len(self._table) % SECTOR_BYTES))
+        os.fsync(self._fd)
+
+
+def vhd_geometry(size: int) -> Tuple[int, int, int]:
+    """Cylinders, heads and sectors per track of a disk, as the specification's appendix has them."""
+    sectors = min(size // SECTOR_BYTES, 65535 * 16 * 255)
+    heads, per_track = max(4, -(-(sectors // 17) // 1024)), 17
+    if sectors >= 65535 * 16 * 63:
+        heads, per_track = 16, 255
+    elif heads > 16 or sectors // 17 >= heads * 1024:
+        heads, per_track = 16, 31 if sectors // 31 < 16 * 1024 else 63
+    return sectors // per_track // heads, heads, per_track
+
+
+class DiskState:
+    """One disk in a copy that tells the state of every block: its rows in `blocks`; and in an increment the
+    file of what changed, in units of 2 MiB, the block of a VHD.
+
+    `old`: the rows of the copy named `base`, in an increment, for the same disk. `begin` and `end`: where its
+    rows stand.
+    """
+
+    def __init__(self, key: str, size: int, blocks: BlocksFile, old: Iterator[Row] = iter(()),
+                 base: str = "", file: Optional[VhdFile] = None) -> None:
+        self.key, self.size, self.file = key, size, file
+        self.begin = self.end = blocks.position
+        self.holders = set()               # type: Set[str]
+        self.stored = self.present = 0     # units of 2 MiB in the file; MiB that are not zeros
+        self._blocks, self._old, self._base = blocks, old, base
+        self._next_old = next(old, None)
+        self._unit = -1
+        self._new = {}                     # type: Dict[int, bytes]
+
+    def take(self, number: int, content: memoryview) -> None:
+        """That MiB, which is not all zeros, is noted; in order."""
+        content = content[:max(0, self.size - number * MEBIBYTE)]
+        if not len(content):
+            raise VerificationError(f"disk {self.key} has data behind its end, in its MiB {number}")
+        self._begin_unit(number // 2)
+        self._new[number] = bytes(content)
+
+    def finish(self) -> None:
+        """All of the disk was given: what was not is zeros."""
+        self._begin_unit(1 << 60)
+        if self.file is not None:
+            self.file.complete()
+        self.end = self._blocks.position
+
+    def _begin_unit(self, unit: int) -> None:
+        """All before that unit is noted, also those of which nothing was given."""
+        while self._unit != unit:
+            if self._new or self._next_old is not None and self._next_old.number // 2 == self._unit:
+                self._note_unit()
+            following = unit if self._next_old is None else min(unit, self._next_old.number // 2)
+            self._unit = following
+
+    def _note_unit(self) -> None:
+        rows, changed = [], False
+        for number in (2 * self._unit, 2 * self._unit + 1):
+            old, content = None, self._new.get(number)
+            if self._next_old is not None and self._next_old.number == number:
+                old, self._next_old = self._next_old, next(self._old, None)
+            new = Row(number, ZERO if content is None else block_digest(content), "")
+            changed |= new.digest != (old.digest if old else ZERO)
+            rows.append((new, old, content))
+        if changed and self.file is not None:
+            self.file.add(self._unit, [content for _, _, content in rows])
+            self.stored += 1
+        for new, old, content in rows:
+            row = new if changed else old and old._replace(holder=old.holder or self._base)
+            if row is not None and (old or content is not None):
+                self._blocks.line(row.line(self.key))
+                self.holders.add(row.holder)
+                self.present += row.digest != ZERO
+        self._new = {}
+
+
+class StateSink(MebibyteSink):
+    """The sink of an export whose copy is to tell the state of every block. `begin` gives the DiskState of a
+    disk by its name in the image, each once; `disks` are those begun, in order."""
+
+    def __init__(self, blocks: BlocksFile, begin: Callable[[str], DiskState],
+                 names: Callable[[], Iterable[str]]) -> None:
+        super().__init__(self._note)
+        self.disks = {}                    # type: Dict[str, DiskState]
+        self._blocks, self._begin, self._names = blocks, begin, names
+        self._current = None               # type: Optional[DiskState]
+        blocks.line(ROWS_HEADING)
+
+    def _note(self, name: str, number: int, content: memoryview) -> None:
+        if name not in self.disks:
+            self._start(name)
+        self._current.take(number, content)
+
+    def _start(self, name: str) -> None:
+        if self._current is not None:
+            self._current.finish()
+        self._current = self.disks[name] = self._begin(name)
+
+    def end(self, is_whole: bool) -> None:
+        """All disks are noted, those of zeros too."""
+        super().end(is_whole)
+        for name in self._names():
+            if name not in self.disks:
+                self._start(name)
+        if self._current is not None:
+            self._current.finish()
+        self._blocks.end()
+
+    def close(self) -> None:
+        self._blocks.close()
+        for disk in self.disks.values():
+            if disk.file is not None:
+                disk.file.close()
 
 
 def check_vhd(check: Check, image: Any, virtual_size: Optional[int] = None, strict: bool = True,
-              is_whole: bool = True) -> Contents:
+              is_whole: bool = True, is_layer: bool = False) -> Contents:
     """A VHD (Microsoft's Virtual Hard Disk Image Format Specification 1.0; batmap: blktap's vhd.h).
 
     `strict`: as xapi streams it (vhd_format/f.ml@v26.17.0 Vhd_input): dynamic, the blocks in the BAT's order
     and nothing else. Otherwise of any writer: a descriptor gives its parts wherever they lie, a Reader in
     order only, as it can't go back: UnknownFormat. `is_whole` false: of a damaged file as much as can be
-    read. VHD has no digests: a bit flipped inside a block shows in the SHA-256 and the recorded CRCs only.
+    read. `is_layer`: it is one of an increment, as VhdFile writes it. VHD has no digests: a bit flipped
+    inside a block shows in the SHA-256 and the recorded CRCs only.
     """
-    vhd, blocks = _Vhd(listed(image, check.blocks), strict, is_whole), 0
+    vhd, blocks = _Vhd(listed(image, check.blocks), strict, is_whole, is_layer), 0
     footer = vhd.read_footer()
     sectors = vhd.read_table(footer, virtual_size)
     check.size = vhd.size
@@ -5201,8 +5695,9 @@ def check_vhd(check: Check, image: Any, virtual_size: Optional[int] = None, stri
 class _Vhd:
     """A VHD while it is read; `size` and `block_bytes` stand when its table was read."""
 
-    def __init__(self, image: Any, strict: bool, is_whole: bool) -> None:
+    def __init__(self, image: Any, strict: bool, is_whole: bool = True, is_layer: bool = False) -> None:
         self.size = self.block_bytes = 0
+        self._is_layer = is_layer
         self._image, self._strict, self._is_whole = image, strict, is_whole
         self._is_file = isinstance(image, int)
         self._end = os.fstat(image).st_size if self._is_file else 0     # of the blocks
@@ -5259,10 +5754,10 @@ class _Vhd:
         if self._strict and (kind != VHD_DYNAMIC or header_at != SECTOR_BYTES):
             raise VerificationError(f"the image is no full dynamic VHD: its footer at byte 0 says type "
                                     f"{kind}")
-        if kind == VHD_DIFFERENCING:
+        if kind == VHD_DIFFERENCING and not self._is_layer:
             raise UnknownFormat("it is a differencing VHD, which holds only what differs from its parent, "
                                 "and is not supported: bring both together first")
-        if kind not in (VHD_FIXED, VHD_DYNAMIC):
+        if kind not in (VHD_FIXED, VHD_DYNAMIC, VHD_DIFFERENCING):
             raise VerificationError(f"the image's footer says that it is of type {kind}")
         if self.size > VHD_LARGEST_BYTES or self.size % SECTOR_BYTES:
             raise VerificationError(f"the image's footer gives an impossible disk size of {self.size} bytes")
@@ -5282,9 +5777,9 @@ class _Vhd:
             raise VerificationError(f"the image's header at byte {header_at} doesn't fit a disk of "
                                     f"{self.size} bytes: block table of {entries} entries at byte "
                                     f"{table_at}, blocks of {self.block_bytes} bytes")
-        # A raw source is rounded up to whole blocks, a VHD source not.
-        if virtual_size is not None and self.size not in (
-                virtual_size, -(-virtual_size // self.block_bytes) * self.block_bytes):
+        # A raw source is rounded up to whole blocks, a VHD source not; a file of ours to sectors.
+        if virtual_size is not None and self.size not in [
+                -(-virtual_size // unit) * unit for unit in (1, SECTOR_BYTES, self.block_bytes)]:
             raise VerificationError(f"the image is of a disk of {self.size} bytes, the pool says "
                                     f"{virtual_size}")
         self._bitmap_bytes = -(-self.block_bytes // (SECTOR_BYTES * 8 * SECTOR_BYTES)) * SECTOR_BYTES
@@ -5374,6 +5869,15 @@ class _Vhd:
                 yield "image", offset + begin, piece
                 begin += len(piece)
 
+    def read_mebibyte(self, sectors: array, number: int) -> bytes:
+        """That MiB of the disk, as it stands in its block; in a stream behind all that was read before."""
+        offset = number * MEBIBYTE
+        block, begin = divmod(offset, self.block_bytes)
+        if offset >= self.size or sectors[block] == VHD_NOT_PRESENT:
+            raise VerificationError(f"the image does not hold MiB {number} of its disk")
+        return self._read(sectors[block] * SECTOR_BYTES + self._bitmap_bytes + begin,
+                          min(MEBIBYTE, self.size - offset), f"block {block}")
+
     def read_end(self, footer: bytes) -> None:
         """A stream ends with the same footer; that of another program perhaps without its last byte."""
         if self._strict:
@@ -5427,8 +5931,8 @@ def _is_same_footer(one: bytes, other: bytes) -> bool:
 # Where streams go to and come from: files on the store, programs, and what decompresses.
 # May touch: the descriptors that it is given, the program zstd. May not: names on disk, the pool.
 
-WRITE_BACK_BYTES = 16 * MEBIBYTE
 GZIP_INPUT_BYTES = 64 * 1024
+NO_ZSTD = "the program zstd is not here, which this image needs"
 PROGRAM_ENDING_S = 120      # how long a program may take to end after its last byte: xe's task is final later
 
 
@@ -5559,7 +6063,7 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
         path = find_program(("zstd",))
         if path is None:
             os.close(fd)
-            raise ProgramError("the program zstd is not here, which this image needs")
+            raise ProgramError(NO_ZSTD)
     if is_foreign_vhd and compression == "none":
         check, = plain
         return [Flow(lambda: check.read_file(fd), [], check.name)]
@@ -5585,6 +6089,90 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
     return [Flow(fd, stored + [feeder]), Flow(plain_fd, plain, "zstd", check_ending)]
 
 
+# ---- Layers: the files that together hold a copy -----------------------------------------------------------
+
+
+def file_views(fd: int) -> Iterator[memoryview]:
+    """What is left of a file or pipe, in one buffer again and again; small, as many may be read at a time."""
+    buffer = memoryview(bytearray(BUFFER_BYTES // 4))
+    count = os.readv(fd, [buffer])
+    while count:
+        yield buffer[:count]
+        count = os.readv(fd, [buffer])
+
+
+def plain_reader(stack: contextlib.ExitStack, fd: int, compression: str) -> Reader:
+    """What the file holds, decompressed, for one thread to pull. All is closed with the stack. ProgramError
+    if a program that is needed is not here."""
+    stack.callback(os.close, fd)
+    if compression == "none":
+        return Reader(file_views(fd))
+    if compression == "gzip":
+        return Reader(map(memoryview, gunzip(Reader(file_views(fd)))))
+    if libzstd():
+        return Reader(unzstd(Reader(file_views(fd))))
+    path = find_program(("zstd",))
+    if path is None:
+        raise ProgramError(NO_ZSTD)
+    program = stack.enter_context(Program((path, "-q", "-d", "-c"), stdin=fd))
+
+    def views() -> Iterator[memoryview]:
+        yield from file_views(program.stdout_fd)
+        status = program.wait(PROGRAM_ENDING_S)
+        if status != 0:
+            raise CompressionDamaged(f"the zstd file is damaged or cut short: {one_line(program.said)}")
+    return Reader(views())
+
+
+def mebibytes(contents: Contents) -> Iterator[Tuple[str, int, bytes]]:
+    """What a check gives, put together to MiBs: disk, number and content of each that is not all zeros."""
+    found = []                             # type: List[Tuple[str, int, bytes]]
+    sink = MebibyteSink(lambda disk, number, content: found.append((disk, number, bytes(content))))
+    for piece in contents:
+        sink.put(*piece)
+        yield from found
+        found.clear()
+    sink.end(True)
+    yield from found
+
+
+class LayerReader:
+    """Gives the MiBs that one image of a copy holds, in order, each once. `names`: what the disks are called
+    in it, by key. All is closed with the stack."""
+
+    def __init__(self, stack: contextlib.ExitStack, fd: int, compression: str, file_format: str,
+                 names: Mapping[str, str]) -> None:
+        self._names = names
+        self._vhd = None                   # type: Optional[_Vhd]
+        self._at = "-", 0, b""             # type: Tuple[str, int, bytes]
+        self._begun = set()                # type: Set[str]
+        if file_format == "vhd":
+            if compression == "none":
+                stack.callback(os.close, fd)
+            self._vhd = _Vhd(fd if compression == "none" else plain_reader(stack, fd, compression), False,
+                             is_layer=True)
+            self._sectors = self._vhd.read_table(self._vhd.read_footer(), None)
+            return
+        check, reader = Check(check_xva), plain_reader(stack, fd, compression)
+        self._mebibytes = mebibytes(check_xva(check, reader, has_digests=False)
+                                    if file_format == "xva" else check_raw(check, reader))
+
+    def read(self, key: str, number: int) -> bytes:
+        """That MiB of that disk, at the disk's end with zeros behind it perhaps; VerificationError if it is
+        not there."""
+        if self._vhd is not None:
+            return self._vhd.read_mebibyte(self._sectors, number)
+        name = self._names.get(key)
+        while self._at[0] != name and name not in self._begun or self._at[0] == name and self._at[1] < number:
+            self._at = next(self._mebibytes, ("", 0, b""))
+            self._begun.add(self._at[0])
+            if not self._at[0]:
+                break
+        if self._at[:2] != (name, number):
+            raise VerificationError(f"the image does not hold MiB {number} of disk {key}")
+        return self._at[2]
+
+
 # =============================================================================
 # 17. Copies
 # =============================================================================
@@ -5599,10 +6187,13 @@ MANIFEST = "backup.json"
 CHECKSUMS = "SHA256SUMS"
 SUCCESS = "success"
 BLOCKS = "blocks"
+OVA_XML = "ova.xml"
+RESTORE_TEXT = "RESTORE.txt"
 VM_METADATA = "vm-metadata.xml"
 PIN = ".pin"
 OLD_MARKERS = ("success", "success_restore", "success_compress", "success_compressing")
 IMAGE_NAME = re.compile(r"((.+)\.(xva|raw|vhd))(\.gz|\.zst)?", re.DOTALL)
+COMPRESSED_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 COMPRESSED_MAGIC = ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"))
 OTHER_MAGIC = (("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh"), ("lz4", b"\x04\x22\x4d\x18"),
                ("7z", b"7z\xbc\xaf"), ("zip", b"PK\3\4"), ("lzip", b"LZIP"),
@@ -5695,16 +6286,52 @@ class Catalog:
         """The lock of a directory; two names that are one directory on a CIFS share have one lock."""
         return self.lock_file("dir", folded(name))
 
-    def copy_lock(self, copy: Copy, shared: bool) -> ContextManager[bool]:
-        """Inside, and if true, nobody removes the copy (shared: many can read it), or nobody reads it."""
-        byte = 1 + zlib.crc32(copy.name.encode("utf-8", "surrogateescape")) % (1 << 30)
-        return self.lock_file("read", folded(copy.folder)).held(byte, shared)
+    def copy_lock(self, folder: str, name: str, shared: bool) -> ContextManager[bool]:
+        """Inside, and if true, nobody removes that copy (shared: many can read it), or nobody reads it."""
+        byte = 1 + zlib.crc32(name.encode("utf-8", "surrogateescape")) % (1 << 30)
+        return self.lock_file("read", folded(folder)).held(byte, shared)
 
     def copy_again(self, copy: Copy) -> Copy:
         """The copy as it is now, what was learned of its VM from elsewhere kept; NotThere if it is gone."""
         with self.root.child(copy.folder) as folder:
             now = read_copy(folder, copy.folder, copy.name, copy.taken_at, copy.is_old)
-        return self.with_checks(now._replace(uuid=now.uuid or copy.uuid, pin=copy.pin))
+            now = self.with_checks(now._replace(uuid=now.uuid or copy.uuid, pin=copy.pin))
+            return resting(now, lambda name: self.with_checks(copy_beside(folder, now.folder, name)),
+                           self._fails)
+
+
+    def images_of(self, folder_name: str, name: str) -> Tuple[str, ...]:
+        """The names that the images of that copy have now; none if it is gone."""
+        with contextlib.suppress(NotThere), self.root.child(folder_name) as folder:
+            return read_copy(folder, folder_name, name, *parse_copy_name(name)).images
+        return ()
+
+    def _looked_at(self, copy: Copy) -> Copy:
+        """The copy; of the full of a chain is also looked at whether it is what was verified."""
+        if copy.layer is None or copy.is_increment or copy.checked("verdict") != GOOD:
+            return copy
+        with contextlib.suppress(CatalogError):
+            return copy._replace(is_changed=self.look_of(copy) != copy.checks.get("look"))
+        return copy._replace(is_changed=True)
+
+    def _fails(self, copy: Copy, holder: Copy) -> bool:
+        """Is any block that the copy needs of the other among those that a check has found damaged there? All
+        may be, where these are not known, unless the copy itself was proven since."""
+        bad = holder.checks.get("bad")
+        with contextlib.suppress(CatalogError, VerificationError, ValueError):
+            if copy.vouches_against(holder) and self.look_of(copy) == copy.checks.get("look"):
+                return False
+            check_shape(bad, {"*": [[int]]})
+            with self.open_copy(copy) as inside:
+                for disk in parse_manifest(inside.read(MANIFEST))["disks"]:
+                    spans = sorted(bad.get(disk.get("key"), ()))
+                    for row in disk_rows(inside, disk) if spans else ():
+                        if row.holder == holder.name and is_in_spans(row.number, spans):
+                            return True
+                        if not spans:
+                            break
+            return False
+        return True
 
     def open_copy(self, copy: Copy) -> Directory:
         """The copy's directory; NotThere if it is gone."""
@@ -5763,7 +6390,21 @@ class Catalog:
                         strangers.append(item)
         except WrongKind:
             raise WrongKind(f"{self.path}/{name} is not a directory, and is in the way of backups: move it.")
-        return Folder(name, tuple(copies), tuple(unfinished), tuple(strangers))
+        by_name = {copy.name: copy for copy in copies}
+        rested = [resting(self._looked_at(copy), by_name.get, self._fails) for copy in copies]
+        return Folder(name, tuple(rested), tuple(unfinished), tuple(strangers))
+
+    def increments_in(self, name: str) -> Iterator[Copy]:
+        """The increments in that directory, as their manifests tell."""
+        with self.root.child(name) as folder:
+            for item in folder.names():
+                parsed = parse_copy_name(item)
+                if parsed and folder.is_directory(item):
+                    with folder.child(item) as inside:
+                        is_one = inside.status(RESTORE_TEXT) is not None
+                    if is_one:
+                        yield resting(read_copy(folder, name, item, *parsed),
+                                      functools.partial(copy_beside, folder, name), lambda *_: False)
 
     def has_unfinished(self, name: str) -> bool:
         """Is there a .partial or .deleting in that VM's directory? CatalogError if it can't be listed."""
@@ -5773,10 +6414,10 @@ class Catalog:
 
     # --- what later checks found: a small file a copy, as sealed copies are never written again ---
 
-    def with_checks(self, copy: Copy) -> Copy:
+    def with_checks(self, copy: Optional[Copy]) -> Optional[Copy]:
         """The copy with what is on record of later checks; unreadable if that can't be known now."""
         try:
-            return copy._replace(checks=self._checks(copy))
+            return copy and copy._replace(checks=self._checks(copy))
         except CatalogError as error:
             return copy._replace(problem=copy.problem or "whether a check has condemned it can't be read "
                                                          "now: " + str(error).rstrip("."), is_unreadable=True)
@@ -5791,6 +6432,8 @@ class Catalog:
 
     def record(self, copy: Copy, **facts: Any) -> None:
         """The facts are on record beside earlier ones; CatalogError if the store can't be written."""
+        for key in [key for key in facts if key.endswith("_at")]:      # which of two in a second came first
+            facts[key[:-2] + "s"] = round(Clock.utc().timestamp(), 3) + 0.0
         text = dict(self._checks(copy), folder=copy.folder, copy=copy.name, **facts)
         with self.state(VERDICT_FOLDER) as folder:
             folder.put(copy.mark[:32] + ".json", (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
@@ -5809,8 +6452,10 @@ class Catalog:
                     found[place] = max(told(facts, "drilled_at"), found.get(place, ""))
         return found
 
-    def look_of(self, copy: Copy) -> str:
-        """A digest of names, sizes and times of all files of the copy: it changes when any is written."""
+    def look_of(self, copy: Copy, seen: Optional[Dict[str, List[Any]]] = None) -> str:
+        """A digest of names, sizes and times of all files of the copy, and of the images that hold its
+        blocks: it changes when any is written. `seen`: what was seen of others of its directory."""
+        seen = {} if seen is None else seen
         def look(folder: Directory, place: str) -> Iterator[Tuple[Any, ...]]:
             for name in folder.names():
                 status = folder.status(name)
@@ -5822,6 +6467,14 @@ class Catalog:
 
         with self.open_copy(copy) as inside:
             rows = list(look(inside, ""))
+            for name in sorted(copy.layer.held_by) if copy.layer else ():
+                if name not in seen:
+                    with inside.child("..") as folder, folder.child(name) as holder:
+                        found = {image: holder.status(image) for image in filter(IMAGE_NAME.fullmatch,
+                                                                                 holder.names())}
+                        seen[name] = [(f"{name}/{image}", status.st_size, status.st_mtime_ns)
+                                      for image, status in found.items() if status is not None]
+                rows += seen[name]
         return hashlib.sha256(json.dumps(rows).encode("ascii")).hexdigest()
 
     # --- making ------------------------------------------------------------------------
@@ -5903,7 +6556,8 @@ class Catalog:
     def pin(self, copy: Copy, text: str) -> bool:
         """The copy is pinned, in a file with that text, for people; false if it was already, and was left.
         NotThere if it is gone."""
-        with self.root.child(copy.folder) as folder, self.copy_lock(copy, shared=True) as is_free:
+        with self.root.child(copy.folder) as folder, \
+                self.copy_lock(copy.folder, copy.name, shared=True) as is_free:
             if not is_free or not folder.is_directory(copy.name):
                 raise NotThere(f"{copy.folder}/{copy.name} is being removed just now.")
             try:
@@ -5932,7 +6586,7 @@ class Catalog:
         with self.root.child(copy.folder) as folder:
             if parse_copy_name(copy.name) is None or not folder.is_directory(copy.name):
                 raise CatalogError(f"{copy.folder}/{copy.name} is not a copy's directory; it is left.")
-            with self.copy_lock(copy, shared=False) as is_free:
+            with self.copy_lock(copy.folder, copy.name, shared=False) as is_free:
                 if not is_free:
                     return "is being read by a restore or drill"
                 if folder.status(copy.name + PIN) is not None:
@@ -5987,6 +6641,11 @@ class Placement:
                                             newcomer_name(machine.name, self._pool))   # another pool's has it
         self._claims[folded(name)] = machine.uuid
         return name
+
+    @property
+    def known(self) -> Set[str]:
+        """The directories that were read."""
+        return set(self._folders)
 
     def folder(self, name: str) -> Folder:
         """The directory as it was last read; CatalogError if it can't be."""
@@ -6050,12 +6709,13 @@ class Placement:
 
 class StoredVm(NamedTuple):
     """The copies of one VM (uuid and pool) and kind in one directory. `around`: all that lie there, oldest
-    first, as retention for this VM sees them."""
+    first, as retention for this VM sees them; `has_unfinished`: and ones that are not finished."""
     folder: str
     uuid: str
     pool: str
     method: Optional[Method]
     around: Tuple[Copy, ...]
+    has_unfinished: bool = False
 
     @property
     def copies(self) -> Tuple[Copy, ...]:
@@ -6093,7 +6753,7 @@ def stored_in(folder: Folder) -> List[StoredVm]:
         for pool in sorted(only({copy.pool for copy in seen if copy.uuid == uuid})):
             around = tuple(as_seen_by(Owner(uuid, pool), folder.name, folder.copies))
             methods = {copy.method for copy in around if (copy.uuid, copy.pool) == (uuid, pool)}
-            found += [StoredVm(folder.name, uuid, pool, method, around)
+            found += [StoredVm(folder.name, uuid, pool, method, around, bool(folder.unfinished))
                       for method in sorted(methods, key=lambda method: method.value if method else "")]
     return found
 
@@ -6189,6 +6849,45 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
     return copy._replace(home=folder_name) if is_at_home else copy
 
 
+def resting(copy: Copy, find: Callable[[str], Optional[Copy]], fails: Callable[[Copy, Copy], bool]) -> Copy:
+    """The copy, and which of those that hold blocks of it fails it. `find` gives a copy of its directory by
+    name; `fails`: is one that was found damaged so where the copy needs it?"""
+    for name, mark in copy.layer.holders if copy.layer else ():
+        holder, title = find(name), f"{name}, which holds blocks of it,"
+        if holder is None:
+            return copy._replace(broken=f"{title} is not there")
+        if holder.is_unreadable:
+            return copy._replace(broken=f"{title} {holder.problem}", is_unreadable=True)
+        if holder.mark != mark:
+            return copy._replace(broken=f"{title} is not the copy that it was")
+        if holder.problem:
+            return copy._replace(broken=f"{title} is not whole: {holder.problem}")
+        if holder.is_doubtful and fails(copy, holder):
+            return copy._replace(broken=f"{title} fails it: {holder.verdict}")
+    return copy
+
+
+def copy_beside(parent: Directory, folder_name: str, name: str) -> Optional[Copy]:
+    """The copy of that name in the directory, None if it is gone."""
+    with contextlib.suppress(NotThere):
+        return read_copy(parent, folder_name, name, *parse_copy_name(name))
+    return None
+
+
+def is_in_spans(number: int, spans: List[List[int]]) -> bool:
+    """Is the number in one of these spans of first and number, which are in order? Those before it are gone
+    then: it is asked in order."""
+    while spans and sum(spans[0]) <= number:
+        spans.pop(0)
+    return bool(spans) and spans[0][0] <= number
+
+
+def disk_rows(inside: Directory, disk: Mapping[str, Any]) -> Iterator[Row]:
+    """The rows of a disk of a manifest, in the copy that is open; nothing is opened before the first is asked
+    for."""
+    yield from rows_of(open(inside.open_file(BLOCKS), "rb"), disk["key"], disk["begin"], disk["end"])
+
+
 def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
     """A copy with a manifest; of a later version's, which is left as it is, what it says as ours does."""
     raw = inside.read(MANIFEST)
@@ -6209,19 +6908,32 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
         pool=told(manifest, "pool", "uuid"), home=told(manifest, "folder"))
     if copy.is_newer:
         return copy
-    image = manifest["image"]
-    stored, problem = find_stored_image(inside, image["name"], image["size"])
+    images, problem = [], ""
+    for image in manifest["images"]:
+        stored, wrong = find_stored_image(inside, image["name"], image["size"])
+        images.append(stored or image["name"])
+        problem = problem or wrong
     if inside.status(SUCCESS) is None:
         problem = f"the marker `{SUCCESS}` is not there"
     return copy._replace(
-        method=Method(manifest["kind"]), image=stored or image["name"],
-        size_bytes=image["size"], problem=problem, disks=disk_words(manifest["disks"]),
+        method=Method(manifest["kind"]), image=images[0], images=tuple(images),
+        size_bytes=sum(image["size"] for image in manifest["images"]), problem=problem,
+        layer=layer_of(manifest), read_back=manifest.get("verified", {}).get("read_back") is True,
+        disks=disk_words(manifest["disks"]),
         left_out=disk_words(manifest.get("left-out", ())),
         # those of earlier versions tell a number only
         rules=rules_of(manifest.get("rules", {"newest": manifest["copies_to_keep"]}),
                        told(manifest, "config")),
         other_rules=tuple((rules_of(row["rules"], row["config"]), row["at"])
                           for row in manifest.get("other-rules", ())))
+
+
+def layer_of(manifest: Dict[str, Any]) -> Optional[Layer]:
+    """The place in its chain of the copy with that manifest."""
+    layer = manifest.get("layer")
+    return layer and Layer(layer["depth"], layer["full"], layer["base"], layer["why"],
+                           tuple((holder["copy"], holder["manifest"]) for holder in layer["holders"]),
+                           layer["is_first"])
 
 
 def disk_words(rows: Sequence[Dict[str, Any]]) -> Tuple[str, ...]:
@@ -6307,19 +7019,26 @@ def own_vm(ova: Dict[str, Any], uuid: str = "") -> Tuple[str, Dict[str, Any]]:
                                                    bool(item[1].get("is_a_snapshot"))))
 
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2                    # the newest that is known here
+PLAIN_FORMAT = 1                       # that of a copy which does not tell the state of every block
 MOST_COPIES = 10 ** 9                  # of one VM: a later number is none that was counted
 MAYBE_TEXT = (str, type(None))
 RULE_NAMES = Rules._fields[:-1]        # those of numbers
-MANIFEST_LATER_SHAPE = {               # what manifests of earlier versions do not have
+MANIFEST_LATER_SHAPE = {               # what not all manifests have
+    "layer": {"depth": int, "full": str, "base": str, "why": str, "is_first": bool, "holders": [
+        {"copy": str, "sequence": int, "manifest": str, "blocks": str, "files": {"*": str}}]},
     "rules": {"*": int}, "other-rules": [{"config": str, "at": str, "rules": {"*": int}}], "config": str,
-    "left-out": [{"device": str, "userdevice": str, "virtual_size": int, "by": str}]}
+    "left-out": [{"device": str, "userdevice": str, "virtual_size": int, "by": str}], "verified": dict}
 MANIFEST_SHAPE = {                     # as check_shape() takes it; it may hold more
     "kind": str, "taken_at": str, "sequence": int, "copies_to_keep": int,
     "vm": {"uuid": str, "name": str}, "files": {"*": {"sha256": str}},
-    "image": {"name": str, "size": int, "sha256": str, "compression": MAYBE_TEXT, "format": MAYBE_TEXT},
+    "images": [{"name": str, "size": int, "sha256": str, "compression": MAYBE_TEXT, "format": MAYBE_TEXT}],
     "disks": [{"device": str, "virtual_size": int, "snapshot_uuid": str, "archive_id": MAYBE_TEXT,
                "sr_uuid": MAYBE_TEXT, "userdevice": MAYBE_TEXT}]}
+
+
+DISK_STATE_SHAPE = {"key": str, "begin": int, "end": int, "since": str, "holders": [str], "archive_id": str,
+                    "blocks": int}
 
 
 def check_shape(value: Any, shape: Any, title: str = "") -> None:
@@ -6357,11 +7076,25 @@ def parse_manifest(content: bytes) -> Dict[str, Any]:
     manifest = parse_object(content)
     if isinstance(manifest.get("format"), (int, float)) and manifest["format"] > MANIFEST_FORMAT:
         raise NewerManifest(manifest)
+    if "image" in manifest:
+        manifest["images"] = [manifest["image"]]
     check_shape(manifest, MANIFEST_SHAPE)
     check_shape(manifest, {key: shape for key, shape in MANIFEST_LATER_SHAPE.items() if key in manifest})
-    name = manifest["image"]["name"]
-    if not IMAGE_NAME.fullmatch(name) or "/" in name or "\0" in name or re.search("[\ud800-\udfff]", name):
-        raise ValueError("image.name is not the name of an image")
+    for image in manifest["images"]:
+        name = image["name"]
+        if not IMAGE_NAME.fullmatch(name) or "/" in name or "\0" in name \
+                or re.search("[\ud800-\udfff]", name):
+            raise ValueError("image.name is not the name of an image")
+    layer = manifest.get("layer")
+    if layer is None and "image" not in manifest or not manifest["images"]:
+        raise ValueError("image is missing")
+    if layer is not None:
+        check_shape(manifest["disks"], [DISK_STATE_SHAPE], "disks")
+        if not all(parse_copy_name(holder["copy"]) for holder in layer["holders"]):
+            raise ValueError("layer.holders names what is no copy")
+        if ("image" in manifest) != (layer["depth"] == 1) or "image" not in manifest and not all(
+                isinstance(image.get("disk"), str) for image in manifest["images"]):
+            raise ValueError("layer.depth does not fit its images")
     if not 0 <= manifest["sequence"] < MOST_COPIES:
         raise ValueError("sequence is no number of a copy")
     Method(manifest["kind"])
@@ -6400,8 +7133,8 @@ class NewCopy:
         manifest["files"] = {name: {"size": size, "sha256": digest}
                              for name, (size, digest) in sorted(self.sums.items())}
         self.write(MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode("ascii"))
-        lines = "".join(checksum_line(digest, name) for name, (_, digest) in sorted(self.sums.items()))
-        self.inside.write(CHECKSUMS, lines.encode("utf-8", "surrogateescape"))
+        sums = {name: digest for name, (_, digest) in self.sums.items()}
+        self.inside.write(CHECKSUMS, checksums(sums, manifest))
         self.inside.sync()
         self.inside.write(SUCCESS, b"")
         self.inside.sync()
@@ -6429,11 +7162,477 @@ class NewCopy:
         self._parent.close()
 
 
+def checksums(sums: Dict[str, str], manifest: Dict[str, Any]) -> bytes:
+    """What SHA256SUMS says of these files of a copy, and of the images that hold its blocks."""
+    sums = dict(sums)
+    for holder in manifest.get("layer", {}).get("holders", ()):
+        sums.update((f"../{holder['copy']}/{name}", digest) for name, digest in holder["files"].items())
+    lines = "".join(checksum_line(digest, name) for name, digest in sorted(sums.items()))
+    return lines.encode("utf-8", "surrogateescape")
+
+
 def checksum_line(digest: str, name: str) -> str:
     """A line that `sha256sum -c` reads, odd names escaped as it wants them."""
     if "\\" in name or "\n" in name:
         name, digest = name.replace("\\", "\\\\").replace("\n", "\\n"), "\\" + digest
     return f"{digest}  {name}\n"
+
+
+# --- what a copy holds, read -----------------------------------------------------------
+
+
+def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumers: Sequence[Consumer],
+               on_tick: Callable[[Progress], Any], doing: str,
+               problems: Optional[List[VerificationError]] = None) -> None:
+    """The whole image passed through the consumers, decompressed, and its digests are those of the manifest,
+    if there is one; of an increment what a full would be passed, and every block had its digest.
+    VerificationError if anything is wrong; where `problems` is given that is noted there, and as much passes
+    as can be read."""
+    if copy.is_increment:
+        pump([Flow(lambda: laid_together(inside, copy, manifest, problems), consumers, "layers")], on_tick,
+             doing, problems)
+    else:
+        read_file(inside, copy.image, manifest.get("image", {}), consumers, on_tick, doing, problems,
+                  is_foreign_vhd(copy))
+
+
+def read_file(inside: Directory, image: str, facts: Dict[str, Any], consumers: Sequence[Consumer],
+              on_tick: Callable[[Progress], Any], doing: str,
+              problems: Optional[List[VerificationError]] = None, is_foreign: bool = False) -> None:
+    """The same of one file, which is what these facts of a manifest tell; {} if there is none."""
+    plain = stored = Digest()
+    with contextlib.ExitStack() as stack:
+        with closed_aside(consumers):
+            compression = image_compression(inside, image, facts)
+            if compression != "none":
+                stored = Digest("SHA-256 of the stored bytes")
+            digests = [stored, plain] if facts else []
+            flows = reading_flows(stack, inside.open_file(image), compression,
+                                  digests[:1] if compression != "none" else [], [*digests[1:], *consumers],
+                                  is_foreign)
+        pump(flows, on_tick, doing, problems)
+    problem = digest_problem(image, facts, stored, plain) if facts else ""
+    if problem:
+        if problems is None:
+            raise VerificationError(problem)
+        problems.append(VerificationError(problem))
+
+
+# --- a copy laid together from those that hold its blocks -------------------------------------------
+
+
+class Holder(NamedTuple):
+    """A copy that is open: one that holds blocks."""
+    inside: Directory
+    copy: Copy
+    manifest: Dict[str, Any]
+
+
+def opened_holders(stack: contextlib.ExitStack, inside: Directory, copy: Copy, manifest: Dict[str, Any],
+                   problems: Optional[List[VerificationError]] = None) -> Dict[str, Holder]:
+    """The copy itself, under "", and those that hold blocks of it, by name. VerificationError if one is not
+    the copy that it was; with `problems` that is noted there, and the others will do."""
+    holders = {"": Holder(inside, copy, manifest)}
+    for name, mark in copy.layer.holders:
+        try:
+            holders[name] = opened_holder(stack, inside, copy.folder, name, mark, problems)
+        except VerificationError as problem:
+            if problems is None:
+                raise
+            problems.append(problem)
+    return holders
+
+
+def opened_holder(stack: contextlib.ExitStack, inside: Directory, folder: str, name: str, mark: str,
+                  problems: Optional[List[VerificationError]]) -> Holder:
+    """The copy of that name beside the one that is open; VerificationError if it is not that with the mark,
+    which with `problems` is noted as long as its blocks can be looked for."""
+    title = f"{name}, which holds blocks of it,"
+    try:
+        with inside.child("..") as parent:
+            found = read_copy(parent, folder, name, *parse_copy_name(name))
+            if found.is_unreadable:
+                raise CatalogError(f"{title} {found.problem}.")
+            if found.mark != mark or found.problem:
+                problem = VerificationError(f"{title} {found.problem or 'is not the copy that it was'}")
+                if problems is None or found.layer is None:
+                    raise problem
+                problems.append(problem)
+            place = stack.enter_context(parent.child(name))
+            return Holder(place, found, parse_manifest(place.read(MANIFEST)))
+    except NotThere:
+        raise VerificationError(f"{title} is not there")
+    except (WrongKind, ValueError) as error:
+        raise VerificationError(f"{title} can't be read: {error}")
+
+
+def held_disks(manifest: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The disks of a manifest that tells the state of every block, in the order of the image, each once."""
+    found = {}                             # type: Dict[str, Dict[str, Any]]
+    for disk in manifest["disks"]:
+        found.setdefault(disk["key"], disk)
+    return sorted(found.values(), key=lambda disk: disk["begin"])
+
+
+def disk_name(copy: Copy, disk: Mapping[str, Any]) -> str:
+    """What a disk of its manifest is called in its image."""
+    return disk["key"] if copy.is_increment else disk["archive_id"] if is_archive(copy) else "image"
+
+
+def is_archive(copy: Copy) -> bool:
+    """Is what it gives an XVA, which holds the VM with its disks, or the image of one disk?"""
+    return copy.method is Method.VM if copy.is_increment else image_format(copy.image) == "xva"
+
+
+def laid_order(copy: Copy, manifest: Dict[str, Any], holders: Mapping[str, Holder]) -> List[Dict[str, Any]]:
+    """The disks of an increment in the order in which they can be laid together: that of the full, whose
+    image is read once."""
+    full = holders.get(copy.layer.full)
+    before = [disk["key"] for disk in held_disks(full.manifest)] if full else []
+    return sorted(held_disks(manifest), key=lambda disk: (
+        before.index(disk["key"]) if disk["key"] in before else len(before), disk["archive_id"]))
+
+
+def laid_together(inside: Directory, copy: Copy, manifest: Dict[str, Any],
+                  problems: Optional[List[VerificationError]] = None) -> Iterator[Any]:
+    """The source of a flow: of an increment what a full would be: the archive with its own ova.xml, or the
+    raw image of its disk. The files that hold it are read side by side, each once, and every block is held
+    against its digest: VerificationError, or with `problems` noted there, and what is there passes."""
+    with contextlib.ExitStack() as stack:
+        holders = opened_holders(stack, inside, copy, manifest, problems)
+        readers: Dict[Tuple[str, str], Union[LayerReader, VerificationError]] = {}
+
+        def reader_of(holder: Holder, key: str, own: contextlib.ExitStack) -> LayerReader:
+            """A full's image is read from disk to disk, the files of increments each with its disk."""
+            place = holder.copy.name, key if holder.copy.is_increment else ""
+            if place not in readers:
+                try:
+                    readers[place] = layer_reader(own if holder.copy.is_increment else stack, holder, key)
+                except VerificationError as problem:
+                    readers[place] = problem
+            if isinstance(readers[place], VerificationError):
+                raise readers[place]
+            return readers[place]
+
+        def contents(disk: Dict[str, Any]) -> Iterator[Tuple[int, Any]]:
+            key = disk["key"]
+            with contextlib.ExitStack() as own:
+                for row in disk_rows(inside, disk):
+                    content = None         # type: Optional[memoryview]
+                    try:
+                        if row.digest == ZERO:
+                            continue
+                        if row.holder not in holders:
+                            raise VerificationError(f"{row.holder}, which holds blocks of it, can't be had")
+                        content = memoryview(reader_of(holders[row.holder], key, own).read(key, row.number))
+                        content = content[:disk["virtual_size"] - row.number * MEBIBYTE]
+                        if block_digest(content) != row.digest:
+                            raise VerificationError(f"MiB {row.number} of disk {key} is damaged in "
+                                                    f"{row.holder or copy.name}: its digest differs")
+                    except VerificationError as problem:
+                        if problems is None:
+                            raise
+                        problems[MOST_PROBLEMS:] = [problem]
+                        if content is None:
+                            continue
+                    yield row.number, content
+
+        # The digests of an archive's blocks are made anew: of the kind that the pool of the full knows.
+        full = holders.get(copy.layer.full)
+        is_xxh64 = full and full.manifest.get("verified", {}).get("block_digests") == "xxh64"
+        suffix = ".xxhash" if is_xxh64 and block_hasher() else ".checksum"
+        if is_archive(copy):
+            yield tar_member(OVA_XML, inside.read(OVA_XML))
+        for disk in laid_order(copy, manifest, holders):
+            yield from image_pieces(disk["archive_id"] if is_archive(copy) else "", disk["virtual_size"],
+                                    contents(disk), suffix)
+        if is_archive(copy):
+            yield XVA_END
+
+
+def layer_reader(stack: contextlib.ExitStack, holder: Holder, key: str) -> LayerReader:
+    """The reader of the image in which that copy holds blocks of that disk."""
+    inside, copy, manifest = holder
+    rows = zip(copy.images, manifest["images"])
+    image, facts = next((row for row in rows if not copy.is_increment or row[1]["disk"] == key), ("", {}))
+    if not image:
+        raise VerificationError(f"{copy.name} has no image of disk {key}")
+    if is_compressed_twice(image, facts):
+        raise UnknownFormat(f"{copy.name}/{image} was compressed a second time: decompress it once")
+    names = {disk["key"]: disk_name(copy, disk) for disk in manifest["disks"]}
+    return LayerReader(stack, inside.open_file(image), image_compression(inside, image, facts),
+                       facts["format"], names)
+
+
+def image_compression(inside: Directory, image: str, facts: Dict[str, Any]) -> str:
+    """How the image is compressed: of ours as the manifest's facts say, of others as its first bytes say,
+    whatever its name. UnknownFormat if that is not read here."""
+    suffixes = {suffix: word for word, suffix in COMPRESSED_SUFFIX.items()}
+    by_name = suffixes[re.search(r"(\.gz|\.zst)?$", image).group()]
+    if facts:
+        word = facts.get("compression") if image == facts["name"] else ""
+        return word if word in COMPRESSED_SUFFIX else by_name
+    head, tail = inside.read_part(image, 16), inside.read_part(image, SECTOR_BYTES, at_end=True)
+    status = inside.status(image)
+    found = next((suffixes[suffix] for suffix, magic in COMPRESSED_MAGIC if head.startswith(magic)), "")
+    if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd's first
+        found = "zstd"
+    # A disk may begin with any bytes: that of a fixed VHD, and a raw image, which is of whole MiBs (as what
+    # dd padded is, but that is called compressed too).
+    is_raw = image_format(image) == "raw" and not (found and by_name != "none")
+    if is_raw and not (status and status.st_size % MEBIBYTE) or \
+            image_format(image) == "vhd" and b"conectix" in (tail[:8], tail[1:9]):
+        return "none"
+    if found:
+        return found
+    for name, magic in OTHER_MAGIC:
+        if head.startswith(magic):
+            raise UnknownFormat(f"{image} is a file of {name}, which is not supported: make a plain one of "
+                                "it, or one of gzip or zstd")
+    return by_name if image_format(image) == "raw" else "none"
+
+
+def is_foreign_vhd(copy: Copy) -> bool:
+    """Is it a VHD that need not lie as the server streams one?"""
+    return copy.is_old and image_format(copy.image) == "vhd"
+
+
+def is_compressed_twice(image: str, facts: Dict[str, Any]) -> bool:
+    """Did the storage host compress an image that was compressed already?"""
+    return bool(facts) and image != facts["name"] and facts.get("compression") != "none"
+
+
+def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: Sequence[MebibyteSink] = (),
+                compare: bool = True, is_whole: bool = True,
+                bad: Optional[List[str]] = None) -> Optional[Check]:
+    """The check of what that copy gives, whose sinks are shown the disks' contents; where the export noted a
+    digest of every block of the image, they are compared too. None for an image that was compressed a second
+    time: what is inside stays as it is. `is_whole` false: damage is put up with. `bad`: see check_xva."""
+    expected, blocks, size, facts = None, None, None, manifest.get("image", {})
+    if manifest:
+        if is_compressed_twice(copy.image, facts):
+            return None
+        expected = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
+        size = list(expected.values())[0] if len(expected) == 1 else None
+        if compare and copy.layer is None and inside.status(BLOCKS) is not None:
+            blocks = BlockComparer(open(inside.open_file(BLOCKS), "rb"))
+    file_format = facts.get("format") if facts else image_format(copy.image)
+    if is_archive(copy) or file_format == "xva":
+        return Check(check_xva, blocks, sinks, expected=expected,
+                     strict=bool(manifest) and not copy.is_increment, bad=bad)
+    if file_format == "raw" and not manifest:            # of the size that cfg files beside it give
+        ova = ova_of_cfg_files(inside, False)
+        sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
+                 for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
+        size = next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None)
+    if file_format == "raw" or copy.is_increment:
+        return Check(check_raw, blocks, sinks, virtual_size=size)
+    return Check(check_vhd, blocks, sinks, virtual_size=size, strict=bool(manifest), is_whole=is_whole)
+
+
+def digest_problem(image: str, facts: Dict[str, Any], stored: Digest, plain: Digest) -> str:
+    """Why an image that was read whole is not the one of the manifest's facts, "" if it is."""
+    if image != facts["name"]:
+        if plain.hexdigest() != facts["sha256"]:
+            return f"the image {image} is not what was written: its decompressed bytes differ"
+        if facts.get("compression") != "none":
+            return ""
+    elif stored.hexdigest() != facts["sha256"]:
+        return f"the image {image} is not what was written: its SHA-256 differs"
+    if facts.get("plain_sha256") != plain.hexdigest():
+        return f"the image {image}, decompressed, is not what was exported: its SHA-256 differs"
+    return ""
+
+
+def read_if_file(folder: Directory, name: str) -> bytes:
+    """The content of that small file; nothing if there is none, or something else in its place."""
+    with contextlib.suppress(NotThere, WrongKind):
+        return folder.read(name)
+    return b""
+
+
+def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
+    """What the cfg files tell of the VM, in the form of an ova.xml without a version; {} if they tell
+    nothing. What is missing in them, or no number where one should be, is as if it had not been written."""
+    objects = []                           # type: List[Dict[str, Any]]
+
+    def add(class_name: str, key: str, **fields: Any) -> None:
+        objects.append({"class": class_name, "id": key, "snapshot": fields})
+
+    def read(folder: Directory, name: str) -> Dict[str, str]:
+        return parse_cfg(read_if_file(folder, name).decode("utf-8", "replace"), escaped)
+
+    machine = read(inside, "vm.cfg")
+    add("VM", "vm", uuid=machine.get("orig_uuid", ""), other_config={}, tags=[], power_state="Halted",
+        **{field: machine[field] for field in CFG_VM_FIELDS if machine.get(field)})
+    for name in inside.names():
+        if not inside.is_directory(name) or not (name.startswith("DISK-") or name == "VIFs"):
+            continue
+        with inside.child(name) as folder:
+            if name == "VIFs":
+                for file in folder.names():
+                    vif = read(folder, file)
+                    if vif:
+                        add("VIF", file, VM="vm", network="network " + file, other_config={},
+                            qos_algorithm_type="", qos_algorithm_params={}, device=vif.get("device", "0"),
+                            MAC=vif.get("MAC", ""), MTU=vif.get("MTU", "1500"))
+                        add("network", "network " + file, name_label=vif.get("network_name_label", ""))
+                continue
+            vbd, vdi, device = read(folder, "vbd.cfg"), read(folder, "vdi.cfg"), name[len("DISK-"):]
+            number, size, key = userdevice_number(device), vdi.get("virtual_size", ""), f"DISK-{len(objects)}"
+            add("VBD", "vbd " + key, VM="vm", VDI=key, device=device,
+                userdevice=vbd.get("userdevice") or (str(number) if number < 1 << 30 else device),
+                bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"),
+                type=vbd.get("type", "Disk"), unpluggable=vbd.get("unpluggable") == "True", empty=False,
+                other_config={"owner": ""}, qos_algorithm_type="", qos_algorithm_params={})
+            add("VDI", key, uuid=vdi.get("orig_uuid", ""), SR="sr " + key, other_config={},
+                virtual_size=size if re.fullmatch("[0-9]{1,18}", size) else "0", type=vdi.get("type", "user"),
+                name_label=vdi.get("name_label", ""), name_description=vdi.get("name_description", ""))
+            add("SR", "sr " + key, uuid=vdi.get("orig_sr_uuid", ""), name_label="", content_type="user")
+    return {"version": None, "objects": objects} if machine or len(objects) > 1 else {}
+
+
+CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
+
+
+# --- what was found of the blocks of a copy ------------------------------------------------
+
+
+class LayerState(NamedTuple):
+    """What was found of the blocks that a copy holds itself, in the images of these names: what is wrong, ""
+    if nothing; and the MiB that are, by disk as spans of first and number, None if these are not known."""
+    problem: str
+    bad: Optional[Dict[str, List[List[int]]]]
+    images: Tuple[str, ...]
+
+
+# What is known by now of the blocks that copies hold themselves, by directory and name: each is read once.
+LayerStates = Dict[Tuple[str, str], LayerState]
+
+
+def layer_state(holder: Holder, on_tick: Callable[[Progress], Any], doing: str) -> LayerState:
+    """What that copy itself holds, read from storage, held against its rows."""
+    inside, copy, manifest = holder
+    sizes = {disk["key"]: disk["virtual_size"] for disk in held_disks(manifest)}
+    proof = Proof({disk_name(copy, disk): (disk["key"], disk["virtual_size"], (
+        row for row in disk_rows(inside, disk) if not row.holder)) for disk in held_disks(manifest)})
+    problems: List[str] = []
+    try:
+        for image, facts in zip(copy.images, manifest["images"]):
+            with open(inside.open_file(image), "rb") as file:
+                forget_cached(file.fileno())           # what is proven is the storage, not a cache
+            if is_compressed_twice(image, facts):      # inside is the image that was proven at the export
+                read_file(inside, image, facts, [], on_tick, doing)
+                proof.leave_out(facts.get("disk"))
+                continue
+            check = Check(check_vhd, None, [proof.of(facts["disk"])], strict=False, is_layer=True,
+                          virtual_size=sizes.get(facts["disk"])) if copy.is_increment else \
+                image_check(inside, copy, manifest, [proof], bad=problems)
+            read_file(inside, image, facts, [check], on_tick, doing)
+    except (VerificationError, NotThere, WrongKind) as error:
+        problems.append(str(error))
+    proof.finish()
+    if proof.spans and not problems:
+        key, spans = next(iter(proof.spans.items()))
+        problems.append(f"MiB {spans[0][0]} of disk {key} is not what was exported: its digest differs")
+    is_known = proof.has_seen_all and sum(map(len, proof.spans.values())) <= MOST_SPANS
+    return LayerState(problems[0] if problems else "", proof.spans if is_known else None, copy.images)
+
+
+MOST_PROBLEMS = 100                    # that are noted of a copy that is wanted though it is damaged
+MOST_SPANS = 10000                     # of damage: more is not worth to be kept
+
+
+def check_rows(inside: Directory, manifest: Dict[str, Any], holders: Mapping[str, Holder],
+               bad: Mapping[str, Optional[Dict[str, List[List[int]]]]]) -> int:
+    """The number of a copy's blocks that are not zeros. VerificationError unless what it says of those that
+    others hold is what these say themselves, and none is among the bad ones."""
+    number = 0
+    for disk in held_disks(manifest):
+        theirs: Dict[str, Iterator[Row]] = {}
+        spans = {name: sorted((found or {}).get(disk["key"], ())) for name, found in bad.items()}
+        for row in disk_rows(inside, disk):
+            number += row.digest != ZERO
+            if not row.holder:
+                continue
+            what = f"MiB {row.number} of disk {disk['key']}, which {row.holder} holds,"
+            if row.holder not in holders:
+                raise VerificationError(f"{what} can't be had: {MANIFEST} does not name that copy")
+            if row.holder not in theirs:
+                holder = holders[row.holder]
+                theirs[row.holder] = (one for other in held_disks(holder.manifest)
+                                      if other["key"] == disk["key"]
+                                      for one in disk_rows(holder.inside, other) if not one.holder)
+            there = next((one for one in theirs[row.holder] if one.number >= row.number), None)
+            if there is None or there[:2] != row[:2]:
+                raise VerificationError(f"{what} is not what is recorded there")
+            if is_in_spans(row.number, spans[row.holder]):
+                raise VerificationError(f"{what} is damaged there")
+    return number
+
+
+class Proof(MebibyteSink):
+    """The sink that holds what images give of disks against the rows that were noted at the export. `disks`:
+    by name in the image the key, the size and the rows. `spans`: the MiB that differ, or are lost, by key."""
+
+    def __init__(self, disks: Mapping[str, Tuple[str, int, Iterator[Row]]]) -> None:
+        super().__init__(self._compare)
+        self.spans = {}                    # type: Dict[str, List[List[int]]]
+        self.has_seen_all = False
+        self._disks = {name: [key, size, rows, next(rows, None)] for name, (key, size, rows) in disks.items()}
+        self._name = ""
+
+    def of(self, name: str) -> "Proof":
+        """The sink for an image of that one disk."""
+        self.end(True)
+        self._name = name
+        self.has_seen_all = False
+        return self
+
+    def leave_out(self, name: Optional[str]) -> None:
+        """That disk, or every one, is proven by other means."""
+        for one in [name] if name else list(self._disks):
+            self._disks.pop(one, None)
+        self.has_seen_all = True
+
+    def _compare(self, name: str, number: int, content: memoryview) -> None:
+        name = self._name or name
+        if name not in self._disks:
+            raise VerificationError(f"the image has a disk {name} that is not on record")
+        key, size = self._disks[name][:2]
+        self._pass(name, number)
+        row = self._disks[name][3]
+        if row is None or row.number != number:
+            self._note(key, number)        # it was zeros
+            return
+        self._disks[name][3] = next(self._disks[name][2], None)
+        if block_digest(content[:max(0, size - number * MEBIBYTE)]) != row.digest:
+            self._note(key, number)
+
+    def _pass(self, name: str, number: int) -> None:
+        """What was recorded before that MiB and did not come is lost, unless it is zeros."""
+        key, _, rows, row = self._disks[name]
+        while row is not None and row.number < number:
+            if row.digest != ZERO:
+                self._note(key, row.number)
+            row = next(rows, None)
+        self._disks[name][3] = row
+
+    def _note(self, key: str, number: int) -> None:
+        spans = self.spans.setdefault(key, [])
+        if spans and sum(spans[-1]) == number:
+            spans[-1][1] += 1
+        else:
+            spans.append([number, 1])
+
+    def end(self, is_whole: bool) -> None:
+        super().end(is_whole)
+        self.has_seen_all = is_whole
+
+    def finish(self) -> None:
+        """What did not come to the end of all images is lost."""
+        for name in self._disks:
+            self._pass(name, 1 << 60)
 
 
 # =============================================================================
@@ -7921,7 +9120,6 @@ SR_POLL_S = 10
 SILENCE_BEFORE_POLL_S = 5
 COMPRESSORS = {"gzip": ("pigz", "gzip"), "zstd": ("zstd",)}
 COMPRESSOR_OPTIONS = {"pigz": ("-c", "-n"), "gzip": ("-c", "-n"), "zstd": ("-q", "-c", "-T0")}
-COMPRESSED_SUFFIX = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 XE_PASSING = re.compile(
     r"Lost connection|Connection refused|Connection reset|Broken pipe|EPIPE|ECONNRESET|SESSION_INVALID|"
     r"Another operation involving|OTHER_OPERATION_IN_PROGRESS|SR_BACKEND_FAILURE_(?:37|46|47|82|1200)\b|"
@@ -7931,12 +9129,36 @@ XE_PASSING = re.compile(
 
 
 class ImageReport(NamedTuple):
-    """An image that was written and proven: `image`, `verified` and `disks` as the manifest keeps them, and
-    the list of its blocks."""
-    image: Dict[str, Any]
+    """What was written of the disks, and proven: `images`, `verified` and `disks` as the manifest keeps them,
+    the list of blocks, and the archive's ova.xml."""
+    images: List[Dict[str, Any]]
     verified: Dict[str, Any]
     disks: List[Dict[str, Any]]
     blocks: BlocksFile
+    ova_xml: bytes
+
+
+class Chain(NamedTuple):
+    """What a copy that tells the state of every block is compared with: `base`, None for a full. `name`: that
+    of the copy; `keys`: what its disks are called, by userdevice, in file names and `blocks`."""
+    name: str
+    keys: Mapping[str, str]
+    base: Optional[Holder]
+
+    def key(self, disk: Disk) -> str:
+        """What that disk is called: as its folder of cfg files is."""
+        return self.keys.get(disk.userdevice) or block_key(f"{disk_folder(disk)}-{disk.userdevice}")
+
+    def row(self, key: str, size: int) -> Optional[Dict[str, Any]]:
+        """The disk in the base's manifest that one of this key and size can be compared with. What became
+        smaller is told whole: were it to grow again, the end of what lies below would come back."""
+        rows = [] if self.base is None else held_disks(self.base.manifest)
+        return next((row for row in rows if row["key"] == key and row["virtual_size"] <= size), None)
+
+
+def block_key(folder: str) -> str:
+    """What the disk with that folder of cfg files is called in `blocks`."""
+    return folder[len("DISK-"):].replace(" ", "%20")
 
 
 class Exporter:
@@ -7962,9 +9184,9 @@ class Exporter:
             raise VerificationError(f"{doing} does not end with </database>: it was cut off. Nothing of it "
                                     "was kept.")
 
-    def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory,
-                 base: str) -> ImageReport:
-        """The archive of the VM snapshot is in that directory, proven whole."""
+    def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory, base: str,
+                 chain: Optional[Chain]) -> ImageReport:
+        """The archive of the VM snapshot, or what changed of it, is in that directory, proven whole."""
         expected = {disk.vdi_uuid: disk.virtual_size for disk in snapshot.disks}
         doing = f"the export of {machine.title}"
 
@@ -7973,31 +9195,66 @@ class Exporter:
                 f"asking for the task of {doing}", "VM.get_current_operations", snapshot.ref)
             return [ref for ref, operation in operations.items() if operation == "export"]
 
-        return self._image(doing, snapshot.disks, inside, base + ".xva",
-                           lambda blocks: Check(check_xva, blocks, expected=expected),
+        return self._image(doing, snapshot.disks, inside, base + ".xva", chain,
+                           lambda blocks, sinks: Check(check_xva, blocks, sinks, expected=expected),
                            ("vm-export", "uuid=" + snapshot.uuid, "filename="), export_tasks)
 
-    def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory,
-                   base: str) -> ImageReport:
-        """The image of the disk snapshot is in that directory, proven whole."""
+    def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory, base: str,
+                   chain: Optional[Chain]) -> ImageReport:
+        """The image of the disk snapshot, or what changed of it, is in that directory, proven whole."""
         file_format = self._services.settings.vdi_export_format
         check, size = check_raw if file_format == "raw" else check_vhd, snapshot.virtual_size
         return self._image(f"the export of disk {snapshot.device} of {machine.title}", (snapshot,), inside,
-                           f"{base}.{file_format}", lambda blocks: Check(check, blocks, virtual_size=size),
+                           f"{base}.{file_format}", chain,
+                           lambda blocks, sinks: Check(check, blocks, sinks, virtual_size=size),
                            ("vdi-export", "uuid=" + snapshot.vdi_uuid, "filename=", "format=" + file_format))
 
     def _image(self, doing: str, disks: Sequence[Disk], inside: Directory, plain_name: str,
-               new_check: Callable[[BlocksFile], Any], command: Sequence[str],
-               find_tasks: Callable[[], Sequence[str]] = tuple) -> ImageReport:
+               chain: Optional[Chain], new_check: Callable[[Optional[BlocksFile], Sequence[Any]], Check],
+               command: Sequence[str], find_tasks: Callable[[], Sequence[str]] = tuple) -> ImageReport:
         """xe's output through digest, check and compressor to a file; what the compressor wrote is
-        decompressed again on the way, so that what is proven is what is stored."""
-        settings = self._services.settings
-        name = plain_name + COMPRESSED_SUFFIX[settings.compress]
-        limit_s = self._services.patience_s
+        decompressed again on the way, so that what is proven is what is stored. In an increment the check's
+        sink writes what changed."""
+        settings, limit_s = self._services.settings, self._services.patience_s
         watch = Watch(self._services, doing, sum(disk.virtual_size for disk in disks), disks, find_tasks)
         blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
-        check, plain = new_check(blocks), Digest()
-        writer = Consumer("storage", write_file, within(limit_s, doing, lambda: inside.create(name)))
+        by_uuid = {disk.vdi_uuid: disk for disk in disks}
+
+        def exported() -> Dict[str, Disk]:
+            """The disks by their names in the image, once the check knows these."""
+            if not check.ova:
+                return {"image": disks[0]}
+            found = exported_disks(check.ova).values()
+            if any(one.uuid not in by_uuid for one in found):
+                raise VerificationError("the archive holds a disk that the records of the VM do not tell")
+            return {one.id: by_uuid[one.uuid] for one in found}
+
+        def begun(name: str) -> DiskState:
+            return begin_state(inside, blocks, chain, exported()[name])
+
+        sinks = [StateSink(blocks, begun, exported)] if chain else []
+        check = new_check(None if chain else blocks, sinks)
+        if chain is not None and chain.base is not None:
+            self._run_xe(doing, [check], watch, *command)
+            images = [proven_layer(self._services, inside, state, doing) for state in sinks[0].disks.values()]
+        else:
+            images = [self._full_image(doing, inside, plain_name, check, watch, command)]
+        report, rows = check.report, disk_reports(disks, check.report)
+        for row in rows if chain else ():
+            row.update(state_facts(chain, sinks[0].disks[row["archive_id"]]))
+        verified = {"structure": True, "block_digests": report.digest_kind,
+                    "block_digests_checked": report.digests_checked,
+                    "blocks": sum(disk.blocks for disk in report.disks), "read_back": settings.verify_after}
+        return ImageReport(images, verified, rows, blocks, report.ova_xml)
+
+    def _full_image(self, doing: str, inside: Directory, plain_name: str, check: Check, watch: "Watch",
+                    command: Sequence[str]) -> Dict[str, Any]:
+        """The whole image is in a file, which has passed the check."""
+        settings, plain = self._services.settings, Digest()
+        name = plain_name + COMPRESSED_SUFFIX[settings.compress]
+        with closed_aside([check]):
+            writer = Consumer("storage", write_file, within(self._services.patience_s, doing,
+                                                            lambda: inside.create(name)))
         stored, again = plain, plain
         if settings.compress == "none":
             self._run_xe(doing, [plain, check, writer], watch, *command)
@@ -8006,16 +9263,7 @@ class Exporter:
             again = Digest("SHA-256 of what it decompresses to")
             self._run_xe(doing, [plain, check], watch, *command, compression=settings.compress,
                          stored=[stored, writer], again=[again])
-        if again.hexdigest() != plain.hexdigest():
-            raise ProgramError(bad_compressor(doing, settings.compress, "other data than it was given"))
-        report = check.report
-        image = {"name": name, "format": plain_name.rpartition(".")[2], "compression": settings.compress,
-                 "size": stored.total_bytes, "sha256": stored.hexdigest(),
-                 "plain_size": plain.total_bytes, "plain_sha256": plain.hexdigest()}
-        verified = {"structure": True, "block_digests": report.digest_kind,
-                    "block_digests_checked": report.digests_checked,
-                    "blocks": sum(disk.blocks for disk in report.disks), "read_back": settings.verify_after}
-        return ImageReport(image, verified, disk_reports(disks, report), blocks)
+        return image_facts(doing, settings, name, plain_name.rpartition(".")[2], plain, stored, again)
 
     def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str,
                       sink: Any) -> None:
@@ -8033,20 +9281,13 @@ class Exporter:
         with contextlib.ExitStack() as stack:
             with closed_aside(list(consumers) + list(stored)):
                 xe = stack.enter_context(self._xe.start(*command))
-                compressor = None          # type: Optional[Program]
+                compressed = []            # type: List[Flow]
                 if compression != "none":
-                    path = find_compressor(self._services.settings)
-                    compressor = stack.enter_context(Program(
-                        (path,) + COMPRESSOR_OPTIONS[os.path.basename(path)], stdin=subprocess.PIPE))
+                    feeder, compressed = compressing(stack, self._services.settings, stored, again)
+                    consumers.append(feeder)
             watch.program = xe
             flows = [Flow(os.dup(xe.stdout_fd), consumers, "xe", lambda: self._check_ending(doing, xe))]
-            if compressor is not None:
-                flows[0].consumers.append(Consumer("compressor", write_pipe, os.dup(compressor.stdin_fd)))
-                compressor.close_stdin()
-                proving = reading_flows(stack, os.dup(compressor.stdout_fd), compression, stored, again)
-                flows.append(proving[0]._replace(name=compressor.name,
-                                                 at_end=lambda: check_compressor(compressor)))
-                flows += proving[1:]
+            flows += compressed
             try:
                 pump(flows, watch, doing)
             except CompressionDamaged as error:
@@ -8080,6 +9321,111 @@ def find_compressor(settings: Configuration) -> str:
         raise UsageError(f"{settings.places['compress']}: compress={settings.compress} needs the program "
                          f"{' or '.join(COMPRESSORS[settings.compress])}, which is not on the PATH.")
     return path
+
+
+def compressing(stack: contextlib.ExitStack, settings: Configuration, stored: Sequence[Any],
+                again: Sequence[Any]) -> Tuple[Consumer, List[Flow]]:
+    """What feeds the compressor, and the flows that bring what it gives to `stored`, and what that
+    decompresses to to `again`. It lives as long as the stack."""
+    path = find_compressor(settings)
+    program = stack.enter_context(Program((path,) + COMPRESSOR_OPTIONS[os.path.basename(path)],
+                                          stdin=subprocess.PIPE))
+    feeder = Consumer("compressor", write_pipe, os.dup(program.stdin_fd))
+    program.close_stdin()
+    proving = reading_flows(stack, os.dup(program.stdout_fd), settings.compress, stored, again)
+    return feeder, [proving[0]._replace(name=program.name, at_end=lambda: check_compressor(program)),
+                    *proving[1:]]
+
+
+def image_facts(doing: str, settings: Configuration, name: str, file_format: str, plain: Digest,
+                stored: Digest, again: Digest) -> Dict[str, Any]:
+    """What the manifest tells of a file; ProgramError if what it decompresses to is not what went in."""
+    if again.hexdigest() != plain.hexdigest():
+        raise ProgramError(bad_compressor(doing, settings.compress, "other data than it was given"))
+    return {"name": name, "format": file_format, "compression": settings.compress,
+            "size": stored.total_bytes, "sha256": stored.hexdigest(),
+            "plain_size": plain.total_bytes, "plain_sha256": plain.hexdigest()}
+
+
+# ---- the state of every block, and what changed ------------------------------
+
+
+class BaseLost(BackupError):
+    """What an increment was to rest on is no longer what it was."""
+
+
+def begin_state(inside: Directory, blocks: BlocksFile, chain: Chain, disk: Disk) -> DiskState:
+    """The state of a disk whose blocks come now; in an increment its file is begun."""
+    key, size = chain.key(disk), disk.virtual_size
+    if chain.base is None:
+        return DiskState(key, size, blocks)
+    row, old = chain.row(key, size), iter(())      # type: Optional[Dict[str, Any]], Iterator[Row]
+    try:
+        if row is not None:
+            old = disk_rows(chain.base.inside, row)
+            old = itertools.chain([next(old)], old) if row["begin"] < row["end"] else old
+    except (NotThere, WrongKind) as error:
+        raise BaseLost(f"the increment was given up: {error}")
+    file = VhdFile(inside.create(key + ".vhd"), size, VHD_DIFFERENCING if row else VHD_DYNAMIC)
+    return DiskState(key, size, blocks, old, chain.base.copy.name, file)
+
+
+def state_facts(chain: Chain, state: DiskState) -> Dict[str, Any]:
+    """What the manifest tells of the state of a disk: where its rows stand, in which copies its blocks lie,
+    since which copy these are to be laid over each other, and how it was read."""
+    row = chain.row(state.key, state.size)
+    how, why = ("full", "") if chain.base is None else \
+        ("all", "compared with the base" if row else "the base has no such disk, or a larger one")
+    return {"key": state.key, "begin": state.begin, "end": state.end, "blocks": state.present,
+            "changed": state.stored, "holders": sorted(state.holders - {""}), "how": how, "why": why,
+            "since": row["since"] if row else chain.name}
+
+
+def proven_layer(services: Services, inside: Directory, state: DiskState, doing: str) -> Dict[str, Any]:
+    """What the manifest tells of an increment's file of a disk. It is read from storage, and holds what its
+    rows say; then it is compressed, if that is wanted, and the plain one is gone. StorageMisbehaved if the
+    storage gives something else."""
+    settings, key, is_plain = services.settings, state.key, services.settings.compress == "none"
+    name, plain = f"{key}.vhd{COMPRESSED_SUFFIX[settings.compress]}", Digest()
+    stored, again = plain, plain
+
+    def opened() -> Tuple[int, io.BufferedIOBase, Optional[int]]:
+        target = None if is_plain else inside.create(name)
+        fd = inside.open_file(key + ".vhd")
+        forget_cached(fd)
+        return fd, open(inside.open_file(BLOCKS), "rb"), target
+
+    fd, listed_blocks, target = within(services.patience_s, doing, opened)
+    rows = rows_of(listed_blocks, key, state.begin, state.end)
+    proof = Proof({key: (key, state.size, (row for row in rows if not row.holder))})
+    with contextlib.ExitStack() as stack:
+        check = Check(check_vhd, None, [proof.of(key)], strict=False, is_layer=True, virtual_size=state.size)
+        flows = [Flow(fd, [plain, check])]
+        if not is_plain:
+            stored = Digest("SHA-256 of the stored bytes")
+            again = Digest("SHA-256 of what it decompresses to")
+            writer = Consumer("storage", write_file, target)
+            feeder, compressed = compressing(stack, settings, [stored, writer], [again])
+            flows = [Flow(fd, [plain, check, feeder]), *compressed]
+        try:
+            pump(flows, Watch(services, f"reading {name} back"), doing)
+            proof.finish()
+            if proof.spans:
+                raise VerificationError("other blocks")
+        except CompressionDamaged as error:
+            raise ProgramError(bad_compressor(doing, settings.compress, f"nothing whole ({error})"))
+        except VerificationError as error:
+            raise StorageMisbehaved(f"{doing}: the storage gives back something else than was written to "
+                                    f"{key}.vhd ({error}): the copy was not kept, and nothing is pruned. "
+                                    "Check the share or disk.")
+    if not is_plain:
+        digest = within(services.patience_s, doing, lambda: stored_digest(services, inside, name))
+        if digest.hexdigest() != stored.hexdigest():
+            raise StorageMisbehaved(f"{doing}: the storage gives back other bytes than were written to "
+                                    f"{name}: the copy was not kept, and nothing is pruned. Check the share "
+                                    "or disk.")
+        within(services.patience_s, doing, lambda: inside.remove_file(key + ".vhd"))
+    return dict(image_facts(doing, settings, name, "vhd", plain, stored, again), disk=key)
 
 
 def check_compressor(program: Program) -> None:
@@ -8243,6 +9589,8 @@ class BackupRun:
         self.run.in_store("looking for the directories", lambda: self.placement.claim_all(
             job.machine for _, job in jobs), FOR_EVER_S)
         tell(self._check_retention())
+        tell(self.run.in_store("looking for increments that were moved", lambda: list(self._moved()),
+                               FOR_EVER_S))
         if settings.pool_db_backup:
             tell(self._dump_pool_database())
         for number, job in self._try_jobs(jobs, is_last=False):
@@ -8331,6 +9679,16 @@ class BackupRun:
                 self.clock_went_back |= clock_went_back(copies, utc) is not None
                 for warning in retention_warnings(copies, utc, local):
                     yield Finding(Severity.WARNING, job.machine.title, warning)
+
+    def _moved(self) -> Iterator[Finding]:
+        """Warnings of increments that somebody has put into directories that are no VM's of this run."""
+        catalog, settings = self._services.catalog, self._services.settings
+        for name in catalog.folder_names() if settings.incremental else ():
+            with contextlib.suppress(CatalogError):        # of what can't be read others tell
+                if name not in self.placement.known:
+                    for copy in catalog.increments_in(name):
+                        if moved_text(copy):
+                            yield Finding(Severity.WARNING, settings.backup_dir, moved_text(copy))
 
     def _try_jobs(self, jobs: Iterable[Tuple[int, Job]], is_last: bool) -> List[Tuple[int, Job]]:
         """Each of the jobs has its outcome, but for those that are worth another try. PoolError if the pool
@@ -8425,6 +9783,7 @@ class BackupJob:
         self._services = backup.run.services
         self._job = job
         self._findings = []                # type: List[Finding]
+        self._said = ""                    # what the copy is in its chain
 
     def outcome(self) -> Outcome:
         """What became of it; if it failed, nothing of it is left."""
@@ -8454,10 +9813,14 @@ class BackupJob:
         with self._own_folder() as folder:
             self._findings += self._backup.clear_unfinished(folder)
             if self._services.settings.pre_clean:
-                copies = self._backup.placement.own_view(folder, job.machine)
-                self._prune(copies, job.rules._replace(newest=job.rules.newest - 1), "to make room")
-            sealed, size_bytes = self._make_copy(folder)
-            outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes)
+                self._prune(folder, job.rules._replace(newest=job.rules.newest - 1), "to make room")
+            try:
+                sealed, size_bytes = self._make_copy(folder)
+            except BaseLost as error:
+                self._services.log.info(f"{job.machine.title}: {error} It is made again, as a full.")
+                sealed, size_bytes = self._make_copy(folder, str(error).rstrip("."))
+            outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes,
+                                            said=self._said)
             try:                                   # whatever comes now, the new copy is sealed
                 return outcome._replace(kept=self._retain(folder.name, sealed))
             except VerificationError as error:
@@ -8505,8 +9868,9 @@ class BackupJob:
 
     # --- the copy -----------------------------------------------------------------------
 
-    def _make_copy(self, folder: Folder) -> Tuple[str, int]:
-        """The name and size of a new sealed copy in that directory."""
+    def _make_copy(self, folder: Folder, lost: str = "") -> Tuple[str, int]:
+        """The name and size of a new sealed copy in that directory. BaseLost if what an increment was to rest
+        on is no longer what it was; `lost`: why that was so, for the full that is made in its place."""
         run, services, exporter = self._run, self._services, self._backup.exporter
         taken_at = services.clock.utc()
         machine = self._read_again()
@@ -8518,11 +9882,17 @@ class BackupJob:
             services.log.info(f"{machine.title}: disk {disk_list((disk,))} is left out by {line}.")
         self._findings += newly_left_out(machine, method, left_out,
                                          self._backup.placement.own_view(folder, machine))
+        keys = {disk.userdevice: block_key(name)
+                for name, disk in zip(disk_folders(machine.disks), machine.disks)}
+        base = None                        # type: Optional[Holder]
         with stage("DIR-FAIL"):
             copy = run.in_store("beginning the copy", lambda: services.catalog.new_copy(
                 folder.name, services.clock.local()))
         try:
-            services.log.info(f"{machine.title}: {self._job.method.value} into {folder.name}/{copy.name}")
+            layer, base = self._next_layer(folder, machine, disks, lost)
+            chain, self._said = Chain(copy.name, keys, base) if layer else None, layer_words(layer)[2:]
+            services.log.info(f"{machine.title}: {self._job.method.value} into {folder.name}/{copy.name}"
+                              f"{layer_words(layer)}")
             with stage("METADATA-FAIL"):
                 metadata = exporter.metadata(machine)
                 run.in_store("writing the metadata", lambda: copy.write(VM_METADATA, metadata))
@@ -8535,23 +9905,36 @@ class BackupJob:
                 # the sizes are those of the snapshot
                 run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if not name.endswith(VDI_CFG)))
-            report, measured = self._export(machine, disks, left_out, copy)
-            image, blocks = report.image, report.blocks
+            report, measured = self._export(machine, disks, left_out, copy, chain)
+            images, blocks = report.images, report.blocks
+            size_bytes = sum(image["size"] for image in images)
             with stage("SEAL-FAIL"):
                 files = metadata_files(machine, measured, interfaces, os_version)
-                copy.sums.update({image["name"]: (image["size"], image["sha256"]),
-                                  BLOCKS: (blocks.size, blocks.hexdigest())})
+                copy.sums.update({image["name"]: (image["size"], image["sha256"]) for image in images})
+                copy.sums[BLOCKS] = blocks.size, blocks.hexdigest()
+                manifest = self._manifest(machine, left_out, report, taken_at, folder)
+                if layer is not None:
+                    manifest.update(format=MANIFEST_FORMAT, layer=layer_facts(layer, copy.name, base, report))
+                if base is not None:
+                    del manifest["image"]
+                    manifest["images"] = images
+                    run.in_store("writing the metadata", lambda: self._write_texts_of_layer(
+                        copy, base, report, manifest, machine, interfaces))
                 run.in_store("writing the metadata", lambda: copy.write_texts(
                     (name, text) for name, text in files if name.endswith(VDI_CFG)))
-                run.in_store("finishing the copy", lambda: copy.finish(
-                    self._manifest(machine, left_out, report, taken_at, folder)))
-                if services.settings.verify_after:
+                run.in_store("finishing the copy", lambda: copy.finish(manifest))
+                for image in images if services.settings.verify_after else ():
                     services.log.info(f"{machine.title}: reading {image['name']} back from storage.")
                     digest = stored_digest(services, copy.inside, image["name"])
                     if (digest.total_bytes, digest.hexdigest()) != (image["size"], image["sha256"]):
                         raise StorageMisbehaved(
                             f"the storage gives back other bytes than were written to {image['name']}: the "
                             "copy was not kept, and nothing is pruned. Check the share or disk.")
+                if base is not None:
+                    now = run.in_store(f"listing {folder.name}", lambda: services.catalog.folder(folder.name))
+                    problem = holder_problem(base.copy, now.copies, layer_of(manifest).holders)
+                    if problem:
+                        raise BaseLost(f"the increment was not sealed, as {problem}.")
                 run.in_store("sealing the copy", lambda: (
                     run.check_alive(), services.catalog.check_in_place(), copy.seal()))
         except BaseException as error:
@@ -8562,9 +9945,52 @@ class BackupJob:
             raise
         finally:
             copy.close()
+            if base is not None:
+                base.inside.close()
         services.log.info(f"{machine.title}: {folder.name}/{copy.name} is complete: "
-                          f"{format_size(image['size'])}, proven {proof_text(report.verified)}.")
-        return copy.name, image["size"]
+                          f"{format_size(size_bytes)}, proven {proof_text(report.verified)}.")
+        return copy.name, size_bytes
+
+    def _next_layer(self, folder: Folder, machine: VirtualMachine, disks: Sequence[Disk],
+                    lost: str) -> Tuple[Optional[NextLayer], Optional[Holder]]:
+        """What the copy will be where the config wants increments, which is told; and what an increment will
+        rest on, its list of blocks proven. Nothing where it does not."""
+        services, settings = self._services, self._services.settings
+        if not settings.incremental:
+            return None, None
+        copies = self._backup.placement.own_view(folder, machine)
+        free = self._run.in_store("asking for the free space", services.catalog.free_bytes)
+        layer = next_layer(copies, machine, self._job.method, disks, settings.full_every, free)
+        if lost:
+            layer = layer._replace(base=None, why=lost)
+        if layer.base is None:
+            return layer, None
+        try:
+            holder = self._run.in_store("reading the copy before", lambda: proven_base(services, layer.base))
+        except StorageMisbehaved:
+            raise
+        except (CatalogError, VerificationError) as error:
+            self._warn(f"it can't be an increment on {layer.base.name}: {error} A full is made.")
+            return layer._replace(base=None, why=f"{layer.base.name} can't be built on"), None
+        if layer.warning:
+            self._warn(layer.warning)
+        return layer, holder
+
+    def _write_texts_of_layer(self, copy: NewCopy, base: Holder, report: ImageReport,
+                              manifest: Dict[str, Any], machine: VirtualMachine,
+                              interfaces: Sequence[Interface]) -> None:
+        """What only an increment has: the archive's ova.xml, and how to restore it by hand."""
+        if report.ova_xml:
+            copy.write(OVA_XML, report.ova_xml)
+        with contextlib.ExitStack() as stack:
+            new = base.copy._replace(layer=layer_of(manifest))
+            try:
+                holders = opened_holders(stack, copy.inside, new, manifest)
+            except VerificationError as error:
+                raise BaseLost(f"the increment was not sealed: {error}")
+            text = restore_text(machine, interfaces, manifest, {
+                name: holder for name, holder in holders.items() if name})
+        copy.write_texts([(RESTORE_TEXT, text)])
 
     def _read_again(self) -> VirtualMachine:
         """The VM as it is just before its snapshot; differences from the plan are told."""
@@ -8589,7 +10015,7 @@ class BackupJob:
         return machine
 
     def _export(self, machine: VirtualMachine, disks: Sequence[Disk], left_out: Iterable[Disk],
-                copy: NewCopy) -> Tuple[ImageReport, List[Disk]]:
+                copy: NewCopy, chain: Optional[Chain]) -> Tuple[ImageReport, List[Disk]]:
         """The image of these disks, and all of the VM's with the sizes that their snapshots have."""
         exporter, snapshots, base = self._backup.exporter, self._run.snapshots, safe_name(machine.name)
         snapshots.check_none_left(machine)
@@ -8608,11 +10034,11 @@ class BackupJob:
                         raise BackupError(
                             f"{machine.title}: {disk_list(odd)} was detached or exchanged while the snapshot "
                             "was made, so nothing was exported.", passing=True)
-                    image = exporter.vm_image(snapshot, machine, copy.inside, base)
+                    image = exporter.vm_image(snapshot, machine, copy.inside, base, chain)
                     sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
             else:
                 with snapshots.of_disk(machine, disks[0]) as snapshot, stage("VDI-EXPORT-FAIL"):
-                    image = exporter.disk_image(snapshot, machine, copy.inside, base)
+                    image = exporter.disk_image(snapshot, machine, copy.inside, base, chain)
                     sizes = {disks[0].vdi_ref: snapshot.virtual_size}
         return image, [disk._replace(virtual_size=sizes.get(disk.vdi_ref, disk.virtual_size))
                        for disk in machine.disks]
@@ -8627,10 +10053,10 @@ class BackupJob:
                   for rules, at in told.values() if rules.config != job.rules.config and is_still_told(
                       rules.config, parse_utc(at), taken_at)]
         return {
-            "format": MANIFEST_FORMAT, "program": "VmBackup " + VERSION, "kind": job.method.value,
+            "format": PLAIN_FORMAT, "program": "VmBackup " + VERSION, "kind": job.method.value,
             "folder": folder.name,
             "taken_at": format_utc(taken_at), "finished_at": format_utc(self._services.clock.utc()),
-            "sequence": next_sequence(folder.copies), "copies_to_keep": job.rules.newest,
+            "sequence": next_sequence(folder.copies, taken_at), "copies_to_keep": job.rules.newest,
             "rules": dict(zip(RULE_NAMES, job.rules)), "config": job.rules.config,
             "other-rules": others, "chosen_by": job.chosen_by,
             "vm": {"uuid": machine.uuid, "name": machine.name, "power_state": machine.power_state},
@@ -8638,7 +10064,7 @@ class BackupJob:
             "host": inventory.host.short_name,
             "server": {"product_version": ".".join(map(str, inventory.master.product_version)),
                        "api_version": "%d.%d" % inventory.master.api_version},
-            "image": report.image, "disks": report.disks, "verified": report.verified,
+            "image": report.images[0], "disks": report.disks, "verified": report.verified,
             "left-out": [{"device": disk.device, "userdevice": disk.userdevice, "name": disk.name,
                           "uuid": disk.vdi_uuid, "virtual_size": disk.virtual_size, "by": line}
                          for disk, line in left_out.items()],
@@ -8666,27 +10092,33 @@ class BackupJob:
                 log.info(f"{folder_name}/{copy.name} is left: {copy.aside}.")
         for name in folder.strangers:
             log.info(f"{folder_name}/{one_line(name)} is not ours and is left.")
-        removed = self._prune(copies, job.rules, "retention", sealed)
+        removed = self._prune(folder, job.rules, "retention", sealed)
         return sum(1 for copy in copies if copy.counts_for(job.machine.uuid, job.method)) - removed
 
-    def _prune(self, copies: Sequence[Copy], rules: Rules, why: str, sealed: str = "") -> int:
+    def _prune(self, folder: Folder, own: Rules, why: str, sealed: str = "") -> int:
         """What neither these rules of this config nor others hold is gone; how many copies that were. A copy
         that can't be removed is a warning."""
-        job, title, log = self._job, self._job.machine.title, self._services.log
+        job, log, catalog = self._job, self._services.log, self._services.catalog
+        title = job.machine.title
         removed, uuid = 0, job.machine.uuid
-        for verdict in judge(copies, uuid, job.method, rules_for(rules, copies, uuid, job.method),
-                             self._services.clock.local(), sealed):
-            if verdict.keep:
-                continue
+        copies = self._backup.placement.own_view(folder, job.machine)
+        rules, now = rules_for(own, copies, uuid, job.method), self._services.clock.local()
+        has_unfinished = self._run.in_store(f"listing {folder.name}",
+                                            lambda: catalog.has_unfinished(folder.name))
+        left = set()                       # type: Set[str]
+        verdicts = judge(copies, uuid, job.method, rules, now, sealed, has_unfinished)
+        for verdict in in_removal_order(verdicts):
             if self._backup.why_not_pruned:
                 log.info(f"{title}: nothing is pruned, as {self._backup.why_not_pruned}.")
                 break
             place = f"{verdict.copy.folder}/{verdict.copy.name}"
             try:
                 self._run.check_alive()
-                is_left = self._run.in_store(f"removing {place}", functools.partial(
-                    self._services.catalog.remove_copy, verdict.copy), REMOVAL_LIMIT_S)
+                is_left = "holds blocks of one that is left" if verdict.copy.name in left else \
+                    self._run.in_store(f"removing {place}", functools.partial(
+                        catalog.remove_copy, verdict.copy), REMOVAL_LIMIT_S)
                 if is_left:
+                    left |= verdict.copy.layer.held_by if verdict.copy.layer else set()
                     log.info(f"{title}: {place} is left, as it {is_left}; a later run looks at it again.")
                     continue
             except TakenOver:
@@ -8697,7 +10129,147 @@ class BackupJob:
                 break
             removed += 1
             log.info(f"{title}: removed {place} ({why}): {verdict.reason}.")
+        if sealed:
+            for warning in idle_warnings(verdicts, uuid, job.method, rules, now):
+                self._warn(warning)
         return removed
+
+
+def restore_text(machine: VirtualMachine, interfaces: Sequence[Interface], manifest: Dict[str, Any],
+                 holders: Mapping[str, Holder]) -> str:
+    """RESTORE.txt: how to restore this increment with `xe` alone. The commands are a script for sh as they
+    stand; all else is a comment."""
+    layer, disks, full = manifest["layer"], held_disks(manifest), holders[manifest["layer"]["full"]]
+    is_vm = manifest["kind"] == Method.VM.value
+    # the disks that are those of the full still
+    before = {disk["key"]: disk for disk in held_disks(full.manifest) if any(
+        one["key"] == disk["key"] and one["since"] == layer["full"] for one in disks)}
+    # path, compression, format and unpacked size of each copy's images, by disk in an increment
+    files = {name: {facts.get("disk", ""): (f"../{name}/{image}", facts if image == facts["name"] else dict(
+        facts, compression="gzip" if image.endswith(".gz") else "zstd"))
+                    for image, facts in zip(holder.copy.images, holder.manifest["images"])}
+             for name, holder in holders.items()}
+    files[""] = {facts["disk"]: (facts["name"], facts) for facts in manifest["images"]}
+    unpacked = [facts["plain_size"] for images in files.values() for _, facts in images.values()
+                if facts["compression"] != "none" and facts["format"] == "vhd"]
+    size = sum(disk["virtual_size"] for disk in disks)
+    lines = [
+        f"# How to bring back {quote_name(machine.name)} as it was when this copy was made, with xe alone.",
+        "#",
+        "# This copy is an increment: it holds what changed since those that are named below, which lie",
+        "# beside it. `sha256sum -c SHA256SUMS` proves all of them. VmBackup's own `restore` does all this",
+        "# by itself.",
+        f"# Needed: an SR with {format_size(size)} free. It must be plugged: an import into one that is not",
+        "# hangs without a word. SRs whose disks must be zeroed (LVM of raw disks, EqualLogic) refuse VHD.",
+        "# The commands go in this order, in this directory, on a host of the pool: `sh RESTORE.txt`. A file",
+        "# that was compressed since, by somebody else, has to be unpacked first.",
+        "", "set -e", f"SR={disks[0]['sr_uuid']}      # where the disks go: they came from there"]
+    if unpacked:
+        lines.append("ROOM=$(mktemp /var/tmp/layer.XXXXXX)      # what is compressed is unpacked there, "
+                     f"up to {format_size(max(unpacked))}")
+    gone = [disk for disk in held_disks(full.manifest) if is_vm and disk["key"] not in before]
+    if is_vm:
+        lines += ["", "# The full; it bears the name of its snapshot.",
+                  f"VM=$(xe vm-import filename={shell_word(files[layer['full']][''][0])} sr-uuid=$SR)",
+                  f"xe vm-param-set uuid=$VM name-label={shell_word(machine.name)}"]
+    for disk in gone:
+        lines += ["", f"# Disk {disk['key']} of the full is not one of this copy's.",
+                  f"DISK={by_hand_drive(disk, 'vdi-uuid')}",
+                  f"xe vbd-destroy uuid={by_hand_drive(disk, 'uuid')}", "xe vdi-destroy uuid=$DISK"]
+    for disk in disks:
+        lines += ["", f"# Disk {disk['key']}, {format_size(disk['virtual_size'])}."]
+        was, key = before.get(disk["key"]), disk["key"]
+        drive = next((one for one in machine.disks if one.userdevice == disk["userdevice"]), None)
+        attach = ("xe vbd-param-set other-config:owner=true uuid=$(xe vbd-create vm-uuid=$VM vdi-uuid=$DISK "
+                  f"device={shell_word(disk['userdevice'])} mode={drive.mode if drive else 'RW'} "
+                  f"bootable={'true' if drive and drive.bootable else 'false'} type=Disk)")
+        if is_vm and was is not None:
+            lines.append(f"DISK={by_hand_drive(was, 'vdi-uuid')}")
+            if was["virtual_size"] != disk["virtual_size"]:
+                lines.append(f"xe vdi-resize uuid=$DISK disk-size={disk['virtual_size']}")
+            if was["userdevice"] != disk["userdevice"]:
+                lines += [f"xe vbd-destroy uuid={by_hand_drive(was, 'uuid')}", attach]
+        else:
+            lines.append(f"DISK=$(xe vdi-create sr-uuid=$SR name-label={shell_word(disk['name'])} type=user "
+                         f"virtual-size={disk['virtual_size']})")
+            lines += [attach] if is_vm else []
+        if not is_vm and was is not None:
+            lines += by_hand_import(*files[layer["full"]][""])
+        names = [holder["copy"] for holder in layer["holders"] if holder["copy"] in disk["holders"]]
+        for name in names + [""] * bool(disk["changed"]):
+            if name != layer["full"]:
+                lines += by_hand_import(*files[name][key])
+    lines += ["rm $ROOM"] if unpacked else []
+    lines += ["", "# Then by hand, as the VM was when this copy was made:",
+              f"#   memory {machine.memory_dynamic_max}, VCPUs-max {machine.vcpus_max}, VCPUs-at-startup "
+              f"{machine.vcpus_at_startup}; what else has changed since the full is in vm-metadata.xml"]
+    lines += [f"#   interface {vif.device} on network {one_line(vif.network_name)}, MAC {vif.mac}"
+              for vif in interfaces]
+    if not is_vm:
+        lines.append("#   this is the OS disk, $DISK: the VM is made anew, as the section on OS disks in "
+                     "README says")
+    return "\n".join(lines + ["echo done", ""])
+
+
+def by_hand_drive(disk: Mapping[str, Any], field: str) -> str:
+    """What xe tells of the drive of that disk, in a shell."""
+    return (f"$(xe vbd-list vm-uuid=$VM userdevice={shell_word(disk['userdevice'])} params={field} "
+            "--minimal)")
+
+
+def by_hand_import(path: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """The commands that lay an image over the disk. xe takes no VHD from a pipe, and of a raw image there as
+    much as the disk has."""
+    word, unpack = shell_word(path), {"gzip": "gzip -dc", "zstd": "zstd -dc"}.get(facts["compression"])
+    if unpack is None:
+        yield f"xe vdi-import uuid=$DISK format={facts['format']} filename={word}"
+    elif facts["format"] == "raw":
+        yield "BYTES=$(xe vdi-param-get uuid=$DISK param-name=virtual-size)"
+        yield (f"{{ {unpack} {word}; cat /dev/zero; }} | head -c $BYTES | "
+               "xe vdi-import uuid=$DISK format=raw filename=/dev/stdin")
+    else:
+        yield f"{unpack} {word} > $ROOM"
+        yield "xe vdi-import uuid=$DISK format=vhd filename=$ROOM"
+
+
+def layer_words(layer: Optional[NextLayer]) -> str:
+    """What a copy will be, in words behind its name."""
+    if layer is None:
+        return ""
+    return f", an increment on {layer.base.name}: {layer.why}" if layer.base else f", a full, as {layer.why}"
+
+
+def proven_base(services: Services, copy: Copy) -> Holder:
+    """The copy that an increment rests on, open; VerificationError if its list of blocks is not what was
+    written."""
+    with contextlib.ExitStack() as stack:
+        inside = stack.enter_context(services.catalog.open_copy(copy))
+        try:
+            manifest = parse_manifest(inside.read(MANIFEST))
+        except ValueError as error:
+            raise VerificationError(f"its {MANIFEST} is damaged: {error}.")
+        if stored_digest(services, inside, BLOCKS).hexdigest() != manifest["files"][BLOCKS]["sha256"]:
+            raise VerificationError("its list of blocks is not what was written.")
+        stack.pop_all()                    # it is whoever's that asked
+        return Holder(inside, copy, manifest)
+
+
+def layer_facts(layer: NextLayer, name: str, base: Optional[Holder], report: ImageReport) -> Dict[str, Any]:
+    """What the manifest tells of a copy's place in its chain. The full is among those that hold blocks in any
+    case: with it a restore by hand begins."""
+    if base is None:
+        return {"depth": 1, "full": name, "base": "", "why": layer.why, "is_first": layer.is_first,
+                "holders": []}
+    told_before = base.manifest["layer"]
+    known = {holder["copy"]: holder for holder in told_before["holders"]}
+    known[base.copy.name] = {
+        "copy": base.copy.name, "stamp": base.copy.stamp, "sequence": base.copy.sequence,
+        "manifest": base.copy.mark, "blocks": base.manifest["files"][BLOCKS]["sha256"],
+        "files": {image["name"]: image["sha256"] for image in base.manifest["images"]}}
+    named = {holder for disk in report.disks for holder in disk["holders"]} | {told_before["full"]}
+    return {"depth": told_before["depth"] + 1, "full": told_before["full"], "base": base.copy.name,
+            "why": layer.why, "is_first": layer.is_first,
+            "holders": sorted((known[one] for one in named), key=lambda holder: holder["sequence"])}
 
 
 def stored_digest(services: Services, folder: Directory, name: str) -> Digest:
@@ -8861,7 +10433,7 @@ def planned(run: Run, changes_allowed: bool = True) -> Iterator[Tuple[Services, 
 
 class CopyState(enum.Enum):
     """The verdict on a copy; the value is the word that people see."""
-    GOOD = "good"
+    GOOD = GOOD
     UNPROVEN = "structure good"       # the older program recorded no digests
     DAMAGED = DAMAGED
     UNCHECKED = "NOT CHECKED"         # something that the check needs is not here
@@ -8870,19 +10442,22 @@ class CopyState(enum.Enum):
 
 
 class CopyVerdict(NamedTuple):
-    """What a check of a copy found, and how its files looked when it began."""
+    """What a check of a copy found, how its files looked when it began, and the state of its own blocks, if
+    its manifest tells that of every block."""
     copy: Copy
     state: CopyState
     reason: str
     look: str
+    layer: Optional[LayerState] = None
 
 
-def verify_copy(services: Services, copy: Copy) -> CopyVerdict:
-    """The verdict on that copy of the catalog. Raises Interrupted only."""
+def verify_copy(services: Services, copy: Copy, layers: LayerStates) -> CopyVerdict:
+    """The verdict on that copy of the catalog; what is learned of layers is noted. Raises Interrupted only.
+    """
     look = ""
     try:
         look = services.catalog.look_of(copy)
-        state, reason = _judge(services, copy)
+        state, reason = _judge(services, copy, layers)
     except UnknownFormat as error:
         state, reason = CopyState.UNCHECKED if copy.is_old else CopyState.DAMAGED, str(error)
     except (VerificationError, NotThere, WrongKind) as error:
@@ -8895,16 +10470,25 @@ def verify_copy(services: Services, copy: Copy) -> CopyVerdict:
         try:
             services.catalog.check_in_place()
             now = services.catalog.copy_again(copy)
-            if now.image != copy.image:                # the storage host has compressed it meanwhile
-                return verify_copy(services, now)
+            stale = [place for place in layers_of(copy) if place in layers
+                     and layers[place].images != services.catalog.images_of(*place)]
+            if now.images != copy.images or stale:     # the storage host has compressed some meanwhile
+                for place in stale:
+                    del layers[place]
+                return verify_copy(services, now, layers)
         except NotThere:
             state, reason = CopyState.GONE, "another run removed it while it was read"
         except CatalogError as error:
             state, reason = CopyState.UNREADABLE, str(error)
-    return CopyVerdict(copy, state, reason.rstrip("."), look)
+    return CopyVerdict(copy, state, reason.rstrip("."), look, layers.get((copy.folder, copy.name)))
 
 
-def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
+def layers_of(copy: Copy) -> List[Tuple[str, str]]:
+    """Where the copies lie that hold blocks of it, its own place first."""
+    return [(copy.folder, name) for name in (copy.name, *(copy.layer.held_by if copy.layer else ()))]
+
+
+def _judge(services: Services, copy: Copy, layers: LayerStates) -> Tuple[CopyState, str]:
     """State and reason; raises VerificationError for damage."""
     if copy.is_newer:
         raise ProgramError(copy.problem)
@@ -8914,10 +10498,12 @@ def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
         raise VerificationError(copy.problem)
     with services.catalog.root.child(copy.folder) as folder, folder.child(copy.name) as inside:
         manifest = {} if copy.is_old else _check_files(services, inside)
+        title = f"verifying {copy.folder}/{copy.name}"
+        if copy.layer is not None:
+            return CopyState.GOOD, _judge_layers(services, inside, copy, manifest, layers, title)
         with open(inside.open_file(copy.image), "rb") as image:
             forget_cached(image.fileno())              # what is proven is the storage, not a cache
         check = image_check(inside, copy, manifest)
-        title = f"verifying {copy.folder}/{copy.name}"
         read_image(inside, copy, manifest, [check] if check else [],
                    shown_progress(services, title, copy.size_bytes), title)
     if copy.is_old:
@@ -8930,6 +10516,27 @@ def _judge(services: Services, copy: Copy) -> Tuple[CopyState, str]:
     return CopyState.GOOD, "digest, structure and " + blocks
 
 
+def _judge_layers(services: Services, inside: Directory, copy: Copy, manifest: Dict[str, Any],
+                  layers: LayerStates, title: str) -> str:
+    """Why a copy that tells the state of every block is good; VerificationError if it is not: its own blocks
+    and those that others hold for it are all there, each with its digest."""
+    on_tick = shown_progress(services, title, copy.size_bytes)
+    with contextlib.ExitStack() as stack:
+        holders = opened_holders(stack, inside, copy, manifest)
+        for name, holder in holders.items():
+            place = copy.folder, name or copy.name
+            if place not in layers:
+                layers[place] = layer_state(holder, on_tick, title)
+        if layers[copy.folder, copy.name].problem:
+            raise VerificationError(layers[copy.folder, copy.name].problem)
+        bad = {name: layers[copy.folder, name or copy.name].bad for name in holders}
+        number = check_rows(inside, manifest, holders, bad)
+        if None in bad.values():           # how much is whole of one that can't be read to its end
+            pump([Flow(lambda: laid_together(inside, copy, manifest), [])], on_tick, title)
+    held = f" in {counted(len(holders), 'copy')}" if len(holders) > 1 else ""
+    return f"digest, structure and {counted(number, 'block')}{held}"
+
+
 def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
     """The manifest, when every small file is as it and SHA256SUMS say; VerificationError otherwise."""
     raw = inside.read(MANIFEST)
@@ -8940,12 +10547,12 @@ def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
     sums = {MANIFEST: hashlib.sha256(raw).hexdigest()}
     for name, facts in manifest["files"].items():
         sums[name] = facts["sha256"]
-    if manifest["image"]["name"] not in sums or BLOCKS not in sums:
+    images = {image["name"] for image in manifest["images"]}
+    if not images < set(sums) or BLOCKS not in sums:
         raise VerificationError(f"{MANIFEST} does not list the image and its blocks")
-    expected = "".join(checksum_line(digest, name) for name, digest in sorted(sums.items()))
-    if inside.read(CHECKSUMS) != expected.encode("utf-8", "surrogateescape"):
+    if inside.read(CHECKSUMS) != checksums(sums, manifest):
         raise VerificationError(f"{CHECKSUMS} is not what {MANIFEST} says")
-    for name in sorted(set(sums) - {MANIFEST, manifest["image"]["name"]}):
+    for name in sorted(set(sums) - images - {MANIFEST}):
         folder, _, base = name.rpartition("/")
         if folder.startswith("/") or ".." in folder.split("/"):
             raise VerificationError(f"{MANIFEST} names a file outside the copy: {one_line(name)}")
@@ -8955,160 +10562,6 @@ def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
         if digest.hexdigest() != sums[name]:
             raise VerificationError(f"{name} is not what was written: its SHA-256 differs")
     return manifest
-
-
-def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumers: Sequence[Consumer],
-               on_tick: Callable[[Progress], Any], doing: str,
-               problems: Optional[List[VerificationError]] = None) -> None:
-    """The whole image passed through the consumers, decompressed, and its digests are those of the manifest,
-    if there is one. VerificationError if anything is wrong; where `problems` is given that is noted there,
-    and as much passes as can be read."""
-    plain = stored = Digest()
-    with contextlib.ExitStack() as stack:
-        with closed_aside(consumers):
-            compression = image_compression(inside, copy, manifest)
-            if compression != "none":
-                stored = Digest("SHA-256 of the stored bytes")
-            digests = [stored, plain] if manifest else []
-            flows = reading_flows(stack, inside.open_file(copy.image), compression,
-                                  digests[:1] if compression != "none" else [], [*digests[1:], *consumers],
-                                  is_foreign_vhd(copy))
-        pump(flows, on_tick, doing, problems)
-    problem = digest_problem(copy, manifest["image"], stored, plain) if manifest else ""
-    if problem:
-        if problems is None:
-            raise VerificationError(problem)
-        problems.append(VerificationError(problem))
-
-
-def image_compression(inside: Directory, copy: Copy, manifest: Dict[str, Any]) -> str:
-    """How the image is compressed: of ours as the manifest says, of others as its first bytes say, whatever
-    its name. UnknownFormat if that is not read here."""
-    suffixes = {suffix: word for word, suffix in COMPRESSED_SUFFIX.items()}
-    by_name = suffixes[re.search(r"(\.gz|\.zst)?$", copy.image).group()]
-    if manifest:
-        word = manifest["image"].get("compression") if copy.image == manifest["image"]["name"] else ""
-        return word if word in COMPRESSED_SUFFIX else by_name
-    head, tail = inside.read_part(copy.image, 16), inside.read_part(copy.image, SECTOR_BYTES, at_end=True)
-    status = inside.status(copy.image)
-    found = next((suffixes[suffix] for suffix, magic in COMPRESSED_MAGIC if head.startswith(magic)), "")
-    if re.match(br"[\x50-\x5f]\x2a\x4d\x18", head):       # a skippable frame (RFC 8878, 3.1.2): pzstd's first
-        found = "zstd"
-    # A disk may begin with any bytes: that of a fixed VHD, and a raw image, which is of whole MiBs (as what
-    # dd padded is, but that is called compressed too).
-    is_raw = image_format(copy.image) == "raw" and not (found and by_name != "none")
-    if is_raw and not (status and status.st_size % MEBIBYTE) or \
-            image_format(copy.image) == "vhd" and b"conectix" in (tail[:8], tail[1:9]):
-        return "none"
-    if found:
-        return found
-    for name, magic in OTHER_MAGIC:
-        if head.startswith(magic):
-            raise UnknownFormat(f"{copy.image} is a file of {name}, which is not supported: make a plain one "
-                                "of it, or one of gzip or zstd")
-    return by_name if image_format(copy.image) == "raw" else "none"
-
-
-def is_foreign_vhd(copy: Copy) -> bool:
-    """Is it a VHD that need not lie as the server streams one?"""
-    return copy.is_old and image_format(copy.image) == "vhd"
-
-
-def is_compressed_twice(copy: Copy, manifest: Dict[str, Any]) -> bool:
-    """Did the storage host compress an image that was compressed already?"""
-    return bool(manifest) and copy.image != manifest["image"]["name"] \
-        and manifest["image"].get("compression") != "none"
-
-
-def image_check(inside: Directory, copy: Copy, manifest: Dict[str, Any], sinks: Sequence[MebibyteSink] = (),
-                compare: bool = True, is_whole: bool = True) -> Optional[Check]:
-    """The check of that image, whose sinks are shown the disks' contents; where the export noted a digest of
-    every block, they are compared too. None for an image that was compressed a second time: what is inside
-    stays as it is. `is_whole` false: damage is put up with."""
-    expected, blocks, size, image = None, None, None, manifest.get("image", {})
-    if manifest:
-        if is_compressed_twice(copy, manifest):
-            return None
-        expected = {disk["snapshot_uuid"]: disk["virtual_size"] for disk in manifest["disks"]}
-        size = list(expected.values())[0] if len(expected) == 1 else None
-        if compare and inside.status(BLOCKS) is not None:
-            blocks = BlockComparer(open(inside.open_file(BLOCKS), "rb"))
-    file_format = image.get("format") if manifest else image_format(copy.image)
-    if file_format == "xva":
-        return Check(check_xva, blocks, sinks, expected=expected, strict=bool(manifest))
-    if file_format == "raw" and not manifest:            # of the size that cfg files beside it give
-        ova = ova_of_cfg_files(inside, False)
-        sizes = {vbd["userdevice"]: int(ova_objects(ova, "VDI")[vbd["VDI"]]["virtual_size"])
-                 for vbd in (ova_objects(ova, "VBD") if ova else {}).values()}
-        size = next((sizes[name] for name in ("0", "xvda", "hda") if sizes.get(name)), None)
-    if file_format == "raw":
-        return Check(check_raw, blocks, sinks, virtual_size=size)
-    return Check(check_vhd, blocks, sinks, virtual_size=size, strict=bool(manifest), is_whole=is_whole)
-
-
-def digest_problem(copy: Copy, image: Dict[str, Any], stored: Digest, plain: Digest) -> str:
-    """Why an image that was read whole is not the one of the manifest, "" if it is."""
-    if copy.image != image["name"]:
-        if plain.hexdigest() != image["sha256"]:
-            return f"the image {copy.image} is not what was written: its decompressed bytes differ"
-        if image.get("compression") != "none":
-            return ""
-    elif stored.hexdigest() != image["sha256"]:
-        return f"the image {copy.image} is not what was written: its SHA-256 differs"
-    if image.get("plain_sha256") != plain.hexdigest():
-        return f"the image {copy.image}, decompressed, is not what was exported: its SHA-256 differs"
-    return ""
-
-
-def read_if_file(folder: Directory, name: str) -> bytes:
-    """The content of that small file; nothing if there is none, or something else in its place."""
-    with contextlib.suppress(NotThere, WrongKind):
-        return folder.read(name)
-    return b""
-
-
-def ova_of_cfg_files(inside: Directory, escaped: bool) -> Dict[str, Any]:
-    """What the cfg files tell of the VM, in the form of an ova.xml without a version; {} if they tell
-    nothing. What is missing in them, or no number where one should be, is as if it had not been written."""
-    objects = []                           # type: List[Dict[str, Any]]
-
-    def add(class_name: str, key: str, **fields: Any) -> None:
-        objects.append({"class": class_name, "id": key, "snapshot": fields})
-
-    def read(folder: Directory, name: str) -> Dict[str, str]:
-        return parse_cfg(read_if_file(folder, name).decode("utf-8", "replace"), escaped)
-
-    machine = read(inside, "vm.cfg")
-    add("VM", "vm", uuid=machine.get("orig_uuid", ""), other_config={}, tags=[], power_state="Halted",
-        **{field: machine[field] for field in CFG_VM_FIELDS if machine.get(field)})
-    for name in inside.names():
-        if not inside.is_directory(name) or not (name.startswith("DISK-") or name == "VIFs"):
-            continue
-        with inside.child(name) as folder:
-            if name == "VIFs":
-                for file in folder.names():
-                    vif = read(folder, file)
-                    if vif:
-                        add("VIF", file, VM="vm", network="network " + file, other_config={},
-                            qos_algorithm_type="", qos_algorithm_params={}, device=vif.get("device", "0"),
-                            MAC=vif.get("MAC", ""), MTU=vif.get("MTU", "1500"))
-                        add("network", "network " + file, name_label=vif.get("network_name_label", ""))
-                continue
-            vbd, vdi, device = read(folder, "vbd.cfg"), read(folder, "vdi.cfg"), name[len("DISK-"):]
-            number, size, key = userdevice_number(device), vdi.get("virtual_size", ""), f"DISK-{len(objects)}"
-            add("VBD", "vbd " + key, VM="vm", VDI=key, device=device,
-                userdevice=vbd.get("userdevice") or (str(number) if number < 1 << 30 else device),
-                bootable=vbd.get("bootable") == "True", mode=vbd.get("mode", "RW"),
-                type=vbd.get("type", "Disk"), unpluggable=vbd.get("unpluggable") == "True", empty=False,
-                other_config={"owner": ""}, qos_algorithm_type="", qos_algorithm_params={})
-            add("VDI", key, uuid=vdi.get("orig_uuid", ""), SR="sr " + key, other_config={},
-                virtual_size=size if re.fullmatch("[0-9]{1,18}", size) else "0", type=vdi.get("type", "user"),
-                name_label=vdi.get("name_label", ""), name_description=vdi.get("name_description", ""))
-            add("SR", "sr " + key, uuid=vdi.get("orig_sr_uuid", ""), name_label="", content_type="user")
-    return {"version": None, "objects": objects} if machine or len(objects) > 1 else {}
-
-
-CFG_VM_FIELDS = ("name_label", "name_description", "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup")
 
 
 # ---- what a person verifies and prunes -------------------------------------
@@ -9149,11 +10602,12 @@ def verify_chosen(run: Run) -> None:
     if most_s != FOR_EVER_S:
         copies.sort(key=lambda copy: copy.checked("verified_at") or "")
     began_s, states, untold = clock.monotonic(), [], True
+    layers = {}                            # type: LayerStates
     for copy in copies:
         services.signals.check()
         if states and clock.monotonic() - began_s >= most_s:
             break
-        verdict = verify_copy(services, copy)
+        verdict = verify_copy(services, copy, layers)
         state, title = verdict.state, f"{copy.folder}/{copy.name}"
         states.append(state)
         log.show(f"{state.value:14} {title}: {verdict.reason}")
@@ -9162,8 +10616,11 @@ def verify_chosen(run: Run) -> None:
                                     None if is_fine else verdict.reason))
         try:
             if copy.mark and state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED):
+                facts = {"layer": None, "bad": None} if copy.layer else {}         # not read, so not known
+                if verdict.layer:
+                    facts = {"layer": DAMAGED if verdict.layer.problem else GOOD, "bad": verdict.layer.bad}
                 catalog.record(copy, verified_at=format_utc(clock.utc()), verdict=state.value,
-                               reason=verdict.reason, look=verdict.look)
+                               reason=verdict.reason, look=verdict.look, **facts)
         except CatalogError as error:      # a store that can only be read, for one: said once
             if untold:
                 log.info(f"verdicts are not recorded: {error}")
@@ -9266,20 +10723,29 @@ def prune_one(run: Run, services: Services, chosen: StoredVm) -> int:
         rules, _ = stored_rules(services, stored)
         if not rules or clock_went_back(stored.around, utc):
             return 0
-        removed = 0
-        for verdict in judge(stored.around, stored.uuid, stored.method, rules, local):
+        verdicts = judge(stored.around, stored.uuid, stored.method, rules, local,
+                         has_unfinished=stored.has_unfinished)
+        removed, left = 0, set()           # type: int, Set[str]
+        for verdict in in_removal_order(verdicts):
+            services.signals.check()
+            copy, place = verdict.copy, f"{folder}/{verdict.copy.name}"
+            is_left = "holds blocks of one that is left" if copy.name in left else \
+                "" if preview else catalog.remove_copy(copy)
+            left |= copy.layer.held_by if is_left and copy.layer else set()
+            removed += not is_left
+            log.show(f"left: {place} {is_left}" if is_left else
+                     f"{'would remove' if preview else 'removed'}: {place}: {verdict.text}")
+        for verdict in verdicts:
             copy, place = verdict.copy, f"{folder}/{verdict.copy.name}"
             if not verdict.keep:
-                services.signals.check()
-                is_left = "" if preview else catalog.remove_copy(copy)
-                removed += not is_left
-                log.show(f"left: {place} {is_left}" if is_left else
-                         f"{'would remove' if preview else 'removed'}: {place}: {verdict.text}")
-            elif not copy.is_good or copy.aside or copy.pin and copy.is_of(stored.uuid, stored.method):
+                continue
+            if not copy.is_good or copy.aside or copy.pin and copy.is_of(stored.uuid, stored.method):
                 log.show(f"left: {place}: {verdict.text}")
             elif copy.counts_for(stored.uuid, stored.method) and (
                     preview or is_pruned_by_hand(services.arguments)):
                 log.show(f"{'would keep' if preview else 'kept'}: {place}: {verdict.text}")
+        run.tell(Finding(Severity.WARNING, stored.title, warning) for warning in idle_warnings(
+            verdicts, stored.uuid, stored.method, rules, local))
         return removed
 
 
@@ -9346,7 +10812,7 @@ class Source(NamedTuple):
 
     `inside`: its directory, open. `ova`: the archive's own, or vm-metadata.xml for an image of one disk; {}
     if there is none. `original`: the VM's own record, {} if unknown. `disks` are in the image, `lacking` are
-    the VM's others. `first_disk`: the one whose blocks come first in an archive.
+    the VM's others. `order`: the disks of an archive whose blocks come first, as far as that is known.
     """
     inside: Directory
     copy: Copy
@@ -9356,17 +10822,23 @@ class Source(NamedTuple):
     original: Dict[str, Any]
     disks: Tuple[SourceDisk, ...]
     lacking: Tuple[SourceDisk, ...] = ()
-    first_disk: str = ""
+    order: Tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         """The copy for a line."""
-        return f"{self.inside.shown}/{self.copy.image}"
+        return self.inside.shown if self.copy.is_increment else f"{self.inside.shown}/{self.copy.image}"
 
     @property
     def is_archive(self) -> bool:
-        """Is it an XVA, which holds the VM with its disks, or the image of one disk?"""
-        return image_format(self.copy.image) == "xva"
+        """Is what it gives an XVA, or the image of one disk?"""
+        return is_archive(self.copy)
+
+    @property
+    def size_bytes(self) -> int:
+        """How much is read of it."""
+        return sum(disk["blocks"] for disk in held_disks(self.manifest)) * MEBIBYTE \
+            if self.copy.is_increment else self.inside.status(self.copy.image).st_size
 
     @property
     def record(self) -> Dict[str, Any]:
@@ -9416,12 +10888,19 @@ def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: b
     """The check that has read the image up to its first block. VerificationError, in which what does not fit
     an image of ours is damage, if it does not begin as it should, or an uncompressed archive does not end as
     one: that is seen at once. With `force` an archive whose ova.xml is there will do."""
+    if copy.is_increment:
+        look = Check(check_xva)
+        text, facts = inside.read(OVA_XML), manifest["files"].get(OVA_XML, {})
+        if not force and hashlib.sha256(text).hexdigest() != facts.get("sha256"):
+            raise VerificationError(f"{OVA_XML} is not what was written: its SHA-256 differs")
+        look.ova = parse_ova(text)
+        return look
     is_archive = image_format(copy.image) == "xva"
     how = {"strict": bool(manifest)} if is_archive else {"strict": False, "is_whole": not force}
     look = Check(check_xva if is_archive else check_vhd, is_first_look=True, **how)
     problems: List[VerificationError] = []
     try:
-        compression = image_compression(inside, copy, manifest)
+        compression = image_compression(inside, copy.image, manifest.get("image", {}))
         if is_archive and compression == "none" and not force:
             end = inside.read_part(copy.image, 2 * SECTOR_BYTES, at_end=True)
             # An archive of others may lack the zero blocks: then it ends with a digest.
@@ -9467,12 +10946,12 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
     should be; with `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its
     size is then 0: not known)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
-    if is_compressed_twice(copy, manifest):
+    if is_compressed_twice(copy.image, manifest.get("image", {})):
         raise UnknownFormat(f"{copy.image} was compressed a second time: decompress it once")
     metadata = read_metadata(inside, copy, manifest, force)
     vm_id, original = own_vm(metadata, copy.uuid) if metadata else ("", {})
     every = disks_of_ova(metadata, vm_id) if metadata else []
-    if image_format(copy.image) == "xva":
+    if is_archive(copy):
         look = first_look(inside, copy, manifest, force, on_tick)
         vm_id, record = own_vm(look.ova)
         if not manifest and _seed(original) != _seed(record) and _seed(original) and _seed(record):
@@ -9486,12 +10965,17 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
                                        sr_uuid=row.get("sr_uuid") or disk.sr_uuid))
         there = {disk.userdevice for disk in disks}
         lacking = [disk for disk in every if disk.userdevice not in there]
+        order = (look.first_disk,) if look.first_disk else ()
+        if copy.is_increment:
+            with contextlib.ExitStack() as stack:
+                holders = opened_holders(stack, inside, copy, manifest, [] if force else None)
+                order = tuple(disk["archive_id"] for disk in laid_order(copy, manifest, holders))
         return Source(inside, copy, manifest, look.ova, vm_id, original, tuple(disks),
-                      _lacking(lacking, manifest), look.first_disk)
+                      _lacking(lacking, manifest), order)
     size = 0                               # then the manifest tells, or what stands beside the image
     if is_foreign_vhd(copy):
         size = first_look(inside, copy, manifest, force, on_tick).size
-    elif not manifest and image_compression(inside, copy, manifest) == "none":
+    elif not manifest and image_compression(inside, copy.image, {}) == "none":
         size = inside.status(copy.image).st_size
     if not metadata and without_vm:
         alone = SourceDisk("", "xvda", "0", copy.image, size, "", "", "")
@@ -9582,15 +11066,16 @@ def chosen_source(services: Services) -> Iterator[Tuple[Source, Optional[Catalog
 @contextlib.contextmanager
 def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy],
               copy: Optional[Copy] = None) -> Iterator[Tuple[Copy, Directory]]:
-    """That copy, or the one that `choose` gives, open; nobody removes it meanwhile, where this store can be
-    locked from here: who reads goes on without. For one that went away before it was held another is
-    chosen."""
+    """That copy, or the one that `choose` gives, open; nobody removes it, or what holds its blocks,
+    meanwhile, where this store can be locked from here: who reads goes on without. For one that went away
+    before it was held another is chosen."""
     while True:
         copy = copy or choose()
         with contextlib.ExitStack() as stack:
             try:
-                is_free = services.arguments.preview or not catalog.is_writable() \
-                    or stack.enter_context(catalog.copy_lock(copy, shared=True))
+                names = sorted({copy.name} | (copy.layer.held_by if copy.layer else set()))
+                is_free = services.arguments.preview or not catalog.is_writable() or all(
+                    stack.enter_context(catalog.copy_lock(copy.folder, name, shared=True)) for name in names)
             except CatalogError as error:              # a full store, or one that can't lock
                 is_free = True
                 services.log.info(f"{copy.folder}/{copy.name} is read all the same, and a run that prunes "
@@ -9654,6 +11139,7 @@ def copy_at_path(path: str) -> Tuple[str, Copy]:
         with Directory.open_path(place) as inside, Directory.open_path(place + "/..") as parent:
             written_at = datetime.fromtimestamp(int(status_of(inside.fd).st_mtime))
             copy = read_copy(parent, folder, name, *(parse_copy_name(name) or (written_at, True)))
+            copy = resting(copy, functools.partial(copy_beside, parent, folder), lambda *_: True)
             if is_directory or copy.is_newer or copy.image == image and (
                     not copy.is_old or parse_copy_name(name)):
                 return place, copy
@@ -10073,11 +11559,12 @@ def _plan_existing(disk: SourceDisk, view: PoolView, attach: bool) -> ExistingDi
 def _cut_into_parts(source: Source, disks: Sequence[PlannedDisk],
                     home: Optional[TargetSr]) -> Tuple[Tuple[Optional[TargetSr], Tuple[str, ...]], ...]:
     """The disks in the order of the archive (string order of ids: ocaml/xapi/stream_vdi.ml@v26.17.0), cut
-    where the SR changes. An archive of another program that begins with another disk is cut at every disk:
-    then any order will do. A VM without disks is a part without any, at home on that SR."""
+    where the SR changes. An archive of another program that begins with another disk, or an increment that is
+    laid together in another order, is cut at every disk: then any order will do. A VM without disks is a part
+    without any, at home on that SR."""
     parts = []                             # type: List[Tuple[TargetSr, Tuple[str, ...]]]
     by_id = sorted(disks, key=lambda item: item.disk.id)
-    order = sorted(by_id, key=lambda item: item.disk.id != source.first_disk)
+    order = sorted(by_id, key=lambda item: (*source.order, item.disk.id).index(item.disk.id))
     for planned in order:
         if parts and order == by_id and parts[-1][0] == planned.sr:
             parts[-1] = planned.sr, parts[-1][1] + (planned.disk.id,)
@@ -10090,6 +11577,8 @@ def plan_text(plan: RestorePlan) -> str:
     """The plan in lines for people: what a preview shows, and what a restore says first."""
     source = plan.source
     method = "vm-export" if source.is_archive else f"vdi-export (one disk, {image_format(source.copy.image)})"
+    if source.copy.is_increment:
+        method = f"{source.copy.method.value} ({source.copy.layer_words})"
     lines = [f"{quote_name(source.vm_name)} ({source.vm_uuid or 'uuid unknown'}) from {source.title}",
              f"  a {method} copy{'' if source.manifest else f' ({source.digests_text})'}, taken "
              f"{source.copy.taken_at:%Y-%m-%d %H:%M:%S}",
@@ -10237,7 +11726,7 @@ class Importer:
         digests, structure, blocks, import. Returns and raises as _import does: what is wrong with the copy
         goes before what xe said of it, and what xe said before what followed from that."""
         source, force, problem = plan.source, plan.given.get("force"), ""
-        size_bytes = source.inside.status(source.copy.image).st_size
+        size_bytes = source.size_bytes
         watch = ImportWatch(self._services, doing, size_bytes, find_tasks=lambda: tasks)
         try:
             with _Imports(self._xe, commands) as imports:
@@ -10484,7 +11973,7 @@ def journal_catalog(services: Services, shown: str, catalog: Optional[Catalog]) 
 def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePlan,
             catalog: Optional[Catalog]) -> None:
     """The plan was carried out. Raises what went wrong, when nothing of it is left."""
-    log, name, size = services.log, quote_name(plan.source.vm_name), format_size(plan.source.copy.size_bytes)
+    log, name, size = services.log, quote_name(plan.source.vm_name), format_size(plan.source.size_bytes)
     began_s = services.clock.monotonic()
     if plan.given["verify_first"]:
         title = f"verifying {plan.source.title}"
@@ -10617,7 +12106,7 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
                                  f"full size of {format_size(disk.virtual_size)}; its zeros take no room.")
         sink = MebibyteSink(functools.partial(write_in_place, file),
                             disk.id if source.is_archive else "image")
-        check = stream_image(source, shown_progress(services, title, source.copy.size_bytes), [sink],
+        check = stream_image(source, shown_progress(services, title, source.size_bytes), [sink],
                              advice="No file was left.")
         size = disk.virtual_size or check.report.disks[0].virtual_size
         file.complete(size)
@@ -10803,8 +12292,10 @@ def drill_one(services: Services, view: PoolView, importer: Importer, exporter: 
         said, error, cause = NOT_TRIED, BUG_TEXT, bug
     try:
         if copy.mark and said != NOT_TRIED:
+            # which blocks are bad, if any are, a drill does not tell
+            facts = {"layer": None, "bad": None} if error and copy.layer else {}
             services.catalog.record(copy, drilled_at=format_utc(services.clock.utc()), drill=said,
-                                    drill_reason=error or "")
+                                    drill_reason=error or "", **facts)
     except BackupError as problem:
         services.log.info(f"the verdict is not recorded: {problem}")
     return undrilled(copy)._replace(error=error, status_word="DRILL-FAIL" if error else "SUCCESS", said=said,
@@ -11034,12 +12525,13 @@ def left_text(outcome: Outcome, report: Report, store: StoreFacts) -> str:
 
 def mail_line(outcome: Outcome) -> str:
     """One VM that was backed up, or one copy that came back."""
-    if outcome.said:
+    if outcome.what == "drill":
         return f"{outcome.title}: {outcome.said}"
     rate = f" ({outcome.size_bytes / 1e6 / outcome.seconds:.0f} MB/s)" if outcome.seconds >= 1 else ""
     kept = counted(outcome.kept, "good copy") if outcome.kept else "all earlier copies"
     return (f"{outcome.title}: {outcome.what}, {format_size(outcome.size_bytes)} in "
-            f"{format_duration(outcome.seconds)}{rate}, {kept} kept")
+            f"{format_duration(outcome.seconds)}{rate}, {kept} kept"
+            + (f"; {outcome.said}" if outcome.said else ""))
 
 
 def newest_line(stored: StoredVm, now: datetime) -> str:
@@ -11183,7 +12675,8 @@ def end_told(run: Run) -> int:
 
 
 def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
-                 futures: Dict[str, Tuple[str, List[Verdict]]], catalog: Catalog) -> str:
+                 futures: Dict[str, Tuple[str, List[Verdict], Optional[NextLayer]]],
+                 catalog: Catalog) -> str:
     """What a run would do: per VM its kind, directory, copies, and what retention would then remove."""
     lines = [f"Preview of {configuration.source} for pool {inventory.pool_title} (master "
              f"{inventory.master.short_name}). Nothing is changed.",
@@ -11219,8 +12712,8 @@ def planned_disks(job: Job, excludes: Sequence[DiskExclude]) -> Tuple[Tuple[Disk
         return (), f"{job.method.value} will fail: it{str(error)[len(job.machine.title):]}"
 
 
-def preview_job(job: Job, excludes: Sequence[DiskExclude], folder: str,
-                verdicts: Sequence[Verdict]) -> List[str]:
+def preview_job(job: Job, excludes: Sequence[DiskExclude], folder: str, verdicts: Sequence[Verdict],
+                layer: Optional[NextLayer] = None) -> List[str]:
     """The lines of one VM in a preview."""
     machine, (disks, problem) = job.machine, planned_disks(job, excludes)
     size, left_out = format_size(sum(disk.virtual_size for disk in disks)), left_out_disks(machine, excludes)
@@ -11237,6 +12730,10 @@ def preview_job(job: Job, excludes: Sequence[DiskExclude], folder: str,
     own = [verdict for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == machine.uuid
            and not verdict.copy.aside]
     lines.append(f"      into {folder}/, which holds {counted(len(own), 'good copy')} of it")
+    if layer is not None:
+        lines.append(f"      it will be{layer_words(layer)[1:]}; the next full after it is due in "
+                     f"{counted(layer.left, 'copy')}")
+        lines += [f"      {layer.warning}"] if layer.warning else []
     for verdict in verdicts:
         words = "leaves" if verdict not in own else "keeps" if verdict.keep else "then removes"
         lines.append(f"      {words} {verdict.copy.name}: {verdict.text}")
@@ -11247,7 +12744,7 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
     """The plan with what the store adds to its findings, and the preview: it tells of each VM its directory
     too, and what a run will say about the copies there."""
     placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
-    utc, local = services.clock.utc(), services.clock.local()
+    utc, local, settings = services.clock.utc(), services.clock.local(), services.settings
     placement.claim_all(job.machine for job in plan.jobs)
     try:
         findings += dropped_vms(services, inventory, plan)[1]
@@ -11264,29 +12761,42 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
                      for warning in retention_warnings(copies, utc, local)]
         findings += newly_left_out(job.machine, job.method, left_out_disks(
             job.machine, services.settings.exclude_disk), copies)
-        views.append((job, folder.name, copies))
-    clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies in views)
+        layer = None                       # type: Optional[NextLayer]
+        if settings.incremental:
+            layer = next_layer(copies, job.machine, job.method, planned_disks(job, settings.exclude_disk)[0],
+                               settings.full_every, services.catalog.free_bytes())
+        views.append((job, folder.name, copies, layer))
+    clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies, _ in views)
     futures = {job.machine.uuid: (folder, future_verdicts(
-        job, copies, local, clock_is_wrong, services.settings.pre_clean)) for job, folder, copies in views}
+        job, copies, local, clock_is_wrong, settings.pre_clean, layer, settings.verify_after), layer)
+               for job, folder, copies, layer in views}
     plan = plan._replace(findings=tuple(findings))
     return plan, preview_text(services.settings, inventory, plan, futures, services.catalog)
 
 
 def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool,
-                    pre_clean: bool = False) -> List[Verdict]:
+                    pre_clean: bool = False, layer: Optional[NextLayer] = None,
+                    read_back: bool = False) -> List[Verdict]:
     """What a run of this job will say about the copies, first to make room, then when it has made its own,
     left out here."""
     if clock_is_wrong:
         return [Verdict(copy, True, "the clock went back, so nothing is pruned") for copy in in_order(copies)]
+
     def judged(copies: Sequence[Copy], own: Rules) -> List[Verdict]:
         uuid = job.machine.uuid
         return judge(copies, uuid, job.method, rules_for(own, copies, uuid, job.method), now)
 
     first = judged(copies, job.rules._replace(newest=job.rules.newest - 1)) if pre_clean else []
-    going = [verdict for verdict in first if not verdict.keep]
+    going = in_removal_order(first)
     left = [copy for copy in copies if copy.name not in {verdict.copy.name for verdict in going}]
-    new = Copy("", "", now, False, job.method, job.machine.uuid, job.machine.name, next_sequence(copies),
-               None, job.rules, "", 0, "")
+    new = Copy("", "the new copy", now, False, job.method, job.machine.uuid, job.machine.name,
+               next_sequence(copies), None, job.rules, "", 0, "", read_back=read_back)
+    if layer is not None and layer.base is None:
+        new = new._replace(layer=Layer(1, new.name, "", layer.why))
+    elif layer is not None:
+        before, place = layer.base.layer, (layer.base.name, layer.base.mark)
+        new = new._replace(layer=before._replace(depth=before.depth + 1, base=layer.base.name,
+                                                 holders=before.holders + (place,)))
     return going + [verdict for verdict in judged(left + [new], job.rules) if verdict.copy is not new]
 
 
@@ -11315,14 +12825,15 @@ def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: dateti
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
     rules, why = stored_rules(services, stored)
     verdicts = {verdict.copy.name: verdict
-                for verdict in judge(stored.around, stored.uuid, stored.method, rules, now)} if rules else {}
-    copies = []
+                for verdict in judge(stored.around, stored.uuid, stored.method, rules, now,
+                                     has_unfinished=stored.has_unfinished)} if rules else {}
+    copies, seen = [], {}                  # type: List[Dict[str, Any]], Dict[str, List[Any]]
     for copy in stored.copies:
         verdict = verdicts.get(copy.name, Verdict(copy, True, copy.pin or why))
         verdict_word = copy.checked("verdict")
         if verdict_word and verdict_word != DAMAGED:
             with contextlib.suppress(CatalogError):
-                if catalog.look_of(copy) != copy.checks.get("look"):
+                if catalog.look_of(copy, seen) != copy.checks.get("look"):
                     verdict_word = "CHANGED SINCE IT WAS " + verdict_word
         copies.append({
             "name": copy.name, "taken_at": copy.taken_at.strftime("%Y-%m-%d %H:%M:%S"),
@@ -11331,6 +12842,9 @@ def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: dateti
             "of_older_program": copy.is_old, "image": copy.image,
             "verified_at": copy.checked("verified_at"), "verdict": verdict_word,
             "drilled_at": copy.checked("drilled_at"), "drill": copy.checked("drill"),
+            "layer": copy.layer_words, "increment": copy.is_increment,
+            "base": copy.layer.base if copy.layer else "", "depth": copy.layer.depth if copy.layer else None,
+            "holders": sorted(copy.layer.held_by) if copy.layer else [],
             "left_out": list(copy.left_out), "pinned": copy.pin, "kept": verdict.keep,
             "reason": verdict.reason, "until": verdict.until,
             "fate": ("kept: " if verdict.keep else "goes with the next pruning: ") + verdict.text})
@@ -11368,8 +12882,9 @@ def list_text(rows: Sequence[Dict[str, Any]], strangers: Sequence[str]) -> str:
             disks = f" ({', '.join(copy['disks'])})" if copy["disks"] else ""
             if copy["left_out"] and row["kind"] == Method.VM.value:
                 disks += f" without {', '.join(copy['left_out'])}"
+            kind = f"  {copy['layer']}" if copy["layer"] else ""
             lines.append(f"  {copy['name']}  {format_duration(copy['age_s'])} old  "
-                         f"{format_size(copy['size'])}{disks}  {state}  {checked}  {copy['fate']}")
+                         f"{format_size(copy['size'])}{disks}{kind}  {state}  {checked}  {copy['fate']}")
     return "\n".join(lines + [f"not ours, left alone: {one_line(stranger)}" for stranger in strangers])
 
 

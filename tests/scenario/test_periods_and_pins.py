@@ -618,10 +618,10 @@ def test_a_copy_that_is_being_read_can_be_pinned_and_one_on_its_way_out_can_not(
     shelf = a_shelf(*nights(2))
     catalog = Catalog(shelf.path)
     first = catalog.folder('web').copies[0]
-    with catalog.copy_lock(first, shared=False):
+    with catalog.copy_lock(first.folder, first.name, shared=False):
         run = pin(shelf, first.name)
         assert run.exit_status == 1 and run.says('web/%s is being removed just now' % first.name) and pins(shelf) == [], run
-    with catalog.copy_lock(first, shared=True):
+    with catalog.copy_lock(first.folder, first.name, shared=True):
         assert pin(shelf, first.name).exit_status == 0 and pins(shelf) == [first.name + '.pin']
 
 

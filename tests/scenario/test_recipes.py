@@ -194,6 +194,31 @@ def test_a_full_backup_comes_back_with_xe_alone(a_person: Any, line: str) -> Non
     assert network == 'DMZ' and mac != MAC
 
 
+def held_by(pool: Any, name: str) -> List[bytes]:
+    """The contents of that VM's disks."""
+    return [pool.read(vdi['uuid']) for _, vdi in sorted(disks_of(pool, name).items())]
+
+
+LAYERS = 'An increment: RESTORE.txt, xvda.vhd: sh RESTORE.txt'
+
+
+@recipe(LAYERS)
+@pytest.mark.parametrize('line', ['compress=none', 'compress=gzip', pytest.param('compress=zstd', marks=pytest.mark.needs_zstd)])
+def test_an_increment_comes_back_by_its_own_directions(a_person: Any, line: str) -> None:
+    lines = [line, 'incremental=yes', 'status_log=/dev/null']
+    person = a_person('vm-export=web', settings=lines)
+    person.pool.command('write', '--dir', person.pool.dir, '--vm', 'web', '--device', 'xvda', '--block', '1', '--count', '2')
+    person.pool.command('write', '--dir', person.pool.dir, '--vm', 'web', '--device', 'xvdb', '--block', '0', '--zero')
+    assert person.runs('python3 VmBackup.py - weekend.cfg force=yes').exit_status == 0
+    held = held_by(person.pool, 'web')
+    destroy(person.pool, 'web')
+    person.goes_to(copies_of(person)[-1])
+    assert os.path.exists(os.path.join(person.place, 'RESTORE.txt'))
+    person.runs('sed -i "s|/var/tmp/|%s/|" RESTORE.txt' % person.folder)
+    person.follows(LAYERS)
+    assert held_by(person.pool, 'web') == held and len(held) == 2
+
+
 OS = 'An OS disk: .raw, .vhd: '
 SEE = OS + 'cat vm.cfg DISK-xvda/vdi.cfg VIFs/vif-0.cfg'
 MAKE = OS + 'xe vm-install template="Other install media" new-name-label=web sr-uuid=SR-UUID'

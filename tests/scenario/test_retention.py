@@ -209,7 +209,7 @@ def test_a_vm_that_was_renamed_goes_on_where_its_copies_were_made(a_pool: Any, a
 # --- a later version's copies ------------------------------------------------------------------------------------------
 
 def test_a_copy_of_a_newer_version_stops_all_pruning_in_its_directory_and_is_told(a_pool: Any, a_shelf: Any) -> None:
-    shelf = a_shelf(*[complete('web', days_ago=day) for day in (4, 3, 1)], complete('web', days_ago=2, format=2, image_map=[]),
+    shelf = a_shelf(*[complete('web', days_ago=day) for day in (4, 3, 1)], complete('web', days_ago=2, format=3, image_map=[]),
                     *[complete('db', days_ago=day) for day in (4, 3)])
     newer, pool = shelf.copies('web')[2], a_pool(vm('web'), vm('db'))
     told = 'web/%s/backup.json is of a format that only a newer VmBackup knows' % newer
@@ -230,7 +230,7 @@ def test_a_copy_of_a_newer_version_stops_all_pruning_in_its_directory_and_is_tol
                                    ['restore', 'from=COPY', 'force=yes'], ['restore', 'from=COPY/web.xva', 'force=yes'],
                                    ['verify', 'web'], ['drill', 'newest-of-each']])
 def test_a_copy_of_a_newer_version_is_not_read_as_if_it_were_ours(a_pool: Any, a_shelf: Any, words: Any) -> None:
-    shelf, pool = a_shelf(complete('web', days_ago=1, format=2)), a_pool(vm('db'))
+    shelf, pool = a_shelf(complete('web', days_ago=1, format=3)), a_pool(vm('db'))
     name = shelf.newest('web')
     run = backup(pool, shelf, 'vm-export=*', words=[
         word.replace('STAMP', name[len('backup-'):]).replace('COPY', shelf.at('web', name)) for word in words])

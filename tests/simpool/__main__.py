@@ -174,6 +174,8 @@ def command_read(options: argparse.Namespace) -> int:
 
 
 def command_write(options: argparse.Namespace) -> int:
+    # in an environment without a locale Python 3.6 takes what is not ASCII for bytes
+    options.vm = os.fsencode(options.vm).decode("utf-8", "surrogateescape")
     if not state.is_begun(options.dir):
         raise CommandError("%s: no pool was ever started here" % options.dir)
     try:

@@ -116,4 +116,4 @@ def services(text: str = '', log: Any = None, **doors: Any) -> VmBackup.Services
 
 def verified(catalog: VmBackup.Catalog, copy: VmBackup.Copy) -> VmBackup.CopyVerdict:
     """The verdict on that copy of the store."""
-    return VmBackup.verify_copy(services(catalog=catalog), copy)
+    return VmBackup.verify_copy(services(catalog=catalog), copy, {})

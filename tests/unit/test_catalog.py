@@ -353,14 +353,14 @@ def test_readers_of_a_copy_go_side_by_side_and_only_its_removal_waits(tmp_path):
     make_own(tmp_path, 'web/backup-2016-04-15-001000')
     child = ('import sys; sys.path.insert(0, %r); from VmBackup import Catalog\n'
              'catalog = Catalog(%r); copies = catalog.folder("web").copies\n'
-             'with catalog.copy_lock(copies[0], shared=True) as held:\n'
+             'with catalog.copy_lock(copies[0].folder, copies[0].name, shared=True) as held:\n'
              '    print(held, catalog.folder_lock("web").take(), flush=True); sys.stdin.read()\n'
              % (os.path.dirname(os.path.abspath(VmBackup.__file__)), str(tmp_path)))
     with subprocess.Popen([sys.executable, '-c', child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
         assert reader.stdout.readline() == b'True True\n'
         catalog = Catalog(str(tmp_path))
         older, newer = catalog.folder('web').copies
-        with catalog.copy_lock(older, shared=True) as held:
+        with catalog.copy_lock(older.folder, older.name, shared=True) as held:
             assert held
         assert catalog.remove_copy(older) == 'is being read by a restore or drill' and catalog.remove_copy(newer) == ''
         assert [copy.name for copy in catalog.folder('web').copies] == [older.name]
@@ -664,10 +664,10 @@ def test_a_lock_of_a_copy_that_hangs_or_fails_when_it_is_given_back_changes_noth
     really, began = fcntl.lockf, time.monotonic()
     for unlocking in (lambda: time.sleep(60), lambda: broken_door(OSError(5, 'EIO'))):
         monkeypatch.setattr(fcntl, 'lockf', lambda fd, kind, *place: unlocking() if kind == fcntl.LOCK_UN else really(fd, kind, *place))
-        with catalog.copy_lock(copy, shared=True) as is_ours:
+        with catalog.copy_lock(copy.folder, copy.name, shared=True) as is_ours:
             assert is_ours
         with pytest.raises(VmBackup.VerificationError):
-            with catalog.copy_lock(copy, shared=True):
+            with catalog.copy_lock(copy.folder, copy.name, shared=True):
                 raise VmBackup.VerificationError('what went wrong is told')
     assert time.monotonic() - began < 30
 

@@ -238,12 +238,11 @@ def test_what_is_called_compressed_and_begins_so_is_whatever_padded_it(tmp_path)
 
 def test_of_ours_the_manifest_says_what_it_is(tmp_path):
     (tmp_path / 'web.raw').write_bytes(gzip.compress(b'x'))
-    image = VmBackup.Copy('web', 'x', None, False, VmBackup.Method.VDI, '', '', 0, None, None, 'web.raw', 0, '')
     with Directory.open_path(str(tmp_path)) as inside:
         for word in ('none', 'zstd', 'gzip'):
-            manifest = {'image': {'name': 'web.raw', 'compression': word}}
-            assert VmBackup.image_compression(inside, image, manifest) == word
-        assert VmBackup.image_compression(inside, image, {}) == 'gzip'
+            facts = {'name': 'web.raw', 'compression': word}
+            assert VmBackup.image_compression(inside, 'web.raw', facts) == word
+        assert VmBackup.image_compression(inside, 'web.raw', {}) == 'gzip'
 
 
 # --- VHD -------------------------------------------------------------------------------------------------------------

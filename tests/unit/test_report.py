@@ -207,7 +207,7 @@ def test_a_preview_shows_every_vm_with_what_is_done_to_it_and_why():
     futures = {}
     for job in plan.jobs:
         copies = [a_copy(night, uuid=job.machine.uuid, method=job.method) for night in range(1, 6)]
-        futures[job.machine.uuid] = (job.machine.name, future_verdicts(job, copies, datetime(2016, 5, 1), False))
+        futures[job.machine.uuid] = (job.machine.name, future_verdicts(job, copies, datetime(2016, 5, 1), False), None)
     shown = preview_text(configured(text), an_inventory(*machines), plan, futures, Store())
     for words in ('web (00000001): vm-export, 4 copies kept', 'chosen by vm-export=web (weekend.cfg:1)', '8.0 GiB', '7.0 GiB free',
                   'db (00000002): vdi-export, 2 copies kept', 'chosen by vdi-export=d*:2 (weekend.cfg:2)',
