@@ -10,6 +10,7 @@ import pytest
 from support import warm
 from support.deeds import backup
 from support.language import described, disk, vm
+from support.layers import DATA, ROOT, Nights
 from support.process import Pool
 from support.shelf import STATE, Given, Shelf, Tree, copied
 
@@ -40,6 +41,16 @@ def a_shelf() -> Iterator[Callable[..., Shelf]]:
     yield build
     for shelf in shelves:
         shelf.remove()
+
+
+@pytest.fixture
+def some_nights(a_pool: Callable[..., Pool], a_shelf: Callable[..., Shelf]) -> Callable[..., Nights]:
+    """some_nights('vm-export=web', disks=[…]): a pool with web, an empty shelf, and backups with incremental=yes to come."""
+    def build(*lines: str, disks: Sequence[Dict[str, Any]] = (ROOT, DATA), beside: Sequence[Dict[str, Any]] = (),
+              faults: Sequence[Dict[str, Any]] = (), path: str = '', **facts: Any) -> Nights:
+        pool = a_pool(vm('web', disks=disks, **facts), *beside, faults=faults)
+        return Nights(pool, a_shelf(path=path), *(lines or ('vm-export=web',)))
+    return build
 
 
 @pytest.fixture(scope='session')

@@ -1,7 +1,7 @@
 """A reader of backups that owes nothing to the program: whether a copy holds what POOL.json says its disks hold.
 
 MiB block i of a disk is the 32 bytes SHA-256(ASCII "<seed>:<i>:<generation>") repeated (tests/simpool). The generation of
-a block is how often a guest wrote to it before the snapshot.
+a block is how often a guest wrote data to it before the snapshot; one that it wrote zeros to last is zeros.
 """
 
 import hashlib
@@ -9,9 +9,10 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from typing import Any, Dict, Iterator, List, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Set, Tuple
 
 from support.archive import read_tar
+from support.shelf import unpacked
 
 MEBIBYTE = 1 << 20
 COPY = re.compile(r'backup-\d{4}-\d\d-\d\d-\d{6}')
@@ -28,10 +29,15 @@ def block_of(disk: Dict[str, Any], number: int, generation: int) -> bytes:
     return (hashlib.sha256(seed.encode('ascii')).digest() * (MEBIBYTE // 32))[:size]
 
 
-def blocks_of(disk: Dict[str, Any], writes: Dict[int, int]) -> Iterator[bytes]:
-    """All blocks; `writes`: how often a guest wrote to a block."""
+#: What a guest writes to a block: data that it never held, or zeros.
+DATA, ZEROS = 'd', '0'
+
+
+def blocks_of(disk: Dict[str, Any], writes: Dict[int, str]) -> Iterator[bytes]:
+    """All blocks; `writes`: what a guest wrote to a block, one after the other."""
     for number in range(-(-disk['size'] // MEBIBYTE)):
-        yield block_of(disk, number, writes.get(number, 0))
+        block = block_of(disk, number, writes.get(number, '').count(DATA))
+        yield bytes(len(block)) if writes.get(number, '').endswith(ZEROS) else block
 
 
 # --- what stands in a store -------------------------------------------------------------------------------------------
@@ -60,6 +66,22 @@ def unfinished(store: str) -> List[str]:
                   for name in folders + files if name.endswith(('.partial', '.deleting')))
 
 
+def sealed_files(store: str, copies: Iterable[Tuple[str, str]]) -> Dict[Tuple[str, str], Dict[str, str]]:
+    """The SHA-256 of every file of these copies, by its path in the copy."""
+    return {(name, copy): digests(os.path.join(store, name, copy)) for name, copy in copies}
+
+
+def digests(top: str) -> Dict[str, str]:
+    """The SHA-256 of every file below that directory, by path, but of the program's own state."""
+    found = {}
+    for folder, folders, files in os.walk(top):
+        folders[:] = [name for name in folders if name != '.vmbackup']
+        for name in files:
+            path = os.path.join(folder, name)
+            found[os.path.relpath(path, top)] = hashlib.sha256(content_of(path)).hexdigest()
+    return found
+
+
 # --- whether it is true -----------------------------------------------------------------------------------------------
 
 def dump_problem(path: str) -> str:
@@ -71,19 +93,28 @@ def dump_problem(path: str) -> str:
     return '' if root.tag == 'database' else 'is a %s' % root.tag
 
 
-def copy_problem(path: str, disks: Dict[str, Dict[str, Any]], writes: Dict[str, Dict[int, int]]) -> str:
-    """Why that copy does not hold these disks (by userdevice), with these writes; "" if it does."""
+def copy_problem(path: str, disks: Dict[str, Dict[str, Any]], writes: Dict[str, Dict[int, str]]) -> str:
+    """Why that copy has not all its files as SHA256SUMS tells them, or its image does not hold these disks (by userdevice),
+    with these writes; "" if all is well. The contents of VHDs, and so of increments, are for layers.py."""
     try:
         with open(os.path.join(path, 'SHA256SUMS'), encoding='utf-8') as file:
             for line in file.read().splitlines():
                 digest, _, name = line.partition('  ')
                 if hashlib.sha256(content_of(os.path.join(path, name))).hexdigest() != digest:
                     return '%s has another SHA-256 than SHA256SUMS says' % name
-        image = json.loads(content_of(os.path.join(path, 'backup.json')).decode('utf-8'))['image']['name']
+        manifest = json.loads(content_of(os.path.join(path, 'backup.json')).decode('utf-8'))
         for name in ['vm.cfg', 'vm-metadata.xml', 'blocks'] + ['DISK-xvd%s/vdi.cfg' % 'ab'[int(device)] for device in disks]:
             content_of(os.path.join(path, name))
-        stored = content_of(os.path.join(path, image))
-        if image.endswith('.raw'):
+        if 'image' not in manifest:
+            content_of(os.path.join(path, 'RESTORE.txt'))
+            devices = set(archive_devices(content_of(os.path.join(path, 'ova.xml')))) \
+                if manifest['kind'] == 'vm-export' else set(disks)
+            return '' if devices == set(disks) else 'its ova.xml has the disks %s' % sorted(devices)
+        image = manifest['image']
+        stored = unpacked(content_of(os.path.join(path, image['name'])), image['name'])
+        if image['format'] == 'vhd':
+            return ''
+        if image['format'] == 'raw':
             return raw_problem(stored, disks['0'], writes.get('0', {}))
         return archive_problem(stored, disks, writes)
     except (OSError, ValueError, KeyError, ElementTree.ParseError) as error:
@@ -95,7 +126,7 @@ def content_of(path: str) -> bytes:
         return file.read()
 
 
-def raw_problem(stored: bytes, disk: Dict[str, Any], writes: Dict[int, int]) -> str:
+def raw_problem(stored: bytes, disk: Dict[str, Any], writes: Dict[int, str]) -> str:
     if len(stored) != disk['size']:
         return 'the raw image has %d bytes instead of %d' % (len(stored), disk['size'])
     for number, block in enumerate(blocks_of(disk, writes)):
@@ -104,7 +135,7 @@ def raw_problem(stored: bytes, disk: Dict[str, Any], writes: Dict[int, int]) -> 
     return ''
 
 
-def archive_problem(stored: bytes, disks: Dict[str, Dict[str, Any]], writes: Dict[str, Dict[int, int]]) -> str:
+def archive_problem(stored: bytes, disks: Dict[str, Dict[str, Any]], writes: Dict[str, Dict[int, str]]) -> str:
     members, rest = read_tar(stored)
     if rest != bytes(1024):
         return 'the archive ends with %d bytes that are not its end' % len(rest)

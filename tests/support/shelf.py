@@ -169,14 +169,44 @@ def text_of(path: str) -> str:
 
 # --- The shelf -------------------------------------------------------------------------------------------------------
 
-class Shelf:
+class Store:
+    """A backup directory, to be looked at."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def at(self, *names: str) -> str:
+        return os.path.join(self.path, *names)
+
+    def names(self, *folder: str) -> List[str]:
+        """What lies there, sorted, our own state left out; nothing where there is no such directory."""
+        path = path_of(self.at(*folder))
+        if not os.path.isdir(path):
+            return []
+        return sorted(text_of(name) for name in os.listdir(path) if name != STATE)
+
+    def read(self, *path: str) -> bytes:
+        with open(path_of(self.at(*path)), 'rb') as file:
+            return file.read()
+
+    def size(self, *path: str) -> int:
+        return os.path.getsize(path_of(self.at(*path)))
+
+    def text(self, *path: str) -> str:
+        return self.read(*path).decode('utf-8', 'surrogateescape')
+
+    def manifest(self, folder: str, copy: str) -> Dict[str, Any]:
+        return json.loads(self.text(folder, copy, 'backup.json'))
+
+
+class Shelf(Store):
     """A backup directory, with a place beside it for the config and the status log."""
 
     def __init__(self, given: Sequence[Given] = (), path: str = '', tree: Optional[Tree] = None) -> None:
         """`path`: a directory that is there already, such as a file system of its own; else a new one. `tree`: that of what
         is given, where it is known, as it takes a while to find out."""
         self.home = tempfile.mkdtemp(prefix='shelf-')
-        self.path = path or os.path.join(self.home, 'BACKUPS')
+        super().__init__(path or os.path.join(self.home, 'BACKUPS'))
         os.makedirs(self.path, exist_ok=True)
         self.status_log = os.path.join(self.home, 'status.log')
         self.config_path = os.path.join(self.home, 'weekend.cfg')
@@ -188,9 +218,6 @@ class Shelf:
 
     def remove(self) -> None:
         shutil.rmtree(self.home, ignore_errors=True)
-
-    def at(self, *names: str) -> str:
-        return os.path.join(self.path, *names)
 
     def config(self, *lines: str) -> str:
         """The path of weekend.cfg, with this shelf as its backup_dir and these lines."""
@@ -231,26 +258,6 @@ class Shelf:
         assert under, '%s was never on the shelf' % path
         return under
 
-    def names(self, *folder: str) -> List[str]:
-        """What lies there, sorted, our own state left out; nothing where there is no such directory."""
-        path = path_of(self.at(*folder))
-        if not os.path.isdir(path):
-            return []
-        return sorted(text_of(name) for name in os.listdir(path) if name != STATE)
-
-    def read(self, *path: str) -> bytes:
-        with open(path_of(self.at(*path)), 'rb') as file:
-            return file.read()
-
-    def size(self, *path: str) -> int:
-        return os.path.getsize(path_of(self.at(*path)))
-
-    def text(self, *path: str) -> str:
-        return self.read(*path).decode('utf-8', 'surrogateescape')
-
-    def manifest(self, folder: str, copy: str) -> Dict[str, Any]:
-        return json.loads(self.text(folder, copy, 'backup.json'))
-
     def copies(self, folder: str, kind: str = '') -> List[str]:
         """The complete copies in that directory, ours and the older program's, in the order of their stamps."""
         found = [name for name in self.names(folder) if OUR_NAME.fullmatch(name) or OLD_NAME.fullmatch(name)]
@@ -278,10 +285,11 @@ class Shelf:
         image = self.image(folder, copy)
         if not image or not any(marker in names for marker in OLD_MARKERS):
             return False
-        size = self.size(folder, copy, image)
         if 'backup.json' in names:
-            return size == self.manifest(folder, copy)['image']['size']
-        return size > 0
+            manifest = self.manifest(folder, copy)
+            images = manifest['images'] if 'images' in manifest else [manifest['image']]
+            return all(self.size(folder, copy, one['name']) == one['size'] for one in images)
+        return self.size(folder, copy, image) > 0
 
     def unfinished(self) -> List[str]:
         """Every .partial and .deleting on the shelf."""

@@ -12,16 +12,22 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
     {"store": DIR, "step": 17, "do": "SIGKILL"}          the process gets that signal just before step 17
     {"store": DIR, "step": 17, "do": "hang"}             step 17 never ends, as on a dead share
     {"store": DIR, "step": 17, "do": "short"}            a write takes half of what it was given
+    {"store": DIR, "step": 17, "do": "flip"}             a write stores a bit otherwise than it was given
+    {"store": DIR, "step": 17, "do": "vanish", "what": PATH}    just before step 17 somebody removes what has that path there
+    {"store": DIR, "reads": true, ...}                   the steps are the openings of files for reading, and nothing else
+    {"store": DIR, "below": PATH, ...}                   only what befalls that directory there is a step
     {"at": [NAME, ...], "do": "EIO"}                     looking at or opening what bears one of these names fails so; or
                                                          it vanishes ("vanish"), takes a second ("sleep"), never ends ("hang")
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
     {"hasty": true}                                      its patience with mail servers is a second
+    {"clock": SECONDS}                                   its clock is so much ahead of the real one
     {"broken": NAME}                                     the function or method of that name has a bug
 
 A step is a call that changes what is below DIR: write, pwrite, ftruncate, fsync, create, mkdir, rename, unlink, rmdir.
 """
 
 import builtins
+import datetime
 import errno
 import functools
 import io
@@ -49,6 +55,9 @@ class Storage:
         self.step = trouble.get('step', 0)
         self.do = trouble.get('do', '')
         self.stays = trouble.get('stays', False)
+        self.what = trouble.get('what', '')
+        self.reads = trouble.get('reads', False)
+        self.below = trouble.get('below', '')
         self.trace = REAL['open'](trouble['trace'], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if 'trace' in trouble else -1
         self.count = 0
         self.lock = threading.Lock()
@@ -69,8 +78,9 @@ class Storage:
         return path[len(self.root) + 1:] or '.' if (path + '/').startswith(self.root + '/') else ''
 
     def pass_step(self, kind: str, place: str) -> str:
-        """One step more. Raises or never returns if that is the trouble; `short` if a write is to take only half."""
-        if not place:
+        """One step more. Raises or never returns if that is the trouble; `short` if a write is to take only half, `flip` if it
+        is to store a bit otherwise."""
+        if not place or (kind == 'open') != self.reads or not (place + '/').startswith(self.below and self.below + '/'):
             return ''
         with self.lock:
             self.count += 1
@@ -82,8 +92,11 @@ class Storage:
         if self.do == 'hang':
             while True:
                 time.sleep(3600)
-        if self.do == 'short':
-            return 'short'
+        if self.do in ('short', 'flip'):
+            return self.do
+        if self.do == 'vanish':
+            REAL_RUN(['rm', '-rf', os.path.join(self.root, self.what)], check=True)
+            return ''
         if self.do.startswith('SIG'):
             os.kill(os.getpid(), getattr(signal, self.do))
             return ''
@@ -102,14 +115,23 @@ def exists(path: Any, dir_fd: Optional[int]) -> bool:
         return False
 
 
+def written(data: Any, deed: str) -> Any:
+    """What a write stores of these data when that befalls it."""
+    if deed == 'short' and len(data) > 1:
+        return memoryview(data)[:len(data) // 2]
+    if deed == 'flip' and len(data):
+        data = bytearray(data)
+        data[len(data) // 2] ^= 1
+    return data
+
+
 def install(storage: Storage) -> None:
     """From now on every step passes the Storage first."""
 
     def on_fd(kind: str, name: str) -> Callable[..., Any]:
         def call(fd: int, *arguments: Any) -> Any:
-            if storage.pass_step(kind, storage.place_of_fd(fd)) == 'short' and name == 'write' and len(arguments[0]) > 1:
-                return REAL[name](fd, memoryview(arguments[0])[:len(arguments[0]) // 2])
-            return REAL[name](fd, *arguments)
+            deed = storage.pass_step(kind, storage.place_of_fd(fd))
+            return REAL[name](fd, written(arguments[0], deed)) if name == 'write' else REAL[name](fd, *arguments)
         return call
 
     def on_path(kind: str, name: str) -> Callable[..., Any]:
@@ -123,15 +145,15 @@ def install(storage: Storage) -> None:
     def troubled_os_open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: Optional[int] = None) -> int:
         if flags & os.O_CREAT and not exists(path, dir_fd):
             storage.pass_step('create', storage.place(path, dir_fd))
+        if not flags & (os.O_CREAT | os.O_DIRECTORY | os.O_WRONLY | os.O_RDWR):
+            storage.pass_step('open', storage.place(path, dir_fd))
         return REAL['open'](path, flags, mode, dir_fd=dir_fd)
 
     class TroubledFile(io.FileIO):
         """What open() gives below the directory: its writes pass the Storage too."""
 
         def write(self, data: Any) -> Any:
-            if storage.pass_step('write', storage.place_of_fd(self.fileno())) == 'short' and len(data) > 1:
-                data = memoryview(data)[:len(data) // 2]
-            return super().write(data)
+            return super().write(written(data, storage.pass_step('write', storage.place_of_fd(self.fileno()))))
 
     def troubled_open(file: Any, mode: str = 'r', buffering: int = -1, *arguments: Any, **options: Any) -> Any:
         is_ours = isinstance(file, int) and mode == 'wb' and storage.place_of_fd(file)
@@ -205,10 +227,20 @@ def break_down(module: Any, name: str) -> None:
     setattr(owners[0], name, broken)
 
 
+def set_clock(module: Any, seconds: float) -> None:
+    """The program takes it for so much later than it is."""
+    for name in ('utc', 'local'):
+        def later(told: Callable[[], Any] = getattr(module.Clock, name)) -> Any:
+            return told() + datetime.timedelta(seconds=seconds)
+        setattr(module.Clock, name, staticmethod(later))
+
+
 def main() -> None:
     program, trouble = prepare(sys.argv)
     if 'at' in trouble:
         befall(trouble['at'], trouble['do'])
+    if 'clock' in trouble:
+        set_clock(program.module, trouble['clock'])
     if 'broken' in trouble:
         break_down(program.module, trouble['broken'])
     if 'store' in trouble:

@@ -56,4 +56,4 @@ def test_the_table_of_the_suite_names_every_file_of_tests():
     there = {name for folder in ('scenario', 'traps', 'conformance')
              for name in os.listdir(os.path.join(ROOT, 'tests', folder)) if name.startswith('test_')}
     told = set(re.findall(r'`(?:\w+/)?(test_\w+\.py)`', text_of('tests', 'README.md')))
-    assert told == there | {'test_layout.py', 'test_documents.py'}
+    assert told == there | {'test_chains.py', 'test_layers.py', 'test_layout.py', 'test_documents.py'}

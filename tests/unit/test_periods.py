@@ -4,12 +4,13 @@ the contract alone, and what holds whatever the rules are."""
 import random as random_module
 import re
 from datetime import date, datetime, timedelta
-from typing import Any, Dict, List, NamedTuple, Sequence, Set
+from typing import Any, List, Sequence, Set
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.second_judge import staying
 from support.values import NIGHT, US_UUID, a_copy, problems_of, uuid_of
 from VmBackup import Copy, Method, Rules, in_order, judge
 
@@ -154,66 +155,6 @@ def test_rules_of_other_configs_are_told_with_their_path() -> None:
 
 # --- a second judge, from the contract alone ------------------------------------------------------------------------------------
 
-class Told(NamedTuple):
-    """What the contract says of a directory: what goes, and the rules that hold each copy that is counted."""
-    gone: Set[str]
-    held: Dict[str, Set[str]]
-
-
-MONDAY = date(2001, 1, 1)                 # a Monday, as every calendar has it
-
-
-def day_number(copy: Copy) -> int:
-    return copy.taken_at.toordinal() - MONDAY.toordinal()
-
-
-def week_word(number: int) -> str:
-    """The week so many weeks after that of MONDAY: it belongs to the year that its Thursday is in."""
-    thursday = MONDAY + timedelta(days=7 * number + 3)
-    nth_day = (thursday - date(thursday.year, 1, 1)).days
-    return 'week %04d-W%02d' % (thursday.year, nth_day // 7 + 1)
-
-
-#: For each unit: the periods' number, and what the period of a number is called.
-UNITS = {
-    'daily': (day_number, lambda number: 'day ' + str(MONDAY + timedelta(days=number))),
-    'weekly': (lambda copy: day_number(copy) // 7, week_word),
-    'monthly': (lambda copy: copy.taken_at.year * 12 + copy.taken_at.month - 1,
-                lambda number: 'month %04d-%02d' % (number // 12, number % 12 + 1)),
-    'yearly': (lambda copy: copy.taken_at.year, 'year %04d'.__mod__)}  # type: Dict[str, Any]
-
-
-def by_the_contract(copies: Sequence[Copy], chosen: Sequence[Rules], sealed: str) -> Told:
-    ours = sorted((copy for copy in copies if not copy.is_old), key=lambda copy: copy.sequence)
-    rank = {own.name: (position, 1, own.taken_at) for position, own in enumerate(ours)}
-    for copy in copies:
-        if copy.is_old:
-            before = next((position for position, own in enumerate(ours) if own.taken_at > copy.taken_at), len(ours))
-            rank[copy.name] = (before, 0, copy.taken_at)
-    left = [copy for copy in copies if copy.uuid == US_UUID and copy.method is Method.VM]
-    left = [copy for copy in left if not (copy.problem or copy.aside or copy.pin or copy.checks)]
-    left.sort(key=lambda copy: rank[copy.name], reverse=True)            # the newest first
-    held = {copy.name: set() for copy in left}  # type: Dict[str, Set[str]]
-    for one in chosen:
-        of = '' if one.config == chosen[0].config else ' of ' + one.config
-        number = one.newest if one.newest > 1 else 1
-        for position, copy in enumerate(left):
-            if position < number:
-                held[copy.name].add('newest %d%s' % (number, of))
-        for unit, (period_of, word) in UNITS.items():
-            unseen = {period_of(copy) for copy in left}
-            for _ in range(min(getattr(one, unit), len(unseen))):
-                period = max(unseen)
-                unseen.remove(period)
-                holder = next(copy for copy in left if period_of(copy) == period)
-                held[holder.name].add(word(period) + of)
-    staying = {copy.name for copy in left if held[copy.name]} | {sealed}
-    staying.update([copy.name for copy in left if not copy.is_old][:1])
-    if any(copy.is_newer or copy.is_unreadable for copy in copies):
-        staying.update(held)
-    return Told(set(held) - staying, held)
-
-
 CONDEMNED = {'verdict': 'DAMAGED', 'verified_at': '2016-05-01T00:00:00Z', 'reason': 'a block differs'}
 STEPS = [timedelta(seconds=1), timedelta(minutes=20), timedelta(hours=5), timedelta(days=1), timedelta(days=1), timedelta(days=6),
          timedelta(days=30), timedelta(days=300)]
@@ -266,7 +207,7 @@ def test_a_thousand_histories_are_judged_as_the_contract_says(seed: int) -> None
         sealed = random.choice(['', '', random.choice(copies).name])
         now = max(copy.taken_at for copy in copies) + timedelta(days=random.choice([0, 1, 9, 400]))
         verdicts = judge(copies, US_UUID, Method.VM, chosen, now, sealed)
-        told = by_the_contract(copies, chosen, sealed)
+        told = staying(copies, chosen, sealed)
         case = (seed, number, chosen, sealed, in_order(copies))
         assert {verdict.copy.name for verdict in verdicts if not verdict.keep} == told.gone, case
         for verdict in verdicts:
@@ -281,7 +222,7 @@ def test_the_second_judge_tells_cases_apart() -> None:
     random, fates = random_module.Random(7), set()
     for _ in range(400):
         copies, chosen = history(random), some_rules(random)
-        told = by_the_contract(copies, chosen, '')
+        told = staying(copies, chosen, '')
         fates.update(re.sub('[0-9].*', '', word) for words in told.held.values() for word in words)
         fates.add(len(told.gone) > 3)
         fates.add(bool(told.held) and not told.gone)
