@@ -1,24 +1,28 @@
-"""A sample of the generated fault suites: whatever goes wrong in a backup, no good copy is lost, none is falsely good, and the
-pool is left as it was; whatever goes wrong in a restore or a drill, there is a whole VM or nothing. tests/soak runs all."""
+"""A sample of the generated fault suites: whatever goes wrong in a backup, of fulls or of increments, no good copy is lost, none
+is falsely good, and the pool is left as it was; whatever goes wrong in a restore or a drill, there is a whole VM or nothing.
+tests/soak runs all."""
 
 import fcntl
 import os
 import pickle
+import re
 import shutil
 from typing import Any, Dict
 
 import pytest
 
 from support import faultsuite
-from support.faultsuite import Base
+from support.faultsuite import Base, step_shown
+from support.incrementfaults import ChainsBase, IncrementsBase
 from support.process import PROGRAM
 from support.recoveryfaults import RecoveryBase
 
 #: How many troubles of each kind are tried; the name of a kind says where it strikes and what it does.
-SAMPLE = {'api-fail': 2, 'api-drop': 2, 'api-hang': 1, 'api-logout': 1, 'api-lose': 1, 'api-master': 2, 'http-truncate': 2,
-          'http-flip': 2, 'http-drop': 1, 'http-keepalive': 1, 'xe-exit': 2, 'xe-kill': 1, 'SIGKILL': 2, 'SIGTERM': 1,
-          'storage-ENOSPC': 2, 'storage-EIO': 2, 'storage-ESTALE': 1, 'storage-SIGKILL': 2, 'storage-SIGTERM': 1,
-          'storage-short': 1}
+SAMPLE = {'api-fail': 2, 'api-drop': 1, 'api-hang': 1, 'api-master': 1, 'http-truncate': 1, 'http-flip': 1,
+          'http-keepalive': 1, 'xe-exit': 1, 'SIGKILL': 1, 'storage-ENOSPC': 1, 'storage-SIGKILL': 1}
+LAYERS_SAMPLE = {'increments-api-lose': 1, 'increments-http-truncate': 1, 'increments-SIGTERM': 1, 'increments-storage-SIGKILL': 2,
+                 'increments-storage-flip': 1, 'increments-reading-EIO': 1, 'increments-holder-gone': 1, 'chains-SIGKILL': 1,
+                 'chains-storage-SIGKILL': 1, 'chains-storage-EIO': 1}
 RECOVERY_SAMPLE = {'restore-api-drop': 1, 'restore-api-fail': 2, 'restore-api-lose': 1, 'restore-http-flip': 1,
                    'restore-http-truncate': 1, 'restore-xe-kill': 1, 'restore-storage-SIGKILL': 1, 'restore-SIGKILL': 1,
                    'drill-api-fail': 1, 'drill-api-hang': 1, 'drill-api-master': 1, 'drill-http-drop': 1, 'drill-xe-exit': 1,
@@ -33,6 +37,11 @@ def choices(sample: Dict[str, int]) -> Any:
 @pytest.fixture(scope='session')
 def base(tmp_path_factory: Any) -> Base:
     return recorded_once(tmp_path_factory, Base)
+
+
+@pytest.fixture(scope='session')
+def layers_bases(tmp_path_factory: Any) -> Dict[str, Base]:
+    return {kind.title: recorded_once(tmp_path_factory, kind) for kind in (IncrementsBase, ChainsBase)}
 
 
 @pytest.fixture(scope='session')
@@ -71,15 +80,47 @@ def test_no_trouble_costs_a_copy_or_leaves_anything_behind(base: Base, kind: str
     is_survived(base, kind, number, SAMPLE[kind])
 
 
+@choices(LAYERS_SAMPLE)
+def test_no_trouble_costs_an_increment_or_what_it_rests_on(layers_bases: Dict[str, Base], kind: str, number: int) -> None:
+    is_survived(layers_bases[kind.split('-')[0] + '-'], kind, number, LAYERS_SAMPLE[kind])
+
+
 @choices(RECOVERY_SAMPLE)
 def test_no_trouble_leaves_half_a_vm(recovery_base: RecoveryBase, kind: str, number: int) -> None:
     is_survived(recovery_base, kind, number, RECOVERY_SAMPLE[kind])
 
 
-def test_a_copy_is_on_disk_before_it_is_visible_and_older_ones_go_after_that(base: Base) -> None:
+def test_the_run_in_trouble_makes_compressed_increments_and_lets_go_an_increment(layers_bases: Dict[str, Base]) -> None:
+    """What is swept through is what it is meant to be (steps of the storage, in order)."""
+    steps = seen(layers_bases['increments-'])
+    for name, disks in (('web', ('xvda', 'xvdb')), ('db', ('xvda',))):
+        for disk in disks:
+            file = '%s/backup-\\*.partial/%s.vhd' % (name, disk)
+            assert re.search('create %s;.*write %s;.*fsync %s;.*create %s.gz;.*unlink %s;' % ((file,) * 5), steps), steps
+        assert re.search('create {0}/RESTORE.txt;.*create {0}/success;.*rename {0};'.format(name + '/backup-\\*.partial'), steps)
+    assert 'create web/backup-*.partial/ova.xml;' in steps
+    assert steps.index('rename db/backup-*.partial;') < steps.index('rename db/backup-*;')
+
+
+def test_the_run_in_trouble_lets_go_a_whole_chain_what_rests_on_others_first(layers_bases: Dict[str, Base]) -> None:
+    base = layers_bases['chains-']
+    for name in ('web', 'db'):
+        full, increment = base.stand.of(name, base.stand.good)[:2]
+        gone = [line.split('/')[1] for line in base.recording.steps if line.startswith('rename %s/' % name)][1:]
+        assert base.stand.layer_of[increment]['base'] == full[1] and gone == [increment[1], full[1]]
+        assert re.search('create %s/[^/]*/xvda.vhd;' % name, seen(base))
+
+
+def seen(base: Base) -> str:
+    return ''.join(step_shown(line) + ';' for line in base.recording.steps)
+
+
+@pytest.mark.parametrize('title', ['', IncrementsBase.title, ChainsBase.title])
+def test_a_copy_is_on_disk_before_it_is_visible_and_older_ones_go_after_that(base: Base, layers_bases: Dict[str, Base],
+                                                                            title: str) -> None:
     """What a power loss could take must never be what a name already promises (steps of the storage, in order)."""
     unsynced, visible = set(), set()
-    for line in base.steps:
+    for line in dict(layers_bases, **{'': base})[title].recording.steps:
         kind, place = line.split(' ', 1)
         folder = os.path.dirname(place) or '.'
         if kind in ('write', 'truncate'):

@@ -2,7 +2,8 @@
 moment of it; storage that fails at every step.
 
 One backup is recorded. Each case then repeats it with one trouble, on a copy of the same pool and store, and after it runs
-once more without. INVARIANTS are checked after both. tests/soak does all cases, tests/scenario/test_faults.py a sample.
+once more without. The invariants (`holds_…`) are checked after both. tests/soak does all cases, tests/scenario/test_faults.py a
+sample. incrementfaults.py does the same where the copies are increments, recoveryfaults.py with the way back.
 """
 
 import abc
@@ -12,18 +13,22 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import tempfile
 import time
 import traceback
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from support import contents, warm
+from support import contents, layers, warm
+from support.contents import DATA, ZEROS
 from support.language import at, described, disk, vm
 from support.process import CRON_PATH, PASSWORD, PROGRAM, TROUBLED, Pool, Run, ended, text_of, write_json
+from support.shelf import Store
 
 MEBIBYTE = 1 << 20
 COPIES = 2
+MANY = 99
 RUN_LIMIT_S = 180
 HANG_LIMIT_S = 40           # a hurried run that has not ended by then waits for storage that will never answer
 STEP_MS = 20
@@ -35,8 +40,12 @@ LEFT_OUT = disk(userdevice='2', name_label='page file [NOBAK]', seed=15, size=ME
 DB_DISKS = {'0': disk(userdevice='0', seed=13, size=3 * MEBIBYTE, used=[[0, 1], [2, 1]]),
             '1': disk(userdevice='1', seed=14, size=MEBIBYTE, used=1)}
 DISKS = {'web': WEB_DISKS, 'db': {'0': DB_DISKS['0']}}
-#: What guests write between the earlier copy and the run that is troubled, so that one can't pass for the other.
-WRITES = {'web': {'0': {1: 1}}, 'db': {'0': {2: 1}}}
+#: A copy: the name of its VM's directory, and its own.
+Copy = Tuple[str, str]
+#: What guests write to the blocks of their disks: by VM, userdevice and MiB, one after the other.
+Writes = Dict[str, Dict[str, Dict[int, str]]]
+#: What they write between the earlier copy and the run that is troubled, so that one can't pass for the other.
+WRITES = {'web': {'0': {1: DATA}}, 'db': {'0': {2: DATA}}}  # type: Writes
 POOL = described(
     [vm('web', list(WEB_DISKS.values()) + [LEFT_OUT], snapshots=[{'name_label': "web's own snapshot"}], power_state='Running',
         vifs=[{'device': '0'}], other_config={'owner': 'someone'}),
@@ -77,6 +86,12 @@ class Case(NamedTuple):
                     or self.trouble and self.trouble.get('do') == 'SIGKILL')
 
     @property
+    def taken(self) -> Set[Copy]:
+        """The copy that somebody else removes."""
+        words = (self.trouble or {}).get('what', '').split('/')
+        return {(words[0], words[1])} if len(words) == 2 else set()
+
+    @property
     def deeds(self) -> Set[str]:
         return {key for fault in self.faults for key in fault['do']}
 
@@ -96,10 +111,54 @@ class Result(NamedTuple):
     printed: str
 
 
-class Base:
-    """A pool and a store in which one good copy of each VM stands, and the record of one more run."""
+class Stand(NamedTuple):
+    """What stands in a store: of each copy that is shown, in which night it was made, and what its manifest tells of its place
+    in a chain; the good ones; the digests of the files of all; the dumps."""
+    night_of: Dict[Copy, int]
+    layer_of: Dict[Copy, Dict[str, Any]]
+    good: Set[Copy]
+    files: Dict[Copy, Dict[str, str]]
+    dumps: Set[Tuple[str, str]]
 
+    def named(self, copy: Copy) -> Set[Copy]:
+        """The copies that hold blocks of that one, as its manifest tells."""
+        return {(copy[0], holder['copy']) for holder in self.layer_of[copy].get('holders', ())}
+
+    def with_holders(self, copies: Set[Copy]) -> Set[Copy]:
+        """These, and all that they and their holders rest on."""
+        found = set()  # type: Set[Copy]
+        more = copies
+        while more:
+            found |= more
+            more = {holder for copy in more if copy in self.layer_of for holder in self.named(copy)} - found
+        return found
+
+    def of(self, name: str, copies: Set[Copy]) -> List[Copy]:
+        """Those of these copies that are of that VM, oldest first."""
+        return sorted(copy for copy in copies if copy[0] == name)
+
+    def last_beside(self, copies: Set[Copy], full: Copy) -> Set[Copy]:
+        """The last of these copies of that VM that is not of the chain which begins with that full."""
+        return set(self.of(full[0], {copy for copy in copies if self.layer_of[copy].get('full') != full[1]})[-1:])
+
+
+class Recording(NamedTuple):
+    """One run: what it asked the pool for, the steps of its storage, and how long it took."""
+    journal: List[Dict[str, Any]]
+    steps: List[str]
+    run_ms: int
+
+
+class Base:
+    """A pool and a store in which good copies of each VM stand, one of each night, and the record of one more run."""
+
+    title = ''                  # what the names of its cases begin with
     description = POOL
+    disks = DISKS               # of each VM, those that a copy holds
+    lines = ()                  # type: Sequence[str]   # of its config, beside CONFIG
+    full_every = 0              # how long a chain becomes, if it makes increments
+    #: What guests write before each night: those whose copies stand there, the one that is troubled, and that of the clean run.
+    nights = ({}, WRITES, {})   # type: Sequence[Writes]
 
     def __init__(self, home: str = '', program: str = '') -> None:
         """`home`: a directory that is there for it. Without a `program`, VmBackup.py as it is now, whoever edits it meanwhile."""
@@ -114,47 +173,73 @@ class Base:
 
     def record(self) -> None:
         """What a run does is on record, and a pool and a store stand as it found them."""
-        first = Place(self, None, COPIES)
+        first = Place(self, None, MANY)
+        night_of = {}  # type: Dict[Copy, int]
         try:
             first.serve()
             self.objects = objects_of(first.pool)
-            run = first.back_up()
-            assert run.exit_status == 0, run.output
-            for name, devices in WRITES.items():
-                for device, blocks in devices.items():
-                    for block in blocks:
-                        first.pool.command('write', '--dir', first.pool.dir, '--vm', name, '--device',
-                                           'xvd' + 'ab'[int(device)], '--block', str(block))
+            for night in range(len(self.nights) - 2):
+                first.guests_write(night)
+                run = first.back_up()
+                assert run.exit_status == 0, run.output
+                night_of.update((copy, night) for copy in contents.shown_copies(first.store) - set(night_of))
+            first.guests_write(len(self.nights) - 2)
             first.pool.stop()
-            shutil.copytree(first.pool.dir, self.pool_dir, ignore=shutil.ignore_patterns('sockets', 'journal.jsonl'))
             forget_config(first.store)
+            run = first.verify()                # the fulls were read back: chains before theirs may go
+            assert run.exit_status == 0, run.output
+            shutil.copytree(first.pool.dir, self.pool_dir, ignore=shutil.ignore_patterns('sockets', 'journal.jsonl'))
             shutil.copytree(first.store, os.path.join(self.home, 'store'), symlinks=True)
-            self.copies = contents.shown_copies(first.store)
-            self.dumps = contents.shown_dumps(first.store)
-            trace = os.path.join(first.home, 'trace')
-            before = len(first.pool.journal())
-            first.serve()
-            began_at = time.monotonic()
-            run = first.back_up()
-            self.run_ms = int((time.monotonic() - began_at) * 1000)
-            assert run.exit_status == 0, run.output
-            self.journal = first.pool.journal()[before:]
-            run = first.back_up(trouble={'store': first.store, 'trace': trace})
-            assert run.exit_status == 0, run.output
-            with open(trace, encoding='utf-8', errors='surrogateescape') as file:
-                self.steps = file.read().splitlines()
+            self.stand = Stand(night_of, {copy: layer_of(first.store, copy) for copy in night_of}, set(night_of),
+                               contents.sealed_files(first.store, night_of), contents.shown_dumps(first.store))
         finally:
             first.remove()
-        self.cases = self.all_cases()
+        self.recording = self.recorded()
+        self.cases = [case._replace(name=self.title + case.name) for case in self.all_cases()]
+
+    def recorded(self, words: Sequence[str] = ()) -> Recording:
+        """What a run of these words does."""
+        place = Place(self, self, 1)            # that which keeps the least does the most
+        try:
+            place.serve()
+            began_at = time.monotonic()
+            run = place.do(words)
+            run_ms = int((time.monotonic() - began_at) * 1000)
+            assert run.exit_status == 0, run.output
+            return Recording(place.pool.journal(), self.traced(words), run_ms)
+        finally:
+            place.remove()
+
+    def traced(self, words: Sequence[str] = (), **how: Any) -> List[str]:
+        """The steps of the storage of such a run."""
+        place = Place(self, self, 1)
+        try:
+            place.serve()
+            trace = os.path.join(place.home, 'trace')
+            run = place.do(words, dict(how, store=place.store, trace=trace))
+            assert run.exit_status == 0, run.output
+            return contents.content_of(trace).decode('utf-8', 'surrogateescape').splitlines()
+        finally:
+            place.remove()
 
     def all_cases(self) -> List[Case]:
         """Every trouble at every place of the recorded run."""
-        cases = cases_of(self.journal, self.steps, self.run_ms)
+        cases = cases_of(self.recording)
         if can_mount():
             for free_kib in list(range(4, 96, 8)) + list(range(96, 13 * 1024, 512)):
                 cases.append(Case('full with %d KiB free' % free_kib, copies=1 + free_kib // 512 % 2,
                                   free_bytes=free_kib * 1024))
         return cases
+
+    def written_by(self, night: int, name: str) -> Dict[str, Dict[int, str]]:
+        """What guests have written to that VM's disks before that night, by userdevice and MiB."""
+        found = {}  # type: Dict[str, Dict[int, str]]
+        for writes in self.nights[:night + 1]:
+            for device, blocks in writes.get(name, {}).items():
+                for block, word in blocks.items():
+                    disk = found.setdefault(device, {})
+                    disk[block] = disk.get(block, '') + word
+        return found
 
     def judge(self, case: Case) -> Result:
         """The run with its trouble, then a clean one; the invariants after each."""
@@ -162,13 +247,14 @@ class Base:
         try:
             place.serve()
             run = place.back_up(case.trouble, case.signal_at)
-            after = Aftermath(self, case, place, run, set(self.copies), set(self.dumps), False)
+            after = Aftermath(self, case, place, run, self.stand, False)
             held, problems = after.judge()
             if case.free_bytes:
                 place.resize(64 * MEBIBYTE)
             place.serve_without_faults()
+            place.guests_write(len(self.nights) - 1)
             clean = place.back_up()
-            later = Aftermath(self, case, place, clean, after.good_copies, after.dumps, True)
+            later = Aftermath(self, case, place, clean, after.stand, True)
             more_held, more_problems = later.judge()
             return result_of(case, held + more_held, problems, more_problems, run, clean)
         finally:
@@ -201,7 +287,7 @@ class Place:
             status = os.statvfs(self.store)
             self.resize((status.f_blocks - status.f_bfree) * status.f_frsize + free_bytes)
         with open(self.config, 'w') as file:
-            file.write(CONFIG.format(home=self.home, copies=copies))
+            file.write(CONFIG.format(home=self.home, copies=copies) + ''.join(line + '\n' for line in base.lines))
         with open(self.password_file, 'w') as file:
             file.write('cGFzc3dvcmQ=\n')
 
@@ -212,6 +298,14 @@ class Place:
         self.pool.stop()
         self.pool.set_faults([])
         self.serve()
+
+    def guests_write(self, night: int) -> None:
+        """Guests write what they do before that night."""
+        for name, devices in self.base.nights[night].items():
+            for device, blocks in devices.items():
+                for block, word in blocks.items():
+                    self.pool.command('write', '--dir', self.pool.dir, '--vm', name, '--device', layers.device_of(device),
+                                      '--block', str(block), *['--zero'] * (word == ZEROS))
 
     def command(self, *action: str) -> List[str]:
         return [self.base.program, self.password_file, self.config] + list(action)
@@ -265,21 +359,32 @@ class Place:
 def forget_config(store: str) -> None:
     """The copies of that store tell no more by which config they were made, as those of earlier versions: else the rules of the
     config that made them would count beside those of each case, which has a config of its own."""
-    for folder, _, files in os.walk(store):
-        if 'backup.json' in files:
-            path, sums = os.path.join(folder, 'backup.json'), os.path.join(folder, 'SHA256SUMS')
-            with open(path, 'rb') as file:
-                before = file.read()
-            manifest = json.loads(before.decode('ascii'))
-            del manifest['config']
-            after = json.dumps(manifest).encode('ascii')
-            with open(path, 'wb') as file:
-                file.write(after)
-            with open(sums) as file:
-                text = file.read()
-            assert hashlib.sha256(before).hexdigest() in text
-            with open(sums, 'w') as file:
-                file.write(text.replace(hashlib.sha256(before).hexdigest(), hashlib.sha256(after).hexdigest()))
+    changed = {}                                # increments name the digests of the manifests of those that they rest on
+    for name, copy in sorted(contents.shown_copies(store)):
+        path, sums = (os.path.join(store, name, copy, file) for file in ('backup.json', 'SHA256SUMS'))
+        before = contents.content_of(path)
+        manifest = json.loads(before.decode('ascii'))
+        del manifest['config']
+        for holder in manifest.get('layer', {}).get('holders', ()):
+            holder['manifest'] = changed[holder['manifest']]
+        after = json.dumps(manifest).encode('ascii')
+        with open(path, 'wb') as file:
+            file.write(after)
+        digest = hashlib.sha256(before).hexdigest()
+        changed[digest] = hashlib.sha256(after).hexdigest()
+        with open(sums) as file:
+            text = file.read()
+        assert digest in text
+        with open(sums, 'w') as file:
+            file.write(text.replace(digest, changed[digest]))
+
+
+def layer_of(store: str, copy: Copy) -> Dict[str, Any]:
+    """What the manifest of that copy tells of its place in a chain; nothing where it can't be read or tells of none."""
+    try:
+        return Store(store).manifest(*copy).get('layer', {})
+    except (OSError, ValueError):
+        return {}
 
 
 def copy_into(source: str, target: str) -> None:
@@ -327,10 +432,10 @@ def occasions(journal: Sequence[Dict[str, Any]]) -> List[Tuple[str, int, int]]:
     return found
 
 
-def cases_of(journal: Sequence[Dict[str, Any]], steps: Sequence[str], run_ms: int) -> List[Case]:
+def cases_of(recording: Recording) -> List[Case]:
     """Every trouble at every call and every step of the storage, and the signals at every moment."""
-    cases = []
-    for on, nth, size in occasions(journal):
+    cases, steps = [], recording.steps
+    for on, nth, size in occasions(recording.journal):
         for when, do in deeds(on, size):
             fault = at(on, nth=nth, when=when, **do)
             word = ' '.join('%s=%s' % (key, value[0] if isinstance(value, tuple) else value)
@@ -340,24 +445,29 @@ def cases_of(journal: Sequence[Dict[str, Any]], steps: Sequence[str], run_ms: in
             trouble = {'hurried': True} if set(do) & {'hang', 'rate', 'master'} else None
             cases.append(Case(name, (fault,), trouble, None, 1 + (nth + size) % 2))
     for number in (signal.SIGKILL, signal.SIGTERM):
-        for wait_ms in range(0, run_ms * 3 // 2, STEP_MS):
+        for wait_ms in range(0, recording.run_ms * 3 // 2, STEP_MS):
             name = signal.Signals(number).name
             cases.append(Case('%s after %d ms' % (name, wait_ms), signal_at=(number, wait_ms),
                               copies=1 + wait_ms // STEP_MS % 2))
     for step, line in enumerate(steps, 1):
-        line = re.sub(r'\d{4}-\d\d-\d\d-\d{6}|\d{8}-\d{6}|\d{8}T\S+(?=\.run)|(?<=-)[0-9a-f]{16}', '*', line)
+        line = step_shown(line)
+        copies = 1 if '.deleting' in line else 1 + step % 2
         for word in TROUBLE_WORDS:
             if word == 'short' and not line.startswith('write'):
                 continue
             for stays in (False, True) if word in ('ENOSPC', 'EIO') else (False,):
                 cases.append(Case('storage-%s at step %d of %d (%s)%s' % (
-                    word, step, len(steps), line.split(' ')[0] + ' ' + os.path.basename(line),
-                    ' and from then on' if stays else ''),
-                    trouble={'step': step, 'do': word, 'stays': stays}, copies=1 + step % 2))
+                    word, step, len(steps), line, ' and from then on' if stays else ''),
+                    trouble={'step': step, 'do': word, 'stays': stays}, copies=copies))
         if line.startswith(('write', 'fsync')):
             cases.append(Case('storage-hang at step %d of %d (%s)' % (step, len(steps), line),
-                              trouble={'step': step, 'do': 'hang', 'hurried': True}))
+                              trouble={'step': step, 'do': 'hang', 'hurried': True}, copies=copies))
     return cases
+
+
+def step_shown(line: str) -> str:
+    """A step of the storage as cases are named by it: without what is another in each run."""
+    return re.sub(r'\d{4}-\d\d-\d\d-\d{6}|\d{8}-\d{6}|\d{8}T\S+(?=\.run)|(?<=-)[0-9a-f]{16}', '*', line)
 
 
 def deeds(on: str, size: int) -> Iterator[Tuple[str, Dict[str, Any]]]:
@@ -393,8 +503,9 @@ def deeds(on: str, size: int) -> Iterator[Tuple[str, Dict[str, Any]]]:
 
 
 def spread(cases: Sequence[Case], count: int) -> List[Case]:
-    """So many of them, as far apart as can be."""
-    return [cases[index * len(cases) // count] for index in range(min(count, len(cases)))]
+    """So many of them, as far apart as can be, and from both ends."""
+    count = min(count, len(cases))
+    return [cases[(2 * index + 1) * len(cases) // (2 * count)] for index in range(count)]
 
 
 # --- one case ---------------------------------------------------------------------------------------------------------
@@ -470,9 +581,9 @@ class Judge(abc.ABC):
                            for fault in self.case.faults))
 
     def may_doubt(self) -> bool:
-        """Did storage say of something that it failed? A copy that was named, but whose name may not be on disk, need not be
-        called good."""
-        return not self.is_clean and bool(self.case.trouble and str(self.case.trouble.get('do'))[0] == 'E')
+        """Did storage say of something that it failed, or not say that it was done? A copy that was named, but whose name may not
+        be on disk, need not be called good."""
+        return not self.is_clean and bool(self.case.trouble and re.match('E|hang', str(self.case.trouble.get('do'))))
 
     def holds_no_journal_is_left_open(self) -> List[str]:
         """After the clean run no journal is left, but that of a snapshot call whose answer was lost."""
@@ -523,33 +634,46 @@ class Judge(abc.ABC):
 class Aftermath(Judge):
     """What is there after a backup, held against what was there before it."""
 
-    def __init__(self, base: Base, case: Case, place: Place, run: Run, good_before: Set[Tuple[str, str]],
-                 dumps_before: Set[Tuple[str, str]], is_clean: bool) -> None:
+    def __init__(self, base: Base, case: Case, place: Place, run: Run, before: Stand, is_clean: bool) -> None:
         super().__init__(base, case, place, run, is_clean)
-        self.good_before = good_before
-        self.dumps_before = dumps_before
-        self.copies = contents.shown_copies(place.store)
+        self.before = before
+        night = len(base.nights) - (1 if is_clean else 2)
+        self.night_of = {copy: before.night_of.get(copy, night) for copy in contents.shown_copies(place.store)}
+        self.copies = set(self.night_of)
+        self.read = {name: layers.Disks(Store(place.store), name) for name, _ in self.copies}
         self.dumps = contents.shown_dumps(place.store)
-        self.damaged = {(name, copy): problem for name, copy in self.copies for problem in [self.problem_of(name, copy)]
-                        if problem}
+        self.damaged = {copy: problem for copy in self.copies for problem in [self.problem_of(*copy)] if problem}
         self.good_copies = self.copies - set(self.damaged)
-        self.new = {name for name, _ in self.good_copies - good_before}
-        self.has_new_dump = bool(self.dumps - dumps_before)
+        self.stand = Stand(self.night_of, {copy: layer_of(place.store, copy) for copy in self.copies}, self.good_copies,
+                           contents.sealed_files(place.store, self.copies), self.dumps)
+        #: What a copy rests on that somebody else has removed is no one's fault here; a new one may not rest on it.
+        self.ruined = {copy for copy in before.night_of if case.taken & ({copy} | before.named(copy))}
+        self.good_before = before.good - self.ruined
+        self.new = {name for name, _ in self.good_copies - before.good}
+        self.has_new_dump = bool(self.dumps - before.dumps)
         self.last_line = LAST_LINE.fullmatch(run.stdout.rstrip('\n').rpartition('\n')[2])
 
     def problem_of(self, name: str, copy: str) -> str:
-        if name not in DISKS:
+        if name not in self.base.disks:
             return 'nobody asked for a copy of it'
-        is_first = (name, copy) in self.base.copies
-        return contents.copy_problem(os.path.join(self.place.store, name, copy), DISKS[name],
-                                     {} if is_first else WRITES[name])
+        store, disks = self.place.store, self.base.disks[name]
+        writes = self.base.written_by(self.night_of[name, copy], name)
+        problem = contents.copy_problem(os.path.join(store, name, copy), disks, writes)
+        if problem or not layer_of(store, (name, copy)):
+            return problem
+        try:
+            return layers.copy_problem(Store(store), name, copy, {
+                layers.device_of(number): b''.join(contents.blocks_of(disk, writes.get(number, {})))
+                for number, disk in disks.items()}, self.read[name])
+        except (OSError, ValueError, KeyError, EOFError, struct.error) as error:
+            return '%s: %s' % (type(error).__name__, error)
 
     # --- the store ---
 
     def holds_no_good_copy_is_lost(self) -> List[str]:
         """A good copy that is gone has as many newer good ones as are to be kept."""
         problems = []
-        for kind, before, now in (('copy', self.good_before, self.good_copies), ('dump', self.dumps_before, self.dumps)):
+        for kind, before, now in (('copy', self.good_before, self.good_copies), ('dump', self.before.dumps, self.dumps)):
             for name, one in sorted(before - now):
                 newer = [other for folder, other in now if folder == name and other > one]
                 if len(newer) < self.case.copies:
@@ -558,7 +682,8 @@ class Aftermath(Judge):
 
     def holds_what_looks_good_is_good(self) -> List[str]:
         """Every copy and dump that shows as complete holds what the disks held."""
-        problems = ['%s/%s: %s' % (name, copy, problem) for (name, copy), problem in sorted(self.damaged.items())]
+        problems = ['%s/%s: %s' % (name, copy, problem) for (name, copy), problem in sorted(self.damaged.items())
+                    if (name, copy) not in self.ruined]
         for name, dump in sorted(self.dumps):
             problem = contents.dump_problem(os.path.join(self.place.store, name, dump))
             problems += ['%s/%s %s' % (name, dump, problem)] if problem else []
@@ -568,20 +693,58 @@ class Aftermath(Judge):
         """`verify` finds every copy good, and as many as there are."""
         verdict = self.place.verify()
         lines = [line for line in verdict.stdout.splitlines() if line.startswith('good ')]
-        if verdict.exit_status != 0 or len(lines) != len(self.copies):
+        ruined = self.copies & self.ruined
+        if verdict.exit_status != bool(ruined) or len(lines) != len(self.copies - ruined):
             return ['verify found %d of %d copies good, exit status %d: %s' % (
                 len(lines), len(self.copies), verdict.exit_status, verdict.output)]
         return []
 
+    def holds_sealed_files_never_change(self) -> List[str]:
+        """The files of a copy are what they were, and none has come or gone."""
+        return ['%s/%s: %s' % (name, copy, sorted(set(now) ^ set(was) or {file for file in was if now.get(file) != was[file]}))
+                for (name, copy), was in sorted(self.before.files.items())
+                for now in [self.stand.files.get((name, copy), was)] if now != was]
+
+    def holds_holders_stay(self) -> List[str]:
+        """No copy is gone that holds blocks of one that is there."""
+        return ['%s/%s is gone, which holds blocks of %s' % (holder + (copy[1],))
+                for copy in sorted(self.copies - self.ruined) for holder in sorted(self.stand.named(copy) - self.copies)]
+
+    def holds_the_chain_before_stays(self) -> List[str]:
+        """Where a chain begins with a full that nobody has read back yet, the last good copy of the one before is there."""
+        return ['%s/%s is gone, the last of its chain, and the next is not proven yet' % copy
+                for full in self.unproven_fulls() for copy in self.before.last_beside(self.good_before, full) - self.good_copies]
+
+    def unproven_fulls(self) -> Set[Copy]:
+        """The fulls with which the present chains begin and that have not been read back: those that this run has made, as all
+        that stood there before it was verified."""
+        newest = [self.stand.of(name, self.good_copies)[-1:] for name in sorted(self.base.disks)]
+        fulls = {(one[0][0], self.stand.layer_of[one[0]].get('full', '')) for one in newest if one}
+        return {(name, full) for name, full in fulls if full} - set(self.before.night_of)
+
+    def holds_an_increment_is_made_where_it_can_be(self) -> List[str]:
+        """The new copy is what comes next in the chain of the newest good one, unless that is gone or could not be read."""
+        problems = []
+        for name in sorted(self.new if self.base.full_every and not self.case.taken and not self.may_doubt() else ()):
+            base, made = self.stand.of(name, self.before.good)[-1:], self.stand.of(name, self.good_copies - self.before.good)
+            depth = self.before.layer_of[base[0]]['depth'] if base else 0
+            wanted = depth + 1 if 0 < depth < self.base.full_every else 1
+            if len(made) == 1 and self.stand.layer_of[made[0]]['depth'] != wanted:
+                problems.append('%s/%s is copy %d of its chain instead of %d' % (
+                    made[0] + (self.stand.layer_of[made[0]]['depth'], wanted)))
+        return problems
+
     def holds_retention(self) -> List[str]:
-        """After a run that did everything, no more copies are kept than asked for."""
+        """After a run that did everything, no more copies are kept than asked for and what these rest on."""
         if self.run.exit_status not in (0, 3) or self.may_doubt():
             return []                           # nothing is pruned on storage that misbehaves
         problems = []
-        for name in DISKS:
-            count = len([one for folder, one in self.copies if folder == name])
-            if count > self.case.copies:
-                problems.append('%d copies of %s are there, %d are to be kept' % (count, name, self.case.copies))
+        for name in sorted(self.base.disks):
+            kept = set(self.stand.of(name, self.good_copies)[-self.case.copies:])
+            kept.update(*(self.stand.last_beside(self.good_copies, full) for full in self.unproven_fulls()))
+            idle = self.stand.of(name, self.good_copies - self.stand.with_holders(kept | self.ruined))
+            problems += ['%s/%s is there, %d are to be kept, and it holds none of their blocks' % (one + (self.case.copies,))
+                         for one in idle]
         return problems + (['%d dumps are there' % len(self.dumps)] if len(self.dumps) > self.case.copies else [])
 
     def holds_nothing_unfinished(self) -> List[str]:
@@ -627,12 +790,12 @@ class Aftermath(Judge):
     def holds_the_exit_status_is_true(self) -> List[str]:
         """0 and 3 mean that everything is there; 1 that something is missing; the clean run ends with 0 (after `lose` with 3,
         if something can't be removed)."""
-        status, is_all = self.run.exit_status, self.new == set(DISKS) and self.has_new_dump
+        status, is_all = self.run.exit_status, self.new == set(self.base.disks) and self.has_new_dump
         problems = []
         if status in (0, 3) and not is_all:
             problems.append('exit status %d, but new copies are there only of %s%s' % (
                 status, sorted(self.new) or 'nothing', '' if self.has_new_dump else ', and no new dump'))
-        allowed = [0, 3] if 'lose' in self.case.deeds else [0]
+        allowed = [0, 3] if 'lose' in self.case.deeds or self.case.taken else [0]
         if not self.is_clean:
             allowed += [1, 3, 4]
         if not self.is_clean and self.case.signal_at:
@@ -661,14 +824,14 @@ class Aftermath(Judge):
             return ['the last line is %r' % self.run.stdout.rstrip('\n').rpartition('\n')[2]]
         facts = self.last_line.groupdict()
         names = set((facts['names'] or '').replace('"', '').split(', ')) - {''}
-        if self.may_doubt() and names >= set(DISKS) - self.new and int(facts['number']) <= len(self.new):
+        if self.may_doubt() and names >= set(self.base.disks) - self.new and int(facts['number']) <= len(self.new):
             return []
         problems = []
         if int(facts['status']) != status:
             problems.append('the last line says %s, the exit status is %d' % (facts['status'], status))
-        if names != set(DISKS) - self.new:
+        if names != set(self.base.disks) - self.new:
             problems.append('the last line names %s, but %s have no new copy' % (
-                sorted(names) or 'nothing', sorted(set(DISKS) - self.new) or 'none'))
+                sorted(names) or 'nothing', sorted(set(self.base.disks) - self.new) or 'none'))
         if int(facts['number']) != len(self.new):
             problems.append('the last line tells of %s VMs, %d have a new copy' % (facts['number'], len(self.new)))
         if status < 128 and bool(facts['dump']) == self.has_new_dump:

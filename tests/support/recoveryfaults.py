@@ -6,11 +6,9 @@ of `db` is a raw image. Each case repeats the recorded restore or drill with one
 without. Whatever happens, there is a whole VM or nothing, and what was there before is as it was.
 """
 
-import hashlib
 import os
 import shutil
 import signal
-import time
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set
 
 from support import contents, recovery
@@ -55,7 +53,7 @@ class RecoveryBase(Base):
             first.pool.stop()
             shutil.copytree(first.pool.dir, self.pool_dir, ignore=shutil.ignore_patterns('sockets', 'journal.jsonl'))
             shutil.copytree(first.store, os.path.join(self.home, 'store'), symlinks=True)
-            self.files = files_of(first.store)
+            self.files = contents.digests(first.store)
         finally:
             first.remove()
         self.cases = self.all_cases()
@@ -65,26 +63,7 @@ class RecoveryBase(Base):
 
     def recorded_cases(self, way: Way) -> Iterator[Case]:
         """Every trouble at every place of one run that way."""
-        place = Place(self, self, COPIES)
-        try:
-            place.serve()
-            began_at = time.monotonic()
-            run = place.do(way.words)
-            run_ms = int((time.monotonic() - began_at) * 1000)
-            assert run.exit_status == 0, run.output
-            journal = place.pool.journal()
-        finally:
-            place.remove()
-        place = Place(self, self, COPIES)
-        try:
-            place.serve()
-            trace = os.path.join(place.home, 'trace')
-            run = place.do(way.words, trouble={'store': place.store, 'trace': trace})
-            assert run.exit_status == 0, run.output
-            steps = contents.content_of(trace).decode('utf-8', 'surrogateescape').splitlines()
-        finally:
-            place.remove()
-        for case in cases_of(journal, steps, run_ms):
+        for case in cases_of(self.recorded(way.words)):
             yield case._replace(name='%s-%s' % (way.name, case.name))
 
     def judge(self, case: Case) -> Result:
@@ -102,17 +81,6 @@ class RecoveryBase(Base):
             return result_of(case, held + more_held, problems, more_problems, run, clean)
         finally:
             place.remove()
-
-
-def files_of(store: str) -> Dict[str, str]:
-    """The SHA-256 of every file of the copies, by path."""
-    found = {}
-    for folder, folders, files in os.walk(store):
-        folders[:] = [name for name in folders if name != '.vmbackup']
-        for name in files:
-            path = os.path.join(folder, name)
-            found[os.path.relpath(path, store)] = hashlib.sha256(contents.content_of(path)).hexdigest()
-    return found
 
 
 class RecoveryAftermath(Judge):
@@ -193,7 +161,7 @@ class RecoveryAftermath(Judge):
 
     def holds_the_copies_are_untouched(self) -> List[str]:
         """Every file of every copy is what it was, and nothing was added."""
-        now = files_of(self.place.store)
+        now = contents.digests(self.place.store)
         return ['%s is not what it was' % path for path in sorted(set(now) | set(self.base.files))
                 if now.get(path) != self.base.files.get(path)]
 
