@@ -5438,8 +5438,7 @@ class DiskFeed(MebibyteSink):
     """The sink of an image's check that gives its one disk to an import.
 
     With `ova` as an archive: a block for each MiB; MiBs of zeros are left out but for the first and the last
-    (stream_vdi.ml@v26.17.0). Without it raw and whole,
-    for `xe vdi-import format=raw`.
+    (stream_vdi.ml@v26.17.0). Without it raw and whole, for `xe vdi-import format=raw`.
     """
 
     def __init__(self, pipe: PartPipe, virtual_size: int, ova: bytes = b"", disk_id: str = "") -> None:
@@ -6299,7 +6298,6 @@ class Catalog:
             return resting(now, lambda name: self.with_checks(copy_beside(folder, now.folder, name)),
                            self._fails)
 
-
     def images_of(self, folder_name: str, name: str) -> Tuple[str, ...]:
         """The names that the images of that copy have now; none if it is gone."""
         with contextlib.suppress(NotThere), self.root.child(folder_name) as folder:
@@ -6456,6 +6454,7 @@ class Catalog:
         """A digest of names, sizes and times of all files of the copy, and of the images that hold its
         blocks: it changes when any is written. `seen`: what was seen of others of its directory."""
         seen = {} if seen is None else seen
+
         def look(folder: Directory, place: str) -> Iterator[Tuple[Any, ...]]:
             for name in folder.names():
                 status = folder.status(name)
@@ -9419,7 +9418,9 @@ def proven_layer(services: Services, inside: Directory, state: DiskState, doing:
                                     f"{key}.vhd ({error}): the copy was not kept, and nothing is pruned. "
                                     "Check the share or disk.")
     if not is_plain:
-        digest = within(services.patience_s, doing, lambda: stored_digest(services, inside, name))
+        digest, fd = Digest(), within(services.patience_s, doing, lambda: inside.open_file(name))
+        forget_cached(fd)
+        pump([Flow(fd, [digest])], Watch(services, f"reading {name} back"), doing)
         if digest.hexdigest() != stored.hexdigest():
             raise StorageMisbehaved(f"{doing}: the storage gives back other bytes than were written to "
                                     f"{name}: the copy was not kept, and nothing is pruned. Check the share "

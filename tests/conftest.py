@@ -11,6 +11,7 @@ from support import warm
 from support.deeds import backup
 from support.language import described, disk, vm
 from support.layers import DATA, ROOT, Nights
+from support.mail import MailServer
 from support.process import Pool
 from support.shelf import STATE, Given, Shelf, Tree, copied
 
@@ -41,6 +42,14 @@ def a_shelf() -> Iterator[Callable[..., Shelf]]:
     yield build
     for shelf in shelves:
         shelf.remove()
+
+
+@pytest.fixture(scope='module')
+def one_mail_server() -> Iterator[MailServer]:
+    """A mail server for all tests of a file: one process, as its start costs more than a mail."""
+    server = MailServer()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

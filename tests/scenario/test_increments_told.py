@@ -32,13 +32,6 @@ def small_store(tmp_path: Any) -> Iterator[str]:
     yield from mounted(str(tmp_path), 'size=32m')
 
 
-@pytest.fixture(scope='module')
-def one_mail_server() -> Iterator[MailServer]:
-    server = MailServer()
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def mail_server(one_mail_server: MailServer) -> MailServer:
     one_mail_server.forget()

@@ -6,7 +6,7 @@ import signal
 import stat
 from email.utils import parsedate_to_datetime
 from datetime import datetime, timedelta, timezone
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, List
 
 import pytest
 
@@ -21,14 +21,6 @@ FULL = {'fails': ['SR_BACKEND_FAILURE_44', '', 'There is insufficient space', ''
 SLOWLY = {'runs_at': 4 * MEBIBYTE}
 BIG = [disk(size=8 * MEBIBYTE, used=8)]
 SECRET = 'Swordfish-17'
-
-
-@pytest.fixture(scope='module')
-def one_mail_server() -> Iterator[MailServer]:
-    """A mail server for all tests of this file: one process, as its start costs more than a mail."""
-    server = MailServer()
-    yield server
-    server.stop()
 
 
 @pytest.fixture
