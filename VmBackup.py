@@ -2040,7 +2040,7 @@ def holder_problem(base: Copy, copies: Sequence[Copy], holders: Sequence[Tuple[s
     for name, mark in [(base.name, base.mark), *holders]:
         copy = by_name.get(name)
         if copy is not None and copy.is_unreadable:
-            return f"{name} can't be read now: {copy.problem}"
+            return f"{name} can't be read now: {copy.trouble}"
         if copy is None or copy.mark != mark:
             return f"{name} is no longer there" if copy is None else f"{name} is not the copy that it was"
         if copy.problem or copy.verdict or name == base.name and copy.trouble:
@@ -2187,7 +2187,7 @@ def retention_warnings(copies: Sequence[Copy], utc: datetime, local: datetime) -
             advice = ("" if unknown.is_unreadable or not unknown.is_garbled else
                       " Others beside it need its blocks, so leave it where it is." if needed else
                       f" If it never can, remove it: `rm -r {shell_word(place)}` in the store.")
-            found.append(f"{place}: {unknown.problem}: nothing is pruned in {unknown.folder}/ until it can "
+            found.append(f"{place}: {unknown.trouble}: nothing is pruned in {unknown.folder}/ until it can "
                          f"be read again.{advice}")
         else:
             found.append(f"{place}/backup.json is of a format that only a newer VmBackup knows: nothing is "
@@ -7305,6 +7305,8 @@ def laid_together(inside: Directory, copy: Copy, manifest: Dict[str, Any],
             """A full's image is read from disk to disk, the files of increments each with its disk."""
             place = holder.copy.name, key if holder.copy.is_increment else ""
             if place not in readers:
+                if holder.copy.is_increment:
+                    own.callback(readers.pop, place, None)
                 try:
                     readers[place] = layer_reader(own if holder.copy.is_increment else stack, holder, key)
                 except VerificationError as problem:
@@ -7516,8 +7518,10 @@ def layer_state(holder: Holder, on_tick: Callable[[Progress], Any], doing: str) 
     proof = Proof({disk_name(copy, disk): (disk["key"], disk["virtual_size"], (
         row for row in disk_rows(inside, disk) if not row.holder)) for disk in held_disks(manifest)})
     problems: List[str] = []
-    try:
-        for image, facts in zip(copy.images, manifest["images"]):
+    is_known = True
+    for image, facts in zip(copy.images, manifest["images"]):      # a bad one says nothing of the others
+        proof.has_seen_all = False
+        try:
             with open(inside.open_file(image), "rb") as file:
                 forget_cached(file.fileno())           # what is proven is the storage, not a cache
             if is_compressed_twice(image, facts):      # inside is the image that was proven at the export
@@ -7528,13 +7532,14 @@ def layer_state(holder: Holder, on_tick: Callable[[Progress], Any], doing: str) 
                           virtual_size=sizes.get(facts["disk"])) if copy.is_increment else \
                 image_check(inside, copy, manifest, [proof], bad=problems)
             read_file(inside, image, facts, [check], on_tick, doing)
-    except (VerificationError, NotThere, WrongKind) as error:
-        problems.append(str(error))
+        except (VerificationError, NotThere, WrongKind) as error:
+            problems.append(str(error))
+            is_known = is_known and proof.has_seen_all
     proof.finish()
     if proof.spans and not problems:
         key, spans = next(iter(proof.spans.items()))
         problems.append(f"MiB {spans[0][0]} of disk {key} is not what was exported: its digest differs")
-    is_known = proof.has_seen_all and sum(map(len, proof.spans.values())) <= MOST_SPANS
+    is_known = is_known and sum(map(len, proof.spans.values())) <= MOST_SPANS
     return LayerState(problems[0] if problems else "", proof.spans if is_known else None, copy.images)
 
 
@@ -9388,35 +9393,39 @@ def proven_layer(services: Services, inside: Directory, state: DiskState, doing:
     name, plain = f"{key}.vhd{COMPRESSED_SUFFIX[settings.compress]}", Digest()
     stored, again = plain, plain
 
-    def opened() -> Tuple[int, io.BufferedIOBase, Optional[int]]:
-        target = None if is_plain else inside.create(name)
-        fd = inside.open_file(key + ".vhd")
-        forget_cached(fd)
-        return fd, open(inside.open_file(BLOCKS), "rb"), target
+    def opened() -> Tuple[Proof, int, Optional[int]]:
+        rows = disk_rows(inside, {"key": key, "begin": state.begin, "end": state.end})
+        proof = Proof({key: (key, state.size, (row for row in rows if not row.holder))})
+        with contextlib.ExitStack() as opening:
+            fd = inside.open_file(key + ".vhd")
+            opening.callback(os.close, fd)
+            forget_cached(fd)
+            target = None if is_plain else inside.create(name)
+            opening.pop_all()
+        return proof, fd, target
 
-    fd, listed_blocks, target = within(services.patience_s, doing, opened)
-    rows = rows_of(listed_blocks, key, state.begin, state.end)
-    proof = Proof({key: (key, state.size, (row for row in rows if not row.holder))})
-    with contextlib.ExitStack() as stack:
+    try:
+        proof, fd, target = within(services.patience_s, doing, opened)
         check = Check(check_vhd, None, [proof.of(key)], strict=False, is_layer=True, virtual_size=state.size)
         flows = [Flow(fd, [plain, check])]
-        if not is_plain:
-            stored = Digest("SHA-256 of the stored bytes")
-            again = Digest("SHA-256 of what it decompresses to")
-            writer = Consumer("storage", write_file, target)
-            feeder, compressed = compressing(stack, settings, [stored, writer], [again])
-            flows = [Flow(fd, [plain, check, feeder]), *compressed]
-        try:
+        with contextlib.ExitStack() as stack:
+            if not is_plain:
+                stored = Digest("SHA-256 of the stored bytes")
+                again = Digest("SHA-256 of what it decompresses to")
+                writer = Consumer("storage", write_file, target)
+                with closed_aside([writer, Consumer("source", None, fd)]):
+                    feeder, compressed = compressing(stack, settings, [stored, writer], [again])
+                flows = [Flow(fd, [plain, check, feeder]), *compressed]
             pump(flows, Watch(services, f"reading {name} back"), doing)
-            proof.finish()
-            if proof.spans:
-                raise VerificationError("other blocks")
-        except CompressionDamaged as error:
-            raise ProgramError(bad_compressor(doing, settings.compress, f"nothing whole ({error})"))
-        except VerificationError as error:
-            raise StorageMisbehaved(f"{doing}: the storage gives back something else than was written to "
-                                    f"{key}.vhd ({error}): the copy was not kept, and nothing is pruned. "
-                                    "Check the share or disk.")
+        proof.finish()
+        if proof.spans:
+            raise VerificationError("other blocks")
+    except CompressionDamaged as error:
+        raise ProgramError(bad_compressor(doing, settings.compress, f"nothing whole ({error})"))
+    except VerificationError as error:
+        raise StorageMisbehaved(f"{doing}: the storage gives back something else than was written to "
+                                f"{key}.vhd ({error}): the copy was not kept, and nothing is pruned. Check "
+                                "the share or disk.")
     if not is_plain:
         digest, fd = Digest(), within(services.patience_s, doing, lambda: inside.open_file(name))
         forget_cached(fd)
@@ -10166,8 +10175,8 @@ def restore_text(machine: VirtualMachine, interfaces: Sequence[Interface], manif
         "# that was compressed since, by somebody else, has to be unpacked first.",
         "", "set -e", f"SR={disks[0]['sr_uuid']}      # where the disks go: they came from there"]
     if unpacked:
-        lines.append("ROOM=$(mktemp /var/tmp/layer.XXXXXX)      # what is compressed is unpacked there, "
-                     f"up to {format_size(max(unpacked))}")
+        lines += ["ROOM=$(mktemp /var/tmp/layer.XXXXXX)      # what is compressed is unpacked there, up to "
+                  f"{format_size(max(unpacked))}", "trap 'rm -f \"$ROOM\"' EXIT"]
     gone = [disk for disk in held_disks(full.manifest) if is_vm and disk["key"] not in before]
     if is_vm:
         lines += ["", "# The full; it bears the name of its snapshot.",
@@ -10200,7 +10209,6 @@ def restore_text(machine: VirtualMachine, interfaces: Sequence[Interface], manif
         for name in names + [""] * bool(disk["changed"]):
             if name != layer["full"]:
                 lines += by_hand_import(*files[name][key])
-    lines += ["rm $ROOM"] if unpacked else []
     lines += ["", "# Then by hand, as the VM was when this copy was made:",
               f"#   memory {machine.memory_dynamic_max}, VCPUs-max {machine.vcpus_max}, VCPUs-at-startup "
               f"{machine.vcpus_at_startup}; what else has changed since the full is in vm-metadata.xml"]

@@ -145,6 +145,22 @@ def test_a_copy_whose_other_files_are_found_changed_is_not_known_to_hold_good_bl
     assert good(nights) == [], run
 
 
+def test_a_rotten_file_of_one_disk_condemns_nobody_who_needs_only_the_other_disks(some_nights: Any) -> None:
+    nights = some_nights()
+    nights.night()
+    nights.write(3)
+    nights.write(2, device='xvdb')
+    second = nights.night()
+    nights.write(3)
+    third = nights.night()                      # has MiB 3 of xvda anew, and needs xvdb of the second
+    flip(nights, second, block(nights, second, 3))
+    for _ in range(2):
+        run = nights.verify()
+        assert run.exit_status == 1 and '2 good, 1 DAMAGED' in run.stdout, run
+        assert second not in good(nights) and third in good(nights)
+    assert nights.restored_problem(third) == ''
+
+
 def test_an_image_that_the_storage_host_compresses_while_others_are_verified_is_not_damaged(some_nights: Any) -> None:
     nights = some_nights(disks=ONE)
     copies = a_chain(nights, 2)
