@@ -2093,8 +2093,9 @@ def next_layer(copies: Sequence[Copy], machine: VirtualMachine, method: Method, 
                          left=due_at - depth + 1)
     needed = full.size_bytes if full is not None else 0
     if free_bytes is None or needed <= free_bytes or depth > 2 * full_every:
+        early = " (a VM's first chain ends early)" if due_at < full_every else ""
         return NextLayer(None, f"its chain has reached {counted(base.layer.depth, 'copy')}, and "
-                         f"full_every={full_every}", left=full_every)
+                         f"full_every={full_every}{early}", left=full_every)
     return NextLayer(base, f"copy {depth} of its chain", base.layer.is_first,
                      f"a full is due, and one of {format_size(needed)} does not fit into the "
                      f"{format_size(free_bytes)} that are free in the store: this copy is an increment "
