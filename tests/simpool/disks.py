@@ -27,6 +27,11 @@ class Disks:
                 raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
             return storage.Disk(self.storage, uuid, self.lock, self._reserve_block)
 
+    def is_vhd(self, vdi: str) -> bool:
+        """Whether the storage keeps the disk as a VHD."""
+        with self.lock:
+            return self.storage.contents[self.record("VDI", vdi)["uuid"]].sr in self.storage.vhd
+
     # --- space
 
     def _reserve(self, sr: str, amount: int) -> None:
@@ -94,7 +99,7 @@ class Disks:
         if record["missing"]:
             raise Failure("VDI_MISSING", record["SR"], vdi)
         if record["type"] == "cbt_metadata":
-            raise Failure("VDI_INCOMPATIBLE_TYPE", vdi, "cbt_metadata")
+            raise Failure("VDI_INCOMPATIBLE_TYPE", vdi, "CBT metadata")
         if not record["managed"]:
             raise Failure("VDI_NOT_MANAGED", vdi)
         if mode == "RW" and record["read_only"]:

@@ -23,7 +23,7 @@ import time
 import uuid
 import xml.etree.ElementTree as ElementTree
 import zlib
-from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 MIB = 1024 * 1024
 ZERO_MIB = bytes(MIB)
@@ -234,11 +234,15 @@ def disk_tar(disk: Any, digest: str, advance: Callable[[int], None], keepalive: 
     yield END_OF_TAR
 
 
-def raw(disk: Any, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """Every byte of the disk, zeros too."""
+def raw(disk: Any, advance: Callable[[int], None], blocks: Optional[Iterable[int]] = None) -> Iterator[bytes]:
+    """Every byte of the disk, zeros too; with `blocks`, zeros in the place of all but these blocks of a VHD.
+
+    So an export of a difference as raw is not the disk (vhd_format/f.ml raw_common, v24.19.2).
+    """
+    sent = None if blocks is None else set(blocks)
     for index in range((disk.size + MIB - 1) // MIB):
         length = min(MIB, disk.size - index * MIB)
-        if disk.is_zero(index):
+        if disk.is_zero(index) or (sent is not None and index * MIB // VHD_BLOCK not in sent):
             yield ZERO_MIB if length == MIB else bytes(length)
         else:
             yield disk.block(index)
@@ -251,6 +255,8 @@ VHD_BLOCK = 2 * MIB
 VHD_LARGEST = 2040 * 1024 * MIB       # xapi Constants.max_vhd_size
 _ABSENT = 0xFFFFFFFF
 _DYNAMIC, _DIFFERENCING = 3, 4
+#: 2000-01-01, from which a VHD counts its seconds.
+_VHD_EPOCH = 946684800
 
 
 def vhd_uuid_of(vdi_uuid: str) -> bytes:
@@ -286,31 +292,49 @@ def vhd_footer(size: int, disk_type: int, identity: bytes) -> bytes:
     return fields(_vhd_checksum(fields(0)))
 
 
-def vhd_header(entries: int, parent: bytes = bytes(16)) -> bytes:
-    """The 1024 bytes of the dynamic disk header; a parent is named by its uuid only."""
+class Parent(NamedTuple):
+    """What a differencing VHD says of the one below it: the uuid in that one's footer, when it was last written to, in seconds
+    since the epoch, and its path on the host."""
+    identity: bytes
+    modified: int
+    path: str
+
+
+def vhd_header(entries: int, parent: Optional[Parent] = None) -> bytes:
+    """The 1024 bytes of the dynamic disk header.
+
+    A parent is named by uuid, time, name and one locator, whose place is the empty sector before the table: the path that
+    should stand there is not written (vhd_format/f.ml vhd_common, v24.19.2; recorded).
+    """
+    identity, modified, name, locator = bytes(16), 0, b'', b''
+    if parent is not None:
+        identity, modified = parent.identity, parent.modified - _VHD_EPOCH
+        name = parent.path.encode('utf-16-be')
+        locator = struct.pack('>4sIIIQ', b'MacX', 1, len('file://' + parent.path), 0, 2048 - SECTOR)
+
     def fields(checksum: int) -> bytes:
         return struct.pack('>8sQQIIII16sII512s192s256x', b'cxsparse', 0xFFFFFFFFFFFFFFFF, 2048,
-                           0x00010000, entries, VHD_BLOCK, checksum, parent, 0, 0,
-                           bytes(512), bytes(192))
+                           0x00010000, entries, VHD_BLOCK, checksum, identity, modified, 0, name, locator)
     return fields(_vhd_checksum(fields(0)))
 
 
-def vhd(disk: Any, advance: Callable[[int], None], base: Optional[Any] = None,
-        base_identity: bytes = bytes(16)) -> Iterator[bytes]:
-    """A streamable VHD: only blocks that hold something, in order, footer at both ends.
+def vhd(disk: Any, advance: Callable[[int], None], blocks: Iterable[int], parent: Optional[Parent] = None,
+        size: Optional[int] = None) -> Iterator[bytes]:
+    """A streamable VHD of these blocks, ascending, zeros like others, footer at both ends; differencing if there is a parent.
 
-    With `base`, a differencing one that holds the blocks differing from it.
+    `size` is what it says to be the disk's, if that is not so.
     """
-    entries = (disk.size + VHD_BLOCK - 1) // VHD_BLOCK
+    size = disk.size if size is None else size
+    entries = vhd_entries(size)
     bat_size = (4 * entries + SECTOR - 1) // SECTOR * SECTOR
-    present = list(_vhd_blocks(disk, base))
+    present = list(blocks)
     bat = bytearray(b'\xff' * bat_size)
     sector = (2048 + bat_size) // SECTOR
     for block in present:
         struct.pack_into('>I', bat, 4 * block, sector)
         sector += 1 + VHD_BLOCK // SECTOR
-    footer = vhd_footer(disk.size, _DIFFERENCING if base else _DYNAMIC, uuid.uuid4().bytes)
-    yield footer + vhd_header(entries, base_identity) + bytes(SECTOR) + bytes(bat)
+    footer = vhd_footer(size, _DYNAMIC if parent is None else _DIFFERENCING, uuid.uuid4().bytes)
+    yield footer + vhd_header(entries, parent) + bytes(SECTOR) + bytes(bat)
     done = 0
     for block in present:
         first = block * 2
@@ -323,31 +347,19 @@ def vhd(disk: Any, advance: Callable[[int], None], base: Optional[Any] = None,
     yield footer
 
 
-def _vhd_blocks(disk: Any, base: Optional[Any]) -> Iterator[int]:
-    """Numbers of the 2 MiB blocks that are allocated, zeros of a guest too (that differ from `base`)."""
-    if base is None:
-        present = {index // 2 for index in disk.zeroed_blocks()}
-        index = disk.next_used(0)
-        while index is not None:
-            present.add(index // 2)
-            index = disk.next_used(index // 2 * 2 + 2)
-        for block in sorted(present):
-            yield block
-        return
-    used = set()
-    for one in (disk, base):
-        index = one.next_used(0)
-        while index is not None:
-            used.add(index)
-            index = one.next_used(index + 1)
-    differing = set()
-    for index in used:
-        if index * MIB < disk.size:
-            theirs = base.block(index) if index * MIB < base.size else b''
-            if bytes(disk.block(index)) != bytes(theirs):
-                differing.add(index // 2)
-    for block in sorted(differing):
-        yield block
+def vhd_entries(size: int) -> int:
+    """How many blocks a disk of that size has, as a VHD counts them."""
+    return (size + VHD_BLOCK - 1) // VHD_BLOCK
+
+
+def vhd_blocks(disk: Any, with_zeros: bool = True) -> List[int]:
+    """The blocks of a VHD that hold something, or only a guest's zeros."""
+    present = {index // 2 for index in disk.zeroed_blocks()} if with_zeros else set()
+    index = disk.next_used(0)
+    while index is not None:
+        present.add(index // 2)
+        index = disk.next_used(index // 2 * 2 + 2)
+    return sorted(present)
 
 
 # --- XML-RPC values -----------------------------------------------------------------------------

@@ -90,6 +90,14 @@ class Pool(Machines, Disks, Database):
     def has_qcow2(self) -> bool:
         return self.version >= (25, 27)
 
+    def refuses_differences_of_no_vhd(self) -> bool:
+        """Whether a difference of a disk that is no VHD fails (CA-384483, v24.13.0); before, it is a full without a word."""
+        return self.version >= (24, 13)
+
+    def leaves_zeros_out(self) -> bool:
+        """Whether a VHD that is made of a disk that is none leaves out the blocks of zeros (8e511dc701, v25.35.0)."""
+        return self.version >= (25, 35)
+
     def has_ignore_vdis(self) -> bool:
         return self.version >= (21, 4)
 

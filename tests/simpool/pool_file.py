@@ -36,7 +36,7 @@ POOL_KEYS = {"xapi_version": DEFAULT_VERSION, "hosts": DERIVED, "srs": DERIVED, 
 HOST_KEYS = {"name_label": REQUIRED, "name_description": "Default install", "uuid": DERIVED, "hostname": DERIVED,
              "master": DERIVED, "live": True}
 SR_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "type": DERIVED, "shared": DERIVED,
-           "host": DERIVED, "size": 4 * TIB, "must_zero": False}
+           "host": DERIVED, "size": 4 * TIB, "must_zero": False, "vhd": DERIVED, "thick": DERIVED}
 NETWORK_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "bridge": DERIVED, "MTU": 1500}
 TEMPLATE_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "default": False}
 VM_KEYS = {"name_label": REQUIRED, "name_description": "", "uuid": DERIVED, "power_state": "Halted", "resident_on": DERIVED,
@@ -59,7 +59,8 @@ EXAMPLE = {
     "hosts": [{"name_label": "xcp1", "name_description": "Default install", "master": True, "live": True,
                "uuid": "11111111-2222-4333-8444-555555555501", "hostname": "xcp1"}, {"name_label": "xcp2"}],
     "srs": [{"name_label": "nfs-store", "name_description": "", "type": "nfs", "shared": True, "size": 4 * TIB,
-             "uuid": "11111111-2222-4333-8444-555555555502", "must_zero": False},
+             "uuid": "11111111-2222-4333-8444-555555555502", "must_zero": False, "vhd": True,
+             "thick": False},
             {"name_label": "local xcp2", "type": "ext", "host": "xcp2"},
             {"name_label": "ISO library", "type": "iso", "shared": True}],
     "networks": [{"name_label": "Pool-wide network associated with eth0", "name_description": "", "bridge": "xenbr0",
@@ -117,7 +118,7 @@ def _check_type(key: str, value: Any, default: Any, where: str) -> None:
     kinds = {"size": int, "memory": int, "vcpus": int, "MTU": int, "count": int, "tags": list, "other_config": dict,
              "master": bool, "live": bool, "shared": bool, "default": bool, "is_a_template": bool, "bootable": bool,
              "empty": bool, "owner": bool, "blocked_operations": dict, "snapshot_of_itself": bool, "vusbs": int, "vgpus": int,
-             "pci": int, "vtpm": int, "must_zero": bool, "sharable": bool, "cbt_enabled": bool, "missing": bool}  # type: Dict[str, type]
+             "pci": int, "vtpm": int, "must_zero": bool, "vhd": bool, "thick": bool, "sharable": bool, "cbt_enabled": bool, "missing": bool}  # type: Dict[str, type]
     if key in ("used", "seed", "hosts", "srs", "networks", "templates", "vms", "disks", "cds", "vifs", "snapshots", "settings"):
         return
     if value is None and (default is DERIVED or default is FIRST_SR):
@@ -179,6 +180,9 @@ def check(given: Any) -> Dict[str, Any]:
         if sr["host"] is not None and sr["host"] not in hosts:
             raise PoolFileError("%s: there is no host %r" % (where, sr["host"]))
         sr["type"] = sr["type"] or ("nfs" if sr["shared"] else "ext")
+        for kind in ("vhd", "thick"):
+            if sr[kind] is None:
+                sr[kind] = kind in storage.kinds_of_type(sr["type"])
     for number, network in enumerate(pool["networks"]):
         network["bridge"] = network["bridge"] or "xenbr%d" % number
     for number, vm in enumerate(pool["vms"]):
@@ -422,7 +426,7 @@ class _Builder:
                 fields["allowed_operations"] = ["unplug", "plug", "pbd_create", "update", "pbd_destroy", "scan",
                                                 "vdi_create", "vdi_destroy"]
             ref = self.srs[sr["name_label"]] = self.make("SR", uuid, fields)
-            pool.storage.add_sr(uuid, sr["type"], sr["size"], sr["must_zero"])
+            pool.storage.add_sr(uuid, sr["size"], [kind for kind in ("thick", "vhd", "must_zero") if sr[kind]])
             for name, host in self.hosts.items():
                 if sr["shared"] or sr["host"] == name:
                     domain = pool.record("host", host)["control_domain"]

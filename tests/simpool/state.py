@@ -118,8 +118,8 @@ def _fold(folder: str, pool: Pool) -> None:
     """Write all tables as the new base, with an empty log."""
     old = _read_base(folder)
     base = {"version": pool.version_text, "tables": pool.tables, "strays": pool.strays, "log": old["log"] + 1,
-            "srs": [[uuid, size, uuid in pool.storage.thick, uuid in pool.storage.must_zero]
-                    for uuid, size in pool.storage.sizes.items()],
+            "srs": [[uuid, size, pool.storage.kinds_of(uuid)] for uuid, size in pool.storage.sizes.items()],
+            "files": {name: sorted(blocks) for name, blocks in pool.storage.files.items()},
             "contents": {uuid: content.to_json() for uuid, content in pool.storage.contents.items()}}
     _write_base(folder, base)
     try:
@@ -129,10 +129,11 @@ def _fold(folder: str, pool: Pool) -> None:
 
 
 def _unfold(pool: Pool, base: Dict[str, Any]) -> None:
-    for uuid, size, thick, must_zero in base["srs"]:
-        pool.storage.add_sr(uuid, "lvm" if thick else "nfs", size, must_zero)
+    for uuid, size, kinds in base["srs"]:
+        pool.storage.add_sr(uuid, size, kinds)
     pool.restore_tables(base["tables"])
     pool.strays.update(base["strays"])
+    pool.storage.files.update((name, frozenset(blocks)) for name, blocks in base["files"].items())
     # the accounting is additive, disk by disk of a family; the first one pays for what is shared
     for uuid, fields in base["contents"].items():
         pool.storage.add(uuid, storage.Content.from_json(fields))
@@ -214,7 +215,7 @@ def replace(folder: str, pool: Pool, tables: Dict[str, Dict[str, Dict[str, Any]]
                 pool.plug_devices(ref, False)
             for record in pool.tables["SR"].values():
                 if record["uuid"] not in pool.storage.sizes:
-                    pool.storage.add_sr(record["uuid"], record["type"], int(record["physical_size"]))
+                    pool.storage.add_sr(record["uuid"], int(record["physical_size"]), storage.kinds_of_type(record["type"]))
             for ref in pool.tables["PBD"]:
                 pool.set_field("PBD", ref, "currently_attached", True)
             known = {record["uuid"] for record in pool.tables["VDI"].values()}

@@ -5,25 +5,39 @@ repeated, if it was ever written, and zeros if not. So a disk of 2 TiB costs not
 disk must hold. What an import writes is kept in sparse files, one per disk and "layer": a snapshot freezes the layers it
 was made at, and the next write goes to a new one.
 
+Beside what a block holds stands which file has it. On an SR of VHDs a disk is a chain of files: a snapshot freezes the file
+that the disk was written to, and disk and copy go on in empty ones of their own (sm, FileSR.py and LVHDSR.py _snapshot). An
+export of a difference goes by these files alone (`changed_blocks`). That the storage manager coalesces files changes nothing
+there: it lays one over its parent only where no other chain has the parent, so both were in the same chains (sm, cleanup.py).
+
 Storage is not the database. When a fault makes the server lose its last seconds, what is on the SR stays.
 """
 
 import bisect
 import hashlib
 import os
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple, Union
 
 MIB = 1024 * 1024
 _ZEROS = bytes(MIB)
+#: A block of a VHD, in blocks of a disk.
+VHD_BLOCK_MIB = 2
 
 #: SRs whose disks are allocated whole (LVHD on LVM): the live disk takes its virtual size, a snapshot what was written.
 THICK_TYPES = ("lvm", "lvmoiscsi", "lvmohba", "lvmofcoe")
+#: SRs whose disks are VHDs (sm, of 2026-04).
+VHD_TYPES = THICK_TYPES + ("ext", "nfs", "smb", "xfs", "cephfs", "glusterfs", "largeblock", "file")
 
 #: What a block is, if not what the disk was born with: an int is a generation (a guest wrote it), below 0 one of zeros; a str
 #: is the layer file that holds it (an import wrote it), ZERO that an import wrote zeros. Zeros of a guest take space, as
 #: tapdisk allocates whatever is written; each time they have a number of their own, so that no two versions look like one.
 Mark = Union[int, str]
 ZERO = ""
+
+
+def kinds_of_type(sr_type: str) -> List[str]:
+    """What an SR of that type is of `thick` and `vhd`."""
+    return [kind for kind, types in (("thick", THICK_TYPES), ("vhd", VHD_TYPES)) if sr_type in types]
 
 
 def extents_of(used: Any) -> List[Tuple[int, int]]:
@@ -56,7 +70,8 @@ def overhead(size: int) -> int:
 class Content:
     """The contents of one VDI."""
 
-    __slots__ = ("size", "seed", "extents", "marks", "highest", "zeroed", "layer", "family", "sr", "frozen", "_starts", "_marked")
+    __slots__ = ("size", "seed", "extents", "marks", "highest", "zeroed", "layer", "family", "sr", "frozen", "files", "written",
+                 "_starts", "_marked")
 
     def __init__(self, size: int, seed: Union[int, str], extents: List[Tuple[int, int]], family: str, sr: str) -> None:
         self.size = size
@@ -71,6 +86,10 @@ class Content:
         self.family = family
         self.sr = sr
         self.frozen = False
+        #: the frozen files below the disk's own, oldest first, names of Storage.files; what the disk was born with is in none
+        self.files = []  # type: List[str]
+        #: the blocks of a VHD that are in the disk's own file
+        self.written = set()  # type: Set[int]
         self._starts = [first for first, _ in extents]
         self._marked = None  # type: Optional[List[int]]
 
@@ -97,12 +116,18 @@ class Content:
         if isinstance(mark, int):
             self.zeroed = max(self.zeroed, -mark)
         self.marks[block] = mark
+        self.written.add(block // VHD_BLOCK_MIB)
         self._marked = None
 
     def next_generation(self, block: int) -> int:
         """A generation that the block never had, so what is written now differs from all that ever was there."""
         mark = self.marks.get(block)
         return 1 + max(mark if isinstance(mark, int) else 0, self.highest.get(block, 0))
+
+    def born_blocks(self) -> Set[int]:
+        """The blocks of a VHD that the disk was born with."""
+        return {number for first, end in self.extents
+                for number in range(first // VHD_BLOCK_MIB, (end - 1) // VHD_BLOCK_MIB + 1)}
 
     def zeroed_blocks(self) -> List[int]:
         """The blocks that a guest wrote zeros to: they are there, and zero."""
@@ -136,7 +161,8 @@ class Content:
 
     def to_json(self) -> Dict[str, Any]:
         return {"size": self.size, "seed": self.seed, "extents": self.extents, "family": self.family, "sr": self.sr,
-                "layer": self.layer, "frozen": self.frozen, "zeroed": self.zeroed,
+                "layer": self.layer, "frozen": self.frozen, "zeroed": self.zeroed, "files": self.files,
+                "written": sorted(self.written),
                 "marks": {str(block): mark for block, mark in self.marks.items()},
                 "highest": {str(block): generation for block, generation in self.highest.items()}}
 
@@ -147,6 +173,8 @@ class Content:
         content.layer = fields["layer"]
         content.frozen = fields["frozen"]
         content.zeroed = fields["zeroed"]
+        content.files = fields["files"]
+        content.written = set(fields["written"])
         content.marks = {int(block): mark for block, mark in fields["marks"].items()}
         content.highest = {int(block): generation for block, generation in fields["highest"].items()}
         return content
@@ -165,22 +193,28 @@ class Storage:
         self._log = log
         self.contents = {}  # type: Dict[str, Content]
         self.families = {}  # type: Dict[str, Set[str]]
+        #: the frozen files of VHDs: which of its blocks each has
+        self.files = {}  # type: Dict[str, FrozenSet[int]]
         self.used = {}  # type: Dict[str, int]
         self.sizes = {}  # type: Dict[str, int]
         self.thick = set()  # type: Set[str]
         #: SRs whose new disks hold old data, so that an import has to write the zeros too (sm_fs_ops.ml
         #: must_write_zeroes_into_new_vdi, v24.19.2: raw LVM, thick EqualLogic)
         self.must_zero = set()  # type: Set[str]
+        #: SRs whose disks are VHDs
+        self.vhd = set()  # type: Set[str]
 
     # --- SRs and space
 
-    def add_sr(self, sr: str, sr_type: str, size: int, must_zero: bool = False) -> None:
+    def add_sr(self, sr: str, size: int, kinds: Iterable[str]) -> None:
+        """`kinds`: what it is of `thick`, `vhd`, `must_zero`."""
         self.sizes[sr] = size
         self.used.setdefault(sr, 0)
-        if sr_type in THICK_TYPES:
-            self.thick.add(sr)
-        if must_zero:
-            self.must_zero.add(sr)
+        for kind in kinds:
+            getattr(self, kind).add(sr)
+
+    def kinds_of(self, sr: str) -> List[str]:
+        return [kind for kind in ("thick", "vhd", "must_zero") if sr in getattr(self, kind)]
 
     def free(self, sr: str) -> int:
         return self.sizes[sr] - self.used[sr]
@@ -256,6 +290,11 @@ class Storage:
         copy.zeroed = original.zeroed
         copy.frozen = frozen
         original.layer = None
+        if original.written:
+            self.files[new_uuid] = frozenset(original.written)
+            original.files = original.files + [new_uuid]
+            original.written = set()
+        copy.files = list(original.files)
         self.contents[new_uuid] = copy
         self.families[copy.family].add(new_uuid)
         self._log(["snapshot", uuid, new_uuid, frozen])
@@ -269,6 +308,8 @@ class Storage:
         if not family:
             del self.families[content.family]
         self._log(["content", uuid, None])
+        for file in set(content.files).difference(*(self.contents[other].files for other in family)):
+            del self.files[file]
         layers = {mark for mark in content.marks.values() if isinstance(mark, str) and mark}
         for other in family:
             layers -= {mark for mark in self.contents[other].marks.values() if isinstance(mark, str)}
@@ -346,6 +387,26 @@ class Storage:
                 self._grow(uuid, entry[2])
         finally:
             self._log = log
+
+    # --- differences
+
+    def changed_blocks(self, uuid: str, base: str) -> List[int]:
+        """The blocks of a VHD that an export of this disk as a difference from that one has, ascending.
+
+        They are those of every file that only one of the two chains has: what was changed, and at times more, for instance
+        after a revert or where the one was not made of the other; no content is looked at. Up to the end of the disk
+        (vhd_format/f.ml include_block, v24.19.2).
+        """
+        one, other = self.contents[uuid], self.contents[base]
+        if one is other:
+            return []
+        found = one.written | other.written
+        for file in set(one.files) ^ set(other.files):
+            found |= self.files[file]
+        if one.family != other.family:
+            found |= one.born_blocks() | other.born_blocks()
+        count = (one.block_count() + VHD_BLOCK_MIB - 1) // VHD_BLOCK_MIB
+        return sorted(number for number in found if number < count)
 
     # --- bytes
 
@@ -430,6 +491,11 @@ class Disk:
         """The blocks that a guest wrote zeros to."""
         with self._lock:
             return self._content.zeroed_blocks()
+
+    def changed_blocks(self, base: "Disk") -> List[int]:
+        """The blocks of a VHD of 2 MiB that a difference from that disk has, ascending."""
+        with self._lock:
+            return self._storage.changed_blocks(self._uuid, base._uuid)
 
     def used_blocks(self) -> Iterator[int]:
         """Every block that is not all zeros, ascending."""

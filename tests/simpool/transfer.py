@@ -24,6 +24,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 import faults
 import formats
 import ova
+import storage
+from model import seconds_of
 from schema import CLASSES, NULL, Failure, database_text, value_of_text
 
 # Progress and cancellation of a real export are looked at every 10 s at most (stream_vdi.ml
@@ -35,7 +37,6 @@ AGENT = 'xapi/0.0'
 SORRY = ('An unexpected error occurred; please wait a while and try again. If the problem persists, please contact your '
          'support representative.')
 WRITE_ERROR = 'INTERNAL_ERROR: [ Unix.Unix_error(Unix.%s, "write", "") ]'
-VHD_SR_TYPES = {'ext', 'nfs', 'lvm', 'lvmoiscsi', 'lvmohba', 'lvmofcoe', 'smb', 'file'}
 
 # (schema_major_vsn, schema_minor_vsn) of the database (recorded from xapi 24.19.2).
 SCHEMA = ('5', '779')
@@ -356,8 +357,7 @@ class Transfer:
             except Failure as failure:
                 self.entry.result = failure.description()
                 if self.client_is_there:
-                    text = failure.params[0] if getattr(failure, 'is_bare', False) else str(failure)
-                    self.send(internal_error(text))
+                    self.send(internal_error(getattr(failure, 'page_text', str(failure))))
             except EmptyReply as reply:
                 self.entry.result = list(reply.args[0]) if reply.args else ['EMPTY_REPLY']
         except ClientGone:
@@ -399,10 +399,10 @@ class Transfer:
             self.pool.fail_task(task, failure)
 
 
-def bare(text: str) -> Failure:
-    """An exception that is no API failure: the page shows its text alone, the task INTERNAL_ERROR."""
-    failure = Failure('INTERNAL_ERROR', text)
-    failure.is_bare = True      # type: ignore
+def bare(text: str, failure: Optional[Failure] = None) -> Failure:
+    """An exception that is no API failure: the page shows its text alone, the task INTERNAL_ERROR, or that failure."""
+    failure = failure or Failure('INTERNAL_ERROR', text)
+    failure.page_text = text    # type: ignore
     return failure
 
 
@@ -602,7 +602,8 @@ def vdi_asked_for(transfer: Transfer, name: str = 'vdi') -> str:
     try:
         return transfer.pool.find('VDI', given)
     except Failure:
-        raise bare('Db_exn.Read_missing_uuid("VDI", "", "%s")' % given)
+        # exnHelper.ml error_of_exn, v24.19.2; recorded with an export whose base is not there
+        raise bare('Db_exn.Read_missing_uuid("VDI", "", "%s")' % given, Failure('UUID_INVALID', 'VDI', given))
 
 
 def vdi_if_known(transfer: Transfer) -> Optional[str]:
@@ -630,7 +631,7 @@ def refuse(transfer: Transfer, task: str, status: str, reason: str) -> None:
 
 
 def export_raw_vdi(transfer: Transfer) -> None:
-    """GET /export_raw_vdi: one disk as raw, vhd or tar."""
+    """GET /export_raw_vdi: one disk as raw, vhd or tar, or what of it differs from another one, `base`."""
     pool = transfer.pool
     with pool.lock:
         vdi = vdi_if_known(transfer)
@@ -650,33 +651,71 @@ def export_raw_vdi(transfer: Transfer) -> None:
         # 1.160 and later answer before they attach the disk: "in use" then comes behind a 200.
         if pool.version >= (1, 160):
             transfer.send(answer)
-        with pool.attach_to_dom0(vdi, transfer.host, 'RO', task):
+        with pool.attach_to_dom0(vdi, transfer.host, 'RO', task), base_attached(transfer, chosen, task) as base:
             if pool.version < (1, 160):
                 transfer.send(answer)
             pool.set_cancellable(task)
             disk = pool.disk(vdi)
             try:
-                transfer.stream(_disk_pieces(transfer, chosen, vdi, disk, transfer.progress(task, disk.size)))
+                transfer.stream(_disk_pieces(transfer, chosen, vdi, base, transfer.progress(task, disk.size)))
             except ClientGone:
                 raise Failure('VDI_IO_ERROR', 'Device I/O errors')
 
 
-def _disk_pieces(transfer: Transfer, chosen: str, vdi: str, disk: Any, advance: Callable[[int], None]) -> Iterator[bytes]:
+@contextmanager
+def base_attached(transfer: Transfer, chosen: str, task: str) -> Iterator[Optional[str]]:
+    """The disk of `base`, attached to the control domain too; None if there is none, or in a tar, which has no differences.
+
+    It is looked for when the disk itself is attached (export_raw_vdi.ml localhost_handler, v24.19.2).
+    """
+    if transfer.parameter('base') is None or chosen == 'tar':
+        yield None
+        return
+    with transfer.pool.lock:
+        base = vdi_asked_for(transfer, 'base')
+    with transfer.pool.attach_to_dom0(base, transfer.host, 'RO', task):
+        yield base
+
+
+def _disk_pieces(transfer: Transfer, chosen: str, vdi: str, base: Optional[str], advance: Callable[[int], None]
+                 ) -> Iterator[bytes]:
     pool = transfer.pool
-    if chosen == 'raw':
-        return formats.raw(disk, advance)
+    disk = pool.disk(vdi)
     if chosen == 'tar':
         return formats.disk_tar(disk, pool.block_digest(), advance, transfer.has_keepalive())
-    if disk.size > formats.VHD_LARGEST:
+    if chosen == 'vhd' and disk.size > formats.VHD_LARGEST:
         raise Failure('VDI_TOO_LARGE', vdi, str(formats.VHD_LARGEST))
-    if transfer.parameter('base') is None:
-        return formats.vhd(disk, advance)
+    is_vhd = pool.is_vhd(vdi)
+    if base is not None:
+        # vhd_tool_wrapper.ml send, v1.249.29 and v24.19.2
+        if not is_vhd and pool.refuses_differences_of_no_vhd():
+            raise bare('Failure("Cannot compute differences on non-VHD images")')
+        if not pool.is_vhd(base):
+            raise bare('Failure("base VDI is not a vhd; cannot compute differences")')
+    changed = disk.changed_blocks(pool.disk(base)) if base is not None and is_vhd else None
+    if chosen == 'raw':
+        return formats.raw(disk, advance, changed)
+    if changed is not None:
+        return formats.vhd(disk, advance, changed, parent_of_difference(pool, base))
+    if is_vhd:
+        return formats.vhd(disk, advance, formats.vhd_blocks(disk))
+    # What is no VHD is read as a device: in whole blocks, and all of them.
+    entries = formats.vhd_entries(disk.size)
+    blocks = formats.vhd_blocks(disk, with_zeros=False) if pool.leaves_zeros_out() else range(entries)
+    return formats.vhd(disk, advance, blocks, size=entries * formats.VHD_BLOCK)
+
+
+def parent_of_difference(pool: Any, base: Optional[str]) -> formats.Parent:
+    """What a difference says of its base: the VHD that the storage manager keeps it in (sm, lvutil.py and SR.py)."""
     with pool.lock:
-        base = vdi_asked_for(transfer, 'base')
         record = pool.record('VDI', base)
-        if pool.record('SR', record['SR'])['type'] not in VHD_SR_TYPES:
-            raise Failure('INTERNAL_ERROR', 'Failure("base VDI is not a VHD")')
-    return formats.vhd(disk, advance, pool.disk(base), formats.vhd_uuid_of(record['uuid']))
+        sr = pool.record('SR', record['SR'])
+        if sr['type'] in storage.THICK_TYPES:
+            path = '/dev/VG_XenStorage-%s/VHD-%s' % (sr['uuid'], record['uuid'])
+        else:
+            path = '/run/sr-mount/%s/%s.vhd' % (sr['uuid'], record['uuid'])
+        modified = seconds_of(record['snapshot_time']) if record['is_a_snapshot'] else time.time()
+        return formats.Parent(formats.vhd_uuid_of(record['uuid']), int(modified), path)
 
 
 # --- Imports ------------------------------------------------------------------------------------
