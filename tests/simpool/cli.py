@@ -279,7 +279,8 @@ class Command:
         if self.occasion is not None:
             return
         names = [name for ref in refs for name in self.pool.names_of(ref)]
-        self.occasion = self.server.faults.at('xe', self.name, names, self.entry)
+        is_difference = self.name == 'vdi-export' and self.get('base') is not None and self.get('format') != 'tar'
+        self.occasion = self.server.faults.at('xe', self.name, names, self.entry, is_difference=is_difference)
 
     def begin(self, *refs: str) -> None:
         with self.pool.lock:

@@ -4,7 +4,7 @@ A VDI's contents live in storage.py under its uuid; its row lives in the databas
 """
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import storage
 from database import new_uuid, new_uuid4
@@ -30,7 +30,28 @@ class Disks:
     def is_vhd(self, vdi: str) -> bool:
         """Whether the storage keeps the disk as a VHD."""
         with self.lock:
-            return self.storage.contents[self.record("VDI", vdi)["uuid"]].sr in self.storage.vhd
+            return self.record("SR", self.record("VDI", vdi)["SR"])["uuid"] in self.storage.vhd
+
+    def difference_of(self, name: str, base: str) -> Tuple[storage.Disk, str]:
+        """The contents and the base of the newest difference of that disk, for the fault `other` (faults.py)."""
+        with self.lock:
+            vdis = self.tables["VDI"]
+            machine, _, device = name.rpartition(":")
+            found = [ref for ref, record in vdis.items() if record["uuid"] == name]
+            found += [self.tables["VBD"][vbd]["VDI"] for vm, record in self.tables["VM"].items()
+                      if record["name_label"] == machine and not record["is_a_snapshot"] for vbd in self.vm_disks(vm)
+                      if device in self.names_of_drive(vbd)]
+            if len(found) != 1:
+                raise Failure("INTERNAL_ERROR", "FAULTS.json: other: %s means %d disks" % (name, len(found)))
+            snapshots = [ref for ref, record in vdis.items() if record["snapshot_of"] == found[0] and ref != found[0]]
+            if len(snapshots) > 1:
+                base, found = snapshots[-2], snapshots[-1:]
+            return self.disk(found[0]), base
+
+    def names_of_drive(self, vbd: str) -> Tuple[str, ...]:
+        """The names under which a guest's drive is known: its device, its number, the device of that number."""
+        record = self.tables["VBD"][vbd]
+        return record["device"], record["userdevice"], device_name(record["userdevice"])
 
     # --- space
 
@@ -378,8 +399,7 @@ class Disks:
         with self.lock:
             for vbd in self.record("VM", vm)["VBDs"]:
                 record = self.tables["VBD"][vbd]
-                names = (record["device"], record["userdevice"], device_name(record["userdevice"]))
-                if record["type"] == "Disk" and not record["empty"] and device in names:
+                if record["type"] == "Disk" and not record["empty"] and device in self.names_of_drive(vbd):
                     vdi = record["VDI"]
                     break
             else:

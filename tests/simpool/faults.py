@@ -2,13 +2,24 @@
 
 The server asks `at` once for each occasion (an API call, an `xe` command, a request to a data handler), with the names of
 what the occasion concerns, and lets the Occasion act before and after the effect and on the stream of data.
+
+Three kinds make a difference (an export with base=) a wrong one, whose table and length are right in themselves:
+
+    {"omit": n}             its n-th block (from 1) is missing, as if it had never changed: the tracker that lies
+    {"full": true}          it is a full
+    {"other": "DISK"}       it is another disk's: DISK is the uuid of a VDI, or VM:device. If there are two snapshots of it or
+                            more, it is the difference between the last two, else that from the base that was asked for
+
+They are for xe:vdi-export and http:/export_raw_vdi. Exports without base=, and those as tar, which has no differences, do not
+count as their occasions, whatever else matches: `nth` is the n-th difference. Of an export_raw_vdi a sleep comes when the
+disks are attached, before the first byte.
 """
 
 import fnmatch
 import json
 import threading
 import time
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from schema import Failure
 
@@ -18,11 +29,15 @@ KEYS = {"on", "object", "nth", "when", "do"}
 KINDS = {
     "fail": ((), list), "sleep": ((), (int, float)), "hang": ((), bool), "drop": ((), bool),
     "truncate": (("silent",), int), "flip": ((), int), "rate": ((), (int, float)), "exit": (("stderr",), int),
-    "kill": ((), str), "keepalive": ((), bool), "logout": ((), bool), "master": ((), str), "lose": ((), (int, float)),
+    "omit": ((), int), "full": ((), bool), "other": ((), str), "kill": ((), str), "keepalive": ((), bool),
+    "logout": ((), bool), "master": ((), str), "lose": ((), (int, float)),
 }  # type: Dict[str, Tuple[Tuple[str, ...], Any]]
 
 #: Those that act at the beginning or the end of a call; the others act on a stream or on the `xe` process.
 CALL_KINDS = ("fail", "sleep", "hang", "drop", "logout", "master", "lose")
+#: Those that act on differences alone, and where these are made.
+DIFFERENCE_KINDS = ("omit", "full", "other")
+DIFFERENCES = ("xe:vdi-export", "http:/export_raw_vdi")
 
 
 class FaultsFileError(Exception):
@@ -77,10 +92,16 @@ class Fault:
             raise FaultsFileError("%s: do: %s has a wrong value" % (where, kinds[0]))
         if kinds[0] == "fail" and (not value or not all(isinstance(item, str) for item in value)):
             raise FaultsFileError("%s: do: fail must be a code and its parameters, all strings" % where)
+        if kinds[0] == "omit" and value < 1:
+            raise FaultsFileError("%s: do: omit must be 1 or more" % where)
+        if kinds[0] in DIFFERENCE_KINDS and not any(fnmatch.fnmatchcase(name, self.on) for name in DIFFERENCES):
+            raise FaultsFileError("%s: do: %s is for %s" % (where, kinds[0], " and ".join(DIFFERENCES)))
         return kinds[0]
 
-    def applies(self, names: Iterable[str], objects: Iterable[str]) -> bool:
+    def applies(self, names: Iterable[str], objects: Iterable[str], is_difference: bool) -> bool:
         """Whether this is the occasion; counts the occasions that match."""
+        if self.kind in DIFFERENCE_KINDS and not is_difference:
+            return False
         if not any(fnmatch.fnmatchcase(name, self.on) for name in names):
             return False
         if self.object != "*" and not any(fnmatch.fnmatchcase(name, self.object) for name in objects):
@@ -104,6 +125,12 @@ class Occasion:
         self.kill = False
         #: for an export: zero-length blocks, as a slow disk causes them
         self.keepalive = False
+        #: for a difference: which of its blocks are missing, from 1
+        self.omitted = set()  # type: Set[int]
+        #: for a difference: it is a full
+        self.full = False
+        #: for a difference: the disk whose it is
+        self.other = None  # type: Optional[str]
         for fault in matched:
             if fault.kind == "exit":
                 self.exit = (fault.do["exit"], fault.do.get("stderr", ""))
@@ -111,18 +138,28 @@ class Occasion:
                 self.kill = True
             elif fault.kind == "keepalive":
                 self.keepalive = True
+            elif fault.kind == "omit":
+                self.omitted.add(fault.do["omit"])
+            elif fault.kind == "full":
+                self.full = True
+            elif fault.kind == "other":
+                self.other = fault.do["other"]
 
-    def before(self) -> None:
-        """Before the effect. Raises Failure or Drop, or takes its time."""
-        self._act("before")
+    def before(self, sleeps: bool = True) -> None:
+        """Before the effect. Raises Failure or Drop, or takes its time, unless that is left to `pause`."""
+        self._act("before", [kind for kind in CALL_KINDS if sleeps or kind != "sleep"])
+
+    def pause(self) -> None:
+        """Takes the time that it does not take before the effect."""
+        self._act("before", ["sleep"])
 
     def after(self) -> None:
         """After the effect, before the answer."""
-        self._act("after")
+        self._act("after", CALL_KINDS)
 
-    def _act(self, when: str) -> None:
+    def _act(self, when: str, kinds: Sequence[str]) -> None:
         for fault in self._matched:
-            if fault.kind not in CALL_KINDS or fault.when != when:
+            if fault.kind not in kinds or fault.when != when:
                 continue
             if fault.kind == "sleep":
                 time.sleep(fault.do["sleep"])
@@ -257,14 +294,15 @@ class Faults:
             except ValueError as error:
                 raise FaultsFileError("not JSON: %s" % error)
 
-    def at(self, via: str, call: str, objects: Iterable[str] = (), entry: Any = None, also: str = "") -> Occasion:
+    def at(self, via: str, call: str, objects: Iterable[str] = (), entry: Any = None, also: str = "",
+           is_difference: bool = False) -> Occasion:
         """The occasion of this call. `objects`: names and uuids that it concerns; `also`: a second name of the call."""
         if not self._entries:
             return Occasion(self, [], entry)
         names = ["%s:%s" % (via, name) for name in (call, also) if name]
         objects = list(objects)
         with self._lock:
-            matched = [fault for fault in self._entries if fault.applies(names, objects)]
+            matched = [fault for fault in self._entries if fault.applies(names, objects, is_difference)]
         return Occasion(self, matched, entry)
 
     def hang(self) -> None:

@@ -118,7 +118,8 @@ def _check_type(key: str, value: Any, default: Any, where: str) -> None:
     kinds = {"size": int, "memory": int, "vcpus": int, "MTU": int, "count": int, "tags": list, "other_config": dict,
              "master": bool, "live": bool, "shared": bool, "default": bool, "is_a_template": bool, "bootable": bool,
              "empty": bool, "owner": bool, "blocked_operations": dict, "snapshot_of_itself": bool, "vusbs": int, "vgpus": int,
-             "pci": int, "vtpm": int, "must_zero": bool, "vhd": bool, "thick": bool, "sharable": bool, "cbt_enabled": bool, "missing": bool}  # type: Dict[str, type]
+             "pci": int, "vtpm": int, "must_zero": bool, "vhd": bool, "thick": bool, "sharable": bool, "cbt_enabled": bool,
+             "missing": bool}  # type: Dict[str, type]
     if key in ("used", "seed", "hosts", "srs", "networks", "templates", "vms", "disks", "cds", "vifs", "snapshots", "settings"):
         return
     if value is None and (default is DERIVED or default is FIRST_SR):

@@ -19,7 +19,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 import zlib
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import faults
 import formats
@@ -217,10 +217,14 @@ class Transfer:
             self.user = user
             self._own_session = True
 
+    def is_difference(self) -> bool:
+        """Whether an export of a difference is asked for. A tar knows none (export_raw_vdi.ml, v24.19.2)."""
+        return (self.path == '/export_raw_vdi' and self.parameter('base') is not None and self.parameter('format') != 'tar')
+
     def describe(self, ref: Optional[str] = None) -> None:
         """Says what the request is about: now its faults are known."""
         names = self.pool.names_of(ref) if ref else []
-        self.occasion = self.server.faults.at('http', self.entry.call, names, self.entry)
+        self.occasion = self.server.faults.at('http', self.entry.call, names, self.entry, is_difference=self.is_difference())
         self._attached = [Attachment(self.occasion)]
         own = ATTACHED.get(self.parameter('task_id') or '')
         if own is not None:
@@ -327,6 +331,12 @@ class Transfer:
                 stream.end()
         except faults.SilentEnd:
             pass
+
+    def lies(self) -> Tuple[Set[int], bool, Optional[str]]:
+        """What faults make of a difference: which blocks are missing, whether it is a full, which disk's it is."""
+        occasions = [one.occasion for one in self._attached]
+        return (set().union(*(occasion.omitted for occasion in occasions)), any(occasion.full for occasion in occasions),
+                next((occasion.other for occasion in occasions if occasion.other is not None), None))
 
     def has_keepalive(self) -> bool:
         return any(one.occasion.keepalive for one in self._attached)
@@ -645,16 +655,17 @@ def export_raw_vdi(transfer: Transfer) -> None:
             vdi = vdi_asked_for(transfer)
             uuid = pool.record('VDI', vdi)['uuid']
             chosen = assert_format(transfer, task)
-        transfer.occasion.before()
+        transfer.occasion.before(sleeps=False)
         answer = head('1.1 200 OK', 'task-id:' + task, 'content-type:' + RAW_FORMATS[chosen],
                       'content-disposition: attachment; filename="%s.%s"' % (uuid, chosen))
         # 1.160 and later answer before they attach the disk: "in use" then comes behind a 200.
         if pool.version >= (1, 160):
             transfer.send(answer)
-        with pool.attach_to_dom0(vdi, transfer.host, 'RO', task), base_attached(transfer, chosen, task) as base:
+        with pool.attach_to_dom0(vdi, transfer.host, 'RO', task), base_attached(transfer, task) as base:
             if pool.version < (1, 160):
                 transfer.send(answer)
             pool.set_cancellable(task)
+            transfer.occasion.pause()
             disk = pool.disk(vdi)
             try:
                 transfer.stream(_disk_pieces(transfer, chosen, vdi, base, transfer.progress(task, disk.size)))
@@ -663,12 +674,12 @@ def export_raw_vdi(transfer: Transfer) -> None:
 
 
 @contextmanager
-def base_attached(transfer: Transfer, chosen: str, task: str) -> Iterator[Optional[str]]:
-    """The disk of `base`, attached to the control domain too; None if there is none, or in a tar, which has no differences.
+def base_attached(transfer: Transfer, task: str) -> Iterator[Optional[str]]:
+    """The disk of `base`, attached to the control domain too; None if no difference is asked for.
 
     It is looked for when the disk itself is attached (export_raw_vdi.ml localhost_handler, v24.19.2).
     """
-    if transfer.parameter('base') is None or chosen == 'tar':
+    if not transfer.is_difference():
         yield None
         return
     with transfer.pool.lock:
@@ -692,7 +703,13 @@ def _disk_pieces(transfer: Transfer, chosen: str, vdi: str, base: Optional[str],
             raise bare('Failure("Cannot compute differences on non-VHD images")')
         if not pool.is_vhd(base):
             raise bare('Failure("base VDI is not a vhd; cannot compute differences")')
-    changed = disk.changed_blocks(pool.disk(base)) if base is not None and is_vhd else None
+    changed = None
+    if base is not None and is_vhd:
+        omitted, is_full, other = transfer.lies()
+        if other is not None:
+            disk, base = pool.difference_of(other, base)
+        if not is_full:
+            changed = [block for number, block in enumerate(disk.changed_blocks(pool.disk(base)), 1) if number not in omitted]
     if chosen == 'raw':
         return formats.raw(disk, advance, changed)
     if changed is not None:
