@@ -856,6 +856,12 @@ def _add_disks(api: Api) -> None:
     # base_vdi and into_vdi, for differences, are not modelled
     api.add("VDI.copy", "vdi: ref VDI, sr: ref SR", "ref VDI", lambda call, vdi, sr: pool.vdi_copy(vdi, sr, call.task),
             has_async=True)
+    # its options know only `force`, which changes nothing here
+    api.add("VDI.pool_migrate", "vdi: ref VDI, sr: ref SR, options: map string string", "ref VDI",
+            lambda call, vdi, sr, options: pool.vdi_pool_migrate(vdi, sr, call.task), has_async=True)
+    if pool.has_cbt():
+        api.add("VDI.data_destroy", "self: ref VDI", "void", lambda call, self: pool.vdi_data_destroy(self, call.task),
+                has_async=True)
     api.add("VDI.forget", "vdi: ref VDI", "void", lambda call, vdi: pool.vdi_forget(vdi, call.task), has_async=True)
     api.add("SR.scan", "sr: ref SR", "void", lambda call, sr: pool.sr_scan(sr), has_async=True)
 

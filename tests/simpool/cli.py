@@ -1050,6 +1050,13 @@ def vdi_copy(command: Command) -> None:
     command.print_list([command.uuid('VDI', command.pool.vdi_copy(ref, sr))])
 
 
+def vdi_pool_migrate(command: Command) -> None:
+    ref = command.ref('VDI', command.required('uuid'))
+    sr = command.ref('SR', command.required('sr-uuid'))
+    command.begin(ref)
+    command.print_list([command.uuid('VDI', command.call('VDI.pool_migrate', ref, sr, {}))])
+
+
 def vdi_create(command: Command) -> None:
     sr = command.ref('SR', command.required('sr-uuid'))
     name = command.required('name-label')
@@ -1315,6 +1322,8 @@ COMMANDS.update((name, Entry(tuple(cli_help.HELP[name][0].split()), run, cli_hel
     'vdi-clone': vdi_clone,
     'vdi-copy': vdi_copy,
     'vdi-create': vdi_create,
+    'vdi-pool-migrate': vdi_pool_migrate,
+    'vdi-data-destroy': on_object('VDI', 'VDI.data_destroy'),
     'vdi-destroy': destroy_by('VDI', 'uuid'),
     'vdi-resize': vdi_resize,
     'vbd-create': vbd_create,

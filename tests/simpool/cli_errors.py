@@ -113,6 +113,10 @@ DOCUMENTED = {
                         'marked as sharable.'),
     'VDI_CBT_ENABLED': (['vdi'], 'The requested operation is not allowed for VDIs with CBT enabled or VMs having such VDIs, '
                         'and CBT is enabled for the specified VDI.'),
+    'VDI_NO_CBT_METADATA': (['vdi'], 'The requested operation is not allowed because the specified VDI does not have changed '
+                            'block tracking metadata.'),
+    'VDI_NEEDS_VM_FOR_MIGRATE': (['vdi'], 'Cannot migrate a VDI which is not attached to a running VM.'),
+    'SR_DOES_NOT_SUPPORT_MIGRATION': (['sr'], "Cannot migrate a VDI to or from an SR that doesn't support migration."),
     'DEVICE_ALREADY_EXISTS': (['device'], 'A device with the name given already exists on the selected VM'),
     'DEVICE_ALREADY_ATTACHED': (['device'], 'The device is already attached to a VM'),
     'DEVICE_ALREADY_DETACHED': (['device'], 'The device is not currently attached'),

@@ -3,9 +3,11 @@
 A VDI's contents live in storage.py under its uuid; its row lives in the database. Space is counted there, refused here.
 """
 
+import time
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import lifecycle
 import storage
 from database import new_uuid, new_uuid4
 from schema import NULL, Failure
@@ -14,6 +16,8 @@ from schema import NULL, Failure
 SIZE_UNIT = 2 * storage.MIB
 #: The largest VHD (sm, vhdutil.py MAX_VHD_SIZE).
 LARGEST = 2040 * 1024 * storage.MIB
+#: How long VDI.data_destroy waits for the disk's VBDs to be destroyed (xapi_vdi.ml data_destroy, v24.19.2).
+DATA_DESTROY_PATIENCE_S = 4.0
 
 
 class Disks:
@@ -120,7 +124,7 @@ class Disks:
         if record["missing"]:
             raise Failure("VDI_MISSING", record["SR"], vdi)
         if record["type"] == "cbt_metadata":
-            raise Failure("VDI_INCOMPATIBLE_TYPE", vdi, "CBT metadata")
+            raise Failure("VDI_INCOMPATIBLE_TYPE", vdi, lifecycle.CBT_METADATA)
         if not record["managed"]:
             raise Failure("VDI_NOT_MANAGED", vdi)
         if mode == "RW" and record["read_only"]:
@@ -295,10 +299,125 @@ class Disks:
                 with self.lock:
                     record = self.record("VDI", vdi)
                     self.assert_sr_answers(record["SR"])
+                    has_data = record["type"] != "cbt_metadata"
+                    if record["missing"] or (has_data and record["uuid"] not in self.storage.contents):
+                        raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
+                    if has_data:
+                        self.storage.destroy(record["uuid"])
+                    self._drop_vdi_row(vdi)
+
+    def vdi_data_destroy(self, vdi: str, task: Optional[str] = None) -> None:
+        """VDI.data_destroy: of a snapshot whose changed blocks are tracked only the row and the tracking stay; it waits a little
+        for its VBDs to be destroyed, a VM snapshot's too (xapi_vdi.ml _data_destroy, v24.19.2)."""
+        with self.own_task("VDI.data_destroy", task) as mine:
+            with self.operation("VDI", vdi, "data_destroy", mine):
+                with self.lock:
+                    record = self.record("VDI", vdi)
+                    if record["type"] == "cbt_metadata":
+                        return
+                    self.assert_sr_answers(record["SR"])
+                    deadline = time.time() + DATA_DESTROY_PATIENCE_S
+                    while record["VBDs"]:
+                        left = deadline - time.time()
+                        if left <= 0 or self.stopping:
+                            raise Failure("VDI_IN_USE", vdi, "data_destroy")
+                        self.changed.wait(min(left, 1.0))
                     if record["missing"] or record["uuid"] not in self.storage.contents:
                         raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
                     self.storage.destroy(record["uuid"])
-                    self._drop_vdi_row(vdi)
+                    self.set_fields("VDI", vdi, {"type": "cbt_metadata", "physical_utilisation": "0"})
+                    self.update_space(record["SR"])
+
+    def vdi_pool_migrate(self, vdi: str, sr: str, task: Optional[str] = None) -> str:
+        """VDI.pool_migrate: the disk of a VM goes to another SR, under a new uuid, and the disks of the VM's snapshots with it.
+
+        What the API keeps of a disk does not go with it: other_config, tags. Snapshots of the disk that belong to no VM
+        snapshot stay, as snapshots of what is gone. A disk of a VM snapshot that is of none of the VM's present disks goes
+        to the pool's default SR, and is nobody's snapshot there. (message_forwarding.ml, xapi_vm_migrate.ml
+        vdi_pool_migrate, migrate_send', vdi_copy_fun and intra_pool_vdi_remap, v24.19.2.) Stricter than there: a running VM
+        does not go to another host for it; a VM that is Suspended keeps its memory image where it is.
+        """
+        with self.lock:
+            vbds = self.record("VDI", vdi)["VBDs"]
+            self.record("SR", sr)
+            if not vbds:
+                raise Failure("VDI_NEEDS_VM_FOR_MIGRATE", vdi)
+            drive = vbds[0]
+            vm = self.record("VBD", drive)["VM"]
+        with self.own_task("VDI.pool_migrate", task) as mine:
+            with self.operation("VM", vm, "migrate_send", mine):
+                with self.operation("VDI", vdi, "mirror", mine):
+                    moved = self._moved_disks(vm, vdi, sr)
+                for old in moved:
+                    self.vdi_destroy(old)
+            with self.lock:
+                return self.record("VBD", drive)["VDI"]
+
+    def _moved_disks(self, vm: str, vdi: str, sr: str) -> List[str]:
+        """Copies of this disk of the VM and of its snapshots are in their places; the disks that were."""
+        with self.lock:
+            machines = [vm] + self.record("VM", vm)["snapshots"]
+            places = {}  # type: Dict[str, str]
+            for drive in self.vm_disks(vm):
+                disk = self.record("VBD", drive)["VDI"]
+                record = self.record("VDI", disk)
+                if record["on_boot"] == "reset":
+                    raise Failure("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", disk)
+                places[disk] = sr if disk == vdi else record["SR"]
+            for drive in [drive for machine in machines[1:] for drive in self.vm_disks(machine)]:
+                disk = self.record("VBD", drive)["VDI"]
+                of = self.record("VDI", disk)["snapshot_of"]
+                places[disk] = places[of] if of in places else self.pool_record()["default_SR"]
+            needed = [place for place in places.values()] + self.srs_of_vm(vm)
+            host = self.record("VM", vm)["resident_on"]
+            if not (self.exists("host", host) and self.sees_all(host, needed)):
+                self.choose_host(needed)
+                if self.exists("host", host):
+                    raise Failure("NO_HOSTS_AVAILABLE")
+            going = [disk for disk, place in places.items() if place != self.record("VDI", disk)["SR"]]
+            for disk in going:
+                record = self.record("VDI", disk)
+                for one in (record["SR"], places[disk]):
+                    if self.record("SR", one)["content_type"] == "iso" or self.record("SR", one)["type"] == "udev":
+                        raise Failure("SR_DOES_NOT_SUPPORT_MIGRATION", one)
+                if record["cbt_enabled"]:
+                    raise Failure("VDI_CBT_ENABLED", disk)
+                self.assert_sr_answers(places[disk])
+            new = {}  # type: Dict[str, str]
+            try:
+                for disk in sorted(going, key=lambda disk: (int(self.record("VDI", disk)["virtual_size"]),
+                                                           self.record("VDI", disk)["snapshot_time"])):
+                    new[disk] = self._copied_to(disk, places[disk])
+            except Failure:
+                for copy in new.values():
+                    self.vdi_destroy(copy)
+                raise
+            for disk, copy in new.items():
+                of = self.record("VDI", disk)["snapshot_of"]
+                if of in places:
+                    self.set_fields("VDI", copy, {"is_a_snapshot": True, "snapshot_of": new.get(of, of),
+                                                  "snapshot_time": self.record("VDI", disk)["snapshot_time"]})
+                for drive in list(self.record("VDI", disk)["VBDs"]):
+                    if self.record("VBD", drive)["VM"] in machines:
+                        self.set_field("VBD", drive, "VDI", copy)
+                self.update_allowed_operations("VDI", disk)
+                self.update_allowed_operations("VDI", copy)
+            return list(new)
+
+    def _copied_to(self, vdi: str, sr: str) -> str:
+        """A new disk there, with the contents of this one and what the storage manager keeps of it."""
+        record = self.record("VDI", vdi)
+        if record["uuid"] not in self.storage.contents:
+            raise Failure("SR_BACKEND_FAILURE_46", "", "The VDI is not available", "")
+        place = self.record("SR", sr)["uuid"]
+        self._reserve(sr, self.storage.cost_of_copy(record["uuid"], place))
+        uuid = new_uuid4()
+        self.storage.copy(record["uuid"], uuid, place)
+        names = ("name_label", "name_description", "type", "sharable", "read_only", "virtual_size")
+        copy = self.create("VDI", dict({name: record[name] for name in names}, uuid=uuid, location=uuid, SR=sr,
+                                       physical_utilisation=str(self.storage.utilisation(uuid))))
+        self.update_space(sr)
+        return copy
 
     def note_on_boot(self, vdi: str) -> None:
         """The storage manager's own note of on_boot, which VM operations go by (xapi_vm_lifecycle.ml, v24.19.2)."""

@@ -47,7 +47,9 @@ ON_SNAPSHOTS = frozenset("revert clone copy export destroy hard_shutdown metadat
 ON_CONTROL_DOMAINS = frozenset("metadata_export changing_dynamic_range changing_static_range".split())
 
 VDI_OPERATIONS = "clone copy resize snapshot destroy forget update generate_config".split()
-VDI_LIVE_OPERATIONS = frozenset("snapshot clone resize_online blocked enable_cbt disable_cbt".split())
+VDI_LIVE_OPERATIONS = frozenset("snapshot clone resize_online blocked enable_cbt disable_cbt mirror data_destroy".split())
+#: A type as the server says it in failures (record_util.ml vdi_type_to_string, v24.19.2).
+CBT_METADATA = "CBT metadata"
 
 
 def busy(cls: str, ref: str, current: Dict[str, str], four_parameters: bool) -> Failure:
@@ -162,8 +164,14 @@ def vdi_refusal(record: Dict[str, Any], ref: str, operation: str, sr: Dict[str, 
         return Failure("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION")
     if operation in ("snapshot", "destroy", "clone", "copy") and not record["managed"]:
         return Failure("VDI_NOT_MANAGED", ref)
-    if operation in ("snapshot", "clone", "copy", "resize") and record["type"] == "cbt_metadata":
-        return Failure("VDI_INCOMPATIBLE_TYPE", ref, "metadata_of_cbt")
+    if operation in ("snapshot", "clone", "copy", "resize", "mirror") and record["type"] == "cbt_metadata":
+        return Failure("VDI_INCOMPATIBLE_TYPE", ref, CBT_METADATA)
+    if operation == "mirror" and record["cbt_enabled"]:
+        return Failure("VDI_CBT_ENABLED", ref)
+    if operation == "data_destroy" and not record["is_a_snapshot"]:
+        return Failure("OPERATION_NOT_ALLOWED", "VDI is not a snapshot: " + ref)
+    if operation == "data_destroy" and not record["cbt_enabled"]:
+        return Failure("VDI_NO_CBT_METADATA", ref)
     return None
 
 

@@ -554,7 +554,8 @@ class Machines:
             if not fields["empty"]:
                 disk = self.record("VDI", fields["VDI"])
                 if disk["type"] not in ("system", "user", "ephemeral", "suspend", "crashdump", "metadata", "rrd", "pvs_cache"):
-                    raise Failure("VDI_INCOMPATIBLE_TYPE", fields["VDI"], disk["type"])
+                    raise Failure("VDI_INCOMPATIBLE_TYPE", fields["VDI"],
+                                  lifecycle.CBT_METADATA if disk["type"] == "cbt_metadata" else disk["type"])
             if fields["type"] == "CD" and fields["mode"] != "RO":
                 raise Failure("VBD_CDS_MUST_BE_READONLY")
             if fields["type"] != "CD" and fields["empty"]:

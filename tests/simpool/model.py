@@ -90,6 +90,9 @@ class Pool(Machines, Disks, Database):
     def has_qcow2(self) -> bool:
         return self.version >= (25, 27)
 
+    def has_cbt(self) -> bool:
+        return self.version >= (1, 39)
+
     def refuses_differences_of_no_vhd(self) -> bool:
         """Whether a difference of a disk that is no VHD fails (CA-384483, v24.13.0); before, it is a full without a word."""
         return self.version >= (24, 13)

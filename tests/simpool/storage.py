@@ -299,6 +299,31 @@ class Storage:
         self.families[copy.family].add(new_uuid)
         self._log(["snapshot", uuid, new_uuid, frozen])
 
+    def copy(self, uuid: str, new_uuid: str, sr: str) -> None:
+        """A disk of its own with the present contents of this one, in that SR. A guest that goes on with it writes what it would
+        have written to the first."""
+        original = self.contents[uuid]
+        copy = Content(original.size, original.seed, original.extents, new_uuid, sr)
+        copy.highest = dict(original.highest)
+        copy.zeroed, copy.frozen = original.zeroed, original.frozen
+        layer = None  # type: Optional[str]
+        for block, mark in original.marks.items():
+            if isinstance(mark, str) and mark != ZERO:
+                # a layer belongs to one family of disks, which removes it
+                layer = layer or self._new_layer()
+                self.store(layer, block, self.read_block(original, block))
+                mark = layer
+            copy.mark(block, mark)
+        copy.layer = layer
+        self.add(new_uuid, copy)
+        self._log(["content", new_uuid, copy.to_json()])
+
+    def cost_of_copy(self, uuid: str, sr: str) -> int:
+        """What a disk of its own with these contents takes there."""
+        content = self.contents[uuid]
+        written = content.written_blocks() * MIB
+        return overhead(content.size) + (content.size if sr in self.thick and not content.frozen else written)
+
     def destroy(self, uuid: str) -> None:
         content = self.contents[uuid]
         self.used[content.sr] -= self._owned_bytes(uuid)
@@ -436,9 +461,12 @@ class Storage:
         """The layer file that this disk's imported blocks go to now."""
         content = self.contents[uuid]
         if content.layer is None:
-            os.makedirs(self._folder, exist_ok=True)
-            content.layer = os.urandom(8).hex()
+            content.layer = self._new_layer()
         return content.layer
+
+    def _new_layer(self) -> str:
+        os.makedirs(self._folder, exist_ok=True)
+        return os.urandom(8).hex()
 
     def store(self, layer: str, block: int, data: bytes) -> None:
         """Put a block's bytes into a layer file. They count from `mark_imported` on."""

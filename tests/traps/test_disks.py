@@ -301,3 +301,196 @@ def test_no_storage_grows_a_disk_online(a_pool: Any) -> None:
         vdi, = disks_of(session, ref_of(session, 'web'))
         assert refused(session.xenapi.VDI.resize_online, vdi, str(GIBIBYTE))[0] == code
         assert session.xenapi.VDI.get_virtual_size(vdi) == str(4 * MEBIBYTE)
+
+
+# --- Disks that move -------------------------------------------------------------------------------------------------
+
+ELSEWHERE = {'name_label': 'elsewhere', 'type': 'nfs', 'shared': True, 'size': 1 << 40}
+
+
+def sr_of(session: Any, name: str) -> str:
+    return session.xenapi.SR.get_by_name_label(name)[0]
+
+
+def used_in(session: Any, name: str) -> int:
+    return int(session.xenapi.SR.get_physical_utilisation(sr_of(session, name)))
+
+
+def test_a_disk_that_moves_is_another_and_the_disks_of_the_vms_snapshots_go_with_it(a_pool: Any) -> None:
+    # xapi_vm_migrate.ml vdi_pool_migrate, migrate_send', vdi_copy_fun, update_snapshot_info, intra_pool_vdi_remap
+    root = disk(size=8 * MEBIBYTE, used=5, seed=3, name_label='root', other_config={'ours': '1'})
+    pool = a_pool(vm('web', power_state='Running', disks=[root, disk(seed=4)]), srs=[STORE, ELSEWHERE])
+    session = pool.session()
+    api = session.xenapi
+    web = ref_of(session, 'web')
+    first, second = disks_of(session, web)
+    assert write(pool, 1).exit_status == 0
+    snapshot = api.VM.snapshot(web, 'of web')
+    frozen, other = disks_of(session, snapshot)
+    alone = api.VDI.snapshot(first)
+    assert write(pool, 0, '--count', '2').exit_status == 0
+    assert write(pool, 6).exit_status == write(pool, 6, '--zero').exit_status == 0
+    held = {vdi: pool.read(uuid_of(session, 'VDI', vdi)) for vdi in (first, frozen, alone)}
+    at_that_time = api.VDI.get_snapshot_time(frozen)
+    old = uuid_of(session, 'VDI', first)
+    moved = pool.xe('vdi-pool-migrate', 'uuid=' + old, 'sr-uuid=' + uuid_of(session, 'SR', sr_of(session, 'elsewhere')))
+    assert (moved.exit_status, moved.stderr) == (0, '')
+    uuid = moved.stdout.strip()
+    assert uuid != old and refused(api.VDI.get_by_uuid, old)[0] == 'UUID_INVALID'
+    new, there = disks_of(session, web)
+    assert api.VDI.get_uuid(new) == uuid and there == second, 'the VM has it in the place of the old one'
+    record = api.VDI.get_record(new)
+    assert (record['name_label'], record['other_config'], record['SR']) == ('root', {}, sr_of(session, 'elsewhere'))
+    assert api.VBD.get_currently_attached(record['VBDs'][0]) and not record['is_a_snapshot']
+    went, stayed = disks_of(session, snapshot)
+    assert went != frozen and stayed == other
+    assert (api.VDI.get_SR(went), api.VDI.get_is_a_snapshot(went), api.VDI.get_snapshot_of(went),
+            api.VDI.get_snapshot_time(went)) == (sr_of(session, 'elsewhere'), True, new, at_that_time)
+    for gone in (first, frozen):
+        assert refused(api.VDI.get_record, gone)[0] == 'HANDLE_INVALID'
+    # A snapshot of the disk alone is of nothing now.
+    assert (api.VDI.get_SR(alone), api.VDI.get_snapshot_of(alone)) == (sr_of(session, 'store'), first)
+    assert pool.read(uuid) == held[first] == content(root, [1, 2, 0, 0, 0, 0, ZEROS, 0])
+    assert write(pool, 6, '--count', '2').exit_status == 0
+    expected = content(root, [1, 2, 0, 0, 0, 0, 2, 1])
+    for _ in ('while it serves', 'after a restart'):
+        for vdi, bytes_then in ((new, expected), (went, held[frozen]), (alone, held[alone])):
+            assert pool.read(uuid_of(session, 'VDI', vdi)) == bytes_then
+        pool.stop()
+        pool.start()
+        session = pool.session()
+
+
+def test_what_was_imported_moves_too_and_is_in_use_nowhere_else_afterwards(a_pool: Any) -> None:
+    pool = a_pool(vm('web', disks=[disk(size=4 * MEBIBYTE, used=0)]), srs=[STORE, ELSEWHERE])
+    session = pool.session()
+    api = session.xenapi
+    vdi, = disks_of(session, ref_of(session, 'web'))
+    data = b'\xaa' * (3 * MEBIBYTE) + bytes(MEBIBYTE)
+    assert pool.xe('vdi-import', 'uuid=' + uuid_of(session, 'VDI', vdi), 'filename=/dev/stdin', stdin=data).exit_status == 0
+    used = used_in(session, 'store')
+    new = api.VDI.pool_migrate(vdi, sr_of(session, 'elsewhere'), {})
+    assert (used_in(session, 'store'), used_in(session, 'elsewhere')) == (0, used)
+    assert write(pool, 1).exit_status == 0
+    pool.stop()
+    pool.start()
+    assert pool.read(uuid_of(pool.session(), 'VDI', new)) == data[:MEBIBYTE] + block_of(disk(), 1, 1) + data[2 * MEBIBYTE:]
+
+
+def test_a_disk_does_not_move_where_or_when_it_can_not(a_pool: Any) -> None:
+    pool = a_pool(vm('web', power_state='Running', resident_on='xcp1', disks=[disk(name_label='root')]),
+                  vm('tracked', disks=[disk(cbt_enabled=True)]), vm('reset', disks=[disk(), disk(on_boot='reset')]),
+                  vm('large', disks=[disk(size=16 * MEBIBYTE, used=8)], snapshots=1), vm('halted'),
+                  hosts=[{'name_label': 'xcp1'}, {'name_label': 'xcp2'}],
+                  srs=[STORE, ELSEWHERE, {'name_label': 'images', 'type': 'iso', 'shared': True},
+                       {'name_label': 'small', 'type': 'nfs', 'shared': True, 'size': 12 * MEBIBYTE},
+                       {'name_label': 'of xcp2', 'type': 'ext', 'host': 'xcp2'}])
+    session = pool.session()
+    api = session.xenapi
+    places = {name: sr_of(session, name) for name in ('store', 'elsewhere', 'images', 'small', 'of xcp2')}
+    disks = {name: disks_of(session, ref_of(session, name)) for name in ('web', 'tracked', 'reset', 'large', 'halted')}
+
+    def moving(vdi: str, sr: str) -> List[str]:
+        return refused(api.VDI.pool_migrate, vdi, places[sr], {})
+
+    before = pool.dump()['VDI']
+    alone = api.VDI.snapshot(disks['web'][0])
+    assert moving(alone, 'elsewhere') == ['VDI_NEEDS_VM_FOR_MIGRATE', alone]
+    api.VDI.destroy(alone)
+    snapshot, = api.VM.get_snapshots(ref_of(session, 'large'))
+    assert moving(disks_of(session, snapshot)[0], 'elsewhere')[0] == 'VM_IS_SNAPSHOT'
+    assert moving(disks['tracked'][0], 'elsewhere') == ['VDI_CBT_ENABLED', disks['tracked'][0]]
+    assert moving(disks['reset'][0], 'elsewhere')[0] == 'VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION'
+    assert moving(disks['web'][0], 'images') == ['SR_DOES_NOT_SUPPORT_MIGRATION', places['images']]
+    assert moving(disks['web'][0], 'of xcp2') == ['NO_HOSTS_AVAILABLE']
+    assert moving(disks['large'][0], 'small') == NO_SPACE, 'there is room for one of the two'
+    assert used_in(session, 'small') == 0
+    assert api.VDI.pool_migrate(disks['web'][0], places['store'], {}) == disks['web'][0], 'it is there already'
+    after = pool.dump()['VDI']
+    assert set(after) == set(before)
+    assert all(after[ref]['SR'] == before[ref]['SR'] and after[ref]['current_operations'] == {} for ref in before)
+    # A halted VM's goes wherever a host sees all of it.
+    assert api.VDI.get_SR(api.VDI.pool_migrate(disks['halted'][0], places['of xcp2'], {})) == places['of xcp2']
+
+
+# --- Disks without data ----------------------------------------------------------------------------------------------
+
+def test_a_snapshot_whose_data_are_destroyed_is_neither_base_nor_disk(a_pool: Any, tmp_path: Any) -> None:
+    # xapi_vdi.ml _data_destroy; its name for failures is record_util.ml's
+    pool = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=4, cbt_enabled=True), disk()]), srs=[STORE])
+    session = pool.session()
+    api = session.xenapi
+    first, second = disks_of(session, ref_of(session, 'web'))
+    used = used_in_store(session)
+    base, untracked = api.VDI.snapshot(first), api.VDI.snapshot(second)
+    assert refused(api.VDI.data_destroy, first) == ['OPERATION_NOT_ALLOWED', 'VDI is not a snapshot: ' + first]
+    assert refused(api.VDI.data_destroy, untracked) == ['VDI_NO_CBT_METADATA', untracked]
+    api.VDI.destroy(untracked)
+    for _ in ('data', 'nothing left to do'):
+        assert pool.xe('vdi-data-destroy', 'uuid=' + uuid_of(session, 'VDI', base)) == Run(0, '', '')
+    assert used_in_store(session) == used and api.VDI.get_type(base) == 'cbt_metadata'
+    path = str(tmp_path / 'x.vhd')
+    for words in (['uuid=' + uuid_of(session, 'VDI', first), 'base=' + uuid_of(session, 'VDI', base)],
+                  ['uuid=' + uuid_of(session, 'VDI', base)]):
+        result = pool.xe('vdi-export', 'format=vhd', 'filename=' + path, *words)
+        assert (result.exit_status, result.stderr.splitlines()[-2:]) == (
+            1, ['vdi: %s (%s)' % (uuid_of(session, 'VDI', base), api.VDI.get_name_label(base)), 'type: CBT metadata'])
+        with open(path, 'rb') as file:
+            assert file.read().startswith(b'HTTP/1.0 500 Internal Error\r\n')
+        (tmp_path / 'x.vhd').unlink()
+    incompatible = ['VDI_INCOMPATIBLE_TYPE', base, 'CBT metadata']
+    for call, more in ((api.VDI.snapshot, ()), (api.VDI.clone, ()), (api.VDI.resize, (str(GIBIBYTE),))):
+        assert refused(call, base, *more) == incompatible
+    pool.stop()
+    pool.start()
+    api = pool.session().xenapi
+    assert api.VDI.get_type(base) == 'cbt_metadata'
+    api.VDI.destroy(base)
+    assert refused(api.VDI.get_record, base)[0] == 'HANDLE_INVALID'
+
+
+def test_the_data_of_a_vm_snapshots_disk_are_not_destroyed_below_it(a_pool: Any) -> None:
+    pool = a_pool(vm('web', disks=[disk(cbt_enabled=True)]))
+    session = pool.session()
+    vdi, = disks_of(session, session.xenapi.VM.snapshot(ref_of(session, 'web'), 'of web'))
+    assert refused(session.xenapi.VDI.data_destroy, vdi) == ['VDI_IN_USE', vdi, 'data_destroy']
+    assert session.xenapi.VDI.get_type(vdi) == 'system' and len(pool.read(uuid_of(session, 'VDI', vdi))) == 4 * MEBIBYTE
+
+
+# --- SRs as POOL.json has them ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('keys, whole', [({'type': 'lvm'}, True), ({'type': 'nfs'}, False), ({'type': 'nfs', 'thick': True}, True),
+                                         ({'type': 'lvmoiscsi', 'thick': False}, False)])
+def test_a_snapshot_takes_what_is_written_where_disks_are_allocated_whole(a_pool: Any, keys: Dict[str, Any], whole: bool) -> None:
+    # sm, LVHDSR.py: the live disk keeps its whole size, a snapshot has what was written to it
+    pool = a_pool(vm('web', disks=[disk(size=32 * MEBIBYTE, used=8)]), srs=[dict(STORE, size=50 * MEBIBYTE, **keys)])
+    session = pool.session()
+    api = session.xenapi
+    web = ref_of(session, 'web')
+    vdi, = disks_of(session, web)
+    empty = used_in_store(session)
+    assert empty // MEBIBYTE == (32 if whole else 8)
+    first = api.VDI.snapshot(vdi)
+    assert (used_in_store(session) - empty) // MEBIBYTE == (8 if whole else 0)
+    assert write(pool, 8, '--count', '4').exit_status == 0
+    if whole:
+        assert refused(api.VDI.snapshot, vdi) == refused(api.VM.snapshot, web, 'of web') == NO_SPACE
+        assert pool.xe('vdi-snapshot', 'uuid=' + uuid_of(session, 'VDI', vdi)) == Run(
+            1, '', 'Error code: SR_BACKEND_FAILURE_44\nError parameters: , There is insufficient space, \n')
+    pool.stop()
+    pool.start()
+    session = pool.session()
+    api = session.xenapi
+    before = used_in_store(session)
+    api.VDI.destroy(first)
+    assert (before - used_in_store(session)) // MEBIBYTE == (8 if whole else 0)
+    api.VDI.snapshot(vdi)
+
+
+def test_snapshots_are_made_where_disks_are_no_vhds(a_pool: Any) -> None:
+    pool = a_pool(vm('web', disks=[disk(seed=1)]), srs=[dict(STORE, vhd=False)])
+    session = pool.session()
+    snapshot, = disks_of(session, session.xenapi.VM.snapshot(ref_of(session, 'web'), 'of web'))
+    before = pool.read(uuid_of(session, 'VDI', snapshot))
+    assert write(pool, 0).exit_status == 0
+    assert pool.read(uuid_of(session, 'VDI', snapshot)) == before == content(disk(seed=1), [0, 0, 0, 0])
