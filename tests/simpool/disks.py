@@ -156,6 +156,9 @@ class Disks:
             domain = self.record("host", host)["control_domain"]
             self.assert_attachable(vdi, mode, domain)
             self.assert_sr_answers(self.record("VDI", vdi)["SR"])
+            if not self.sees_all(host, [self.record("VDI", vdi)["SR"]]):
+                # the host was chosen for another disk: that of an export, not its base's (storage_access.ml, v24.19.2)
+                raise Failure("SR_NOT_ATTACHED", self.record("VDI", vdi)["SR"])
             taken = {self.tables["VBD"][ref]["userdevice"] for ref in self.record("VM", domain)["VBDs"]}
             number = next(number for number in range(len(taken) + 1) if str(number) not in taken)
             vbd = self.create("VBD", {

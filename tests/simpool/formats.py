@@ -322,7 +322,7 @@ def vhd(disk: Any, advance: Callable[[int], None], blocks: Iterable[int], parent
         size: Optional[int] = None) -> Iterator[bytes]:
     """A streamable VHD of these blocks, ascending, zeros like others, footer at both ends; differencing if there is a parent.
 
-    `size` is what it says to be the disk's, if that is not so.
+    `size` is what it says to be the disk's, if that is not so. `advance` gets each block's share of the disk's size.
     """
     size = disk.size if size is None else size
     entries = vhd_entries(size)
@@ -335,15 +335,15 @@ def vhd(disk: Any, advance: Callable[[int], None], blocks: Iterable[int], parent
         sector += 1 + VHD_BLOCK // SECTOR
     footer = vhd_footer(size, _DYNAMIC if parent is None else _DIFFERENCING, uuid.uuid4().bytes)
     yield footer + vhd_header(entries, parent) + bytes(SECTOR) + bytes(bat)
-    done = 0
-    for block in present:
+    for number, block in enumerate(present):
         first = block * 2
         yield b'\xff' * SECTOR
         for index in (first, first + 1):
             content = disk.block(index) if index * MIB < disk.size else b''
             yield content if len(content) == MIB else bytes(content) + bytes(MIB - len(content))
-        advance(block * VHD_BLOCK + VHD_BLOCK - done)
-        done = block * VHD_BLOCK + VHD_BLOCK
+        advance(disk.size * (number + 1) // len(present) - disk.size * number // len(present))
+    if not present:
+        advance(disk.size)
     yield footer
 
 

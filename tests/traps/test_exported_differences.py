@@ -16,7 +16,7 @@ from support.language import MEBIBYTE, at, disk, vm
 from support.process import CRON_PATH, SIMPOOL, Pool, Run, run, state_of_pools, write_json
 from support.wire import Background, ask, eventually
 from test_calls import attached_to_dom0
-from test_traps import STORE, disks_of, get, ref_of, refused, uuid_of, when_over
+from test_traps import STORE, disks_of, get, ref_of, refused, when_over
 
 BLOCK = 2 * MEBIBYTE
 NO_BLOCKS = 3072
@@ -382,6 +382,16 @@ def test_a_base_that_is_not_there_is_told_by_its_uuid(a_pool: Any) -> None:
         assert attached_to_dom0(web.session) == []
 
 
+def test_a_base_has_to_lie_where_the_host_of_the_disk_sees_it(a_pool: Any) -> None:
+    # Only the disk's own SR decides which host exports it.
+    pool = a_pool(vm('web', disks=[disk(sr='store'), disk(sr='of xcp2')]), hosts=[{'name_label': 'xcp1'}, {'name_label': 'xcp2'}],
+                  srs=[STORE, {'name_label': 'of xcp2', 'type': 'ext', 'host': 'xcp2'}])
+    web = Nights(pool)
+    base = disks_of(web.session, web.vm)[1]
+    assert web.failed(web.vdi, base)[0] == ['SR_NOT_ATTACHED', web.api.VDI.get_SR(base)]
+    assert attached_to_dom0(web.session) == []
+
+
 SLOW = [at('http:/export_raw_vdi', runs_at=4 * MEBIBYTE)]
 
 
@@ -526,6 +536,22 @@ def test_what_spoils_streams_spoils_differences(a_pool: Any) -> None:
     assert contents[1][84:BLOCK] == whole[84:BLOCK] and contents[1][BLOCK:].startswith(b'HTTP/1.0 500 Internal Error\r\n')
     for content, place in ((contents[2], 4096), (contents[3], len(whole) - 600)):
         assert [number for number in range(84, len(whole) - 512) if content[number] != whole[number]] == [place]
+
+
+@pytest.mark.parametrize('blocks', [[1, 5], [1], []])
+def test_an_xe_that_dies_halfway_has_not_all_of_a_difference(a_pool: Any, blocks: List[int]) -> None:
+    # Halfway is half of what it has to send, wherever in the disk that lies.
+    web = nights(a_pool, size=64 * MEBIBYTE, faults=[at('xe:vdi-export', kill='xe')])
+    base, path = web.snapshot(), os.path.join(web.pool.home, 'exported')
+    for block in blocks:
+        web.write(block)
+    whole = web.export(web.vdi, base)
+    result = web.pool.xe('vdi-export', 'uuid=' + web.uuid(web.vdi), 'base=' + web.uuid(base), 'format=vhd', 'filename=' + path)
+    assert result.exit_status == -9
+    with open(path, 'rb') as file:
+        content = file.read()
+    assert 0 < len(content) < len(whole) and content[84:] == whole[84:len(content)]
+    eventually(lambda: attached_to_dom0(web.session) == [])
 
 
 @pytest.mark.parametrize('through', ['http', 'xe'])
