@@ -219,7 +219,7 @@ class Transfer:
 
     def is_difference(self) -> bool:
         """Whether an export of a difference is asked for. A tar knows none (export_raw_vdi.ml, v24.19.2)."""
-        return (self.path == '/export_raw_vdi' and self.parameter('base') is not None and self.parameter('format') != 'tar')
+        return self.path == '/export_raw_vdi' and self.parameter('base') is not None and self.parameter('format') != 'tar'
 
     def describe(self, ref: Optional[str] = None) -> None:
         """Says what the request is about: now its faults are known."""

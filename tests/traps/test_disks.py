@@ -459,8 +459,8 @@ def test_the_data_of_a_vm_snapshots_disk_are_not_destroyed_below_it(a_pool: Any)
 
 # --- SRs as POOL.json has them ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('keys, whole', [({'type': 'lvm'}, True), ({'type': 'nfs'}, False), ({'type': 'nfs', 'thick': True}, True),
-                                         ({'type': 'lvmoiscsi', 'thick': False}, False)])
+@pytest.mark.parametrize('keys, whole', [({'type': 'lvm'}, True), ({'type': 'nfs'}, False),
+                                         ({'type': 'nfs', 'thick': True}, True), ({'type': 'lvmoiscsi', 'thick': False}, False)])
 def test_a_snapshot_takes_what_is_written_where_disks_are_allocated_whole(a_pool: Any, keys: Dict[str, Any], whole: bool) -> None:
     # sm, LVHDSR.py: the live disk keeps its whole size, a snapshot has what was written to it
     pool = a_pool(vm('web', disks=[disk(size=32 * MEBIBYTE, used=8)]), srs=[dict(STORE, size=50 * MEBIBYTE, **keys)])
