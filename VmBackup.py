@@ -4727,12 +4727,15 @@ DISK_ID = re.compile(r"[A-Za-z0-9:_.-]{1,80}")
 DEEPEST_OVA = 50
 
 
-class ExportedDisk(NamedTuple):
-    """A disk as ova.xml tells of it; `id` is its name inside the archive."""
+class DiskReport(NamedTuple):
+    """A disk as ova.xml tells of it, and what was found of it in its image: `id` is its name inside the
+    archive, `blocks` counts those present, `stored_bytes` their length."""
 
     id: str
     uuid: str
     virtual_size: int
+    blocks: int = 0
+    stored_bytes: int = 0
 
 
 class OvaDate(str):
@@ -4870,7 +4873,7 @@ def needed(class_name: str, key: str, record: Dict[str, Any], field: str) -> Any
     return record[field]
 
 
-def exported_disks(ova: Dict[str, Any]) -> Dict[str, ExportedDisk]:
+def exported_disks(ova: Dict[str, Any]) -> Dict[str, DiskReport]:
     """The disks whose blocks the archive holds, by id.
 
     Those of VBDs that are no CD drives, unless on an SR of ISO images, and the memory of a suspended VM
@@ -4891,7 +4894,7 @@ def exported_disks(ova: Dict[str, Any]) -> Dict[str, ExportedDisk]:
             raise VerificationError(f"ova.xml names a disk {excerpt(disk_id.encode('utf-8', 'replace'))}")
         if not re.fullmatch("[0-9]{1,18}", size):
             raise UnknownFormat(f"ova.xml gives disk {disk_id} the virtual_size {ascii(size[:40])}")
-        found[disk_id] = ExportedDisk(disk_id, vdi.get("uuid", ""), int(size))
+        found[disk_id] = DiskReport(disk_id, vdi.get("uuid", ""), int(size))
     return found
 
 
@@ -4960,16 +4963,6 @@ def rewritten_ova(ova: Dict[str, Any], vm_id: str, machine: Dict[str, Any], size
 
 
 # ---- Checks: a format read as it passes --------------------------------------------------------------------
-
-
-class DiskReport(NamedTuple):
-    """What an image holds of one disk; `blocks` counts those present, `stored_bytes` their length."""
-
-    id: str
-    uuid: str
-    virtual_size: int
-    blocks: int
-    stored_bytes: int
 
 
 class StreamReport(NamedTuple):
@@ -5254,7 +5247,7 @@ def check_xva(check: Check, reader: Reader, expected: Optional[Dict[str, int]] =
         if sizes[uuid] != size:
             raise VerificationError(f"the archive's ova.xml gives the disk with uuid {uuid} {sizes[uuid]} "
                                     f"bytes, the pool {size}")
-    reports = {disk.id: DiskReport(*disk, 0, 0) for disk in disks.values()} if holds_disks else {}
+    reports = dict(disks) if holds_disks else {}
     reached = dict.fromkeys(reports, 0)         # so far the blocks of each disk have come
     current, next_number, suffix, unchecked = "", 0, "", 0
 
