@@ -4978,10 +4978,6 @@ class StreamReport(NamedTuple):
     ova_xml: bytes = b""
 
 
-class Enough(Exception):
-    """The part of a stream that a first look wants has passed: the pump ends with it."""
-
-
 # What a check gives: the disk, where in it, and a view of what is there; and what it returns.
 Contents = Generator[Tuple[str, int, Any], None, StreamReport]
 
@@ -4992,19 +4988,18 @@ class Check(Consumer):
     `check` is the function for the format, from top to bottom: it is given this Check, the reader and `how`,
     gives the contents of the disks piece by piece, which the sinks are shown, and returns the report. It puts
     its lines into `blocks`, the list of them (BlocksFile, BlockComparer), and notes here what passes before:
-    `ova` and `first_disk`, whose block is the first, or the `size` of an image's disk. A first look ends with
-    Enough where that block begins.
+    `ova` and `first_disk`, whose block is the first, or the `size` of an image's disk.
     """
 
     def __init__(self, check: Callable[..., Contents], blocks: Any = None, sinks: Sequence[Any] = (),
-                 is_first_look: bool = False, **how: Any) -> None:
+                 **how: Any) -> None:
         super().__init__("check", check, *([blocks] if blocks else []), *sinks, **how)
         self.report: Optional[StreamReport] = None
         self.blocks = blocks
         self.ova: Dict[str, Any] = {}
         self.size = 0
         self.first_disk = ""
-        self._sinks, self._is_first_look = sinks, is_first_look
+        self._sinks = sinks
 
     def read(self, reader: Reader) -> None:
         collections.deque(self._pieces(reader), 0)
@@ -5032,8 +5027,6 @@ class Check(Consumer):
             self.report = report
 
         for disk, offset, piece in contents():
-            if self._is_first_look:
-                raise Enough
             for sink in self._sinks:
                 sink.put(disk, offset, piece)
             yield piece
@@ -6094,12 +6087,13 @@ def file_views(fd: int) -> Iterator[memoryview]:
         count = os.readv(fd, [buffer])
 
 
-def plain_reader(stack: contextlib.ExitStack, fd: int, compression: str) -> Reader:
-    """What the file holds, decompressed, for one thread to pull. All is closed with the stack. ProgramError
-    if a program that is needed is not here."""
+def plain_reader(stack: contextlib.ExitStack, fd: int, compression: str, is_vhd: bool) -> Any:
+    """What the file holds, decompressed, as a Reader for one thread to pull; of a VHD that is not compressed
+    the descriptor, as its parts may lie anywhere. All is closed with the stack. ProgramError if a program
+    that is needed is not here."""
     stack.callback(os.close, fd)
     if compression == "none":
-        return Reader(file_views(fd))
+        return fd if is_vhd else Reader(file_views(fd))
     if compression == "gzip":
         return Reader(map(memoryview, gunzip(Reader(file_views(fd)))))
     if libzstd():
@@ -6139,16 +6133,13 @@ class LayerReader:
         self._vhd = None                   # type: Optional[_Vhd]
         self._at = "-", 0, b""             # type: Tuple[str, int, bytes]
         self._begun = set()                # type: Set[str]
+        image, check = plain_reader(stack, fd, compression, file_format == "vhd"), Check(check_xva)
         if file_format == "vhd":
-            if compression == "none":
-                stack.callback(os.close, fd)
-            self._vhd = _Vhd(fd if compression == "none" else plain_reader(stack, fd, compression), False,
-                             is_layer=True)
+            self._vhd = _Vhd(image, False, is_layer=True)
             self._sectors = self._vhd.read_table(self._vhd.read_footer(), None)
             return
-        check, reader = Check(check_xva), plain_reader(stack, fd, compression)
-        self._mebibytes = mebibytes(check_xva(check, reader, has_digests=False)
-                                    if file_format == "xva" else check_raw(check, reader))
+        self._mebibytes = mebibytes(check_xva(check, image, has_digests=False)
+                                    if file_format == "xva" else check_raw(check, image))
 
     def read(self, key: str, number: int) -> bytes:
         """That MiB of that disk, at the disk's end with zeros behind it perhaps; VerificationError if it is
@@ -10886,8 +10877,7 @@ class Source(NamedTuple):
             "no digests of it are on record"
 
 
-def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool,
-               on_tick: Callable[[Progress], Any]) -> Check:
+def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: bool) -> Check:
     """The check that has read the image up to its first block. VerificationError, in which what does not fit
     an image of ours is damage, if it does not begin as it should, or an uncompressed archive does not end as
     one: that is seen at once. With `force` an archive whose ova.xml is there will do."""
@@ -10899,9 +10889,7 @@ def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: b
         look.ova = parse_ova(text)
         return look
     is_archive = image_format(copy.image) == "xva"
-    how = {"strict": bool(manifest)} if is_archive else {"strict": False, "is_whole": not force}
-    look = Check(check_xva if is_archive else check_vhd, is_first_look=True, **how)
-    problems: List[VerificationError] = []
+    look = Check(check_xva if is_archive else check_vhd)
     try:
         compression = image_compression(inside, copy.image, manifest.get("image", {}))
         if is_archive and compression == "none" and not force:
@@ -10911,12 +10899,10 @@ def first_look(inside: Directory, copy: Copy, manifest: Dict[str, Any], force: b
             if inside.status(copy.image).st_size % SECTOR_BYTES or end != XVA_END and not has_digest:
                 raise VerificationError("the archive does not end with two zero blocks: it was cut off or "
                                         "overwritten")
-        with contextlib.ExitStack() as stack, contextlib.suppress(Enough):
-            flows = reading_flows(stack, inside.open_file(copy.image), compression, [], [look],
-                                  is_foreign_vhd(copy))
-            pump(flows, on_tick, f"reading {copy.image}", problems if force else None)
-            if problems:                    # the last is what the look itself has found
-                raise problems[-1]
+        with contextlib.ExitStack() as stack, storage_errors(f"reading {copy.image}"):
+            image = plain_reader(stack, inside.open_file(copy.image), compression, is_foreign_vhd(copy))
+            next(check_xva(look, image, strict=bool(manifest)) if is_archive else
+                 check_vhd(look, image, strict=False, is_whole=not force), None)
     except VerificationError as error:
         if not (force and is_archive and look.ova):
             kind = type(error) if copy.is_old else VerificationError
@@ -10943,8 +10929,7 @@ def disks_of_ova(ova: Dict[str, Any], vm_id: str) -> List[SourceDisk]:
     return sorted(found, key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
 
 
-def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False,
-                on_tick: Callable[[Progress], Any] = lambda progress: None) -> Source:
+def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False) -> Source:
     """What that copy's directory holds. VerificationError or CatalogError if its image can't be what it
     should be; with `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its
     size is then 0: not known)."""
@@ -10955,7 +10940,7 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
     vm_id, original = own_vm(metadata, copy.uuid) if metadata else ("", {})
     every = disks_of_ova(metadata, vm_id) if metadata else []
     if is_archive(copy):
-        look = first_look(inside, copy, manifest, force, on_tick)
+        look = first_look(inside, copy, manifest, force)
         vm_id, record = own_vm(look.ova)
         if not manifest and _seed(original) != _seed(record) and _seed(original) and _seed(record):
             every, original, copy = [], {}, copy._replace(uuid="")     # it only lies beside another VM's
@@ -10977,7 +10962,7 @@ def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: 
                       _lacking(lacking, manifest), order)
     size = 0                               # then the manifest tells, or what stands beside the image
     if is_foreign_vhd(copy):
-        size = first_look(inside, copy, manifest, force, on_tick).size
+        size = first_look(inside, copy, manifest, force).size
     elif not manifest and image_compression(inside, copy.image, {}) == "none":
         size = inside.status(copy.image).st_size
     if not metadata and without_vm:
@@ -11158,11 +11143,12 @@ def copy_at_path(path: str) -> Tuple[str, Copy]:
 
 
 def opened_source(services: Services, copy: Copy, inside: Directory) -> Source:
-    """What that copy holds; BackupError with what is wrong with it. A disk is extracted without its VM."""
+    """What that copy holds; BackupError with what is wrong with it. A disk is extracted without its VM. A
+    store that hangs is left when a signal comes."""
     given = services.arguments.parameters
     try:
-        return read_source(inside, copy, given.get("force", False), not given.get("metadata", True),
-                           lambda progress: services.signals.check())
+        return within(FOR_EVER_S, f"reading {inside.shown}", lambda: read_source(
+            inside, copy, given.get("force", False), not given.get("metadata", True)), services.signals.check)
     except (VerificationError, ValueError) as error:
         kind = type(error) if isinstance(error, VerificationError) else VerificationError
         raise kind(f"{inside.shown}: {str(error).rstrip('.')}. Nothing was started.")
