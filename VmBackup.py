@@ -5359,110 +5359,6 @@ def image_pieces(disk: str, size: int, contents: Iterable[Tuple[int, Any]],
         following = max(following, number + 1)
 
 
-class PartPipe:
-    """The stdin of one part's import; the import starts when the first byte comes."""
-
-    def __init__(self, start: Callable[[], int]) -> None:
-        self._start = start
-        self._fd: Optional[int] = None
-        self._is_over = False
-
-    def write(self, view: Any) -> None:
-        """The bytes are with the import; BrokenPipeError if it has ended. What comes after `close` is of no
-        part: its descriptor may be another file's by then."""
-        if self._is_over:
-            raise UnknownFormat("the archive's disks are mingled, and the server reads one after the other: "
-                                "`extract` each disk")
-        if self._fd is None:
-            self._fd = self._start()
-            widen_pipe(self._fd)
-        write_all(self._fd, memoryview(view))
-
-    def close(self) -> None:
-        """No more is coming."""
-        if self._fd is not None and not self._is_over:
-            os.close(self._fd)
-        self._is_over = True
-
-
-def feed_archive(reader: Reader, *pipes: PartPipe, ovas: Sequence[bytes], parts: Sequence[Sequence[str]],
-                 strict: bool, is_whole: bool = False) -> None:
-    """An archive is with its parts' imports: each got an ova.xml of its own and the members of its disks, as
-    the server writes them. `is_whole`: of one part, and all its disks are wanted: behind ova.xml, all passes
-    as it comes. What may stand behind the end is the check's to judge."""
-    part_of = {disk: number for number, part in enumerate(parts) for disk in part}
-    archive = Archive(reader, strict)
-    archive.ova()
-    pipes[0].write(tar_member("ova.xml", ovas[0]))
-    if is_whole:
-        for piece in reader:
-            pipes[0].write(piece)
-        return
-    part, last_disk = 0, ""
-    member = archive.next_member("the header of a block")
-    while member is not None:
-        disk = member.name.partition("/")[0]
-        wanted = part_of.get(disk)              # a disk of no part (a snapshot's) goes nowhere
-        if wanted is not None and wanted != part:
-            pipes[part].write(XVA_END)
-            pipes[part].close()
-            part = wanted
-            pipes[part].write(tar_member("ova.xml", ovas[part]))
-        elif wanted is not None and disk < last_disk:
-            raise UnknownFormat(f"the archive holds disk {last_disk} before {disk}, and the server reads "
-                                "them in the order of these names: `extract` each disk")
-        if wanted is not None:
-            last_disk = disk
-            pipes[part].write(tar_header(member.name, member.size))
-        for piece in reader.pieces(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, member.name):
-            if wanted is not None:
-                pipes[part].write(piece)
-        member = archive.next_member("the header of a block")
-    pipes[part].write(XVA_END)
-
-
-class DiskFeed(MebibyteSink):
-    """The sink of an image's check that gives its one disk to an import.
-
-    With `ova` as an archive: a block for each MiB; MiBs of zeros are left out but for the first and the last
-    (stream_vdi.ml@v26.17.0). Without it raw and whole, for `xe vdi-import format=raw`.
-    """
-
-    def __init__(self, pipe: PartPipe, virtual_size: int, ova: bytes = b"", disk_id: str = "") -> None:
-        super().__init__(self._give)
-        self._pipe, self._size, self._ova, self._id = pipe, virtual_size, ova, disk_id
-        self._last = max(0, -(-virtual_size // MEBIBYTE) - 1)
-        self._next = 0
-        self.close = pipe.close
-
-    def _give(self, _: str, number: int, content: memoryview) -> None:
-        """All up to that MiB is with the import."""
-        if number > self._last:
-            raise VerificationError(f"the image has data behind the end of the disk, in its MiB {number}")
-        if self._ova and not self._next:
-            self._pipe.write(tar_member("ova.xml", self._ova))
-        for empty in range(self._next, min(number, 1) if self._ova else number):
-            self._write(empty, memoryview(ZERO_MEBIBYTE))
-        self._write(number, content)
-
-    def _write(self, number: int, content: memoryview) -> None:
-        content = content[:self._size - number * MEBIBYTE]
-        for piece in archive_block(self._id, number, content) if self._ova else (content,):
-            self._pipe.write(piece)
-        self._next = number + 1
-
-    def end(self, is_whole: bool) -> None:
-        """The disk is complete, a damaged one with zeros behind what came, if anything did."""
-        self._flush()
-        if not (is_whole or self._next):
-            return
-        if self._next <= self._last:
-            self._give(self._id, self._last, memoryview(ZERO_MEBIBYTE))
-        if self._ova:
-            self._pipe.write(XVA_END)
-        self._pipe.close()
-
-
 # ---- Raw ---------------------------------------------------------------------------------------------------
 
 
@@ -11674,11 +11570,11 @@ class Importer:
                             + (["force=true"] if plan.given.get("force") else []))
         commands[0] += ["preserve=true"] if plan.uuid else []
 
-        def new_feed(pipes: Sequence[PartPipe]) -> Any:
+        def new_feed(imports: Imports) -> Any:
             if not source.is_archive:
-                return DiskFeed(pipes[0], source.disks[0].virtual_size, ovas[0], source.disks[0].id)
+                return DiskFeed(imports, source.disks[0].virtual_size, ovas[0], source.disks[0].id)
             is_whole = source.manifest and len(ovas) == 1 and set(exported_disks(source.ova)) == set(ids[0])
-            return Consumer("import", feed_archive, *pipes, ovas=ovas, parts=ids,
+            return Consumer("import", feed_archive, imports, ovas=ovas, parts=ids,
                             strict=bool(source.manifest), is_whole=bool(is_whole))
         return self._stream(doing, plan, commands, tasks, new_feed, sink)
 
@@ -11705,12 +11601,12 @@ class Importer:
         pool.call(doing, "VBD.create", fields_like("VBD", dict(vbd, VDI=new_disk), VM=machine))
         size = int(pool.ask(doing, "VDI.get_virtual_size", new_disk))
         command = ["vdi-import", f"uuid={uuid}", "filename=/dev/stdin", "format=raw"]
-        problem = self._stream(doing, plan, [command], (), lambda pipes: DiskFeed(pipes[0], size), sink)
+        problem = self._stream(doing, plan, [command], (), lambda imports: DiskFeed(imports, size), sink)
         pool.ask(doing, "VDI.remove_from_other_config", new_disk, key)
         return problem
 
     def _stream(self, doing: str, plan: RestorePlan, commands: Sequence[Sequence[str]], tasks: Sequence[str],
-                new_feed: Callable[[Sequence[PartPipe]], Any], sink: Any) -> str:
+                new_feed: Callable[["Imports"], Any], sink: Any) -> str:
         """The image went into those xe commands, was what it should be, and they ended well. One pass:
         digests, structure, blocks, import. Returns and raises as _import does: what is wrong with the copy
         goes before what xe said of it, and what xe said before what followed from that."""
@@ -11718,9 +11614,8 @@ class Importer:
         size_bytes = source.size_bytes
         watch = ImportWatch(self._services, doing, size_bytes, find_tasks=lambda: tasks)
         try:
-            with _Imports(self._xe, commands) as imports:
-                feed = new_feed([PartPipe(functools.partial(imports.start, part))
-                                 for part in range(len(commands))])
+            with Imports(self._xe, commands) as imports:
+                feed = new_feed(imports)
                 sinks, more = ([], [feed]) if source.is_archive else ([feed], [])
                 problems: Optional[List[VerificationError]] = [] if force else None
                 try:
@@ -11737,7 +11632,7 @@ class Importer:
                 if not imports.programs:
                     raise BackupError(f"{doing}: nothing of it can be brought back. {problem}")
                 began_s = self._services.clock.monotonic()
-                for part, program in enumerate(imports.programs):
+                for part, program in imports.programs.items():
                     while program.wait(TICK_S) is None:
                         watch(Progress(size_bytes, self._services.clock.monotonic() - began_s, "server"))
                     said = xe_problem(program.wait(0), program.said)
@@ -11869,37 +11764,131 @@ class Importer:
                 "was made WITHOUT that restriction.")
 
 
-class _Imports(contextlib.ExitStack):
-    """The xe programs of a restore, each started when its first byte is there; none outlives the block."""
+class Imports:
+    """The xe programs of a restore, one for each part: each is started when its first byte is there, and has
+    had its last when the next one is. None outlives the block."""
 
     def __init__(self, xe: XeProgram, commands: Sequence[Sequence[str]]) -> None:
-        super().__init__()
         self._xe, self._commands = xe, commands
-        self._lock = threading.Lock()
-        self._is_over = False
-        self.programs = []                 # type: List[Program]
+        self._lock, self._is_over = threading.Lock(), False
+        self._stack = contextlib.ExitStack()
+        self._part, self._fd = -1, None    # type: int, Optional[int]    # what is fed
+        self.programs = {}                 # type: Dict[int, Program]
 
-    def start(self, number: int) -> int:
-        """xe runs; the descriptor to feed it with. Called in the thread of the consumer that feeds."""
-        with self._lock:
-            if self._is_over:
-                raise BrokenPipeError(errno.EPIPE, "the restore was given up")
-            program = self.enter_context(self._xe.start(*self._commands[number], stdin=subprocess.PIPE))
-            self.programs.append(program)
-        fd = os.dup(program.stdin_fd)
-        program.close_stdin()
-        return fd
+    def write(self, part: int, view: Any) -> None:
+        """The bytes are with that import; BrokenPipeError if it has ended. Called in the thread of the
+        consumer that feeds. What comes for a part behind its end is of none."""
+        if part not in self.programs:
+            self.close()
+            with self._lock:
+                if self._is_over:
+                    raise BrokenPipeError(errno.EPIPE, "the restore was given up")
+                program = self.programs[part] = self._stack.enter_context(
+                    self._xe.start(*self._commands[part], stdin=subprocess.PIPE))
+            self._part, self._fd = part, os.dup(program.stdin_fd)
+            program.close_stdin()
+            widen_pipe(self._fd)
+        if part != self._part or self._fd is None:
+            raise UnknownFormat("the archive's disks are mingled, and the server reads one after the other: "
+                                "`extract` each disk")
+        write_all(self._fd, memoryview(view))
+
+    def close(self) -> None:
+        """No more is coming for the one that is fed."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
     def problems(self) -> List[str]:
         """Why those that ended can't have done their work; each has had time for it, as its input is over."""
-        ended = [(program.wait(XE_REASON_S), program.said) for program in self.programs]
+        ended = [(program.wait(XE_REASON_S), program.said) for program in list(self.programs.values())]
         found = [xe_problem(status, said) for status, said in ended if status is not None]
         return [problem for problem in found if problem]
 
-    def __exit__(self, *details: Any) -> Any:
+    def __enter__(self) -> "Imports":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         with self._lock:
             self._is_over = True
-        return super().__exit__(*details)
+        self._stack.close()
+
+
+def feed_archive(reader: Reader, imports: Imports, ovas: Sequence[bytes], parts: Sequence[Sequence[str]],
+                 strict: bool, is_whole: bool = False) -> None:
+    """An archive is with its parts' imports: each got an ova.xml of its own and the members of its disks, as
+    the server writes them. `is_whole`: of one part, and all its disks are wanted: behind ova.xml, all passes
+    as it comes. What may stand behind the end is the check's to judge."""
+    part_of = {disk: number for number, part in enumerate(parts) for disk in part}
+    archive = Archive(reader, strict)
+    archive.ova()
+    imports.write(0, tar_member("ova.xml", ovas[0]))
+    if is_whole:
+        for piece in reader:
+            imports.write(0, piece)
+        return
+    part, last_disk = 0, ""
+    member = archive.next_member("the header of a block")
+    while member is not None:
+        disk = member.name.partition("/")[0]
+        wanted = part_of.get(disk)              # a disk of no part (a snapshot's) goes nowhere
+        if wanted is not None and wanted != part:
+            imports.write(part, XVA_END)
+            part = wanted
+            imports.write(part, tar_member("ova.xml", ovas[part]))
+        elif wanted is not None and disk < last_disk:
+            raise UnknownFormat(f"the archive holds disk {last_disk} before {disk}, and the server reads "
+                                "them in the order of these names: `extract` each disk")
+        if wanted is not None:
+            last_disk = disk
+            imports.write(part, tar_header(member.name, member.size))
+        for piece in reader.pieces(-(-member.size // SECTOR_BYTES) * SECTOR_BYTES, member.name):
+            if wanted is not None:
+                imports.write(part, piece)
+        member = archive.next_member("the header of a block")
+    imports.write(part, XVA_END)
+
+
+class DiskFeed(MebibyteSink):
+    """The sink of an image's check that gives its one disk to an import.
+
+    With `ova` as an archive: a block for each MiB; MiBs of zeros are left out but for the first and the last
+    (stream_vdi.ml@v26.17.0). Without it raw and whole, for `xe vdi-import format=raw`.
+    """
+
+    def __init__(self, imports: Imports, virtual_size: int, ova: bytes = b"", disk_id: str = "") -> None:
+        super().__init__(self._give)
+        self._imports, self._size, self._ova, self._id = imports, virtual_size, ova, disk_id
+        self._last = max(0, -(-virtual_size // MEBIBYTE) - 1)
+        self._next = 0
+        self.close = imports.close
+
+    def _give(self, _: str, number: int, content: memoryview) -> None:
+        """All up to that MiB is with the import."""
+        if number > self._last:
+            raise VerificationError(f"the image has data behind the end of the disk, in its MiB {number}")
+        if self._ova and not self._next:
+            self._imports.write(0, tar_member("ova.xml", self._ova))
+        for empty in range(self._next, min(number, 1) if self._ova else number):
+            self._write(empty, memoryview(ZERO_MEBIBYTE))
+        self._write(number, content)
+
+    def _write(self, number: int, content: memoryview) -> None:
+        content = content[:self._size - number * MEBIBYTE]
+        for piece in archive_block(self._id, number, content) if self._ova else (content,):
+            self._imports.write(0, piece)
+        self._next = number + 1
+
+    def end(self, is_whole: bool) -> None:
+        """The disk is complete, a damaged one with zeros behind what came, if anything did."""
+        self._flush()
+        if not (is_whole or self._next):
+            return
+        if self._next <= self._last:
+            self._give(self._id, self._last, memoryview(ZERO_MEBIBYTE))
+        if self._ova:
+            self._imports.write(0, XVA_END)
+        self._imports.close()
 
 
 def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequence[MebibyteSink] = (),

@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import xmlrpc.client
 from collections import Counter
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -173,39 +174,43 @@ def test_what_is_not_supported_says_so_and_is_not_called_damaged(tmp_path, name,
     assert isinstance(error, UnknownFormat) and words in str(error) and 'damaged' not in str(error)
 
 
+class FilesForXe:
+    """Stands for xe: what goes into a command goes into the file of that name in the directory; `fed` are the descriptors."""
+
+    def __init__(self, place):
+        self.place, self.fed = place, []
+
+    def start(self, name, stdin):
+        program = mock.MagicMock(stdin_fd=os.open(str(self.place / name), os.O_WRONLY | os.O_CREAT))
+        program.__enter__.return_value = program
+        program.close_stdin.side_effect = lambda: os.close(program.stdin_fd)
+        self.fed.append(program.stdin_fd)
+        return program
+
+
 def test_a_part_that_was_ended_takes_nothing_more_nor_does_what_has_its_descriptor_now(tmp_path):
-    sinks, started = [str(tmp_path / name) for name in ('first', 'second')], []
-
-    def part(number):
-        def start():
-            started.append(os.open(sinks[number], os.O_WRONLY | os.O_CREAT))
-            return started[-1]
-        return VmBackup.PartPipe(start)
-
-    first, second = part(0), part(1)
-    feed = VmBackup.Consumer('import', VmBackup.feed_archive, first, second, ovas=[b'<a/>', b'<b/>'],
-                             parts=[['Ref:2'], ['Ref:4']], strict=False)
+    xe = FilesForXe(tmp_path)
+    imports = VmBackup.Imports(xe, [['first'], ['second']])
+    feed = VmBackup.Consumer('import', VmBackup.feed_archive, imports, ovas=[b'<a/>', b'<b/>'], parts=[['Ref:2'], ['Ref:4']],
+                             strict=False)
     before = b''
 
     def views():
         nonlocal before
         yield memoryview(others.member('ova.xml', b'<value/>') + others.member('Ref:2/00000000', b'x'))
         yield memoryview(others.member('Ref:4/00000000', b'y'))
-        assert started[0] == started[1]            # the kernel gives the lowest number that is free
+        assert xe.fed[0] == xe.fed[1]              # the kernel gives the lowest number that is free
         before = (tmp_path / 'second').read_bytes()
         yield memoryview(others.member('Ref:2/00000001', b'z'))
 
     with pytest.raises(UnknownFormat) as caught:
         feed.read(VmBackup.Reader(views()))
     assert before and 'extract' in str(caught.value) and (tmp_path / 'second').read_bytes() in (before, before + bytes(1024))
-    assert b'z' not in (tmp_path / 'second').read_bytes() and len(started) == 2
+    assert b'z' not in (tmp_path / 'second').read_bytes() and len(xe.fed) == 2
     feed.close()
-    with pytest.raises(UnknownFormat):
-        second.write(b'more')
-    never = VmBackup.PartPipe(lambda: pytest.fail('started'))
-    never.close()
-    with pytest.raises(UnknownFormat):
-        never.write(b'x')
+    for part in (0, 1):
+        with pytest.raises(UnknownFormat):
+            imports.write(part, b'more')
 
 
 # --- compression -----------------------------------------------------------------------------------------------------
