@@ -10360,7 +10360,8 @@ def verify_copy(services: Services, copy: Copy, layers: LayerStates) -> CopyVerd
         try:
             services.catalog.check_in_place()
             now = services.catalog.copy_again(copy)
-            stale = [place for place in layers_of(copy) if place in layers
+            names = (copy.name, *(copy.layer.held_by if copy.layer else ()))
+            stale = [place for place in layers if place[0] == copy.folder and place[1] in names
                      and layers[place].images != services.catalog.images_of(*place)]
             if now.images != copy.images or stale:     # the storage host has compressed some meanwhile
                 for place in stale:
@@ -10371,11 +10372,6 @@ def verify_copy(services: Services, copy: Copy, layers: LayerStates) -> CopyVerd
         except CatalogError as error:
             state, reason = CopyState.UNREADABLE, str(error)
     return CopyVerdict(copy, state, reason.rstrip("."), look, layers.get((copy.folder, copy.name)))
-
-
-def layers_of(copy: Copy) -> List[Tuple[str, str]]:
-    """Where the copies lie that hold blocks of it, its own place first."""
-    return [(copy.folder, name) for name in (copy.name, *(copy.layer.held_by if copy.layer else ()))]
 
 
 def _judge(services: Services, copy: Copy, layers: LayerStates) -> Tuple[CopyState, str]:
