@@ -91,6 +91,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -109,8 +110,8 @@ import unicodedata
 import zlib
 from array import array
 from datetime import date, datetime, timedelta, timezone
-from typing import (Any, Callable, ContextManager, Dict, Generator, Iterable, Iterator, List, Mapping,
-                    NamedTuple, Optional, Sequence, Set, Tuple, Union)
+from typing import (Any, Callable, Container, ContextManager, Dict, Generator, Iterable, Iterator, List,
+                    Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union)
 
 VERSION = "4.0.0"
 
@@ -451,15 +452,29 @@ class VirtualMachine(NamedTuple):
         return f"{quote_name(self.name)} ({self.uuid[:8]})"
 
 
+class NamedSnapshot(NamedTuple):
+    """A snapshot of a VM (`class_name` VM) or of a disk (VDI) that is named as a reference: the VM or disk
+    that it is of ("" if that is gone), the stamp of the copy that it equals, and the beginning of the store's
+    id."""
+    class_name: str
+    uuid: str
+    name: str
+    original: str
+    stamp: str
+    store: str
+
+
 class Inventory(NamedTuple):
     """The pool, read once. `machines` are real VMs only: no templates, snapshots, control domains.
-    `problems`: records that can't be read, of which nothing is known."""
+    `problems`: records that can't be read, of which nothing is known. `references`: the snapshots that bear
+    the name of a reference, this store's or not."""
     pool_uuid: str
     pool_name: str
     host: Host
     master: Host
     machines: Tuple[VirtualMachine, ...]
     problems: Tuple[str, ...] = ()
+    references: Tuple[NamedSnapshot, ...] = ()
 
     @property
     def pool_title(self) -> str:
@@ -640,6 +655,9 @@ def userdevice_number(userdevice: str) -> int:
 
 TOKEN_MARK = "vmbackup-"       # a random token follows
 KEY_PREFIX = "vmbackup:"       # of our keys in other_config, before such a token
+REFERENCE_NAME = re.compile(
+    r" \(VmBackup reference (?P<stamp>[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}), "
+    r"store (?P<store>[0-9a-f]{1,8})\)$")
 NEW_VM_NAME = "%s (being restored) " + TOKEN_MARK + "%s"
 DRILL_VM_NAME = "VmBackup drill of %s " + TOKEN_MARK + "%s"
 PART_NAME = "%s part %d"       # a VM that only carries disks for one of these
@@ -783,6 +801,8 @@ OPTION_GROUPS = (
                "ones before them.", decides=True),
         Option("full_every", "int", 14, "Makes a full again after so many copies, the full counted, with "
                "incremental=yes.", minimum=1, maximum=100, decides=True),
+        Option("keep_reference", "bool", False, "Keeps each VM's newest snapshot in the pool, so that with "
+               "incremental=yes only what changed is read, too.", decides=True),
         Option("vdi_export_format", "choice", "raw", "Chooses the format of vdi-export images.",
                choices=("raw", "vhd"), decides=True),
         Option("compress", "choice", "none", "Compresses the images on this host: gzip (or True), zstd, none "
@@ -919,7 +939,8 @@ class Configuration:
 
     `places` tells where each setting was made; one that is not in it has its default. `warnings` are problems
     that do not stop anything. `source` is the config as it was named, `path` what tells it from others:
-    its real path, or the selector in its place.
+    its real path, or the selector in its place. `of_file`: what the file alone says, where the command line
+    says something else; None where it says nothing that stands.
     """
 
     def __init__(self, values: Dict[str, Any], places: Dict[str, str], warnings: Sequence[str],
@@ -930,6 +951,7 @@ class Configuration:
         self.warnings = tuple(warnings)
         self.source = source
         self.path = path
+        self.of_file = self if path.startswith("/") else None      # type: Optional[Configuration]
 
     def rules(self, keep: Optional[int] = None) -> Rules:
         """How many copies are to stay of a VM whose selector has that :N."""
@@ -1016,6 +1038,11 @@ def parse_configuration(file_settings: Sequence[Setting], arguments: Sequence[Se
             setting.name in ("vm-export", "vdi-export")
             or setting.name == "pool_db_backup" and values.get(setting.name, True) for setting in chosen):
         found.append(f"{source}: there is nothing to do: no vm-export, no vdi-export and no pool_db_backup.")
+    if places.get("incremental") == "command line" != places.get("keep_reference"):
+        values["keep_reference"] = values.get("keep_reference") and values.get("incremental")
+    if values.get("keep_reference") and not values.get("incremental"):
+        found.append(f"{places['keep_reference']}: keep_reference: it needs incremental=yes, as only an "
+                     "increment can be read as a difference.")
     if found:
         raise ConfigurationError(sorted(found, key=line_number))
     return Configuration(values, places, extra, source, path or source)
@@ -1238,6 +1265,8 @@ ACTIONS = (
         Option("why", "text", "", "The reason, for people.")), ("stamp", "why")),
     Action("unpin", "Gives a pinned copy back to the rules.", True, False, False, (
         Option("stamp", "text", "", "Which copy: its stamp, as `list` shows it."),), ("stamp",)),
+    Action("forget-references", "Removes the snapshots that keep_reference has left in the pool, of one VM "
+           "or all; the next run reads everything.", True, False, False, ()),
 )
 ACTION_NAMES = tuple(action.name for action in ACTIONS)
 IS_NAMED = re.compile(r"[^\s=]*=")       # NAME=VALUE, rather than a sentence
@@ -1696,7 +1725,9 @@ class Copy(NamedTuple):
     `layer` is its place in a chain, None where its manifest does not tell the state of every block; `broken`
     says which of the copies that hold blocks of it fails it, "" if none; `read_back`: its image was read back
     from storage when it was made; `is_changed`: files of it were written since it was verified. `images` are
-    the names of all its images, `image` the first.
+    the names of all its images, `image` the first. `reading`: how each disk was read (full, all, difference),
+    by its name in `blocks`, and why. `audit`: what its own audit has found, and the copies that this is
+    about; `accused`: what that of another has found of it.
     """
     folder: str
     name: str
@@ -1727,6 +1758,9 @@ class Copy(NamedTuple):
     read_back: bool = False
     is_changed: bool = False
     images: Tuple[str, ...] = ()
+    reading: Tuple[Tuple[str, str, str], ...] = ()
+    audit: Tuple[str, Tuple[str, ...]] = ("", ())
+    accused: str = ""
 
     @property
     def stamp(self) -> str:
@@ -1741,7 +1775,7 @@ class Copy(NamedTuple):
     @property
     def trouble(self) -> str:
         """Why it is not good, "" if it is."""
-        return self.problem or self.verdict or self.broken
+        return self.problem or self.verdict or self.suspicion or self.broken
 
     @property
     def is_increment(self) -> bool:
@@ -1780,6 +1814,22 @@ class Copy(NamedTuple):
         return f"{who} of {at[:10]} found it {word} ({one_line(str(why)).rstrip('.')})"
 
     @property
+    def suspicion(self) -> str:
+        """What an audit has against it, in a sentence; "" if nothing. It rests on the pool and not on the
+        files, so that no later check of these lifts it. It stands in the manifest of the copy that was
+        audited, too, should the records be lost."""
+        why = self.accused
+        if self.checked("audit") == SUSPECT:
+            why = str(self.checks.get("audit_reason"))
+        at = (self.checked("audited_at") or "")[:10] or "a later copy"
+        return why and f"{SUSPECT}, by the audit of {at}: {one_line(why).rstrip('.')}"
+
+    @property
+    def is_by_difference(self) -> bool:
+        """Was any of its disks read as the difference to a reference?"""
+        return any(how == DIFFERENCE for _, how, _ in self.reading)
+
+    @property
     def is_doubtful(self) -> bool:
         """Did the last check on record find it bad, and not only in what it does not hold itself?"""
         is_by_drill = (self.checked("drilled_at") or "") > (self.checked("verified_at") or "")
@@ -1807,6 +1857,9 @@ class Copy(NamedTuple):
 GOOD = "good"
 DAMAGED = "DAMAGED"
 NOT_RESTORABLE = "NOT RESTORABLE"
+SUSPECT = "SUSPECT"
+AGREED = "agreed"
+DIFFERENCE = "difference"
 
 
 class Verdict(NamedTuple):
@@ -2043,19 +2096,21 @@ def holder_problem(base: Copy, copies: Sequence[Copy], holders: Sequence[Tuple[s
             return f"{name} can't be read now: {copy.trouble}"
         if copy is None or copy.mark != mark:
             return f"{name} is no longer there" if copy is None else f"{name} is not the copy that it was"
-        if copy.problem or copy.verdict or name == base.name and copy.trouble:
+        if copy.problem or copy.verdict or copy.suspicion or name == base.name and copy.trouble:
             return f"{name} is not good any more: {copy.trouble}"
     return ""
 
 
 class NextLayer(NamedTuple):
     """What the next copy of a VM will be: an increment on `base`, or a full where that is None; why; and what
-    is to be told of it. `left`: how many copies later the next full is due."""
+    is to be told of it. `left`: how many copies later the next full is due. `reading`: by what the store
+    tells, how its disks will be read, "" where no reference is wanted."""
     base: Optional[Copy]
     why: str
     is_first: bool = False
     warning: str = ""
     left: int = 0
+    reading: str = ""
 
 
 def next_layer(copies: Sequence[Copy], machine: VirtualMachine, method: Method, disks: Sequence[Disk],
@@ -2100,6 +2155,80 @@ def next_layer(copies: Sequence[Copy], machine: VirtualMachine, method: Method, 
                      f"a full is due, and one of {format_size(needed)} does not fit into the "
                      f"{format_size(free_bytes)} that are free in the store: this copy is an increment "
                      "again. Free space there, or lower max_backups.", 1)
+
+
+# --- how disks were read, and whether anybody has looked behind it -----------------
+
+
+def with_accusations(copies: Sequence[Copy]) -> List[Copy]:
+    """The copies of a directory, each with what the audits of others there have found of it."""
+    accused = {name: copy.audit[0] for copy in copies if copy.audit[0] not in ("", AGREED)
+               for name in copy.audit[1]}
+    return [copy._replace(accused=accused.get(copy.name, "")) for copy in copies]
+
+
+def since_whole_reading(copies: Sequence[Copy], uuid: str, method: Method) -> List[Copy]:
+    """The VM's copies that were read as differences since one was last read whole, oldest first: what a
+    tracker that lies has spoiled is among them, or was found by that reading."""
+    found = []                             # type: List[Copy]
+    for copy in reversed(in_order(copy for copy in copies if copy.is_of(uuid, method))):
+        if copy.is_unreadable or copy.is_garbled or copy.is_newer:
+            continue
+        if not copy.is_by_difference:
+            break
+        found.insert(0, copy)
+    return found
+
+
+def audit_words(copy: Copy, copies: Sequence[Copy]) -> str:
+    """Whether a copy, among its VM's, that was read as a difference has been audited; "" if all was read."""
+    if not copy.is_by_difference:
+        return ""
+    word, day = copy.checked("audit"), (copy.checked("audited_at") or "")[:10]
+    if word in (AGREED, SUSPECT):
+        return f"audited on {day}" if word == AGREED else SUSPECT
+    ordered = in_order(one for one in copies if one.uuid == copy.uuid and one.method is copy.method)
+    later = ordered[[one.name for one in ordered].index(copy.name) + 1:]
+    is_over = any(not one.is_by_difference for one in later if not one.is_unreadable)
+    return "not audited" if is_over else "not audited yet"
+
+
+# why a disk of an increment is read whole where no reference is wanted
+COMPARED, NOT_IN_BASE = "compared with the base", "the base has no such disk, or a larger one"
+
+
+def is_reading_told(reading: Sequence[Tuple[str, str, str]]) -> bool:
+    """Is it to be told how disks were read? Without references they are read whole each night, and nobody
+    needs to know why."""
+    return any(how == DIFFERENCE or why not in ("", COMPARED, NOT_IN_BASE) for _, how, why in reading)
+
+
+def reading_words(reading: Sequence[Tuple[str, str, str]]) -> str:
+    """How disks were read, in words: `read by difference`, `read whole, as there is no reference yet`."""
+    whole = {}                             # type: Dict[str, List[str]]
+    for key, how, why in reading:
+        if how != DIFFERENCE:
+            whole.setdefault(why, []).append(key)
+    named = len(whole) > 1 or any(len(keys) < len(reading) for keys in whole.values())
+    words = [f"{', '.join(keys) + ' ' if named else ''}read whole" + (f", as {why}" if why else "")
+             for why, keys in whole.items()]
+    return "; ".join((["read by difference"] if any(how == DIFFERENCE for _, how, _ in reading) else [])
+                     + words)
+
+
+NIGHTS_OF_ONE_REASON = 3
+
+
+def repeated_reasons(readings: Sequence[Sequence[Tuple[str, str, str]]]) -> List[str]:
+    """Warnings about disks that were read whole for the same reason in the last copies of a VM and kind, of
+    which is told how they were read, oldest first."""
+    newest = readings[-NIGHTS_OF_ONE_REASON:]
+    if len(newest) < NIGHTS_OF_ONE_REASON:
+        return []
+    whole = [{(key, why) for key, how, why in reading if how != DIFFERENCE} for reading in newest]
+    same = whole[0].intersection(*whole)
+    return [f"disk {key} was read whole {NIGHTS_OF_ONE_REASON} nights in a row, as {why}."
+            for key, why in sorted(same) if why]
 
 
 class Owner(NamedTuple):
@@ -2509,6 +2638,7 @@ class Services(NamedTuple):
     pool: Any = None            # Pool
     catalog: Any = None         # Catalog
     journal: Any = None         # RunJournal
+    references: Any = None      # References
 
     @property
     def patience_s(self) -> float:
@@ -2972,6 +3102,11 @@ class LockFile:
                 with contextlib.suppress(StorageStalled):      # then it ends with this process
                     within(WAY_OUT_S, f"unlocking {self.shown}", lambda: self.release(byte))
 
+    @property
+    def is_held(self) -> bool:
+        """Is the whole of it ours? To take it again would succeed, and to give that back would end it."""
+        return WHOLE_FILE in self._held
+
     def text(self) -> Dict[str, Any]:
         """What its last holder wrote, {} if nothing readable; read through the held descriptor."""
         with storage_errors(f"reading {self.shown}"):
@@ -3425,7 +3560,8 @@ class Pool:
                 real.append(machine._replace(problems=machine.problems + tuple(lost)))
         real.sort(key=lambda machine: (machine.name, machine.uuid))
         return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real),
-                         tuple(problems))
+                         tuple(problems), tuple(named_references("VM", machines))
+                         + tuple(named_references("VDI", vdis)))
 
     def records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
         """All records of that class by ref."""
@@ -3622,6 +3758,17 @@ def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname:
 
 
 MACHINE_FLAGS = ("is_a_template", "is_a_snapshot", "is_control_domain")
+
+
+def named_references(class_name: str, records: Dict[str, Dict[str, Any]]) -> Iterator[NamedSnapshot]:
+    """Those of the records that are snapshots with the name of a reference."""
+    for record in records.values():
+        match = REFERENCE_NAME.search(str(record.get("name_label")))
+        if match and record.get("is_a_snapshot") is True and isinstance(record.get("uuid"), str):
+            original = records.get(str(record.get("snapshot_of")), {}).get("uuid", "")
+            yield NamedSnapshot(class_name, record["uuid"], record["name_label"], original,
+                                match.group("stamp").replace(":", "").replace(" ", "-"),
+                                match.group("store"))
 
 
 def is_real_machine(record: Dict[str, Any]) -> bool:
@@ -4511,6 +4658,7 @@ class BlocksFile:
 
     def __init__(self, fd: int) -> None:
         self._fd: Optional[int] = fd
+        self._closing = threading.Lock()        # who gave the file up may close it beside who wrote it
         self._buffer = bytearray()
         self._sha256 = hashlib.sha256()
         self.hexdigest = self._sha256.hexdigest
@@ -4538,8 +4686,9 @@ class BlocksFile:
         self._buffer.clear()
 
     def close(self) -> None:
-        if self._fd is not None:
+        with self._closing:
             fd, self._fd = self._fd, None
+        if fd is not None:
             os.close(fd)
 
 
@@ -4648,6 +4797,17 @@ def rows_of(file: io.BufferedIOBase, disk: str, begin: int, end: int) -> Iterato
                 yield Row(last, match.group(3).decode(), (match.group(4) or b"").decode())
             if not piece or len(rest) > LONGEST_LINE_BYTES or rest and not left:
                 raise problem(rest)
+
+
+def first_that_differs(one: Iterable[Row], other: Iterable[Row]) -> Optional[int]:
+    """The first MiB that two lists of rows tell otherwise, None if there is none. What a list lacks is
+    zeros."""
+    merged = heapq.merge(*(((row.number, row.digest) for row in rows) for rows in (one, other)))
+    for number, pairs in itertools.groupby(merged, key=lambda pair: pair[0]):
+        digest, *others = [digest for _, digest in pairs]
+        if digest != (others or [ZERO])[0]:
+            return number
+    return None
 
 
 # ---- Sinks: what is done with the contents of disks --------------------------------------------------------
@@ -4923,6 +5083,48 @@ def new_uuid() -> str:
     return "-".join((token[:8], token[8:12], "4" + token[13:16], "a" + token[17:20], token[20:]))
 
 
+def snapshot_ova(ova_xml: bytes, machine: VirtualMachine, snapshot: VirtualMachine) -> bytes:
+    """The ova.xml of the archive of that snapshot, from the VM's own, which was exported just before: of a
+    snapshot alone the server exports no metadata (tried on a real server). VerificationError if it does not
+    tell of all disks."""
+    ova = parse_ova(ova_xml)
+    by_drive = {(disk.vdi_uuid, new.userdevice): new for disk in machine.disks for new in snapshot.disks
+                if new.snapshot_of == disk.vdi_ref}
+    vdis, ids = ova_objects(ova, "VDI"), {entry["id"] for entry in ova["objects"]}
+    disks, dropped = {}, set()             # type: Dict[str, Disk], Set[str]
+    for key, vbd in ova_objects(ova, "VBD").items():
+        disk_id = vbd.get("VDI")
+        if vbd.get("type") == "CD" or disk_id not in vdis:
+            continue
+        new = by_drive.get((vdis[disk_id].get("uuid"), vbd.get("userdevice")))
+        if new is None:                    # left out, or detached meanwhile
+            dropped |= {key, disk_id}
+            continue
+        if disk_id in disks:               # of a disk with two drives the snapshot has two
+            vbd["VDI"] = next(name for name in map("Ref:{}".format, itertools.count()) if name not in ids)
+            ids.add(vbd["VDI"])
+            ova["objects"].append({"class": "VDI", "id": vbd["VDI"], "snapshot": dict(vdis[disk_id])})
+        disks[vbd["VDI"]] = new
+    dropped -= set(disks)
+    if len(disks) != len(snapshot.disks):
+        raise VerificationError(f"the metadata of {machine.title} do not tell of all disks of its snapshot")
+    for entry in ova["objects"]:
+        record = entry["snapshot"]
+        if entry["class"] == "VM" and record.get("uuid") == machine.uuid:
+            dropped.add(record.get("suspend_VDI", ""))         # no copy holds memory
+            record.update(uuid=snapshot.uuid, name_label=snapshot.name, power_state="Halted",
+                          is_a_template=False, suspend_VDI=NULL_REF,
+                          VBDs=[key for key in record.get("VBDs", ()) if key not in dropped])
+        elif entry["id"] in disks:
+            new = disks[entry["id"]]
+            record.update(uuid=new.vdi_uuid, virtual_size=str(new.virtual_size), is_a_snapshot=True,
+                          snapshot_of=NULL_REF)
+        elif "currently_attached" in record:       # a drive or an interface, perhaps of a running VM
+            record["currently_attached"] = False
+    return ova_text({"version": ova["version"],
+                     "objects": [entry for entry in ova["objects"] if entry["id"] not in dropped]})
+
+
 def rewritten_ova(ova: Dict[str, Any], vm_id: str, machine: Dict[str, Any], sizes: Dict[str, int],
                   is_main: bool) -> bytes:
     """The ova.xml of an import of one VM of it, whose record is `machine`, with the disks that have a size in
@@ -4988,7 +5190,8 @@ class Check(Consumer):
     `check` is the function for the format, from top to bottom: it is given this Check, the reader and `how`,
     gives the contents of the disks piece by piece, which the sinks are shown, and returns the report. It puts
     its lines into `blocks`, the list of them (BlocksFile, BlockComparer), and notes here what passes before:
-    `ova` and `first_disk`, whose block is the first, or the `size` of an image's disk.
+    `ova` and `first_disk`, whose block is the first, or the `size` of an image's disk and the block `table`
+    of one that is a difference.
     """
 
     def __init__(self, check: Callable[..., Contents], blocks: Any = None, sinks: Sequence[Any] = (),
@@ -4998,6 +5201,7 @@ class Check(Consumer):
         self.blocks = blocks
         self.ova: Dict[str, Any] = {}
         self.size = 0
+        self.table: Optional[array] = None
         self.first_disk = ""
         self._sinks = sinks
 
@@ -5454,17 +5658,18 @@ class DiskState:
     """One disk in a copy that tells the state of every block: its rows in `blocks`; and in an increment the
     file of what changed, in units of 2 MiB, the block of a VHD.
 
-    `old`: the rows of the copy named `base`, in an increment, for the same disk. `begin` and `end`: where its
-    rows stand.
+    `old`: the rows of the copy named `base`, in an increment, for the same disk. `table`: the block table of
+    the difference that it is read from, None where all of it is read; what is not in it is as it was.
+    `begin` and `end`: where its rows stand.
     """
 
     def __init__(self, key: str, size: int, blocks: BlocksFile, old: Iterator[Row] = iter(()),
-                 base: str = "", file: Optional[VhdFile] = None) -> None:
-        self.key, self.size, self.file = key, size, file
+                 base: str = "", file: Optional[VhdFile] = None, table: Optional[array] = None) -> None:
+        self.key, self.size, self.file, self.table = key, size, file, table
         self.begin = self.end = blocks.position
         self.holders = set()               # type: Set[str]
         self.stored = self.present = 0     # units of 2 MiB in the file; MiB that are not zeros
-        self._blocks, self._old, self._base = blocks, old, base
+        self.blocks, self._old, self._base = blocks, old, base
         self._next_old = next(old, None)
         self._unit = -1
         self._new = {}                     # type: Dict[int, bytes]
@@ -5482,7 +5687,7 @@ class DiskState:
         self._begin_unit(1 << 60)
         if self.file is not None:
             self.file.complete()
-        self.end = self._blocks.position
+        self.end = self.blocks.position
 
     def _begin_unit(self, unit: int) -> None:
         """All before that unit is noted, also those of which nothing was given."""
@@ -5494,12 +5699,13 @@ class DiskState:
 
     def _note_unit(self) -> None:
         rows, changed = [], False
+        is_told = self.table is None or self.table[self._unit] != VHD_NOT_PRESENT
         for number in (2 * self._unit, 2 * self._unit + 1):
             old, content = None, self._new.get(number)
             if self._next_old is not None and self._next_old.number == number:
                 old, self._next_old = self._next_old, next(self._old, None)
             new = Row(number, ZERO if content is None else block_digest(content), "")
-            changed |= new.digest != (old.digest if old else ZERO)
+            changed |= is_told and new.digest != (old.digest if old else ZERO)
             rows.append((new, old, content))
         if changed and self.file is not None:
             self.file.add(self._unit, [content for _, _, content in rows])
@@ -5507,7 +5713,7 @@ class DiskState:
         for new, old, content in rows:
             row = new if changed else old and old._replace(holder=old.holder or self._base)
             if row is not None and (old or content is not None):
-                self._blocks.line(row.line(self.key))
+                self.blocks.line(row.line(self.key))
                 self.holders.add(row.holder)
                 self.present += row.digest != ZERO
         self._new = {}
@@ -5515,15 +5721,17 @@ class DiskState:
 
 class StateSink(MebibyteSink):
     """The sink of an export whose copy is to tell the state of every block. `begin` gives the DiskState of a
-    disk by its name in the image, each once; `disks` are those begun, in order."""
+    disk by its name in the image, each once; `disks` are those begun, in order. The list of blocks is
+    complete, and closed, with the sink that is its last."""
 
     def __init__(self, blocks: BlocksFile, begin: Callable[[str], DiskState],
-                 names: Callable[[], Iterable[str]]) -> None:
+                 names: Callable[[], Iterable[str]], is_last: bool = True) -> None:
         super().__init__(self._note)
         self.disks = {}                    # type: Dict[str, DiskState]
-        self._blocks, self._begin, self._names = blocks, begin, names
+        self._blocks, self._begin, self._names, self._is_last = blocks, begin, names, is_last
         self._current = None               # type: Optional[DiskState]
-        blocks.line(ROWS_HEADING)
+        if not blocks.position:
+            blocks.line(ROWS_HEADING)
 
     def _note(self, name: str, number: int, content: memoryview) -> None:
         if name not in self.disks:
@@ -5543,10 +5751,12 @@ class StateSink(MebibyteSink):
                 self._start(name)
         if self._current is not None:
             self._current.finish()
-        self._blocks.end()
+        if self._is_last:
+            self._blocks.end()
 
     def close(self) -> None:
-        self._blocks.close()
+        if self._is_last:
+            self._blocks.close()
         for disk in self.disks.values():
             if disk.file is not None:
                 disk.file.close()
@@ -5559,13 +5769,15 @@ def check_vhd(check: Check, image: Any, virtual_size: Optional[int] = None, stri
     `strict`: as xapi streams it (vhd_format/f.ml@v26.17.0 Vhd_input): dynamic, the blocks in the BAT's order
     and nothing else. Otherwise of any writer: a descriptor gives its parts wherever they lie, a Reader in
     order only, as it can't go back: UnknownFormat. `is_whole` false: of a damaged file as much as can be
-    read. `is_layer`: it is one of an increment, as VhdFile writes it. VHD has no digests: a bit flipped
-    inside a block shows in the SHA-256 and the recorded CRCs only.
+    read. `is_layer`: it may be a difference, as VhdFile writes it in an increment, or, strictly, as xapi
+    streams it. VHD has no digests: a bit flipped inside a block shows in the SHA-256 and the recorded CRCs
+    only.
     """
     vhd, blocks = _Vhd(listed(image, check.blocks), strict, is_whole, is_layer), 0
     footer = vhd.read_footer()
     sectors = vhd.read_table(footer, virtual_size)
     check.size = vhd.size
+    check.table = sectors if vhd.kind == VHD_DIFFERENCING else None
     for number, sector in enumerate(sectors):
         if sector != VHD_NOT_PRESENT:
             yield from vhd.read_block(number, sector * SECTOR_BYTES)
@@ -5575,10 +5787,10 @@ def check_vhd(check: Check, image: Any, virtual_size: Optional[int] = None, stri
 
 
 class _Vhd:
-    """A VHD while it is read; `size` and `block_bytes` stand when its table was read."""
+    """A VHD while it is read; `size`, `kind` and `block_bytes` stand when its table was read."""
 
     def __init__(self, image: Any, strict: bool, is_whole: bool = True, is_layer: bool = False) -> None:
-        self.size = self.block_bytes = 0
+        self.size = self.block_bytes = self.kind = 0
         self._is_layer = is_layer
         self._image, self._strict, self._is_whole = image, strict, is_whole
         self._is_file = isinstance(image, int)
@@ -5633,7 +5845,9 @@ class _Vhd:
     def read_table(self, footer: bytes, virtual_size: Optional[int]) -> array:
         """The sector at which each block lies, VHD_NOT_PRESENT for one of zeros."""
         self.size, kind, header_at = _vhd_numbers(footer, (48, 56), (60, 64), (16, 24))
-        if self._strict and (kind != VHD_DYNAMIC or header_at != SECTOR_BYTES):
+        self.kind, is_difference = kind, kind == VHD_DIFFERENCING
+        if self._strict and (kind != VHD_DYNAMIC and not (is_difference and self._is_layer)
+                             or header_at != SECTOR_BYTES):
             raise VerificationError(f"the image is no full dynamic VHD: its footer at byte 0 says type "
                                     f"{kind}")
         if kind == VHD_DIFFERENCING and not self._is_layer:
@@ -5655,7 +5869,8 @@ class _Vhd:
         _check_vhd_sum(header, 36, f"header at byte {header_at}")
         table_at, entries, self.block_bytes = _vhd_numbers(header, (16, 24), (28, 32), (32, 36))
         blocks = -(-self.size // self.block_bytes) if self.block_bytes in VHD_BLOCK_SIZES else entries + 1
-        if blocks > entries or self._strict and (table_at, entries) != (VHD_BAT_OFFSET, blocks):
+        if blocks > entries or self._strict and (table_at, entries) != (VHD_BAT_OFFSET, blocks) \
+                or self._strict and is_difference and self.block_bytes != VHD_BLOCK_BYTES:
             raise VerificationError(f"the image's header at byte {header_at} doesn't fit a disk of "
                                     f"{self.size} bytes: block table of {entries} entries at byte "
                                     f"{table_at}, blocks of {self.block_bytes} bytes")
@@ -6063,6 +6278,13 @@ STATE_FOLDER = ".vmbackup"
 VERDICT_FOLDER = "verdicts"
 PLAN_FOLDER = "plans"
 PLAN_SHAPE = {"pool": str, "config": str, "host": str, "at": str, "vms": {"*": str}, "excluded": [str]}
+REFERENCE_FOLDER = "references"
+REFERENCE_SHAPE = {"uuid": str, "name": str, "copy": str, "blocks": str, "at": str,
+                   "disks": {"*": {"uuid": str, "size": int, "sr": str}}}
+LEDGER_FORMAT = 1
+LEDGER_SHAPE = {
+    "format": int, "inode": int, "leaving": [REFERENCE_SHAPE],
+    **dict.fromkeys(("store", "pool", "config", "host", "kind", "vm", "vm_name", "folder", "distrust"), str)}
 MANIFEST = "backup.json"
 CHECKSUMS = "SHA256SUMS"
 SUCCESS = "success"
@@ -6154,6 +6376,14 @@ class Catalog:
             return state.child(name)
         return None
 
+    def identity(self) -> Dict[str, Any]:
+        """What this store is told from others by, as it stands; nothing is written."""
+        with contextlib.suppress(NotThere), self.root.child(STATE_FOLDER) as state:
+            file = LockFile.of(state, "store") if state.status("store") else None
+            if file is not None:
+                return {"store": told(file.text(), "id"), "inode": status_of(file.fd).st_ino}
+        return {"store": "", "inode": 0}
+
     def lock_file(self, kind: str, subject: str) -> LockFile:
         """The lock of that kind for that subject (a config, a VM's directory); opened once per process."""
         digest = hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -6175,7 +6405,8 @@ class Catalog:
         """The copy as it is now, what was learned of its VM from elsewhere kept; NotThere if it is gone."""
         with self.root.child(copy.folder) as folder:
             now = read_copy(folder, copy.folder, copy.name, copy.taken_at, copy.is_old)
-            now = self.with_checks(now._replace(uuid=now.uuid or copy.uuid, pin=copy.pin))
+            now = self.with_checks(now._replace(uuid=now.uuid or copy.uuid, pin=copy.pin,
+                                                accused=copy.accused))
             return resting(now, lambda name: self.with_checks(copy_beside(folder, now.folder, name)),
                            self._fails)
 
@@ -6219,13 +6450,18 @@ class Catalog:
 
     def clear_temporaries(self, now_s: float) -> None:
         """What a run that died within `put` left in the program's own state is gone a day later."""
+        def clear(folder: Directory) -> None:
+            for name in folder.names():
+                if folder.is_directory(name):
+                    with folder.child(name) as inner:
+                        clear(inner)
+                    continue
+                status = folder.status(name) if name.endswith(TEMPORARY) else None
+                if status is not None and now_s - status.st_mtime > DAY_S:
+                    folder.remove_file(name)
+
         with contextlib.suppress(NotThere), self.root.child(STATE_FOLDER) as state:
-            for kind in filter(state.is_directory, state.names()):
-                with state.child(kind) as folder:
-                    for name in folder.names():
-                        status = folder.status(name) if name.endswith(TEMPORARY) else None
-                        if status is not None and now_s - status.st_mtime > DAY_S:
-                            folder.remove_file(name)
+            clear(state)
 
     # --- listing ----------------------------------------------------------------------
 
@@ -6269,6 +6505,7 @@ class Catalog:
                         strangers.append(item)
         except WrongKind:
             raise WrongKind(f"{self.path}/{name} is not a directory, and is in the way of backups: move it.")
+        copies = with_accusations(copies)
         by_name = {copy.name: copy for copy in copies}
         rested = [resting(self._looked_at(copy), by_name.get, self._fails) for copy in copies]
         return Folder(name, tuple(rested), tuple(unfinished), tuple(strangers))
@@ -6431,6 +6668,66 @@ class Catalog:
         with self.state(PLAN_FOLDER) as folder:
             folder.put(digest.hexdigest()[:32] + ".json", (json.dumps(plan, sort_keys=True) + "\n").encode())
 
+    # --- ledgers: what stays in a pool between runs -------------------------------------
+
+    def _ledger_folder(self, pool: str) -> Optional[Directory]:
+        """Where the ledgers of that pool lie, None if there are none."""
+        with contextlib.suppress(NotThere), contextlib.ExitStack() as stack:
+            folder = self.state_if_there(REFERENCE_FOLDER)
+            return folder and stack.enter_context(folder).child(safe_name(pool))
+        return None
+
+    def ledger(self, pool: str, vm: str, kind: str) -> Optional["Ledger"]:
+        """The ledger of that VM and kind, None if there is none; BadLedger if it can't be read, or is not
+        what this version writes there."""
+        return self._read_ledger(pool, f"{safe_name(vm)}-{kind}.json")
+
+    def ledgers(self, pool: str) -> Tuple[List["Ledger"], List["BadLedger"]]:
+        """All ledgers of that pool, and why others can't be used."""
+        found, problems, folder = [], [], self._ledger_folder(pool)
+        for name in folder.names() if folder is not None else ():
+            try:
+                ledger = self._read_ledger(pool, name) if name.endswith(".json") else None
+                found += [ledger] if ledger else []
+            except BadLedger as problem:
+                problems.append(problem)
+        if folder is not None:
+            folder.close()
+        return found, problems
+
+    def _read_ledger(self, pool: str, name: str) -> Optional["Ledger"]:
+        place = f"{self.path}/{STATE_FOLDER}/{REFERENCE_FOLDER}/{safe_name(pool)}/{name}"
+        try:
+            folder = self._ledger_folder(pool)
+            if folder is None:
+                return None
+            with folder:
+                ledger = parse_ledger(folder.read(name, MEBIBYTE))
+            if name != ledger.file_name or ledger.pool != pool:
+                raise ValueError("it is that of another VM or pool")
+            return ledger
+        except NotThere:
+            return None
+        except (CatalogError, ValueError) as error:
+            raise BadLedger(f"{place}, the ledger of a snapshot that stays in the pool, "
+                            f"can't be used: {str(error).rstrip('.')}. Nothing of that VM's references "
+                            "is used or removed. If the file can't be put right, remove it; the "
+                            "snapshots are then told with the commands that remove them.")
+
+    def put_ledger(self, ledger: "Ledger") -> None:
+        """It is on disk, in the place of the last one; one that names nothing is gone."""
+        facts = dict(ledger._asdict(), format=LEDGER_FORMAT,
+                     current=ledger.current and ledger.current._asdict(),
+                     leaving=[one._asdict() for one in ledger.leaving])
+        content = json.dumps(facts, indent=1, sort_keys=True)
+        with self.state(REFERENCE_FOLDER) as references, \
+                references.child_made_if_missing(safe_name(ledger.pool)) as folder:
+            if ledger.current or ledger.leaving or ledger.distrust:
+                folder.put(ledger.file_name, (content + "\n").encode("ascii"))
+            else:
+                folder.remove_file(ledger.file_name)
+                folder.sync()
+
     # --- pins: files beside the copies, whose names alone pin -----------------------------
 
     def pin(self, copy: Copy, text: str) -> bool:
@@ -6490,6 +6787,100 @@ class Catalog:
             times = [status_of(inner.fd).st_mtime]
             times += [status.st_mtime for status in (inner.status(item) for item in inner.names()) if status]
         return max(times)
+
+
+# --- ledgers ------------------------------------------------------------------------------
+
+
+class BadLedger(CatalogError):
+    """A ledger can't be read, or is none that this version writes: of its VM nothing is known."""
+
+
+class Reference(NamedTuple):
+    """A snapshot of ours, of a VM or of a disk, that stays in the pool, as the state of a copy there: `copy`
+    is its name, `blocks` the SHA-256 of its list of blocks, `at` the UTC time of it. `disks`: of each disk,
+    by its name in `blocks`, uuid, size in bytes and uuid of the SR of its snapshot."""
+    uuid: str
+    name: str
+    copy: str
+    blocks: str
+    at: str
+    disks: Mapping[str, Mapping[str, Any]]
+
+
+class Ledger(NamedTuple):
+    """What of a VM and kind stays in a pool between runs: the reference, and those that are on their way out.
+
+    `store` and `inode` tell which store's it is, `config` and `host` who keeps it; `folder` is the VM's
+    directory. `distrust`: why no difference of this VM is believed any more, "" if they are.
+    """
+    store: str
+    inode: int
+    pool: str
+    config: str
+    host: str
+    kind: str
+    vm: str
+    vm_name: str
+    folder: str
+    current: Optional[Reference] = None
+    leaving: Tuple[Reference, ...] = ()
+    distrust: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """That of its file."""
+        return f"{safe_name(self.vm)}-{self.kind}.json"
+
+    @property
+    def title(self) -> str:
+        """The VM for a log line."""
+        return f"{quote_name(self.vm_name)} ({self.vm[:8]})"
+
+    @property
+    def references(self) -> Tuple[Reference, ...]:
+        """All that it names."""
+        return self.leaving + ((self.current,) if self.current else ())
+
+
+def parse_ledger(content: bytes) -> Ledger:
+    """The ledger; ValueError with a sentence if this version did not write it."""
+    facts = parse_object(content)
+    check_shape(facts.get("format"), int, "format")
+    if facts["format"] > LEDGER_FORMAT:
+        raise ValueError("it is of a format that only a newer VmBackup knows: use that one")
+    check_shape(facts, LEDGER_SHAPE)
+    if facts.get("current") is not None:
+        check_shape(facts["current"], REFERENCE_SHAPE, "current")
+    Method(facts["kind"])
+
+    def reference(row: Dict[str, Any]) -> Reference:
+        parse_utc(row["at"])
+        return Reference(*(row[field] for field in Reference._fields))
+
+    return Ledger(*(facts[field] for field in Ledger._fields[:9]),
+                  current=facts.get("current") and reference(facts["current"]),
+                  leaving=tuple(map(reference, facts["leaving"])), distrust=facts["distrust"])
+
+
+def reference_problem(ledger: Optional[Ledger], identity: Mapping[str, Any], newest: Optional[Copy]) -> str:
+    """Why the ledger's reference can't be read against, "" if by what the store tells it can. The sentences
+    hold nothing that changes from night to night, as they are compared."""
+    if ledger is None or ledger.current is None and not ledger.distrust:
+        return "there is no reference in the pool"
+    if not is_of_store(ledger, identity):
+        return "the reference is another store's"
+    if ledger.distrust:
+        return ledger.distrust
+    if newest is None or newest.layer is None or newest.name != ledger.current.copy \
+            or newest.folder != ledger.folder:
+        return "the reference is not the state of the newest good copy"
+    return ""
+
+
+def is_of_store(ledger: Ledger, identity: Mapping[str, Any]) -> bool:
+    """Is it a ledger of the store with that identity, and no copy that came from another?"""
+    return (ledger.store, ledger.inode) == (identity["store"], identity["inode"])
 
 
 # --- whose the copies are ---------------------------------------------------------------
@@ -6762,10 +7153,10 @@ def is_in_spans(number: int, spans: List[List[int]]) -> bool:
     return bool(spans) and spans[0][0] <= number
 
 
-def disk_rows(inside: Directory, disk: Mapping[str, Any]) -> Iterator[Row]:
+def disk_rows(inside: Directory, disk: Mapping[str, Any], name: str = BLOCKS) -> Iterator[Row]:
     """The rows of a disk of a manifest, in the copy that is open; nothing is opened before the first is asked
     for."""
-    yield from rows_of(open(inside.open_file(BLOCKS), "rb"), disk["key"], disk["begin"], disk["end"])
+    yield from rows_of(open(inside.open_file(name), "rb"), disk["key"], disk["begin"], disk["end"])
 
 
 def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
@@ -6800,12 +7191,22 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
         size_bytes=sum(image["size"] for image in manifest["images"]), problem=problem,
         layer=layer_of(manifest), read_back=manifest.get("verified", {}).get("read_back") is True,
         disks=disk_words(manifest["disks"]),
+        reading=tuple((disk["key"], told(disk, "how"), told(disk, "why"))
+                      for disk in (manifest["disks"] if "layer" in manifest else ())),
+        audit=(told(manifest, "layer", "audit", "found"), audited_copies(manifest)),
         left_out=disk_words(manifest.get("left-out", ())),
         # those of earlier versions tell a number only
         rules=rules_of(manifest.get("rules", {"newest": manifest["copies_to_keep"]}),
                        told(manifest, "config")),
         other_rules=tuple((rules_of(row["rules"], row["config"]), row["at"])
                           for row in manifest.get("other-rules", ())))
+
+
+def audited_copies(manifest: Dict[str, Any]) -> Tuple[str, ...]:
+    """The names of the copies that the audit of the copy with that manifest is about."""
+    audit = (manifest.get("layer") or {}).get("audit")
+    names = audit.get("copies") if isinstance(audit, dict) else None
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
 
 def layer_of(manifest: Dict[str, Any]) -> Optional[Layer]:
@@ -7537,6 +7938,8 @@ STILL_BUSY = ("VDI_IN_USE", "OTHER_OPERATION_IN_PROGRESS")
 UNSURE_ANSWERS = ("lost", "INTERNAL_ERROR", "CANNOT_CONTACT_HOST", "HOST_OFFLINE", "TASK_CANCELLED")
 HOST_CLOCKS_DIFFER_S = 60      # snapshot_time is by the clock of the host that made it, ours by the master's
 MOST_LEFT_SNAPSHOTS = 2
+SR_IS_FULL = "SR_BACKEND_FAILURE_44"
+KEPT = "kept as the reference"         # why an entry was closed whose snapshot stays in the pool
 IMPORT_END_PATIENCE_S = 180    # how long a broken import is waited for: the server takes back what it made
 
 
@@ -7710,8 +8113,9 @@ IDENTITY_TRIES = 50
 def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
     """What tells this store from a mirror of it: an id in a file, and that file's inode number.
 
-    Where they do not fit each other this is a mirror, or was moved: it gets an id of its own once nobody who
-    may be of the other one has written a journal here for a day. "" where the file can't be used.
+    Where they do not fit each other (`is_own` is false) this is a mirror, or was moved: it gets an id of its
+    own once nobody who may be of the other one has written a journal here for a day. "" where the file can't
+    be used.
     """
     runs = catalog.state("runs")
 
@@ -7737,8 +8141,8 @@ def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
     except StorageFull:
         raise
     except CatalogError:
-        return {"store": "", "inode": 0}
-    return {"store": told(facts, "id"), "inode": inode}
+        return {"store": "", "inode": 0, "is_own": False}
+    return {"store": told(facts, "id"), "inode": inode, "is_own": is_known()}
 
 
 def _last_journal_s(runs: Directory, now_s: float) -> float:
@@ -8062,8 +8466,8 @@ class VmSnapshot(Snapshot):
 
     def make(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk],
              knows_ignored: bool) -> VirtualMachine:
-        """It is there, ready for export and without the disks that are left out; raises ApiFailure,
-        AnswerLost or BackupError if not. A server that does not know how to leave them out (`knows_ignored`)
+        """It is there, without the disks that are left out; raises ApiFailure, AnswerLost or BackupError if
+        not. A server that does not know how to leave them out (`knows_ignored`)
         makes snapshots of them too, which are destroyed before the export."""
         doing, pool = f"the snapshot of {machine.title}", self._services.pool
         ignored = [disk.vdi_ref for disk in left_out]
@@ -8083,10 +8487,15 @@ class VmSnapshot(Snapshot):
             if stays:                      # what is left in the end is told by the clean-up
                 raise BackupError(f"{problem}: it {stays[0]}", passing=True)
         pool.ask("naming " + doing, "VM.set_name_label", ref, label)
-        # a snapshot is a template too, and would be imported as one (ocaml/xapi/export.ml, v26.17.0)
-        pool.ask("preparing " + doing, "VM.set_is_a_template", ref, False)
-        return snapshot._replace(disks=tuple(
+        return snapshot._replace(name=label, disks=tuple(
             disk for disk in snapshot.disks if disk.vdi_uuid not in too_many))
+
+    def settle(self, name: str) -> None:
+        """It stays in the pool, under that name."""
+        ref = self._ref("VM", self._facts["uuid"])
+        if ref:
+            self._ask_if_there("VM.set_name_label", ref, name)
+            self._remove_message()
 
     def _find(self) -> List[str]:
         known = self._ref("VM", self._facts.get("uuid", ""))
@@ -8154,6 +8563,12 @@ class DiskSnapshot(Snapshot):
         pool.ask("marking " + doing, "VDI.remove_from_other_config", disk.vdi_ref, self._key)
         return disk._replace(vdi_ref=ref, vdi_uuid=record["uuid"], virtual_size=int(record["virtual_size"]))
 
+    def settle(self, name: str) -> None:
+        """It stays in the pool, under that name."""
+        ref = self._ref("VDI", self._facts["uuid"])
+        if ref:
+            self._ask_if_there("VDI.set_name_label", ref, name)
+
     def _bearers(self) -> Dict[str, Dict[str, Any]]:
         """The records, by ref, of all disks that bear the entry's key: the disk, and what was made of it.
 
@@ -8218,6 +8633,40 @@ class DiskSnapshot(Snapshot):
             return
         if not is_at_work and (ours or is_known or self._may_forget("calling_at" in self._facts)):
             self._entry.close("removed" if ours else "not there")
+
+
+class OldReference(Snapshot):
+    """A reference on its way out, of a VM or of a disk alone: what its ledger has told, by uuid and nothing
+    else."""
+    FIRST = ("vm_uuid", "vm_name", "called_at", "of", "uuid", "disks")
+    WHAT = "the reference of"
+    left = "was removing its old reference; going on"
+
+    @property
+    def _thing(self) -> str:
+        return f"its old reference {self._facts['uuid']}"
+
+    def _commands(self, without_disks: bool) -> List[str]:
+        words = Snapshot.COMMANDS if self._facts["of"] == Method.VM.value else DiskSnapshot.COMMANDS
+        return [f"xe {words[without_disks]} uuid={self._facts['uuid']}"] if words[without_disks] else []
+
+    def _find(self) -> List[str]:
+        ref = self._ref("VM", self._facts["uuid"]) if self._facts["of"] == Method.VM.value else None
+        return [ref] if ref else []
+
+    def remove(self) -> None:
+        """Disks first, the VM's snapshot last; those, too, that it has got since: where its VM was moved to
+        another SR, the disks of its snapshots are other ones now."""
+        found, disks = self._find(), list(self._facts["disks"])
+        if found:
+            if self._ask_if_there("VM.get_is_a_snapshot", found[0]) is False:
+                self.tell_left("is no snapshot any more, so it was left.")
+                return
+            disks += [disk.vdi_uuid for disk in self._services.pool.machine(found[0], self._doing).disks]
+        if all(self._destroy_disk(uuid, found) for uuid in dict.fromkeys(disks)):
+            for ref in found:
+                destroy(self._services, "VM", ref, self._doing)
+            self._entry.close("removed")
 
 
 class ImportedVms(Owned):
@@ -8383,11 +8832,11 @@ def unnamed_text(entry: OpenEntry) -> str:
             f"Name it: xe vm-param-set uuid={uuid} name-label=...")
 
 
-OWNED_KINDS = {"vm-snapshot": VmSnapshot, "vdi-snapshot": DiskSnapshot,
+OWNED_KINDS = {"vm-snapshot": VmSnapshot, "vdi-snapshot": DiskSnapshot, "reference": OldReference,
                "restore": ImportedVms, "drill": ImportedVms}
 ENTRY_SHAPE = {                        # of what kind its facts are, where it has them
     **dict.fromkeys(("token", "vm_uuid", "vm_name", "called_at", "name", "disk", "calling_at", "uuid",
-                     "answer", "closed"), str),
+                     "answer", "closed", "of", "kept_as"), str),
     **dict.fromkeys(("names", "tasks", "uuids", "disks", "known", "left_out"), [str])}
 
 
@@ -8398,6 +8847,7 @@ def is_understood(facts: Dict[str, Any]) -> bool:
         if "calling_at" in facts or "known" in facts:
             needed.update(("calling_at", "known"))
         check_shape(facts, {key: ENTRY_SHAPE[key] for key in ENTRY_SHAPE if key in facts or key in needed})
+        Method(facts.get("of", Method.VM.value))
         return all(facts[key] for key in needed & {"names", "uuids"}) and all(
             2000 < parse_utc(facts[key]).year < 9000 for key in needed & {"called_at", "calling_at"})
     except (LookupError, TypeError, ValueError):
@@ -8452,7 +8902,8 @@ class Snapshots:
             self._services.journal.is_mute = True
             raise
         finally:
-            self.remove(entry)
+            if entry.facts.get("closed") != KEPT:
+                self.remove(entry)
 
     def remove(self, entry: OpenEntry) -> None:
         """Nothing of the entry is left in the pool, or a finding says what and how to remove it. Signals
@@ -8477,29 +8928,233 @@ class Snapshots:
                     self._services.log.info(f"{journal.name}: entry {entry.number} is not one that this "
                                             "version writes; it is left to a newer VmBackup.")
                     continue
-                self._services.log.info(
-                    f"{entry.title}: a run on {journal.header.get('host', 'another host')} that began "
-                    f"{journal.header.get('since', 'earlier')} {self.owned(entry).left}.")
+                began = (f"{entry.title}: a run on {journal.header.get('host', 'another host')} that began "
+                         f"{journal.header.get('since', 'earlier')}")
+                try:
+                    is_kept = self._is_named(entry)
+                except (CatalogError, ApiFailure, PoolError) as error:
+                    self.tell(entry, f"{error} What an earlier run may have left of it stays.")
+                    continue
+                if is_kept:
+                    self._services.log.info(f"{began} made the snapshot that is its reference now; it stays.")
+                    entry.close(KEPT)
+                    continue
+                self._services.log.info(f"{began} {self.owned(entry).left}.")
                 self.remove(entry)
 
+    def _is_named(self, entry: OpenEntry) -> bool:
+        """Is it a snapshot that the ledger of its VM names as the reference, or that is another store's?
+        CatalogError if the ledger can't be read."""
+        kinds = {"vm-snapshot": Method.VM.value, "vdi-snapshot": Method.VDI.value}
+        kind = kinds.get(entry.facts["kind"], entry.facts.get("of"))
+        if kind is None:
+            return False
+        own, header, uuid = self._services.journal.header, entry.journal.header, entry.facts.get("uuid", "")
+        ledger = self._services.catalog.ledger(own.get("pool", ""), entry.facts["vm_uuid"], kind)
+        if ledger is not None and ledger.current is not None and ledger.current.uuid == uuid:
+            return True
+        if not uuid or all(header.get(key) == own.get(key) for key in ("store", "inode")):
+            return False
+        # a journal that came here with a copy of another store, where the run may have gone on
+        class_name = "VM" if kind == Method.VM.value else "VDI"
+        ref = self._services.pool.ask_if_there("looking at a reference", class_name + ".get_by_uuid", uuid)
+        name = ref and self._services.pool.ask_if_there("looking at a reference",
+                                                        class_name + ".get_name_label", ref)
+        return bool(name and REFERENCE_NAME.search(name))
+
     def look_again(self) -> None:
-        """What this run removed is really gone, also where a restarted server forgot its last seconds."""
+        """What this run removed is really gone, and what it kept bears its name, also where a restarted
+        server forgot its last seconds."""
         for entry in self._services.journal.entries:
-            if not entry.is_open:
+            if entry.facts.get("closed") == KEPT:
+                with contextlib.suppress(BackupError):     # it is known by its uuid, whatever its name
+                    self.owned(entry).settle(entry.facts["kept_as"])
+            elif not entry.is_open:
                 entry.remember(closed="")
                 self.remove(entry)
 
+    def keep(self, uuid: str, name: str, note: Callable[[], None]) -> None:
+        """The snapshot with that uuid, made by this run, stays in the pool under that name. `note`: its
+        ledger is on disk. Signals wait, as between that and the end of its entry it would be removed."""
+        entry = next(entry for entry in self._services.journal.entries if entry.facts.get("uuid") == uuid)
+        with self._services.signals.shielded():
+            self.owned(entry).settle(name)
+            note()
+            entry.remember(kept_as=name, closed=KEPT)
+
+    def has_removed(self, reference: "Reference", ledger: "Ledger") -> bool:
+        """The reference, which its ledger tells to be leaving, is gone; False, with a finding, if it is not.
+        """
+        if any(entry.facts.get("uuid") == reference.uuid for entry in self._open_entries()):
+            return False                   # an earlier run's entry tells of it, too, and was tried by now
+        with self.begun(ledger.vm, ledger.vm_name, kind="reference", of=ledger.kind, uuid=reference.uuid,
+                        disks=[disk["uuid"] for disk in reference.disks.values()]) as entry:
+            pass                           # it is removed on the way out
+        return not entry.is_open
+
+    def _open_entries(self) -> List[OpenEntry]:
+        """What this run and those before have open."""
+        return [entry for journal in self.inherited + [self._services.journal]
+                for entry in journal.open_entries()]
+
     def check_none_left(self, machine: VirtualMachine) -> None:
         """Raises BackupError if the VM still has two snapshots of ours that could not be removed."""
-        left = [entry.facts["uuid"] for journal in self.inherited + [self._services.journal]
-                for entry in journal.open_entries()
-                if is_understood(entry.facts) and entry.facts["vm_uuid"] == machine.uuid
-                and entry.facts.get("uuid")]
+        left = sorted({entry.facts["uuid"] for entry in self._open_entries()
+                       if is_understood(entry.facts) and entry.facts["vm_uuid"] == machine.uuid
+                       and entry.facts.get("uuid")})
         if len(left) >= MOST_LEFT_SNAPSHOTS:
             raise BackupError(f"{machine.title} still has {len(left)} snapshots of earlier backups that "
                               f"could not be removed: {', '.join(left)}. No further one is made. Remove them "
                               "by hand (xe snapshot-uninstall uuid=UUID, or xe vdi-destroy uuid=UUID), then "
                               "run again.")
+
+
+# --- references: what stays in the pool from one run to the next -------------------------
+
+OLDEST_REFERENCE = timedelta(days=35)
+
+
+def why_reference_goes(ledger: Ledger, config: str, jobs: Optional[Container[Tuple[str, str]]],
+                       is_there: bool, now: datetime) -> str:
+    """Why the ledger's reference is to be removed from the pool, "" if it stays.
+
+    `config` is the path of this run's config, `jobs` the (uuid, kind) of what its file selects for backup
+    with references, None if that is not known; `is_there`: is the file of the ledger's config where it was?
+    """
+    if ledger.current is None:
+        return ""
+    if now - parse_utc(ledger.current.at) > OLDEST_REFERENCE:
+        return f"it is older than {OLDEST_REFERENCE.days} days"
+    if jobs is not None and (ledger.vm, ledger.kind) in jobs:
+        return ""                          # its own or another config's: this run's takes its place
+    if not is_there:
+        return f"the config {one_line(ledger.config)}, which kept it, is gone"
+    if jobs is not None and ledger.config == config:
+        return f"{one_line(config)} keeps no reference of this VM any more"
+    return ""
+
+
+class References:
+    """The snapshots that stay in the pool, by the ledgers of this store: at most one for each VM and kind.
+
+    What is done about one is done under the lock of its VM's directory. A ledger of another store, which came
+    here with a copy of it, is neither used nor acted on.
+    """
+
+    def __init__(self, services: Services, snapshots: Snapshots) -> None:
+        self._services, self._snapshots = services, snapshots
+        self._catalog = services.catalog
+        header = services.journal.header
+        self.identity = {"store": header.get("store", ""), "inode": header.get("inode", 0)}
+        self.pool = header.get("pool", "")
+        # whose store this is can't be told as long as id and inode do not fit each other
+        self.can_keep = bool(self.identity["store"]) and header.get("is_own") is True
+
+    def ledger(self, vm: str, kind: str) -> Optional[Ledger]:
+        """The ledger of that VM and kind, None if it has none; BadLedger, or CatalogError."""
+        return within(self._services.patience_s, "reading a ledger",
+                      lambda: self._catalog.ledger(self.pool, vm, kind))
+
+    def ledgers(self) -> Tuple[List[Ledger], List[BadLedger]]:
+        """All ledgers of the pool, and why others can't be used."""
+        return within(self._services.patience_s, "reading the ledgers of references",
+                      lambda: self._catalog.ledgers(self.pool))
+
+    def standing(self, ledger: Ledger) -> List[str]:
+        """The uuids of what the ledger names and the pool still has."""
+        class_name = "VM" if ledger.kind == Method.VM.value else "VDI"
+        return [one.uuid for one in ledger.references if self._services.pool.ask_if_there(
+            "looking at references", class_name + ".get_by_uuid", one.uuid) is not None]
+
+    def put(self, ledger: Ledger) -> None:
+        """It is on disk."""
+        within(self._services.patience_s, "writing a ledger", lambda: self._catalog.put_ledger(ledger))
+
+    def label(self, what: str, copy: str) -> str:
+        """The name of a reference that is the state of that copy."""
+        return (f"{what} (VmBackup reference {parse_copy_name(copy)[0]:%Y-%m-%d %H:%M:%S}, "
+                f"store {self.identity['store'][:8]})")
+
+    def keep(self, ledger: Ledger, reference: Reference) -> None:
+        """The snapshot of this run that the reference tells of is the VM's reference now, and what was is
+        gone. `ledger`: the last one, or a new one, with the facts of now."""
+        if ledger.distrust:
+            self.give_up(ledger, ledger.distrust)
+            return
+        ledger = ledger._replace(current=reference, leaving=ledger.references)
+        self._snapshots.keep(reference.uuid, reference.name, lambda: self.put(ledger))
+        self.let_go(ledger)
+
+    def let_go(self, ledger: Ledger) -> bool:
+        """What is leaving is gone; False, with a finding for each, if some of it could not be removed."""
+        if ledger.leaving:
+            left = tuple(one for one in ledger.leaving if not self._snapshots.has_removed(one, ledger))
+            self.put(ledger._replace(leaving=left))
+            return not left
+        return True
+
+    def give_up(self, ledger: Ledger, why: str) -> bool:
+        """Nothing that the ledger names is in the pool any more; as let_go."""
+        if ledger.current is not None:
+            self._services.log.info(f"{ledger.title}: its reference {ledger.current.uuid} is removed, as "
+                                    f"{why}.")
+        ledger = ledger._replace(current=None, leaving=ledger.references)
+        self.put(ledger)
+        return self.let_go(ledger)
+
+    def give_up_on(self, srs: Container[str], in_use: str = "") -> bool:
+        """Were references on these SRs given up, to make room? `in_use`: the uuid of the one that is being
+        read."""
+        found = False
+        for ledger in self.ledgers()[0] if self._services.journal.is_still_ours() else ():
+            if is_of_store(ledger, self.identity) and ledger.current is not None \
+                    and ledger.current.uuid != in_use \
+                    and any(disk["sr"] in srs for disk in ledger.current.disks.values()):
+                with self.held(ledger) as now:
+                    if now is not None and now.current == ledger.current:
+                        found |= self.give_up(now, "its SR is short of space, which comes back as the SR "
+                                              "coalesces, perhaps only by the next night")
+        return found
+
+    @contextlib.contextmanager
+    def held(self, ledger: Ledger, tries: Iterable[bool] = (False,)) -> Iterator[Optional[Ledger]]:
+        """The ledger as it is now, the lock of its VM's directory ours; None if another run has that, or the
+        ledger is gone."""
+        lock = self._catalog.folder_lock(ledger.folder)
+        with contextlib.ExitStack() as stack:
+            is_ours = lock.is_held or stack.enter_context(lock.held(tries=tries))
+            yield self.ledger(ledger.vm, ledger.kind) if is_ours else None
+
+    def strays(self, inventory: Inventory,
+               stamps: Callable[[str], Container[str]]) -> Iterator[Tuple[str, str]]:
+        """What is named as a reference in the pool and is none of this store's ledgers', each with a sentence
+        about it. `stamps`: those of the copies of a VM here, by its uuid or that of a disk of it.
+
+        Of another store it may be the reference that is used there. It is told of if it is the state of a
+        copy that lies here, as then the ledger was lost, or older than any in use.
+        """
+        ledgers, unreadable = self.ledgers()
+        known = {one.uuid for ledger in ledgers for one in ledger.references}     # another store's are told
+        oldest = f"{self._services.clock.local() - OLDEST_REFERENCE:%Y-%m-%d-%H%M%S}"
+        for one in inventory.references:
+            is_own = self.identity["store"].startswith(one.store)
+            if one.uuid in known or is_own and unreadable:     # one of these may name it
+                continue
+            if not (is_own or one.stamp < oldest or one.original and one.stamp in stamps(one.original)):
+                continue
+            if self._services.pool.ask_if_there("looking at references", one.class_name + ".get_by_uuid",
+                                                one.uuid) is None:
+                continue                   # removed since the inventory was read, by this run or another
+            whose = f" of the store {one.store}" if not is_own else "" if self.can_keep else \
+                " of this store, or of the one that it may be a copy of"
+            yield one.name, (f"this snapshot, {one.uuid}, bears the name of a reference{whose}, and no "
+                             "ledger of this store names it, so it is left. If nobody needs it, it can go: "
+                             + removal_command(one.class_name, one.uuid))
+
+
+def removal_command(class_name: str, uuid: str) -> str:
+    """What removes a snapshot of a VM, with its disks, or of a disk, by hand."""
+    return f"xe {'snapshot-uninstall' if class_name == 'VM' else 'vdi-destroy'} uuid={uuid}"
 
 
 # =============================================================================
@@ -8822,6 +9477,7 @@ class Run:
         self.services = services._replace(journal=journal)
         self.inventory = inventory
         self.snapshots = Snapshots(self.services)
+        self.services = self.services._replace(references=References(self.services, self.snapshots))
         if self.wording is not None:
             self.status_log.host = host
             self.status_log.begin("vmbackup.py")
@@ -9015,20 +9671,31 @@ XE_PASSING = re.compile(
 
 class ImageReport(NamedTuple):
     """What was written of the disks, and proven: `images`, `verified` and `disks` as the manifest keeps them,
-    the list of blocks, and the archive's ova.xml."""
+    the list of blocks, and the archive's ova.xml. `audit`: AGREED, or what the difference kept back, in a
+    sentence; "" where no difference was held against the whole."""
     images: List[Dict[str, Any]]
     verified: Dict[str, Any]
     disks: List[Dict[str, Any]]
     blocks: BlocksFile
     ova_xml: bytes
+    audit: str = ""
 
 
 class Chain(NamedTuple):
     """What a copy that tells the state of every block is compared with: `base`, None for a full. `name`: that
-    of the copy; `keys`: what its disks are called, by userdevice, in file names and `blocks`."""
+    of the copy; `keys`: what its disks are called, by userdevice, in file names and `blocks`.
+
+    `reference` is the snapshot in the pool against which the disks are read, which is the state of the copy
+    `last`: the base, or that which a full is audited against; None where all is read, and `why`. `uuids`:
+    those of its disks, by key.
+    """
     name: str
     keys: Mapping[str, str]
     base: Optional[Holder]
+    reference: Optional[Reference] = None
+    last: Optional[Holder] = None
+    why: str = ""
+    uuids: Mapping[str, str] = {}
 
     def key(self, disk: Disk) -> str:
         """What that disk is called: as its folder of cfg files is."""
@@ -9037,8 +9704,13 @@ class Chain(NamedTuple):
     def row(self, key: str, size: int) -> Optional[Dict[str, Any]]:
         """The disk in the base's manifest that one of this key and size can be compared with. What became
         smaller is told whole: were it to grow again, the end of what lies below would come back."""
-        rows = [] if self.base is None else held_disks(self.base.manifest)
-        return next((row for row in rows if row["key"] == key and row["virtual_size"] <= size), None)
+        return disk_row(self.base, key, size)
+
+
+def disk_row(holder: Optional[Holder], key: str, size: int) -> Optional[Dict[str, Any]]:
+    """The disk of that key in the copy's manifest, if it was not larger there."""
+    rows = [] if holder is None else held_disks(holder.manifest)
+    return next((row for row in rows if row["key"] == key and row["virtual_size"] <= size), None)
 
 
 def block_key(folder: str) -> str:
@@ -9070,8 +9742,9 @@ class Exporter:
                                     "was kept.")
 
     def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory, base: str,
-                 chain: Optional[Chain]) -> ImageReport:
-        """The archive of the VM snapshot, or what changed of it, is in that directory, proven whole."""
+                 chain: Optional[Chain], ova_xml: bytes) -> ImageReport:
+        """The archive of the VM snapshot, or what changed of it, is in that directory, proven whole.
+        `ova_xml`: the VM's own."""
         expected = {disk.vdi_uuid: disk.virtual_size for disk in snapshot.disks}
         doing = f"the export of {machine.title}"
 
@@ -9080,9 +9753,17 @@ class Exporter:
                 f"asking for the task of {doing}", "VM.get_current_operations", snapshot.ref)
             return [ref for ref, operation in operations.items() if operation == "export"]
 
+        def prepare() -> None:
+            """A snapshot is a template too, and would be imported as one (ocaml/xapi/export.ml, v26.17.0). It
+            is done for an archive only, as a snapshot is made no template again (check_snapshot in
+            ocaml/xapi/xapi_vm_lifecycle.ml, v1.9.83 to v26.17.0), and then stands among the VMs of `xe
+            vm-list`."""
+            self._services.pool.ask(f"preparing {doing}", "VM.set_is_a_template", snapshot.ref, False)
+
         return self._image(doing, snapshot.disks, inside, base + ".xva", chain,
                            lambda blocks, sinks: Check(check_xva, blocks, sinks, expected=expected),
-                           ("vm-export", "uuid=" + snapshot.uuid, "filename="), export_tasks)
+                           ("vm-export", "uuid=" + snapshot.uuid, "filename="), export_tasks,
+                           lambda: snapshot_ova(ova_xml, machine, snapshot), prepare)
 
     def disk_image(self, snapshot: Disk, machine: VirtualMachine, inside: Directory, base: str,
                    chain: Optional[Chain]) -> ImageReport:
@@ -9096,11 +9777,27 @@ class Exporter:
 
     def _image(self, doing: str, disks: Sequence[Disk], inside: Directory, plain_name: str,
                chain: Optional[Chain], new_check: Callable[[Optional[BlocksFile], Sequence[Any]], Check],
-               command: Sequence[str], find_tasks: Callable[[], Sequence[str]] = tuple) -> ImageReport:
+               command: Sequence[str], find_tasks: Callable[[], Sequence[str]] = tuple,
+               ova_xml: Callable[[], bytes] = bytes,
+               prepare: Callable[[], None] = lambda: None) -> ImageReport:
         """xe's output through digest, check and compressor to a file; what the compressor wrote is
         decompressed again on the way, so that what is proven is what is stored. In an increment the check's
-        sink writes what changed."""
+        sink writes what changed. Where there is a reference, an increment is read as the difference to it, if
+        the server gives one, and before all is read for a full, what the difference tells is noted: both have
+        to tell the same. `ova_xml` gives that of the archive, for who has not read it; `prepare` is done
+        before all is read."""
         settings, limit_s = self._services.settings, self._services.patience_s
+        foretold = []                      # type: List[DiskState]
+        if chain is not None and chain.reference is not None and disks:
+            try:
+                if chain.base is not None:
+                    return self._by_difference(disks, inside, chain, ova_xml)
+                foretold = self._differences(disks, inside, FORETOLD, chain)
+                chain = chain._replace(why="a full is made")
+            except DifferenceRefused as refusal:
+                self._services.log.info(f"{doing}: {refusal} All of it is read.")
+                chain = chain._replace(reference=None, why=refusal.why)
+        prepare()
         watch = Watch(self._services, doing, sum(disk.virtual_size for disk in disks), disks, find_tasks)
         blocks = BlocksFile(within(limit_s, doing, lambda: inside.create(BLOCKS)))
         by_uuid = {disk.vdi_uuid: disk for disk in disks}
@@ -9127,10 +9824,100 @@ class Exporter:
         report, rows = check.report, disk_reports(disks, check.report)
         for row in rows if chain else ():
             row.update(state_facts(chain, sinks[0].disks[row["archive_id"]]))
+        audit = self._audit(doing, inside, foretold, rows) if foretold else ""
         verified = {"structure": True, "block_digests": report.digest_kind,
                     "block_digests_checked": report.digests_checked,
                     "blocks": sum(disk.blocks for disk in report.disks), "read_back": settings.verify_after}
-        return ImageReport(images, verified, rows, blocks, report.ova_xml)
+        return ImageReport(images, verified, rows, blocks, report.ova_xml, audit)
+
+    def _by_difference(self, disks: Sequence[Disk], inside: Directory, chain: Chain,
+                       new_ova: Callable[[], bytes]) -> ImageReport:
+        """What differs from the reference is in that directory, proven. DifferenceRefused if the server gives
+        no difference that can be used: then nothing of it is left."""
+        try:
+            ova_xml = new_ova()
+        except VerificationError as error:
+            raise DifferenceRefused("the metadata of the VM do not fit its snapshot", str(error))
+        states = self._differences(disks, inside, BLOCKS, chain)
+        images = [proven_layer(self._services, inside, state, f"the export of disk {state.key}")
+                  for state in states]
+        ids = {"": "image"} if not ova_xml else {
+            one.uuid: one.id for one in exported_disks(parse_ova(ova_xml)).values()}
+        rows = disk_reports(disks, StreamReport(tuple(
+            DiskReport(ids.get(disk.vdi_uuid, ids.get("")), disk.vdi_uuid, disk.virtual_size, state.present,
+                       0) for disk, state in zip(disks, states))))
+        if any(row["archive_id"] is None for row in rows) or len(ids) != len(disks):
+            raise VerificationError("the metadata of the snapshot do not tell of its disks")
+        for row, state in zip(rows, states):
+            row.update(state_facts(chain, state))
+        verified = {"structure": True, "block_digests": "", "block_digests_checked": True,
+                    "blocks": sum(state.stored for state in states),
+                    "read_back": self._services.settings.verify_after}
+        return ImageReport(images, verified, rows, states[0].blocks, ova_xml)
+
+    def _differences(self, disks: Sequence[Disk], inside: Directory, name: str,
+                     chain: Chain) -> List[DiskState]:
+        """The state of every disk, by what it was in the copy that the reference is the state of, and the
+        difference to that: in the list of blocks of that name, and, if that is the copy's own, with a file of
+        what changed for each. As _by_difference."""
+        services, begun = self._services, []           # type: Services, List[DiskState]
+        blocks = BlocksFile(within(services.patience_s, name, lambda: inside.create(name)))
+        try:
+            with closed_aside([blocks]):
+                for disk in disks:
+                    begun.append(self._difference(disk, disk is disks[-1], inside, blocks, chain,
+                                                  name == BLOCKS))
+        except (ProgramError, VerificationError) as error:
+            if error.passing:
+                raise
+            files = [name] + [chain.key(disk) + ".vhd" for disk in disks]
+            within(services.patience_s, name, lambda: [inside.remove_file(file) for file in files])
+            raise DifferenceRefused(f"the server gave no difference of disk {chain.key(disk)}",
+                                    f"no difference can be used: {error}")
+        return begun
+
+    def _difference(self, disk: Disk, is_last: bool, inside: Directory, blocks: BlocksFile, chain: Chain,
+                    is_kept: bool) -> DiskState:
+        """The state of one disk. The first byte may take its time, as the server makes the table first: the
+        task that it notes where the disk hangs on its control domain tells of its progress, if it notes it
+        (attach_helpers.ml@v24.19.2)."""
+        key, doing, pool = chain.key(disk), f"the difference of disk {disk.device}", self._services.pool
+
+        def export_tasks() -> List[str]:
+            drives = pool.call(f"asking for the task of {doing}", "VBD.get_all_records_where",
+                               f'field "VDI" = "{disk.vdi_ref}"')
+            return [drive["other_config"]["task_id"] for drive in drives.values()
+                    if "task_id" in drive["other_config"]]
+
+        sink = StateSink(blocks, lambda _: begin_state(inside, blocks, chain, disk, check.table, is_kept),
+                         lambda: ["image"], is_last)
+        check = Check(check_vhd, None, [sink], is_layer=True, virtual_size=disk.virtual_size)
+        watch = Watch(self._services, doing, 0, (disk,), export_tasks)
+        watch.in_use = chain.reference.uuid
+        self._run_xe(doing, [check], watch, "vdi-export", "uuid=" + disk.vdi_uuid,
+                     "base=" + chain.uuids[key], "format=vhd", "filename=")
+        return sink.disks["image"]
+
+    def _audit(self, doing: str, inside: Directory, foretold: Sequence[DiskState],
+               rows: Sequence[Dict[str, Any]]) -> str:
+        """What the disks hold against what the difference told of them: as ImageReport has it."""
+        by_key, audit = {row["key"]: row for row in rows}, AGREED
+        for state in foretold:
+            if state.table is None:
+                self._services.log.info(f"{doing}: the server sent all of disk {state.key} in the place of a "
+                                        "difference, so there is nothing to hold against it.")
+                audit = "" if audit == AGREED else audit
+                continue
+            number = within(self._services.patience_s, doing, lambda: first_that_differs(
+                *(disk_rows(inside, row, name) for row, name in (
+                    ({"key": state.key, "begin": state.begin, "end": state.end}, FORETOLD),
+                    (by_key[state.key], BLOCKS)))))
+            if number is not None:
+                audit = (f"MiB {number} of disk {state.key} holds something else than the difference to the "
+                         "reference says")
+                break
+        within(self._services.patience_s, doing, lambda: inside.remove_file(FORETOLD))
+        return audit
 
     def _full_image(self, doing: str, inside: Directory, plain_name: str, check: Check, watch: "Watch",
                     command: Sequence[str]) -> Dict[str, Any]:
@@ -9239,28 +10026,49 @@ class BaseLost(BackupError):
     """What an increment was to rest on is no longer what it was."""
 
 
-def begin_state(inside: Directory, blocks: BlocksFile, chain: Chain, disk: Disk) -> DiskState:
-    """The state of a disk whose blocks come now; in an increment its file is begun."""
-    key, size = chain.key(disk), disk.virtual_size
-    if chain.base is None:
+class DifferenceRefused(BackupError):
+    """The server gives no difference that can be used; `why` holds nothing that changes from night to night.
+    """
+
+    def __init__(self, why: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.why = why
+
+
+FORETOLD = "foretold"          # in an unfinished copy: what a difference tells, until it is held against all
+
+
+def begin_state(inside: Directory, blocks: BlocksFile, chain: Chain, disk: Disk,
+                table: Optional[array] = None, is_kept: bool = True) -> DiskState:
+    """The state of a disk whose blocks come now; in an increment its file is begun. `table`: that of the
+    difference that they come in; not `is_kept`: only what it tells is wanted, of a full too."""
+    key, size, base = chain.key(disk), disk.virtual_size, chain.base if is_kept else chain.last
+    if base is None:
         return DiskState(key, size, blocks)
-    row, old = chain.row(key, size), iter(())      # type: Optional[Dict[str, Any]], Iterator[Row]
+    row, old = disk_row(base, key, size), iter(())     # type: Optional[Dict[str, Any]], Iterator[Row]
     try:
         if row is not None:
-            old = disk_rows(chain.base.inside, row)
+            old = disk_rows(base.inside, row)
             old = itertools.chain([next(old)], old) if row["begin"] < row["end"] else old
     except (NotThere, WrongKind) as error:
-        raise BaseLost(f"the increment was given up: {error}")
-    file = VhdFile(inside.create(key + ".vhd"), size, VHD_DIFFERENCING if row else VHD_DYNAMIC)
-    return DiskState(key, size, blocks, old, chain.base.copy.name, file)
+        raise (BaseLost if is_kept else VerificationError)(f"the increment was given up: {error}")
+    file = None                            # type: Optional[VhdFile]
+    if is_kept:
+        file = VhdFile(inside.create(key + ".vhd"), size, VHD_DIFFERENCING if row else VHD_DYNAMIC)
+    return DiskState(key, size, blocks, old, base.copy.name, file, table)
 
 
 def state_facts(chain: Chain, state: DiskState) -> Dict[str, Any]:
     """What the manifest tells of the state of a disk: where its rows stand, in which copies its blocks lie,
     since which copy these are to be laid over each other, and how it was read."""
     row = chain.row(state.key, state.size)
-    how, why = ("full", "") if chain.base is None else \
-        ("all", "compared with the base" if row else "the base has no such disk, or a larger one")
+    how, why = "full" if chain.base is None else "all", chain.why
+    if state.table is not None:
+        how, why = DIFFERENCE, ""
+    elif chain.base is not None and chain.reference is not None:
+        why = "the server sent all of it in the place of a difference"
+    elif chain.base is not None and not why:
+        why = COMPARED if row else NOT_IN_BASE
     return {"key": state.key, "begin": state.begin, "end": state.end, "blocks": state.present,
             "changed": state.stored, "holders": sorted(state.holders - {""}), "how": how, "why": why,
             "since": row["since"] if row else chain.name}
@@ -9368,6 +10176,7 @@ class Watch:
         self._alive_at = self._task_asked_at = self._sr_asked_at = time.monotonic()
         self._task_progress = []           # type: List[float]
         self.program = None                # type: Optional[Program]
+        self.in_use = ""                   # the uuid of the reference that is read against
 
     def __call__(self, progress: Progress) -> None:
         """Raises Interrupted, StreamStalled or BackupError to abort the flow. A pool that does not answer
@@ -9388,7 +10197,8 @@ class Watch:
         if now - self._sr_asked_at > SR_POLL_S:
             self._sr_asked_at = now
             with contextlib.suppress(ApiFailure, PoolError):
-                check_sr_space(services, self._disks, f"{self._doing} was given up", patient=False)
+                check_sr_space(services, self._disks, f"{self._doing} was given up", patient=False,
+                               in_use=self.in_use)
 
     def _give_up(self, waiting_for: str) -> None:
         """The tasks are cancelled and xe killed; raises StreamStalled or, if it is our storage,
@@ -9405,17 +10215,29 @@ class Watch:
         raise StreamStalled(f"{stalled} from the server. It was cancelled and its snapshot removed.")
 
 
-def check_sr_space(services: Services, disks: Sequence[Disk], consequence: str, patient: bool = True) -> None:
-    """Raises BackupError if an SR that one of the disks is on has less free than min_sr_free."""
+def check_sr_space(services: Services, disks: Sequence[Disk], consequence: str, patient: bool = True,
+                   in_use: str = "") -> None:
+    """Raises BackupError if an SR that one of the disks is on has less free than min_sr_free, also when the
+    references there, but for that `in_use`, were given up."""
     least = services.settings.min_sr_free
     refs = [disk.sr_ref for disk in disks if disk.sr_uuid] if least else []
-    for sr in services.pool.storage_repositories(refs, patient=patient) if refs else ():
+
+    def short() -> List[StorageRepository]:
+        found = services.pool.storage_repositories(refs, patient=patient) if refs else ()
+        return [sr for sr in found if sr.physical_size > 0 and 100 * max(
+            0, sr.physical_size - sr.physical_utilisation) < sr.physical_size * least]
+
+    low, made_room = short(), ""
+    if low and services.references is not None and services.references.give_up_on(
+            {sr.uuid for sr in low}, in_use):
+        low = short()
+        made_room = " References there were given up; their space comes back as the SR coalesces."
+    for sr in low[:1]:
         free = max(0, sr.physical_size - sr.physical_utilisation)
-        if sr.physical_size > 0 and free * 100 < sr.physical_size * least:
-            raise BackupError(
-                f"{consequence}: SR {quote_name(sr.name)} has only {format_size(free)} of "
-                f"{format_size(sr.physical_size)} free, less than min_sr_free={least} %, and a snapshot on a "
-                "full SR stops VMs. Free space on it.")
+        raise BackupError(
+            f"{consequence}: SR {quote_name(sr.name)} has only {format_size(free)} of "
+            f"{format_size(sr.physical_size)} free, less than min_sr_free={least} %, and a snapshot on a "
+            f"full SR stops VMs. Free space on it.{made_room}")
 
 
 def shown_progress(services: Services, doing: str, size_bytes: int) -> Callable[[Progress], None]:
@@ -9458,6 +10280,7 @@ class BackupRun:
         self.exporter = exporter
         self.placement = Placement(run.services.catalog, run.inventory)
         self.clock_went_back = False
+        self.read_against = set()          # type: Set[str]     # VMs that were, or are, read by difference
         self._services = run.services
         self._plan = plan
         run.outcomes = [untried(job) for job in plan.jobs]
@@ -9479,6 +10302,7 @@ class BackupRun:
         tell(self._dropped())
         self.run.in_store("looking for the directories", lambda: self.placement.claim_all(
             job.machine for _, job in jobs), FOR_EVER_S)
+        tell(self._clear_references())
         tell(self._check_retention())
         tell(self.run.in_store("looking for increments that were moved", lambda: list(self._moved()),
                                FOR_EVER_S))
@@ -9543,6 +10367,54 @@ class BackupRun:
                 catalog.remove_unfinished(folder.name, name)
             except CatalogError as error:
                 yield self.left(error)
+
+    def _clear_references(self) -> Iterator[Finding]:
+        """What ledgers tell to be leaving is gone, and the references that nobody keeps any more; what can't
+        be used of ledgers, and is named as a reference without one, is told."""
+        run, services, references = self.run, self._services, self._services.references
+        try:
+            ledgers, problems = references.ledgers()
+        except CatalogError as error:
+            self.run.note(error)
+            yield Finding(Severity.WARNING, services.settings.backup_dir, f"{error} No reference is used, or "
+                          "removed.")
+            return
+        yield from (Finding(Severity.WARNING, services.settings.backup_dir, str(one)) for one in problems)
+        path, now = services.settings.path, services.clock.utc()
+        jobs = jobs_with_references(services.settings.of_file, run.inventory)
+        for ledger in ledgers:
+            if not is_of_store(ledger, references.identity):
+                for uuid in references.standing(ledger):
+                    command = removal_command("VM" if ledger.kind == Method.VM.value else "VDI", uuid)
+                    yield Finding(Severity.WARNING, ledger.title, f"the ledger of its reference {uuid} came "
+                                  "here from another store, or this one was moved, so it is left alone. If "
+                                  f"no other store uses it, it can go: {command}")
+                continue
+            # what another host has lately kept may be in a file that only that host has
+            is_there = is_config_there(ledger.config) or ledger.current is not None \
+                and ledger.host != run.inventory.host.short_name \
+                and (now - parse_utc(ledger.current.at)).total_seconds() < HOST_PLAN_LIFE_S
+            why = why_reference_goes(ledger, path, jobs, is_there, now)
+            if not why and not ledger.leaving:
+                continue
+            try:
+                with references.held(ledger) as current:
+                    if current is not None:            # else another run is busy there
+                        run.check_alive()
+                        references.give_up(current, why) if why else references.let_go(current)
+            except CatalogError as error:
+                yield self.left(error)
+
+        def stamps(uuid: str) -> Set[str]:
+            return {copy.stamp for machine in (job.machine for job in self._plan.jobs)
+                    if uuid == machine.uuid or uuid in (disk.vdi_uuid for disk in machine.disks)
+                    for copy in self.placement.folder(self.placement.folder_name(machine)).copies}
+
+        try:
+            for name, sentence in references.strays(run.inventory, stamps):
+                yield Finding(Severity.WARNING, quote_name(name), sentence)
+        except CatalogError as error:                  # of that VM its own job tells more
+            yield self.left(error)
 
     # --- the jobs ---------------------------------------------------------------------
 
@@ -9664,6 +10536,18 @@ class BackupRun:
                                     "kept.")
 
 
+AUDIT_FAIL = "AUDIT-FAIL"
+DISTRUST = "its audit found that a difference left out what had changed; forget-references lets " \
+    "differences be used again"
+
+
+class Made(NamedTuple):
+    """A new copy, sealed; and what its audit has found of those before it, in sentences, "" if nothing."""
+    name: str
+    size_bytes: int
+    lie: str
+
+
 class BackupJob:
     """One copy more of one VM, from its directory's lock to retention. It knows nothing of the jobs before
     and behind it."""
@@ -9675,6 +10559,7 @@ class BackupJob:
         self._job = job
         self._findings = []                # type: List[Finding]
         self._said = ""                    # what the copy is in its chain
+        self._lie = ""                     # what its audit has found of those before, in sentences
 
     def outcome(self) -> Outcome:
         """What became of it; if it failed, nothing of it is left."""
@@ -9689,10 +10574,18 @@ class BackupJob:
             self._services.log.bug(bug, self._job.machine.title + ": ")
             outcome = outcome._replace(error=BUG_TEXT, status_word="BUG", cause=bug)
         except Interrupted:
+            self._tell_lie()
             self._run.tell(self._findings)             # nobody comes to the outcome any more
             raise
+        if outcome.status_word != AUDIT_FAIL:
+            self._tell_lie()               # the copy with which it would be told did not come about
         return outcome._replace(seconds=self._services.clock.monotonic() - began_s,
                                 findings=tuple(self._findings))
+
+    def _tell_lie(self) -> None:
+        """What an audit has found is told, also where nothing else came of it."""
+        if self._lie:
+            self._findings.append(Finding(Severity.ERROR, self._job.machine.title, self._lie))
 
     def _done(self) -> Outcome:
         """The outcome of a copy that is sealed, older ones pruned."""
@@ -9706,12 +10599,16 @@ class BackupJob:
             if self._services.settings.pre_clean:
                 self._prune(folder, job.rules._replace(newest=job.rules.newest - 1), "to make room")
             try:
-                sealed, size_bytes = self._make_copy(folder)
+                made = self._make_copy(folder)
             except BaseLost as error:
                 self._services.log.info(f"{job.machine.title}: {error} It is made again, as a full.")
-                sealed, size_bytes = self._make_copy(folder, str(error).rstrip("."))
-            outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes,
+                self._backup.read_against.discard(job.machine.uuid)
+                made = self._make_copy(folder, str(error).rstrip("."))
+            sealed = made.name
+            outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=made.size_bytes,
                                             said=self._said)
+            if made.lie:
+                return outcome._replace(error=made.lie, status_word=AUDIT_FAIL, cause=BackupError(made.lie))
             try:                                   # whatever comes now, the new copy is sealed
                 return outcome._replace(kept=self._retain(folder.name, sealed))
             except VerificationError as error:
@@ -9759,9 +10656,9 @@ class BackupJob:
 
     # --- the copy -----------------------------------------------------------------------
 
-    def _make_copy(self, folder: Folder, lost: str = "") -> Tuple[str, int]:
-        """The name and size of a new sealed copy in that directory. BaseLost if what an increment was to rest
-        on is no longer what it was; `lost`: why that was so, for the full that is made in its place."""
+    def _make_copy(self, folder: Folder, lost: str = "") -> Made:
+        """A new sealed copy in that directory. BaseLost if what an increment was to rest on is no longer what
+        it was; `lost`: why that was so, for the full that is made in its place."""
         run, services, exporter = self._run, self._services, self._backup.exporter
         taken_at = services.clock.utc()
         machine = self._read_again()
@@ -9775,59 +10672,78 @@ class BackupJob:
                                          self._backup.placement.own_view(folder, machine))
         keys = {disk.userdevice: block_key(name)
                 for name, disk in zip(disk_folders(machine.disks), machine.disks)}
-        base = None                        # type: Optional[Holder]
+        chain, lie = None, ""              # type: Optional[Chain], str
         with stage("DIR-FAIL"):
             copy = run.in_store("beginning the copy", lambda: services.catalog.new_copy(
                 folder.name, services.clock.local()))
         try:
-            layer, base = self._next_layer(folder, machine, disks, lost)
-            chain, self._said = Chain(copy.name, keys, base) if layer else None, layer_words(layer)[2:]
-            services.log.info(f"{machine.title}: {self._job.method.value} into {folder.name}/{copy.name}"
-                              f"{layer_words(layer)}")
-            with stage("METADATA-FAIL"):
-                metadata = exporter.metadata(machine)
-                run.in_store("writing the metadata", lambda: copy.write(VM_METADATA, metadata))
-                interfaces, os_version = services.pool.interfaces(machine), services.pool.os_version(machine)
-                # what the pool's records lack; the plan has told of what was so by then
-                for problem in machine.problems + tuple(vif.problem for vif in interfaces if vif.problem):
-                    if problem not in self._job.machine.problems:
-                        self._warn(problem)
-                files = metadata_files(machine, machine.disks, interfaces, os_version, left_out)
-                # the sizes are those of the snapshot
-                run.in_store("writing the metadata", lambda: copy.write_texts(
-                    (name, text) for name, text in files if not name.endswith(VDI_CFG)))
-            report, measured = self._export(machine, disks, left_out, copy, chain)
-            images, blocks = report.images, report.blocks
-            size_bytes = sum(image["size"] for image in images)
-            with stage("SEAL-FAIL"):
-                files = metadata_files(machine, measured, interfaces, os_version)
-                copy.sums.update({image["name"]: (image["size"], image["sha256"]) for image in images})
-                copy.sums[BLOCKS] = blocks.size, blocks.hexdigest()
-                manifest = self._manifest(machine, left_out, report, taken_at, folder)
+            with contextlib.ExitStack() as held:      # the snapshot, and what is open of the copy before
+                layer, base = self._next_layer(folder, machine, disks, lost)
+                if base is not None:
+                    held.callback(base.inside.close)
                 if layer is not None:
-                    manifest.update(format=MANIFEST_FORMAT, layer=layer_facts(layer, copy.name, base, report))
-                if base is not None:
-                    del manifest["image"]
-                    manifest["images"] = images
-                    run.in_store("writing the metadata", lambda: self._write_texts_of_layer(
-                        copy, base, report, manifest, machine, interfaces))
-                run.in_store("writing the metadata", lambda: copy.write_texts(
-                    (name, text) for name, text in files if name.endswith(VDI_CFG)))
-                run.in_store("finishing the copy", lambda: copy.finish(manifest))
-                for image in images if services.settings.verify_after else ():
-                    services.log.info(f"{machine.title}: reading {image['name']} back from storage.")
-                    digest = stored_digest(services, copy.inside, image["name"])
-                    if (digest.total_bytes, digest.hexdigest()) != (image["size"], image["sha256"]):
-                        raise StorageMisbehaved(
-                            f"the storage gives back other bytes than were written to {image['name']}: the "
-                            "copy was not kept, and nothing is pruned. Check the share or disk.")
-                if base is not None:
-                    now = run.in_store(f"listing {folder.name}", lambda: services.catalog.folder(folder.name))
-                    problem = holder_problem(base.copy, now.copies, layer_of(manifest).holders)
-                    if problem:
-                        raise BaseLost(f"the increment was not sealed, as {problem}.")
-                run.in_store("sealing the copy", lambda: (
-                    run.check_alive(), services.catalog.check_in_place(), copy.seal()))
+                    chain = self._with_reference(Chain(copy.name, keys, base), folder, machine, held)
+                self._said = layer_words(layer)[2:]
+                services.log.info(f"{machine.title}: {self._job.method.value} into {folder.name}/{copy.name}"
+                                  f"{layer_words(layer)}")
+                with stage("METADATA-FAIL"):
+                    metadata = exporter.metadata(machine)
+                    run.in_store("writing the metadata", lambda: copy.write(VM_METADATA, metadata))
+                    interfaces = services.pool.interfaces(machine)
+                    os_version = services.pool.os_version(machine)
+                    # what the pool's records lack; the plan has told of what was so by then
+                    for problem in machine.problems + tuple(vif.problem for vif in interfaces if vif.problem):
+                        if problem not in self._job.machine.problems:
+                            self._warn(problem)
+                    files = metadata_files(machine, machine.disks, interfaces, os_version, left_out)
+                    # the sizes are those of the snapshot
+                    run.in_store("writing the metadata", lambda: copy.write_texts(
+                        (name, text) for name, text in files if not name.endswith(VDI_CFG)))
+                with contextlib.ExitStack() as snapshot:
+                    report, measured, reference = self._export(machine, disks, left_out, copy, chain,
+                                                               metadata, snapshot)
+                    if reference is not None:
+                        held.push(snapshot.pop_all())      # it goes when the copy does not come about
+                images, blocks = report.images, report.blocks
+                size_bytes = sum(image["size"] for image in images)
+                with stage("SEAL-FAIL"):
+                    files = metadata_files(machine, measured, interfaces, os_version)
+                    copy.sums.update({image["name"]: (image["size"], image["sha256"]) for image in images})
+                    copy.sums[BLOCKS] = blocks.size, blocks.hexdigest()
+                    manifest = self._manifest(machine, left_out, report, taken_at, folder)
+                    if layer is not None:
+                        manifest.update(format=MANIFEST_FORMAT,
+                                        layer=layer_facts(layer, copy.name, base, report))
+                    if report.audit:
+                        lie = self._audited(folder, copy.name, report.audit, manifest)
+                    if base is not None:
+                        del manifest["image"]
+                        manifest["images"] = images
+                        run.in_store("writing the metadata", lambda: self._write_texts_of_layer(
+                            copy, base, report, manifest, machine, interfaces))
+                    run.in_store("writing the metadata", lambda: copy.write_texts(
+                        (name, text) for name, text in files if name.endswith(VDI_CFG)))
+                    run.in_store("finishing the copy", lambda: copy.finish(manifest))
+                    for image in images if services.settings.verify_after else ():
+                        services.log.info(f"{machine.title}: reading {image['name']} back from storage.")
+                        digest = stored_digest(services, copy.inside, image["name"])
+                        if (digest.total_bytes, digest.hexdigest()) != (image["size"], image["sha256"]):
+                            raise StorageMisbehaved(
+                                f"the storage gives back other bytes than were written to {image['name']}: "
+                                "the copy was not kept, and nothing is pruned. Check the share or disk.")
+                    if base is not None:
+                        now = run.in_store(f"listing {folder.name}",
+                                           lambda: services.catalog.folder(folder.name))
+                        problem = holder_problem(base.copy, now.copies, layer_of(manifest).holders)
+                        if problem:
+                            raise BaseLost(f"the increment was not sealed, as {problem}.")
+                    run.in_store("sealing the copy", lambda: (
+                        run.check_alive(), services.catalog.check_in_place(), copy.seal()))
+                self._tell_reading(report, folder, machine)
+                if lie:
+                    self._give_up_reference(folder)
+                elif reference is not None:
+                    self._keep(reference, folder)
         except BaseException as error:
             # whatever ended it: what was written goes, unless the storage is what failed
             run.note(error)
@@ -9836,11 +10752,9 @@ class BackupJob:
             raise
         finally:
             copy.close()
-            if base is not None:
-                base.inside.close()
         services.log.info(f"{machine.title}: {folder.name}/{copy.name} is complete: "
                           f"{format_size(size_bytes)}, proven {proof_text(report.verified)}.")
-        return copy.name, size_bytes
+        return Made(copy.name, size_bytes, lie)
 
     def _next_layer(self, folder: Folder, machine: VirtualMachine, disks: Sequence[Disk],
                     lost: str) -> Tuple[Optional[NextLayer], Optional[Holder]]:
@@ -9906,8 +10820,10 @@ class BackupJob:
         return machine
 
     def _export(self, machine: VirtualMachine, disks: Sequence[Disk], left_out: Iterable[Disk],
-                copy: NewCopy, chain: Optional[Chain]) -> Tuple[ImageReport, List[Disk]]:
-        """The image of these disks, and all of the VM's with the sizes that their snapshots have."""
+                copy: NewCopy, chain: Optional[Chain], metadata: bytes,
+                held: contextlib.ExitStack) -> Tuple[ImageReport, List[Disk], Optional[Reference]]:
+        """The image of these disks, and all of the VM's with the sizes that their snapshots have; and the
+        snapshot, which goes with the stack, as the reference that it is to become, None if it is not."""
         exporter, snapshots, base = self._backup.exporter, self._run.snapshots, safe_name(machine.name)
         snapshots.check_none_left(machine)
         method, knows_ignored = self._job.method, self._run.inventory.master.build >= OLDEST_IGNORED_DISKS
@@ -9916,8 +10832,10 @@ class BackupJob:
             check_sr_space(self._services, touched, f"no snapshot of {machine.title} was made")
             if method is Method.VM:
                 label = f"{machine.name} (backup {parse_copy_name(copy.name)[0]:%Y-%m-%d %H:%M:%S})"
-                with snapshots.of_vm(machine, label, left_out, knows_ignored) as snapshot, \
-                        stage("VM-EXPORT-FAIL"):
+                snapshot = self._with_room(touched, lambda: held.enter_context(
+                    snapshots.of_vm(machine, label, left_out, knows_ignored)))
+                uuid, name, exported = snapshot.uuid, machine.name, snapshot.disks
+                with stage("VM-EXPORT-FAIL"):
                     there, wanted = ({disk.userdevice for disk in some} for some in (snapshot.disks, disks))
                     odd = [disk for disk in disks if disk.userdevice not in there] + [
                         disk for disk in left_out if disk.userdevice in there - wanted]
@@ -9925,14 +10843,177 @@ class BackupJob:
                         raise BackupError(
                             f"{machine.title}: {disk_list(odd)} was detached or exchanged while the snapshot "
                             "was made, so nothing was exported.", passing=True)
-                    image = exporter.vm_image(snapshot, machine, copy.inside, base, chain)
+                    image = exporter.vm_image(snapshot, machine, copy.inside, base,
+                                              self._against_pool(chain, exported), metadata)
                     sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
             else:
-                with snapshots.of_disk(machine, disks[0]) as snapshot, stage("VDI-EXPORT-FAIL"):
-                    image = exporter.disk_image(snapshot, machine, copy.inside, base, chain)
-                    sizes = {disks[0].vdi_ref: snapshot.virtual_size}
+                exported = (self._with_room(disks[:1], lambda: held.enter_context(
+                    snapshots.of_disk(machine, disks[0]))),)
+                uuid, name = exported[0].vdi_uuid, f"{machine.name} {disks[0].device}"
+                with stage("VDI-EXPORT-FAIL"):
+                    image = exporter.disk_image(exported[0], machine, copy.inside, base,
+                                                self._against_pool(chain, exported))
+                    sizes = {disks[0].vdi_ref: exported[0].virtual_size}
+        reference, references = None, self._services.references
+        if chain is not None and self._services.settings.keep_reference and references.can_keep \
+                and exported and all(disk.virtual_size <= VHD_LARGEST_BYTES for disk in exported):
+            reference = Reference(
+                uuid, references.label(name, copy.name), copy.name, image.blocks.hexdigest(),
+                format_utc(self._services.clock.utc()), {
+                    chain.key(disk): {"uuid": disk.vdi_uuid, "size": disk.virtual_size, "sr": disk.sr_uuid}
+                    for disk in exported})
         return image, [disk._replace(virtual_size=sizes.get(disk.vdi_ref, disk.virtual_size))
-                       for disk in machine.disks]
+                       for disk in machine.disks], reference
+
+    # --- the reference ------------------------------------------------------------------
+
+    def _with_room(self, disks: Sequence[Disk], snapshot: Callable[[], Any]) -> Any:
+        """The snapshot; where its SR is full the references there are given up, and the VM is tried again."""
+        try:
+            return snapshot()
+        except ApiFailure as failure:
+            if failure.code == SR_IS_FULL and self._services.references.give_up_on(
+                    {disk.sr_uuid for disk in disks}):
+                raise BackupError(f"{failure} The references on it were given up.", passing=True)
+            raise
+
+    def _with_reference(self, chain: Chain, folder: Folder, machine: VirtualMachine,
+                        held: contextlib.ExitStack) -> Chain:
+        """The chain with the VM's reference, if by what the store tells the disks can be read against it."""
+        services, references, method = self._services, self._services.references, self._job.method
+        if not services.settings.keep_reference:
+            return chain
+        if not references.can_keep:
+            return chain._replace(why="this store can't be told from one that it may be a copy of")
+        if any(disk.virtual_size > VHD_LARGEST_BYTES for disk in machine.disks):
+            return chain._replace(why="it has a disk that is larger than a VHD can be")
+        try:
+            ledger = references.ledger(machine.uuid, method.value)
+        except BadLedger:                              # told when the run began
+            return chain._replace(why="the ledger of its reference can't be used")
+        copies = self._backup.placement.own_view(folder, machine)
+        good = [copy for copy in copies if copy.is_of(machine.uuid, method) and copy.is_good]
+        why, last = reference_problem(ledger, references.identity, good[-1] if good else None), chain.base
+        try:
+            if not why and last is None:
+                last = self._run.in_store("reading the copy before", lambda: proven_base(services, good[-1]))
+                held.callback(last.inside.close)
+            if not why and last.manifest["files"][BLOCKS]["sha256"] != ledger.current.blocks:
+                why = "the reference is not the state of the newest good copy"
+        except StorageMisbehaved:
+            raise
+        except (CatalogError, VerificationError):
+            why = "the list of blocks of the newest good copy can't be used"
+        if why and ledger is not None and why == ledger.distrust:
+            self._warn(f"all of it is read, as {why}. Copies of before may be {SUSPECT}: `list` tells.")
+        return chain._replace(why=why) if why else chain._replace(reference=ledger.current, last=last)
+
+    def _against_pool(self, chain: Optional[Chain], disks: Sequence[Disk]) -> Optional[Chain]:
+        """The chain with the disks of the reference against which these of the snapshot can be read; without
+        it, if one of them can't: then all is read, and why. The pool's records have to fit the ledger."""
+        uuids, doing = {}, "looking at the reference"      # type: Dict[str, str], str
+        tried, uuid = self._backup.read_against, self._job.machine.uuid
+        if chain is not None and chain.reference is not None and uuid in tried:
+            return chain._replace(reference=None, why="the first try to read against it failed")
+        for disk in disks if chain is not None and chain.reference is not None else ():
+            key, ask = chain.key(disk), self._services.pool.ask_if_there
+            kept, row = chain.reference.disks.get(key), disk_row(chain.last, key, disk.virtual_size)
+            ref = kept and ask(doing, "VDI.get_by_uuid", kept["uuid"])
+            record = ref and ask(doing, "VDI.get_record", ref)
+            why = f"disk {key} is not in the reference" if not kept or row is None else \
+                f"the reference's disk {key} is gone" if not record else \
+                f"the reference's disk {key} is no snapshot any more" if not record["is_a_snapshot"] else \
+                f"the reference's disk {key} is of another type" if record["type"] != disk.vdi_type else \
+                f"the reference's disk {key} lies on another SR" if record["SR"] != disk.sr_ref else \
+                f"the reference's disk {key} has another size" if disk.virtual_size != row["virtual_size"] \
+                or disk.virtual_size != int(record["virtual_size"]) else ""
+            if why:
+                return chain._replace(reference=None, why=why)
+            uuids[key] = kept["uuid"]
+        tried.update([uuid] if uuids else [])
+        return chain and chain._replace(uuids=uuids)
+
+    def _audited(self, folder: Folder, name: str, audit: str, manifest: Dict[str, Any]) -> str:
+        """What the audit says of the copies that were read as differences is on record, before the new copy
+        is there; the sentence about it if one of them is not to be trusted. No difference is, then, until a
+        person says otherwise."""
+        services, machine, references = self._services, self._job.machine, self._services.references
+        catalog, now = services.catalog, format_utc(services.clock.utc())
+        copies = since_whole_reading(self._backup.placement.own_view(folder, machine), machine.uuid,
+                                     self._job.method)
+        manifest["layer"]["audit"] = {"found": audit, "copies": [copy.name for copy in copies]}
+        for copy in copies:
+            facts = {"audit": AGREED, "audit_reason": ""} if audit == AGREED else {
+                "audit": SUSPECT, "audit_reason": audit}
+            self._run.in_store("recording the audit", functools.partial(
+                catalog.record, copy, audited_at=now, **facts))
+        if audit == AGREED:
+            return ""
+        references.put(self._ledger(folder)._replace(distrust=DISTRUST))
+        named = ", ".join(copy.name for copy in copies) or "none"
+        self._lie = (f"the audit of its differences failed: {audit}. The server left out what had changed. "
+                f"{name}, which was read whole, is kept and good. Read as differences before it, and "
+                f"{SUSPECT} from now on: {named}. Restore from other copies. All is read whole from now on, "
+                "until forget-references lets differences be used again; keep_reference=no is safest until "
+                "the server's storage is known to be right.")
+        return self._lie
+
+    def _tell_reading(self, report: ImageReport, folder: Folder, machine: VirtualMachine) -> None:
+        """How the disks were read is told, and what that means."""
+        reading = tuple((row["key"], row["how"], row["why"]) for row in report.disks if "how" in row)
+        if not reading or not self._services.settings.keep_reference:
+            return
+        words, is_whole = reading_words(reading), all(how != DIFFERENCE for _, how, _ in reading)
+        copies = self._backup.placement.own_view(folder, machine)
+        trusted = since_whole_reading(copies, machine.uuid, self._job.method)
+        if report.audit == AGREED:
+            words += f"; audited: {counted(len(trusted), 'copy')} read by difference"
+        elif is_whole and trusted and not report.audit:
+            words += f"; not audited: {counted(len(trusted), 'copy')} read by difference"
+        self._said = f"{self._said}; {words}" if self._said else words
+        self._services.log.info(f"{machine.title}: {words}.")
+        before = [copy.reading for copy in copies if copy.is_of(machine.uuid, self._job.method)]
+        for sentence in repeated_reasons(before + [reading]):
+            self._warn(sentence)
+
+    def _keep(self, reference: Reference, folder: Folder) -> None:
+        """The snapshot stays in the pool as the reference. The copy is sealed: what goes wrong here is told,
+        and costs the next run its reference only."""
+        self._with_ledger("its snapshot could not be kept as the reference", folder,
+                          lambda ledger: self._services.references.keep(ledger, reference))
+
+    def _give_up_reference(self, folder: Folder) -> None:
+        """The reference is gone from the pool; as _keep."""
+        self._with_ledger("its reference could not be removed", folder,
+                          lambda ledger: self._services.references.give_up(ledger, "it is not trusted"))
+
+    def _ledger(self, folder: Folder) -> Ledger:
+        """The VM's ledger, with the facts of this run; a new one where it has none of this store.
+        CatalogError if another store's names what stands in the pool: that is not forgotten for it. That a
+        server's differences are not believed holds whatever the store."""
+        machine, method, references = self._job.machine, self._job.method, self._services.references
+        old = references.ledger(machine.uuid, method.value)
+        new = Ledger(references.identity["store"], references.identity["inode"], references.pool,
+                     self._services.settings.path, self._run.inventory.host.short_name, method.value,
+                     machine.uuid, machine.name, folder.name, distrust=old.distrust if old else "")
+        if old is not None and is_of_store(old, references.identity):
+            return new._replace(current=old.current, leaving=old.leaving)
+        if old is not None and references.standing(old):
+            raise CatalogError("the ledger of another store, or of this one before it was moved, names a "
+                               "reference that stands in the pool: no other is kept beside it.")
+        return new
+
+    def _with_ledger(self, problem: str, folder: Folder, work: Callable[[Ledger], Any]) -> None:
+        """The work is done on the VM's ledger, a new one where it has none of this store; or told."""
+        try:
+            with self._services.signals.shielded():
+                self._run.check_alive()
+                work(self._ledger(folder))
+        except TakenOver:
+            raise
+        except BackupError as error:
+            self._run.note(error)
+            self._warn(f"{problem}: {error}")
 
     def _manifest(self, machine: VirtualMachine, left_out: Mapping[Disk, str], report: ImageReport,
                   taken_at: datetime, folder: Folder) -> Dict[str, Any]:
@@ -10181,6 +11262,21 @@ def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
 DROPPED_TOLD_S = 7 * DAY_S - 12 * HOUR_S   # 7 nights, also where one begins a little earlier
 PLAN_LIFE_S = 35 * DAY_S
 HOST_PLAN_LIFE_S = 8 * DAY_S       # a weekly run's plan is not old before the next
+
+
+def jobs_with_references(settings: Optional[Configuration],
+                         inventory: Inventory) -> Optional[Set[Tuple[str, str]]]:
+    """The (uuid, kind) of all VMs of which a config file keeps references; None if it can't be told."""
+    if settings is None:
+        return None
+    plan = make_plan(settings, inventory)
+    return {(job.machine.uuid, job.method.value) for job in plan.jobs} if settings.keep_reference else set()
+
+
+def is_config_there(path: str) -> bool:
+    """Is the config file there, or can't that be told: its directory is away, or it was no file?"""
+    return not path.startswith("/") or os.path.exists(fs_path(path)) \
+        or not os.path.isdir(fs_path(os.path.dirname(path)))
 
 
 def dropped_vms(services: Services, inventory: Inventory,
@@ -10487,19 +11583,20 @@ def verify_chosen(run: Run) -> None:
     most_s = arguments.parameters["max_time"] * MINUTE_S or FOR_EVER_S
     if most_s != FOR_EVER_S:
         copies.sort(key=lambda copy: copy.checked("verified_at") or "")
-    began_s, states, untold = clock.monotonic(), [], True
-    layers = {}                            # type: LayerStates
+    began_s, untold = clock.monotonic(), True
+    words, layers = [], {}                 # type: List[str], LayerStates
     for copy in copies:
         services.signals.check()
-        if states and clock.monotonic() - began_s >= most_s:
+        if words and clock.monotonic() - began_s >= most_s:
             break
         verdict = verify_copy(services, copy, layers)
-        state, title = verdict.state, f"{copy.folder}/{copy.name}"
-        states.append(state)
-        log.show(f"{state.value:14} {title}: {verdict.reason}")
-        is_fine = state in (CopyState.GOOD, CopyState.UNPROVEN, CopyState.GONE)
-        run.outcomes.append(Outcome("verify", copy.uuid, copy.vm_name, title,
-                                    None if is_fine else verdict.reason))
+        state, title, reason = verdict.state, f"{copy.folder}/{copy.name}", verdict.reason
+        is_fine, word = state in (CopyState.GOOD, CopyState.UNPROVEN, CopyState.GONE), state.value
+        if is_fine and copy.suspicion:     # that its files are whole does not lift it
+            is_fine, word, reason = False, SUSPECT, f"{reason}; but {copy.suspicion}"
+        words.append(word)
+        log.show(f"{word:14} {title}: {reason}")
+        run.outcomes.append(Outcome("verify", copy.uuid, copy.vm_name, title, None if is_fine else reason))
         try:
             if copy.mark and state not in (CopyState.GONE, CopyState.UNREADABLE, CopyState.UNCHECKED):
                 facts = {"layer": None, "bad": None} if copy.layer else {}         # not read, so not known
@@ -10511,9 +11608,10 @@ def verify_chosen(run: Run) -> None:
             if untold:
                 log.info(f"verdicts are not recorded: {error}")
             untold = False
-    counts = ", ".join(f"{states.count(state)} {state.value}" for state in CopyState if state in states)
-    left = len(copies) - len(states)
-    log.show(f"{counted(len(states), 'copy')} verified: {counts}"
+    known = [state.value for state in CopyState] + [SUSPECT]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in known if word in words)
+    left = len(copies) - len(words)
+    log.show(f"{counted(len(words), 'copy')} verified: {counts}"
              f"{'; ' + counted(left, 'copy') + ' left for the next run' if left else ''}.")
 
 
@@ -10932,7 +12030,10 @@ def chosen_source(services: Services) -> Iterator[Tuple[Source, Optional[Catalog
             catalog = open_store(services.settings)
             copy, inside = stack.enter_context(held_copy(
                 services, catalog, lambda: choose_copy(catalog, vm, wanted, services.log)))
-        if copy.trouble and not (given.get("force") and copy.image):
+        is_only_suspect = copy.suspicion == copy.trouble and given.get("from") in (copy.name, copy.stamp)
+        if copy.suspicion and is_only_suspect:         # its files are whole: who names it may have it
+            services.log.warning(f"{inside.shown} is {copy.suspicion}.")
+        elif copy.trouble and not (given.get("force") and copy.image):
             advice = "force=yes takes it all the same." if copy.image else "Choose another with from=."
             raise BackupError(f"{inside.shown} is not a good copy: {copy.trouble}. {advice}")
         source = opened_source(services, copy, inside)
@@ -12707,7 +13808,7 @@ def preview_job(job: Job, excludes: Sequence[DiskExclude], folder: str, verdicts
     if layer is not None:
         lines.append(f"      it will be{layer_words(layer)[1:]}; the next full after it is due in "
                      f"{counted(layer.left, 'copy')}")
-        lines += [f"      {layer.warning}"] if layer.warning else []
+        lines += [f"      {words}" for words in (layer.reading, layer.warning) if words]
     for verdict in verdicts:
         words = "leaves" if verdict not in own else "keeps" if verdict.keep else "then removes"
         lines.append(f"      {words} {verdict.copy.name}: {verdict.text}")
@@ -12739,6 +13840,8 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
         if settings.incremental:
             layer = next_layer(copies, job.machine, job.method, planned_disks(job, settings.exclude_disk)[0],
                                settings.full_every, services.catalog.free_bytes())
+            if settings.keep_reference:
+                layer = layer._replace(reading=foreseen_reading(services, inventory, job, copies, layer))
         views.append((job, folder.name, copies, layer))
     clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies, _ in views)
     futures = {job.machine.uuid: (folder, future_verdicts(
@@ -12746,6 +13849,21 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
                for job, folder, copies, layer in views}
     plan = plan._replace(findings=tuple(findings))
     return plan, preview_text(services.settings, inventory, plan, futures, services.catalog)
+
+
+def foreseen_reading(services: Services, inventory: Inventory, job: Job, copies: Sequence[Copy],
+                     layer: NextLayer) -> str:
+    """How a run will read the disks, in words, as far as the store tells."""
+    good = [copy for copy in copies if copy.is_of(job.machine.uuid, job.method) and copy.is_good]
+    try:
+        ledger = services.catalog.ledger(inventory.pool_uuid, job.machine.uuid, job.method.value)
+        why = reference_problem(ledger, services.catalog.identity(), good[-1] if good else None)
+    except CatalogError as error:
+        why = str(error).rstrip(".")
+    if why:
+        return f"all of it will be read, as {why}"
+    return (f"what differs from the reference of {ledger.current.copy} will be read"
+            + ("" if layer.base else ", and then all of it, to audit that"))
 
 
 def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool,
@@ -12817,6 +13935,8 @@ def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: dateti
             "verified_at": copy.checked("verified_at"), "verdict": verdict_word,
             "drilled_at": copy.checked("drilled_at"), "drill": copy.checked("drill"),
             "layer": copy.layer_words, "increment": copy.is_increment,
+            "reading": [dict(zip(("disk", "how", "why"), row)) for row in copy.reading],
+            "audit": audit_words(copy, stored.copies),
             "base": copy.layer.base if copy.layer else "", "depth": copy.layer.depth if copy.layer else None,
             "holders": sorted(copy.layer.held_by) if copy.layer else [],
             "left_out": list(copy.left_out), "pinned": copy.pin, "kept": verdict.keep,
@@ -12826,7 +13946,33 @@ def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: dateti
             "folder": stored.folder, "uuid": stored.uuid, "pool": stored.pool, "copies": copies,
             "keep": rules[0].newest if rules else None, "rule": why,
             "rules": [dict(one._asdict()) for one in rules],
-            "kind": stored.method.value if stored.method else None}
+            "kind": stored.method.value if stored.method else None,
+            "references": [] if stored.method is None else reference_rows(
+                catalog, stored.pool, stored.uuid, stored.method)}
+
+
+def reference_rows(catalog: Catalog, pool: str, uuid: str, method: Method) -> List[Dict[str, Any]]:
+    """What the ledger of that VM and kind says to be in the pool, as JSON shows it."""
+    try:
+        ledger = catalog.ledger(pool, uuid, method.value)
+    except BadLedger as error:
+        return [{"problem": str(error)}]
+    rows = []                              # type: List[Dict[str, Any]]
+    if ledger and not is_of_store(ledger, catalog.identity()):
+        return [{"problem": "the ledger is another store's, or of this one before it was moved; it is left"}]
+    for one in ledger.references if ledger else ():
+        rows.append(dict(one._asdict(), config=ledger.config, leaving=one in ledger.leaving))
+    if ledger and ledger.distrust:
+        rows.append({"problem": ledger.distrust})
+    return rows
+
+
+def reference_line(row: Mapping[str, Any]) -> str:
+    """A row of reference_rows for people."""
+    if "problem" in row:
+        return f"  reference: {row['problem']}"
+    return (f"  reference in the pool: snapshot {row['uuid']}, the state of {row['copy']}, kept by "
+            f"{one_line(row['config'])}" + (", on its way out" if row["leaving"] else ""))
 
 
 def rows_of_store(services: Services) -> Tuple[Catalog, List[Dict[str, Any]], List[str]]:
@@ -12857,8 +14003,12 @@ def list_text(rows: Sequence[Dict[str, Any]], strangers: Sequence[str]) -> str:
             if copy["left_out"] and row["kind"] == Method.VM.value:
                 disks += f" without {', '.join(copy['left_out'])}"
             kind = f"  {copy['layer']}" if copy["layer"] else ""
+            reading = [(one["disk"], one["how"], one["why"]) for one in copy["reading"]]
+            if is_reading_told(reading):
+                kind += ", " + reading_words(reading) + (f", {copy['audit']}" if copy["audit"] else "")
             lines.append(f"  {copy['name']}  {format_duration(copy['age_s'])} old  "
                          f"{format_size(copy['size'])}{disks}{kind}  {state}  {checked}  {copy['fate']}")
+        lines += map(reference_line, row["references"])
     return "\n".join(lines + [f"not ours, left alone: {one_line(stranger)}" for stranger in strangers])
 
 
@@ -12881,8 +14031,14 @@ def load_configuration(arguments: Arguments) -> Configuration:
         name, value = selector_of(arguments.target)
         settings.insert(0, Setting(name, value.strip(), "command line"))
     try:
-        return parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work,
-                                   config_path(arguments))
+        path = config_path(arguments)
+        found = parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work,
+                                    path)
+        if settings and found.of_file:
+            found.of_file = None
+            with contextlib.suppress(ConfigurationError):      # alone it may lack something
+                found.of_file = parse_configuration(file_settings, (), source, problems, False, path)
+        return found
     except ConfigurationError as error:
         # who opens a backup_dir that is not there tells that; beside other problems it is told with them
         own = [setting for setting in settings + file_settings if setting.name == "backup_dir"]
@@ -13040,6 +14196,45 @@ def copy_to_pin(services: Services) -> Tuple[Catalog, Copy]:
     return catalog, choose_copy(catalog, vm, stamp, services.log)
 
 
+def command_forget_references(run: Run) -> None:
+    """What keep_reference has left in the pool, of the VM that the words name or of all, is gone, and what an
+    audit held against differences is forgotten."""
+    services, vm = run.services, run.services.arguments.vm
+    services = services._replace(catalog=run.in_store("opening the store", lambda: open_catalog(
+        services.settings, services.log)))
+    with connected(services) as (services, inventory):
+        run.begin(services, inventory)
+        for problem in run.sweep():
+            services.log.info(f"{problem} It is left.")
+        references = run.services.references
+        ledgers, problems = run.in_store("reading the ledgers",
+                                         lambda: services.catalog.ledgers(references.pool))
+        run.tell(Finding(Severity.ERROR, services.catalog.path, str(one)) for one in problems)
+        chosen = [ledger for ledger in ledgers if not vm or vm == ledger.vm_name
+                  or ledger.vm == vm[len("uuid:"):].lower() and vm.startswith("uuid:")]
+        if vm and not chosen and not problems:         # one that can't be read may be the VM's
+            raise UsageError(f"no reference of {quote_name(vm)} is on record in {services.catalog.path}.")
+        for ledger in chosen:
+            services.signals.check()
+            is_gone = False
+            if not is_of_store(ledger, references.identity):
+                run.tell([Finding(Severity.WARNING, ledger.title, "the ledger of its reference came here "
+                                  "from another store, and is left alone.")])
+                continue
+            tries = services.signals.until(services.settings.lock_wait * MINUTE_S)
+            with references.held(ledger, tries=tries) as now:
+                if now is not None:
+                    run.check_alive()
+                    is_gone = references.give_up(now._replace(distrust=""), "forget-references was asked for")
+            told = "no reference of it is in the pool any more" if is_gone else \
+                "its reference could not be removed" if now else "another run is busy with it"
+            run.outcomes.append(Outcome("forget-references", ledger.vm, ledger.vm_name, ledger.title,
+                                        None if is_gone else told + "."))
+            services.log.show(f"{ledger.title}: {told}.")
+        if not ledgers and not problems:
+            services.log.show("No reference is on record.")
+
+
 # --- restore, extract and drill ---------------------------------------------------------------------
 
 
@@ -13107,7 +14302,7 @@ def command_drill(run: Run) -> None:
 COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify,
             "list": command_list, "prune": command_prune, "test-mail": command_test_mail,
             "restore": command_restore, "extract": command_extract, "drill": command_drill,
-            "pin": command_pin, "unpin": command_unpin}
+            "pin": command_pin, "unpin": command_unpin, "forget-references": command_forget_references}
 
 
 # =============================================================================

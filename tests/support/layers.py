@@ -57,10 +57,10 @@ class Nights:
         found = {device_of(number): self.pool.read(disk['uuid']) for number, disk in disks_of(self.pool, self.name).items()}
         return found if self.kind == 'vm-export' else {'xvda': found['xvda']}
 
-    def night(self, *lines: str, exit_status: int = 0) -> str:
-        """The name of the copy that a backup made with these lines besides."""
+    def night(self, *lines: str, exit_status: int = 0, **how: Any) -> str:
+        """The name of the copy that a backup made with these lines besides; `how`: as deeds.backup has it."""
         before, held = self.copies(), self.disks()
-        self.run = backup(self.pool, self.shelf, *(self.lines + lines))
+        self.run = backup(self.pool, self.shelf, *(self.lines + lines), **how)
         assert self.run.exit_status == exit_status, self.run
         copy, = [name for name in self.copies() if name not in before]
         self.held[copy] = held
@@ -112,7 +112,8 @@ class Nights:
 
     def restored_problem(self, copy: str) -> str:
         """Why `restore` of that copy does not give what the disks held; "" if it does."""
-        name = 'back%d' % len(self.pool.dump()['VM'])
+        names = {one['name_label'] for one in self.pool.dump()['VM'].values()}
+        name = next(name for name in map('back%d'.__mod__, range(1, 100)) if name not in names)
         run = restore(self.pool, self.shelf, self.called, 'from=' + copy[len('backup-'):], 'to=' + name, lines=self.lines)
         if run.exit_status != 0:
             return 'restore ended with %d: %s' % (run.exit_status, run.output)

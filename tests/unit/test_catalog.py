@@ -419,6 +419,7 @@ CALLED = dict(token='00', vm_uuid=US_UUID, vm_name='web', called_at='2016-04-14T
 ENTRIES = [
     dict(CALLED, kind='vm-snapshot', name='web (backup) vmbackup-00', uuid=US_UUID, disks=[US_UUID], answer='lost', drives=[US_UUID]),
     dict(CALLED, kind='vdi-snapshot', disk=US_UUID, known=[US_UUID], calling_at='2016-04-14T00:10:00Z', answer='lost'),
+    dict(CALLED, kind='reference', of='vdi-export', uuid=US_UUID, disks=[US_UUID]),
     dict(CALLED, kind='restore', names=['web 00'], tasks=['OpaqueRef:1'], uuids=[US_UUID], disks=[US_UUID], restored=True),
     dict(CALLED, kind='drill', names=['web 00'], tasks=['OpaqueRef:1'], uuids=[US_UUID], disks=[US_UUID])]
 
@@ -442,13 +443,13 @@ class ForgetfulPool:
         return self.ask(doing, class_name + '.get_all_records')
 
 
-def swept(folder, journal, is_away):
+def swept(catalog, journal, is_away):
     """What a sweep of that journal says."""
     said = []
     log = VmBackup.Log(VmBackup.Clock())
     log.info = log.warning = said.append
     journal.limit_s = 1.0
-    snapshots = VmBackup.Snapshots(services(log=log, pool=ForgetfulPool(is_away), journal=journal))
+    snapshots = VmBackup.Snapshots(services(log=log, pool=ForgetfulPool(is_away), journal=journal, catalog=catalog))
     snapshots.sweep([journal])
     return said + [finding.sentence for finding in snapshots.findings]
 
@@ -465,7 +466,7 @@ def test_an_entry_of_a_journal_that_lacks_a_fact_is_left_or_removed_and_never_a_
         journal.append(dict(facts, entry=number))
     journal.leave()
     journal = RunJournal.of_dead_run(folder, 'x.run')
-    said = swept(folder, journal, is_away)
+    said = swept(Catalog(str(tmp_path)), journal, is_away)
     assert len(journal.entries) == len(cases) and len(said) >= len(journal.open_entries())
     assert not any('entry 1 is not one' in sentence for sentence in said)
     assert is_away or not journal.entries[0].is_open

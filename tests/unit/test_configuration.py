@@ -34,7 +34,8 @@ NUMBERS = ('int', 'percent')
 
 
 def value_of(option, text):
-    return getattr(configured('vm-export="web"\n%s=%s\n' % (option.name, text)), option.field)
+    needed = 'incremental=yes\n' if option.name == 'keep_reference' else ''
+    return getattr(configured('vm-export="web"\n%s%s=%s\n' % (needed, option.name, text)), option.field)
 
 
 @pytest.mark.parametrize('option', [option for option in SCALARS if option.kind in GOOD], ids=lambda option: option.name)
