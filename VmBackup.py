@@ -9110,10 +9110,13 @@ class References:
             if is_of_store(ledger, self.identity) and ledger.current is not None \
                     and ledger.current.uuid != in_use \
                     and any(disk["sr"] in srs for disk in ledger.current.disks.values()):
-                with self.held(ledger) as now:
-                    if now is not None and now.current == ledger.current:
-                        found |= self.give_up(now, "its SR is short of space, which comes back as the SR "
-                                              "coalesces, perhaps only by the next night")
+                try:
+                    with self.held(ledger) as now:
+                        if now is not None and now.current == ledger.current:
+                            found |= self.give_up(now, "its SR is short of space, which comes back as the SR "
+                                                  "coalesces, perhaps only by the next night")
+                except CatalogError as error:          # it is another VM's: this one goes on
+                    self._services.log.info(f"{ledger.title}: its reference stays: {error}")
         return found
 
     @contextlib.contextmanager
@@ -12030,7 +12033,7 @@ def chosen_source(services: Services) -> Iterator[Tuple[Source, Optional[Catalog
             catalog = open_store(services.settings)
             copy, inside = stack.enter_context(held_copy(
                 services, catalog, lambda: choose_copy(catalog, vm, wanted, services.log)))
-        is_only_suspect = copy.suspicion == copy.trouble and given.get("from") in (copy.name, copy.stamp)
+        is_only_suspect = copy.suspicion == copy.trouble and given.get("from", "latest") != "latest"
         if copy.suspicion and is_only_suspect:         # its files are whole: who names it may have it
             services.log.warning(f"{inside.shown} is {copy.suspicion}.")
         elif copy.trouble and not (given.get("force") and copy.image):
@@ -12121,6 +12124,10 @@ def copy_at_path(path: str) -> Tuple[str, Copy]:
             written_at = datetime.fromtimestamp(int(status_of(inside.fd).st_mtime))
             copy = read_copy(parent, folder, name, *(parse_copy_name(name) or (written_at, True)))
             copy = resting(copy, functools.partial(copy_beside, parent, folder), lambda *_: True)
+            if copy.is_by_difference:      # the audit that found something of it is a later copy's
+                beside = [copy_beside(parent, folder, other) for other in parent.names()
+                          if parse_copy_name(other)]
+                copy = with_accusations([copy, *filter(None, beside)])[0]
             if is_directory or copy.is_newer or copy.image == image and (
                     not copy.is_old or parse_copy_name(name)):
                 return place, copy

@@ -28,6 +28,11 @@ VM, VDI = 'vm-export=web', 'vdi-export=web'
 #: What else is in the pool: another VM, and a second SR.
 BESIDE = [vm('www', disks=[disk(size=MEBIBYTE, used=1, seed=8)])]
 SRS = [{'name_label': 'fast', 'type': 'nfs'}, {'name_label': 'slow', 'type': 'nfs'}]
+BOTH = (VM, 'vm-export=www')
+#: An SR of 100 MiB on which web and www need 6, and another VM takes the rest.
+SMALL = dict(srs=[{'name_label': 'small', 'type': 'nfs', 'size': 100 * MEBIBYTE}],
+             beside=[vm('www', disks=[disk(size=4 * MEBIBYTE, used=3, seed=7)]), vm('theirs', disks=[disk(size=90 * MEBIBYTE, used=0)])])
+OTHERS = ('vm-export=www', 'exclude=web')       # a config, or what has become of one, that does not select web
 
 
 class Given(NamedTuple):
@@ -220,6 +225,16 @@ def test_a_run_may_die_between_all_steps_of_the_store_in_the_order(kept: Any, st
     assert nights.is_right()
 
 
+def test_what_is_leaving_goes_with_the_run_of_another_config_too(kept: Any, steps_of_a_night: List[str]) -> None:
+    nights = kept()
+    nights.write(2)
+    dies_before(nights, *STEPS['between the close and the destruction'][:2], steps_of_a_night)
+    current, (leaving,) = nights.reference, nights.ledger['leaving']
+    assert set(uuids_of(leaving)) <= {record['uuid'] for record in nights.pool.dump()['VDI'].values()} | {leaving['uuid']}
+    Kept(nights.pool, nights.shelf, config='other.cfg').run_of(*OTHERS)
+    assert nights.reference == current and is_nothing_left(nights)
+
+
 def test_a_restore_sweeps_after_a_run_that_died_as_a_backup_does(kept: Any, steps_of_a_night: List[str]) -> None:
     nights = kept()
     for moment in ('between rename and ledger', 'between the ledger and the close of the entry',
@@ -254,23 +269,29 @@ def is_kept(nights: Kept, copy: str) -> bool:
 def test_what_is_kept_stays_and_what_is_removed_is_gone_though_the_answers_are_lost(kept: Any, line: str, changes: Any) -> None:
     nights = kept(line)
     for occasion, nth in changes:
-        serving(nights.pool, at(occasion, nth=nth, when='after', drops=True))
+        # the first call gets lost itself, of the second only the answer
+        serving(nights.pool, at(occasion, nth=nth, drops=True), at(occasion, nth=nth + 1, when='after', drops=True))
         nights.write(2)
         copy = nights.night()
         assert nights.is_by_difference(copy) and is_kept(nights, copy), (occasion, nights.run)
     assert nights.files_are_right()
 
 
-@pytest.mark.parametrize('line, changes', [(VM, [CHANGES[0], CHANGES[3]]), (VDI, DISK_CHANGES[:1])], ids=['vm', 'disk'])
-def test_a_server_that_forgets_what_it_was_told_is_told_again(kept: Any, line: str, changes: Any) -> None:
-    nights = kept(line)
-    for occasion, nth in changes:
-        # what goes before it is not forgotten with it
-        serving(nights.pool, at(occasion, nth=nth, sleeps=1), at(occasion, nth=nth, when='after', lose=0.5))
-        nights.write(2)
-        copy = nights.night()
-        assert nights.is_by_difference(copy) and is_kept(nights, copy), (occasion, nights.run)
-    assert nights.files_are_right()
+@pytest.mark.parametrize('line, renamed', [(VM, CHANGES[0]), (VDI, DISK_CHANGES[0])], ids=['vm', 'disk'])
+def test_a_server_that_forgets_the_name_of_the_reference_is_told_again(kept: Any, line: str, renamed: Any) -> None:
+    # it forgets the moment before the old one goes, and not the snapshot that was made some time before
+    nights = kept(line, faults=[at(renamed[0], nth=renamed[1], sleeps=1.5), at('api:VDI.destroy', nth=1, lose=1)])
+    nights.write(2)
+    copy = nights.night()
+    assert nights.is_by_difference(copy) and is_kept(nights, copy) and nights.files_are_right(), nights.run
+
+
+def test_a_server_that_forgets_that_it_destroyed_the_old_one_while_the_next_vm_is_backed_up_destroys_it_again(kept: Any) -> None:
+    nights = kept(*BOTH, **SMALL, faults=[at('api:VM.destroy', nth=1, sleeps=1.5), at('api:VIF.get_all_records_where', nth=2, lose=1)])
+    old = nights.reference
+    nights.write(2)
+    nights.night()
+    assert is_nothing_left(nights) and nights.reference != old, nights.run
 
 
 @pytest.mark.parametrize('line', [VM, VDI])
@@ -433,12 +454,6 @@ def test_a_reference_whose_disk_hangs_on_another_vm_is_read_against_and_stays_as
 
 # --- Space ---------------------------------------------------------------------------------------------------------------
 
-#: An SR of 100 MiB on which web and www need 6, and another VM takes the rest.
-SMALL = dict(srs=[{'name_label': 'small', 'type': 'nfs', 'size': 100 * MEBIBYTE}],
-             beside=[vm('www', disks=[disk(size=4 * MEBIBYTE, used=3, seed=7)]), vm('theirs', disks=[disk(size=90 * MEBIBYTE, used=0)])])
-BOTH = (VM, 'vm-export=www')
-
-
 def guest_writes(nights: Kept, name: str, count: int, first: int = 0) -> None:
     nights.pool.command('write', '--dir', nights.pool.dir, '--vm', name, '--device', 'xvda', '--block', str(first),
                         '--count', str(count))
@@ -539,9 +554,6 @@ def test_a_thick_sr_without_room_for_reference_and_snapshot_is_told_every_night_
 
 
 # --- Who keeps it ----------------------------------------------------------------------------------------------------------
-
-OTHERS = ('vm-export=www', 'exclude=web')       # a config, or what has become of one, that does not select web
-
 
 def goes(nights: Kept, why: str) -> bool:
     """The run removed the reference of web and told why, and there is no ledger any more."""
@@ -852,7 +864,8 @@ def test_runs_that_meet_on_the_vm_take_turns_and_none_takes_it_from_the_other(ke
         first.signal(signal.SIGSTOP)
         with beginning(nights.pool, nights.shelf, config=other_config(nights, *nights.lines, name='third.cfg')) as waiting:
             assert waiting.says('waiting'), waiting.output
-            nights.run_of(*OTHERS)              # the config that kept it does so no more, but cannot have it now
+            nights.run_of(*OTHERS)
+            assert nights.run.never_says('is removed'), 'the config that kept it does so no more, but others are at it'
             first.signal(signal.SIGCONT)
             assert first.ending().exit_status == 0 and waiting.ending().exit_status == 0
     new = set(nights.copies()) - set(before)

@@ -402,6 +402,8 @@ def test_a_difference_that_left_a_block_out_is_found_by_the_next_full_and_nothin
     os.rename(nights.shelf.at('.vmbackup', 'verdicts'), nights.shelf.at('.vmbackup', 'lost'))
     assert good(nights) == [first, fifth], 'the manifest of the copy that was audited tells it, too'
     os.rename(nights.shelf.at('.vmbackup', 'lost'), nights.shelf.at('.vmbackup', 'verdicts'))
+    run = restore(nights.pool, nights.shelf, 'from=' + nights.shelf.at('web', third), 'to=by path', lines=nights.lines)
+    assert run.exit_status == 0 and run.says('SUSPECT'), run
 
     # nor is it taken for a restore, a drill or retention, unless it is named
     shutil.move(nights.shelf.at('web', fifth), nights.shelf.home)
@@ -519,7 +521,7 @@ def test_nights_of_random_writes_are_audited_and_nothing_is_claimed(some_nights:
             nights.write(first, min(chance.choice([1, 1, 3]), mebibytes - first), device, zero=chance.random() < 0.4)
     about = listed(nights)
     fulls = [number for number, is_one in enumerate(increments(nights.shelf, 'web')) if not is_one]
-    assert len(fulls) >= 3, fulls
+    assert len(fulls) >= 3 and not [path for path in nights.shelf.tree() if 'foretold' in path], fulls
     for number, copy in enumerate(nights.copies()):
         wanted = '' if number in fulls else 'audited' if number < fulls[-1] else 'not audited yet'
         assert about[copy]['audit'].split(' on ')[0] == wanted, (copy, about[copy])
