@@ -10539,16 +10539,8 @@ class BackupRun:
                                     "kept.")
 
 
-AUDIT_FAIL = "AUDIT-FAIL"
 DISTRUST = "its audit found that a difference left out what had changed; forget-references lets " \
     "differences be used again"
-
-
-class Made(NamedTuple):
-    """A new copy, sealed; and what its audit has found of those before it, in sentences, "" if nothing."""
-    name: str
-    size_bytes: int
-    lie: str
 
 
 class BackupJob:
@@ -10580,13 +10572,12 @@ class BackupJob:
             self._tell_lie()
             self._run.tell(self._findings)             # nobody comes to the outcome any more
             raise
-        if outcome.status_word != AUDIT_FAIL:
-            self._tell_lie()               # the copy with which it would be told did not come about
+        self._tell_lie()
         return outcome._replace(seconds=self._services.clock.monotonic() - began_s,
                                 findings=tuple(self._findings))
 
     def _tell_lie(self) -> None:
-        """What an audit has found is told, also where nothing else came of it."""
+        """What an audit has found is told, whatever became of the copy: that of copies before is lost."""
         if self._lie:
             self._findings.append(Finding(Severity.ERROR, self._job.machine.title, self._lie))
 
@@ -10602,16 +10593,15 @@ class BackupJob:
             if self._services.settings.pre_clean:
                 self._prune(folder, job.rules._replace(newest=job.rules.newest - 1), "to make room")
             try:
-                made = self._make_copy(folder)
+                sealed, size_bytes = self._make_copy(folder)
             except BaseLost as error:
                 self._services.log.info(f"{job.machine.title}: {error} It is made again, as a full.")
                 self._backup.read_against.discard(job.machine.uuid)
-                made = self._make_copy(folder, str(error).rstrip("."))
-            sealed = made.name
-            outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=made.size_bytes,
+                sealed, size_bytes = self._make_copy(folder, str(error).rstrip("."))
+            outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes,
                                             said=self._said)
-            if made.lie:
-                return outcome._replace(error=made.lie, status_word=AUDIT_FAIL, cause=BackupError(made.lie))
+            if self._lie:                          # what goes is for a night on which all can be trusted
+                return outcome
             try:                                   # whatever comes now, the new copy is sealed
                 return outcome._replace(kept=self._retain(folder.name, sealed))
             except VerificationError as error:
@@ -10659,9 +10649,9 @@ class BackupJob:
 
     # --- the copy -----------------------------------------------------------------------
 
-    def _make_copy(self, folder: Folder, lost: str = "") -> Made:
-        """A new sealed copy in that directory. BaseLost if what an increment was to rest on is no longer what
-        it was; `lost`: why that was so, for the full that is made in its place."""
+    def _make_copy(self, folder: Folder, lost: str = "") -> Tuple[str, int]:
+        """The name and size of a new sealed copy in that directory. BaseLost if what an increment was to rest
+        on is no longer what it was; `lost`: why that was so, for the full that is made in its place."""
         run, services, exporter = self._run, self._services, self._backup.exporter
         taken_at = services.clock.utc()
         machine = self._read_again()
@@ -10675,7 +10665,7 @@ class BackupJob:
                                          self._backup.placement.own_view(folder, machine))
         keys = {disk.userdevice: block_key(name)
                 for name, disk in zip(disk_folders(machine.disks), machine.disks)}
-        chain, lie = None, ""              # type: Optional[Chain], str
+        chain = None                       # type: Optional[Chain]
         with stage("DIR-FAIL"):
             copy = run.in_store("beginning the copy", lambda: services.catalog.new_copy(
                 folder.name, services.clock.local()))
@@ -10718,7 +10708,7 @@ class BackupJob:
                         manifest.update(format=MANIFEST_FORMAT,
                                         layer=layer_facts(layer, copy.name, base, report))
                     if report.audit:
-                        lie = self._audited(folder, copy.name, report.audit, manifest)
+                        self._audited(folder, copy.name, report.audit, manifest)
                     if base is not None:
                         del manifest["image"]
                         manifest["images"] = images
@@ -10743,10 +10733,10 @@ class BackupJob:
                     run.in_store("sealing the copy", lambda: (
                         run.check_alive(), services.catalog.check_in_place(), copy.seal()))
                 self._tell_reading(report, folder, machine)
-                if lie:
-                    self._give_up_reference(folder)
-                elif reference is not None:
+                if reference is not None and not self._lie:
                     self._keep(reference, folder)
+                elif layer is not None and services.settings.keep_reference and services.references.can_keep:
+                    self._give_up_reference(folder)
         except BaseException as error:
             # whatever ended it: what was written goes, unless the storage is what failed
             run.note(error)
@@ -10757,7 +10747,7 @@ class BackupJob:
             copy.close()
         services.log.info(f"{machine.title}: {folder.name}/{copy.name} is complete: "
                           f"{format_size(size_bytes)}, proven {proof_text(report.verified)}.")
-        return Made(copy.name, size_bytes, lie)
+        return copy.name, size_bytes
 
     def _next_layer(self, folder: Folder, machine: VirtualMachine, disks: Sequence[Disk],
                     lost: str) -> Tuple[Optional[NextLayer], Optional[Holder]]:
@@ -10936,10 +10926,9 @@ class BackupJob:
         tried.update([uuid] if uuids else [])
         return chain and chain._replace(uuids=uuids)
 
-    def _audited(self, folder: Folder, name: str, audit: str, manifest: Dict[str, Any]) -> str:
+    def _audited(self, folder: Folder, name: str, audit: str, manifest: Dict[str, Any]) -> None:
         """What the audit says of the copies that were read as differences is on record, before the new copy
-        is there; the sentence about it if one of them is not to be trusted. No difference is, then, until a
-        person says otherwise."""
+        is there. If one of them is not to be trusted, no difference is, until a person says otherwise."""
         services, machine, references = self._services, self._job.machine, self._services.references
         catalog, now = services.catalog, format_utc(services.clock.utc())
         copies = since_whole_reading(self._backup.placement.own_view(folder, machine), machine.uuid,
@@ -10951,7 +10940,7 @@ class BackupJob:
             self._run.in_store("recording the audit", functools.partial(
                 catalog.record, copy, audited_at=now, **facts))
         if audit == AGREED:
-            return ""
+            return
         references.put(self._ledger(folder)._replace(distrust=DISTRUST))
         named = ", ".join(copy.name for copy in copies) or "none"
         self._lie = (f"the audit of its differences failed: {audit}. The server left out what had changed. "
@@ -10959,7 +10948,6 @@ class BackupJob:
                 f"{SUSPECT} from now on: {named}. Restore from other copies. All is read whole from now on, "
                 "until forget-references lets differences be used again; keep_reference=no is safest until "
                 "the server's storage is known to be right.")
-        return self._lie
 
     def _tell_reading(self, report: ImageReport, folder: Folder, machine: VirtualMachine) -> None:
         """How the disks were read is told, and what that means."""
@@ -10969,9 +10957,9 @@ class BackupJob:
         words, is_whole = reading_words(reading), all(how != DIFFERENCE for _, how, _ in reading)
         copies = self._backup.placement.own_view(folder, machine)
         trusted = since_whole_reading(copies, machine.uuid, self._job.method)
-        if report.audit == AGREED:
+        if report.audit == AGREED and trusted:
             words += f"; audited: {counted(len(trusted), 'copy')} read by difference"
-        elif is_whole and trusted and not report.audit:
+        elif is_whole and trusted and not report.audit and not self._lie:
             words += f"; not audited: {counted(len(trusted), 'copy')} read by difference"
         self._said = f"{self._said}; {words}" if self._said else words
         self._services.log.info(f"{machine.title}: {words}.")
@@ -10988,7 +10976,8 @@ class BackupJob:
     def _give_up_reference(self, folder: Folder) -> None:
         """The reference is gone from the pool; as _keep."""
         self._with_ledger("its reference could not be removed", folder,
-                          lambda ledger: self._services.references.give_up(ledger, "it is not trusted"))
+                          lambda ledger: self._services.references.give_up(
+                              ledger, "it is not trusted" if self._lie else "no copy is read against it now"))
 
     def _ledger(self, folder: Folder) -> Ledger:
         """The VM's ledger, with the facts of this run; a new one where it has none of this store.

@@ -390,7 +390,9 @@ def test_a_difference_that_left_a_block_out_is_found_by_the_next_full_and_nothin
         text = ' '.join(text.split())
         assert 'SUSPECT from now on: %s. Restore from other copies.' % ', '.join(suspects) in text, text
         assert '%s, which was read whole, is kept and good' % fifth in text and 'forget-references' in text, text
-    assert [line for line in nights.shelf.status_lines() if 'AUDIT-FAIL web' in line], nights.shelf.status_lines()
+    ending = nights.shelf.status_lines()[-2:]
+    assert 'end,SUCCESS web' in ending[0] and 'end,ERROR,S:1 W:0 E:1' in ending[1], 'the new copy is there, and all is not well'
+    assert nights.run.says('ERROR: 1 VM backed up'), nights.run
     assert nights.pool.has_no_snapshots_of_ours(), 'the reference is not trusted either'
     assert nights.problem(fifth) == '' and nights.restored_problem(fifth) == ''
 
