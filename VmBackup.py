@@ -6452,13 +6452,12 @@ class Catalog:
         """What a run that died within `put` left in the program's own state is gone a day later."""
         def clear(folder: Directory) -> None:
             for name in folder.names():
-                if folder.is_directory(name):
-                    with folder.child(name) as inner:
-                        clear(inner)
-                    continue
                 status = folder.status(name) if name.endswith(TEMPORARY) else None
                 if status is not None and now_s - status.st_mtime > DAY_S:
                     folder.remove_file(name)
+                if "." not in name and folder.is_directory(name):      # of no other file is anything asked
+                    with folder.child(name) as inner:
+                        clear(inner)
 
         with contextlib.suppress(NotThere), self.root.child(STATE_FOLDER) as state:
             clear(state)
