@@ -9826,7 +9826,7 @@ class Exporter:
         report, rows = check.report, disk_reports(disks, check.report)
         for row in rows if chain else ():
             row.update(state_facts(chain, sinks[0].disks[row["archive_id"]]))
-        audit = self._audit(doing, inside, foretold, rows) if foretold else ""
+        audit = self._audit(doing, inside, foretold, blocks, rows) if foretold else ""
         verified = {"structure": True, "block_digests": report.digest_kind,
                     "block_digests_checked": report.digests_checked,
                     "blocks": sum(disk.blocks for disk in report.disks), "read_back": settings.verify_after}
@@ -9900,10 +9900,13 @@ class Exporter:
                      "base=" + chain.uuids[key], "format=vhd", "filename=")
         return sink.disks["image"]
 
-    def _audit(self, doing: str, inside: Directory, foretold: Sequence[DiskState],
+    def _audit(self, doing: str, inside: Directory, foretold: Sequence[DiskState], blocks: BlocksFile,
                rows: Sequence[Dict[str, Any]]) -> str:
         """What the disks hold against what the difference told of them: as ImageReport has it."""
         by_key, audit = {row["key"]: row for row in rows}, AGREED
+        # a lie of the storage must not be laid at the server's door, and good copies be suspected for it
+        for name, written in ((FORETOLD, foretold[0].blocks), (BLOCKS, blocks)):
+            check_stored(self._services, inside, name, written.hexdigest(), doing)
         for state in foretold:
             if state.table is None:
                 self._services.log.info(f"{doing}: the server sent all of disk {state.key} in the place of a "
@@ -10118,15 +10121,20 @@ def proven_layer(services: Services, inside: Directory, state: DiskState, doing:
                                 f"{key}.vhd ({error}): the copy was not kept, and nothing is pruned. Check "
                                 "the share or disk.")
     if not is_plain:
-        digest, fd = Digest(), within(services.patience_s, doing, lambda: inside.open_file(name))
-        forget_cached(fd)
-        pump([Flow(fd, [digest])], Watch(services, f"reading {name} back"), doing)
-        if digest.hexdigest() != stored.hexdigest():
-            raise StorageMisbehaved(f"{doing}: the storage gives back other bytes than were written to "
-                                    f"{name}: the copy was not kept, and nothing is pruned. Check the share "
-                                    "or disk.")
+        check_stored(services, inside, name, stored.hexdigest(), doing)
         within(services.patience_s, doing, lambda: inside.remove_file(key + ".vhd"))
     return dict(image_facts(doing, settings, name, "vhd", plain, stored, again), disk=key)
+
+
+def check_stored(services: Services, inside: Directory, name: str, sha256: str, doing: str) -> None:
+    """Raises StorageMisbehaved unless the storage itself, and no cache, gives back what was written to that
+    file; also if it gives nothing any more, as a snapshot is there meanwhile."""
+    digest, fd = Digest(), within(services.patience_s, doing, lambda: inside.open_file(name))
+    forget_cached(fd)
+    pump([Flow(fd, [digest])], Watch(services, f"reading {name} back"), doing)
+    if digest.hexdigest() != sha256:
+        raise StorageMisbehaved(f"{doing}: the storage gives back other bytes than were written to {name}: "
+                                "the copy was not kept, and nothing is pruned. Check the share or disk.")
 
 
 def check_compressor(program: Program) -> None:
@@ -10718,11 +10726,8 @@ class BackupJob:
                     run.in_store("finishing the copy", lambda: copy.finish(manifest))
                     for image in images if services.settings.verify_after else ():
                         services.log.info(f"{machine.title}: reading {image['name']} back from storage.")
-                        digest = stored_digest(services, copy.inside, image["name"])
-                        if (digest.total_bytes, digest.hexdigest()) != (image["size"], image["sha256"]):
-                            raise StorageMisbehaved(
-                                f"the storage gives back other bytes than were written to {image['name']}: "
-                                "the copy was not kept, and nothing is pruned. Check the share or disk.")
+                        check_stored(services, copy.inside, image["name"], image["sha256"],
+                                     f"the copy of {machine.title}")
                     if base is not None:
                         now = run.in_store(f"listing {folder.name}",
                                            lambda: services.catalog.folder(folder.name))

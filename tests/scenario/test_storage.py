@@ -9,9 +9,10 @@ from typing import Any, Iterator
 
 import pytest
 
+from support import warm
 from support.deeds import backup, beginning, in_trouble, objects
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import PROGRAM, TIME_LIMIT_S, Run, run, text_of
+from support.process import PROGRAM, TIME_LIMIT_S, Run, ended, run, text_of
 from support.shelf import complete, foreign, unfinished
 from support.wire import eventually
 
@@ -158,6 +159,24 @@ def test_an_image_is_read_back_and_compared_where_that_is_asked_for(a_pool: Any,
     run = backup(pool, shelf, 'vm-export=web', 'verify_after=yes')
     assert run.exit_status == 0 and run.says('back from storage')
     assert shelf.manifest('web', shelf.newest('web'))['verified']['read_back'] is True
+
+
+def test_storage_that_hangs_when_an_image_is_read_back_keeps_no_snapshot(a_pool: Any, a_shelf: Any) -> None:
+    """The snapshot that is to become the reference is there until the copy is sealed."""
+    def night(**trouble: Any) -> Run:
+        shelf = a_shelf()
+        lines = ('vm-export=web', 'incremental=yes', 'keep_reference=yes', 'verify_after=yes', 'stall_timeout=15')
+        program = in_trouble(pool, store=shelf.path, reads=True, **trouble)
+        return ended(warm.start(program + ['-', shelf.config(*lines)], pool.environment()))
+
+    pool, trace = a_pool(vm('web')), os.path.join(a_shelf().home, 'trace')
+    assert night(trace=trace).exit_status == 0
+    with open(trace) as file:
+        step = next(number for number, line in enumerate(file, 1) if line.endswith('web.xva\n'))
+    before = objects(pool)
+    run = night(step=step, do='hang', hurried=True)
+    assert run.exit_status == 1 and run.says('web.xva back from storage') and run.says('Is the share still reachable?'), run
+    assert objects(pool) == before
 
 
 # --- what can't be read costs only itself --------------------------------------------------------------------------------
