@@ -10608,6 +10608,7 @@ class BackupJob:
             outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes,
                                             said=self._said)
             if self._lie:                          # what goes is for a night on which all can be trusted
+                self._lie += f" {sealed}, which was read whole, is kept and good."
                 return outcome
             try:                                   # whatever comes now, the new copy is sealed
                 return outcome._replace(kept=self._retain(folder.name, sealed))
@@ -10715,7 +10716,7 @@ class BackupJob:
                         manifest.update(format=MANIFEST_FORMAT,
                                         layer=layer_facts(layer, copy.name, base, report))
                     if report.audit:
-                        self._audited(folder, copy.name, report.audit, manifest)
+                        self._audited(folder, report.audit, manifest)
                     if base is not None:
                         del manifest["image"]
                         manifest["images"] = images
@@ -10930,7 +10931,7 @@ class BackupJob:
         tried.update([uuid] if uuids else [])
         return chain and chain._replace(uuids=uuids)
 
-    def _audited(self, folder: Folder, name: str, audit: str, manifest: Dict[str, Any]) -> None:
+    def _audited(self, folder: Folder, audit: str, manifest: Dict[str, Any]) -> None:
         """What the audit says of the copies that were read as differences is on record, before the new copy
         is there. If one of them is not to be trusted, no difference is, until a person says otherwise."""
         services, machine, references = self._services, self._job.machine, self._services.references
@@ -10945,13 +10946,12 @@ class BackupJob:
                 catalog.record, copy, audited_at=now, **facts))
         if audit == AGREED:
             return
-        references.put(self._ledger(folder)._replace(distrust=DISTRUST))
         named = ", ".join(copy.name for copy in copies) or "none"
         self._lie = (f"the audit of its differences failed: {audit}. The server left out what had changed. "
-                f"{name}, which was read whole, is kept and good. Read as differences before it, and "
-                f"{SUSPECT} from now on: {named}. Restore from other copies. All is read whole from now on, "
-                "until forget-references lets differences be used again; keep_reference=no is safest until "
-                "the server's storage is known to be right.")
+                     f"Read as differences, and {SUSPECT} from now on: {named}. Restore from other copies. All "
+                     "is read whole from now on, until forget-references lets differences be used again; "
+                     "keep_reference=no is safest until the server's storage is known to be right.")
+        references.put(self._ledger(folder)._replace(distrust=DISTRUST))
 
     def _tell_reading(self, report: ImageReport, folder: Folder, machine: VirtualMachine) -> None:
         """How the disks were read is told, and what that means."""

@@ -511,6 +511,18 @@ def test_a_run_that_died_between_the_record_of_its_audit_and_its_seal_leaves_wha
     assert nights.problem(third) == '' and nights.pool.has_no_snapshots_of_ours() and nights.shelf.unfinished() == []
 
 
+def test_a_lie_is_told_where_its_ledger_can_not_be_written_and_nothing_is_said_to_be_kept(some_nights: Any) -> None:
+    nights = some_nights(*VM, KEEP, disks=ONE)
+    first = nights.night()
+    nights.write(2)
+    lying(nights, 1)
+    second = nights.night()
+    run = Process(['-', nights.shelf.config(*nights.lines, FULL_AGAIN)], nights.pool.environment(), in_trouble(
+        nights.pool, store=nights.shelf.path, below='.vmbackup/references', step=1, do='ENOSPC')).ending()
+    assert run.exit_status == 1 and 'SUSPECT from now on: %s. Restore' % second in run.stderr, run
+    assert run.never_says('is kept and good') and nights.copies() == [first, second] and good(nights) == [first]
+
+
 def test_nights_of_random_writes_are_audited_and_nothing_is_claimed(some_nights: Any) -> None:
     chance = random.Random(15)
     nights = some_nights(*VM, KEEP, 'full_every=3', 'max_backups=20', disks=[
