@@ -1,5 +1,5 @@
-"""References in trouble: what stays in the pool between nights is lost, changed, forgotten, copied or in the way, and runs die with
-it in their hands. Every copy holds what the disks held, and nothing stays in the pool that no ledger names."""
+"""References in trouble: what stays in the pool between nights is lost, changed, forgotten, copied or in the way, and runs die
+with it in their hands. Every copy holds what the disks held, and nothing stays in the pool that no ledger names."""
 
 import json
 import os
@@ -24,6 +24,7 @@ ONE = [disk(size=6 * MEBIBYTE + 512, used=[[0, 3]], seed=3, name_label='root', b
 TWO = ONE + [disk(size=4 * MEBIBYTE, used=[[0, 2]], seed=4, name_label='data')]
 LATE = 'the reference is not the state of the newest good copy'
 GONE = "the reference's disk xvda is gone"
+NONE = 'there is no reference in the pool'
 VM, VDI = 'vm-export=web', 'vdi-export=web'
 #: What else is in the pool: another VM, and a second SR.
 BESIDE = [vm('www', disks=[disk(size=MEBIBYTE, used=1, seed=8)])]
@@ -31,7 +32,8 @@ SRS = [{'name_label': 'fast', 'type': 'nfs'}, {'name_label': 'slow', 'type': 'nf
 BOTH = (VM, 'vm-export=www')
 #: An SR of 100 MiB on which web and www need 6, and another VM takes the rest.
 SMALL = dict(srs=[{'name_label': 'small', 'type': 'nfs', 'size': 100 * MEBIBYTE}],
-             beside=[vm('www', disks=[disk(size=4 * MEBIBYTE, used=3, seed=7)]), vm('theirs', disks=[disk(size=90 * MEBIBYTE, used=0)])])
+             beside=[vm('www', disks=[disk(size=4 * MEBIBYTE, used=3, seed=7)]),
+                     vm('theirs', disks=[disk(size=90 * MEBIBYTE, used=0)])])
 OTHERS = ('vm-export=www', 'exclude=web')       # a config, or what has become of one, that does not select web
 
 
@@ -47,7 +49,7 @@ def after_two_nights(description: Dict[str, Any], lines: Sequence[str]) -> Given
     try:
         pool.start()
         nights = Kept(pool, shelf, *lines)
-        assert nights.whole_because(nights.night()) == 'there is no reference in the pool'
+        assert nights.whole_because(nights.night()) == NONE
         nights.write(1)
         assert nights.is_by_difference(nights.night())
         assert nights.files_are_right() and leftovers(pool, [shelf]) == []
@@ -176,8 +178,8 @@ def dies_before(nights: Kept, begins: str, nth: int, steps: List[str]) -> None:
 
 
 def comes_right(nights: Kept, why: str, moment: str) -> None:
-    """The night after a run that died with its copy sealed destroys neither what the ledger names nor leaves what it does not; then
-    there is one reference. `why`: it reads all, as that."""
+    """The night after a run that died with its copy sealed destroys neither what the ledger names nor leaves what it does not;
+    then there is one reference. `why`: it reads all, as that."""
     nights.write(4)
     nights.write(0, zero=True)
     copy = nights.night()
@@ -230,7 +232,7 @@ def test_what_is_leaving_goes_with_the_run_of_another_config_too(kept: Any, step
     nights.write(2)
     dies_before(nights, *STEPS['between the close and the destruction'][:2], steps_of_a_night)
     current, (leaving,) = nights.reference, nights.ledger['leaving']
-    assert set(uuids_of(leaving)) <= {record['uuid'] for record in nights.pool.dump()['VDI'].values()} | {leaving['uuid']}
+    assert set(uuids_of(leaving)) <= {record['uuid'] for kind in ('VM', 'VDI') for record in nights.pool.dump()[kind].values()}
     Kept(nights.pool, nights.shelf, config='other.cfg').run_of(*OTHERS)
     assert nights.reference == current and is_nothing_left(nights)
 
@@ -287,7 +289,8 @@ def test_a_server_that_forgets_the_name_of_the_reference_is_told_again(kept: Any
 
 
 def test_a_server_that_forgets_that_it_destroyed_the_old_one_while_the_next_vm_is_backed_up_destroys_it_again(kept: Any) -> None:
-    nights = kept(*BOTH, **SMALL, faults=[at('api:VM.destroy', nth=1, sleeps=1.5), at('api:VIF.get_all_records_where', nth=2, lose=1)])
+    nights = kept(*BOTH, **SMALL, faults=[at('api:VM.destroy', nth=1, sleeps=1.5),
+                                          at('api:VIF.get_all_records_where', nth=2, lose=1)])
     old = nights.reference
     nights.write(2)
     nights.night()
@@ -437,7 +440,8 @@ def test_what_does_not_has_all_read_and_why_is_told(kept: Any) -> None:
 
 
 @pytest.mark.parametrize('line', [VM, VDI])
-def test_a_reference_whose_disk_hangs_on_another_vm_is_read_against_and_stays_as_long_as_it_hangs_there(kept: Any, line: str) -> None:
+def test_a_reference_whose_disk_hangs_on_another_vm_is_read_against_and_stays_as_long_as_it_hangs_there(
+        kept: Any, line: str) -> None:
     nights = kept(line)
     old = nights.reference
     nights._xe('vbd-create', 'vm-uuid=' + Hands(nights).api.VM.get_uuid(Hands(nights).api.VM.get_by_name_label('www')[0]),
@@ -477,7 +481,7 @@ def test_references_go_first_where_an_sr_is_short_of_space_also_those_of_other_v
     nights.run_of(*nights.lines, 'min_sr_free=20', exit_status=1)
     assert nights.run.says('no snapshot of web') and nights.run.says('References there were given up'), nights.run
     assert not nights.reference and not www.reference and is_nothing_left(nights)
-    assert nights.whole_because(nights.night()) == 'there is no reference in the pool' and nights.files_are_right()
+    assert nights.whole_because(nights.night()) == NONE and nights.files_are_right()
 
 
 def test_an_sr_that_fills_up_while_a_difference_is_read_costs_the_references_that_nobody_reads(kept: Any) -> None:
@@ -530,12 +534,13 @@ def other_config(nights: Kept, *lines: str, name: str = 'other.cfg') -> str:
 
 
 @pytest.mark.parametrize('line, call', [(VM, 'api:VM.snapshot'), (VDI, 'api:VDI.snapshot')], ids=['vm', 'disk'])
-def test_a_reference_is_given_up_where_the_sr_has_no_room_for_a_snapshot_and_the_vm_tried_again(kept: Any, line: str, call: str) -> None:
+def test_a_reference_is_given_up_where_the_sr_has_no_room_for_a_snapshot_and_the_vm_tried_again(
+        kept: Any, line: str, call: str) -> None:
     full = at(call, nth=1, fails=['SR_BACKEND_FAILURE_44', '', 'There is insufficient space', ''])
     nights = kept(line, faults=[full])
     old = nights.reference
     nights.write(2)
-    assert nights.whole_because(nights.night(exit_status=3)) == 'there is no reference in the pool'
+    assert nights.whole_because(nights.night(exit_status=3)) == NONE
     assert is_given_up(nights, old) and nights.run.says('it needed a second try') and is_nothing_left(nights), nights.run
     nights.write(3)
     assert nights.is_by_difference(nights.night()) and nights.files_are_right()
@@ -547,7 +552,7 @@ def test_a_thick_sr_without_room_for_reference_and_snapshot_is_told_every_night_
     for night in range(3):
         old = nights.reference
         nights.write(night)
-        assert nights.whole_because(nights.night(exit_status=3)) == 'there is no reference in the pool'
+        assert nights.whole_because(nights.night(exit_status=3)) == NONE
         assert is_given_up(nights, old) and nights.run.says('SR_BACKEND_FAILURE_44') and is_nothing_left(nights), nights.run
     assert nights.run.says('disk xvda was read whole 3 nights in a row'), nights.run
     assert nights.files_are_right()
@@ -627,7 +632,7 @@ def test_two_stores_on_one_pool_keep_one_each_and_leave_that_of_the_other(kept: 
     shelf = Shelf()
     nights.shelves.append(shelf)
     second = Kept(nights.pool, shelf, VM)
-    assert second.whole_because(second.night()) == 'there is no reference in the pool'
+    assert second.whole_because(second.night()) == NONE
     for number, one in enumerate((nights, second)):
         one.write(number)
         assert one.is_by_difference(one.night()) and is_nothing_left(nights) and one.run.stderr == '', one.run
@@ -657,7 +662,7 @@ def test_two_configs_on_one_vm_hand_it_on_to_each_other(kept: Any) -> None:
 def test_vm_export_and_vdi_export_of_one_vm_keep_one_each(kept: Any) -> None:
     nights = kept()
     disks = Kept(nights.pool, nights.shelf, VDI, config='disks.cfg')
-    assert disks.whole_because(disks.night()) == 'there is no reference in the pool'
+    assert disks.whole_because(disks.night()) == NONE
     for number, one in enumerate((nights, disks)):
         one.write(number)
         assert one.is_by_difference(one.night()) and is_nothing_left(nights), one.run
@@ -685,7 +690,7 @@ def test_one_whose_ledger_was_lost_with_the_state_folder_is_told_every_night_and
     lost = nights.reference
     shutil.rmtree(nights.shelf.at(STATE))
     nights.write(2)
-    assert nights.whole_because(nights.night(exit_status=3)) == 'there is no reference in the pool' and stays_and_is_told(nights, lost)
+    assert nights.whole_because(nights.night(exit_status=3)) == NONE and stays_and_is_told(nights, lost)
     nights.write(3)
     assert nights.is_by_difference(nights.night(exit_status=3)) and stays_and_is_told(nights, lost)
     assert nights.files_are_right()
@@ -846,7 +851,7 @@ def test_a_ledger_under_the_name_of_another_vms_is_neithers(kept: Any) -> None:
     os.rename(path, strange)
     nights.write(2)
     copy = nights.night('vm-export=www', exit_status=3)
-    assert nights.whole_because(copy) == 'there is no reference in the pool' and os.path.basename(strange) in nights.run.stderr, nights.run
+    assert nights.whole_because(copy) == NONE and os.path.basename(strange) in nights.run.stderr, nights.run
     assert is_nothing_left(nights) and nights.run.never_says(old['uuid']), nights.run
     os.unlink(strange)
     assert nights.is_by_difference(nights.night(exit_status=3)) and stays_and_is_told(nights, old) and nights.files_are_right()
