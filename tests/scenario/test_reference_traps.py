@@ -401,9 +401,14 @@ class Hands:
         self.nights.write(1, device='xvdb')
 
     def move_the_disk(self) -> None:
-        """To the other SR, as a storage migration does it."""
-        old = self.nights.disk('xvda')['uuid']
+        """With all snapshots of it, which are other disks there."""
         there, = self.api.SR.get_by_name_label('slow')
+        self.api.VDI.pool_migrate(self.api.VDI.get_by_uuid(self.nights.disk('xvda')['uuid']), there, {})
+
+    def put_a_copy_elsewhere(self) -> None:
+        """In the place of the disk, on the other SR; its snapshots stay."""
+        old = self.nights.disk('xvda')['uuid']
+        there, = self.api.SR.get_by_name_label('fast')
         new = self.api.VDI.copy(self.api.VDI.get_by_uuid(old), there)
         self.nights.detach('xvda')
         self.nights.attach('xvda', self.api.VDI.get_uuid(new))
@@ -430,13 +435,22 @@ def test_what_does_not_has_all_read_and_why_is_told(kept: Any) -> None:
     for deed, why in ((hands.destroy_it, GONE), (hands.grow_the_disk, "the reference's disk xvda has another size"),
                       (hands.destroy_its_disks, GONE), (hands.add_a_disk, 'disk xvdb is not in the reference'),
                       (hands.forget_its_disk, "the reference's disk xvda is of another type"),
-                      (hands.move_the_disk, "the reference's disk xvda lies on another SR")):
+                      (hands.move_the_disk, GONE),
+                      (hands.put_a_copy_elsewhere, "the reference's disk xvda lies on another SR")):
         deed()
         nights.write(2)
         assert nights.whole_because(nights.night()) == why, (deed, nights.run)
         assert is_nothing_left(nights), (deed, nights.run)
     nights.write(3)
     assert nights.is_by_difference(nights.night()) and nights.is_right()
+
+
+def test_a_reference_whose_data_were_destroyed_and_only_its_record_kept_is_none(kept: Any) -> None:
+    nights = kept(VDI, disks=[dict(ONE[0], cbt_enabled=True)])
+    Hands(nights).api.VDI.data_destroy(Hands(nights).disk)
+    nights.write(2)
+    assert nights.whole_because(nights.night()) == "the reference's disk xvda is of another type" and is_nothing_left(nights)
+    assert nights.files_are_right()
 
 
 @pytest.mark.parametrize('line', [VM, VDI])
