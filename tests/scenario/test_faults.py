@@ -1,6 +1,6 @@
 """A sample of the generated fault suites: whatever goes wrong in a backup, of fulls or of increments, no good copy is lost, none
-is falsely good, and the pool is left as it was; whatever goes wrong in a restore or a drill, there is a whole VM or nothing.
-tests/soak runs all."""
+is falsely good, and the pool is left as it was, but for what ledgers name; whatever goes wrong in a restore or a drill, there is
+a whole VM or nothing. tests/soak runs all."""
 
 import fcntl
 import os
@@ -16,6 +16,8 @@ from support.faultsuite import Base, step_shown
 from support.incrementfaults import ChainsBase, IncrementsBase
 from support.process import PROGRAM
 from support.recoveryfaults import RecoveryBase
+from support.referencefaults import AuditsBase, ReferencesBase
+from support.references import FOLDER
 
 #: How many troubles of each kind are tried; the name of a kind says where it strikes and what it does.
 SAMPLE = {'api-fail': 2, 'api-drop': 1, 'api-hang': 1, 'api-master': 1, 'http-truncate': 1, 'http-flip': 1,
@@ -23,6 +25,10 @@ SAMPLE = {'api-fail': 2, 'api-drop': 1, 'api-hang': 1, 'api-master': 1, 'http-tr
 LAYERS_SAMPLE = {'increments-api-lose': 1, 'increments-http-truncate': 1, 'increments-SIGTERM': 1, 'increments-storage-SIGKILL': 2,
                  'increments-storage-flip': 1, 'increments-reading-EIO': 1, 'increments-holder-gone': 1, 'chains-SIGKILL': 1,
                  'chains-storage-SIGKILL': 1, 'chains-storage-EIO': 1}
+#: Behind `at`: a word of the names of those that are meant.
+REFERENCES_SAMPLE = {'references-storage-SIGKILL at .vmbackup/references': 2, 'references-http-truncate at raw_vdi': 1,
+                     'references-reference-gone': 1, 'references-difference-omit': 1, 'audits-difference-omit': 1,
+                     'audits-storage-SIGKILL at .vmbackup/references': 1}
 RECOVERY_SAMPLE = {'restore-api-drop': 1, 'restore-api-fail': 2, 'restore-api-lose': 1, 'restore-http-flip': 1,
                    'restore-http-truncate': 1, 'restore-xe-kill': 1, 'restore-storage-SIGKILL': 1, 'restore-SIGKILL': 1,
                    'drill-api-fail': 1, 'drill-api-hang': 1, 'drill-api-master': 1, 'drill-http-drop': 1, 'drill-xe-exit': 1,
@@ -42,6 +48,11 @@ def base(tmp_path_factory: Any) -> Base:
 @pytest.fixture(scope='session')
 def layers_bases(tmp_path_factory: Any) -> Dict[str, Base]:
     return {kind.title: recorded_once(tmp_path_factory, kind) for kind in (IncrementsBase, ChainsBase)}
+
+
+@pytest.fixture(scope='session')
+def references_bases(tmp_path_factory: Any) -> Dict[str, ReferencesBase]:
+    return {kind.title: recorded_once(tmp_path_factory, kind) for kind in (ReferencesBase, AuditsBase)}
 
 
 @pytest.fixture(scope='session')
@@ -69,7 +80,8 @@ def recorded_once(tmp_path_factory: Any, kind: Any) -> Any:
 
 def is_survived(base: Base, kind: str, number: int, of: int) -> None:
     """The number-th of so many troubles of that kind, spread over all places of the recorded run."""
-    cases = [case for case in base.cases if case.kind == kind]
+    kind, _, word = kind.partition(' at ')
+    cases = [case for case in base.cases if case.kind == kind and word in case.name]
     result = faultsuite.run_case(base, faultsuite.spread(cases, of)[number])
     assert not result.problems, '%s\n%s\n%s\n%s' % (result.case.name, result.case.reproduction,
                                                     '\n'.join(result.problems), result.printed)
@@ -83,6 +95,12 @@ def test_no_trouble_costs_a_copy_or_leaves_anything_behind(base: Base, kind: str
 @choices(LAYERS_SAMPLE)
 def test_no_trouble_costs_an_increment_or_what_it_rests_on(layers_bases: Dict[str, Base], kind: str, number: int) -> None:
     is_survived(layers_bases[kind.split('-')[0] + '-'], kind, number, LAYERS_SAMPLE[kind])
+
+
+@choices(REFERENCES_SAMPLE)
+def test_no_trouble_costs_a_copy_or_leaves_what_no_ledger_names(references_bases: Dict[str, ReferencesBase], kind: str,
+                                                               number: int) -> None:
+    is_survived(references_bases[kind.split('-')[0] + '-'], kind, number, REFERENCES_SAMPLE[kind])
 
 
 @choices(RECOVERY_SAMPLE)
@@ -115,12 +133,29 @@ def seen(base: Base) -> str:
     return ''.join(step_shown(line) + ';' for line in base.recording.steps)
 
 
-@pytest.mark.parametrize('title', ['', IncrementsBase.title, ChainsBase.title])
-def test_a_copy_is_on_disk_before_it_is_visible_and_older_ones_go_after_that(base: Base, layers_bases: Dict[str, Base],
-                                                                            title: str) -> None:
+def test_the_run_in_trouble_reads_differences_and_makes_the_new_snapshot_the_reference(
+        references_bases: Dict[str, ReferencesBase]) -> None:
+    """Once the copy is visible: the ledger, the end of the entry, the entry of the old one (which is destroyed then), its end,
+    and the ledger again (steps of the storage, in order). A full is read whole, too, after its differences."""
+    put = ''.join('%s %s/[^;]+;' % (deed, FOLDER) for deed in ('create', 'write', 'fsync', 'rename', 'fsync'))
+    noted = '(write .vmbackup/runs/[^;]+;fsync .vmbackup/runs/[^;]+;)'
+    for base, is_read_whole in ((references_bases['references-'], False), (references_bases['audits-'], True)):
+        steps = re.sub('unlink .vmbackup[^;]+;', '', seen(base))
+        for name in base.disks:
+            order = 'rename {0}/backup-\\*.partial;fsync {0};{1}{2}{{3}}{1}'.format(name, put, noted)
+            assert re.search(order, steps), steps
+        calls = [entry for entry in base.recording.journal if entry['call'] in ('vdi-export', 'vm-export')]
+        words = ''.join('d' if any(word.startswith('base=') for word in entry['args']) else
+                        'm' if 'metadata=true' in entry['args'] else 'w' for entry in calls)
+        assert words == ('mdwmddw' if is_read_whole else 'mdmdd')
+
+
+@pytest.mark.parametrize('title', ['', IncrementsBase.title, ChainsBase.title, ReferencesBase.title, AuditsBase.title])
+def test_a_copy_is_on_disk_before_it_is_visible_and_older_ones_go_after_that(
+        base: Base, layers_bases: Dict[str, Base], references_bases: Dict[str, Base], title: str) -> None:
     """What a power loss could take must never be what a name already promises (steps of the storage, in order)."""
     unsynced, visible = set(), set()
-    for line in dict(layers_bases, **{'': base})[title].recording.steps:
+    for line in dict(layers_bases, **references_bases, **{'': base})[title].recording.steps:
         kind, place = line.split(' ', 1)
         folder = os.path.dirname(place) or '.'
         if kind in ('write', 'truncate'):

@@ -3,7 +3,8 @@ moment of it; storage that fails at every step.
 
 One backup is recorded. Each case then repeats it with one trouble, on a copy of the same pool and store, and after it runs
 once more without. The invariants (`holds_…`) are checked after both. tests/soak does all cases, tests/scenario/test_faults.py a
-sample. incrementfaults.py does the same where the copies are increments, recoveryfaults.py with the way back.
+sample. incrementfaults.py does the same where the copies are increments, referencefaults.py where they are read against
+snapshots that stay in the pool, recoveryfaults.py with the way back.
 """
 
 import abc
@@ -20,7 +21,7 @@ import time
 import traceback
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from support import contents, layers, warm
+from support import contents, layers, references, warm
 from support.contents import DATA, ZEROS
 from support.language import at, described, disk, vm
 from support.process import CRON_PATH, PASSWORD, PROGRAM, TROUBLED, Pool, Run, ended, text_of, write_json
@@ -67,13 +68,15 @@ exclude-disk=[NOBAK]
 
 
 class Case(NamedTuple):
-    """One trouble. `faults` are the pool's, `trouble` is troubled.py's, `signal_at`: (number, milliseconds)."""
+    """One trouble. `faults` are the pool's, `trouble` is troubled.py's, `signal_at`: (number, milliseconds). `lied`: the VM of
+    which a difference leaves out what changed, and is held against the whole."""
     name: str
     faults: Tuple[Dict[str, Any], ...] = ()
     trouble: Optional[Dict[str, Any]] = None
     signal_at: Optional[Tuple[int, int]] = None
     copies: int = COPIES
     free_bytes: int = 0         # if not 0, the store is a file system of its own with so much space left
+    lied: str = ''
 
     @property
     def kind(self) -> str:
@@ -113,12 +116,14 @@ class Result(NamedTuple):
 
 class Stand(NamedTuple):
     """What stands in a store: of each copy that is shown, in which night it was made, and what its manifest tells of its place
-    in a chain; the good ones; the digests of the files of all; the dumps."""
+    in a chain; the good ones; the digests of the files of all; the dumps. And in the pool: of which copy each VM's reference
+    there, whole, is the state."""
     night_of: Dict[Copy, int]
     layer_of: Dict[Copy, Dict[str, Any]]
     good: Set[Copy]
     files: Dict[Copy, Dict[str, str]]
     dumps: Set[Tuple[str, str]]
+    references: Dict[str, str] = {}
 
     def named(self, copy: Copy) -> Set[Copy]:
         """The copies that hold blocks of that one, as its manifest tells."""
@@ -191,34 +196,25 @@ class Base:
             shutil.copytree(first.pool.dir, self.pool_dir, ignore=shutil.ignore_patterns('sockets', 'journal.jsonl'))
             shutil.copytree(first.store, os.path.join(self.home, 'store'), symlinks=True)
             self.stand = Stand(night_of, {copy: layer_of(first.store, copy) for copy in night_of}, set(night_of),
-                               contents.sealed_files(first.store, night_of), contents.shown_dumps(first.store))
+                               contents.sealed_files(first.store, night_of), contents.shown_dumps(first.store),
+                               self.references(first))
         finally:
             first.remove()
         self.recording = self.recorded()
         self.cases = [case._replace(name=self.title + case.name) for case in self.all_cases()]
 
-    def recorded(self, words: Sequence[str] = ()) -> Recording:
-        """What a run of these words does."""
+    def recorded(self, words: Sequence[str] = (), **how: Any) -> Recording:
+        """What a run of these words does. `how`: which steps of the storage are meant, as troubled.py has it."""
         place = Place(self, self, 1)            # that which keeps the least does the most
         try:
             place.serve()
+            trace = os.path.join(place.home, 'trace')
             began_at = time.monotonic()
-            run = place.do(words)
+            run = place.do(words, dict(how, store=place.store, trace=trace))
             run_ms = int((time.monotonic() - began_at) * 1000)
             assert run.exit_status == 0, run.output
-            return Recording(place.pool.journal(), self.traced(words), run_ms)
-        finally:
-            place.remove()
-
-    def traced(self, words: Sequence[str] = (), **how: Any) -> List[str]:
-        """The steps of the storage of such a run."""
-        place = Place(self, self, 1)
-        try:
-            place.serve()
-            trace = os.path.join(place.home, 'trace')
-            run = place.do(words, dict(how, store=place.store, trace=trace))
-            assert run.exit_status == 0, run.output
-            return contents.content_of(trace).decode('utf-8', 'surrogateescape').splitlines()
+            steps = contents.content_of(trace).decode('utf-8', 'surrogateescape').splitlines()
+            return Recording(place.pool.journal(), steps, run_ms)
         finally:
             place.remove()
 
@@ -230,6 +226,10 @@ class Base:
                 cases.append(Case('full with %d KiB free' % free_kib, copies=1 + free_kib // 512 % 2,
                                   free_bytes=free_kib * 1024))
         return cases
+
+    def references(self, place: 'Place') -> Dict[str, str]:
+        """What stands in the pool of that place, as Stand has it."""
+        return {}
 
     def written_by(self, night: int, name: str) -> Dict[str, Dict[int, str]]:
         """What guests have written to that VM's disks before that night, by userdevice and MiB."""
@@ -247,18 +247,22 @@ class Base:
         try:
             place.serve()
             run = place.back_up(case.trouble, case.signal_at)
-            after = Aftermath(self, case, place, run, self.stand, False)
+            after = self.aftermath(case, place, run, self.stand, False)
             held, problems = after.judge()
             if case.free_bytes:
                 place.resize(64 * MEBIBYTE)
             place.serve_without_faults()
             place.guests_write(len(self.nights) - 1)
             clean = place.back_up()
-            later = Aftermath(self, case, place, clean, after.stand, True)
+            later = self.aftermath(case, place, clean, after.stand, True)
             more_held, more_problems = later.judge()
             return result_of(case, held + more_held, problems, more_problems, run, clean)
         finally:
             place.remove()
+
+    def aftermath(self, *facts: Any) -> 'Aftermath':
+        """What is there after a run, as it is judged."""
+        return Aftermath(self, *facts)
 
     def remove(self) -> None:
         shutil.rmtree(self.home, ignore_errors=True)
@@ -283,6 +287,7 @@ class Place:
         if source is not None:
             shutil.copytree(source.pool_dir, self.pool.dir, symlinks=True)
             copy_into(os.path.join(source.home, 'store'), self.store)
+            references.is_now_that_of(Store(self.store), self.config)
         if free_bytes:
             status = os.statvfs(self.store)
             self.resize((status.f_blocks - status.f_bfree) * status.f_frsize + free_bytes)
@@ -467,7 +472,7 @@ def cases_of(recording: Recording) -> List[Case]:
 
 def step_shown(line: str) -> str:
     """A step of the storage as cases are named by it: without what is another in each run."""
-    return re.sub(r'\d{4}-\d\d-\d\d-\d{6}|\d{8}-\d{6}|\d{8}T\S+(?=\.run)|(?<=-)[0-9a-f]{16}', '*', line)
+    return re.sub(r'\d{4}-\d\d-\d\d-\d{6}|\d{8}-\d{6}|\d{8}T\S+(?=\.run)|(?<=-)[0-9a-f]{16}|(?<=\.json\.)\d+', '*', line)
 
 
 def deeds(on: str, size: int) -> Iterator[Tuple[str, Dict[str, Any]]]:
@@ -637,8 +642,8 @@ class Aftermath(Judge):
     def __init__(self, base: Base, case: Case, place: Place, run: Run, before: Stand, is_clean: bool) -> None:
         super().__init__(base, case, place, run, is_clean)
         self.before = before
-        night = len(base.nights) - (1 if is_clean else 2)
-        self.night_of = {copy: before.night_of.get(copy, night) for copy in contents.shown_copies(place.store)}
+        self.night = len(base.nights) - (1 if is_clean else 2)
+        self.night_of = {copy: before.night_of.get(copy, self.night) for copy in contents.shown_copies(place.store)}
         self.copies = set(self.night_of)
         self.read = {name: layers.Disks(Store(place.store), name) for name, _ in self.copies}
         self.dumps = contents.shown_dumps(place.store)
@@ -646,12 +651,21 @@ class Aftermath(Judge):
         self.good_copies = self.copies - set(self.damaged)
         self.stand = Stand(self.night_of, {copy: layer_of(place.store, copy) for copy in self.copies}, self.good_copies,
                            contents.sealed_files(place.store, self.copies), self.dumps)
+        #: The VM whose audit has to fail in this run, and the copies that nobody trusts since then: they are not good any more.
+        self.lie, self.suspect = self.lied()
         #: What a copy rests on that somebody else has removed is no one's fault here; a new one may not rest on it.
-        self.ruined = {copy for copy in before.night_of if case.taken & ({copy} | before.named(copy))}
+        self.ruined = {copy for copy in before.night_of if case.taken & ({copy} | before.named(copy))} | self.suspect
         self.good_before = before.good - self.ruined
         self.new = {name for name, _ in self.good_copies - before.good}
         self.has_new_dump = bool(self.dumps - before.dumps)
         self.last_line = LAST_LINE.fullmatch(run.stdout.rstrip('\n').rpartition('\n')[2])
+
+    def lied(self) -> Tuple[str, Set[Copy]]:
+        return '', set()
+
+    def kept(self) -> Set[str]:
+        """The objects in the pool that are ours and may stay there."""
+        return set()
 
     def problem_of(self, name: str, copy: str) -> str:
         if name not in self.base.disks:
@@ -690,13 +704,15 @@ class Aftermath(Judge):
         return problems
 
     def holds_verify_says_the_same(self) -> List[str]:
-        """`verify` finds every copy good, and as many as there are."""
+        """`verify` finds every copy good, but those SUSPECT that an audit found fault with, and as many as there are."""
         verdict = self.place.verify()
-        lines = [line for line in verdict.stdout.splitlines() if line.startswith('good ')]
+        found = {word: {tuple(line.split()[1].rstrip(':').split('/')) for line in verdict.stdout.splitlines()
+                        if line.startswith(word + ' ')} for word in ('good', 'SUSPECT')}
         ruined = self.copies & self.ruined
-        if verdict.exit_status != bool(ruined) or len(lines) != len(self.copies - ruined):
+        if verdict.exit_status != bool(ruined) or found != {'good': self.copies - ruined,
+                                                           'SUSPECT': (self.copies & self.suspect) - set(self.damaged)}:
             return ['verify found %d of %d copies good, exit status %d: %s' % (
-                len(lines), len(self.copies), verdict.exit_status, verdict.output)]
+                len(found['good']), len(self.copies), verdict.exit_status, verdict.output)]
         return []
 
     def holds_sealed_files_never_change(self) -> List[str]:
@@ -756,8 +772,8 @@ class Aftermath(Judge):
     # --- the pool ---
 
     def holds_the_pool_is_as_it_was(self) -> List[str]:
-        """What is not ours is untouched. What is ours is gone, or (not after the clean run, nor after a signal that can be
-        caught, nor where it is the storage that hangs) stands in an open journal."""
+        """What is not ours is untouched. What is ours is gone, but for references that ledgers name, or (not after the clean run,
+        nor after a signal that can be caught, nor where it is the storage that hangs) stands in an open journal."""
         problems = []
         now = objects_of(self.place.pool)
         for key in sorted(set(self.base.objects) - set(now)):
@@ -765,15 +781,18 @@ class Aftermath(Judge):
         for key in sorted(set(self.base.objects) & set(now)):
             if self.base.objects[key] != now[key] and not self.is_our_key_only(key, now[key]):
                 problems.append('%s was changed: %s, before %s' % (key, now[key], self.base.objects[key]))
-        left = [key for key in sorted(set(now) - set(self.base.objects))]
+        left = [key for key in sorted(set(now) - set(self.base.objects) - self.kept())]
         left += [key for key in sorted(now) if 'vmbackup' in json.dumps(now[key])]
         had_no_chance = not self.hung and not (self.case.signal_at and not self.was_killed)
         is_known = not self.is_clean and had_no_chance and self.open_journals()
         # A pool that forgets a removal can hold a record whose disk is gone: no one can destroy it, every run reports it.
         is_known = is_known or 'lose' in self.case.deeds and self.run.exit_status == 3 and self.open_journals()
-        # A pool that says of an object that it is gone is believed.
-        is_known = is_known or any(fault['do'].get('fail', [''])[0] == 'HANDLE_INVALID' for fault in self.case.faults)
+        is_known = is_known or self.is_said_to_be_gone()
         return problems + ([] if is_known else ['%s is left: %s' % (key, now[key]) for key in left])
+
+    def is_said_to_be_gone(self) -> bool:
+        """A pool that says of an object that it is gone is believed."""
+        return any(fault['do'].get('fail', [''])[0] == 'HANDLE_INVALID' for fault in self.case.faults)
 
     def is_our_key_only(self, key: str, record: Dict[str, Any]) -> bool:
         """Is a key of ours, which is judged below, the only difference?"""
@@ -788,16 +807,18 @@ class Aftermath(Judge):
     # --- what it said ---
 
     def holds_the_exit_status_is_true(self) -> List[str]:
-        """0 and 3 mean that everything is there; 1 that something is missing; the clean run ends with 0 (after `lose` with 3,
-        if something can't be removed)."""
+        """0 and 3 mean that everything is there; 1 that something is missing, or that an audit failed; the clean run ends with 0
+        (after `lose` with 3, if something can't be removed)."""
         status, is_all = self.run.exit_status, self.new == set(self.base.disks) and self.has_new_dump
         problems = []
         if status in (0, 3) and not is_all:
             problems.append('exit status %d, but new copies are there only of %s%s' % (
                 status, sorted(self.new) or 'nothing', '' if self.has_new_dump else ', and no new dump'))
-        allowed = [0, 3] if 'lose' in self.case.deeds or self.case.taken else [0]
+        allowed = [0, 3] if 'lose' in self.case.deeds or self.case.taken or self.suspect else [0]
         if not self.is_clean:
             allowed += [1, 3, 4]
+        if self.lie:
+            allowed = [1]
         if not self.is_clean and self.case.signal_at:
             allowed += [128 + self.case.signal_at[0], -self.case.signal_at[0]]
         if not self.is_clean and self.case.trouble and str(self.case.trouble.get('do')).startswith('SIG'):
@@ -807,7 +828,7 @@ class Aftermath(Judge):
             allowed += [2] + [-signal.SIGKILL] * self.was_killed
         if status not in allowed:
             problems.append('exit status %d' % status)
-        if status == 1 and is_all and not self.may_doubt():
+        if status == 1 and is_all and not self.may_doubt() and not self.lie:
             problems.append('exit status 1, but everything is there')
         return problems
 

@@ -5,7 +5,7 @@ zeros between the nights. Beside the troubles that faultsuite.py knows, the stor
 otherwise than it was given, and somebody removes a copy that the new one is to rest on.
 """
 
-from typing import Iterator, List, Sequence
+from typing import Iterator, List, Sequence, Tuple
 
 from support.contents import DATA, ZEROS
 from support.faultsuite import LEFT_OUT, Base, Case, step_shown
@@ -32,6 +32,7 @@ class IncrementsBase(Base):
     disks = {'web': {one['userdevice']: one for one in WEB}, 'db': {'0': DB[0]}}
     lines = ('incremental=yes', 'compress=gzip')  # type: Sequence[str]
     full_every = 14
+    proven = ('.vhd',)          # type: Tuple[str, ...]     # the ends of the names of what is read again before it counts
     nights = (
         {},
         {'web': {'0': {1: DATA, 4: ZEROS}, '1': {0: DATA}}, 'db': {'0': {2: DATA, 0: ZEROS}}},
@@ -43,7 +44,7 @@ class IncrementsBase(Base):
 
     def misread(self) -> Iterator[Case]:
         """A file of the store can't be opened to be read; or from then on none."""
-        openings = self.traced(reads=True)
+        openings = self.recorded(reads=True).steps
         for step, line in enumerate(openings, 1):
             for word, stays in (('EIO', False), ('EIO', True), ('ESTALE', False)):
                 yield Case('reading-%s at opening %d of %d (%s)%s' % (
@@ -51,10 +52,10 @@ class IncrementsBase(Base):
                     trouble={'step': step, 'do': word, 'stays': stays, 'reads': True}, copies=1 + step % 2)
 
     def miswritten(self) -> Iterator[Case]:
-        """The storage holds other data than were written to the file of an increment, which is read again before it counts."""
+        """The storage holds other data than were written to a file that is read again before it counts."""
         for name in sorted(self.disks):
             for step, line in enumerate(self.steps_of(name), 1):
-                if line.startswith('write') and line.endswith('.vhd'):
+                if line.startswith('write') and line.endswith(self.proven):
                     yield Case('storage-flip at step %d of %s (%s)' % (step, name, step_shown(line)),
                                trouble={'step': step, 'do': 'flip', 'below': name}, copies=1 + step % 2)
 

@@ -129,9 +129,9 @@ def write_ledger(path: str, ledger: Dict[str, Any]) -> None:
         json.dump(ledger, file)
 
 
-def is_now_that_of(shelf: Shelf) -> None:
+def is_now_that_of(shelf: Store, config_path: str) -> None:
     """The store, which is a copy of another, is from now on as the one that it was copied from: its identity has its own inode
-    number, and its ledgers name the config beside it."""
+    number, and its ledgers name that config."""
     path = shelf.at(STATE, 'store')
     with open(path, encoding='utf-8') as file:
         identity = json.load(file)
@@ -141,7 +141,7 @@ def is_now_that_of(shelf: Shelf) -> None:
     for path in ledger_paths(shelf):
         with open(path, encoding='utf-8') as file:
             ledger = json.load(file)
-        write_ledger(path, dict(ledger, inode=identity['inode'], config=shelf.config_path))
+        write_ledger(path, dict(ledger, inode=identity['inode'], config=config_path))
 
 
 # --- the pool against the ledgers ---------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
     {"store": DIR, "step": 17, "do": "short"}            a write takes half of what it was given
     {"store": DIR, "step": 17, "do": "flip"}             a write stores a bit otherwise than it was given
     {"store": DIR, "step": 17, "do": "vanish", "what": PATH}    just before step 17 somebody removes what has that path there
+    {"store": DIR, "step": 17, "do": "run", "command": [WORD, ...]}    just before step 17 somebody runs that command; a
+                                                         server may refuse it, as a disk is in use
     {"store": DIR, "reads": true, ...}                   the steps are the openings of files for reading, and nothing else
     {"store": DIR, "below": PATH, ...}                   only what befalls that directory there is a step
     {"at": [NAME, ...], "do": "EIO"}                     looking at or opening what bears one of these names fails so; or
@@ -56,6 +58,7 @@ class Storage:
         self.do = trouble.get('do', '')
         self.stays = trouble.get('stays', False)
         self.what = trouble.get('what', '')
+        self.command = trouble.get('command', ())
         self.reads = trouble.get('reads', False)
         self.below = trouble.get('below', '')
         self.trace = REAL['open'](trouble['trace'], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if 'trace' in trouble else -1
@@ -96,6 +99,10 @@ class Storage:
             return self.do
         if self.do == 'vanish':
             REAL_RUN(['rm', '-rf', os.path.join(self.root, self.what)], check=True)
+            return ''
+        if self.do == 'run':
+            done = REAL_RUN(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            assert done.returncode == 0 or b'VDI is in use' in done.stderr, (self.command, done)
             return ''
         if self.do.startswith('SIG'):
             os.kill(os.getpid(), getattr(signal, self.do))
