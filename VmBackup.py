@@ -453,13 +453,13 @@ class VirtualMachine(NamedTuple):
 
 
 class NamedSnapshot(NamedTuple):
-    """A snapshot of a VM (`class_name` VM) or of a disk (VDI) that is named as a reference: the VM or disk
-    that it is of ("" if that is gone), the stamp of the copy that it equals, and the beginning of the store's
-    id."""
+    """A snapshot of a VM (`class_name` VM) or of a disk (VDI) that is named as a reference: the uuids of the
+    snapshots of disks that it is made of, the stamp of the copy that it equals, and the beginning of the
+    store's id."""
     class_name: str
     uuid: str
     name: str
-    original: str
+    disks: Tuple[str, ...]
     stamp: str
     store: str
 
@@ -1725,7 +1725,8 @@ class Copy(NamedTuple):
     `layer` is its place in a chain, None where its manifest does not tell the state of every block; `broken`
     says which of the copies that hold blocks of it fails it, "" if none; `read_back`: its image was read back
     from storage when it was made; `is_changed`: files of it were written since it was verified. `images` are
-    the names of all its images, `image` the first. `reading`: how each disk was read (full, all, difference),
+    the names of all its images, `image` the first; `snapshots` the uuids of the snapshots of disks that they
+    were made of. `reading`: how each disk was read (full, all, difference),
     by its name in `blocks`, and why. `audit`: what its own audit has found, and the copies that this is
     about; `accused`: what that of another has found of it.
     """
@@ -1758,6 +1759,7 @@ class Copy(NamedTuple):
     read_back: bool = False
     is_changed: bool = False
     images: Tuple[str, ...] = ()
+    snapshots: Tuple[str, ...] = ()
     reading: Tuple[Tuple[str, str, str], ...] = ()
     audit: Tuple[str, Tuple[str, ...]] = ("", ())
     accused: str = ""
@@ -3560,8 +3562,10 @@ class Pool:
                 real.append(machine._replace(problems=machine.problems + tuple(lost)))
         real.sort(key=lambda machine: (machine.name, machine.uuid))
         return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real),
-                         tuple(problems), tuple(named_references("VM", machines))
-                         + tuple(named_references("VDI", vdis)))
+                         tuple(problems), tuple(named_references("VM", machines, lambda record: [
+                             vdis[vbds[vbd]["VDI"]].get("uuid", "") for vbd in record.get("VBDs", ())
+                             if vbds.get(vbd, {}).get("VDI") in vdis]))
+                         + tuple(named_references("VDI", vdis, lambda record: [record["uuid"]])))
 
     def records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
         """All records of that class by ref."""
@@ -3760,13 +3764,13 @@ def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname:
 MACHINE_FLAGS = ("is_a_template", "is_a_snapshot", "is_control_domain")
 
 
-def named_references(class_name: str, records: Dict[str, Dict[str, Any]]) -> Iterator[NamedSnapshot]:
-    """Those of the records that are snapshots with the name of a reference."""
+def named_references(class_name: str, records: Dict[str, Dict[str, Any]],
+                     disks: Callable[[Dict[str, Any]], Iterable[str]]) -> Iterator[NamedSnapshot]:
+    """Those of the records that are snapshots with the name of a reference. `disks`: the uuids of its."""
     for record in records.values():
         match = REFERENCE_NAME.search(str(record.get("name_label")))
         if match and record.get("is_a_snapshot") is True and isinstance(record.get("uuid"), str):
-            original = records.get(str(record.get("snapshot_of")), {}).get("uuid", "")
-            yield NamedSnapshot(class_name, record["uuid"], record["name_label"], original,
+            yield NamedSnapshot(class_name, record["uuid"], record["name_label"], tuple(disks(record)),
                                 match.group("stamp").replace(":", "").replace(" ", "-"),
                                 match.group("store"))
 
@@ -7190,6 +7194,7 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
         size_bytes=sum(image["size"] for image in manifest["images"]), problem=problem,
         layer=layer_of(manifest), read_back=manifest.get("verified", {}).get("read_back") is True,
         disks=disk_words(manifest["disks"]),
+        snapshots=tuple(disk["snapshot_uuid"] for disk in manifest["disks"]),
         reading=tuple((disk["key"], told(disk, "how"), told(disk, "why"))
                       for disk in (manifest["disks"] if "layer" in manifest else ())),
         audit=(told(manifest, "layer", "audit", "found"), audited_copies(manifest)),
@@ -9127,13 +9132,12 @@ class References:
             is_ours = lock.is_held or stack.enter_context(lock.held(tries=tries))
             yield self.ledger(ledger.vm, ledger.kind) if is_ours else None
 
-    def strays(self, inventory: Inventory,
-               stamps: Callable[[str], Container[str]]) -> Iterator[Tuple[str, str]]:
+    def strays(self, inventory: Inventory, made_of: Callable[[], Set[str]]) -> Iterator[Tuple[str, str]]:
         """What is named as a reference in the pool and is none of this store's ledgers', each with a sentence
-        about it. `stamps`: those of the copies of a VM here, by its uuid or that of a disk of it.
+        about it. `made_of` gives the uuids of the snapshots of disks that copies here were made of.
 
-        Of another store it may be the reference that is used there. It is told of if it is the state of a
-        copy that lies here, as then the ledger was lost, or older than any in use.
+        Of another store it may be the reference that is used there. It is told of if a copy that lies here
+        was made of it, as then the ledger was lost, or if it is older than any in use.
         """
         ledgers, unreadable = self.ledgers()
         known = {one.uuid for ledger in ledgers for one in ledger.references}     # another store's are told
@@ -9142,7 +9146,7 @@ class References:
             is_own = self.identity["store"].startswith(one.store)
             if one.uuid in known or is_own and unreadable:     # one of these may name it
                 continue
-            if not (is_own or one.stamp < oldest or one.original and one.stamp in stamps(one.original)):
+            if not (is_own or one.stamp < oldest or made_of().intersection(one.disks)):
                 continue
             if self._services.pool.ask_if_there("looking at references", one.class_name + ".get_by_uuid",
                                                 one.uuid) is None:
@@ -10415,13 +10419,14 @@ class BackupRun:
             except CatalogError as error:
                 yield self.left(error)
 
-        def stamps(uuid: str) -> Set[str]:
-            return {copy.stamp for machine in (job.machine for job in self._plan.jobs)
-                    if uuid == machine.uuid or uuid in (disk.vdi_uuid for disk in machine.disks)
-                    for copy in self.placement.folder(self.placement.folder_name(machine)).copies}
+        @functools.lru_cache(maxsize=None)
+        def made_of() -> Set[str]:
+            return {uuid for job in self._plan.jobs
+                    for copy in self.placement.folder(self.placement.folder_name(job.machine)).copies
+                    for uuid in copy.snapshots}
 
         try:
-            for name, sentence in references.strays(run.inventory, stamps):
+            for name, sentence in references.strays(run.inventory, made_of):
                 yield Finding(Severity.WARNING, quote_name(name), sentence)
         except CatalogError as error:                  # of that VM its own job tells more
             yield self.left(error)
@@ -10948,8 +10953,8 @@ class BackupJob:
             return
         named = ", ".join(copy.name for copy in copies) or "none"
         self._lie = (f"the audit of its differences failed: {audit}. The server left out what had changed. "
-                     f"Read as differences, and {SUSPECT} from now on: {named}. Restore from other copies. All "
-                     "is read whole from now on, until forget-references lets differences be used again; "
+                     f"Read as differences, and {SUSPECT} from now on: {named}. Restore from other copies. "
+                     "All is read whole from now on, until forget-references lets differences be used again; "
                      "keep_reference=no is safest until the server's storage is known to be right.")
         references.put(self._ledger(folder)._replace(distrust=DISTRUST))
 
