@@ -499,7 +499,7 @@ def test_references_go_first_where_an_sr_is_short_of_space_also_those_of_other_v
 
 
 def test_an_sr_that_fills_up_while_a_difference_is_read_costs_the_references_that_nobody_reads(kept: Any) -> None:
-    nights = kept(*BOTH, faults=[at('http:/export_raw_vdi', nth=1, runs_at=MEBIBYTE)], **SMALL)
+    nights = kept(*BOTH, faults=[at('http:/export_raw_vdi', nth=1, runs_at=MEBIBYTE // 3)], **SMALL)
     www = Kept(nights.pool, nights.shelf, *BOTH, name='www')
     old = [nights.reference, www.reference]
     copy = fills_up(nights, lambda: any(path.endswith('.partial/xvda.vhd') for path in nights.shelf.tree()))
@@ -508,7 +508,7 @@ def test_an_sr_that_fills_up_while_a_difference_is_read_costs_the_references_tha
 
 
 def test_an_sr_that_fills_up_while_all_is_read_costs_the_vms_own_reference_and_not_the_lock_of_its_directory(kept: Any) -> None:
-    nights = kept(*BOTH, faults=[at('http:/export', object='web', runs_at=2 * MEBIBYTE)], **SMALL)
+    nights = kept(*BOTH, faults=[at('http:/export', object='web', runs_at=MEBIBYTE // 2)], **SMALL)
     old = nights.reference
     nights.lines = tuple(line for line in nights.lines if 'full_every' not in line) + ('full_every=2',)
     second = other_config(nights, VM, 'lock_wait=0')
@@ -878,9 +878,10 @@ def test_a_ledger_under_the_name_of_another_vms_is_neithers(kept: Any) -> None:
 # --- Runs that meet ---------------------------------------------------------------------------------------------------------
 
 def test_runs_that_meet_on_the_vm_take_turns_and_none_takes_it_from_the_other(kept: Any) -> None:
-    nights = kept(faults=[at('http:/export_raw_vdi', nth=1, runs_at=MEBIBYTE)])
+    nights = kept(faults=[at('http:/export_raw_vdi', nth=1, runs_at=MEBIBYTE // 2)])
     second = other_config(nights, *nights.lines, name='second.cfg')
     nights.write(2)
+    nights.write(4)                                 # the file begins when the first block is whole: then half is still to come
     before, held = nights.copies(), nights.disks()
     with beginning(nights.pool, nights.shelf, config=second) as first:
         assert eventually(lambda: any(path.endswith('.partial/xvda.vhd') for path in nights.shelf.tree())), first.output

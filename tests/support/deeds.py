@@ -130,8 +130,13 @@ def children_of(pid: int) -> List[int]:
 
 def is_exporting(shelf: Shelf) -> Callable[[], bool]:
     """Have bytes of an image come? (The pool logs an export when it has ended.)"""
-    return lambda: any('.partial/' in name and name.endswith(('.xva', '.raw')) and
-                       os.path.getsize(os.path.join(shelf.path, name)) for name in shelf.tree())
+    def has_come(path: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):           # finished, or gone, since it was seen
+            return os.path.getsize(path) > 0
+        return False
+
+    return lambda: any('.partial/' in name and name.endswith(('.xva', '.raw')) and has_come(shelf.at(name))
+                       for name in shelf.tree())
 
 
 def objects(pool: Pool) -> Dict[str, Dict[str, Any]]:

@@ -209,10 +209,10 @@ class Pool:
         return b''.join(disk.block(number) for number in range(disk.blocks()))
 
     def journal(self) -> List[Dict[str, Any]]:
-        """Every call, command and request so far, oldest first."""
+        """Every call, command and request so far, oldest first. A line that is just being written is none yet."""
         path = os.path.join(self.dir, 'journal.jsonl')
-        with open(path, encoding='utf-8') as file:
-            return [json.loads(line) for line in file]
+        with open(path, encoding='utf-8', newline='\n') as file:
+            return [json.loads(line) for line in file if line.endswith('\n')]
 
     def calls(self, pattern: str) -> List[Dict[str, Any]]:
         """The journal's entries that match `via:call`, with shell wildcards."""

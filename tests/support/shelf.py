@@ -6,6 +6,7 @@
 marker, an image of the manifest's size, SHA256SUMS), not by the code that wrote it.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -231,17 +232,19 @@ class Shelf(Store):
     # --- looking ---
 
     def tree(self) -> Tree:
-        """Everything on the shelf: by its path, mode and, for a file, content and time of its last change."""
+        """Everything on the shelf: by its path, mode and, for a file, content and time of its last change. What a run
+        removes or renames meanwhile is not there."""
         found = {}  # type: Tree
         for folder, folders, files in os.walk(path_of(self.path)):
             for name in folders + files:
                 path = os.path.join(folder, name)
-                status = os.lstat(path)
                 shown = text_of(os.path.relpath(path, path_of(self.path)))
-                if stat.S_ISREG(status.st_mode):
-                    found[shown] = (status.st_mode, status.st_mtime_ns, digest_of(path))
-                else:
-                    found[shown] = (status.st_mode,)
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.lstat(path)
+                    if stat.S_ISREG(status.st_mode):
+                        found[shown] = (status.st_mode, status.st_mtime_ns, digest_of(path))
+                    else:
+                        found[shown] = (status.st_mode,)
         return found
 
     def is_unchanged(self) -> bool:
