@@ -3563,8 +3563,8 @@ class Pool:
         real.sort(key=lambda machine: (machine.name, machine.uuid))
         return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real),
                          tuple(problems), tuple(named_references("VM", machines, lambda record: [
-                             vdis[vbds[vbd]["VDI"]].get("uuid", "") for vbd in record.get("VBDs", ())
-                             if vbds.get(vbd, {}).get("VDI") in vdis]))
+                             Fields("", vdis.get(Fields("", vbds.get(vbd), []).text("VDI")), []).text("uuid")
+                             for vbd in Fields("", record, []).texts("VBDs")]))
                          + tuple(named_references("VDI", vdis, lambda record: [record["uuid"]])))
 
     def records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
@@ -3770,7 +3770,8 @@ def named_references(class_name: str, records: Dict[str, Dict[str, Any]],
     for record in records.values():
         match = REFERENCE_NAME.search(str(record.get("name_label")))
         if match and record.get("is_a_snapshot") is True and isinstance(record.get("uuid"), str):
-            yield NamedSnapshot(class_name, record["uuid"], record["name_label"], tuple(disks(record)),
+            yield NamedSnapshot(class_name, record["uuid"], record["name_label"],
+                                tuple(filter(None, disks(record))),
                                 match.group("stamp").replace(":", "").replace(" ", "-"),
                                 match.group("store"))
 
@@ -6925,6 +6926,15 @@ class Placement:
         """The directory as it was last read; CatalogError if it can't be."""
         return self._folders[name] if name in self._folders else self.look_again(name)
 
+    def snapshots_of(self, machines: Iterable[VirtualMachine]) -> Set[str]:
+        """The uuids of the snapshots of disks that copies in the directories of these VMs were made of."""
+        found = set()                      # type: Set[str]
+        for machine in machines:
+            with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
+                found.update(uuid for copy in self.folder(self.folder_name(machine)).copies
+                             for uuid in copy.snapshots)
+        return found
+
     def look_again(self, name: str) -> Folder:
         """The directory as it is now, for its owner to be told anew: call it with its lock held."""
         self._folders.pop(name, None)
@@ -9067,8 +9077,16 @@ class References:
     def standing(self, ledger: Ledger) -> List[str]:
         """The uuids of what the ledger names and the pool still has."""
         class_name = "VM" if ledger.kind == Method.VM.value else "VDI"
-        return [one.uuid for one in ledger.references if self._services.pool.ask_if_there(
-            "looking at references", class_name + ".get_by_uuid", one.uuid) is not None]
+        return [one.uuid for one in ledger.references if self._stands(class_name, one.uuid)]
+
+    def _stands(self, class_name: str, uuid: str) -> bool:
+        """Is it in the pool? What the server can't tell anything of may be, and costs no other."""
+        try:
+            return self._services.pool.ask_if_there("looking at references", class_name + ".get_by_uuid",
+                                                    uuid) is not None
+        except ApiFailure as failure:
+            self._services.log.info(str(failure))
+            return True
 
     def put(self, ledger: Ledger) -> None:
         """It is on disk."""
@@ -9148,8 +9166,7 @@ class References:
                 continue
             if not (is_own or one.stamp < oldest or made_of().intersection(one.disks)):
                 continue
-            if self._services.pool.ask_if_there("looking at references", one.class_name + ".get_by_uuid",
-                                                one.uuid) is None:
+            if not self._stands(one.class_name, one.uuid):
                 continue                   # removed since the inventory was read, by this run or another
             whose = f" of the store {one.store}" if not is_own else "" if self.can_keep else \
                 " of this store, or of the one that it may be a copy of"
@@ -10421,9 +10438,7 @@ class BackupRun:
 
         @functools.lru_cache(maxsize=None)
         def made_of() -> Set[str]:
-            return {uuid for job in self._plan.jobs
-                    for copy in self.placement.folder(self.placement.folder_name(job.machine)).copies
-                    for uuid in copy.snapshots}
+            return self.placement.snapshots_of(job.machine for job in self._plan.jobs)
 
         try:
             for name, sentence in references.strays(run.inventory, made_of):
@@ -10921,15 +10936,20 @@ class BackupJob:
         for disk in disks if chain is not None and chain.reference is not None else ():
             key, ask = chain.key(disk), self._services.pool.ask_if_there
             kept, row = chain.reference.disks.get(key), disk_row(chain.last, key, disk.virtual_size)
-            ref = kept and ask(doing, "VDI.get_by_uuid", kept["uuid"])
-            record = ref and ask(doing, "VDI.get_record", ref)
+            try:
+                ref = kept and ask(doing, "VDI.get_by_uuid", kept["uuid"])
+                record = ref and ask(doing, "VDI.get_record", ref)
+            except ApiFailure as failure:          # a record that is damaged costs no backup
+                self._services.log.info(str(failure))
+                return chain._replace(reference=None, why=f"of the reference's disk {key} nothing is told")
+            old = Fields("the reference's disk", record, [])
             why = f"disk {key} is not in the reference" if not kept or row is None else \
                 f"the reference's disk {key} is gone" if not record else \
-                f"the reference's disk {key} is no snapshot any more" if not record["is_a_snapshot"] else \
-                f"the reference's disk {key} is of another type" if record["type"] != disk.vdi_type else \
-                f"the reference's disk {key} lies on another SR" if record["SR"] != disk.sr_ref else \
-                f"the reference's disk {key} has another size" if disk.virtual_size != row["virtual_size"] \
-                or disk.virtual_size != int(record["virtual_size"]) else ""
+                f"the reference's disk {key} is no snapshot any more" if not old.flag("is_a_snapshot") else \
+                f"the reference's disk {key} is of another type" if old.text("type") != disk.vdi_type else \
+                f"the reference's disk {key} lies on another SR" if old.text("SR") != disk.sr_ref else \
+                f"the reference's disk {key} has another size" if not \
+                disk.virtual_size == row["virtual_size"] == old.number("virtual_size") else ""
             if why:
                 return chain._replace(reference=None, why=why)
             uuids[key] = kept["uuid"]

@@ -714,6 +714,29 @@ def test_one_whose_ledger_was_lost_with_the_state_folder_is_told_every_night_and
     assert nights.files_are_right()
 
 
+@pytest.mark.parametrize('odd', ['record', 'folder'])
+def test_one_that_nothing_is_told_of_or_whose_directory_can_not_be_read_does_not_hide_that_others_were_lost(
+        kept: Any, odd: str) -> None:
+    nights = kept(*BOTH)
+    web, www = nights.reference, Kept(nights.pool, nights.shelf, *BOTH, name='www').reference
+    shutil.rmtree(nights.shelf.at(STATE))
+    nights.left = uuids_of(web) + uuids_of(www)
+    if odd == 'record':
+        serving(nights.pool, at('api:VM.get_by_uuid', nth=1, fails=['INTERNAL_ERROR', 'x']))
+    nights.run = troubled(nights, **({'at': ['www'], 'do': 'EACCES'} if odd == 'folder' else {'hurried': True}))
+    assert nights.run.exit_status == (1 if odd == 'folder' else 3) and nights.run.never_says('Traceback'), nights.run
+    assert stays_and_is_told(nights, web) and (odd == 'folder' or stays_and_is_told(nights, www))
+
+
+def test_a_reference_whose_record_is_damaged_costs_no_backup(kept: Any) -> None:
+    nights = kept()
+    kept_disk, = nights.reference['disks'].values()
+    serving(nights.pool, at('api:VDI.get_record', object=kept_disk['uuid'], nth=1, fails=['INTERNAL_ERROR', 'x']))
+    nights.write(2)
+    assert nights.whole_because(nights.night()) == 'of the reference\'s disk xvda nothing is told', nights.run
+    assert is_nothing_left(nights) and nights.is_by_difference(nights.night()) and nights.files_are_right()
+
+
 def test_a_ledger_of_last_week_is_not_gone_by_and_the_reference_that_it_does_not_know_is_told(kept: Any) -> None:
     nights = kept()
     with open(nights.ledger_path) as file:
