@@ -2038,6 +2038,9 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, rules: Sequence[Rul
                       "has been read back from the store: `verify` does that")
         elif copy.layer is not None and has_unfinished:
             reason = "a copy that is not finished may need it"
+        elif unrecorded(copy, ordered):
+            reason = f"it alone tells that {unrecorded(copy, ordered)[0].name} is {SUSPECT}, until a run " \
+                "has put that on record"
         else:
             goes = True
             newer = counted(len(counted_ones) - counted_ones.index(copy) - 1, "good copy", "is")
@@ -2169,6 +2172,12 @@ def with_accusations(copies: Sequence[Copy]) -> List[Copy]:
     return [copy._replace(accused=accused.get(copy.name, "")) for copy in copies]
 
 
+def unrecorded(accuser: Copy, copies: Iterable[Copy]) -> List[Copy]:
+    """Those of the copies that the accuser's audit found not to be trusted, where it alone tells so."""
+    return [copy for copy in copies if accuser.audit[0] not in ("", AGREED)
+            and copy.name in accuser.audit[1] and copy.checked("audit") != SUSPECT]
+
+
 def since_whole_reading(copies: Sequence[Copy], uuid: str, method: Method) -> List[Copy]:
     """The VM's copies that were read as differences since one was last read whole, oldest first: what a
     tracker that lies has spoiled is among them, or was found by that reading."""
@@ -2186,9 +2195,11 @@ def audit_words(copy: Copy, copies: Sequence[Copy]) -> str:
     """Whether a copy, among its VM's, that was read as a difference has been audited; "" if all was read."""
     if not copy.is_by_difference:
         return ""
+    if copy.suspicion:
+        return SUSPECT
     word, day = copy.checked("audit"), (copy.checked("audited_at") or "")[:10]
-    if word in (AGREED, SUSPECT):
-        return f"audited on {day}" if word == AGREED else SUSPECT
+    if word == AGREED:
+        return f"audited on {day}"
     ordered = in_order(one for one in copies if one.uuid == copy.uuid and one.method is copy.method)
     later = ordered[[one.name for one in ordered].index(copy.name) + 1:]
     is_over = any(not one.is_by_difference for one in later if not one.is_unreadable)
@@ -6554,7 +6565,10 @@ class Catalog:
         """The facts are on record beside earlier ones; CatalogError if the store can't be written."""
         for key in [key for key in facts if key.endswith("_at")]:      # which of two in a second came first
             facts[key[:-2] + "s"] = round(Clock.utc().timestamp(), 3) + 0.0
-        text = dict(self._checks(copy), folder=copy.folder, copy=copy.name, **facts)
+        before = self._checks(copy)
+        text = dict(before, folder=copy.folder, copy=copy.name, **facts)
+        if before.get("audit") == SUSPECT:                 # no later audit can lift that
+            text.update((key, before[key]) for key in before if key.startswith("audit"))
         with self.state(VERDICT_FOLDER) as folder:
             folder.put(copy.mark[:32] + ".json", (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
 
@@ -6880,6 +6894,17 @@ def reference_problem(ledger: Optional[Ledger], identity: Mapping[str, Any], new
             or newest.folder != ledger.folder:
         return "the reference is not the state of the newest good copy"
     return ""
+
+
+DISTRUST = "its audit found that a difference left out what had changed; forget-references lets " \
+    "differences be used again"
+
+
+def distrust_of(ledger: Ledger, copies: Iterable[Copy]) -> str:
+    """Why no difference of the VM with that ledger and these copies is believed, "" if they are. A ledger
+    that could not be written when an audit failed names one of the copies that this made SUSPECT."""
+    current = ledger.current.copy if ledger.current else ""
+    return ledger.distrust or DISTRUST * any(copy.name == current and copy.suspicion for copy in copies)
 
 
 def is_of_store(ledger: Ledger, identity: Mapping[str, Any]) -> bool:
@@ -10566,10 +10591,6 @@ class BackupRun:
                                     "kept.")
 
 
-DISTRUST = "its audit found that a difference left out what had changed; forget-references lets " \
-    "differences be used again"
-
-
 class BackupJob:
     """One copy more of one VM, from its directory's lock to retention. It knows nothing of the jobs before
     and behind it."""
@@ -10627,12 +10648,13 @@ class BackupJob:
                 sealed, size_bytes = self._make_copy(folder, str(error).rstrip("."))
             outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes,
                                             said=self._said)
-            if self._lie:                          # what goes is for a night on which all can be trusted
+            lie = self._lie
+            if lie:
                 self._lie += f" {sealed}, which was read whole, is kept and good."
-                return outcome
             try:                                   # whatever comes now, the new copy is sealed
                 return outcome._replace(kept=self._retain(folder.name, sealed))
             except VerificationError as error:
+                self._lie = lie
                 outcome = outcome._replace(error=str(error), status_word="SEAL-FAIL", cause=error)
             except (BackupError, Interrupted) as error:
                 run.note(error)
@@ -10910,6 +10932,7 @@ class BackupJob:
         except BadLedger:                              # told when the run began
             return chain._replace(why="the ledger of its reference can't be used")
         copies = self._backup.placement.own_view(folder, machine)
+        ledger = ledger and ledger._replace(distrust=distrust_of(ledger, copies))
         good = [copy for copy in copies if copy.is_of(machine.uuid, method) and copy.is_good]
         why, last = reference_problem(ledger, references.identity, good[-1] if good else None), chain.base
         try:
@@ -10923,6 +10946,8 @@ class BackupJob:
         except (CatalogError, VerificationError):
             why = "the list of blocks of the newest good copy can't be used"
         if why and ledger is not None and why == ledger.distrust:
+            self._note([copy for copy in since_whole_reading(copies, machine.uuid, method)
+                        if not copy.suspicion], "an earlier audit failed, and could not record what it found")
             self._warn(f"all of it is read, as {why}. Copies of before may be {SUSPECT}: `list` tells.")
         return chain._replace(why=why) if why else chain._replace(reference=ledger.current, last=last)
 
@@ -10959,24 +10984,35 @@ class BackupJob:
     def _audited(self, folder: Folder, audit: str, manifest: Dict[str, Any]) -> None:
         """What the audit says of the copies that were read as differences is on record, before the new copy
         is there. If one of them is not to be trusted, no difference is, until a person says otherwise."""
-        services, machine, references = self._services, self._job.machine, self._services.references
-        catalog, now = services.catalog, format_utc(services.clock.utc())
+        machine = self._job.machine
         copies = since_whole_reading(self._backup.placement.own_view(folder, machine), machine.uuid,
                                      self._job.method)
         manifest["layer"]["audit"] = {"found": audit, "copies": [copy.name for copy in copies]}
-        for copy in copies:
-            facts = {"audit": AGREED, "audit_reason": ""} if audit == AGREED else {
-                "audit": SUSPECT, "audit_reason": audit}
-            self._run.in_store("recording the audit", functools.partial(
-                catalog.record, copy, audited_at=now, **facts))
-        if audit == AGREED:
-            return
-        named = ", ".join(copy.name for copy in copies) or "none"
-        self._lie = (f"the audit of its differences failed: {audit}. The server left out what had changed. "
-                     f"Read as differences, and {SUSPECT} from now on: {named}. Restore from other copies. "
-                     "All is read whole from now on, until forget-references lets differences be used again; "
-                     "keep_reference=no is safest until the server's storage is known to be right.")
-        references.put(self._ledger(folder)._replace(distrust=DISTRUST))
+        if audit != AGREED:
+            named = ", ".join(copy.name for copy in copies) or "none"
+            self._lie = (f"the audit of its differences failed: {audit}. The server left out what had "
+                         f"changed. Read as differences, and {SUSPECT} from now on: {named}. Restore from "
+                         "other copies. All is read whole from now on, until forget-references lets "
+                         "differences be used again; keep_reference=no is safest until the server's storage "
+                         "is known to be right.")
+            self._with_ledger("that its differences are not to be believed is not in its ledger", folder,
+                              self._services.references.put)
+        self._note(copies, audit)
+
+    def _note(self, copies: Sequence[Copy], audit: str) -> None:
+        """What an audit found of these copies is on record, of the newest first. Where it can't be put there
+        it is told: the manifest of the copy that was read whole tells it, too."""
+        now = format_utc(self._services.clock.utc())
+        word, why = (AGREED, "") if audit == AGREED else (SUSPECT, audit)
+        for copy in reversed(copies):
+            try:
+                self._run.in_store("recording the audit", functools.partial(
+                    self._services.catalog.record, copy, audited_at=now, audit=word, audit_reason=why))
+            except (StorageStalled, TakenOver):
+                raise
+            except CatalogError as error:
+                self._run.note(error)
+                self._warn(f"what the audit found of {copy.name} is not on record: {error}")
 
     def _tell_reading(self, report: ImageReport, folder: Folder, machine: VirtualMachine) -> None:
         """How the disks were read is told, and what that means."""
@@ -11014,9 +11050,11 @@ class BackupJob:
         server's differences are not believed holds whatever the store."""
         machine, method, references = self._job.machine, self._job.method, self._services.references
         old = references.ledger(machine.uuid, method.value)
+        copies = self._backup.placement.own_view(folder, machine)
+        distrust = DISTRUST if self._lie else distrust_of(old, copies) if old else ""
         new = Ledger(references.identity["store"], references.identity["inode"], references.pool,
                      self._services.settings.path, self._run.inventory.host.short_name, method.value,
-                     machine.uuid, machine.name, folder.name, distrust=old.distrust if old else "")
+                     machine.uuid, machine.name, folder.name, distrust=distrust)
         if old is not None and is_of_store(old, references.identity):
             return new._replace(current=old.current, leaving=old.leaving)
         if old is not None and references.standing(old):
@@ -11078,6 +11116,8 @@ class BackupJob:
         if made is None or not made.is_good:
             raise VerificationError(f"{place}, just made, does not read back as a good copy"
                                     f"{f' ({made.trouble})' if made else ''}: nothing was pruned.")
+        for accuser in copies if not self._lie else ():        # else it was tried just now
+            self._note(unrecorded(accuser, copies), accuser.audit[0])
         for copy in copies:
             if not copy.is_good:
                 log.info(f"{folder_name}/{copy.name} is not a good copy and is left: {copy.trouble}.")

@@ -491,36 +491,117 @@ def test_a_full_without_a_usable_reference_or_difference_leaves_what_was_read_so
         assert is_the_reference(nights, last) and nights.problem(last) == ''
 
 
-def test_a_run_that_died_between_the_record_of_its_audit_and_its_seal_leaves_what_it_found_on_record(some_nights: Any) -> None:
+@pytest.mark.parametrize('records', ['written', 'lost'])
+def test_a_run_that_died_between_the_record_of_its_audit_and_its_seal_leaves_what_it_found_on_record(
+        some_nights: Any, records: str) -> None:
     nights = some_nights(*VM, KEEP, disks=ONE)
-    first = nights.night()
-    nights.write(2)
-    lying(nights, 1)
-    second = nights.night()
+    first, second = a_lie(nights)
     run = Process(['-', nights.shelf.config(*nights.lines, FULL_AGAIN)], nights.pool.environment(),
                   in_trouble(nights.pool, at=['SHA256SUMS'], do='hang'))
     assert eventually(lambda: any(ledger['distrust'] for ledger in ledgers(nights.shelf).values())
                       and second not in good(nights)), run.output
     run.kill()
     assert nights.copies() == [first, second] and good(nights) == [first]
+    if records == 'lost':
+        shutil.rmtree(nights.shelf.at('.vmbackup', 'verdicts'))
+        assert good(nights) == [first, second], 'only the ledger tells it'
     nights.write(4)
     third = nights.night(exit_status=3)
     assert nights.run.says('its audit found that a difference left out what had changed'), nights.run
-    assert nights.shelf.manifest('web', third)['layer']['base'] == first, 'the newest good copy'
-    assert set(how(nights, third)) == {'all'} and good(nights) == [first, third]
+    assert nights.shelf.manifest('web', third)['layer']['base'] == ('' if records == 'lost' else first), 'the newest good copy'
+    assert set(how(nights, third)) == {'full' if records == 'lost' else 'all'} and good(nights) == [first, third]
     assert nights.problem(third) == '' and nights.pool.has_no_snapshots_of_ours() and nights.shelf.unfinished() == []
 
 
-def test_a_lie_is_told_where_its_ledger_can_not_be_written_and_nothing_is_said_to_be_kept(some_nights: Any) -> None:
-    nights = some_nights(*VM, KEEP, disks=ONE)
+def a_lie(nights: Nights) -> List[str]:
+    """A full, and a difference that left a block out."""
     first = nights.night()
     nights.write(2)
     lying(nights, 1)
-    second = nights.night()
-    run = Process(['-', nights.shelf.config(*nights.lines, FULL_AGAIN)], nights.pool.environment(), in_trouble(
-        nights.pool, store=nights.shelf.path, below='.vmbackup/references', step=1, do='ENOSPC')).ending()
-    assert run.exit_status == 1 and 'SUSPECT from now on: %s. Restore' % second in run.stderr, run
-    assert run.never_says('is kept and good') and nights.copies() == [first, second] and good(nights) == [first]
+    return [first, nights.night()]
+
+
+def night_in_trouble(nights: Nights, **trouble: Any) -> Any:
+    """A night on which a full is due, on a machine in that trouble, has ended."""
+    held, before = nights.disks(), nights.copies()
+    run = Process(['-', nights.shelf.config(*nights.lines, FULL_AGAIN)], nights.pool.environment(),
+                  in_trouble(nights.pool, **trouble)).ending()
+    nights.held.update({copy: held for copy in nights.copies() if copy not in before})
+    assert run.exit_status == 1 and 'SUSPECT from now on: %s. Restore' % before[-1] in run.stderr, run
+    return run
+
+
+def test_a_lie_is_told_where_the_new_copy_can_not_be_written_and_that_is_not_said_to_be_kept(some_nights: Any) -> None:
+    nights = some_nights(*VM, KEEP, disks=ONE)
+    first, second = a_lie(nights)
+    run = night_in_trouble(nights, at=['SHA256SUMS'], do='ENOSPC')
+    assert run.never_says('is kept and good') and nights.copies() == [first, second] and good(nights) == [first], run
+
+
+@pytest.mark.parametrize('stays', [False, True])
+@pytest.mark.parametrize('below', ['references', 'verdicts'])
+def test_what_an_audit_found_is_not_lost_where_it_can_not_be_written(some_nights: Any, below: str, stays: bool) -> None:
+    nights = some_nights(*VM, KEEP, disks=ONE)
+    first, second = a_lie(nights)
+    run = night_in_trouble(nights, store=nights.shelf.path, below='.vmbackup/' + below, step=1, do='ENOSPC', stays=stays)
+    third = nights.copies()[-1]
+    assert '%s, which was read whole, is kept and good' % third in run.stderr and nights.problem(third) == '', run
+    assert good(nights) == [first, third] and listed(nights)[second]['audit'] == 'SUSPECT'
+    assert ('what the audit found of %s is not on record: ' % second in run.stderr) == (below == 'verdicts'), run
+    for _ in range(2):
+        fourth = nights.night(exit_status=3)
+        assert set(how(nights, fourth)) == {'all'} and 'forget-references' in why(nights, fourth), nights.run
+        ledger, = ledgers(nights.shelf).values()
+        assert nights.pool.has_no_snapshots_of_ours() and ledger['distrust'] and not ledger['current']
+    shutil.move(nights.shelf.at('web', third), nights.shelf.home)
+    assert second not in good(nights), 'it is on record by now'
+
+
+def test_a_copy_that_alone_tells_what_its_audit_found_stays_until_that_is_on_record(some_nights: Any) -> None:
+    nights = some_nights(*VM, KEEP, FULL_AGAIN, disks=ONE)
+    nights.night()
+    nights.lines = tuple(line for line in nights.lines if line != FULL_AGAIN)
+    for number in range(3):
+        nights.write(2 * number)
+        if number == 0:
+            lying(nights, 1)
+        nights.night()
+    first, *suspects = nights.copies()
+    mark = hashlib.sha256(nights.shelf.read('web', suspects[-1], 'backup.json')).hexdigest()[:32]
+    verdict = nights.shelf.at('.vmbackup', 'verdicts', mark + '.json')
+    os.makedirs(os.path.join(verdict, 'in the way'))
+    fifth = nights.night(FULL_AGAIN, exit_status=1)
+    assert 'what the audit found of %s is not on record' % suspects[-1] in nights.run.stderr, nights.run
+    assert good(nights) == [first, fifth] and {listed(nights)[copy]['audit'] for copy in suspects} == {'SUSPECT'}
+    times = []
+    for copy in suspects[:2]:
+        mark = hashlib.sha256(nights.shelf.read('web', copy, 'backup.json')).hexdigest()[:32]
+        with open(nights.shelf.at('.vmbackup', 'verdicts', mark + '.json')) as file:
+            assert json.load(file)['audit'] == 'SUSPECT'
+        times.append(os.stat(nights.shelf.at('.vmbackup', 'verdicts', mark + '.json')).st_mtime_ns)
+    assert times[0] > times[1], 'the newest first'
+    for _ in range(3):
+        nights.night(FULL_AGAIN, 'max_backups=1', exit_status=3)
+        assert fifth in nights.copies(), nights.run
+    assert first not in nights.copies() and '%s is SUSPECT' % suspects[-1] in run_program(
+        '-', nights.shelf.config(*nights.lines, 'max_backups=1'), 'list', 'web').stdout
+    shutil.rmtree(verdict)
+    for _ in range(2):
+        nights.night(FULL_AGAIN, 'max_backups=1', exit_status=3)
+    assert fifth not in nights.copies() and not set(suspects).intersection(good(nights)), nights.run
+
+
+def test_retention_goes_on_in_the_night_that_finds_a_lie_and_counts_no_suspect_copy(some_nights: Any) -> None:
+    nights = some_nights(*VM, KEEP, disks=ONE)
+    nights.night(FULL_AGAIN)
+    second = nights.night(FULL_AGAIN)
+    lying(nights, 1)
+    suspects = []
+    for first in (2, 4):
+        nights.write(first)
+        suspects.append(nights.night())
+    last = nights.night(FULL_AGAIN, 'max_backups=2', exit_status=1)
+    assert nights.copies() == [second] + suspects + [last] and good(nights) == [second, last], nights.run
 
 
 def test_nights_of_random_writes_are_audited_and_nothing_is_claimed(some_nights: Any) -> None:

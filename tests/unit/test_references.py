@@ -18,9 +18,9 @@ import VmBackup
 from support.process import TESTS
 from support.values import NIGHT, POOL_UUID, US_UUID, a_copy, a_disk, a_vm, uuid_of
 from VmBackup import (AGREED, MEBIBYTE, ZERO, BadLedger, Catalog, Copy, DiskState, Layer, Ledger, Method, NamedSnapshot,
-                      Reference, Row, VerificationError, audit_words, first_that_differs, is_reading_told, named_references,
-                      ova_text, parse_ledger, parse_ova, reading_words, reference_problem, repeated_reasons,
-                      since_whole_reading, snapshot_ova, why_reference_goes)
+                      Reference, Row, Rules, VerificationError, audit_words, distrust_of, first_that_differs, is_reading_told,
+                      judge, named_references, ova_text, parse_ledger, parse_ova, reading_words, reference_problem, repeated_reasons,
+                      since_whole_reading, snapshot_ova, why_reference_goes, with_accusations)
 from unit.test_layers import BASE, HEAVY, File, a_list_of_blocks, digest, disks, is_same, model, read_rows, taken
 
 OWN, OTHER = '/cfg/nightly.cfg', '/cfg/weekend.cfg'
@@ -152,6 +152,43 @@ def test_a_suspect_copy_is_not_good_whatever_else_was_found_of_it() -> None:
     copy = a_copy(1, checks=dict(good, **FOUND))
     assert not copy.is_good and copy.trouble == 'SUSPECT, by the audit of 2016-05-01: MiB 5 of disk xvda is another'
     assert a_copy(1, checks=dict(good, **AUDITED)).is_good
+
+
+def test_no_later_audit_lifts_what_one_has_found(tmp_path: Any) -> None:
+    catalog, copy = Catalog(str(tmp_path)), a_copy(1, mark='ab' * 32)
+    for facts in (AUDITED, FOUND, dict(AUDITED, audited_at='2016-06-01T00:00:00Z'), dict(FOUND, audit_reason='MiB 9'),
+                  dict(verdict='good', verified_at='2016-06-02T00:00:00Z')):
+        catalog.record(copy, **facts)
+    found = catalog.with_checks(copy)
+    assert found is not None and {key: found.checks[key] for key in FOUND} == FOUND and found.checks['verdict'] == 'good'
+
+
+def test_what_the_manifest_of_a_copy_tells_of_others_holds_without_any_record_and_keeps_that_copy() -> None:
+    copies = history('fddffff')
+    copies[3] = copies[3]._replace(audit=('MiB 5 of disk xvda is another', tuple(copy.name for copy in copies[1:3])))
+    seen = with_accusations(copies)
+    assert [number for number, copy in enumerate(seen, 1) if copy.suspicion] == [2, 3]
+    assert {audit_words(copy, seen) for copy in seen[1:3]} == {'SUSPECT'}
+
+    def gone(among: Sequence[Copy]) -> List[int]:
+        verdicts = judge(among, US_UUID, Method.VM, [Rules(1)], NIGHT)
+        return [number for number, verdict in enumerate(verdicts, 1) if not verdict.keep]
+
+    assert gone(seen) == [1, 5, 6]
+    seen[1] = seen[1]._replace(checks=FOUND)
+    assert gone(seen) == [1, 5, 6]
+    seen[2] = seen[2]._replace(checks=FOUND)
+    assert gone(seen) == [1, 4, 5, 6]
+
+
+@pytest.mark.parametrize('ledger, suspects, expected', [
+    (a_ledger(), {}, ''), (a_ledger(), {'accused': 'MiB 5'}, VmBackup.DISTRUST),
+    (a_ledger(), {'checks': FOUND}, VmBackup.DISTRUST),
+    (a_ledger(current=None), {'accused': 'MiB 5'}, ''), (a_ledger(distrust='so it was'), {'accused': 'MiB 5'}, 'so it was'),
+    (a_ledger(current=a_reference(copy='backup-2016-05-01-000000')), {'accused': 'MiB 5'}, '')])
+def test_a_ledger_whose_copy_is_suspect_was_not_told_that_differences_are_not_believed(ledger: Any, suspects: Any,
+                                                                                       expected: str) -> None:
+    assert distrust_of(ledger, [a_copy(4), COPY._replace(**suspects)]) == expected
 
 
 @pytest.mark.parametrize('reading, words', [
