@@ -3307,7 +3307,9 @@ class Transport:
             answer = self._connection.getresponse()
             if answer.status != 200:
                 raise xmlrpc.client.ProtocolError(host + handler, answer.status, answer.reason, {})
-            parser, reader = xmlrpc.client.getparser()
+            of_class = re.search(rb"<methodName>(\w+)\.get_all_records</methodName>", request_body)
+            parser, reader = record_parser(of_class.group(1).decode()) if of_class \
+                else xmlrpc.client.getparser()
             for piece in iter(lambda: answer.read(16 * KIBIBYTE), b""):
                 parser.feed(piece)
             parser.close()
@@ -3317,6 +3319,118 @@ class Transport:
             raise
         finally:
             self._used_at = time.monotonic()
+
+
+# Of each class what is read of all its records at once, which in a large pool are tens of thousands with a
+# hundred fields each: what is not named here is not kept.
+RECORD_FIELDS = {name: tuple(fields.split()) for name, fields in {
+    "pool": "uuid name_label master default_SR",
+    "host": "uuid hostname address API_version_major API_version_minor software_version metrics",
+    "host_metrics": "live",
+    "VM": "uuid name_label name_description power_state tags memory_dynamic_max VCPUs_max VCPUs_at_startup "
+          "guest_metrics VBDs VIFs is_a_template is_a_snapshot is_control_domain other_config",
+    "VBD": "uuid VM VDI type userdevice device bootable mode unpluggable",
+    "VDI": "uuid SR name_label name_description virtual_size type sharable read_only snapshot_of "
+           "is_a_snapshot snapshot_time VBDs other_config sm_config",
+    "SR": "uuid name_label type content_type shared physical_size physical_utilisation",
+    "PBD": "uuid host SR currently_attached",
+    "VIF": "uuid VM network device MAC",
+    "network": "uuid name_label",
+}.items()}
+
+
+class Record:
+    """A record of get_all_records, field by field like a dict: the server may leave one out, but one that
+    RECORD_FIELDS does not name is a bug, and a KeyError."""
+    __slots__ = ()
+
+    def __init__(self, found: Dict[str, Any]) -> None:
+        self.update(found)
+
+    def update(self, found: Dict[str, Any]) -> None:
+        """Those fields are as given."""
+        for field, value in found.items():
+            setattr(self, field, value)
+
+    def get(self, field: str, missing: Any = None) -> Any:
+        """The field's value, as the wire has it."""
+        if field not in self.__slots__:
+            raise KeyError(field)
+        return getattr(self, field, missing)
+
+    def __getitem__(self, field: str) -> Any:
+        try:
+            return getattr(self, field)
+        except AttributeError:
+            raise KeyError(field)
+
+
+RECORD_TYPES = {name: type(name + "Record", (Record,), {"__slots__": fields})
+                for name, fields in RECORD_FIELDS.items()}
+
+
+class RecordParser:
+    """Parses an answer of get_all_records as it comes: a field that is not kept is passed over, each record
+    shrinks as soon as it ends, and equal strings (refs, above all) are one. All else, errors and failures
+    among it, is made by the unmarshaller of xmlrpc.client, as for every other call."""
+
+    RECORD_DEPTH = 3                   # the answer's struct of Status and Value, that of refs, a record's
+
+    def __init__(self, class_name: str, target: Any) -> None:
+        import xml.parsers.expat
+        self._type, self._target = RECORD_TYPES[class_name], target
+        self._stack, self._marks = target._stack, target._marks    # the same in Python 3.0 to 3.14
+        target.append = self._append
+        target.xml(None, None)
+        self._open = 0
+        self._parser = xml.parsers.expat.ParserCreate()
+        self._parser.buffer_text = True
+        self._take()
+
+    def _append(self, value: Any) -> None:
+        self._stack.append(sys.intern(value) if type(value) is str else value)
+
+    def _take(self) -> None:
+        """What comes is kept."""
+        self._parser.StartElementHandler = self._target.start
+        self._parser.EndElementHandler = self._end
+        self._parser.CharacterDataHandler = self._target.data
+
+    def _end(self, tag: str) -> None:
+        self._target.end(tag)
+        if tag == "name" and len(self._marks) == self.RECORD_DEPTH:
+            if self._stack[-1] not in self._type.__slots__:
+                del self._stack[-1]
+                self._open = 1
+                self._parser.StartElementHandler = self._start_of_other
+                self._parser.EndElementHandler = self._end_of_other
+                self._parser.CharacterDataHandler = None
+        elif tag == "struct" and len(self._marks) == self.RECORD_DEPTH - 1:
+            self._stack[-1] = self._type(self._stack[-1])
+
+    def _start_of_other(self, tag: str, attributes: Dict[str, str]) -> None:
+        self._open += 1
+
+    def _end_of_other(self, tag: str) -> None:
+        self._open -= 1
+        if not self._open:             # the member that its name began
+            self._take()
+
+    def feed(self, piece: bytes) -> None:
+        """Raises ExpatError, or what the unmarshaller raises."""
+        self._parser.Parse(piece, False)
+
+    def close(self) -> None:
+        """The answer has ended; raises ExpatError if it may not end there."""
+        parser, self._parser = self._parser, None      # which know each other
+        parser.Parse(b"", True)
+
+
+def record_parser(class_name: str) -> Tuple[RecordParser, Any]:
+    """What xmlrpc.client.getparser() gives, for the records of that class."""
+    import xmlrpc.client
+    target = xmlrpc.client.Unmarshaller()
+    return RecordParser(class_name, target), target
 
 
 def checking_context(key: str, ca_file: str) -> Any:
@@ -3578,10 +3692,10 @@ class Pool:
                              for vbd in Fields("", record, []).texts("VBDs")]))
                          + tuple(named_references("VDI", vdis, lambda record: [record["uuid"]])))
 
-    def records(self, doing: str, class_name: str) -> Dict[str, Dict[str, Any]]:
-        """All records of that class by ref."""
+    def records(self, doing: str, class_name: str) -> Dict[str, Any]:
+        """All records of that class by ref, with the fields of RECORD_FIELDS."""
         return {ref: record for ref, record in self.ask(doing, class_name + ".get_all_records").items()
-                if isinstance(record, dict)}
+                if isinstance(record, (dict, Record))}
 
     def _session_host(self, doing: str) -> str:
         """The ref of the host that took the login. The session is an argument here: one that was made anew by
@@ -3700,7 +3814,7 @@ class Fields:
 
     def __init__(self, what: str, record: Any, problems: List[str]) -> None:
         self._what = what
-        self._record = record if isinstance(record, dict) else {}
+        self._record = record if isinstance(record, (dict, Record)) else {}
         self._problems = problems
 
     def _read(self, field: str, kind: type) -> Any:
