@@ -3323,7 +3323,7 @@ class Transport:
 
 # Of each class what is read of all its records at once, which in a large pool are tens of thousands with a
 # hundred fields each: what is not named here is not kept.
-RECORD_FIELDS = {name: tuple(fields.split()) for name, fields in {
+RECORD_FIELDS = {key: tuple(words.split()) for key, words in {
     "pool": "uuid name_label master default_SR",
     "host": "uuid hostname address API_version_major API_version_minor software_version metrics",
     "host_metrics": "live",
@@ -3365,8 +3365,8 @@ class Record:
             raise KeyError(field)
 
 
-RECORD_TYPES = {name: type(name + "Record", (Record,), {"__slots__": fields})
-                for name, fields in RECORD_FIELDS.items()}
+RECORD_TYPES = {one: type(one + "Record", (Record,), {"__slots__": kept})
+                for one, kept in RECORD_FIELDS.items()}
 
 
 class RecordParser:
@@ -3379,42 +3379,55 @@ class RecordParser:
     def __init__(self, class_name: str, target: Any) -> None:
         import xml.parsers.expat
         self._type, self._target = RECORD_TYPES[class_name], target
-        self._stack, self._marks = target._stack, target._marks    # the same in Python 3.0 to 3.14
+        self._stack, self._marks = target._stack, target._marks        # the same in Python 3.0 to 3.14
         target.append = self._append
         target.xml(None, None)
-        self._open = 0
+        self._texts = []               # type: List[str]
+        self._other = 0                # how many members are open of a field that is passed over
         self._parser = xml.parsers.expat.ParserCreate()
         self._parser.buffer_text = True
-        self._take()
+        self._handle(self._start, target.end, target.data)
+
+    def _handle(self, start: Any, end: Any, text: Any) -> None:
+        self._parser.StartElementHandler = start
+        self._parser.EndElementHandler = end
+        self._parser.CharacterDataHandler = text
 
     def _append(self, value: Any) -> None:
         self._stack.append(sys.intern(value) if type(value) is str else value)
 
-    def _take(self) -> None:
-        """What comes is kept."""
-        self._parser.StartElementHandler = self._target.start
-        self._parser.EndElementHandler = self._end
-        self._parser.CharacterDataHandler = self._target.data
+    def _start(self, tag: str, attributes: Dict[str, str]) -> None:
+        self._target.start(tag, attributes)
+        if tag == "struct" and len(self._marks) == self.RECORD_DEPTH:
+            self._handle(None, self._end_in_record, self._texts.append)
 
-    def _end(self, tag: str) -> None:
-        self._target.end(tag)
-        if tag == "name" and len(self._marks) == self.RECORD_DEPTH:
-            if self._stack[-1] not in self._type.__slots__:
-                del self._stack[-1]
-                self._open = 1
-                self._parser.StartElementHandler = self._start_of_other
-                self._parser.EndElementHandler = self._end_of_other
-                self._parser.CharacterDataHandler = None
-        elif tag == "struct" and len(self._marks) == self.RECORD_DEPTH - 1:
+    def _end_in_record(self, tag: str) -> None:
+        """Between the fields that are kept, where most of an answer is: only its ends are looked at, as
+        nothing else takes so much of the time."""
+        if tag == "name":
+            if self._other:
+                self._other += 1
+                return
+            name = "".join(self._texts).strip()
+            if name in self._type.__slots__:
+                self._target.append(name)
+                self._handle(self._target.start, self._end_in_field, self._target.data)
+            else:
+                self._other = 1
+        elif tag == "member":
+            self._other -= 1
+            if not self._other:
+                self._texts.clear()
+        elif tag == "struct" and not self._other:
+            self._target.end(tag)
             self._stack[-1] = self._type(self._stack[-1])
+            self._handle(self._start, self._target.end, self._target.data)
 
-    def _start_of_other(self, tag: str, attributes: Dict[str, str]) -> None:
-        self._open += 1
-
-    def _end_of_other(self, tag: str) -> None:
-        self._open -= 1
-        if not self._open:             # the member that its name began
-            self._take()
+    def _end_in_field(self, tag: str) -> None:
+        self._target.end(tag)
+        if tag == "member" and len(self._marks) == self.RECORD_DEPTH:
+            self._texts.clear()
+            self._handle(None, self._end_in_record, self._texts.append)
 
     def feed(self, piece: bytes) -> None:
         """Raises ExpatError, or what the unmarshaller raises."""

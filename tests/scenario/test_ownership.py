@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 
-from support.deeds import backup, beginning, hurried_backup
+from support.deeds import backup, beginning, hurried_backup, preview
 from support.language import MEBIBYTE, at, disk, vm
 from support.recovery import killed_at, serving
 from support.shelf import complete, of_old_program
@@ -54,6 +54,16 @@ def test_the_snapshot_of_a_disk_costs_no_look_at_the_other_disks_of_its_sr(a_poo
     queries = [entry['args'][-1] for entry in pool.calls('api:VDI.get_all_records_where')]
     assert len(queries) == 2 * 2 and all('"snapshot_of"' in query for query in queries), queries
     assert len(pool.calls('api:VDI.get_all_records')) == 1       # that of the inventory
+
+
+def test_a_preview_reads_a_pool_of_any_size_in_nine_calls(a_pool: Any, a_shelf: Any) -> None:
+    for size in (1, 150):
+        pool = a_pool(*(vm('vm%d' % number, disks=2) for number in range(size)))
+        run = preview(pool, a_shelf(), 'vm-export=*')
+        assert run.exit_status == 0 and run.says('%d VM' % size), run
+        calls = [entry['call'] for entry in pool.calls('api:*') if entry['call'].split('.')[1].startswith('get')]
+        assert calls == ['session.get_this_host'] + [name + '.get_all_records' for name in (
+            'pool', 'host', 'VM', 'VBD', 'VDI', 'SR', 'VIF', 'network')], calls
 
 
 # --- disk snapshots of others that copied our key -------------------------------------------------------------------------
