@@ -2842,6 +2842,7 @@ ERROR_KINDS = {
     errno.ENOTDIR: WrongKind, errno.EISDIR: WrongKind, errno.ELOOP: WrongKind, errno.EFBIG: WrongKind}
 TEMPORARY = ".new"
 CANT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+FORGET_BYTES = 16 * MEBIBYTE              # how much of a file passes before the kernel may forget its pages
 
 
 @contextlib.contextmanager
@@ -2878,10 +2879,19 @@ def status_of(fd: int) -> os.stat_result:
         return os.fstat(fd)
 
 
-def forget_cached(file_fd: int, begin: int = 0) -> None:
-    """The kernel need not keep what it holds of the file from there on: what is read comes from storage."""
-    with contextlib.suppress(OSError):          # it is advice: a file system may have no use for it
-        os.posix_fadvise(file_fd, begin, 0, os.POSIX_FADV_DONTNEED)
+def forget_cached(file_fd: int, end: int = 0) -> None:
+    """The kernel need not keep what it holds of the file up to there (0: of all of it): what is read comes
+    from storage, and the small memory of a host is not filled with pages that nobody reads again. It drops
+    what is on disk, and begins to write the rest, to be dropped another time."""
+    with contextlib.suppress(OSError):          # it is advice: a pipe or file system may have no use for it
+        os.posix_fadvise(file_fd, 0, end, os.POSIX_FADV_DONTNEED)
+
+
+def forget_passed(file_fd: int, begin: int, end: int) -> None:
+    """The same of a file that is read or written in order, once in a while: these bytes of it are the last
+    that passed. So the sync at the end has not to wait for gigabytes."""
+    if end // FORGET_BYTES > begin // FORGET_BYTES:
+        forget_cached(file_fd, end)
 
 
 class Directory:
@@ -4261,7 +4271,6 @@ TICK_S = 1.0
 GRACE_S = 2.0                   # how long an aborted pump waits for its threads before it leaves them
 F_SETPIPE_SZ = 1031             # linux/fcntl.h; Python names it only since 3.10
 TAIL_BYTES = 1024
-WRITE_BACK_BYTES = 16 * MEBIBYTE
 
 
 class Progress(NamedTuple):
@@ -4596,12 +4605,14 @@ class _FlowRun(Consumer):
                         count = os.readv(source_fd, [buffer.view[buffer.length:]])
                         buffer.length += count
                         self.bytes_read += count
+                        forget_passed(source_fd, self.bytes_read - count, self.bytes_read)
                     elif self._run.stopping:
                         raise _Stopped
                     elif buffer.length:
                         break
                 self._hand_over(buffer)
         finally:
+            forget_cached(source_fd)
             with contextlib.suppress(OSError):      # what was read was read: some report old errors here
                 os.close(source_fd)
 
@@ -5361,6 +5372,7 @@ class Check(Consumer):
                 self.salvage()
             raise
         finally:
+            forget_cached(fd)
             with contextlib.suppress(OSError):      # as of every source
                 os.close(fd)
             self.close()
@@ -5746,7 +5758,6 @@ class VhdFile:
         code = next(code for code in "IL" if array(code).itemsize == 4)
         self._table = array(code, [VHD_NOT_PRESENT]) * -(-self._size // VHD_BLOCK_BYTES)
         self._sector = VHD_OWN_BAT_OFFSET // SECTOR_BYTES + -(-4 * len(self._table) // SECTOR_BYTES)
-        self._advised = 0
 
     def add(self, number: int, mebibytes: Sequence[Any]) -> None:
         """The block of that number holds these two MiB, None for one of zeros."""
@@ -5760,9 +5771,7 @@ class VhdFile:
             write_all(self._fd, bytes(MEBIBYTE - len(content or ZERO_MEBIBYTE)))
         self._table[number] = self._sector
         self._sector += 1 + VHD_BLOCK_BYTES // SECTOR_BYTES
-        if at - self._advised >= WRITE_BACK_BYTES:         # as write_file does
-            forget_cached(self._fd, max(0, self._advised - WRITE_BACK_BYTES))
-            self._advised = at
+        forget_passed(self._fd, at, self._sector * SECTOR_BYTES)
 
     def complete(self) -> None:
         """All of it is on disk."""
@@ -5784,6 +5793,7 @@ class VhdFile:
         write_all(self._fd, bytes(footer + header) + self._table.tobytes()
                   + b"\xff" * (-4 * len(self._table) % SECTOR_BYTES))
         os.fsync(self._fd)
+        forget_cached(self._fd)
 
 
 def vhd_geometry(size: int) -> Tuple[int, int, int]:
@@ -5957,6 +5967,7 @@ class _Vhd:
             if not piece:
                 raise VerificationError(f"the image ends in {where}, which should be at byte {at}")
             yield memoryview(piece)
+            forget_passed(self._image, at, at + len(piece))
             at, count = at + len(piece), count - len(piece)
 
     def _read(self, at: int, count: int, where: str) -> bytes:
@@ -6179,15 +6190,11 @@ PROGRAM_ENDING_S = 120      # how long a program may take to end after its last 
 def write_file(reader: Reader, fd: int) -> bytes:
     """The stream is in that file and on disk: NFS and CIFS may tell of a full disk only when it is synced or
     closed. Its last KiB."""
-    advised = 0
     for view in reader:
         write_all(fd, view)
-        if reader.position - advised >= WRITE_BACK_BYTES:
-            # Have the kernel write now, and drop what it has written: else the sync at the end waits for
-            # gigabytes, and the small memory of a host is filled with pages that nobody reads again.
-            forget_cached(fd, max(0, advised - WRITE_BACK_BYTES))
-            advised = reader.position
+        forget_passed(fd, reader.position - len(view), reader.position)
     os.fsync(fd)
+    forget_cached(fd)
     return reader.tail
 
 
@@ -6335,9 +6342,11 @@ def reading_flows(stack: contextlib.ExitStack, fd: int, compression: str, stored
 def file_views(fd: int) -> Iterator[memoryview]:
     """What is left of a file or pipe, in one buffer again and again; small, as many may be read at a time."""
     buffer = memoryview(bytearray(BUFFER_BYTES // 4))
-    count = os.readv(fd, [buffer])
+    position, count = 0, os.readv(fd, [buffer])
     while count:
         yield buffer[:count]
+        position += count
+        forget_passed(fd, position - count, position)
         count = os.readv(fd, [buffer])
 
 
@@ -6346,6 +6355,7 @@ def plain_reader(stack: contextlib.ExitStack, fd: int, compression: str, is_vhd:
     the descriptor, as its parts may lie anywhere. All is closed with the stack. ProgramError if a program
     that is needed is not here."""
     stack.callback(os.close, fd)
+    stack.callback(forget_cached, fd)
     if compression == "none":
         return fd if is_vhd else Reader(file_views(fd))
     if compression == "gzip":
