@@ -1,16 +1,19 @@
 """The backup directory and what happens to it: not there, not writable, gone in the middle, full."""
 
+import ctypes
+import glob
+import mmap
 import os
 import resource
 import shutil
 import subprocess
 import sys
-from typing import Any, Iterator
+from typing import Any, Iterator, List
 
 import pytest
 
 from support import warm
-from support.deeds import backup, beginning, in_trouble, objects
+from support.deeds import backup, beginning, in_trouble, objects, without_pool
 from support.language import MEBIBYTE, at, disk, vm
 from support.process import PROGRAM, TIME_LIMIT_S, Run, ended, run, text_of
 from support.shelf import complete, foreign, unfinished
@@ -159,6 +162,44 @@ def test_an_image_is_read_back_and_compared_where_that_is_asked_for(a_pool: Any,
     run = backup(pool, shelf, 'vm-export=web', 'verify_after=yes')
     assert run.exit_status == 0 and run.says('back from storage')
     assert shelf.manifest('web', shelf.newest('web'))['verified']['read_back'] is True
+
+
+def mebibytes_cached(path: str) -> float:
+    """How much of the file the page cache holds."""
+    with open(path, 'r+b') as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE) as pages:
+        size = len(pages)
+        held = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        begin = ctypes.c_char.from_buffer(pages)
+        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(begin)), ctypes.c_size_t(size), held)
+        del begin
+    assert not failed
+    return sum(flags & 1 for flags in held) * mmap.PAGESIZE / MEBIBYTE
+
+
+@pytest.fixture
+def a_forgetful_disk(tmp_path: Any) -> None:
+    """Skipped where the stores of tests lie in memory, or on a file system that keeps its pages whatever it is advised."""
+    path = str(tmp_path / 'probe')
+    with open(path, 'wb') as file:
+        file.write(bytes(MEBIBYTE))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if mebibytes_cached(path):
+        pytest.skip('the file system of the temporary directory keeps its pages, whatever it is advised')
+
+
+@pytest.mark.parametrize('lines', [['vm-export=web'], ['vdi-export=web', 'incremental=yes'],
+                                   ['vm-export=web', 'verify_after=yes']])
+def test_neither_a_backup_nor_a_verify_leaves_images_in_the_memory_of_the_host(a_pool: Any, a_shelf: Any, a_forgetful_disk: None,
+                                                                               lines: List[str]) -> None:
+    pool, shelf = a_pool(vm('web', disks=[disk(size=40 * MEBIBYTE, used=40)])), a_shelf()
+    for night in range(2):
+        assert backup(pool, shelf, *lines, words=['force=yes']).exit_status == 0
+    images = [path for path in glob.glob(shelf.at('web', 'backup-*', '*')) if os.path.getsize(path) > MEBIBYTE]
+    assert images and [path for path in images if mebibytes_cached(path) > 1] == []
+    assert without_pool(shelf, 'verify', lines=lines).exit_status == 0
+    assert [path for path in images if mebibytes_cached(path) > 1] == []
 
 
 def test_storage_that_hangs_when_an_image_is_read_back_keeps_no_snapshot(a_pool: Any, a_shelf: Any) -> None:
