@@ -432,7 +432,8 @@ class Interface(NamedTuple):
 
 
 class VirtualMachine(NamedTuple):
-    """A VM as the inventory shows it; `disks` in order of their device. `problems`: what its records lack."""
+    """A VM as the inventory shows it; `disks` in order of their device. `problems`: what its records lack.
+    `resident_on` is the ref of the host that it runs on."""
     ref: str
     uuid: str
     name: str
@@ -445,6 +446,7 @@ class VirtualMachine(NamedTuple):
     guest_metrics_ref: str
     disks: Tuple[Disk, ...]
     problems: Tuple[str, ...] = ()
+    resident_on: str = ""
 
     @property
     def title(self) -> str:
@@ -467,7 +469,8 @@ class NamedSnapshot(NamedTuple):
 class Inventory(NamedTuple):
     """The pool, read once. `machines` are real VMs only: no templates, snapshots, control domains.
     `problems`: records that can't be read, of which nothing is known. `references`: the snapshots that bear
-    the name of a reference, this store's or not."""
+    the name of a reference, this store's or not. `host_uuids` by ref; `local_srs`: of each SR, by uuid, that
+    one host alone sees, that host's uuid."""
     pool_uuid: str
     pool_name: str
     host: Host
@@ -475,6 +478,8 @@ class Inventory(NamedTuple):
     machines: Tuple[VirtualMachine, ...]
     problems: Tuple[str, ...] = ()
     references: Tuple[NamedSnapshot, ...] = ()
+    host_uuids: Mapping[str, str] = {}
+    local_srs: Mapping[str, str] = {}
 
     @property
     def pool_title(self) -> str:
@@ -740,18 +745,21 @@ def fs_text(path: str) -> str:
 # README's table come from it. Pure: files are read by the commands.
 
 
+MOST = 1000000                    # of what has no other limit
+
+
 class Option(NamedTuple):
     """A config key, or a parameter of an action. `kind` is one of: bool, int, percent, choice, text, path,
-    pool, fingerprint, address, addresses, selector, disk; of parameters minutes, too, and word, of which the
-    bare name will do. `decides`: which copies arise and stay depends on it, so that it is part of what a
-    config is."""
+    time, pool, fingerprint, address, addresses, selector, disk; of parameters minutes, too, and word, of
+    which the bare name will do. `decides`: which copies arise and stay depends on it, so that it is part of
+    what a config is."""
     name: str
     kind: str
     default: Any
     help: str
     choices: Tuple[str, ...] = ()
     minimum: int = 0
-    maximum: int = 1000000
+    maximum: int = MOST
     example: str = ""
     decides: bool = False
 
@@ -817,6 +825,15 @@ OPTION_GROUPS = (
                minimum=1, maximum=1440),
         Option("ignore_extra_keys", "bool", False, "Makes an unknown key in this file a warning instead of "
                "an error."))),
+    ("How much at a time", (
+        Option("workers", "int", 1, "Exports so many VMs at the same time on each host.", minimum=1,
+               maximum=16),
+        Option("hosts", "choice", "first", "Has the host that starts first do it all, or every host that "
+               "starts this config while the round goes on take part.", choices=("first", "all")),
+        Option("at_once", "int", 8, "Exports at most so many VMs at the same time in the whole round, "
+               "whatever the number of hosts.", minimum=1, maximum=1000),
+        Option("until", "time", "", "Starts no VM from that time of day on; what was not reached is told, "
+               "and comes first next time.", example="06:30"))),
     ("Mail", (
         Option("mail_to", "addresses", (), "Mails a report of each run to these addresses, separated by "
                "commas.", example="admins@example.org"),
@@ -1087,6 +1104,10 @@ def parse_value(option: Option, text: str) -> Any:
         if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,2})?", word):
             return float(word)
         allowed = "yes, no or a number of minutes"
+    elif option.kind == "time":
+        if re.fullmatch(r"([01]?[0-9]|2[0-3]):[0-5][0-9]", word):
+            return word.rjust(5, "0")
+        allowed = "a time of day, HH:MM"
     elif option.kind == "pool":
         return parse_pool_address(text)
     elif option.kind == "fingerprint":
@@ -1256,6 +1277,8 @@ ACTIONS = (
         Option("sr", "text", "", "Puts all disks on this SR; without it, each goes where it came from."),
         Option("boot", "minutes", 0.0, "yes: boots the VM, without network, and waits up to 5 minutes for "
                "its tools; or so many minutes."))),
+    Action("status", "Shows the round that is going on, on whatever hosts, or how the last one ended. Needs "
+           "no pool, no password, no xe.", False, False, False, ()),
     Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
     Action("prune", "Applies retention without a backup and without a pool; with the word preview it only "
            "shows.", True, False, True, ()),
@@ -1274,7 +1297,7 @@ IS_NAMED = re.compile(r"[^\s=]*=")       # NAME=VALUE, rather than a sentence
 
 class Arguments(NamedTuple):
     """The command line, cut up. `vm` is the action's VM; `parameters` has a value for each that the action
-    takes."""
+    takes; `words` are those behind the password, as they were given."""
     password: str
     target: str
     action: Action
@@ -1282,6 +1305,7 @@ class Arguments(NamedTuple):
     preview: bool
     settings: Tuple[Setting, ...]
     parameters: Dict[str, Any]
+    words: Tuple[str, ...] = ()
 
 
 def parse_arguments(words: Sequence[str]) -> Arguments:
@@ -1325,7 +1349,7 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
         takes = ", ".join(["one VM"] * action.takes_vm + [word.upper() for word in action.words])
         raise UsageError(f'"{one_line(plain[0])}" is one word too many: {action.name} takes '
                          f'{takes or "only NAME=VALUE words"}.')
-    return Arguments(password, target, action, vm, preview, tuple(settings), parameters)
+    return Arguments(password, target, action, vm, preview, tuple(settings), parameters, tuple(words[1:]))
 
 
 def _settings_and_parameters(words: Sequence[str], action: Action) -> Tuple[List[Setting], Dict[str, str]]:
@@ -1360,7 +1384,9 @@ usage: VmBackup.py PASSWORD TARGET [ACTION] [NAME=VALUE ...]
 
 def option_values_text(option: Option) -> str:
     """The values that an option takes, in a few words."""
-    return {"bool": "yes or no", "choice": ", ".join(option.choices), "int": f"{option.minimum} or more",
+    return {"bool": "yes or no", "time": "HH:MM", "choice": ", ".join(option.choices),
+            "int": f"{option.minimum} or more" if option.maximum == MOST else
+            f"{option.minimum} to {option.maximum}",
             "percent": f"percent, {option.minimum} to {option.maximum}",
             "selector": "SELECTOR", "disk": f"SELECTOR/DEVICE or {NOBAK}", "path": "PATH",
             "pool": "ADDRESS", "fingerprint": "HEX",
@@ -1722,7 +1748,8 @@ class Copy(NamedTuple):
     to, the SHA-256 of its manifest; `checks` what is on record of later checks. `rules` are those that its
     manifest tells, None if it tells none; `other_rules` those of other configs that counted when it was made,
     each with the UTC time of that config's last copy; `left_out` the disks, in words, that were left out.
-    `layer` is its place in a chain, None where its manifest does not tell the state of every block; `broken`
+    `round` is the id of the round that made it. `layer` is its place in a chain, None where its manifest does
+    not tell the state of every block; `broken`
     says which of the copies that hold blocks of it fails it, "" if none; `read_back`: its image was read back
     from storage when it was made; `is_changed`: files of it were written since it was verified. `images` are
     the names of all its images, `image` the first; `snapshots` the uuids of the snapshots of disks that they
@@ -1763,6 +1790,7 @@ class Copy(NamedTuple):
     reading: Tuple[Tuple[str, str, str], ...] = ()
     audit: Tuple[str, Tuple[str, ...]] = ("", ())
     accused: str = ""
+    round: str = ""
 
     @property
     def stamp(self) -> str:
@@ -2409,7 +2437,9 @@ class Log:
     """Log lines for people: stdout for what happens, stderr for warnings and errors, each flushed at once.
 
     A log that can't be written (a full disk under cron's redirection) must
-    cost no backup, so the line is dropped and the next one is tried.
+    cost no backup, so the line is dropped and the next one is tried. Each line
+    goes out whole, whichever thread or process it comes from. A worker's goes
+    through a pipe to the run that started it, which shows it in its place.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -2418,7 +2448,11 @@ class Log:
         # cron gives an ASCII stdout; file systems and names here are UTF-8
         self._out = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
         self._err = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
-        self._progress = False
+        self._lock = threading.RLock()
+        self._progress = {}                # type: Dict[str, str]      # of each worker that has one shown
+        self._shown = 0                    # lines of that on the terminal
+        self.doing = ""                    # how far the export of this process is, in words
+        self.is_relayed = False            # it is read by the run that started us
         self.is_for_program = False        # what is shown is for a program: stdout is kept for it
 
     def keep_secret(self, password: str) -> None:
@@ -2459,21 +2493,49 @@ class Log:
         """What is wrong with the command line or config: plain, on stderr."""
         self._write(self._err, text + "\n")
 
-    def progress(self, text: str) -> None:
-        """A line that the next one replaces, on a terminal only."""
-        if os.isatty(1):
-            self._write(self._out, "\r" + text[:100].ljust(100) + "\r")
-            self._progress = True
+    def progress(self, text: str, worker: str = "") -> None:
+        """A line that the worker's next one replaces, on a terminal only; "" removes it."""
+        if not worker:
+            self.doing = text
+        if self.is_relayed:
+            self._write(self._out, text + "\n", "P")
+        elif os.isatty(1) and (text or worker in self._progress):
+            with self._lock:
+                erased = self._erased()
+                self._progress[worker] = text
+                if not text:
+                    del self._progress[worker]
+                lines = [self._progress[key][:100].ljust(100) for key in sorted(self._progress)]
+                self._put(self._out, erased + "\r" * bool(lines) + "\n".join(lines) + "\r")
+                self._shown = len(lines)
+
+    def relay(self, worker: str, line: str) -> None:
+        """What a worker of this run has said, in its place."""
+        if line[:1] == "P":
+            self.progress(line[1:].rstrip("\n"), worker)
+        else:
+            self._write(self._err if line[:1] == "E" else self._out, line[1:])
 
     def _line(self, stream: Any, sentence: str) -> None:
         stamp = self._clock.local().strftime("%Y-%m-%d-(%H:%M:%S)")
         for line in sentence.split("\n"):
             self._write(stream, f"{stamp} - {line}\n")
 
-    def _write(self, stream: Any, text: str) -> None:
-        if self._progress and not text.startswith("\r"):
-            text = "\r" + " " * 100 + "\r" + text
-            self._progress = False
+    def _write(self, stream: Any, text: str, mark: str = "") -> None:
+        if self.is_relayed:
+            mark = mark or ("E" if stream is self._err else "O")
+            stream, text = self._out, "".join(mark + line + "\n" for line in text[:-1].split("\n"))
+        with self._lock:
+            self._put(stream, self._erased() + text)
+
+    def _erased(self) -> str:
+        """What takes the lines of progress from the terminal; the next progress shows them again."""
+        blank = "\r" + " " * 100 + "\r"
+        gone, self._shown = "\x1b[A".join([blank] * self._shown), 0
+        return gone
+
+    @staticmethod
+    def _put(stream: Any, text: str) -> None:
         try:
             stream.write(text)
             stream.flush()
@@ -2502,6 +2564,7 @@ class Signals:
         self._untold = None         # type: Optional[int]
         self._shields = 0
         self._is_over = False
+        self.beats = 0                     # how often the main thread came by: its sign of life
 
     def install(self) -> None:
         """From now on the three signals are ours; one that is ignored (nohup) stays so."""
@@ -2557,9 +2620,15 @@ class Signals:
 
     def check(self) -> None:
         """Raises Interrupted if one came and we are not cleaning up."""
+        self.beats += 1
         self._tell()
         if self.noted and not self._shields:
             raise Interrupted(self.noted.number)
+
+    def is_hurried(self) -> bool:
+        """Has somebody who waits here to come to an end?"""
+        self.beats += 1
+        return self.noted is not None
 
     @contextlib.contextmanager
     def shielded(self) -> Iterator[None]:
@@ -2652,6 +2721,7 @@ class Services(NamedTuple):
     catalog: Any = None         # Catalog
     journal: Any = None         # RunJournal
     references: Any = None      # References
+    turn: Any = None            # Turn
 
     @property
     def patience_s(self) -> float:
@@ -2694,6 +2764,14 @@ class Program:
             for piece in iter(lambda: pipe.read1(KIBIBYTE), b""):
                 self._said += piece
                 del self._said[:-STDERR_KEPT_BYTES]
+
+    def tell(self, content: bytes) -> None:
+        """It is given these few bytes to read."""
+        try:
+            self._process.stdin.write(content)
+            self._process.stdin.flush()
+        except OSError as error:
+            raise ProgramError(f"{self.name} took nothing: {os_reason(error)}. {self.said}")
 
     @property
     def stdin_fd(self) -> int:
@@ -2948,7 +3026,12 @@ class Directory:
     def names(self) -> List[str]:
         """All names in it, sorted."""
         with storage_errors(f"listing {self.shown}"):
-            return sorted(fs_text(name) for name in os.listdir(self.fd))
+            # two threads that list one descriptor take names from each other: each has its own
+            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+            try:
+                return sorted(fs_text(name) for name in os.listdir(fd))
+            finally:
+                os.close(fd)
 
     def status(self, name: str) -> Optional[os.stat_result]:
         """What stands under that name, links not followed; None if nothing."""
@@ -3011,7 +3094,7 @@ class Directory:
 
     def put(self, name: str, content: bytes) -> None:
         """The file has that content, on disk; who reads meanwhile sees the old one or the new one, whole."""
-        temporary = f"{name}.{os.getpid()}{TEMPORARY}"
+        temporary = f"{name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}"
         self.remove_file(temporary)
         self.write(temporary, content)
         with self._deed("writing", name) as path:
@@ -3335,14 +3418,14 @@ class Transport:
 # hundred fields each: what is not named here is not kept.
 RECORD_FIELDS = {key: tuple(words.split()) for key, words in {
     "pool": "uuid name_label master default_SR",
-    "host": "uuid hostname address API_version_major API_version_minor software_version metrics",
+    "host": "uuid hostname address API_version_major API_version_minor software_version metrics PBDs",
     "host_metrics": "live",
     "VM": "uuid name_label name_description power_state tags memory_dynamic_max VCPUs_max VCPUs_at_startup "
-          "guest_metrics VBDs VIFs is_a_template is_a_snapshot is_control_domain other_config",
+          "guest_metrics VBDs VIFs is_a_template is_a_snapshot is_control_domain other_config resident_on",
     "VBD": "uuid VM VDI type userdevice device bootable mode unpluggable",
     "VDI": "uuid SR name_label name_description virtual_size type sharable read_only snapshot_of "
            "is_a_snapshot snapshot_time VBDs other_config sm_config",
-    "SR": "uuid name_label type content_type shared physical_size physical_utilisation",
+    "SR": "uuid name_label type content_type shared physical_size physical_utilisation PBDs",
     "PBD": "uuid host SR currently_attached",
     "VIF": "uuid VM network device MAC",
     "network": "uuid name_label",
@@ -3506,6 +3589,7 @@ class Pool:
         self._handle = ""
         self._master = None                # type: Optional[PoolAddress]
         self._sr_uuids = {}                # type: Dict[str, str]
+        self._drives = {}                  # type: Dict[str, str]      # whose uuid of host each PBD is
         self._answered_at = 0.0            # by the monotonic clock
         self.changes_allowed = True        # a preview switches it off
         self.times_shaken = 0              # a connection or session was lost: the server may have restarted
@@ -3679,15 +3763,13 @@ class Pool:
 
     # --- reading ----------------------------------------------------------------
 
-    def inventory(self) -> Inventory:
-        """The whole pool in nine calls, whatever the number of VMs. No single bad record ends it."""
+    def identity(self) -> Inventory:
+        """Which pool it is, and which host of it we are, without what is in it."""
         doing = "reading the pool"
         session_host = self._session_host(doing)
         problems = []                      # type: List[str]
-        pools, hosts, machines, vbds, vdis, srs, vifs, networks = (
-            self.records(doing, name) for name in "pool host VM VBD VDI SR VIF network".split())
+        pools, hosts = self.records(doing, "pool"), self.records(doing, "host")
         pool = Fields("the pool", next(iter(pools.values()), {}), problems)
-        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in srs.items()}
         values = {ref: _host(ref, record, problems) for ref, record in hosts.items()}
         if not pool.text("uuid") or not values:
             raise PoolError("the pool does not say its uuid, or has no host: its database is damaged. No VM "
@@ -3698,7 +3780,21 @@ class Pool:
         if self._services.settings.pool is None and self._master is not None:
             host = own_host(list(values.values()), read_text_file(INVENTORY_FILE), own_doors()[1].host,
                             socket.gethostname()) or host
-        real = []
+        self._drives = {drive: value.uuid for ref, value in values.items()
+                        for drive in Fields("the host", hosts[ref], []).texts("PBDs")}
+        return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, (), tuple(problems),
+                         host_uuids={ref: value.uuid for ref, value in values.items()})
+
+    def inventory(self, identity: Optional[Inventory] = None) -> Inventory:
+        """The whole pool in nine calls, whatever the number of VMs. No single bad record ends it."""
+        doing, identity = "reading the pool", identity or self.identity()
+        problems, real = list(identity.problems), []
+        machines, vbds, vdis, srs, vifs, networks = (
+            self.records(doing, name) for name in "VM VBD VDI SR VIF network".split())
+        self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in srs.items()}
+        drives = {ref: Fields("an SR", record, []).texts("PBDs") for ref, record in srs.items()}
+        seen_by = {self._sr_uuids[ref]: {self._drives.get(drive, "") for drive in drives[ref]} - {""}
+                   for ref in srs}
         for ref, record in machines.items():
             if not can_be_told_apart(record):
                 problems.append("the record of a VM, "
@@ -3709,11 +3805,13 @@ class Pool:
                 lost = [problem for _, _, problem in _networks_of(record, vifs, networks) if problem]
                 real.append(machine._replace(problems=machine.problems + tuple(lost)))
         real.sort(key=lambda machine: (machine.name, machine.uuid))
-        return Inventory(pool.text("uuid"), pool.text("name_label"), host, master, tuple(real),
-                         tuple(problems), tuple(named_references("VM", machines, lambda record: [
-                             Fields("", vdis.get(Fields("", vbds.get(vbd), []).text("VDI")), []).text("uuid")
-                             for vbd in Fields("", record, []).texts("VBDs")]))
-                         + tuple(named_references("VDI", vdis, lambda record: [record["uuid"]])))
+        references = tuple(named_references("VM", machines, lambda record: [
+            Fields("", vdis.get(Fields("", vbds.get(vbd), []).text("VDI")), []).text("uuid")
+            for vbd in Fields("", record, []).texts("VBDs")])) \
+            + tuple(named_references("VDI", vdis, lambda record: [record["uuid"]]))
+        return identity._replace(
+            machines=tuple(real), problems=tuple(problems), references=references,
+            local_srs={uuid: min(hosts) for uuid, hosts in seen_by.items() if len(hosts) == 1})
 
     def records(self, doing: str, class_name: str) -> Dict[str, Any]:
         """All records of that class by ref, with the fields of RECORD_FIELDS."""
@@ -3751,7 +3849,8 @@ class Pool:
             ref, machine.text("uuid"), machine.text("name_label"), machine.text("name_description"),
             machine.text("power_state"), tuple(machine.texts("tags")), machine.text("memory_dynamic_max"),
             machine.text("VCPUs_max"), machine.text("VCPUs_at_startup"),
-            machine.text("guest_metrics") or NULL_REF, tuple(disks), tuple(problems))
+            machine.text("guest_metrics") or NULL_REF, tuple(disks), tuple(problems),
+            str(record.get("resident_on", "")))
 
     def _disk(self, vbd: "Fields", record: Dict[str, Any], problems: List[str]) -> Disk:
         """The disk that a VBD record and its VDI record make."""
@@ -7056,11 +7155,15 @@ class Placement:
     """Which directory belongs to which VM: that whose copies bear its uuid and pool. Each is read once, and
     again under its lock."""
 
-    def __init__(self, catalog: Catalog, inventory: Inventory) -> None:
+    def __init__(self, catalog: Catalog, pool: str, names: Iterable[str],
+                 planned: Mapping[str, str] = {}) -> None:
+        """`pool` is its uuid, `names` are those of all its VMs. `planned`: the directories that a round's
+        plan gives to its VMs, by uuid."""
         self._catalog = catalog
-        self._pool = inventory.pool_uuid
-        self._names = collections.Counter(machine.name for machine in inventory.machines)
-        self._claims = {}                  # type: Dict[str, str]
+        self._pool = pool
+        self._names = collections.Counter(names)
+        self._planned = planned
+        self._claims = {folded(name): uuid for uuid, name in planned.items()}
         self._folders = {}                 # type: Dict[str, Folder]
         self._spellings = None             # type: Optional[Dict[str, List[str]]]
         self._bearers = None               # type: Optional[Dict[str, List[str]]]
@@ -7073,6 +7176,9 @@ class Placement:
 
     def folder_name(self, machine: VirtualMachine) -> str:
         """The directory of that VM, as the store was when read; CatalogError if one of its name can't be."""
+        planned = self._planned.get(machine.uuid)
+        if planned is not None and self._is_free(planned, machine):
+            return planned
         new = (safe_name(machine.name), newcomer_name(machine.name, machine.uuid))
         name = self._owned(machine) or next((name for name in new if self._is_free(name, machine)),
                                             newcomer_name(machine.name, self._pool))   # another pool's has it
@@ -7362,7 +7468,7 @@ def _read_own_copy(inside: Directory, blank: Copy) -> Copy:
     if inside.status(SUCCESS) is None:
         problem = f"the marker `{SUCCESS}` is not there"
     return copy._replace(
-        method=Method(manifest["kind"]), image=images[0], images=tuple(images),
+        method=Method(manifest["kind"]), image=images[0], images=tuple(images), round=told(manifest, "round"),
         size_bytes=sum(image["size"] for image in manifest["images"]), problem=problem,
         layer=layer_of(manifest), read_back=manifest.get("verified", {}).get("read_back") is True,
         disks=disk_words(manifest["disks"]),
@@ -8358,9 +8464,10 @@ def keep_reserve(catalog: Catalog) -> None:
             folder.write(RESERVE, bytes(RESERVE_BYTES))
 
 
-def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
-              now_s: float) -> Tuple[List[RunJournal], List[CatalogError]]:
+def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str, now_s: float,
+              taken: Container[str] = ()) -> Tuple[List[RunJournal], List[CatalogError]]:
     """The journals of dead runs of that pool, locked by us and marked as taken; and why others were left.
+    Those that were taken before are not looked at again: their locks are ours, and would go with a look.
 
     Another host's where locks do not reach other hosts, and one that came here with a mirror of another
     store, where its run may live on, counts as dead only when it was not written for a day.
@@ -8368,7 +8475,7 @@ def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str,
     found, left = [], []               # type: List[RunJournal], List[CatalogError]
     folder = catalog.state("runs")
     for name in folder.names():
-        if name == own.name or not name.endswith((RUN_SUFFIX, RUN_SUFFIX + TAKEN)):
+        if name == own.name or name in taken or not name.endswith((RUN_SUFFIX, RUN_SUFFIX + TAKEN)):
             continue
         try:
             with contextlib.ExitStack() as undo:
@@ -8401,7 +8508,10 @@ def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
     """The object is gone. A call without an answer is repeated only if the object still exists."""
     for has_time in services.signals.until(services.patience_s):
         try:
-            services.pool.call(doing, class_name + ".destroy", ref, timeout_s=services.patience_s)
+            with contextlib.ExitStack() as stack:
+                if services.turn is not None:
+                    stack.enter_context(services.turn.held(doing, is_needed=False))
+                services.pool.call(doing, class_name + ".destroy", ref, timeout_s=services.patience_s)
             return
         except ApiFailure as failure:
             if is_gone(failure, class_name) and \
@@ -8590,14 +8700,21 @@ class Snapshot(Owned):
 
     def _make(self, prepare: Callable[[], Any], doing: str, method: str, *arguments: Any) -> str:
         """The ref of the new snapshot, also when the answer was lost but the call did its work."""
+        turn = contextlib.ExitStack()
         try:
-            prepare()
-            self._services.signals.check()
+            turn.enter_context(self._services.turn.held(doing, is_needed=True))
+            with contextlib.ExitStack() as undo:
+                undo.callback(turn.close)
+                prepare()
+                self._services.signals.check()
+                undo.pop_all()
         except (BackupError, Interrupted):         # it was never made: nothing has to be looked for
             self._entry.remember(answer="not called")
             raise
         try:
-            return self._services.pool.call(doing, method, *arguments, timeout_s=self._services.patience_s)
+            with turn:
+                return self._services.pool.call(doing, method, *arguments,
+                                                timeout_s=self._services.patience_s)
         except ApiFailure as failure:
             self._entry.note(answer=failure.code)
             raise
@@ -9342,6 +9459,282 @@ def removal_command(class_name: str, uuid: str) -> str:
     return f"xe {'snapshot-uninstall' if class_name == 'VM' else 'vdi-destroy'} uuid={uuid}"
 
 
+# --- one snapshot, or removal of one, at a time in a pool --------------------------------------
+
+TURN_PATIENCE_S = 10 * MINUTE_S
+TURN_PAUSE_S = 0.2
+
+
+class Turn:
+    """Calls that make or destroy snapshots go one at a time in a pool, whichever worker, host or config of
+    this store they come from: its master does one after the other in each SR anyway."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._lock = services.catalog.lock_file("turn", services.journal.header["pool"])
+
+    @contextlib.contextmanager
+    def held(self, doing: str, is_needed: bool) -> Iterator[None]:
+        """Inside, no other such call is made. Where that is needed, BackupError, a passing one, if it is not
+        to be had; else it is done without. A store that hangs is not asked."""
+        is_ours, tries = False, self._services.signals.until(TURN_PATIENCE_S, TURN_PAUSE_S)
+        is_left = threading.Event()
+
+        def take() -> bool:
+            if self._lock.take() and is_left.is_set():         # nobody waits for it any more
+                self._lock.release()
+            return self._lock.is_held
+
+        for has_time in () if self._services.journal.is_mute else tries:
+            try:
+                is_ours = within(CLEAN_UP_LIMIT_S, "asking for the turn", take)
+            except CatalogError:
+                is_left.set()
+                if is_needed:
+                    raise
+                break
+            if is_ours or not has_time:
+                break
+        if is_needed and not is_ours:
+            raise BackupError(f"{doing} was not made: others made or removed snapshots in this pool all the "
+                              f"time, and it did not get its turn in {format_duration(TURN_PATIENCE_S)}.",
+                              passing=True)
+        try:
+            yield
+        finally:
+            if is_ours:
+                with contextlib.suppress(StorageStalled):      # then it ends with this process
+                    within(WAY_OUT_S, "giving the turn back", self._lock.release)
+
+
+# --- a round: what all runs of a config do together ------------------------------------------------
+
+ROUND_FOLDER = "rounds"
+ROUND_PLAN = "plan.json"
+ROUND_END = "end.json"
+ROUND_DUMP = "dump.json"
+TROUBLE = "trouble"
+SIGN = ".sign"
+SILENT = ".silent"
+CLAIM, AGAIN, DONE, GIVEN_UP = "claim", "again", "done", "failed"
+RANK = {CLAIM: 0, AGAIN: 1, GIVEN_UP: 2, DONE: 3}      # of two in one try, which counts
+CLAIM_NAME = re.compile(r"(.+)\.([12])\.(claim|again|done|failed)", re.DOTALL)
+MOST_TRIES = 2
+
+
+class RoundJob(NamedTuple):
+    """One VM of a round's plan. `job` has its disks only as `disks`, in words, and `is_only` tells whether no
+    other VM of the pool bears its name. `local_to` is the uuid of the host that alone sees an SR of its,
+    `runs_on` that of the host that it runs on; `newest` the time of its newest good copy, `is_overdue` that
+    the last round did not come to it, `has_failed` that its last try failed."""
+    job: Job
+    folder: str
+    disks: str = ""
+    is_only: bool = True
+    local_to: str = ""
+    runs_on: str = ""
+    newest: str = ""
+    is_overdue: bool = False
+    has_failed: bool = False
+
+    @property
+    def key(self) -> str:
+        """What its files in the round begin with."""
+        return safe_name(self.job.machine.uuid)
+
+
+class RoundPlan(NamedTuple):
+    """What a round is to do. `host` and `host_uuid` are its first leader's; times are UTC texts, `until` ""
+    if there is no end; `missing` what the config names and the pool lacks."""
+    id: str
+    version: str
+    began_at: str
+    host: str
+    host_uuid: str
+    pool: str
+    pool_name: str
+    source: str
+    path: str
+    decisions: str
+    hosts: str
+    at_once: int
+    until: str
+    dumps: bool
+    clock_went_back: bool
+    missing: Tuple[str, ...]
+    jobs: Tuple[RoundJob, ...]
+
+    def is_time_up(self, now: datetime) -> bool:
+        """Is nothing new to be started any more?"""
+        return bool(self.until) and now >= parse_utc(self.until)
+
+
+def encode_plan(plan: RoundPlan) -> bytes:
+    """The plan as it is in its file; parse_plan reads it."""
+    rows = []
+    for one in plan.jobs:
+        machine, job = one.job.machine, one.job
+        rows.append([[machine.ref, machine.uuid, machine.name, machine.power_state, list(machine.problems)],
+                     [job.method.value, list(job.rules), job.chosen_by], list(one[1:])])
+    return (json.dumps(dict(plan._asdict(), jobs=rows), sort_keys=True) + "\n").encode("ascii")
+
+
+def parse_plan(content: bytes) -> RoundPlan:
+    """The plan that this version wrote; ValueError for anything else."""
+    facts = parse_object(content)
+    try:
+        jobs = []
+        for (ref, uuid, name, power_state, problems), (kind, rules, chosen_by), rest in facts["jobs"]:
+            machine = VirtualMachine(ref, uuid, name, "", power_state, (), "", "", "", NULL_REF, (),
+                                     tuple(problems))
+            jobs.append(RoundJob(Job(machine, Method(kind), Rules(*rules), chosen_by), *rest))
+        return RoundPlan(**dict(facts, jobs=tuple(jobs), missing=tuple(facts["missing"])))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it is no plan of this version ({error})")
+
+
+def standing(names: Iterable[str]) -> Dict[str, Tuple[int, str]]:
+    """How it stands with each VM of a round that was tried: the number of its last try, and what is there of
+    it: a claim, or its outcome (again, done, failed)."""
+    found = {}                             # type: Dict[str, Tuple[int, str]]
+    for match in filter(None, map(CLAIM_NAME.fullmatch, names)):
+        key, state = match.group(1), (int(match.group(2)), match.group(3))
+        before = found.get(key)
+        if before is None or (state[0], RANK[state[1]]) > (before[0], RANK[before[1]]):
+            found[key] = state
+    return found
+
+
+def in_turn(jobs: Iterable[RoundJob], states: Mapping[str, Tuple[int, str]], host: str,
+            others: Container[str], is_time_up: bool) -> List[RoundJob]:
+    """Those VMs that a worker of that host may try to claim now, in its order: what the last round did not
+    come to; what lies on an SR that only this host sees; what runs here; the rest; in each the one whose
+    newest good copy is oldest first, those whose last try failed behind the others. Then second tries, and
+    what others have claimed, as they may have died. What only one of the `others` sees is left to that."""
+    found = []                             # type: List[Tuple[Tuple[Any, ...], int, RoundJob]]
+    for index, one in enumerate(jobs):
+        number, word = states.get(one.key, (0, ""))
+        if word in (DONE, GIVEN_UP) or is_time_up or number == MOST_TRIES and word == AGAIN:
+            continue
+        if one.local_to and one.local_to != host and one.local_to in others:
+            continue
+        place = 0 if one.is_overdue else 1 if one.local_to == host else 2 if one.runs_on == host else \
+            4 if one.local_to else 3
+        found.append((("", AGAIN, CLAIM).index(word), place, one.has_failed, one.newest, index, one))
+    return [row[-1] for row in sorted(found, key=lambda row: row[:-1])]
+
+
+class Round:
+    """The folder of a round: its plan, the claims and outcomes of its VMs, the signs of life of its workers.
+
+    A claim is the lock of the VM's directory, and then a file made new: whoever holds the lock and finds a
+    claim without an outcome knows that its worker died.
+    """
+
+    def __init__(self, folder: Directory, plan: RoundPlan) -> None:
+        self._folder = folder
+        self.plan = plan
+
+    @staticmethod
+    def place(catalog: Catalog, settings: Configuration, pool: str) -> Directory:
+        """Where the rounds of that config lie."""
+        digest = hashlib.sha256("/".join((pool, settings.decisions, settings.path)).encode(
+            "utf-8", "surrogatepass")).hexdigest()[:16]
+        readable = re.sub(r"[^A-Za-z0-9._-]", "_", settings.path.rsplit("/", 1)[-1])[:80]
+        with catalog.state(ROUND_FOLDER) as rounds:
+            return rounds.child_made_if_missing(f"{readable}-{digest}")
+
+    @classmethod
+    def begin(cls, place: Directory, plan: RoundPlan) -> "Round":
+        """A new round; of those before, only the last stays."""
+        for name in [name for name in place.names() if place.is_directory(name)][:-1]:
+            with contextlib.suppress(CatalogError):            # a worker of it that was frozen may be at it
+                place.remove_tree(name)
+        with place.make_child(plan.id) as folder:
+            folder.put(ROUND_PLAN, encode_plan(plan))
+        return cls(place.child(plan.id), plan)
+
+    @classmethod
+    def opened(cls, place: Directory, name: str) -> "Round":
+        """The round of that id; NotThere if it has no plan yet, WrongKind if it is none of this version's."""
+        with contextlib.ExitStack() as undo:
+            folder = place.child(name)
+            undo.callback(folder.close)
+            try:
+                plan = parse_plan(folder.read(ROUND_PLAN))
+            except ValueError as error:
+                raise WrongKind(f"{folder.shown}/{ROUND_PLAN} can't be used: {error}.")
+            undo.pop_all()
+        return cls(folder, plan)
+
+    def names(self) -> List[str]:
+        """All that is in it."""
+        return self._folder.names()
+
+    def is_over(self) -> bool:
+        """Was it ended, or is it gone?"""
+        return self._folder.status(ROUND_END) is not None or self._folder.status(ROUND_PLAN) is None
+
+    def has(self, name: str) -> bool:
+        """Is that file there?"""
+        return self._folder.status(name) is not None
+
+    def claim(self, key: str, number: int, facts: Dict[str, Any]) -> bool:
+        """The VM is ours in that try, if nobody was before."""
+        try:
+            self._folder.write(f"{key}.{number}.{CLAIM}", _json_line(facts))
+            return True
+        except NameTaken:
+            return False
+
+    def put(self, name: str, facts: Dict[str, Any]) -> None:
+        """The file has these facts, on disk."""
+        self._folder.put(name, _json_line(facts))
+
+    def read(self, name: str) -> Dict[str, Any]:
+        """The facts of that file, {} if it has none that can be read."""
+        with contextlib.suppress(NotThere, WrongKind, ValueError):
+            return parse_object(self._folder.read(name, MEBIBYTE))
+        return {}
+
+    def changed(self, name: str) -> Optional[int]:
+        """When that file was last written, None if it is not there: good for comparison only."""
+        status = self._folder.status(name)
+        return None if status is None else status.st_mtime_ns
+
+    def lock(self, name: str) -> LockFile:
+        """A lock that is the round's own; the file goes with the round."""
+        return LockFile.of(self._folder, name + ".lock")
+
+    def note_told(self, line: str) -> None:
+        """The line is among those told, for a leader that takes over. Nothing hangs on it."""
+        with contextlib.suppress(CatalogError):
+            fd = self._folder.open_file("told", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            try:
+                with storage_errors("noting what was told"):
+                    write_all(fd, (line + "\n").encode("utf-8", "surrogateescape"))
+            finally:
+                os.close(fd)
+
+    def told_lines(self) -> Set[str]:
+        """What note_told has noted."""
+        with contextlib.suppress(CatalogError):
+            return set(self._folder.read("told").decode("utf-8", "replace").split("\n"))
+        return set()
+
+
+def _json_line(facts: Dict[str, Any]) -> bytes:
+    return (json.dumps(facts, sort_keys=True) + "\n").encode("ascii")
+
+
+def last_round(place: Directory) -> Optional[Round]:
+    """The newest round there with a plan that can be read, None if there is none."""
+    for name in reversed(place.names()):
+        with contextlib.suppress(CatalogError):        # it costs no other round anything
+            return Round.opened(place, name)
+    return None
+
+
 # =============================================================================
 # 19. Run
 # =============================================================================
@@ -9369,6 +9762,29 @@ class Outcome(NamedTuple):
 
 UNTRIED = "NOT-TRIED"                  # the status word of what a run did not come to
 BUG_TEXT = "a bug in VmBackup; the log of this run has the traceback."      # what it says may hold anything
+CAUSES = {"bug": RuntimeError, "storage": StorageMisbehaved, "": BackupError}
+
+
+def outcome_facts(outcome: Outcome) -> Dict[str, Any]:
+    """The outcome as a round's file has it; of what caused it only what others have to act upon."""
+    kind = "bug" if is_bug(outcome.cause) else \
+        "storage" if isinstance(outcome.cause, StorageMisbehaved) else ""
+    return dict(outcome._asdict(), cause=kind, seconds=round(outcome.seconds, 3) + 0.0,
+                findings=[[finding.severity.name, finding.subject, finding.sentence]
+                          for finding in outcome.findings])
+
+
+def outcome_of(facts: Dict[str, Any]) -> Outcome:
+    """The outcome in that file; ValueError if it holds none."""
+    try:
+        is_caused = facts["error"] is not None or facts["cause"]
+        return Outcome(**dict(
+            {field: facts[field] for field in Outcome._fields},
+            cause=CAUSES[facts["cause"]](facts["error"]) if is_caused else None,
+            findings=tuple(Finding(Severity[severity], subject, sentence)
+                           for severity, subject, sentence in facts["findings"])))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it is no outcome ({error})")
 
 
 class Wording(NamedTuple):
@@ -9389,7 +9805,8 @@ class Report(NamedTuple):
 
     All that it was to do has an outcome. `missing` is what the config names and the pool lacks; `dump_error`
     is None where no pool database was to be dumped, "" where it was. `ended_by` ended the run early, and
-    `pool` is "" if it did so before the first VM, or has no `wording`. Whether a run was a success is decided
+    `pool` is "" if it did so before the first VM, or has no `wording`. `before`: what became of the last
+    round, if that did not end as it should. Whether a run was a success is decided
     here, never by what was logged.
     """
     wording: Optional[Wording]
@@ -9404,6 +9821,7 @@ class Report(NamedTuple):
     dump_error: Optional[str] = None
     ended_by: Optional[BaseException] = None
     signal: int = 0
+    before: str = ""
 
     @property
     def failed(self) -> List[Outcome]:
@@ -9568,10 +9986,10 @@ def is_bug(error: Optional[BaseException]) -> bool:
 
 
 @contextlib.contextmanager
-def connected(services: Services, changes_allowed: bool = True,
-              patience_s: float = 0) -> Iterator[Tuple[Services, Inventory]]:
-    """The services with the pool that config and password mean, and what is in it; it is logged out of in the
-    end. UsageError if they contradict."""
+def connected(services: Services, changes_allowed: bool = True, patience_s: float = 0,
+              is_read: bool = True) -> Iterator[Tuple[Services, Inventory]]:
+    """The services with the pool that config and password mean, and what is in it, or only which pool and
+    host they are; it is logged out of in the end. UsageError if they contradict."""
     password = read_password(services.arguments.password)
     if password is None and services.settings.pool is not None:
         raise UsageError("pool= needs a password: - means root on this host, which another pool does not "
@@ -9581,7 +9999,7 @@ def connected(services: Services, changes_allowed: bool = True,
     try:
         pool.connect()
         pool.changes_allowed = changes_allowed
-        yield services._replace(pool=pool), pool.inventory()
+        yield services._replace(pool=pool), pool.inventory() if is_read else pool.identity()
     finally:
         with services.signals.shielded():
             pool.close()
@@ -9616,6 +10034,7 @@ class Run:
         self.missing = ()                  # type: Tuple[str, ...]
         self.dump_error = None             # type: Optional[str]
         self.ended_by = None               # type: Optional[BaseException]
+        self.before = ""                   # what became of the last round, if that has to be told
         self.store_problem = ""            # once the store misbehaved, nothing is pruned
         self.storage_hangs = False         # then nothing of it is waited for any more
 
@@ -9660,6 +10079,8 @@ class Run:
             services.catalog, name, header, now.timestamp()))
         journal.limit_s = services.patience_s
         self.services = services._replace(journal=journal)
+        self.services = self.services._replace(turn=self.in_store(
+            "opening the lock of snapshots", lambda: Turn(self.services)))
         self.inventory = inventory
         self.snapshots = Snapshots(self.services)
         self.services = self.services._replace(references=References(self.services, self.snapshots))
@@ -9676,7 +10097,7 @@ class Run:
         """What dead runs left in this pool is gone; why journals of others can't be used and were left."""
         journals, problems = dead_runs(
             self.services.catalog, self.services.journal, self.inventory.pool_uuid,
-            self.services.clock.utc().timestamp())
+            self.services.clock.utc().timestamp(), [one.name for one in self.snapshots.inherited])
         self.snapshots.sweep(journals)
         return problems
 
@@ -9702,15 +10123,14 @@ class Run:
                 self.services.log.finding(finding)
                 self.findings.append(finding)
 
-    def settle(self, number: int, outcome: Outcome) -> None:
-        """That is what became of the thing of that number, and it is told. Raises what ends the run with it:
-        a pool that is gone, as what is behind would fail too, or a signal."""
+    def settle(self, number: int, outcome: Outcome, host: str = "", is_new: bool = True) -> None:
+        """That is what became of the thing of that number, and it is told; in the status log if it is new
+        there. `host`: where that was, if elsewhere."""
         self.outcomes[number] = outcome
         self.tell(outcome.findings)
-        self.status_log.end(outcome)
-        if isinstance(outcome.cause, (PoolError, Interrupted)) and not isinstance(outcome.cause, AnswerLost):
-            raise outcome.cause
-        if outcome.error is not None and not is_bug(outcome.cause):
+        if is_new:
+            self.status_log.end(outcome, host)
+        if outcome.error is not None and not is_bug(outcome.cause) and not ends_run(outcome):
             self.services.log.error(f"{outcome.title}: {outcome.error}")
 
     def report(self) -> Report:
@@ -9724,7 +10144,7 @@ class Run:
         noted = signals.noted if self.ended_by is not None and not is_bug(self.ended_by) else None
         return Report(self.wording, self.services.settings.source, host, self.began_at,
                       self.services.clock.utc(), pool, tuple(self.outcomes), self.missing, tuple(findings),
-                      self.dump_error, self.ended_by, noted.number if noted else 0)
+                      self.dump_error, self.ended_by, noted.number if noted else 0, self.before)
 
     # --- how the store does ---------------------------------------------------------
 
@@ -9741,7 +10161,7 @@ class Run:
         is given, and after a signal soon."""
         signals = self.services.signals
         try:
-            return within(limit_s or self.services.patience_s, doing, work, lambda: signals.noted)
+            return within(limit_s or self.services.patience_s, doing, work, signals.is_hurried)
         except StorageStalled as error:
             self.note(error)
             signals.check()
@@ -9759,6 +10179,11 @@ class Run:
             self.services.log.info(f"{doing}: left to the next run: {error}")
 
 
+def ends_run(outcome: Outcome) -> bool:
+    """Does the run end with it: a pool that is gone, as what is behind would fail too, or a signal?"""
+    return isinstance(outcome.cause, (PoolError, Interrupted)) and not isinstance(outcome.cause, AnswerLost)
+
+
 def signature(services: Services, inventory: Inventory) -> Dict[str, Any]:
     """Who we are, for locks and journals."""
     return {"host": inventory.host.short_name, "pid": os.getpid(), "pool": inventory.pool_uuid,
@@ -9768,36 +10193,56 @@ def signature(services: Services, inventory: Inventory) -> Dict[str, Any]:
 # --- one run of a config at a time -----------------------------------------------------
 
 
-def take_config_lock(services: Services, inventory: Inventory) -> Optional[LockFile]:
-    """The lock of this config, its text telling that a run goes on; None if the run is left to another host
-    of the pool, which is told. LockHeld if another run of this config goes on.
+def take_config_lock(services: Services, inventory: Inventory,
+                     new_round: str) -> Tuple[LockFile, str, Dict[str, Any]]:
+    """The lock of this config; what is to be done: LEAD if it is ours now, its text telling that this round
+    goes on, JOIN the round that goes on, or LEAVE it to another host of the pool, which is told; and what its
+    text told before. LockHeld if another run of this config goes on.
 
     What a config is: the pool, what decides about copies, and the config's place. Two pools with one path,
     hosts with different files there, and other selectors by hand are different configs.
     """
-    settings = services.settings
-    lock = services.catalog.lock_file("config", "/".join(
-        (inventory.pool_uuid, settings.decisions, settings.path)))
+    settings, force = services.settings, services.arguments.parameters["force"]
+    lock = config_lock(services.catalog, settings, inventory.pool_uuid)
     ours = lock.take()
     text = lock.text()
-    # its holder may have taken it this very second, and not have written yet what it is
-    for has_time in () if ours else services.signals.until(LOCK_TEXT_PATIENCE_S, 0.2):
-        text = lock.text()
-        if text.get("state") == "running" or not has_time:
+    # its holder may have taken it this very second, and not have written yet what it is, or only have looked
+    # whether anybody has it
+    tries = () if ours else enumerate(services.signals.until(LOCK_TEXT_PATIENCE_S, 0.2))
+    for number, has_time in tries:
+        ours, text = lock.take(), lock.text()
+        if ours or number and text.get("state") == "running" or not has_time:
             break
-    if not services.arguments.parameters["force"] and settings.pool is None:
+    if not ours and settings.hosts == "all" and not force and text.get("state") == "running" \
+            and text.get("pool") == inventory.pool_uuid and text.get("host") != inventory.host.short_name \
+            and told(text, "round"):
+        return lock, JOIN, text
+    if not force and settings.pool is None:
         neighbour = neighbour_text(text, inventory, services.clock.utc(),
                                    not ours or services.catalog.locks_are_local)
         if neighbour:
             lock.release()
             services.log.info(neighbour)
-            return None
+            return lock, LEAVE, text
     if not ours:
         raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was "
                        "started.")
+    tell_running(services, inventory, lock, new_round)
+    return lock, LEAD, text
+
+
+LEAD, JOIN, LEAVE = "lead", "join", "leave"
+
+
+def tell_running(services: Services, inventory: Inventory, lock: LockFile, name: str) -> None:
+    """The text of the config's lock, which is ours, tells that this host leads the round of that id."""
     with contextlib.suppress(StorageFull):     # the text is for others, and this run may be to make room
-        lock.write_text(dict(signature(services, inventory), state="running"))
-    return lock
+        lock.write_text(dict(signature(services, inventory), state="running", round=name, version=VERSION))
+
+
+def config_lock(catalog: Catalog, settings: Configuration, pool: str) -> LockFile:
+    """The lock of that config, which the leader of its round holds."""
+    return catalog.lock_file("config", "/".join((pool, settings.decisions, settings.path)))
 
 
 LOCK_TEXT_PATIENCE_S = 5
@@ -10453,9 +10898,21 @@ def shown_progress(services: Services, doing: str, size_bytes: int) -> Callable[
     return on_tick
 
 
-# ---- the run of a backup ---------------------------------------------------
-# The story of a backup: leftovers, pool database, jobs, second tries. One VM's
-# failure stays that VM's; what is learned becomes an Outcome.
+# ---- a round of backups ------------------------------------------------------
+# Workers claim the VMs of a plan, each in a process of its own, on one host or many; one of them leads: it
+# makes the plan, clears up before, tells what all do, and reports. One VM's failure stays that VM's; what is
+# learned becomes an Outcome.
+
+SIGN_PAUSE_S = 15              # between two signs of life of a worker
+TEND_PAUSE_S = 2               # between two looks of a leader at what others have done
+IDLE_PAUSE_S = 1.0             # between two looks of a worker that has nothing to do, at first
+MOST_IDLE_PAUSE_S = 5.0
+SILENCE_S = 10 * MINUTE_S      # beyond stall_timeout: a worker without a sign of life for so long is given up
+JOIN_PATIENCE_S = MINUTE_S     # so long a host that alone sees an SR is waited for with what lies there
+CLOCKS_DIFFER_S = 60           # from the store's: a host whose clock is further off takes no part
+CREW_PAUSE_S = 0.1
+CREW_ENDS_S = 5 * MINUTE_S     # how long workers that were told to stop may clean up
+WORKER_COMMAND = (sys.executable, os.path.abspath(__file__), "--worker")
 
 
 def untried(job: Job) -> Outcome:
@@ -10465,53 +10922,257 @@ def untried(job: Job) -> Outcome:
                    "not backed up, as the run ended before it was done.", UNTRIED)
 
 
-class BackupRun:
-    """The plan within its run: leftovers, pool database, jobs, second tries."""
+def sign_of(claim: Mapping[str, Any]) -> str:
+    """The name of the file with the signs of life of the worker that a claim tells."""
+    return f"{told(claim, 'host_uuid')}.{told(claim, 'worker')}{SIGN}"
 
-    def __init__(self, run: Run, plan: Plan, exporter: Exporter) -> None:
-        self.run = run
-        self.exporter = exporter
-        self.placement = Placement(run.services.catalog, run.inventory)
-        self.clock_went_back = False
+
+class Worker:
+    """Claims VMs of a round and backs them up, one after the other, until there is nothing more to claim."""
+
+    def __init__(self, run: Run, work: Round, exporter: Exporter) -> None:
+        self.run, self.round, self.exporter = run, work, exporter
+        self._services, self.plan = run.services, work.plan
+        self.placement = Placement(
+            run.services.catalog, self.plan.pool,
+            [one.job.machine.name for one in self.plan.jobs for _ in range(1 if one.is_only else 2)],
+            {one.job.machine.uuid: one.folder for one in self.plan.jobs})
         self.read_against = set()          # type: Set[str]     # VMs that were, or are, read by difference
-        self._services = run.services
-        self._plan = plan
-        run.outcomes = [untried(job) for job in plan.jobs]
-        run.missing = tuple(text for _, text in plan.missing)
-        if self._services.settings.pool_db_backup:
-            run.dump_error = "not dumped, as the run ended before it was done."
+        self.name = run.services.journal.name.partition(".")[0]
+        self.busy = {}                     # type: Dict[str, RoundJob]   # whose directories others hold
+        self.mine = set()                  # type: Set[str]     # keys of what this worker has claimed
+        self.own = {}                      # type: Dict[str, Tuple[int, str, Outcome]]
+        self._host = run.inventory.host
+        self._began_s = self._services.clock.monotonic()
+        self._ended = threading.Event()
+        self._attendant = threading.Thread(target=self._attend, daemon=True)
+        self._now = ""                     # the title of the VM at hand
+        self._silent = 0                   # VMs that were given up for their workers' silence
+        self._seen = [], {}, {}            # type: Tuple[List[str], Dict[str, Any], Dict[str, Any]]
+        self._reckoned = {}, (), []        # type: Tuple[Any, Any, List[RoundJob]]
 
-    def do_all(self) -> None:
-        """Everything of the plan was tried. A pool that stays away, or a signal, ends it early."""
-        tell, settings, jobs = self.run.tell, self._services.settings, list(enumerate(self._plan.jobs))
-        inventory = self.run.inventory
-        self._services.log.info(f"VmBackup {VERSION}: {counted(len(jobs), 'VM')} of {settings.source} in "
-                                f"pool {inventory.pool_title}; host {inventory.host.short_name}.")
-        for machine in self._plan.provisional:
-            self._services.log.info("left out: " + provisional_text(machine))
-        tell(self._plan.findings)
-        tell(Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings)
-        tell(self._clear_leftovers())
-        tell(self._dropped())
-        self.run.in_store("looking for the directories", lambda: self.placement.claim_all(
-            job.machine for _, job in jobs), FOR_EVER_S)
-        tell(self._clear_references())
-        tell(self._check_retention())
-        tell(self.run.in_store("looking for increments that were moved", lambda: list(self._moved()),
-                               FOR_EVER_S))
-        if settings.pool_db_backup:
-            tell(self._dump_pool_database())
-        for number, job in self._try_jobs(jobs, is_last=False):
-            self._services.log.info(f"{job.machine.title}: trying once more.")
-            self._try_jobs([(number, job)], is_last=True)
-        self.run.look_again()
-        tell(self._low_space())
+    # --- signs of life ------------------------------------------------------------------
+
+    def _attend(self) -> None:
+        """Gives a sign of life now and then, as long as the main thread gives any, and tends the round."""
+        beats, signed_s = -1, self._services.clock.monotonic()
+        while not self._ended.wait(TEND_PAUSE_S):
+            now_s = self._services.clock.monotonic()
+            try:
+                if now_s - signed_s > SIGN_PAUSE_S and beats != self._services.signals.beats:
+                    beats, signed_s = self._services.signals.beats, now_s
+                    self.round.put(sign_of(self._facts()), dict(
+                        self._facts(), vm=self._now, doing=self._services.log.doing))
+                self.tend()
+            except CatalogError as error:              # the main thread meets it, too, and tells
+                self.run.note(error)
+
+    def tend(self) -> None:
+        """What others have done is looked at; only who leads does."""
+
+    def _facts(self) -> Dict[str, Any]:
+        """Who this worker is, for the round's files."""
+        return {"worker": self.name, "host": self._host.short_name, "host_uuid": self._host.uuid,
+                "pid": os.getpid(), "at": format_utc(self._services.clock.utc())}
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, signs of life are given."""
+        self._attendant.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            self._attendant.join(1)
+            self._services.log.progress("")
+
+    # --- claiming -----------------------------------------------------------------------
+
+    def states(self) -> Dict[str, Tuple[int, str]]:
+        """How it stands with each VM, as `standing` tells; what this worker has done is known to it, whatever
+        could be written."""
+        return self.run.in_store("looking at the round", self._states)
+
+    def _states(self) -> Dict[str, Tuple[int, str]]:
+        names, known = self.round.names(), dict(self.own)
+        if (names, known) == self._seen[:2]:
+            return self._seen[2]
+        self._silent = sum(name.endswith(SILENT) for name in names)
+        found = standing(names)
+        for key, (number, word, _) in known.items():
+            if found.get(key, (0, ""))[0] < number or found[key] == (number, CLAIM):
+                found[key] = number, word
+        self._seen = names, known, found
+        return found
+
+    def is_stopped(self) -> bool:
+        """Is nothing more to be done in this round?"""
+        return self.run.in_store("looking at the round", self.round.is_over)
+
+    def work(self) -> None:
+        """All was done that could be claimed, and nothing more can be; or nobody else gives a sign of life,
+        the leader neither, for whom a worker without work waits."""
+        mark, marked_s = (), self._services.clock.monotonic()      # type: Tuple[Any, ...], float
+        pause_s = IDLE_PAUSE_S
+        while not self.is_stopped():
+            self._services.signals.check()
+            if self.claim_next():
+                pause_s = IDLE_PAUSE_S
+                continue
+            now, now_s = self.run.in_store("looking for signs of life", self._signs_of_others), \
+                self._services.clock.monotonic()
+            if now != mark:
+                mark, marked_s = now, now_s
+            if now_s - marked_s > self._services.patience_s + SILENCE_S:
+                self._services.log.warning("no worker of this round has given a sign of life for "
+                                           f"{format_duration(now_s - marked_s)}: this host leaves it.")
+                return
+            self._services.signals.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, MOST_IDLE_PAUSE_S)
+
+    def _signs_of_others(self) -> Tuple[Any, ...]:
+        """What changes as long as another worker of the round lives."""
+        names = self.round.names()
+        return (len(names),) + tuple(self.round.changed(name) for name in names
+                                     if name.endswith(SIGN) and name != sign_of(self._facts()))
+
+    def _others(self, states: Mapping[str, Tuple[int, str]]) -> Set[str]:
+        """The uuids of the hosts that do, or soon may, take part, and see SRs that this one does not."""
+        if self.plan.hosts != "all":
+            return set()
+        found = {one.local_to for one in self.plan.jobs if one.key not in states} - {"", self._host.uuid}
+        if self._services.clock.monotonic() - self._began_s < JOIN_PATIENCE_S:
+            return found
+        return {uuid for uuid in found if self._takes_part(uuid)}
+
+    def _takes_part(self, host_uuid: str) -> bool:
+        """Does a run of that host take part now, and give signs of life?"""
+        with self.round.lock("host-" + host_uuid).held() as is_free:
+            if is_free:
+                return False
+        signed = [self.round.changed(name) or 0 for name in self.round.names()
+                  if name.startswith((host_uuid, f"host-{host_uuid}"))]
+        age_s = self._services.clock.utc().timestamp() - max(signed, default=0) / 1e9
+        return age_s < self._services.patience_s + SILENCE_S
+
+    def claim_next(self) -> bool:
+        """True if a VM was claimed, and came to an outcome; False if there is none to be had just now."""
+        states = self.states()
+        with contextlib.ExitStack() as stack:
+            # who was given up for his silence may hold his slot for ever
+            most, slots = self.plan.at_once + self._silent, self.round.lock("slots")
+            if not any(stack.enter_context(slots.held(byte)) for byte in range(1, most + 1)):
+                return False
+            self.busy = {}
+            return any(self._try(one) for one in self._candidates(states))
+
+    def _candidates(self, states: Mapping[str, Tuple[int, str]]) -> List[RoundJob]:
+        """What may be claimed, in order. It is not reckoned anew where nothing has changed."""
+        given = self._others(states), self.plan.is_time_up(self._services.clock.utc())
+        if self._reckoned[0] is not states or self._reckoned[1] != given:
+            self._reckoned = states, given, in_turn(self.plan.jobs, states, self._host.uuid, *given)
+        return self._reckoned[2]
+
+    def _try(self, one: RoundJob) -> bool:
+        """True if the VM was claimed, and came to an outcome."""
+        services, key = self._services, one.key
+        lock = services.catalog.folder_lock(one.folder)
+        with lock.held(is_kept=lambda: self.run.storage_hangs) as is_ours:
+            if not is_ours:
+                self.busy[key] = one
+                return False
+            number, before = self.states().get(key, (0, ""))
+            if before in (DONE, GIVEN_UP):
+                return False
+            if number == MOST_TRIES:       # the last who tried has died, perhaps with all done
+                made = BackupJob(self, one).made()
+                self._put(one, number, DONE if made else GIVEN_UP, made or untried(one.job)._replace(
+                    error=f"not backed up: it was tried {MOST_TRIES} times, and the worker died. What was "
+                    "left is removed.", status_word="WORKER-FAIL"), [])
+                return True
+            number += 1
+            try:
+                if not self.run.in_store("claiming a VM", lambda: self.round.claim(
+                        key, number, self._facts())):
+                    return False
+            except StorageFull:            # its directory is ours all the same, and it may make room
+                services.log.info(f"{one.job.machine.title}: the round could not note that it is begun.")
+            self.mine.add(key)
+            self.run.in_store("telling what is begun", self.tend)
+            self._do(one, number, before)
+        return True
+
+    def _do(self, one: RoundJob, number: int, before: str) -> None:
+        """The VM came to an outcome, which is noted before its directory is free."""
+        services, title, told = self._services, one.job.machine.title, len(self.run.snapshots.findings)
+        self._now = title
+        if before == CLAIM:
+            services.log.info(f"{title}: the worker that had claimed it died; clearing up after it, and "
+                              "trying once more.")
+            for problem in self.run.sweep():
+                services.log.info(f"{problem} It is left.")
+        elif before == AGAIN:
+            services.log.info(f"{title}: trying once more.")
+        try:
+            outcome = BackupJob(self, one).outcome()
+        except Interrupted:
+            self.interrupted(one, number, self.run.snapshots.findings[told:])
+            raise
+        error, noted = outcome.cause, self.run.snapshots.findings[told:]
+        if outcome.error is None and before:
+            outcome = outcome._replace(findings=outcome.findings + (Finding(
+                Severity.WARNING, title, "it needed a second try."),))
+        is_passing = isinstance(error, BackupError) and error.passing
+        word = DONE if outcome.error is None else \
+            AGAIN if number < MOST_TRIES and (is_passing or self.may_leave(error)) else GIVEN_UP
+        self._put(one, number, word, outcome, noted)
+        self._now = ""
+        services.log.progress("")
+        self.done(one, number, word, outcome)
+
+    def may_leave(self, error: Optional[BaseException]) -> bool:
+        """Is it this host that failed, and may another do better?"""
+        return isinstance(error, (PoolError, StorageMisbehaved))
+
+    def interrupted(self, one: RoundJob, number: int, noted: Sequence[Finding]) -> None:
+        """A signal came while it was done: another worker can do it."""
+        self._put(one, number, AGAIN if number < MOST_TRIES else GIVEN_UP, untried(one.job)._replace(
+            error=f"the run on {self._host.short_name} was stopped by a signal.", status_word="STOPPED"),
+                  noted)
+
+    def done(self, one: RoundJob, number: int, word: str, outcome: Outcome) -> None:
+        """That is its outcome, which is written. Raises what ends this worker with it."""
+        if outcome.error is not None and self._host.short_name != self.plan.host:
+            self._services.log.error(f"{outcome.title}: {outcome.error}")
+        if ends_run(outcome) or isinstance(outcome.cause, StorageMisbehaved):
+            raise outcome.cause            # what this host can't do, others may
+
+    def _put(self, one: RoundJob, number: int, word: str, outcome: Outcome,
+             noted: Sequence[Finding]) -> None:
+        """The outcome is written, if the store lets us. `noted`: what the log has told by now."""
+        self.own[one.key] = number, word, outcome
+        facts = dict(self._facts(), outcome=outcome_facts(outcome), noted=[
+            [finding.severity.name, finding.subject, finding.sentence] for finding in noted])
+        self.run.tidy(f"noting what became of {outcome.title}", lambda: self.round.put(
+            f"{one.key}.{number}.{word}", facts))
+        if isinstance(outcome.cause, StorageMisbehaved):
+            self.run.tidy("noting that the storage misbehaved", lambda: self.round.put(
+                TROUBLE, {"why": str(outcome.cause)}))
+
+    # --- what stands in the way, or is left -------------------------------------------------
 
     @property
     def why_not_pruned(self) -> str:
-        """Why nothing is pruned in this run, "" if nothing stands in the way."""
-        return "the storage misbehaved in this run" if self.run.store_problem else \
-            "the clock went back" if self.clock_went_back else ""
+        """Why nothing is pruned in this round, "" if nothing stands in the way."""
+        if self.plan.clock_went_back:
+            return "the clock went back"
+        try:
+            is_trouble = bool(self.run.store_problem) or self.run.in_store(
+                "looking at the round", lambda: self.round.has(TROUBLE))
+        except CatalogError as error:
+            self.run.note(error)
+            is_trouble = True
+        return "the storage misbehaved in this run" if is_trouble else ""
 
     def left(self, error: CatalogError) -> Finding:
         """What can't be read or removed in the store costs only itself: it is left, and a warning if that
@@ -10521,6 +11182,384 @@ class BackupRun:
         self.run.note(error)
         return Finding(Severity.WARNING if isinstance(error, StorageMisbehaved) else Severity.INFO,
                        self._services.settings.backup_dir, f"{error} It is left.")
+
+    def clear_unfinished(self, folder: Folder) -> Iterator[Finding]:
+        """Unfinished copies of a directory whose lock is ours are gone; call it with the lock held only.
+
+        Where locks do not reach other hosts, only what was not written for a day.
+        """
+        catalog = self._services.catalog
+        for name in folder.unfinished:
+            try:
+                now_s = self._services.clock.utc().timestamp()
+                if catalog.locks_are_local \
+                        and now_s - catalog.newest_change_s(folder.name, name) < WEAK_LOCK_PATIENCE_S:
+                    continue
+                self.run.check_alive()
+                self._services.log.info(f"{folder.name}/{name}: left by a run that died; removing it.")
+                catalog.remove_unfinished(folder.name, name)
+            except CatalogError as error:
+                yield self.left(error)
+
+
+class Crew:
+    """The other workers of this host, processes of the same program: what they say comes through a pipe, and
+    so does what they are to do; one whose pipe ends stops, cleaned up."""
+
+    def __init__(self, services: Services, work: Round) -> None:
+        self._log, self._programs = services.log, []       # type: Log, List[Tuple[Program, threading.Thread]]
+        words = {"password": services.arguments.password, "words": list(services.arguments.words),
+                 "round": work.plan.id}
+        for number in range(2, services.settings.workers + 1):
+            try:
+                program = Program(WORKER_COMMAND, stdin=subprocess.PIPE)
+                program.tell(_json_line(words))
+            except ProgramError as error:
+                services.log.warning(f"worker {number} of this host could not be started: {error}")
+                continue
+            reader = threading.Thread(target=self._relay, args=(f"worker {number}", program), daemon=True)
+            reader.start()
+            self._programs.append((program, reader))
+
+    def _relay(self, name: str, program: Program) -> None:
+        with open(program.stdout_fd, encoding="utf-8", errors="backslashreplace", closefd=False) as lines:
+            for line in lines:
+                self._log.relay(name, line)
+        self._log.progress("", name)
+
+    def wait(self, signals: Signals) -> None:
+        """They have ended by themselves, as the round is over: each has finished the VM in its hands."""
+        while any(program.wait(0) is None for program, _ in self._programs):
+            signals.sleep(CREW_PAUSE_S)
+
+    def end(self) -> None:
+        """They have ended, each with what it had open cleaned up."""
+        for program, _ in self._programs:
+            program.close_stdin()
+        ends_at = time.monotonic() + CREW_ENDS_S
+        for program, reader in self._programs:
+            with program:
+                status = program.wait(max(0.0, ends_at - time.monotonic()))
+                reader.join(5)
+            if program.said:
+                self._log.info(f"a worker of this host ended with status {status}: {program.said}")
+        self._programs = []
+
+
+class Helper(Worker):
+    """A worker of another host than the leader's, which leads on if that dies."""
+
+    def __init__(self, run: Run, work: Round, exporter: Exporter, lock: LockFile) -> None:
+        super().__init__(run, work, exporter)
+        self._lock = lock
+        self.leads_on = False
+
+    def tend(self) -> None:
+        """A leader that died is followed at once, so that nobody begins the round anew: the lock of the
+        config is ours then. What follows is for when the VM in hand is done."""
+        if not self._lock.is_held and self._lock.take() and not self._is_to_lead():
+            self._lock.release()
+
+    def _is_to_lead(self) -> bool:
+        """Does the round still wait for a leader? A text that is torn says nothing else."""
+        text = self._lock.text()
+        is_current = not text or told(text, "round") == self.plan.id and text.get("state") == "running"
+        return is_current and not self.round.is_over()
+
+    def is_stopped(self) -> bool:
+        """Was the round ended, or is it this one's to lead on? Then the lock of its config is ours."""
+        self.run.in_store("looking for the leader", self.tend)
+        if not self._lock.is_held:
+            return not self.run.in_store("looking at the round", self._is_to_lead)
+        self.leads_on = self.run.in_store("looking at the round", self._is_to_lead)
+        if not self.leads_on:
+            self._lock.release()
+        return True
+
+    def taken(self) -> int:
+        """How many VMs this host has claimed."""
+        claims = [self.round.read(name) for name in self.round.names() if name.endswith("." + CLAIM)]
+        return sum(told(facts, "host_uuid") == self._host.uuid for facts in claims)
+
+
+def clock_off_s(services: Services, work: Round, name: str) -> float:
+    """By how many seconds this host's clock is ahead of the store's."""
+    work.put(name + ".clock", {})
+    return services.clock.utc().timestamp() - (work.changed(name + ".clock") or 0) / 1e9
+
+
+class Leader(Worker):
+    """The worker that leads: what a round needs done once, and what is told of it."""
+
+    def __init__(self, run: Run, work: Round, exporter: Exporter) -> None:
+        super().__init__(run, work, exporter)
+        self._tending = threading.Lock()
+        self._told = set()                 # type: Set[str]     # claims and outcomes
+        self._settled = set()              # type: Set[str]     # keys of VMs whose outcome is final
+        self._numbers = {one.key: number for number, one in enumerate(self.plan.jobs)}
+        self._signs = {}                   # type: Dict[str, Tuple[Optional[int], float]]
+        self._waiting = {}                 # type: Dict[Tuple[str, int], float]
+        self._before = set()               # type: Set[str]     # what a leader before has told
+        run.outcomes = [untried(one.job) for one in self.plan.jobs]
+        run.missing = self.plan.missing
+        if self.plan.dumps:
+            run.dump_error = "not dumped, as the run ended before it was done."
+
+    # --- what all do, told ----------------------------------------------------------------
+
+    def tend(self) -> None:
+        """What was claimed and what came of it is told, each once, in log and status log; and to all workers,
+        at once, that a signal ends the round."""
+        noted = self._services.signals.noted
+        if noted and not self.round.has(ROUND_END):
+            self.round.put(ROUND_END, dict(self._facts(), how=str(noted)))
+        with self._tending:
+            for key, (number, word) in sorted(self._states().items()):
+                if key not in self._numbers or key in self._settled:
+                    continue
+                one = self.plan.jobs[self._numbers[key]]
+                claim = f"{key}.{number}.{CLAIM}"
+                for earlier in range(1, number):       # a first try of another that ended in between
+                    self._tell_claim(one, f"{key}.{earlier}.{CLAIM}")
+                    if f"{key}.{earlier}.{AGAIN}" not in self._told and self.round.has(
+                            f"{key}.{earlier}.{AGAIN}"):
+                        self._tell_outcome(one, earlier, AGAIN)
+                self._tell_claim(one, claim)
+                if word != CLAIM:
+                    self._tell_outcome(one, number, word)
+
+    def _is_news(self, name: str) -> bool:
+        """Is that file told for the first time, by this leader or one before?"""
+        if name in self._told:
+            return False
+        self._told.add(name)
+        is_new = name not in self._before
+        if is_new:
+            self.round.note_told(name)
+        return is_new
+
+    def _tell_claim(self, one: RoundJob, name: str) -> None:
+        """The VM was begun."""
+        if name in self._told or not self._is_news(name):
+            return
+        host = "" if one.key in self.mine else told(self.round.read(name), "host")
+        if host not in ("", self._host.short_name):
+            self._services.log.info(f"{one.job.machine.title}: begun on {host}.")
+        self.run.status_log.begin(one.job.method.value, one.job.machine.name, host)
+
+    def _tell_outcome(self, one: RoundJob, number: int, word: str) -> None:
+        """The VM came to that outcome, also one that a leader before has told."""
+        name, log, title = f"{one.key}.{number}.{word}", self._services.log, one.job.machine.title
+        if name in self._told:
+            return
+        noted = []                         # type: List[Finding]
+        if one.key in self.own and self.own[one.key][:2] == (number, word):
+            outcome, host = self.own[one.key][2], self._host.short_name
+        else:
+            facts = self.round.read(name)
+            try:
+                outcome, host = outcome_of(facts.get("outcome", {})), told(facts, "host")
+                noted = [Finding(Severity[severity], subject, sentence)
+                         for severity, subject, sentence in facts.get("noted", ())]
+            except ValueError as error:
+                host, outcome = "", untried(one.job)._replace(
+                    error=f"what became of it can't be read: {error}.")
+        is_new = self._is_news(name)
+        if host not in ("", self._host.short_name):
+            self.run.tell(noted)
+            if outcome.error is None:
+                log.info(f"{title}: backed up by {host}: {format_size(outcome.size_bytes)} in "
+                         f"{format_duration(outcome.seconds)}.")
+        else:
+            self.run.findings += [finding for finding in noted if finding not in self.run.findings]
+        if word == AGAIN:
+            self.run.tell(outcome.findings)
+            log.warning(f"{title}: {outcome.error} It is tried once more at the end of the run.")
+            if is_new:
+                self.run.status_log.end(outcome._replace(status_word="RETRY"), host)
+            return
+        if isinstance(outcome.cause, StorageMisbehaved):
+            self.run.note(outcome.cause)
+        self._settled.add(one.key)
+        self.run.settle(self._numbers[one.key], outcome, host, is_new)
+
+    def may_leave(self, error: Optional[BaseException]) -> bool:
+        """A leader that lost its pool ends the round: all would fail too."""
+        return False
+
+    def interrupted(self, one: RoundJob, number: int, noted: Sequence[Finding]) -> None:
+        """It counts as not tried: the round ends here."""
+
+    def done(self, one: RoundJob, number: int, word: str, outcome: Outcome) -> None:
+        """It is told. Raises what ends the round with it: a pool that is gone, or a signal."""
+        self.run.in_store("telling what was done", self.tend)
+        if ends_run(outcome):
+            raise outcome.cause
+
+    # --- until all is done ----------------------------------------------------------------------
+
+    def is_stopped(self) -> bool:
+        """Has every VM its outcome, or is nothing new to be started and nothing under way?"""
+        self.run.in_store("looking at the round", self.tend)
+        if len(self._settled) == len(self.plan.jobs):
+            return True
+        return self.plan.is_time_up(self._services.clock.utc()) and not any(
+            word == CLAIM for key, (_, word) in self.states().items() if key not in self._settled)
+
+    def work(self) -> None:
+        """Every VM came to an outcome, whoever did it, or was given up."""
+        while not self.is_stopped():
+            self._services.signals.check()
+            if not self.claim_next():
+                self._wait()
+        for one in self.plan.jobs:
+            if one.key not in self._settled:       # its time was up
+                self._settled.add(one.key)
+                self.run.settle(self._numbers[one.key], untried(one.job)._replace(
+                    error=f"not backed up: until={self._services.settings.until} came before its turn. It "
+                    "comes first next time."))
+
+    def _wait(self) -> None:
+        """Nothing can be claimed just now: what is waited for in vain is given up."""
+        now_s, states = self._services.clock.monotonic(), self.states()
+        self._waiting = {place: since for place, since in self._waiting.items() if place[0] in self.busy}
+        for one in self.plan.jobs:
+            number, word = states.get(one.key, (0, ""))
+            if word == CLAIM:
+                self.run.in_store("looking for signs of life", functools.partial(
+                    self._check_sign, one, number, now_s))
+            elif one.key in self.busy and word in ("", AGAIN):
+                self.run.in_store("looking who is busy", functools.partial(
+                    self._check_busy, one, number, now_s))
+        self._services.signals.sleep(IDLE_PAUSE_S)
+
+    def _check_sign(self, one: RoundJob, number: int, now_s: float) -> None:
+        """The VM is given up if its worker has given no sign of life for too long."""
+        facts = self.round.read(f"{one.key}.{number}.{CLAIM}")
+        sign = self.round.changed(sign_of(facts))
+        place = f"{one.key}.{number}"
+        if self._signs.get(place, (0, 0.0))[0] != sign or place not in self._signs:
+            self._signs[place] = sign, now_s
+        if self.plan.is_time_up(self._services.clock.utc()):
+            with self._services.catalog.folder_lock(one.folder).held() as is_free:
+                if is_free and self._states().get(one.key) == (number, CLAIM):
+                    self._put(one, number, GIVEN_UP, untried(one.job)._replace(
+                        error=f"not backed up: the worker on {told(facts, 'host')} that had claimed it died, "
+                        f"and until={self._services.settings.until} came before another could try.",
+                        status_word="WORKER-FAIL"), [])
+                    return
+        limit_s = self._services.patience_s + SILENCE_S
+        if now_s - self._signs[place][1] > limit_s:
+            at = told(self.round.read(sign_of(facts)), "at") or told(facts, "at")
+            self.run.tidy("noting that it is silent", lambda: self.round.put(one.key + SILENT, {}))
+            self._put(one, number, GIVEN_UP, untried(one.job)._replace(
+                error=f"no sign of life from {told(facts, 'host')} since {at}: it was left alone. Is that "
+                "host alive? Its copy may still come.", status_word="NO-SIGN-OF-LIFE"), [])
+
+    def _check_busy(self, one: RoundJob, number: int, now_s: float) -> None:
+        """The VM is given up if another run holds its directory for longer than lock_wait."""
+        services, lock_wait = self._services, self._services.settings.lock_wait
+        text = services.catalog.folder_lock(one.folder).text()
+        since_s = self._waiting.setdefault((one.key, number), now_s)
+        if since_s == now_s:
+            services.log.info(f"{one.job.machine.title}: {one.folder} is in use by another run "
+                              f"({holder_text(text)}); waiting.")
+        if now_s - since_s > lock_wait * MINUTE_S:
+            self._put(one, number + 1, GIVEN_UP, untried(one.job)._replace(
+                error=f"the directory {one.folder} is in use by another run ({holder_text(text)}) since "
+                f"before lock_wait={lock_wait} minutes. Nothing was done for this VM.",
+                status_word="LOCK-FAIL"), [])
+
+    # --- the story --------------------------------------------------------------------------
+
+    def _begin(self, plan: Plan, findings: Sequence[Finding]) -> None:
+        """What has to be cleared up and told before the first VM; the findings are those of the round's plan.
+        """
+        tell, settings, services = self.run.tell, self._services.settings, self._services
+        services.log.info(f"VmBackup {VERSION}: {counted(len(self.plan.jobs), 'VM')} of {settings.source} in "
+                          f"pool {self.run.inventory.pool_title}; host {self._host.short_name}.")
+        if self.run.before:
+            services.log.info(self.run.before)
+        for machine in plan.provisional:
+            services.log.info("left out: " + provisional_text(machine))
+        tell(plan.findings)
+        tell(Finding(Severity.WARNING, *warning.split(": ", 1)) for warning in settings.warnings)
+        if settings.hosts == "all":
+            tell(self.run.in_store("looking for other rounds", lambda: list(other_rounds(
+                services, self.run.inventory)), FOR_EVER_S))
+        tell(self._clear_leftovers())
+        tell(self._dropped(plan))
+        tell(self._clear_references())
+        tell(findings)
+        tell(self.run.in_store("looking for increments that were moved", lambda: list(self._moved()),
+                               FOR_EVER_S))
+
+    def take_over(self, helper: Worker) -> None:
+        """The leader of the round is dead, and this one, a helper till now, leads on."""
+        self.own, self.mine, self.read_against = helper.own, helper.mine, helper.read_against
+        self._before = self.run.in_store("reading what was told", self.round.told_lines)
+        self.run.before = (f"{self.plan.host}, which began this round of {self.plan.source} at "
+                           f"{self.plan.began_at}, is gone: {self._host.short_name} took over and led on.")
+        self._services.log.warning(self.run.before)
+
+    def lead(self, plan: Optional[Plan] = None, findings: Sequence[Finding] = (),
+             crew: Optional[Crew] = None) -> None:
+        """The round is done, and ended for all. A pool that stays away, or a signal, ends it early. `plan`:
+        that of a new round, None where one is led on, with its `crew`."""
+        how, services = "ended early", self._services
+        try:
+            self.run.in_store("taking part", self.round.lock("host-" + self._host.uuid).take)
+            if plan is not None:
+                self._begin(plan, findings)
+            if self.plan.dumps and self.run.in_store("looking at the round",
+                                                     lambda: self.round.has(ROUND_DUMP)):
+                self.run.dump_error = told(self.round.read(ROUND_DUMP), "error")
+            elif self.plan.dumps:
+                self.run.tell(self._dump_pool_database())
+                self.run.tidy("noting the dump", lambda: self.round.put(
+                    ROUND_DUMP, {"error": self.run.dump_error}))
+            crew = crew or Crew(services, self.round)
+            with self.at_work():
+                self.work()
+            how = "ended"
+        except Interrupted as interrupted:
+            how = str(interrupted)
+            raise
+        finally:
+            with services.signals.shielded():
+                self.run.tidy("ending the round", lambda: self.round.put(ROUND_END, dict(
+                    self._facts(), how=how)))
+                if crew is not None:
+                    crew.end()
+                self.run.tidy("telling what was done", self.tend)
+                self.run.tidy("looking what others do", self._tell_under_way)
+        if services.settings.workers > 1 or self.plan.hosts == "all":
+            for problem in self.run.sweep():
+                services.log.info(f"{problem} It is left.")
+        self._clear_after_the_dead()
+        self.run.look_again()
+        self.run.tell(self._low_space())
+
+    def _tell_under_way(self) -> None:
+        """What other hosts have in hand as the round ends early is no failure yet."""
+        for one in self.plan.jobs:
+            number, word = self._states().get(one.key, (0, ""))
+            if word == CLAIM and one.key not in self._settled:
+                host = told(self.round.read(f"{one.key}.{number}.{CLAIM}"), "host")
+                if host not in ("", self._host.short_name):
+                    self.run.outcomes[self._numbers[one.key]] = untried(one.job)._replace(
+                        error=f"under way on {host} as the round was ended; its copy may still come.")
+
+    def _clear_after_the_dead(self) -> None:
+        """What workers that died have left unfinished is gone."""
+        states = self.states()
+        for one in self.plan.jobs:
+            if states.get(one.key, (0, ""))[0] > 1:
+                with contextlib.suppress(CatalogError), \
+                        self._services.catalog.folder_lock(one.folder).held() as is_ours:
+                    if is_ours:
+                        self.run.tell(self.clear_unfinished(self._services.catalog.folder(one.folder)))
+                        self._services.catalog.root.remove_if_empty(one.folder)
 
     # --- what dead runs left ----------------------------------------------------------
 
@@ -10542,24 +11581,6 @@ class BackupRun:
             except CatalogError as error:              # lost+found on a share, and the like
                 yield self.left(error)
         yield from map(self.left, problems)
-
-    def clear_unfinished(self, folder: Folder) -> Iterator[Finding]:
-        """Unfinished copies of a directory whose lock is ours are gone; call it with the lock held only.
-
-        Where locks do not reach other hosts, only what was not written for a day.
-        """
-        catalog = self._services.catalog
-        for name in folder.unfinished:
-            try:
-                now_s = self._services.clock.utc().timestamp()
-                if catalog.locks_are_local \
-                        and now_s - catalog.newest_change_s(folder.name, name) < WEAK_LOCK_PATIENCE_S:
-                    continue
-                self.run.check_alive()
-                self._services.log.info(f"{folder.name}/{name}: left by a run that died; removing it.")
-                catalog.remove_unfinished(folder.name, name)
-            except CatalogError as error:
-                yield self.left(error)
 
     def _clear_references(self) -> Iterator[Finding]:
         """What ledgers tell to be leaving is gone, and the references that nobody keeps any more; what can't
@@ -10600,7 +11621,7 @@ class BackupRun:
 
         @functools.lru_cache(maxsize=None)
         def made_of() -> Set[str]:
-            return self.placement.snapshots_of(job.machine for job in self._plan.jobs)
+            return self.placement.snapshots_of(one.job.machine for one in self.plan.jobs)
 
         try:
             for name, sentence in references.strays(run.inventory, made_of):
@@ -10608,32 +11629,18 @@ class BackupRun:
         except CatalogError as error:                  # of that VM its own job tells more
             yield self.left(error)
 
-    # --- the jobs ---------------------------------------------------------------------
-
-    def _dropped(self) -> List[Finding]:
+    def _dropped(self, plan: Plan) -> List[Finding]:
         """Warnings about VMs that dropped out of all configs; what is planned now is on record."""
         findings = []                      # type: List[Finding]
         try:
             record, findings = self.run.in_store("reading the earlier plans", lambda: dropped_vms(
-                self._services, self.run.inventory, self._plan))
+                self._services, self.run.inventory, plan))
             if record is not None:
                 self.run.in_store("putting the plan on record",
                                   lambda: self._services.catalog.put_plan(record))
         except CatalogError as error:              # it costs no VM its backup
             return findings + [self.left(error)]
         return findings
-
-    def _check_retention(self) -> Iterator[Finding]:
-        """What stands in the way of pruning is told; where the clock went back since any of these VMs' newest
-        copies, nothing is pruned tonight."""
-        utc, local = self._services.clock.utc(), self._services.clock.local()
-        for job in self._plan.jobs:
-            with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
-                folder = self.placement.folder(self.placement.folder_name(job.machine))
-                copies = self.placement.own_view(folder, job.machine)
-                self.clock_went_back |= clock_went_back(copies, utc) is not None
-                for warning in retention_warnings(copies, utc, local):
-                    yield Finding(Severity.WARNING, job.machine.title, warning)
 
     def _moved(self) -> Iterator[Finding]:
         """Warnings of increments that somebody has put into directories that are no VM's of this run."""
@@ -10644,28 +11651,6 @@ class BackupRun:
                     for copy in catalog.increments_in(name):
                         if moved_text(copy):
                             yield Finding(Severity.WARNING, settings.backup_dir, moved_text(copy))
-
-    def _try_jobs(self, jobs: Iterable[Tuple[int, Job]], is_last: bool) -> List[Tuple[int, Job]]:
-        """Each of the jobs has its outcome, but for those that are worth another try. PoolError if the pool
-        is gone: the VMs behind that one would fail too."""
-        again, status_log = [], self.run.status_log
-        for number, job in jobs:
-            self._services.signals.check()
-            status_log.begin(job.method.value, job.machine.name)
-            outcome = BackupJob(self, job).outcome()
-            error = outcome.cause
-            if isinstance(error, BackupError) and error.passing and not is_last:
-                self.run.tell(outcome.findings)
-                self._services.log.warning(f"{job.machine.title}: {error} It is tried once more at the end "
-                                           "of the run.")
-                status_log.end(outcome._replace(status_word="RETRY"))
-                again.append((number, job))
-                continue
-            if is_last and outcome.error is None:
-                outcome = outcome._replace(findings=outcome.findings + (
-                    Finding(Severity.WARNING, job.machine.title, "it needed a second try."),))
-            self.run.settle(number, outcome)
-        return again
 
     def _low_space(self) -> Iterator[Finding]:
         """A warning if the next run's largest copy may not fit."""
@@ -10732,11 +11717,12 @@ class BackupJob:
     """One copy more of one VM, from its directory's lock to retention. It knows nothing of the jobs before
     and behind it."""
 
-    def __init__(self, backup: BackupRun, job: Job) -> None:
-        self._backup = backup
-        self._run = backup.run
-        self._services = backup.run.services
-        self._job = job
+    def __init__(self, worker: Worker, planned: RoundJob) -> None:
+        self._backup = worker
+        self._run = worker.run
+        self._services = worker.run.services
+        self._job = planned.job
+        self._planned_disks = planned.disks
         self._findings = []                # type: List[Finding]
         self._said = ""                    # what the copy is in its chain
         self._lie = ""                     # what its audit has found of those before, in sentences
@@ -10775,6 +11761,9 @@ class BackupJob:
             self._services.catalog.check_in_place()
         with self._own_folder() as folder:
             self._findings += self._backup.clear_unfinished(folder)
+            made = self._of_this_round(folder)
+            if made is not None:
+                return made
             if self._services.settings.pre_clean:
                 self._prune(folder, job.rules._replace(newest=job.rules.newest - 1), "to make room")
             try:
@@ -10807,32 +11796,42 @@ class BackupJob:
 
     @contextlib.contextmanager
     def _own_folder(self) -> Iterator[Folder]:
-        """The VM's directory, listed, its lock ours; an empty one is removed at the end."""
+        """The VM's directory, listed, its lock ours; an empty one is removed at the end. Its claim holds the
+        lock of the one that was planned: its copies may lie in another by now."""
         placement, catalog, services = self._backup.placement, self._services.catalog, self._services
-        lock_wait = services.settings.lock_wait
-        while True:
-            name = placement.folder_name(self._job.machine)
-            lock = catalog.folder_lock(name)
-
-            def holder() -> str:
-                return f"{name} is in use by another run ({holder_text(lock.text())})"
-
-            with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            while True:
+                name = placement.folder_name(self._job.machine)
+                lock = catalog.folder_lock(name)
                 with stage("LOCK-FAIL"):
-                    if not stack.enter_context(lock.held(
-                            tries=services.signals.until(lock_wait * MINUTE_S),
-                            on_wait=lambda: services.log.info(f"{holder()}; waiting."),
+                    if not lock.is_held and not stack.enter_context(lock.held(
                             is_kept=lambda: self._run.storage_hangs)):
-                        raise BackupError(f"the directory {holder()} since before lock_wait={lock_wait} "
-                                          "minutes. Nothing was done for this VM.")
+                        raise BackupError(f"the directory {name} is in use by another run "
+                                          f"({holder_text(lock.text())}). Nothing was done for this VM.",
+                                          passing=True)
                     # the text is for people; a full store must not cost the lock
                     with contextlib.suppress(CatalogError):
                         lock.write_text(signature(services, self._run.inventory))
-                stack.callback(self._run.tidy, f"leaving {name}", lambda: catalog.root.remove_if_empty(name))
+                stack.callback(self._run.tidy, f"leaving {name}", functools.partial(
+                    catalog.root.remove_if_empty, name))
                 folder = self._run.in_store(f"listing {name}", lambda: placement.look_again(name))
                 if placement.folder_name(self._job.machine) == name:
                     yield folder
                     return
+
+    def made(self) -> Optional[Outcome]:
+        """The outcome of the copy that a worker of this round has sealed before it died, None if none has."""
+        with self._own_folder() as folder:
+            return self._of_this_round(folder)
+
+    def _of_this_round(self, folder: Folder) -> Optional[Outcome]:
+        job, machine = self._job, self._job.machine
+        for copy in self._backup.placement.own_view(folder, machine):
+            if copy.round == self._backup.plan.id and copy.is_good and copy.is_of(machine.uuid, job.method):
+                self._services.log.info(f"{machine.title}: {folder.name}/{copy.name} was made in this round, "
+                                        "by a worker that died since; it counts.")
+                return untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=copy.size_bytes)
+        return None
 
     # --- the copy -----------------------------------------------------------------------
 
@@ -10987,7 +11986,7 @@ class BackupJob:
                 raise
         for what, before, now in (("name", planned.name, machine.name),
                                   ("power state", planned.power_state, machine.power_state),
-                                  ("disks", disk_list(planned.disks), disk_list(machine.disks))):
+                                  ("disks", self._planned_disks, disk_list(machine.disks))):
             if before != now:
                 log.info(f"{planned.title}: its {what} changed since the run was planned: "
                          f"{one_line(now) or 'none'}, before {one_line(before) or 'none'}.")
@@ -11229,7 +12228,7 @@ class BackupJob:
             "other-rules": others, "chosen_by": job.chosen_by,
             "vm": {"uuid": machine.uuid, "name": machine.name, "power_state": machine.power_state},
             "pool": {"uuid": inventory.pool_uuid, "name": inventory.pool_name},
-            "host": inventory.host.short_name,
+            "host": inventory.host.short_name, "round": self._backup.plan.id,
             "server": {"product_version": ".".join(map(str, inventory.master.product_version)),
                        "api_version": "%d.%d" % inventory.master.api_version},
             "image": report.images[0], "disks": report.disks, "verified": report.verified,
@@ -11589,23 +12588,164 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
 OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml release list
 
 
-@contextlib.contextmanager
-def planned(run: Run, changes_allowed: bool = True) -> Iterator[Tuple[Services, Inventory, Plan]]:
-    """Store, programs and pool are there, and the plan is made: what a backup and its preview begin with.
-    UsageError if what the config asks for can't be had."""
+def prepared(run: Run) -> Services:
+    """The services with the store, once the programs that the config asks for are found; UsageError if one of
+    them can't be had."""
     settings, log = run.services.settings, run.services.log
     services = run.services._replace(
         catalog=run.in_store("opening the store", lambda: open_catalog(settings, log)))
     if settings.compress != "none":
         find_compressor(settings)
     find_xe(settings)
-    with connected(services, changes_allowed) as (services, inventory):
-        plan, api = make_plan(settings, inventory), inventory.master.api_version
-        if settings.compress == "zstd" and (0, 0) < api < OLDEST_ZSTD_API \
-                and any(job.method is Method.VM for job in plan.jobs):
-            raise UsageError(f"{settings.places['compress']}: compress=zstd: this pool (API {api[0]}."
-                             f"{api[1]}) could not import a zstd archive: use gzip. Nothing was started.")
-        yield services, inventory, plan
+    return services
+
+
+def read_and_plan(services: Services, identity: Inventory) -> Tuple[Inventory, Plan]:
+    """What is in the pool, and the plan that a backup and its preview begin with. UsageError if the pool
+    can't do what the config asks for."""
+    settings, inventory = services.settings, services.pool.inventory(identity)
+    plan, api = make_plan(settings, inventory), inventory.master.api_version
+    if settings.compress == "zstd" and (0, 0) < api < OLDEST_ZSTD_API \
+            and any(job.method is Method.VM for job in plan.jobs):
+        raise UsageError(f"{settings.places['compress']}: compress=zstd: this pool (API {api[0]}."
+                         f"{api[1]}) could not import a zstd archive: use gzip. Nothing was started.")
+    return inventory, plan
+
+
+def new_round_id(services: Services, host: Host) -> str:
+    """What no other round is called; by these, the rounds of a config are in order of time."""
+    return f"{services.clock.utc():%Y%m%dT%H%M%SZ}-{safe_name(host.short_name)}-{os.getpid()}-{random_hex(3)}"
+
+
+def next_time(text: str, now: datetime) -> str:
+    """The UTC time, as text, at which a local clock that says `now` shows that time of day next; "" if no
+    time is given."""
+    if not text:
+        return ""
+    hour, minute = map(int, text.split(":"))
+    at = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    at += timedelta(days=at <= now)
+    return format_utc(datetime.fromtimestamp(at.timestamp(), timezone.utc))
+
+
+def round_plan(services: Services, inventory: Inventory, plan: Plan, name: str,
+               last: Optional[Round]) -> Tuple[RoundPlan, List[Finding]]:
+    """The plan of the round of that id: of each VM its directory and its place in the order; and what in the
+    store stands in the way of pruning."""
+    settings, clock = services.settings, services.clock
+    placement = Placement(services.catalog, inventory.pool_uuid, [one.name for one in inventory.machines])
+    placement.claim_all(job.machine for job in plan.jobs)
+    names = collections.Counter(machine.name for machine in inventory.machines)
+    utc, local, findings, jobs, went_back = clock.utc(), clock.local(), [], [], False
+    before = {} if last is None else standing(last.names())
+    planned = set() if last is None else {one.key for one in last.plan.jobs}
+    for job in plan.jobs:
+        machine, folder, newest = job.machine, safe_name(job.machine.name), ""
+        with contextlib.suppress(CatalogError):            # that VM's job meets it again, and tells it
+            folder = placement.folder_name(machine)
+            copies = placement.own_view(placement.folder(folder), machine)
+            went_back |= clock_went_back(copies, utc) is not None
+            findings += [Finding(Severity.WARNING, machine.title, warning)
+                         for warning in retention_warnings(copies, utc, local)]
+            good = [copy for copy in copies if copy.is_good and copy.is_of(machine.uuid, job.method)]
+            newest = str(good[-1].taken_at) if good else ""
+        seen_by = sorted(filter(None, (inventory.local_srs.get(disk.sr_uuid, "") for disk in machine.disks)))
+        one = RoundJob(
+            job._replace(machine=machine._replace(disks=())), folder, disk_list(machine.disks),
+            names[machine.name] == 1,
+            seen_by[0] if seen_by and len(inventory.host_uuids) > 1 else "",
+            inventory.host_uuids.get(machine.resident_on, ""), newest)
+        word = before.get(one.key, (0, ""))[1]
+        jobs.append(one._replace(is_overdue=one.key in planned and word not in (DONE, GIVEN_UP),
+                                 has_failed=word == GIVEN_UP))
+    return RoundPlan(
+        name, VERSION, format_utc(utc), inventory.host.short_name, inventory.host.uuid, inventory.pool_uuid,
+        inventory.pool_name, settings.source, settings.path, settings.decisions, settings.hosts,
+        settings.at_once, next_time(settings.until, local), settings.pool_db_backup, went_back,
+        tuple(text for _, text in plan.missing), tuple(jobs)), findings
+
+
+def unfinished_text(last: Optional[Round], lock_text: Mapping[str, Any]) -> str:
+    """What became of the last round, if it did not come to an end, or was not reported; "" if it was. The
+    text is that of its config's lock."""
+    if last is None:
+        return ""
+    if last.has(ROUND_END):
+        is_told = lock_text.get("state") != "running" or told(lock_text, "round") != last.plan.id
+        return "" if is_told else (
+            f"The last round of {last.plan.source}, begun at {last.plan.began_at}, was ended, but "
+            f"{told(lock_text, 'host')}, which led it, died before it could report.")
+    states = standing(last.names())
+    left = [quote_name(one.job.machine.name) for one in last.plan.jobs
+            if states.get(one.key, (0, ""))[1] not in (DONE, GIVEN_UP)]
+    return (f"The last round of {last.plan.source}, which {last.plan.host} began at {last.plan.began_at}, "
+            f"did not come to its end: {len(last.plan.jobs) - len(left)} of "
+            f"{counted(len(last.plan.jobs), 'VM')} came to an outcome"
+            f"{'; not: ' + ', '.join(left) if left else ''}.")
+
+
+def is_led(catalog: Catalog, plan: RoundPlan) -> bool:
+    """Does somebody lead a round of that config now?"""
+    lock = catalog.lock_file("config", "/".join((plan.pool, plan.decisions, plan.path)))
+    if lock.is_held:
+        return True
+    with lock.held(shared=True) as is_free:
+        return not is_free
+
+
+def last_rounds(catalog: Catalog, path: str) -> List[Round]:
+    """The last round of each config of that path, those of other pools and settings too."""
+    found, rounds = [], catalog.state_if_there(ROUND_FOLDER)
+    for name in rounds.names() if rounds is not None else ():
+        with rounds.child(name) as place:
+            last = last_round(place)
+        if last is not None and last.plan.path == path:
+            found.append(last)
+    return sorted(found, key=lambda one: one.plan.began_at)
+
+
+def other_rounds(services: Services, inventory: Inventory) -> Iterator[Finding]:
+    """Warnings about rounds under way in this store, of the same path, that have other settings."""
+    settings = services.settings
+    for other in last_rounds(services.catalog, settings.path):
+        plan = other.plan
+        if plan.pool == inventory.pool_uuid and plan.decisions != settings.decisions \
+                and not other.is_over() and is_led(services.catalog, plan):
+            yield Finding(Severity.WARNING, settings.source, f"{plan.host} is running it with other "
+                          f"settings, so {inventory.host.short_name} takes no part there and runs a round of "
+                          "its own: is the file the same on both hosts?")
+
+
+def status_text(catalog: Catalog, path: str, source: str, now: datetime) -> str:
+    """The rounds of that config, going on or ended: who does what, how far it is, and what was not done."""
+    blocks = []
+    for one in last_rounds(catalog, path):
+        plan, names = one.plan, one.names()
+        states, end = standing(names), one.read(ROUND_END)
+        words = collections.Counter(states.get(job.key, (0, ""))[1] for job in plan.jobs)
+        how = f"{told(end, 'how')} at {told(end, 'at')}" if end else \
+            "is going on" if is_led(catalog, plan) else "is led by nobody any more"
+        lines = [f"The round of {plan.source} in pool {quote_name(plan.pool_name or plan.pool[:8])}, begun "
+                 f"by {plan.host} at {plan.began_at}, {how}.",
+                 f"  {counted(len(plan.jobs), 'VM')}: {words[DONE]} backed up, {words[GIVEN_UP]} not, "
+                 f"{words[CLAIM]} under way, {words[''] + words[AGAIN]} to come."]
+        signs = {name: one.read(name) for name in names if name.endswith(SIGN)}
+        for job in plan.jobs:
+            number, word = states.get(job.key, (0, ""))
+            title = job.job.machine.title
+            if word == CLAIM:
+                claim = one.read(f"{job.key}.{number}.{CLAIM}")
+                sign = signs.get(sign_of(claim), {})
+                doing = told(sign, "doing") if told(sign, "vm") == title else ""
+                lines.append(f"  {title}: on {told(claim, 'host')} since {told(claim, 'at')}"
+                             + (f"; {doing} (at {told(sign, 'at')})" if doing else ""))
+            elif word == GIVEN_UP:
+                error = told(one.read(f"{job.key}.{number}.{word}"), "outcome", "error")
+                lines.append(f"  {title}: NOT BACKED UP: {one_line(error)}")
+        if plan.until and not end:
+            lines.append(f"  Nothing new is started from {plan.until} on.")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) or f"No round of {source} is on record in {catalog.path}."
 
 
 # =============================================================================
@@ -13597,6 +14737,8 @@ def drill_all(run: Run, copies: Sequence[Copy]) -> None:
         else:
             outcome = drill_one(services, view, importer, exporter, copy)
         run.settle(number, outcome)
+        if ends_run(outcome):
+            raise outcome.cause
     run.look_again()
 
 
@@ -13618,24 +14760,24 @@ class StatusLog:
         self._is_over = False              # it could not be opened or written, which was said once
         self.host = ""                     # whose lines they are
 
-    def begin(self, what: str, name: str = "") -> None:
-        """`what` has begun, for that VM or for the run."""
-        self._line(what, "begin" + ("," + one_line(name) if name else ""))
+    def begin(self, what: str, name: str = "", host: str = "") -> None:
+        """`what` has begun, for that VM or for the run, on that host if it is another."""
+        self._line(what, "begin" + ("," + one_line(name) if name else ""), host)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: Outcome, host: str = "") -> None:
         """What was to be done for a VM ended so."""
         numbers = f",elapse:{outcome.seconds // MINUTE_S:.0f} size:{outcome.size_bytes // GIBIBYTE}G"
         self._line(outcome.what, f"end,{outcome.status_word} {one_line(outcome.name)}"
-                                 f"{'' if outcome.error else numbers}")
+                                 f"{'' if outcome.error else numbers}", host)
 
     def end_run(self, report: Report) -> None:
         """The run ended so."""
         self._line("vmbackup.py", f"end,{report.word},S:{report.successes} W:{report.warnings} "
                                   f"E:{report.errors}")
 
-    def _line(self, what: str, rest: str) -> None:
+    def _line(self, what: str, rest: str, host: str = "") -> None:
         stamp = self._services.clock.local().strftime("%Y/%m/%d %H:%M:%S")
-        line = f"{stamp},{what},{self.host},{rest}\n".encode("utf-8", "surrogateescape")
+        line = f"{stamp},{what},{host or self.host},{rest}\n".encode("utf-8", "surrogateescape")
 
         def write() -> None:
             with storage_errors(self._path):
@@ -13742,6 +14884,8 @@ def mail_body(report: Report, store: StoreFacts) -> str:
         return mail_items(errors + done + warnings) + "\n"
     blocks = [f"VmBackup ran on host {report.host} of pool {report.pool} with {report.source}, from "
               f"{format_local(report.began_at)} to {format_local(report.ended_at)}."]
+    if report.before:
+        blocks.append(report.before)
     if errors:
         blocks.append(f"{'NOT BACKED UP' if report.failed_names else 'ERRORS'}\n{mail_items(errors)}"
                       "\nThe next run tries again. To run sooner, repeat the crontab line by hand. The log "
@@ -13906,7 +15050,7 @@ def mailed(run: Run, report: Report) -> Report:
             services = services._replace(catalog=within(
                 OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(settings.backup_dir)))
     mailer = make_mailer(services, None if run.storage_hangs else services.catalog)
-    if settings.mail_when == "problems" and report.word == "SUCCESS":
+    if settings.mail_when == "problems" and report.word == "SUCCESS" and not report.before:
         is_sent = mailer.send_kept()
     else:
         facts = store_facts(services, report, run.storage_hangs)
@@ -14020,7 +15164,8 @@ def preview_job(job: Job, excludes: Sequence[DiskExclude], folder: str, verdicts
 def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan, str]:
     """The plan with what the store adds to its findings, and the preview: it tells of each VM its directory
     too, and what a run will say about the copies there."""
-    placement, findings, views = Placement(services.catalog, inventory), list(plan.findings), []
+    placement = Placement(services.catalog, inventory.pool_uuid, [one.name for one in inventory.machines])
+    findings, views = list(plan.findings), []
     utc, local, settings = services.clock.utc(), services.clock.local(), services.settings
     placement.claim_all(job.machine for job in plan.jobs)
     try:
@@ -14286,8 +15431,8 @@ def create_password_file(password: str, path: str) -> str:
 
 def command_preview(run: Run) -> None:
     """Shown: the plan, and what retention would then remove."""
-    with planned(run, changes_allowed=False) as (services, inventory, bare_plan):
-        pass                               # nothing more is asked of the pool
+    with connected(prepared(run), changes_allowed=False, is_read=False) as (services, identity):
+        inventory, bare_plan = read_and_plan(services, identity)
     plan, text = run.in_store("looking at the copies", lambda: foreseen(services, inventory, bare_plan),
                               FOR_EVER_S)
     services.log.show(text)
@@ -14296,20 +15441,160 @@ def command_preview(run: Run) -> None:
 
 
 def command_backup(run: Run) -> None:
-    """Everything that the config selects was backed up, or log, mail and exit status say what was not."""
+    """Everything that the config selects was backed up, or log, mail and exit status say what was not; or
+    this host has taken its part in that."""
     run.wording = BACKUP_WORDING
-    with planned(run) as (services, inventory, plan):
-        run.lock = run.in_store("locking this config", lambda: take_config_lock(services, inventory))
-        if run.lock is None:
+    with connected(prepared(run), is_read=False) as (services, identity):
+        if services.catalog.locks_are_local and services.settings.hosts == "all":
+            raise UsageError(f"{services.settings.places['hosts']}: hosts=all: the mount options of "
+                             f"{services.catalog.path} keep locks within this host, so hosts can't share "
+                             "work there. Mount it without nolock, local_lock or nobrl, or set hosts=first. "
+                             "Nothing was started.")
+        name = new_round_id(services, identity.host)
+        lock, part, text = run.in_store("locking this config", lambda: take_config_lock(
+            services, identity, name))
+        if part == LEAD:
+            run.lock = lock
+            lead_new(run, services, identity, name, text)
+        elif part == JOIN:
+            join(run, services, identity, name, lock)
+
+
+def lead_new(run: Run, services: Services, identity: Inventory, name: str, before: Dict[str, Any]) -> None:
+    """A new round of that id was led to its end; the lock of the config is ours. `before`: what its text
+    told."""
+    inventory, plan = read_and_plan(services, identity)
+    if services.catalog.locks_are_local:
+        services.log.info(f"the mount options of {services.catalog.path} keep locks within this host: "
+                          "what a run of another host left is touched only after a day.")
+    run.begin(services, inventory)
+
+    def begun() -> Tuple[Round, List[Finding]]:
+        place = Round.place(services.catalog, services.settings, inventory.pool_uuid)
+        last = last_round(place)
+        run.before = unfinished_text(last, before)
+        if last is not None and not last.is_over():        # whoever of it was frozen does nothing more there
+            last.put(ROUND_END, {"how": "was left by all", "at": format_utc(services.clock.utc())})
+        planned, findings = round_plan(services, inventory, plan, name, last)
+        return Round.begin(place, planned), findings
+
+    try:
+        work, findings = run.in_store("planning the round", begun, FOR_EVER_S)
+        Leader(run, work, Exporter(run.services, make_xe(services))).lead(plan, findings)
+    finally:
+        run.tidy("keeping a reserve", lambda: keep_reserve(services.catalog))
+
+
+def join(run: Run, services: Services, identity: Inventory, name: str, lock: LockFile) -> None:
+    """This host has taken its part in the round that goes on, or a warning says why it can't; if its leader
+    died meanwhile, this host has led on, or, where there was no plan yet, a round of that id."""
+    log, signals = services.log, services.signals
+    place = run.in_store("looking for the round", lambda: Round.place(
+        services.catalog, services.settings, identity.pool_uuid))
+    signals.sleep(IDLE_PAUSE_S)            # a text that is a dead run's gives way to the new one's
+    work, text = None, lock.text()         # type: Optional[Round], Dict[str, Any]
+    for has_time in signals.until(services.patience_s + SILENCE_S):
+        if lock.take():
+            before = lock.text()
+            if before.get("state") == "finished":
+                lock.release()
+                run.wording = None
+                log.info(f"the round that {told(before, 'host')} led has ended meanwhile: nothing is left to "
+                         "do.")
+                return
+            with contextlib.suppress(CatalogError):    # a helper of the dead leader's round leads that on
+                work = run.in_store("reading the plan", lambda: Round.opened(place, told(before, "round")))
+            if work is not None and not work.is_over() and before.get("state") == "running":
+                text = before
+                lock.release()
+                break
+            run.lock = lock
+            tell_running(services, identity, lock, name)
+            lead_new(run, services, identity, name, before)
             return
-        if services.catalog.locks_are_local:
-            services.log.info(f"the mount options of {services.catalog.path} keep locks within this host: "
-                              "what a run of another host left is touched only after a day.")
-        run.begin(services, inventory)
+        text = lock.text()
+        if told(text, "version") != VERSION:
+            run.wording = None
+            run.tell([Finding(Severity.WARNING, services.settings.source, f"{told(text, 'host')} leads its "
+                              f"round with VmBackup {told(text, 'version')}, and this is {VERSION}: this "
+                              "host takes no part. Use one version on all hosts.")])
+            return
+        with contextlib.suppress(NotThere, WrongKind):
+            work = run.in_store("reading the plan", lambda: Round.opened(place, told(text, "round")))
+            break
+        if not has_time:
+            raise LockHeld(f"{told(text, 'host')} leads a round of {services.settings.source}, but has made "
+                           "no plan for too long. Is that host alive? Nothing was started.")
+    run.wording = None
+    run.begin(services, identity)
+    off_s = run.in_store("comparing the clocks", lambda: clock_off_s(
+        services, work, run.services.journal.name))
+    if abs(off_s) > CLOCKS_DIFFER_S:
+        run.tell([Finding(Severity.WARNING, services.settings.source, "the clock of this host is "
+                          f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the store's: it takes "
+                          "no part in the round. Set it right.")])
+        return
+    # who only looks whether this host takes part holds it for a moment
+    host_lock = run.in_store("taking part", lambda: work.lock("host-" + identity.host.uuid))
+    if not any(host_lock.take() for _ in itertools.takewhile(bool, signals.until(LOCK_TEXT_PATIENCE_S, 0.2))):
+        raise LockHeld(f"another run on this host takes part in the round that {told(text, 'host')} leads. "
+                       "Nothing was started.")
+    log.info(f"VmBackup {VERSION}: {identity.host.short_name} takes part in the round of "
+             f"{services.settings.source} that {told(text, 'host')} leads.")
+    helper, crew = Helper(run, work, Exporter(run.services, make_xe(services)), lock), Crew(services, work)
+    try:
+        with helper.at_work():
+            helper.work()
+        if not helper.leads_on:
+            crew.wait(signals)
+        run.look_again()
+    finally:
+        if not helper.leads_on:
+            with signals.shielded():
+                crew.end()
+            run.findings.clear()           # the leader tells them
+            run.snapshots.findings.clear()
+    if helper.leads_on:
+        run.lock, run.wording, run.status_log.host = lock, BACKUP_WORDING, identity.host.short_name
+        with contextlib.suppress(CatalogError):
+            tell_running(services, identity, lock, work.plan.id)
+        leader = Leader(run, work, helper.exporter)
+        leader.take_over(helper)
+        leader.lead(crew=crew)
+        return
+    log.info(f"{counted(helper.taken(), 'VM')} of the round that {told(text, 'host')} leads "
+             f"{'was' if helper.taken() == 1 else 'were'} taken by {identity.host.short_name}.")
+
+
+def work_along(run: Run, name: str) -> None:
+    """One more worker of this host has done its share of the round of that id, which the run that started it
+    leads or takes part in."""
+    settings = run.services.settings
+    services = run.services._replace(catalog=run.in_store("opening the store", lambda: open_store(settings)))
+    with connected(services, is_read=False) as (services, identity):
+        place = run.in_store("looking for the round", lambda: Round.place(
+            services.catalog, settings, identity.pool_uuid))
+        work = run.in_store("reading the plan", lambda: Round.opened(place, name))
+        run.begin(services, identity)
+        worker = Worker(run, work, Exporter(run.services, make_xe(services)))
         try:
-            BackupRun(run, plan, Exporter(run.services, make_xe(services))).do_all()
+            with worker.at_work():
+                worker.work()
+            run.look_again()
+        except Interrupted:                # who started us ends us so, too, when all is done
+            if not run.in_store("looking at the round", work.is_over):
+                raise
         finally:
-            run.tidy("keeping a reserve", lambda: keep_reserve(services.catalog))
+            run.findings.clear()           # the leader tells them
+            run.snapshots.findings.clear()
+
+
+def command_status(run: Run) -> None:
+    """Shown: the round that is going on, or how the last one ended."""
+    services, settings = run.services, run.services.settings
+    catalog = run.in_store("opening the store", lambda: open_store(settings))
+    services.log.show(run.in_store("looking at the rounds", lambda: status_text(
+        catalog, settings.path, settings.source, services.clock.utc()), FOR_EVER_S))
 
 
 def command_test_mail(run: Run) -> None:
@@ -14502,7 +15787,8 @@ def command_drill(run: Run) -> None:
 
 
 COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify,
-            "list": command_list, "prune": command_prune, "test-mail": command_test_mail,
+            "list": command_list, "prune": command_prune, "status": command_status,
+            "test-mail": command_test_mail,
             "restore": command_restore, "extract": command_extract, "drill": command_drill,
             "pin": command_pin, "unpin": command_unpin, "forget-references": command_forget_references}
 
@@ -14535,6 +15821,20 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def told_by_parent() -> Dict[str, Any]:
+    """What a worker is told by the run that started it; once that has ended, or wants it to end, a signal
+    ends the worker."""
+    pipe = open(0, "rb", closefd=False)
+    given = parse_object(pipe.readline())
+
+    def watch() -> None:
+        pipe.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return given
+
+
 def main(argv: Sequence[str]) -> int:
     """The exit status of that command line."""
     open_standard_descriptors()
@@ -14544,7 +15844,7 @@ def main(argv: Sequence[str]) -> int:
     log = Log(clock)
     signals = Signals(log)
     signals.install()
-    words = [fs_text(word) for word in argv]
+    words, name = [fs_text(word) for word in argv], ""
     try:
         if not words:
             log.complain(USAGE)
@@ -14553,6 +15853,10 @@ def main(argv: Sequence[str]) -> int:
         if text is not None:
             log.show(text)
             return ExitStatus.OK
+        if words == [WORKER_COMMAND[-1]]:
+            log.is_relayed = True
+            given = told_by_parent()
+            words, name = [given["password"], *given["words"]], given["round"]
         if len(words) == 2 and words[1].startswith("create-password-file="):
             log.show(create_password_file(words[0], words[1].partition("=")[2]))
             return ExitStatus.OK
@@ -14560,7 +15864,7 @@ def main(argv: Sequence[str]) -> int:
         configuration = load_configuration(arguments)
         services = Services(configuration, clock, log, signals, arguments)
         run = Run(services, StatusLog(services))
-        run.carry_out(COMMANDS[arguments.action.name])
+        run.carry_out(functools.partial(work_along, name=name) if name else COMMANDS[arguments.action.name])
         return end_told(run)
     except BackupError as error:
         log.complain(str(error))

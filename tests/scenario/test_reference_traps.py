@@ -166,12 +166,15 @@ def dies_in(nights: Kept, occasion: str, nth: int, when: str) -> None:
     nights.held[copy] = held
 
 
+ROUNDS = '.vmbackup/rounds'     # where the steps differ from night to night, as older rounds are removed
+
+
 def dies_before(nights: Kept, begins: str, nth: int, steps: List[str]) -> None:
     """A backup was killed before the nth step of the store that begins so, of all its `steps` from the seal on."""
     before, held = nights.copies(), nights.disks()
     sealed = [number for number, step in enumerate(steps) if step.startswith('rename web/')][-1]
     step = [number for number, step in enumerate(steps) if step.startswith(begins) and number > sealed][nth - 1]
-    run = troubled(nights, store=nights.shelf.path, step=step + 1, do='SIGKILL')
+    run = troubled(nights, store=nights.shelf.path, apart=ROUNDS, step=step + 1, do='SIGKILL')
     assert run.exit_status == -signal.SIGKILL, run
     copy, = set(nights.copies()) - set(before)
     nights.held[copy] = held
@@ -212,7 +215,7 @@ def steps_of_a_night(stands: Dict[str, Given]) -> Iterator[List[str]]:
     nights = Kept(made.pool.start(), made.shelf, VM)
     nights.write(2)
     trace = os.path.join(nights.shelf.home, 'trace')
-    run = troubled(nights, store=nights.shelf.path, trace=trace)
+    run = troubled(nights, store=nights.shelf.path, apart=ROUNDS, trace=trace)
     assert run.exit_status == 0, run
     with open(trace, encoding='utf-8') as file:
         yield file.read().splitlines()

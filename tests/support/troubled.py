@@ -18,6 +18,7 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
                                                          server may refuse it, as a disk is in use
     {"store": DIR, "reads": true, ...}                   the steps are the openings of files for reading, and nothing else
     {"store": DIR, "below": PATH, ...}                   only what befalls that directory there is a step
+    {"store": DIR, "apart": PATH, ...}                   what befalls that directory there is none: it differs from night to night
     {"at": [NAME, ...], "do": "EIO"}                     looking at or opening what bears one of these names fails so; or
                                                          it vanishes ("vanish"), takes a second ("sleep"), never ends ("hang")
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
@@ -61,6 +62,7 @@ class Storage:
         self.command = trouble.get('command', ())
         self.reads = trouble.get('reads', False)
         self.below = trouble.get('below', '')
+        self.apart = trouble.get('apart', '')
         self.trace = REAL['open'](trouble['trace'], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if 'trace' in trouble else -1
         self.count = 0
         self.lock = threading.Lock()
@@ -84,6 +86,8 @@ class Storage:
         """One step more. Raises or never returns if that is the trouble; `short` if a write is to take only half, `flip` if it
         is to store a bit otherwise."""
         if not place or (kind == 'open') != self.reads or not (place + '/').startswith(self.below and self.below + '/'):
+            return ''
+        if self.apart and (place + '/').startswith(self.apart + '/'):
             return ''
         with self.lock:
             self.count += 1
@@ -202,7 +206,9 @@ def befall(names: Sequence[str], deed: str) -> None:
 #: Constants of VmBackup.py, and what they are when it is in a hurry: shorter minutes and less patience; hours and days stay.
 HURRY = {'MINUTE_S': 0.5, 'HOUR_S': 3600, 'READ_TIMEOUT_S': 2, 'LOGOUT_TIMEOUT_S': 2, 'BUSY_PATIENCE_S': 6,
          'LOST_ANSWER_PATIENCE_S': 2, 'PROGRAM_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SR_POLL_S': 1,
-         'SILENCE_BEFORE_POLL_S': 0.5, 'WAY_OUT_S': 4, 'CLEAN_UP_LIMIT_S': 4, 'STATUS_LOG_LIMIT_S': 4, 'OUTBOX_LIMIT_S': 4}
+         'SILENCE_BEFORE_POLL_S': 0.5, 'WAY_OUT_S': 4, 'CLEAN_UP_LIMIT_S': 4,
+         'SIGN_PAUSE_S': 0.2, 'TEND_PAUSE_S': 0.1, 'IDLE_PAUSE_S': 0.1, 'MOST_IDLE_PAUSE_S': 0.2,
+         'STATUS_LOG_LIMIT_S': 4, 'OUTBOX_LIMIT_S': 4}
 #: When it has a second for mail servers.
 HASTE = {'MAIL_TRY_LIMIT_S': 1, 'MAIL_PAUSES_S': (0.1, 0.3), 'MAIL_GOODBYE_S': 0.2}
 
@@ -244,6 +250,7 @@ def set_clock(module: Any, seconds: float) -> None:
 
 def main() -> None:
     program, trouble = prepare(sys.argv)
+    program.module.WORKER_COMMAND = (sys.executable, os.path.abspath(__file__), sys.argv[1], sys.argv[2], '--worker')
     if 'at' in trouble:
         befall(trouble['at'], trouble['do'])
     if 'clock' in trouble:

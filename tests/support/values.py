@@ -92,6 +92,14 @@ def jobs_of(plan: VmBackup.Plan) -> Dict[str, Any]:
     return {job.machine.name: (job.method.value, job.rules.newest) for job in plan.jobs}
 
 
+def a_round_plan(*jobs: VmBackup.RoundJob, **facts: Any) -> VmBackup.RoundPlan:
+    """The plan of a round with these VMs, led by xcp1."""
+    values = dict(id='20261126T001000Z-xcp1-7-aaaaaa', version=VmBackup.VERSION, began_at='2026-11-26T00:10:00Z', host='xcp1',
+                  host_uuid=uuid_of(0xa0), pool=POOL_UUID, pool_name='production', source='weekend.cfg', path='/weekend.cfg',
+                  decisions='d', hosts='first', at_once=8, until='', dumps=False, clock_went_back=False, missing=(), jobs=jobs)
+    return VmBackup.RoundPlan(**dict(values, **facts))
+
+
 def an_outcome(job: VmBackup.Job, error: Optional[str] = None, **facts: Any) -> VmBackup.Outcome:
     values = dict(error=error, status_word='SUCCESS' if error is None else 'VM-EXPORT-FAIL', size_bytes=GIBIBYTE if error is None else 0,
                   seconds=60.0, kept=1)

@@ -20,6 +20,7 @@ GOOD = {
     'address': [('a@example.org', 'a@example.org')],
     'addresses': [('a@example.org', ('a@example.org',)), ('a@x.org, b@y.org', ('a@x.org', 'b@y.org'))],
     'fingerprint': [(':'.join(['AB'] * 32), 'ab' * 32), ('cd' * 32, 'cd' * 32)],
+    'time': [('06:30', '06:30'), ('6:30', '06:30'), ('23:59', '23:59'), ('00:00', '00:00')],
     'pool': [('xcp1', ('https', 'xcp1', 443)), ('xcp1.example.org:8443', ('https', 'xcp1.example.org', 8443)),
              ('http://192.0.2.7', ('http', '192.0.2.7', 80)), ('https://x:1/', ('https', 'x', 1)),
              ('[2001:db8::1]:444', ('https', '2001:db8::1', 444))],
@@ -28,6 +29,7 @@ BAD = {
     'bool': ['', 'maybe', '2', 'Truee', 'on off', '-1', 'Tru\xe9'],
     'path': [''], 'text': [''], 'address': ['', 'a', 'a b'], 'addresses': ['', ',', 'a'],
     'fingerprint': ['', 'AB', 'xy' * 32, 'ab' * 31, 'ab' * 33],
+    'time': ['', '24:00', '6', '06:60', '6:3', '06.30', '-1:00', '06:30:00', 'noon'],
     'pool': ['', 'ftp://x', 'x:0', 'x:65536', 'x:port', 'x y', 'x/y', 'root@x', 'http://', '2001:db8::1'],
 }
 NUMBERS = ('int', 'percent')

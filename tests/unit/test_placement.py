@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.values import POOL_UUID, a_copy, a_vm, an_inventory, uuid_of
+from support.values import POOL_UUID, a_copy, a_vm, uuid_of
 from VmBackup import CatalogError, Copy, Folder, Placement, StorageMisbehaved, folded, safe_name
 
 
@@ -28,9 +28,14 @@ class Store:
         return Folder(name, tuple(copies), (), ())
 
 
+def placement_in(store, *machines):
+    """The directories of a pool with these VMs."""
+    return Placement(store, POOL_UUID, [machine.name for machine in machines])
+
+
 def places(store, *machines, run=None):
     """The directory of each VM of the run, by its number; all VMs of the pool run unless said otherwise."""
-    placement = Placement(Store(store), an_inventory(*machines))
+    placement = placement_in(Store(store), *machines)
     chosen = machines if run is None else run
     placement.claim_all(chosen)
     return [placement.folder_name(machine) for machine in chosen]
@@ -96,14 +101,14 @@ def test_a_directory_without_copies_belongs_to_whoever_comes_first():
 
 
 def test_asking_again_gives_the_same_answer():
-    placement = Placement(Store({'web': [of(9)]}), an_inventory(WEB, WEB2, DB))
+    placement = placement_in(Store({'web': [of(9)]}), WEB, WEB2, DB)
     first = [placement.folder_name(machine) for machine in (WEB, WEB2, DB)]
     assert [placement.folder_name(machine) for machine in (WEB, WEB2, DB)] == first
 
 
 def test_what_another_run_did_meanwhile_is_seen_when_the_lock_is_ours():
     store = {}
-    placement = Placement(Store(store), an_inventory(WEB))
+    placement = placement_in(Store(store), WEB)
     assert placement.folder_name(WEB) == 'web'
     store['web'] = [of(9)]
     placement.look_again('web')
@@ -133,7 +138,7 @@ def test_a_vm_is_its_uuid_in_its_pool():
 def test_a_store_of_many_directories_is_read_once():
     machines = [a_vm('vm%d' % number, number) for number in range(1, 40)]
     store = Store({'old%d' % number: [of(number)] for number in range(60, 100)})
-    placement = Placement(store, an_inventory(*machines))
+    placement = placement_in(store, *machines)
     placement.claim_all(machines)
     assert [placement.folder_name(machine) for machine in machines] == [machine.name for machine in machines]
     assert len(store.reads) == len(set(store.reads)) <= 40 + 3 * len(machines)
@@ -141,7 +146,7 @@ def test_a_store_of_many_directories_is_read_once():
 
 def test_where_each_vm_has_its_directory_no_other_is_read():
     store = Store({'web': [of(1)], 'db': [of(3)], 'other': [of(9)]})
-    placement = Placement(store, an_inventory(WEB, DB))
+    placement = placement_in(store, WEB, DB)
     placement.claim_all([WEB, DB])
     assert store.reads == ['web', 'db']
 
@@ -188,7 +193,7 @@ def test_a_vm_that_is_not_found_begins_no_second_line_while_a_directory_can_not_
                 raise error('reading old name failed')
             return super().folder(name)
 
-    placement = Placement(Troubled({'old name': [of(3)], 'web': [of(1)]}), an_inventory(WEB, DB))
+    placement = Placement(Troubled({'old name': [of(3)], 'web': [of(1)]}), POOL_UUID, ['web', 'db'])
     error = StorageMisbehaved
     assert placement.folder_name(WEB) == 'web', 'its own is known'
     for _ in range(2):

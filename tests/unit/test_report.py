@@ -175,7 +175,7 @@ def test_status_lines_are_appended(tmp_path):
 def test_a_name_never_breaks_a_status_line(name):
     lines = []
     status_log = a_status_log('/nowhere')
-    status_log._line = lambda what, rest: lines.append('%s,%s' % (what, rest))
+    status_log._line = lambda what, rest, host='': lines.append('%s,%s' % (what, rest))
     status_log.begin('vm-export', name)
     status_log.end(ended('vm-export', name))
     status_log.end(ended('vm-export', name, 'it broke', 'VM-EXPORT-FAIL'))

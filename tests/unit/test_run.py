@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
-from support.values import an_inventory, planned, services
+from support.values import a_round_plan, an_inventory, services
 import VmBackup
-from VmBackup import (AnswerLost, ApiFailure, BackupRun, Clock, ImportWatch, Log, PoolError, Progress, Run, Severity,
+from VmBackup import (AnswerLost, ApiFailure, Clock, ImportWatch, Leader, Log, PoolError, Progress, Run, Severity,
                       StorageMisbehaved, StreamStalled, Watch, parse_arguments)
 
 
@@ -65,11 +65,11 @@ def a_backup(**catalog):
     log.lines = []
     log.info = log.lines.append
     with mock.patch('VmBackup.begin_run', lambda catalog, name, header, now_s: SimpleNamespace(name=name, header=header)):
-        doors = services('backup_dir=/store\nmax_backups=1', log, catalog=SimpleNamespace(**catalog),
+        doors = services('backup_dir=/store\nmax_backups=1', log, catalog=SimpleNamespace(lock_file=mock.Mock(), **catalog),
                          arguments=parse_arguments(['-', 'weekend.cfg']))
         run = Run(doors, mock.Mock())
         run.begin(doors, an_inventory())
-    return BackupRun(run, planned('vm-export=*'), None), log
+    return Leader(run, SimpleNamespace(plan=a_round_plan(), has=lambda name: False), None), log
 
 
 def test_space_that_cannot_be_asked_for_ends_no_run():
@@ -136,7 +136,8 @@ def test_the_lock_of_a_directory_stays_ours_while_a_thread_may_go_on_in_a_store_
     run = Run(own, None)
     run.inventory = an_inventory()
     placement = SimpleNamespace(folder_name=lambda machine: 'web', look_again=own.catalog.folder)
-    job = VmBackup.BackupJob(SimpleNamespace(run=run, placement=placement), SimpleNamespace(machine=None))
+    job = VmBackup.BackupJob(SimpleNamespace(run=run, placement=placement),
+                             SimpleNamespace(job=SimpleNamespace(machine=None), disks=''))
     with pytest.raises(StorageMisbehaved), job._own_folder():
         run.storage_hangs = hangs
         raise StorageMisbehaved('what sealed the copy was left to itself')
