@@ -1749,13 +1749,12 @@ class Copy(NamedTuple):
     manifest tells, None if it tells none; `other_rules` those of other configs that counted when it was made,
     each with the UTC time of that config's last copy; `left_out` the disks, in words, that were left out.
     `round` is the id of the round that made it. `layer` is its place in a chain, None where its manifest does
-    not tell the state of every block; `broken`
-    says which of the copies that hold blocks of it fails it, "" if none; `read_back`: its image was read back
-    from storage when it was made; `is_changed`: files of it were written since it was verified. `images` are
-    the names of all its images, `image` the first; `snapshots` the uuids of the snapshots of disks that they
-    were made of. `reading`: how each disk was read (full, all, difference),
-    by its name in `blocks`, and why. `audit`: what its own audit has found, and the copies that this is
-    about; `accused`: what that of another has found of it.
+    not tell the state of every block; `broken` says which of the copies that hold blocks of it fails it, ""
+    if none; `read_back`: its image was read back from storage when it was made; `is_changed`: files of it
+    were written since it was verified. `images` are the names of all its images, `image` the first;
+    `snapshots` the uuids of the snapshots of disks that they were made of. `reading`: how each disk was read
+    (full, all, difference), by its name in `blocks`, and why. `audit`: what its own audit has found, and the
+    copies that this is about; `accused`: what that of another has found of it.
     """
     folder: str
     name: str
@@ -9472,6 +9471,7 @@ class Turn:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._lock = services.catalog.lock_file("turn", services.journal.header["pool"])
+        self._uses = 0
 
     @contextlib.contextmanager
     def held(self, doing: str, is_needed: bool) -> Iterator[None]:
@@ -9479,11 +9479,14 @@ class Turn:
         to be had; else it is done without. A store that hangs is not asked."""
         is_ours, tries = False, self._services.signals.until(TURN_PATIENCE_S, TURN_PAUSE_S)
         is_left = threading.Event()
+        self._uses += 1
+        use = self._uses
 
         def take() -> bool:
-            if self._lock.take() and is_left.is_set():         # nobody waits for it any more
+            is_taken = self._lock.take()
+            if is_taken and is_left.is_set() and self._uses == use:    # nobody waits for it any more
                 self._lock.release()
-            return self._lock.is_held
+            return is_taken
 
         for has_time in () if self._services.journal.is_mute else tries:
             try:
@@ -9515,6 +9518,7 @@ ROUND_END = "end.json"
 ROUND_DUMP = "dump.json"
 TROUBLE = "trouble"
 SIGN = ".sign"
+LEADER_SIGN = "leader" + SIGN
 SILENT = ".silent"
 CLAIM, AGAIN, DONE, GIVEN_UP = "claim", "again", "done", "failed"
 RANK = {CLAIM: 0, AGAIN: 1, GIVEN_UP: 2, DONE: 3}      # of two in one try, which counts
@@ -10240,9 +10244,9 @@ def tell_running(services: Services, inventory: Inventory, lock: LockFile, name:
         lock.write_text(dict(signature(services, inventory), state="running", round=name, version=VERSION))
 
 
-def config_lock(catalog: Catalog, settings: Configuration, pool: str) -> LockFile:
+def config_lock(catalog: Catalog, config: Union[Configuration, RoundPlan], pool: str) -> LockFile:
     """The lock of that config, which the leader of its round holds."""
-    return catalog.lock_file("config", "/".join((pool, settings.decisions, settings.path)))
+    return catalog.lock_file("config", "/".join((pool, config.decisions, config.path)))
 
 
 LOCK_TEXT_PATIENCE_S = 5
@@ -10259,15 +10263,19 @@ def neighbour_text(text: Dict[str, Any], inventory: Inventory, now: datetime, ma
         age_s = (now - parse_utc(text.get("since", ""))).total_seconds()
     except (ValueError, TypeError):
         return ""
-    state = text.get("state")
-    has_ended = state == "finished" and text.get("exit") in (
-        ExitStatus.OK, ExitStatus.FAILED, ExitStatus.WARNING)
-    is_at_it = has_ended or state == "running" and may_be_running
+    has_ended = has_ended_well(text)
+    is_at_it = has_ended or text.get("state") == "running" and may_be_running
     if not is_at_it or not -NEWEST_NEIGHBOUR_S < age_s < NEWEST_NEIGHBOUR_S:
         return ""
     how = f"ended with exit status {text['exit']:d}" if has_ended else "is running"
     return (f"{host} of the same pool began this config's backup at {text['since']} and {how}: left to it. "
             "force=yes runs all the same.")
+
+
+def has_ended_well(text: Mapping[str, Any]) -> bool:
+    """Does the text of a config's lock tell of a run that has come to its end, whatever it met?"""
+    return text.get("state") == "finished" and text.get("exit") in (
+        ExitStatus.OK, ExitStatus.FAILED, ExitStatus.WARNING)
 
 
 def end_config_lock(lock: LockFile, status: int) -> None:
@@ -10961,11 +10969,16 @@ class Worker:
             try:
                 if now_s - signed_s > SIGN_PAUSE_S and beats != self._services.signals.beats:
                     beats, signed_s = self._services.signals.beats, now_s
-                    self.round.put(sign_of(self._facts()), dict(
-                        self._facts(), vm=self._now, doing=self._services.log.doing))
+                    for name in self._signs_given():
+                        self.round.put(name, dict(
+                            self._facts(), vm=self._now, doing=self._services.log.doing))
                 self.tend()
             except CatalogError as error:              # the main thread meets it, too, and tells
                 self.run.note(error)
+
+    def _signs_given(self) -> List[str]:
+        """The files that are its signs of life."""
+        return [sign_of(self._facts())]
 
     def tend(self) -> None:
         """What others have done is looked at; only who leads does."""
@@ -10987,6 +11000,11 @@ class Worker:
             self._services.log.progress("")
 
     # --- claiming -----------------------------------------------------------------------
+
+    def _check_store(self) -> None:
+        """Raises StorageStalled if the storage hangs: nothing more can be done here, or waited for."""
+        if self.run.storage_hangs:
+            raise StorageStalled(self.run.store_problem or "the backup storage hangs.")
 
     def states(self) -> Dict[str, Tuple[int, str]]:
         """How it stands with each VM, as `standing` tells; what this worker has done is known to it, whatever
@@ -11016,6 +11034,7 @@ class Worker:
         pause_s = IDLE_PAUSE_S
         while not self.is_stopped():
             self._services.signals.check()
+            self._check_store()
             if self.claim_next():
                 pause_s = IDLE_PAUSE_S
                 continue
@@ -11031,10 +11050,11 @@ class Worker:
             pause_s = min(pause_s * 1.5, MOST_IDLE_PAUSE_S)
 
     def _signs_of_others(self) -> Tuple[Any, ...]:
-        """What changes as long as another worker of the round lives."""
-        names = self.round.names()
-        return (len(names),) + tuple(self.round.changed(name) for name in names
-                                     if name.endswith(SIGN) and name != sign_of(self._facts()))
+        """What changes as long as the leader lives, or a worker that has a VM in its hands."""
+        claims = [f"{key}.{number}.{word}" for key, (number, word) in sorted(self._states().items())
+                  if word == CLAIM]
+        signs = [sign_of(self.round.read(name)) for name in claims]
+        return (len(self.round.names()),) + tuple(map(self.round.changed, [LEADER_SIGN] + signs))
 
     def _others(self, states: Mapping[str, Tuple[int, str]]) -> Set[str]:
         """The uuids of the hosts that do, or soon may, take part, and see SRs that this one does not."""
@@ -11057,13 +11077,12 @@ class Worker:
 
     def claim_next(self) -> bool:
         """True if a VM was claimed, and came to an outcome; False if there is none to be had just now."""
-        states = self.states()
+        states, self.busy = self.states(), {}
         with contextlib.ExitStack() as stack:
             # who was given up for his silence may hold his slot for ever
             most, slots = self.plan.at_once + self._silent, self.round.lock("slots")
             if not any(stack.enter_context(slots.held(byte)) for byte in range(1, most + 1)):
                 return False
-            self.busy = {}
             return any(self._try(one) for one in self._candidates(states))
 
     def _candidates(self, states: Mapping[str, Tuple[int, str]]) -> List[RoundJob]:
@@ -11085,7 +11104,13 @@ class Worker:
             if before in (DONE, GIVEN_UP):
                 return False
             if number == MOST_TRIES:       # the last who tried has died, perhaps with all done
-                made = BackupJob(self, one).made()
+                made = None                # type: Optional[Outcome]
+                try:
+                    made = BackupJob(self, one).made()
+                except TakenOver:
+                    raise
+                except BackupError as error:
+                    services.log.info(f"{one.job.machine.title}: {error}")
                 self._put(one, number, DONE if made else GIVEN_UP, made or untried(one.job)._replace(
                     error=f"not backed up: it was tried {MOST_TRIES} times, and the worker died. What was "
                     "left is removed.", status_word="WORKER-FAIL"), [])
@@ -11142,8 +11167,6 @@ class Worker:
 
     def done(self, one: RoundJob, number: int, word: str, outcome: Outcome) -> None:
         """That is its outcome, which is written. Raises what ends this worker with it."""
-        if outcome.error is not None and self._host.short_name != self.plan.host:
-            self._services.log.error(f"{outcome.title}: {outcome.error}")
         if ends_run(outcome) or isinstance(outcome.cause, StorageMisbehaved):
             raise outcome.cause            # what this host can't do, others may
 
@@ -11260,6 +11283,12 @@ class Helper(Worker):
         if not self._lock.is_held and self._lock.take() and not self._is_to_lead():
             self._lock.release()
 
+    def done(self, one: RoundJob, number: int, word: str, outcome: Outcome) -> None:
+        """It is told in this host's log, too."""
+        if outcome.error is not None:
+            self._services.log.error(f"{outcome.title}: {outcome.error}")
+        super().done(one, number, word, outcome)
+
     def _is_to_lead(self) -> bool:
         """Does the round still wait for a leader? A text that is torn says nothing else."""
         text = self._lock.text()
@@ -11300,12 +11329,17 @@ class Leader(Worker):
         self._signs = {}                   # type: Dict[str, Tuple[Optional[int], float]]
         self._waiting = {}                 # type: Dict[Tuple[str, int], float]
         self._before = set()               # type: Set[str]     # what a leader before has told
+        self._is_unfit = False             # its own storage has misbehaved
         run.outcomes = [untried(one.job) for one in self.plan.jobs]
         run.missing = self.plan.missing
         if self.plan.dumps:
             run.dump_error = "not dumped, as the run ended before it was done."
 
     # --- what all do, told ----------------------------------------------------------------
+
+    def _signs_given(self) -> List[str]:
+        """Its own as a worker, and the leader's, by which who has nothing to do knows what it waits for."""
+        return super()._signs_given() + [LEADER_SIGN]
 
     def tend(self) -> None:
         """What was claimed and what came of it is told, each once, in log and status log; and to all workers,
@@ -11372,7 +11406,8 @@ class Leader(Worker):
                          f"{format_duration(outcome.seconds)}.")
         else:
             self.run.findings += [finding for finding in noted if finding not in self.run.findings]
-        if word == AGAIN:
+        is_last = self._states().get(one.key) == (number, word)
+        if word == AGAIN and not (is_last and self.round.has(ROUND_END)):
             self.run.tell(outcome.findings)
             log.warning(f"{title}: {outcome.error} It is tried once more at the end of the run.")
             if is_new:
@@ -11384,14 +11419,35 @@ class Leader(Worker):
         self.run.settle(self._numbers[one.key], outcome, host, is_new)
 
     def may_leave(self, error: Optional[BaseException]) -> bool:
-        """A leader that lost its pool ends the round: all would fail too."""
-        return False
+        """A leader that lost its pool ends the round, as all would fail; the storage may only be this host's
+        trouble."""
+        return isinstance(error, StorageMisbehaved) and self._has_others()
+
+    def _has_others(self) -> bool:
+        """Does another host take part?"""
+        if self.plan.hosts != "all" or self.run.storage_hangs:
+            return False
+        own = f"host-{self._host.uuid}.lock"
+        try:
+            return self.run.in_store("looking who takes part", lambda: any(
+                self._takes_part(name[len("host-"):-len(".lock")]) for name in self.round.names()
+                if name.startswith("host-") and name.endswith(".lock") and name != own))
+        except CatalogError as error:
+            self.run.note(error)
+            return False
+
+    def claim_next(self) -> bool:
+        """As every worker does; but one whose storage has misbehaved leaves the VMs to others, if there are
+        any."""
+        return not (self._is_unfit and self._has_others()) and super().claim_next()
 
     def interrupted(self, one: RoundJob, number: int, noted: Sequence[Finding]) -> None:
         """It counts as not tried: the round ends here."""
 
     def done(self, one: RoundJob, number: int, word: str, outcome: Outcome) -> None:
         """It is told. Raises what ends the round with it: a pool that is gone, or a signal."""
+        self._is_unfit |= isinstance(outcome.cause, StorageMisbehaved)
+        self._check_store()
         self.run.in_store("telling what was done", self.tend)
         if ends_run(outcome):
             raise outcome.cause
@@ -11412,6 +11468,8 @@ class Leader(Worker):
             self._services.signals.check()
             if not self.claim_next():
                 self._wait()
+        if any(word == AGAIN for _, word in self.states().values()):
+            self._services.signals.check()         # what a signal left untried a second time ends the run so
         for one in self.plan.jobs:
             if one.key not in self._settled:       # its time was up
                 self._settled.add(one.key)
@@ -11422,6 +11480,10 @@ class Leader(Worker):
     def _wait(self) -> None:
         """Nothing can be claimed just now: what is waited for in vain is given up."""
         now_s, states = self._services.clock.monotonic(), self.states()
+        for one in self.plan.jobs:         # what is left to the host that alone sees it may be busy, too
+            if one.local_to not in ("", self._host.uuid) and states.get(one.key, (0, ""))[1] in ("", AGAIN):
+                with self._services.catalog.folder_lock(one.folder).held() as is_free:
+                    self.busy.update({} if is_free else {one.key: one})
         self._waiting = {place: since for place, since in self._waiting.items() if place[0] in self.busy}
         for one in self.plan.jobs:
             number, word = states.get(one.key, (0, ""))
@@ -11533,12 +11595,22 @@ class Leader(Worker):
                     crew.end()
                 self.run.tidy("telling what was done", self.tend)
                 self.run.tidy("looking what others do", self._tell_under_way)
+                self._tell_own()
         if services.settings.workers > 1 or self.plan.hosts == "all":
             for problem in self.run.sweep():
                 services.log.info(f"{problem} It is left.")
         self._clear_after_the_dead()
         self.run.look_again()
         self.run.tell(self._low_space())
+
+    def _tell_own(self) -> None:
+        """What this worker itself has done is told, also where the store lets nobody read it any more."""
+        for key, (_, word, outcome) in self.own.items():
+            if word == AGAIN:
+                self.run.tell(outcome.findings)
+            elif key not in self._settled:
+                self._settled.add(key)
+                self.run.settle(self._numbers[key], outcome)
 
     def _tell_under_way(self) -> None:
         """What other hosts have in hand as the round ends early is no failure yet."""
@@ -12686,7 +12758,7 @@ def unfinished_text(last: Optional[Round], lock_text: Mapping[str, Any]) -> str:
 
 def is_led(catalog: Catalog, plan: RoundPlan) -> bool:
     """Does somebody lead a round of that config now?"""
-    lock = catalog.lock_file("config", "/".join((plan.pool, plan.decisions, plan.path)))
+    lock = config_lock(catalog, plan, plan.pool)
     if lock.is_held:
         return True
     with lock.held(shared=True) as is_free:
@@ -12696,11 +12768,13 @@ def is_led(catalog: Catalog, plan: RoundPlan) -> bool:
 def last_rounds(catalog: Catalog, path: str) -> List[Round]:
     """The last round of each config of that path, those of other pools and settings too."""
     found, rounds = [], catalog.state_if_there(ROUND_FOLDER)
-    for name in rounds.names() if rounds is not None else ():
-        with rounds.child(name) as place:
-            last = last_round(place)
-        if last is not None and last.plan.path == path:
-            found.append(last)
+    if rounds is not None:
+        with rounds:
+            for name in rounds.names():
+                with rounds.child(name) as place:
+                    last = last_round(place)
+                if last is not None and last.plan.path == path:
+                    found.append(last)
     return sorted(found, key=lambda one: one.plan.began_at)
 
 
@@ -12716,7 +12790,7 @@ def other_rounds(services: Services, inventory: Inventory) -> Iterator[Finding]:
                           "its own: is the file the same on both hosts?")
 
 
-def status_text(catalog: Catalog, path: str, source: str, now: datetime) -> str:
+def status_text(catalog: Catalog, path: str, source: str) -> str:
     """The rounds of that config, going on or ended: who does what, how far it is, and what was not done."""
     blocks = []
     for one in last_rounds(catalog, path):
@@ -12728,7 +12802,8 @@ def status_text(catalog: Catalog, path: str, source: str, now: datetime) -> str:
         lines = [f"The round of {plan.source} in pool {quote_name(plan.pool_name or plan.pool[:8])}, begun "
                  f"by {plan.host} at {plan.began_at}, {how}.",
                  f"  {counted(len(plan.jobs), 'VM')}: {words[DONE]} backed up, {words[GIVEN_UP]} not, "
-                 f"{words[CLAIM]} under way, {words[''] + words[AGAIN]} to come."]
+                 f"{words[CLAIM]} {'left unfinished' if end else 'under way'}, {words[''] + words[AGAIN]} "
+                 f"{'not begun' if end else 'to come'}."]
         signs = {name: one.read(name) for name in names if name.endswith(SIGN)}
         for job in plan.jobs:
             number, word = states.get(job.key, (0, ""))
@@ -15496,7 +15571,7 @@ def join(run: Run, services: Services, identity: Inventory, name: str, lock: Loc
     for has_time in signals.until(services.patience_s + SILENCE_S):
         if lock.take():
             before = lock.text()
-            if before.get("state") == "finished":
+            if has_ended_well(before):
                 lock.release()
                 run.wording = None
                 log.info(f"the round that {told(before, 'host')} led has ended meanwhile: nothing is left to "
@@ -15545,7 +15620,7 @@ def join(run: Run, services: Services, identity: Inventory, name: str, lock: Loc
     try:
         with helper.at_work():
             helper.work()
-        if not helper.leads_on:
+        if run.in_store("looking at the round", work.is_over):
             crew.wait(signals)
         run.look_again()
     finally:
@@ -15594,7 +15669,7 @@ def command_status(run: Run) -> None:
     services, settings = run.services, run.services.settings
     catalog = run.in_store("opening the store", lambda: open_store(settings))
     services.log.show(run.in_store("looking at the rounds", lambda: status_text(
-        catalog, settings.path, settings.source, services.clock.utc()), FOR_EVER_S))
+        catalog, settings.path, settings.source), FOR_EVER_S))
 
 
 def command_test_mail(run: Run) -> None:
