@@ -49,6 +49,16 @@ def started(pool: Pool, shelf: Shelf, *lines: str, hosts: Sequence[int] = (1,), 
                 process.kill()
 
 
+@contextlib.contextmanager
+def led_and_helped(pool: Pool, shelf: Shelf, is_hurried: bool = False) -> Iterator[List[Process]]:
+    """A round that xcp1 leads and xcp2 has joined, each with a VM in hand: (leader, helper)."""
+    with started(pool, shelf, *ALL, is_hurried=is_hurried) as (leader,):
+        assert leader.says('vm-export into')
+        with started(pool, shelf, *ALL, hosts=(2,), is_hurried=is_hurried) as (helper,):
+            assert helper.says('vm-export into')
+            yield [leader, helper]
+
+
 def endings(processes: Sequence[Process]) -> List[Run]:
     return [process.ending() for process in processes]
 
@@ -298,26 +308,20 @@ def test_a_host_joins_a_round_whatever_its_age_and_finds_nothing_left_to_do(a_po
 def test_a_second_run_on_a_host_that_takes_part_is_exit_5(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[at('http:/export', runs_at=3 * MEBIBYTE)])
     shelf = a_shelf()
-    with started(pool, shelf, *ALL) as (leader,):
-        assert leader.says('vm-export into')
-        with started(pool, shelf, *ALL, hosts=(2,)) as (helper,):
-            assert helper.says('vm-export into')
-            for host in (1, 2):
-                again = backup(pool, shelf, *ALL, host=host)
-                assert again.exit_status == 5 and 'Nothing was started' in again.stderr, again.output
-            assert [run.exit_status for run in endings([leader, helper])] == [0, 0]
+    with led_and_helped(pool, shelf) as (leader, helper):
+        for host in (1, 2):
+            again = backup(pool, shelf, *ALL, host=host)
+            assert again.exit_status == 5 and 'Nothing was started' in again.stderr, again.output
+        assert [run.exit_status for run in endings([leader, helper])] == [0, 0]
     assert each_once(pool, shelf, 2)
 
 
 def test_a_leader_that_is_killed_is_followed_by_a_host_that_has_joined(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(*machines(5, 6), hosts=HOSTS, faults=[at('http:/export', runs_at=2 * MEBIBYTE)])
     shelf = a_shelf()
-    with started(pool, shelf, *ALL, 'workers=1', is_hurried=True) as (leader,):
-        assert leader.says('vm-export into')
-        with started(pool, shelf, *ALL, 'workers=1', hosts=(2,), is_hurried=True) as (helper,):
-            assert helper.says('vm-export into')
-            leader.kill()
-            run = helper.ending()
+    with led_and_helped(pool, shelf, is_hurried=True) as (leader, helper):
+        leader.kill()
+        run = helper.ending()
     assert run.exit_status == 3 and run.says('xcp2 took over') and run.says('5 VMs backed up'), run.output
     assert all(shelf.has('vm%d' % number, complete=1) for number in range(5))
     assert shelf.unfinished() == [] and pool.has_no_snapshots_of_ours() and shelf.journals() == []
@@ -329,13 +333,10 @@ def test_a_leader_that_is_killed_is_followed_by_a_host_that_has_joined(a_pool: A
 def test_a_signal_to_the_leader_lets_other_hosts_finish_the_vm_in_hand_and_ends_the_round(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(*machines(6, 6), hosts=HOSTS, faults=[at('http:/export', runs_at=2 * MEBIBYTE)])
     shelf = a_shelf()
-    with started(pool, shelf, *ALL) as (leader,):
-        assert leader.says('vm-export into')
-        with started(pool, shelf, *ALL, hosts=(2,)) as (helper,):
-            assert helper.says('vm-export into')
-            leader.signal(signal.SIGTERM)
-            assert leader.ending(30).exit_status == 128 + signal.SIGTERM
-            run = helper.ending(60)
+    with led_and_helped(pool, shelf) as (leader, helper):
+        leader.signal(signal.SIGTERM)
+        assert leader.ending(30).exit_status == 128 + signal.SIGTERM
+        run = helper.ending(60)
     assert run.exit_status == 0 and run.never_says('took over') and run.says('1 VM of the round that xcp1 leads'), run.output
     assert len([name for name in range(6) if shelf.copies('vm%d' % name)]) == 1
     assert shelf.unfinished() == [] and pool.has_no_snapshots_of_ours() and shelf.journals() == []
@@ -345,20 +346,17 @@ def test_a_host_that_freezes_is_given_up_and_marks_nothing_of_the_next_round(a_p
     pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[at('http:/export', nth=1, runs_at=4 * MEBIBYTE),
                                                         at('http:/export', nth=2, runs_at=4 * MEBIBYTE)])
     shelf = a_shelf()
-    with started(pool, shelf, *ALL, is_hurried=True) as (leader,):
-        assert leader.says('vm-export into')
-        with started(pool, shelf, *ALL, hosts=(2,), is_hurried=True) as (helper,):
-            assert helper.says('vm-export into')
-            os.kill(helper.pid, signal.SIGSTOP)
-            run = leader.ending()
-            assert run.exit_status == 1 and run.says('no sign of life from xcp2'), run.output
-            frozen = next(name for name in ('vm0', 'vm1') if name + ' (' in helper.output)
-            with started(pool, shelf, *ALL, 'lock_wait=60', words=['force=yes'], is_hurried=True) as (second,):
-                assert second.says('waiting')
-                os.kill(helper.pid, signal.SIGCONT)
-                assert helper.ending().exit_status == 0
-                again = second.ending()
-            assert again.exit_status == 0 and again.says('2 VMs backed up'), again.output
+    with led_and_helped(pool, shelf, is_hurried=True) as (leader, helper):
+        os.kill(helper.pid, signal.SIGSTOP)
+        run = leader.ending()
+        assert run.exit_status == 1 and run.says('no sign of life from xcp2'), run.output
+        frozen = next(name for name in ('vm0', 'vm1') if name + ' (' in helper.output)
+        with started(pool, shelf, *ALL, 'lock_wait=60', words=['force=yes'], is_hurried=True) as (second,):
+            assert second.says('waiting')
+            os.kill(helper.pid, signal.SIGCONT)
+            assert helper.ending().exit_status == 0
+            again = second.ending()
+        assert again.exit_status == 0 and again.says('2 VMs backed up'), again.output
     assert shelf.has(frozen, complete=2)        # that of the host that came back, and the second round's
     assert shelf.unfinished() == [] and pool.has_no_snapshots_of_ours() and shelf.journals() == []
 
@@ -366,15 +364,12 @@ def test_a_host_that_freezes_is_given_up_and_marks_nothing_of_the_next_round(a_p
 def test_a_host_that_freezes_for_a_while_and_comes_back_in_time_is_waited_for(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(*machines(2, 8), hosts=HOSTS, faults=[at('http:/export', runs_at=4 * MEBIBYTE)])
     shelf = a_shelf()
-    with started(pool, shelf, *ALL, is_hurried=True) as (leader,):
-        assert leader.says('vm-export into')
-        with started(pool, shelf, *ALL, hosts=(2,), is_hurried=True) as (helper,):
-            assert helper.says('vm-export into')
-            os.kill(helper.pid, signal.SIGSTOP)
-            assert leader.says('is complete')
-            time.sleep(1)
-            os.kill(helper.pid, signal.SIGCONT)
-            assert [run.exit_status for run in endings([leader, helper])] == [0, 0]
+    with led_and_helped(pool, shelf, is_hurried=True) as (leader, helper):
+        os.kill(helper.pid, signal.SIGSTOP)
+        assert leader.says('is complete')
+        time.sleep(1)
+        os.kill(helper.pid, signal.SIGCONT)
+        assert [run.exit_status for run in endings([leader, helper])] == [0, 0]
     assert each_once(pool, shelf, 2)
 
 
@@ -392,6 +387,35 @@ def test_a_host_that_was_frozen_before_it_could_join_begins_no_round_of_its_own(
             os.kill(late.pid, signal.SIGCONT)
             assert late.ending().exit_status == 0
     assert shelf.has('vm0', complete=1) and len(pool.calls('api:VM.snapshot')) == 1
+
+
+def test_a_leader_whose_own_storage_misbehaves_leaves_the_vms_to_other_hosts(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(*machines(3, 12), hosts=HOSTS, faults=[at('http:/export', runs_at=3 * MEBIBYTE)])
+    shelf = a_shelf()
+    config = shelf.config(*ALL)
+    program = in_trouble(shelf, hurried=True, store=shelf.path, below='vm0', step=29, do='EIO', stays=True)   # late in the image
+    leader = Process(['-', config], pool.environment(1), program)
+    assert leader.says('vm0 (')
+    helper = Process(['-', config], pool.environment(2), hurried(pool))
+    runs = endings([leader, helper])
+    assert [run.exit_status for run in runs] == [3, 0] and runs[0].says('misbehaved'), runs
+    assert all(shelf.has('vm%d' % number, complete=1) for number in range(3)) and shelf.unfinished() == []
+    done = [line.split(',')[2] for line in shelf.status_lines() if 'SUCCESS vm' in line]
+    assert done == ['xcp2'] * 3 and pool.has_no_snapshots_of_ours()
+
+
+def test_hosts_without_work_leave_a_round_whose_leader_gives_no_sign_of_life(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(*machines(1, 8), hosts=HOSTS, faults=[at('http:/export', runs_at=2 * MEBIBYTE)])
+    shelf = a_shelf()
+    with started(pool, shelf, *ALL, is_hurried=True) as (leader,):
+        assert leader.says('vm-export into')
+        os.kill(leader.pid, signal.SIGSTOP)
+        with started(pool, shelf, *ALL, 'workers=2', hosts=(2, 3), is_hurried=True) as idle:
+            for run in endings(idle):
+                assert run.exit_status == 0 and 'this host leaves it' in run.stderr, run
+        os.kill(leader.pid, signal.SIGCONT)
+        assert leader.ending().exit_status == 0
+    assert each_once(pool, shelf, 1)
 
 
 def test_another_version_takes_no_part_and_says_so(a_pool: Any, a_shelf: Any) -> None:

@@ -2,12 +2,13 @@
 moment of the round; now and then the master role moves. Afterwards a run of one worker is the next night.
 
 What must hold, whatever befell them: no process stays; each VM has its copy or a report that says it has none; none was begun
-more than twice nor reported twice as done; and after the next night no snapshot, journal or unfinished copy of ours is left, and each
-VM has a good copy.
+more than twice nor reported twice as done; and after the next night no snapshot or unfinished copy of ours is left, nor a journal
+that tells of a snapshot, and each VM has a good copy.
 """
 
 import collections
 import contextlib
+import json
 import os
 import random
 import re
@@ -107,6 +108,16 @@ def befall(case: Case, processes: List[Process]) -> Iterator[int]:
             os.kill(pid, signal.SIGCONT)
 
 
+def tells_of_a_snapshot(shelf: Shelf, journal: str) -> bool:
+    """Is an entry of it open whose snapshot was there? One whose call was never answered stays open for a day, by design."""
+    entries = collections.defaultdict(dict)  # type: Dict[int, Dict[str, Any]]
+    for line in shelf.text(journal).splitlines():
+        with contextlib.suppress(ValueError):                            # torn by the kill
+            facts = json.loads(line)
+            entries[facts.get('entry', 0)].update(facts)
+    return any(number and 'uuid' in facts and not facts.get('closed') for number, facts in entries.items())
+
+
 def problems_of(case: Case, pool: Pool, shelf: Shelf) -> List[str]:
     """What does not hold in that case; the pool serves already, the shelf is empty."""
     lines = ('vm-export=*', 'workers=%d' % case.workers, 'hosts=%s' % ('all' if case.hosts > 1 else 'first'), 'lock_wait=60')
@@ -147,8 +158,7 @@ def problems_of(case: Case, pool: Pool, shelf: Shelf) -> List[str]:
         problems.append('unfinished: %s' % shelf.unfinished())
     if not pool.has_no_snapshots_of_ours():
         problems.append('snapshots of ours are left')
-    if shelf.journals():
-        problems.append('journals are left: %s' % shelf.journals())
+    problems += ['%s is left, and tells of a snapshot' % name for name in shelf.journals() if tells_of_a_snapshot(shelf, name)]
     if problems:
         problems += ['--- host %d\n%s' % (number, process.output) for number, process in enumerate(processes, 1)]
     return problems
