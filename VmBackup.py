@@ -95,6 +95,7 @@ import heapq
 import io
 import itertools
 import json
+import marshal
 import queue
 import re
 import resource
@@ -2765,12 +2766,13 @@ class Program:
                 del self._said[:-STDERR_KEPT_BYTES]
 
     def tell(self, content: bytes) -> None:
-        """It is given these few bytes to read."""
-        try:
-            self._process.stdin.write(content)
-            self._process.stdin.flush()
-        except OSError as error:
-            raise ProgramError(f"{self.name} took nothing: {os_reason(error)}. {self.said}")
+        """It is given this to read, at its own pace: nobody waits for one that freezes before it has."""
+        fd = os.dup(self.stdin_fd)
+
+        def give() -> None:
+            with contextlib.suppress(BrokenPipeError), open(fd, "wb") as pipe:     # its exit status tells
+                pipe.write(content)
+        threading.Thread(target=give, daemon=True).start()
 
     @property
     def stdin_fd(self) -> int:
@@ -9672,8 +9674,8 @@ class Round:
         return cls(folder, plan)
 
     def names(self) -> List[str]:
-        """All that is in it."""
-        return self._folder.names()
+        """All that is in it; what is just being written tells nothing."""
+        return [name for name in self._folder.names() if not name.endswith(TEMPORARY)]
 
     def is_over(self) -> bool:
         """Was it ended, or is it gone?"""
@@ -10913,14 +10915,18 @@ def shown_progress(services: Services, doing: str, size_bytes: int) -> Callable[
 
 SIGN_PAUSE_S = 15              # between two signs of life of a worker
 TEND_PAUSE_S = 2               # between two looks of a leader at what others have done
-IDLE_PAUSE_S = 1.0             # between two looks of a worker that has nothing to do, at first
+IDLE_PAUSE_S = 0.5             # between two looks of a worker that has nothing to do, at first
 MOST_IDLE_PAUSE_S = 5.0
 SILENCE_S = 10 * MINUTE_S      # beyond stall_timeout: a worker without a sign of life for so long is given up
 JOIN_PATIENCE_S = MINUTE_S     # so long a host that alone sees an SR is waited for with what lies there
 CLOCKS_DIFFER_S = 60           # from the store's: a host whose clock is further off takes no part
 CREW_PAUSE_S = 0.1
 CREW_ENDS_S = 5 * MINUTE_S     # how long workers that were told to stop may clean up
-WORKER_COMMAND = (sys.executable, os.path.abspath(__file__), "--worker")
+WORKER = "--worker"
+COMPILED = sys._getframe().f_code      # this file, as it was compiled
+WORKER_START = ("import marshal, sys; given = sys.stdin.buffer; __name__ = 'VmBackup'; "
+                "sys.path[:], code = marshal.loads(given.read(int(given.readline()))); exec(code); "
+                "os._exit(int(main(sys.argv[1:])))")
 
 
 def untried(job: Job) -> Outcome:
@@ -11225,6 +11231,13 @@ class Worker:
                 yield self.left(error)
 
 
+def worker_start() -> Tuple[Sequence[str], bytes]:
+    """The command line of a worker, and what it reads first: what this program was compiled to, as to compile
+    it again would cost each worker half a second and 50 MB."""
+    content = marshal.dumps((sys.path, COMPILED))
+    return (sys.executable, "-c", WORKER_START, WORKER), b"%d\n" % len(content) + content
+
+
 class Crew:
     """The other workers of this host, processes of the same program: what they say comes through a pipe, and
     so does what they are to do; one whose pipe ends stops, cleaned up."""
@@ -11233,13 +11246,14 @@ class Crew:
         self._log, self._programs = services.log, []       # type: Log, List[Tuple[Program, threading.Thread]]
         words = {"password": services.arguments.password, "words": list(services.arguments.words),
                  "round": work.plan.id}
+        command, beginning = worker_start()
         for number in range(2, services.settings.workers + 1):
             try:
-                program = Program(WORKER_COMMAND, stdin=subprocess.PIPE)
-                program.tell(_json_line(words))
+                program = Program(command, stdin=subprocess.PIPE)
             except ProgramError as error:
                 services.log.warning(f"worker {number} of this host could not be started: {error}")
                 continue
+            program.tell(beginning + _json_line(words))
             reader = threading.Thread(target=self._relay, args=(f"worker {number}", program), daemon=True)
             reader.start()
             self._programs.append((program, reader))
@@ -15899,7 +15913,7 @@ def raise_descriptor_limit() -> None:
 def told_by_parent() -> Dict[str, Any]:
     """What a worker is told by the run that started it; once that has ended, or wants it to end, a signal
     ends the worker."""
-    pipe = open(0, "rb", closefd=False)
+    pipe = sys.stdin.buffer
     given = parse_object(pipe.readline())
 
     def watch() -> None:
@@ -15928,7 +15942,7 @@ def main(argv: Sequence[str]) -> int:
         if text is not None:
             log.show(text)
             return ExitStatus.OK
-        if words == [WORKER_COMMAND[-1]]:
+        if words == [WORKER]:
             log.is_relayed = True
             given = told_by_parent()
             words, name = [given["password"], *given["words"]], given["round"]

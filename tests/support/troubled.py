@@ -250,7 +250,8 @@ def set_clock(module: Any, seconds: float) -> None:
 
 def main() -> None:
     program, trouble = prepare(sys.argv)
-    program.module.WORKER_COMMAND = (sys.executable, os.path.abspath(__file__), sys.argv[1], sys.argv[2], '--worker')
+    worker = (sys.executable, os.path.abspath(__file__), sys.argv[1], sys.argv[2], '--worker')
+    program.module.worker_start = lambda: (worker, b'')
     if 'at' in trouble:
         befall(trouble['at'], trouble['do'])
     if 'clock' in trouble:
