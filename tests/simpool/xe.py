@@ -429,7 +429,7 @@ def write_all(target: int, content: object) -> None:
 def copy_from(connection: _socket.socket, target: int) -> None:
     """All that is still to come: moved within the kernel into a pipe where this Python can, else in large pieces through one
     buffer."""
-    if hasattr(os, 'splice') and stat.S_ISFIFO(os.fstat(target).st_mode):
+    if hasattr(os, 'splice') and type(connection) is _socket.socket and stat.S_ISFIFO(os.fstat(target).st_mode):
         while os.splice(connection.fileno(), target, BUFFER):
             pass
         return
