@@ -104,7 +104,7 @@ def owner(shelf: Shelf, name: str, pool: Pool) -> int:
 
 def each_once(pool: Pool, shelf: Shelf, number: int) -> bool:
     names = ['vm%d' % index for index in range(number)]
-    return (sorted(exported(pool)) == names and all(shelf.has(name, complete=1) for name in names)
+    return (sorted(exported(pool)) == sorted(names) and all(shelf.has(name, complete=1) for name in names)
             and shelf.unfinished() == [] and pool.has_no_snapshots_of_ours() and shelf.journals() == [])
 
 
@@ -274,6 +274,30 @@ def test_hosts_that_start_in_the_same_second_share_the_vms_of_one_plan(a_pool: A
     hosts = {line.split(',')[2] for line in shelf.status_lines() if 'SUCCESS vm' in line}
     assert len(hosts) >= 2
     assert len([line for line in shelf.status_lines() if ',vmbackup.py,' in line]) == 2
+
+
+@pytest.mark.parametrize('hosts, workers, vms', [(1, 8, 20), (3, 8, 30), (64, 1, 96)])
+def test_a_pool_of_any_size_exports_each_vm_once_and_local_ones_by_their_own_host(
+        a_pool: Any, a_shelf: Any, hosts: int, workers: int, vms: int) -> None:
+    names = ['xcp%d' % number for number in range(1, hosts + 1)]
+    srs = [{'name_label': 'nfs', 'type': 'nfs', 'shared': True, 'size': 1 << 42}] + [
+        {'name_label': 'local ' + name, 'type': 'ext', 'host': name, 'size': 1 << 40} for name in names]
+    own = {'vm%d' % number: names[number // 2 % hosts] for number in range(0, vms, 2)}      # every second VM is a local one
+    pool = a_pool(*[vm('vm%d' % number, disks=[disk(size=2 * MEBIBYTE, used=2, seed=number, sr='local ' + own['vm%d' % number]
+                                                    if number % 2 == 0 else 'nfs')]) for number in range(vms)],
+                  hosts=[{'name_label': name, 'master': name == 'xcp1'} for name in names], srs=srs,
+                  faults=[at('http:/export', **SLOWLY)])
+    shelf = a_shelf()
+    with started(pool, shelf, *ALL, 'workers=%d' % workers, hosts=range(1, hosts + 1)) as processes:
+        runs = endings(processes)
+    assert {run.exit_status for run in runs} == {0}, runs
+    assert each_once(pool, shelf, vms)
+    done = {line.split('SUCCESS ')[1].split(',')[0]: line.split(',')[2] for line in shelf.status_lines() if 'SUCCESS vm' in line}
+    assert len(done) == vms and own.items() <= done.items() and len(shelf.status_lines()) == 2 * vms + 2
+    assert len([run for run in runs if run.says('%d VMs backed up' % vms)]) == 1
+    for name in names:                      # each export takes a second: never more than `workers` on a host
+        begun = sorted(call['t'] for call in pool.calls('api:VM.snapshot') if done[call['args'][2].partition(' ')[0]] == name)
+        assert all(later - earlier > 0.9 for earlier, later in zip(begun, begun[workers:]))
 
 
 def test_a_vm_on_a_local_sr_is_exported_by_its_own_host(a_pool: Any, a_shelf: Any) -> None:

@@ -1,5 +1,6 @@
 """Rounds in trouble, generated: hosts with several workers, some of which are killed, frozen for a while, or told to stop, at any
-moment of the round; now and then the master role moves. Afterwards a run of one worker is the next night.
+moment of the round, or all those of one host at a step of what they do to the storage; now and then the master role moves.
+Afterwards a run of one worker is the next night.
 
 What must hold, whatever befell them: no process stays; each VM has its copy or a report that says it has none; none was begun
 more than twice nor reported twice as done; and after the next night no snapshot or unfinished copy of ours is left, nor a journal
@@ -16,7 +17,7 @@ import signal
 import time
 from typing import Any, Dict, Iterator, List, NamedTuple
 
-from support.deeds import Process, backup, children_of, hurried
+from support.deeds import Process, backup, children_of, hurried, in_trouble
 from support.language import MEBIBYTE, at, disk, vm
 from support.process import Pool
 from support.shelf import Shelf
@@ -25,23 +26,27 @@ from support.wire import eventually
 #: What befalls a process: a signal, and for how long it is frozen.
 DEEDS = ('SIGKILL', 'SIGKILL', 'SIGTERM', 'SIGSTOP')
 LONGEST_S = 4.0             # of a round without trouble
+MOST_STEPS = 120            # of a process, in a round without trouble
 STAY_LIMIT_S = 90
 
 
 class Case(NamedTuple):
-    """One round: how many hosts and workers, VMs, and what befalls whom and when (seconds after the start)."""
+    """One round: how many hosts and workers, VMs, and what befalls whom and when: seconds after the start, or at the step of that
+    number, then without a number of a process."""
     seed: int
     hosts: int
     workers: int
     vms: int
     troubles: List[Any]
     moves_master: bool
+    is_at_a_step: bool
 
     @property
     def name(self) -> str:
-        told = ', '.join('%s to process %d of host %d after %.2f s%s' % (
-            deed, number, host, after_s, ' for %.1f s' % frozen_s if deed == 'SIGSTOP' else '')
-            for after_s, host, number, deed, frozen_s in self.troubles)
+        told = ', '.join('%s to %s of host %d %s%s' % (
+            deed, 'each process' if self.is_at_a_step else 'process %d' % number, host,
+            'before step %d' % when if self.is_at_a_step else 'after %.2f s' % when,
+            ' for %.1f s' % frozen_s if deed == 'SIGSTOP' else '') for when, host, number, deed, frozen_s in self.troubles)
         return 'round %d: %d hosts, %d workers each, %d VMs; %s%s' % (
             self.seed, self.hosts, self.workers, self.vms, told, '; the master role moves' if self.moves_master else '')
 
@@ -49,15 +54,18 @@ class Case(NamedTuple):
 def case(seed: int) -> Case:
     """The case of that number, always the same."""
     chosen = random.Random(seed)
-    hosts, workers = chosen.choice([(1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (3, 2)])
+    hosts, workers = chosen.choice([(1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (3, 1), (3, 2), (8, 1)])
+    if chosen.random() < 0.5:
+        trouble = (chosen.randint(1, MOST_STEPS), chosen.randint(1, hosts), 0, chosen.choice(DEEDS), chosen.uniform(0.5, 12))
+        return Case(seed, hosts, workers, chosen.randint(2, 6), [trouble], False, True)
     troubles = [(chosen.uniform(0.1, LONGEST_S), chosen.randint(1, hosts), chosen.randint(0, workers - 1), chosen.choice(DEEDS),
                  chosen.uniform(0.5, 12)) for _ in range(chosen.randint(1, 3))]
-    return Case(seed, hosts, workers, chosen.randint(2, 6), sorted(troubles), chosen.random() < 0.15)
+    return Case(seed, hosts, workers, chosen.randint(2, 6), sorted(troubles), chosen.random() < 0.15, False)
 
 
 def described(case: Case) -> Dict[str, Any]:
     """The pool of that case, as a_pool takes it: some VMs lie on SRs that one host alone sees."""
-    hosts = [{'name_label': 'xcp%d' % number, 'master': number == 1} for number in range(1, 4)]
+    hosts = [{'name_label': 'xcp%d' % number, 'master': number == 1} for number in range(1, max(3, case.hosts) + 1)]
     srs = [{'name_label': 'nfs', 'type': 'nfs', 'shared': True, 'size': 1 << 42}]  # type: List[Dict[str, Any]]
     srs += [{'name_label': 'local ' + host['name_label'], 'type': 'ext', 'host': host['name_label'], 'size': 1 << 40}
             for host in hosts]
@@ -90,6 +98,15 @@ def is_alive(pid: int) -> bool:
 def befall(case: Case, processes: List[Process]) -> Iterator[int]:
     """All that befalls the processes, in time; the pids that were met."""
     began_s, frozen = time.monotonic(), []
+    if case.is_at_a_step:
+        (_, host, _, deed, frozen_s), = case.troubles
+        while not processes[host - 1].is_over() and time.monotonic() - began_s < STAY_LIMIT_S:
+            yield from workers_of(processes[host - 1])
+            time.sleep(frozen_s if deed == 'SIGSTOP' else 0.1)
+            for pid in workers_of(processes[host - 1]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+        return
     for after_s, host, number, deed, frozen_s in case.troubles:
         time.sleep(max(0.0, began_s + after_s - time.monotonic()))
         there = workers_of(processes[host - 1])
@@ -122,8 +139,11 @@ def problems_of(case: Case, pool: Pool, shelf: Shelf) -> List[str]:
     """What does not hold in that case; the pool serves already, the shelf is empty."""
     lines = ('vm-export=*', 'workers=%d' % case.workers, 'hosts=%s' % ('all' if case.hosts > 1 else 'first'), 'lock_wait=60')
     config = shelf.config(*lines)
-    program = hurried(pool)
-    processes = [Process(['-', config], pool.environment(host), program) for host in range(1, case.hosts + 1)]
+    programs = [hurried(pool)] * case.hosts
+    if case.is_at_a_step:
+        (step, host, _, deed, _), = case.troubles
+        programs[host - 1] = in_trouble(shelf, hurried=True, store=shelf.path, step=step, do=deed)
+    processes = [Process(['-', config], pool.environment(host), program) for host, program in enumerate(programs, 1)]
     problems, pids = [], set()          # type: List[str], set
     try:
         for pid in befall(case, processes):
