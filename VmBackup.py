@@ -10924,9 +10924,9 @@ CREW_PAUSE_S = 0.1
 CREW_ENDS_S = 5 * MINUTE_S     # how long workers that were told to stop may clean up
 WORKER = "--worker"
 COMPILED = sys._getframe().f_code      # this file, as it was compiled
-WORKER_START = ("import marshal, sys; given = sys.stdin.buffer; __name__ = 'VmBackup'; "
-                "sys.path[:], code = marshal.loads(given.read(int(given.readline()))); exec(code); "
-                "os._exit(int(main(sys.argv[1:])))")
+WORKER_START = ("import marshal, os, sys; given = sys.stdin.buffer; __name__ = 'VmBackup'; "
+                "places, code = marshal.loads(given.read(int(given.readline()))); "
+                "sys.path[:] = map(os.fsdecode, places); exec(code); os._exit(int(main(sys.argv[1:])))")
 
 
 def untried(job: Job) -> Outcome:
@@ -10953,7 +10953,6 @@ class Worker:
             {one.job.machine.uuid: one.folder for one in self.plan.jobs})
         self.read_against = set()          # type: Set[str]     # VMs that were, or are, read by difference
         self.name = run.services.journal.name.partition(".")[0]
-        self.busy = {}                     # type: Dict[str, RoundJob]   # whose directories others hold
         self.mine = set()                  # type: Set[str]     # keys of what this worker has claimed
         self.own = {}                      # type: Dict[str, Tuple[int, str, Outcome]]
         self._host = run.inventory.host
@@ -11083,7 +11082,7 @@ class Worker:
 
     def claim_next(self) -> bool:
         """True if a VM was claimed, and came to an outcome; False if there is none to be had just now."""
-        states, self.busy = self.states(), {}
+        states = self.states()
         with contextlib.ExitStack() as stack:
             # who was given up for his silence may hold his slot for ever
             most, slots = self.plan.at_once + self._silent, self.round.lock("slots")
@@ -11104,22 +11103,26 @@ class Worker:
         lock = services.catalog.folder_lock(one.folder)
         with lock.held(is_kept=lambda: self.run.storage_hangs) as is_ours:
             if not is_ours:
-                self.busy[key] = one
                 return False
             number, before = self.states().get(key, (0, ""))
             if before in (DONE, GIVEN_UP):
                 return False
             if number == MOST_TRIES:       # the last who tried has died, perhaps with all done
-                made = None                # type: Optional[Outcome]
+                outcome = untried(one.job)._replace(
+                    error=f"not backed up: it was tried {MOST_TRIES} times, and the worker died. What was "
+                    "left is removed.", status_word="WORKER-FAIL")
                 try:
-                    made = BackupJob(self, one).made()
+                    outcome = BackupJob(self, one).made() or outcome
                 except TakenOver:
                     raise
                 except BackupError as error:
-                    services.log.info(f"{one.job.machine.title}: {error}")
-                self._put(one, number, DONE if made else GIVEN_UP, made or untried(one.job)._replace(
-                    error=f"not backed up: it was tried {MOST_TRIES} times, and the worker died. What was "
-                    "left is removed.", status_word="WORKER-FAIL"), [])
+                    self.run.note(error)
+                    outcome = outcome._replace(cause=error, error=(
+                        f"it was tried {MOST_TRIES} times, the worker died, and whether its copy is whole "
+                        f"can't be told: {error}"))
+                word = DONE if outcome.error is None else GIVEN_UP
+                self._put(one, number, word, outcome, [])
+                self.done(one, number, word, outcome)
                 return True
             number += 1
             try:
@@ -11234,7 +11237,7 @@ class Worker:
 def worker_start() -> Tuple[Sequence[str], bytes]:
     """The command line of a worker, and what it reads first: what this program was compiled to, as to compile
     it again would cost each worker half a second and 50 MB."""
-    content = marshal.dumps((sys.path, COMPILED))
+    content = marshal.dumps(([os.fsencode(place) for place in sys.path], COMPILED))
     return (sys.executable, "-c", WORKER_START, WORKER), b"%d\n" % len(content) + content
 
 
@@ -11341,7 +11344,8 @@ class Leader(Worker):
         self._settled = set()              # type: Set[str]     # keys of VMs whose outcome is final
         self._numbers = {one.key: number for number, one in enumerate(self.plan.jobs)}
         self._signs = {}                   # type: Dict[str, Tuple[Optional[int], float]]
-        self._waiting = {}                 # type: Dict[Tuple[str, int], float]
+        self._waiting = {}                 # type: Dict[Tuple[str, int], float]    # since when, in vain
+        self._at_rest = None               # type: Optional[Mapping[str, Tuple[int, str]]]  # at the last look
         self._before = set()               # type: Set[str]     # what a leader before has told
         self._is_unfit = False             # its own storage has misbehaved
         run.outcomes = [untried(one.job) for one in self.plan.jobs]
@@ -11450,10 +11454,13 @@ class Leader(Worker):
             self.run.note(error)
             return False
 
-    def claim_next(self) -> bool:
-        """As every worker does; but one whose storage has misbehaved leaves the VMs to others, if there are
-        any."""
-        return not (self._is_unfit and self._has_others()) and super().claim_next()
+    def _candidates(self, states: Mapping[str, Tuple[int, str]]) -> List[RoundJob]:
+        """As every worker's; but one whose storage has misbehaved leaves to others, if there are any, all but
+        what they leave to it."""
+        found = super()._candidates(states)
+        if self._is_unfit and self._has_others():
+            found = [one for one in found if one.local_to == self._host.uuid]
+        return found
 
     def interrupted(self, one: RoundJob, number: int, noted: Sequence[Finding]) -> None:
         """It counts as not tried: the round ends here."""
@@ -11494,19 +11501,15 @@ class Leader(Worker):
     def _wait(self) -> None:
         """Nothing can be claimed just now: what is waited for in vain is given up."""
         now_s, states = self._services.clock.monotonic(), self.states()
-        for one in self.plan.jobs:         # what is left to the host that alone sees it may be busy, too
-            if one.local_to not in ("", self._host.uuid) and states.get(one.key, (0, ""))[1] in ("", AGAIN):
-                with self._services.catalog.folder_lock(one.folder).held() as is_free:
-                    self.busy.update({} if is_free else {one.key: one})
-        self._waiting = {place: since for place, since in self._waiting.items() if place[0] in self.busy}
+        is_at_rest, self._at_rest = states == self._at_rest, states
         for one in self.plan.jobs:
             number, word = states.get(one.key, (0, ""))
             if word == CLAIM:
+                is_at_rest = False
                 self.run.in_store("looking for signs of life", functools.partial(
                     self._check_sign, one, number, now_s))
-            elif one.key in self.busy and word in ("", AGAIN):
-                self.run.in_store("looking who is busy", functools.partial(
-                    self._check_busy, one, number, now_s))
+        if is_at_rest:                     # nobody has a VM in hand, or has begun one since the last look
+            self.run.in_store("looking who is busy", functools.partial(self._check_busy, states, now_s))
         self._services.signals.sleep(IDLE_PAUSE_S)
 
     def _check_sign(self, one: RoundJob, number: int, now_s: float) -> None:
@@ -11532,19 +11535,29 @@ class Leader(Worker):
                 error=f"no sign of life from {told(facts, 'host')} since {at}: it was left alone. Is that "
                 "host alive? Its copy may still come.", status_word="NO-SIGN-OF-LIFE"), [])
 
-    def _check_busy(self, one: RoundJob, number: int, now_s: float) -> None:
-        """The VM is given up if another run holds its directory for longer than lock_wait."""
-        services, lock_wait = self._services, self._services.settings.lock_wait
-        text = services.catalog.folder_lock(one.folder).text()
-        since_s = self._waiting.setdefault((one.key, number), now_s)
-        if since_s == now_s:
-            services.log.info(f"{one.job.machine.title}: {one.folder} is in use by another run "
-                              f"({holder_text(text)}); waiting.")
-        if now_s - since_s > lock_wait * MINUTE_S:
-            self._put(one, number + 1, GIVEN_UP, untried(one.job)._replace(
-                error=f"the directory {one.folder} is in use by another run ({holder_text(text)}) since "
-                f"before lock_wait={lock_wait} minutes. Nothing was done for this VM.",
-                status_word="LOCK-FAIL"), [])
+    def _check_busy(self, states: Mapping[str, Tuple[int, str]], now_s: float) -> None:
+        """What is left is given up if another run holds its directory for longer than lock_wait."""
+        services, lock_wait, waiting = self._services, self._services.settings.lock_wait, {}
+        for one in self.plan.jobs:
+            number, word = states.get(one.key, (0, ""))
+            lock = services.catalog.folder_lock(one.folder)
+            if word not in ("", AGAIN) or number == MOST_TRIES:
+                continue
+            with lock.held() as is_free:
+                if is_free:
+                    continue
+            text, place = lock.text(), (one.key, number)
+            waiting[place] = self._waiting.get(place, now_s)
+            if place not in self._waiting:
+                services.log.info(f"{one.job.machine.title}: {one.folder} is in use by another run "
+                                  f"({holder_text(text)}); waiting.")
+            if now_s - waiting[place] > lock_wait * MINUTE_S \
+                    and self._states().get(one.key, (0, "")) == (number, word):
+                self._put(one, number + 1, GIVEN_UP, untried(one.job)._replace(
+                    error=f"the directory {one.folder} is in use by another run ({holder_text(text)}) since "
+                    f"before lock_wait={lock_wait} minutes. Nothing was done for this VM.",
+                    status_word="LOCK-FAIL"), [])
+        self._waiting = waiting
 
     # --- the story --------------------------------------------------------------------------
 
@@ -11619,12 +11632,13 @@ class Leader(Worker):
 
     def _tell_own(self) -> None:
         """What this worker itself has done is told, also where the store lets nobody read it any more."""
-        for key, (_, word, outcome) in self.own.items():
+        for key, (number, word, outcome) in self.own.items():
             if word == AGAIN:
                 self.run.tell(outcome.findings)
             elif key not in self._settled:
                 self._settled.add(key)
-                self.run.settle(self._numbers[key], outcome)
+                is_new = f"{key}.{number}.{word}" not in self._before
+                self.run.settle(self._numbers[key], outcome, is_new=is_new)
 
     def _tell_under_way(self) -> None:
         """What other hosts have in hand as the round ends early is no failure yet."""
@@ -15913,11 +15927,11 @@ def raise_descriptor_limit() -> None:
 def told_by_parent() -> Dict[str, Any]:
     """What a worker is told by the run that started it; once that has ended, or wants it to end, a signal
     ends the worker."""
-    pipe = sys.stdin.buffer
-    given = parse_object(pipe.readline())
+    given = parse_object(sys.stdin.buffer.readline())
 
     def watch() -> None:
-        pipe.read()
+        while os.read(0, KIBIBYTE):        # nothing more is said: it is awaited that the pipe ends
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -428,6 +428,42 @@ def test_a_leader_whose_own_storage_misbehaves_leaves_the_vms_to_other_hosts(a_p
     assert done == ['xcp2'] * 3 and pool.has_no_snapshots_of_ours()
 
 
+def test_a_leader_whose_own_storage_misbehaves_still_does_what_only_it_sees(a_pool: Any, a_shelf: Any) -> None:
+    local = [vm('own%d' % number, disks=[disk(size=12 * MEBIBYTE, used=12, seed=number, sr='local xcp1')]) for number in range(2)]
+    pool = a_pool(*(machines(2, 12) + local), hosts=HOSTS, srs=SRS, faults=[at('http:/export', runs_at=3 * MEBIBYTE)])
+    shelf = a_shelf()
+    program = in_trouble(shelf, hurried=True, store=shelf.path, below='own0', step=29, do='EIO')         # once, late in the image
+    config = shelf.config(*ALL)
+    leader = Process(['-', config], pool.environment(1), program)
+    assert leader.says('own0 (')
+    helper = Process(['-', config], pool.environment(2), hurried(pool))
+    runs = endings([leader, helper])
+    assert [run.exit_status for run in runs] == [3, 0] and runs[0].says('misbehaved'), runs
+    assert all(shelf.has(name, complete=1) for name in ('vm0', 'vm1', 'own0', 'own1')) and shelf.unfinished() == []
+    done = {line.split('SUCCESS ')[1].split(',')[0]: line.split(',')[2] for line in shelf.status_lines() if 'SUCCESS ' in line
+            and ',vm-export,' in line}
+    assert done['own0'] == done['own1'] == 'xcp1' and 'xcp2' in done.values() and pool.has_no_snapshots_of_ours()
+
+
+def test_a_vm_that_another_config_is_busy_with_is_given_up_only_when_nothing_else_is_to_be_done(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(*machines(3, 6), hosts=HOSTS, faults=[at('http:/export', runs_at=MEBIBYTE)])
+    shelf = a_shelf()
+    with started(pool, shelf, 'vm-export=vm0', is_hurried=True) as (other,):
+        assert other.says('vm-export into')
+        other_config = os.path.join(shelf.home, 'other.cfg')
+        with open(shelf.config('vm-export=*', 'hosts=all', 'lock_wait=1')) as file, open(other_config, 'w') as copy:
+            copy.write(file.read())
+        processes = [Process(['-', other_config], pool.environment(host), hurried(pool)) for host in (2, 3)]
+        os.kill(other.pid, signal.SIGSTOP)
+        runs = endings(processes)
+        os.kill(other.pid, signal.SIGCONT)
+        assert other.ending().exit_status == 0
+    assert sorted(run.exit_status for run in runs) == [0, 1], runs
+    (leader,) = [run for run in runs if run.exit_status == 1]
+    assert leader.says('in use by another run') and leader.says('2 VMs backed up') and leader.says('lock_wait=1'), leader.output
+    assert shelf.has('vm1', complete=1) and shelf.has('vm2', complete=1) and shelf.has('vm0', complete=1)
+
+
 def test_hosts_without_work_leave_a_round_whose_leader_gives_no_sign_of_life(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(*machines(1, 8), hosts=HOSTS, faults=[at('http:/export', runs_at=2 * MEBIBYTE)])
     shelf = a_shelf()
