@@ -11487,7 +11487,9 @@ class Leader(Worker):
         """Every VM came to an outcome, whoever did it, or was given up."""
         while not self.is_stopped():
             self._services.signals.check()
-            if not self.claim_next():
+            if self.claim_next():
+                self._waiting = {}         # nobody looked meanwhile who is busy
+            else:
                 self._wait()
         if any(word == AGAIN for _, word in self.states().values()):
             self._services.signals.check()         # what a signal left untried a second time ends the run so
@@ -11505,7 +11507,7 @@ class Leader(Worker):
         for one in self.plan.jobs:
             number, word = states.get(one.key, (0, ""))
             if word == CLAIM:
-                is_at_rest = False
+                is_at_rest, self._waiting = False, {}
                 self.run.in_store("looking for signs of life", functools.partial(
                     self._check_sign, one, number, now_s))
         if is_at_rest:                     # nobody has a VM in hand, or has begun one since the last look
@@ -11551,7 +11553,7 @@ class Leader(Worker):
             if place not in self._waiting:
                 services.log.info(f"{one.job.machine.title}: {one.folder} is in use by another run "
                                   f"({holder_text(text)}); waiting.")
-            if now_s - waiting[place] > lock_wait * MINUTE_S \
+            if now_s - waiting[place] >= lock_wait * MINUTE_S \
                     and self._states().get(one.key, (0, "")) == (number, word):
                 self._put(one, number + 1, GIVEN_UP, untried(one.job)._replace(
                     error=f"the directory {one.folder} is in use by another run ({holder_text(text)}) since "

@@ -56,7 +56,7 @@ def test_a_run_of_another_config_waits_for_the_vm_that_is_busy(a_pool: Any, a_sh
 
 
 def test_a_run_that_waited_lock_wait_in_vain_fails_for_that_vm_only(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), vm('db'), faults=[at('http:/export', object='web', **SLOWLY)])
+    pool = a_pool(vm('web', disks=BIG), vm('db'), faults=[at('http:/export', object='web', runs_at=MEBIBYTE)])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as first:
         assert eventually(shelf.unfinished)
