@@ -10960,7 +10960,9 @@ class Worker:
         self._ended = threading.Event()
         self._attendant = threading.Thread(target=self._attend, daemon=True)
         self._now = ""                     # the title of the VM at hand
-        self._silent = 0                   # VMs that were given up for their workers' silence
+        self._silent = set()               # type: Set[str]     # signs of slots that silent workers hold
+        self._unnoted = ""                 # the name of a claim that could not be written
+        self._has_slot = True              # at the last look for something to claim
         self._seen = [], {}, {}            # type: Tuple[List[str], Dict[str, Any], Dict[str, Any]]
         self._reckoned = {}, (), []        # type: Tuple[Any, Any, List[RoundJob]]
 
@@ -10977,6 +10979,8 @@ class Worker:
                     for name in self._signs_given():
                         self.round.put(name, dict(
                             self._facts(), vm=self._now, doing=self._services.log.doing))
+                if self._unnoted:
+                    self._note_claim(self._unnoted)
                 self.tend()
             except CatalogError as error:              # the main thread meets it, too, and tells
                 self.run.note(error)
@@ -10984,6 +10988,13 @@ class Worker:
     def _signs_given(self) -> List[str]:
         """The files that are its signs of life."""
         return [sign_of(self._facts())]
+
+    def _note_claim(self, name: str) -> None:
+        """The claim that the store had no room for is tried again: without it this worker passes for another
+        run, which is busy with the VM."""
+        with contextlib.suppress(StorageFull):
+            self.round.put(name, self._facts())
+            self._unnoted = ""
 
     def tend(self) -> None:
         """What others have done is looked at; only who leads does."""
@@ -11020,7 +11031,7 @@ class Worker:
         names, known = self.round.names(), dict(self.own)
         if (names, known) == self._seen[:2]:
             return self._seen[2]
-        self._silent = sum(name.endswith(SILENT) for name in names)
+        self._silent.update(name for name in names if name.endswith(SILENT))
         found = standing(names)
         for key, (number, word, _) in known.items():
             if found.get(key, (0, ""))[0] < number or found[key] == (number, CLAIM):
@@ -11085,10 +11096,9 @@ class Worker:
         states = self.states()
         with contextlib.ExitStack() as stack:
             # who was given up for his silence may hold his slot for ever
-            most, slots = self.plan.at_once + self._silent, self.round.lock("slots")
-            if not any(stack.enter_context(slots.held(byte)) for byte in range(1, most + 1)):
-                return False
-            return any(self._try(one) for one in self._candidates(states))
+            most, slots = self.plan.at_once + len(self._silent), self.round.lock("slots")
+            self._has_slot = any(stack.enter_context(slots.held(byte)) for byte in range(1, most + 1))
+            return self._has_slot and any(self._try(one) for one in self._candidates(states))
 
     def _candidates(self, states: Mapping[str, Tuple[int, str]]) -> List[RoundJob]:
         """What may be claimed, in order. It is not reckoned anew where nothing has changed."""
@@ -11131,6 +11141,7 @@ class Worker:
                     return False
             except StorageFull:            # its directory is ours all the same, and it may make room
                 services.log.info(f"{one.job.machine.title}: the round could not note that it is begun.")
+                self._unnoted = f"{key}.{number}.{CLAIM}"
             self.mine.add(key)
             self.run.in_store("telling what is begun", self.tend)
             self._do(one, number, before)
@@ -11160,7 +11171,7 @@ class Worker:
         word = DONE if outcome.error is None else \
             AGAIN if number < MOST_TRIES and (is_passing or self.may_leave(error)) else GIVEN_UP
         self._put(one, number, word, outcome, noted)
-        self._now = ""
+        self._now = self._unnoted = ""
         services.log.progress("")
         self.done(one, number, word, outcome)
 
@@ -11346,6 +11357,7 @@ class Leader(Worker):
         self._signs = {}                   # type: Dict[str, Tuple[Optional[int], float]]
         self._waiting = {}                 # type: Dict[Tuple[str, int], float]    # since when, in vain
         self._at_rest = None               # type: Optional[Mapping[str, Tuple[int, str]]]  # at the last look
+        self._had_slot_s = self._began_s   # when it last had one, or somebody had a VM in hand
         self._before = set()               # type: Set[str]     # what a leader before has told
         self._is_unfit = False             # its own storage has misbehaved
         run.outcomes = [untried(one.job) for one in self.plan.jobs]
@@ -11510,9 +11522,26 @@ class Leader(Worker):
                 is_at_rest, self._waiting = False, {}
                 self.run.in_store("looking for signs of life", functools.partial(
                     self._check_sign, one, number, now_s))
+        if self._has_slot or not is_at_rest:
+            self._had_slot_s = now_s
+        elif now_s - self._had_slot_s > self._services.patience_s + SILENCE_S:
+            self._had_slot_s = now_s
+            self._pass_over_slot()
         if is_at_rest:                     # nobody has a VM in hand, or has begun one since the last look
             self.run.in_store("looking who is busy", functools.partial(self._check_busy, states, now_s))
         self._services.signals.sleep(IDLE_PAUSE_S)
+
+    def _pass_over_slot(self) -> None:
+        """A worker that froze while it looked for a VM may hold its slot for ever: one more may be used."""
+        self._services.log.warning(
+            f"nothing was begun for {format_duration(self._services.patience_s + SILENCE_S)}, and all of "
+            f"at_once={self.plan.at_once} are taken, by workers that give no sign of life: one more is used.")
+        self._note_silent(f"slot-{len(self._silent)}")
+
+    def _note_silent(self, what: str) -> None:
+        """All workers may use one slot more."""
+        self._silent.add(what + SILENT)    # also where it can't be written
+        self.run.tidy("noting that it is silent", lambda: self.round.put(what + SILENT, {}))
 
     def _check_sign(self, one: RoundJob, number: int, now_s: float) -> None:
         """The VM is given up if its worker has given no sign of life for too long."""
@@ -11532,7 +11561,7 @@ class Leader(Worker):
         limit_s = self._services.patience_s + SILENCE_S
         if now_s - self._signs[place][1] > limit_s:
             at = told(self.round.read(sign_of(facts)), "at") or told(facts, "at")
-            self.run.tidy("noting that it is silent", lambda: self.round.put(one.key + SILENT, {}))
+            self._note_silent(one.key)
             self._put(one, number, GIVEN_UP, untried(one.job)._replace(
                 error=f"no sign of life from {told(facts, 'host')} since {at}: it was left alone. Is that "
                 "host alive? Its copy may still come.", status_word="NO-SIGN-OF-LIFE"), [])

@@ -4,6 +4,7 @@ Processes stand for hosts: each is started with the environment of another host 
 """
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -383,6 +384,37 @@ def test_a_host_that_freezes_is_given_up_and_marks_nothing_of_the_next_round(a_p
         assert again.exit_status == 0 and again.says('2 VMs backed up'), again.output
     assert shelf.has(frozen, complete=2)        # that of the host that came back, and the second round's
     assert shelf.unfinished() == [] and pool.has_no_snapshots_of_ours() and shelf.journals() == []
+
+
+def test_a_worker_that_freezes_while_it_looks_for_a_vm_does_not_hold_up_the_round(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(*machines(4, 4), faults=[at('http:/export', runs_at=4 * MEBIBYTE)])
+    shelf = a_shelf()
+    with started(pool, shelf, 'vm-export=*', 'at_once=1', 'stall_timeout=1', is_hurried=True) as (leader,):
+        assert leader.says('vm-export into')
+        with open(round_files(shelf, 'slots.lock')[0], 'r+') as slots:
+            fcntl.lockf(slots, fcntl.LOCK_EX, 1, 1)     # as that of a host that looks for a VM and freezes there
+            assert len(exported(pool)) < 4
+            run = leader.ending()
+    assert run.exit_status == 0 and run.says('all of at_once=1 are taken') and run.says('one more is used'), run.output
+    assert each_once(pool, shelf, 4)
+
+
+def test_a_claim_that_could_not_be_noted_on_a_full_store_is_noted_once_there_is_room(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(*machines(2, 8), hosts=HOSTS, faults=[at('http:/export', nth=1, runs_at=4 * MEBIBYTE),
+                                                        at('http:/export', nth=2, runs_at=MEBIBYTE)])
+    shelf = a_shelf()
+    lines = ALL + ('lock_wait=0',)
+    with started(pool, shelf, *lines, is_hurried=True) as (leader,):
+        assert leader.says('vm-export into')
+        (claim,) = round_files(shelf, '*.claim')
+        (other,) = [record['uuid'] for record in pool.dump()['VM'].values() if record['name_label'] in ('vm0', 'vm1')
+                    and record['uuid'] not in claim and not record['is_a_snapshot']]
+        program = in_trouble(pool, hurried=True, at=[other + '.1.claim'], do='ENOSPC', once=True)
+        helper = Process(['-', shelf.config(*lines)], pool.environment(2), program)
+        assert helper.says('could not note that it is begun')
+        runs = endings([leader, helper])
+    assert [run.exit_status for run in runs] == [0, 0] and runs[0].says('2 VMs backed up'), runs
+    assert each_once(pool, shelf, 2)
 
 
 def test_a_host_that_freezes_for_a_while_and_comes_back_in_time_is_waited_for(a_pool: Any, a_shelf: Any) -> None:

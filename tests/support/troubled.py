@@ -21,6 +21,7 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
     {"store": DIR, "apart": PATH, ...}                   what befalls that directory there is none: it differs from night to night
     {"at": [NAME, ...], "do": "EIO"}                     looking at or opening what bears one of these names fails so; or
                                                          it vanishes ("vanish"), takes a second ("sleep"), never ends ("hang")
+    {"at": [NAME, ...], "do": "ENOSPC", "once": true}    only the first opening
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
     {"hasty": true}                                      its patience with mail servers is a second
     {"clock": SECONDS}                                   its clock is so much ahead of the real one
@@ -182,12 +183,18 @@ def install(storage: Storage) -> None:
     builtins.open = troubled_open
 
 
-def befall(names: Sequence[str], deed: str) -> None:
+def befall(names: Sequence[str], deed: str, is_once: bool) -> None:
     """From now on this happens to whoever looks at or opens what bears one of these names: the error of that name; or
-    `vanish` (it is gone, with all that is in it), `sleep` (a second passes at each opening), `hang` (it never ends)."""
+    `vanish` (it is gone, with all that is in it), `sleep` (a second passes at each opening), `hang` (it never ends).
+    Or it happens at the first opening only."""
+    left = list(names)
+
     def on(call: Callable[..., Any], is_opening: bool) -> Callable[..., Any]:
         def troubled(path: Any, *arguments: Any, **options: Any) -> Any:
-            if isinstance(path, (str, bytes)) and os.path.basename(os.fsdecode(path)) in names:
+            if isinstance(path, (str, bytes)) and os.path.basename(os.fsdecode(path)) in left \
+                    and (is_opening or not is_once):
+                if is_once:
+                    left.remove(os.path.basename(os.fsdecode(path)))
                 if deed == 'vanish':
                     base = os.readlink('/proc/self/fd/%d' % options['dir_fd']) if options.get('dir_fd') is not None else ''
                     REAL_RUN(['rm', '-rf', os.path.join(base, os.fsdecode(path))], check=True)
@@ -253,7 +260,7 @@ def main() -> None:
     worker = (sys.executable, os.path.abspath(__file__), sys.argv[1], sys.argv[2], '--worker')
     program.module.worker_start = lambda: (worker, b'')
     if 'at' in trouble:
-        befall(trouble['at'], trouble['do'])
+        befall(trouble['at'], trouble['do'], trouble.get('once', False))
     if 'clock' in trouble:
         set_clock(program.module, trouble['clock'])
     if 'broken' in trouble:
