@@ -28,6 +28,9 @@ DEEDS = ('SIGKILL', 'SIGKILL', 'SIGTERM', 'SIGSTOP')
 LONGEST_S = 4.0             # of a round without trouble
 MOST_STEPS = 120            # of a process, in a round without trouble
 STAY_LIMIT_S = 90
+#: Of the sweep: hosts, workers of each, the host in trouble, and how many steps it has in a round of two VMs.
+SWEPT = ((2, 1, 1, 200), (2, 1, 2, 100), (1, 2, 1, 230))
+FROZEN_FOR_GOOD_S = 40.0    # longer than a round waits for a sign of life
 
 
 class Case(NamedTuple):
@@ -61,6 +64,14 @@ def case(seed: int) -> Case:
     troubles = [(chosen.uniform(0.1, LONGEST_S), chosen.randint(1, hosts), chosen.randint(0, workers - 1), chosen.choice(DEEDS),
                  chosen.uniform(0.5, 12)) for _ in range(chosen.randint(1, 3))]
     return Case(seed, hosts, workers, chosen.randint(2, 6), sorted(troubles), chosen.random() < 0.15, False)
+
+
+def sweep() -> List[Case]:
+    """Each step, swept: of a leader, of a host that has joined, of a leader and its worker at once; each killed there, or frozen
+    for a second or until the round has given it up."""
+    return [Case(step, hosts, workers, 2, [(step, host, 0, deed, frozen_s)], False, True)
+            for hosts, workers, host, steps in SWEPT for step in range(1, steps + 1)
+            for deed, frozen_s in (('SIGKILL', 0.0), ('SIGSTOP', 1.0 if step % 2 else FROZEN_FOR_GOOD_S))]
 
 
 def described(case: Case) -> Dict[str, Any]:
