@@ -10993,8 +10993,10 @@ class Worker:
         """The claim that the store had no room for is tried again: without it this worker passes for another
         run, which is busy with the VM."""
         with contextlib.suppress(StorageFull):
-            self.round.put(name, self._facts())
-            self._unnoted = ""
+            if not self.round.read(name):          # nor has another, who took this one for dead
+                self.round.put(name, self._facts())
+            if self._unnoted == name:              # and not that of the next VM by now
+                self._unnoted = ""
 
     def tend(self) -> None:
         """What others have done is looked at; only who leads does."""
@@ -11357,7 +11359,7 @@ class Leader(Worker):
         self._signs = {}                   # type: Dict[str, Tuple[Optional[int], float]]
         self._waiting = {}                 # type: Dict[Tuple[str, int], float]    # since when, in vain
         self._at_rest = None               # type: Optional[Mapping[str, Tuple[int, str]]]  # at the last look
-        self._had_slot_s = self._began_s   # when it last had one, or somebody had a VM in hand
+        self._vain_looks = 0               # since it had one, or somebody had a VM in hand
         self._before = set()               # type: Set[str]     # what a leader before has told
         self._is_unfit = False             # its own storage has misbehaved
         run.outcomes = [untried(one.job) for one in self.plan.jobs]
@@ -11518,14 +11520,13 @@ class Leader(Worker):
         is_at_rest, self._at_rest = states == self._at_rest, states
         for one in self.plan.jobs:
             number, word = states.get(one.key, (0, ""))
-            if word == CLAIM:
+            if word == CLAIM and self.run.in_store("looking for signs of life", functools.partial(
+                    self._check_sign, one, number, now_s)):
                 is_at_rest, self._waiting = False, {}
-                self.run.in_store("looking for signs of life", functools.partial(
-                    self._check_sign, one, number, now_s))
-        if self._has_slot or not is_at_rest:
-            self._had_slot_s = now_s
-        elif now_s - self._had_slot_s > self._services.patience_s + SILENCE_S:
-            self._had_slot_s = now_s
+        # looks are counted, and not seconds: how long a store kept this one says nothing of others
+        self._vain_looks = self._vain_looks + 1 if is_at_rest and not self._has_slot else 0
+        if self._vain_looks * IDLE_PAUSE_S > self._services.patience_s + SILENCE_S:
+            self._vain_looks = 0
             self._pass_over_slot()
         if is_at_rest:                     # nobody has a VM in hand, or has begun one since the last look
             self.run.in_store("looking who is busy", functools.partial(self._check_busy, states, now_s))
@@ -11543,28 +11544,33 @@ class Leader(Worker):
         self._silent.add(what + SILENT)    # also where it can't be written
         self.run.tidy("noting that it is silent", lambda: self.round.put(what + SILENT, {}))
 
-    def _check_sign(self, one: RoundJob, number: int, now_s: float) -> None:
-        """The VM is given up if its worker has given no sign of life for too long."""
+    def _check_sign(self, one: RoundJob, number: int, now_s: float) -> bool:
+        """Has the worker that claimed the VM given a sign of life lately? If not, and it is not known to be
+        dead, the VM is given up; one whose worker died waits for whoever can try it again."""
         facts = self.round.read(f"{one.key}.{number}.{CLAIM}")
-        sign = self.round.changed(sign_of(facts))
+        sign, host = self.round.changed(sign_of(facts)), told(facts, "host")
         place = f"{one.key}.{number}"
         if self._signs.get(place, (0, 0.0))[0] != sign or place not in self._signs:
             self._signs[place] = sign, now_s
-        if self.plan.is_time_up(self._services.clock.utc()):
-            with self._services.catalog.folder_lock(one.folder).held() as is_free:
-                if is_free and self._states().get(one.key) == (number, CLAIM):
-                    self._put(one, number, GIVEN_UP, untried(one.job)._replace(
-                        error=f"not backed up: the worker on {told(facts, 'host')} that had claimed it died, "
-                        f"and until={self._services.settings.until} came before another could try.",
-                        status_word="WORKER-FAIL"), [])
-                    return
-        limit_s = self._services.patience_s + SILENCE_S
-        if now_s - self._signs[place][1] > limit_s:
-            at = told(self.round.read(sign_of(facts)), "at") or told(facts, "at")
-            self._note_silent(one.key)
-            self._put(one, number, GIVEN_UP, untried(one.job)._replace(
-                error=f"no sign of life from {told(facts, 'host')} since {at}: it was left alone. Is that "
-                "host alive? Its copy may still come.", status_word="NO-SIGN-OF-LIFE"), [])
+        lives = now_s - self._signs[place][1] <= self._services.patience_s + SILENCE_S
+        is_late = self.plan.is_time_up(self._services.clock.utc())
+        if lives and not is_late:
+            return True
+        with self._services.catalog.folder_lock(one.folder).held() as is_free:
+            if self._states().get(one.key) != (number, CLAIM):
+                return True
+            if is_free and is_late:
+                self._put(one, number, GIVEN_UP, untried(one.job)._replace(
+                    error=f"not backed up: the worker on {host} that had claimed it died, and "
+                    f"until={self._services.settings.until} came before another could try.",
+                    status_word="WORKER-FAIL"), [])
+            elif not is_free and not lives:
+                at = told(self.round.read(sign_of(facts)), "at") or told(facts, "at")
+                self._note_silent(one.key)
+                self._put(one, number, GIVEN_UP, untried(one.job)._replace(
+                    error=f"no sign of life from {host} since {at}: it was left alone. Is that host alive? "
+                    "Its copy may still come.", status_word="NO-SIGN-OF-LIFE"), [])
+        return lives
 
     def _check_busy(self, states: Mapping[str, Tuple[int, str]], now_s: float) -> None:
         """What is left is given up if another run holds its directory for longer than lock_wait."""
@@ -11582,13 +11588,22 @@ class Leader(Worker):
             if place not in self._waiting:
                 services.log.info(f"{one.job.machine.title}: {one.folder} is in use by another run "
                                   f"({holder_text(text)}); waiting.")
-            if now_s - waiting[place] >= lock_wait * MINUTE_S \
-                    and self._states().get(one.key, (0, "")) == (number, word):
+            # claimed, too: a worker of this round that has only just taken the lock then does nothing more
+            if place in self._waiting and now_s - waiting[place] >= lock_wait * MINUTE_S \
+                    and self._states().get(one.key, (0, "")) == (number, word) \
+                    and self._may_claim(one.key, number + 1):
                 self._put(one, number + 1, GIVEN_UP, untried(one.job)._replace(
                     error=f"the directory {one.folder} is in use by another run ({holder_text(text)}) since "
                     f"before lock_wait={lock_wait} minutes. Nothing was done for this VM.",
                     status_word="LOCK-FAIL"), [])
         self._waiting = waiting
+
+    def _may_claim(self, key: str, number: int) -> bool:
+        """That try of the VM is claimed, by this worker, and by none before; a full store may note nothing."""
+        try:
+            return self.round.claim(key, number, self._facts())
+        except StorageFull:
+            return True
 
     # --- the story --------------------------------------------------------------------------
 

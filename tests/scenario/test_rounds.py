@@ -417,6 +417,40 @@ def test_a_claim_that_could_not_be_noted_on_a_full_store_is_noted_once_there_is_
     assert each_once(pool, shelf, 2)
 
 
+def test_a_vm_whose_worker_died_waits_for_its_own_host_however_long_that_is_busy(a_pool: Any, a_shelf: Any) -> None:
+    local = [vm(name, disks=[disk(size=20 * MEBIBYTE, used=20, seed=seed, sr='local xcp2')]) for seed, name in enumerate('abc')]
+    pool = a_pool(vm('here', disks=[disk(size=8 * MEBIBYTE, used=8, sr='local xcp1')]), *local, hosts=HOSTS, srs=SRS,
+                  faults=[at('http:/export', object=name, runs_at=MEBIBYTE) for name in ('a', 'b', 'here')])
+    shelf = a_shelf()
+    lines = ALL + ('workers=2', 'stall_timeout=1')
+    with started(pool, shelf, *lines, is_hurried=True) as (leader,):
+        assert leader.says('VMs of')
+        with started(pool, shelf, *lines, hosts=(2,), is_hurried=True) as (helper,):
+            assert eventually(lambda: is_exporting(shelf, 'a') and is_exporting(shelf, 'b'))
+            (victim,) = {owner(shelf, 'a', pool), owner(shelf, 'b', pool)}.intersection(workers_of(helper))
+            for pid in [victim] + children_of(victim):
+                os.kill(pid, signal.SIGKILL)
+            runs = endings([leader, helper])
+    assert runs[0].exit_status == 3 and runs[0].says('needed a second try') and runs[0].never_says('no sign of life'), runs
+    assert all(shelf.has(name, complete=1) for name in ('here', 'a', 'b', 'c')) and shelf.unfinished() == []
+    assert pool.has_no_snapshots_of_ours() and shelf.journals() == []
+
+
+def test_with_lock_wait_0_a_worker_of_the_round_is_not_taken_for_another_run(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(vm('far', disks=[disk(size=4 * MEBIBYTE, used=4, sr='local xcp2')]), hosts=HOSTS, srs=SRS)
+    shelf = a_shelf()
+    lines = ALL + ('lock_wait=0',)
+    with started(pool, shelf, *lines) as (leader,):
+        assert eventually(lambda: round_files(shelf, 'plan.json'))
+        (far,) = [record['uuid'] for record in pool.dump()['VM'].values() if record['name_label'] == 'far']
+        time.sleep(2)
+        slow = in_trouble(pool, at=[far + '.1.claim'], do='sleep')        # between its lock and its claim a second passes
+        helper = Process(['-', shelf.config(*lines)], pool.environment(2), slow)
+        runs = endings([leader, helper])
+    assert not runs[0].exit_status or runs[0].says('Nothing was done for this VM'), runs
+    assert shelf.has('far', complete=0 if runs[0].exit_status else 1) and len(exported(pool)) == (not runs[0].exit_status), runs
+
+
 def test_a_host_that_freezes_for_a_while_and_comes_back_in_time_is_waited_for(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(*machines(2, 8), hosts=HOSTS, faults=[at('http:/export', runs_at=4 * MEBIBYTE)])
     shelf = a_shelf()
