@@ -11588,7 +11588,7 @@ class Leader(Worker):
             if place not in self._waiting:
                 services.log.info(f"{one.job.machine.title}: {one.folder} is in use by another run "
                                   f"({holder_text(text)}); waiting.")
-            # claimed, too: a worker of this round that has only just taken the lock then does nothing more
+            # claimed, too: a worker of this round that has just taken the lock then does nothing more
             if place in self._waiting and now_s - waiting[place] >= lock_wait * MINUTE_S \
                     and self._states().get(one.key, (0, "")) == (number, word) \
                     and self._may_claim(one.key, number + 1):
@@ -11599,7 +11599,7 @@ class Leader(Worker):
         self._waiting = waiting
 
     def _may_claim(self, key: str, number: int) -> bool:
-        """That try of the VM is claimed, by this worker, and by none before; a full store may note nothing."""
+        """That try of the VM is claimed, by this worker, and was by none; a full store may note nothing."""
         try:
             return self.round.claim(key, number, self._facts())
         except StorageFull:
