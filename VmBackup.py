@@ -96,6 +96,7 @@ import io
 import itertools
 import json
 import marshal
+import math
 import queue
 import re
 import resource
@@ -657,6 +658,13 @@ def userdevice_number(userdevice: str) -> int:
     return number - 1
 
 
+def readable_place(path: str, whose: str) -> str:
+    """The name of a folder for what is that config's alone: its file's name, and what tells it from others.
+    """
+    digest = hashlib.sha256(whose.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return re.sub(r"[^A-Za-z0-9._-]", "_", path.rsplit("/", 1)[-1])[:80] + "-" + digest
+
+
 # --- names of what is being made in a pool ----------------------------------------
 
 TOKEN_MARK = "vmbackup-"       # a random token follows
@@ -685,7 +693,7 @@ def parse_object(content: bytes) -> Dict[str, Any]:
     def number(text: str) -> Any:
         if len(text) > 18:
             raise ValueError(f"it holds the number {text[:18]}..., which nothing can have")
-        return float(text) if re.search("[.eE]", text) else int(text)
+        return float(text) if "." in text or "e" in text.lower() else int(text)
 
     try:
         found = json.loads(content.decode("utf-8"), parse_int=number, parse_float=number,
@@ -835,6 +843,27 @@ OPTION_GROUPS = (
                "whatever the number of hosts.", minimum=1, maximum=1000),
         Option("until", "time", "", "Starts no VM from that time of day on; what was not reached is told, "
                "and comes first next time.", example="06:30"))),
+    ("Hooks", (
+        Option("before_run", "command", (), "Runs this program, with its arguments, on each host that "
+               "starts, before backup_dir is opened: it may mount it. If it fails, nothing is started.",
+               example="/root/mount-nas --wait 60"),
+        Option("before_vm", "command", (), "Runs this program just before each VM's snapshot. If it fails, "
+               "that VM is not backed up.", example="/root/freeze"),
+        Option("after_vm", "command", (), "Runs this program when a VM is done, whatever became of it.",
+               example="/root/copy-away"),
+        Option("after_run", "command", (), "Runs this program on each host when all is done and backup_dir "
+               "is closed: it may unmount it.", example="/root/unmount-nas"),
+        Option("hook_timeout", "int", 10, "Ends such a program after so many minutes; it has failed then.",
+               minimum=1, maximum=1440))),
+    ("Monitoring", (
+        Option("report_html", "path", "", "Writes a page that shows all nights, VMs and copies into this "
+               "file after each run.", example="/snapshots/backups.html"),
+        Option("metrics_file", "path", "", "Writes numbers for Prometheus into this file after each run: one "
+               "that ends in .prom in the directory that node_exporter's textfile collector reads.",
+               example="/var/lib/node_exporter/vmbackup.prom"),
+        Option("ping_url", "url", "", "Asks for this URL as a run ends well, with /start behind it as it "
+               "starts and /fail if it failed: healthchecks.io and the like miss a run that never comes.",
+               example="https://hc.example.org/ping/0f3c"))),
     ("Mail", (
         Option("mail_to", "addresses", (), "Mails a report of each run to these addresses, separated by "
                "commas.", example="admins@example.org"),
@@ -1109,6 +1138,20 @@ def parse_value(option: Option, text: str) -> Any:
         if re.fullmatch(r"([01]?[0-9]|2[0-3]):[0-5][0-9]", word):
             return word.rjust(5, "0")
         allowed = "a time of day, HH:MM"
+    elif option.kind == "command":
+        import shlex
+        try:
+            words = tuple(shlex.split(text))
+        except ValueError as error:
+            raise ValueError(f'"{one_line(text)}" is no command: {error}.')
+        if words:
+            return words
+        allowed = "a program and its arguments, quoted as in a shell"
+    elif option.kind == "url":
+        if re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+(/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?", text):
+            return text.rstrip("/")
+        raise ValueError("it can't be asked for, and is not shown here, as it may hold a secret; allowed: "
+                         "http(s)://HOST/PATH, with neither ? nor # behind it, as /fail comes there.")
     elif option.kind == "pool":
         return parse_pool_address(text)
     elif option.kind == "fingerprint":
@@ -1280,6 +1323,16 @@ ACTIONS = (
                "its tools; or so many minutes."))),
     Action("status", "Shows the round that is going on, on whatever hosts, or how the last one ended. Needs "
            "no pool, no password, no xe.", False, False, False, ()),
+    Action("history", "Shows the rounds of this config that are over, or what became of one VM in them. "
+           "Needs no pool, no password, no xe.", True, False, False, ()),
+    Action("check", "Tells Nagios, Icinga or check_mk in one line whether each VM has a good copy that is "
+           "new enough (exit status 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN). Needs no pool, no xe.",
+           False, False, False, (
+        Option("warn_age", "int", 30, "WARNING if the newest good copy of a VM is older than so many hours.",
+               minimum=1),
+        Option("crit_age", "int", 54, "CRITICAL if it is older than so many hours.", minimum=1))),
+    Action("report", "Writes the page of report_html anew, as all stands now. Needs no pool, no password, no "
+           "xe.", False, False, False, ()),
     Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
     Action("prune", "Applies retention without a backup and without a pool; with the word preview it only "
            "shows.", True, False, True, ()),
@@ -1391,7 +1444,8 @@ def option_values_text(option: Option) -> str:
             "percent": f"percent, {option.minimum} to {option.maximum}",
             "selector": "SELECTOR", "disk": f"SELECTOR/DEVICE or {NOBAK}", "path": "PATH",
             "pool": "ADDRESS", "fingerprint": "HEX",
-            "address": "USER@HOST", "addresses": "USER@HOST, ...", "text": "TEXT"}[option.kind]
+            "address": "USER@HOST", "addresses": "USER@HOST, ...", "text": "TEXT",
+            "command": "PROGRAM ARGUMENT ...", "url": "URL"}[option.kind]
 
 
 def option_default_text(option: Option) -> str:
@@ -2456,16 +2510,20 @@ class Log:
         self.is_for_program = False        # what is shown is for a program: stdout is kept for it
 
     def keep_secret(self, password: str) -> None:
-        """From now on the password is struck out of what a bug's traceback quotes; our own sentences never
-        hold it."""
+        """From now on the password is struck out of what a bug's traceback or a hook says; our own sentences
+        never hold it."""
         self._secret = password
+
+    def struck(self, text: str) -> str:
+        """The text without the password."""
+        return text.replace(self._secret, "***") if self._secret else text
 
     def bug(self, bug: BaseException, subject: str = "") -> None:
         """The unexpected exception that is being handled, with all that is known of it but the password."""
         import traceback
         text = (f"{subject}a bug in VmBackup: {bug}\n{traceback.format_exc()}VmBackup {VERSION}, "
                 f"Python {sys.version.split()[0]}")
-        self.error(text.replace(self._secret, "***") if self._secret else text)
+        self.error(self.struck(text))
 
     def info(self, sentence: str) -> None:
         """Something happened as it should."""
@@ -2745,25 +2803,33 @@ class Program:
     """
 
     def __init__(self, argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE,
-                 pass_fds: Sequence[int] = ()) -> None:
-        environment = dict(os.environ, LC_ALL="C")
+                 pass_fds: Sequence[int] = (), variables: Optional[Mapping[str, str]] = None,
+                 hear: Optional[Callable[[bytes], None]] = None) -> None:
+        """`variables` are added to its environment; all that it says, on stdout too, goes to `hear`, piece by
+        piece, in another thread."""
+        variables = {"LC_ALL": "C"} if variables is None else variables
+        self._hear, self._is_heard = hear or self._keep, hear is not None
         self.name = os.path.basename(argv[0])
         try:
+            environment = dict(os.environ, **{name: fs_path(value) for name, value in variables.items()})
             # a session of its own: ^C at a terminal must reach us, not the export
             self._process = subprocess.Popen([fs_path(item) for item in argv], stdin=stdin, stdout=stdout,
-                                             stderr=subprocess.PIPE, env=environment, pass_fds=pass_fds,
-                                             start_new_session=True)
+                                             stderr=subprocess.STDOUT if hear else subprocess.PIPE,
+                                             env=environment, pass_fds=pass_fds, start_new_session=True)
         except (OSError, ValueError) as error:
             raise ProgramError(f"{fs_text(argv[0])} could not be started: {os_reason(error)}.")
         self._said = bytearray()
-        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
 
-    def _read_stderr(self) -> None:
-        with self._process.stderr as pipe:
+    def _listen(self) -> None:
+        with self._process.stderr or self._process.stdout as pipe:
             for piece in iter(lambda: pipe.read1(KIBIBYTE), b""):
-                self._said += piece
-                del self._said[:-STDERR_KEPT_BYTES]
+                self._hear(piece)
+
+    def _keep(self, piece: bytes) -> None:
+        self._said += piece
+        del self._said[:-STDERR_KEPT_BYTES]
 
     def tell(self, content: bytes) -> None:
         """It is given this to read, at its own pace: nobody waits for one that freezes before it has."""
@@ -2795,7 +2861,7 @@ class Program:
             status = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
-        self._reader.join(5)
+        self._reader.join(0.5 if self._is_heard else 5)        # who went on in the background may never end
         return status
 
     @property
@@ -2803,10 +2869,18 @@ class Program:
         """What it has said on stderr, without the last newline."""
         return bytes(self._said).decode("utf-8", "replace").strip()
 
-    def kill(self) -> None:
-        """It is dead, and reaped if the kernel lets it be."""
+    def end(self) -> None:
+        """It and what else is in its session was asked to end, and had some seconds for that."""
         if self._process.poll() is None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):      # it has just ended by itself
+                os.killpg(self._process.pid, signal.SIGTERM)
+            self.wait(HOOK_ENDING_S)
+
+    def kill(self) -> None:
+        """It is dead, and reaped if the kernel lets it be; what else is in its session goes with it."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self.wait(10)
 
     def __enter__(self) -> "Program":
@@ -2815,9 +2889,78 @@ class Program:
     def __exit__(self, *_: Any) -> None:
         self.kill()
         for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
+            if pipe is not None and not (self._is_heard and pipe is self._process.stdout):
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
+
+
+class Hook(NamedTuple):
+    """A program of the administrator's that runs at a point of a run: the name of its config key, its words,
+    for how long at most, and where what it says goes, line by line."""
+    name: str
+    words: Tuple[str, ...]
+    limit_s: float
+    log: Log
+
+    def run(self, signals: Signals, subject: str, facts: Mapping[str, Any]) -> None:
+        """It has done its work; ProgramError if not. It has the facts in its environment, as VMBACKUP_NAME,
+        and as JSON on stdin; what it leaves in the background is left alone. A signal ends it; where signals
+        wait, it gets half a minute more."""
+        variables = {"VMBACKUP_" + name.upper(): str(value) for name, value in facts.items()
+                     if isinstance(value, (str, int, float))}
+        lines = _Lines(self.log, f"{subject}: {self.name}: " if subject else self.name + ": ")
+        began_s, limit_s = time.monotonic(), self.limit_s
+        with Program(self.words, stdin=subprocess.PIPE, variables=dict(variables, VMBACKUP_HOOK=self.name),
+                     hear=lines.hear) as program:
+            program.tell((json.dumps(dict(facts, hook=self.name), indent=1, sort_keys=True) + "\n").encode())
+            program.close_stdin()
+            status, hurry_s = None, math.inf       # type: Optional[int], float
+            try:
+                while status is None and time.monotonic() - began_s < min(limit_s, hurry_s):
+                    status = program.wait(0.2)
+                    signals.check()
+                    if signals.is_hurried():
+                        hurry_s = min(hurry_s, time.monotonic() - began_s + WAY_OUT_S)
+            finally:
+                program.end()
+        lines.end()
+        if status is None:
+            raise ProgramError(f"{self.name}: {program.name} did not end within " + (
+                f"{format_duration(limit_s)} (hook_timeout)" if hurry_s >= limit_s else
+                f"{format_duration(WAY_OUT_S)} of a signal") + ", and was killed.")
+        if status != 0:
+            raise ProgramError(f"{self.name}: {ending_text(program.name, status)}.")
+
+
+HOOK_ENDING_S = 5                      # for a hook that was told to end
+
+
+class _Lines:
+    """Output of a hook as lines of the log: struck, not too long and not too many."""
+    MOST, LONGEST = 200, 1000
+
+    def __init__(self, log: Log, prefix: str) -> None:
+        self._log, self._prefix, self._rest, self._count = log, prefix, b"", 0
+
+    def hear(self, piece: bytes) -> None:
+        """More of it."""
+        *lines, rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            self._tell(line)
+        self._rest = rest[:self.LONGEST]
+
+    def end(self) -> None:
+        """That was all."""
+        if self._rest:
+            self._tell(self._rest)
+        if self._count > self.MOST:
+            self._log.info(f"{self._prefix}{self._count - self.MOST} lines more are not shown.")
+
+    def _tell(self, line: bytes) -> None:
+        self._count += 1
+        if self._count <= self.MOST:
+            self._log.info(self._prefix + one_line(self._log.struck(
+                line[:self.LONGEST].decode("utf-8", "replace"))))
 
 
 class XeProgram(NamedTuple):
@@ -3083,23 +3226,30 @@ class Directory:
             file.seek(max(0, os.fstat(file.fileno()).st_size - most) if at_end else 0)
             return file.read(most)
 
-    def write(self, name: str, content: bytes) -> None:
-        """A new file with that content, on disk when this returns."""
+    def write(self, name: str, content: bytes, is_for_all: bool = False) -> None:
+        """A new file with that content, on disk when this returns; everybody may read it if it is for all."""
         fd = self.create(name)
         try:
             with self._deed("writing", name):
+                if is_for_all:
+                    os.fchmod(fd, 0o644)
                 write_all(fd, content)
                 os.fsync(fd)
         finally:
             os.close(fd)
 
-    def put(self, name: str, content: bytes) -> None:
+    def put(self, name: str, content: bytes, is_for_all: bool = False) -> None:
         """The file has that content, on disk; who reads meanwhile sees the old one or the new one, whole."""
         temporary = f"{name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}"
         self.remove_file(temporary)
-        self.write(temporary, content)
-        with self._deed("writing", name) as path:
-            os.replace(fs_path(temporary), path, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        try:
+            self.write(temporary, content, is_for_all)
+            with self._deed("writing", name) as path:
+                os.replace(fs_path(temporary), path, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except CatalogError:
+            with contextlib.suppress(CatalogError):
+                self.remove_file(temporary)
+            raise
         self.sync()
 
     def rename(self, old: str, new: str) -> None:
@@ -3286,6 +3436,14 @@ def free_space(fd: int, shown: str) -> Optional[int]:
     with storage_errors(f"asking for the free space of {shown}"):
         status = os.fstatvfs(fd)
     return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+
+def close_on(device: int) -> None:
+    """No descriptor of this process leads to a file on that device, but for stdin, stdout and stderr."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):             # that of the listing itself is closed already
+            if int(name) > 2 and os.fstat(int(name)).st_dev == device:
+                os.close(int(name))
 
 
 class NewFile:
@@ -4352,6 +4510,38 @@ def read_smtp_password(path: str) -> str:
         if hidden.isprintable() and hidden:
             return hidden
     return plain
+
+
+# --- pings -----------------------------------------------------------------------------
+
+PING_TRIES = 2
+PING_LIMIT_S = 10
+
+
+def ping(url: str) -> None:
+    """The URL was asked for; BackupError with the reason if that brought no good answer in two tries, 20
+    seconds in all at most. Proxies are those of the environment."""
+    import http.client
+    import urllib.error
+    import urllib.request
+    problem = ""
+    for _ in range(PING_TRIES):
+        try:
+            within(PING_LIMIT_S, "", lambda: urllib.request.urlopen(url, timeout=PING_LIMIT_S).close())
+            return
+        except StorageStalled:
+            problem = f"no answer within {PING_LIMIT_S} s"
+        except urllib.error.HTTPError as error:        # all that it says may repeat what it was asked
+            error.close()
+            problem = f"HTTP status {error.code}"
+        except urllib.error.URLError as error:
+            problem = one_line(str(error.reason))
+        except OSError as error:
+            problem = os_reason(error)
+        except (ValueError, http.client.HTTPException) as error:
+            problem = type(error).__name__
+    place = url.partition("://")[2].partition("/")[0].rpartition("@")[2]       # the rest may be a secret
+    raise BackupError(f"{one_line(place)} was asked in vain: {problem}. Nothing else depends on it.")
 
 
 # =============================================================================
@@ -6611,9 +6801,20 @@ class Catalog:
             return os.access(fs_path(self.path), os.W_OK | os.X_OK) and \
                 not os.fstatvfs(self.root.fd).f_flag & os.ST_RDONLY
 
+    def close_all(self) -> None:
+        """Nothing of this process is open there any more, so that it can be unmounted; all locks are given
+        back by that. Only for a process that does nothing more in it."""
+        close_on(self._device)
+
     def free_bytes(self) -> Optional[int]:
         """Space that we may still use, in bytes; None where the file system tells no size."""
         return free_space(self.root.fd, self.path)
+
+    def whole_bytes(self) -> Optional[int]:
+        """How large the file system is, in bytes; None where it tells no size."""
+        with storage_errors(f"asking for the size of {self.path}"):
+            status = os.fstatvfs(self.root.fd)
+        return status.f_blocks * status.f_frsize or None
 
     # --- state: locks and journals -------------------------------------------------
 
@@ -6695,6 +6896,26 @@ class Catalog:
                             break
             return False
         return True
+
+    def is_sealed(self, folder_name: str, name: str) -> bool:
+        """Is there a copy of that name, with the marker of its success?"""
+        with contextlib.suppress(NotThere, WrongKind), self.root.child(folder_name) as folder, \
+                folder.child(name) as inside:
+            return inside.status(SUCCESS) is not None
+        return False
+
+    def condemned(self, since_s: float) -> Set[str]:
+        """The directories with a copy that a check has found bad since then, in seconds since 1970."""
+        found, folder = set(), self.state_if_there(VERDICT_FOLDER)     # type: Set[str], Optional[Directory]
+        for name in folder.names() if folder is not None else ():
+            status = folder.status(name)
+            if status is not None and status.st_mtime >= since_s:
+                with contextlib.suppress(NotThere, WrongKind, ValueError):
+                    facts = parse_object(folder.read(name, MEBIBYTE))
+                    if {facts.get("verdict"), facts.get("drill"), facts.get("audit")}.intersection(
+                            (DAMAGED, NOT_RESTORABLE, SUSPECT)):
+                        found.add(told(facts, "folder"))
+        return found
 
     def open_copy(self, copy: Copy) -> Directory:
         """The copy's directory; NotThere if it is gone."""
@@ -9644,11 +9865,9 @@ class Round:
     @staticmethod
     def place(catalog: Catalog, settings: Configuration, pool: str) -> Directory:
         """Where the rounds of that config lie."""
-        digest = hashlib.sha256("/".join((pool, settings.decisions, settings.path)).encode(
-            "utf-8", "surrogatepass")).hexdigest()[:16]
-        readable = re.sub(r"[^A-Za-z0-9._-]", "_", settings.path.rsplit("/", 1)[-1])[:80]
         with catalog.state(ROUND_FOLDER) as rounds:
-            return rounds.child_made_if_missing(f"{readable}-{digest}")
+            return rounds.child_made_if_missing(readable_place(
+                settings.path, "/".join((pool, settings.decisions, settings.path))))
 
     @classmethod
     def begin(cls, place: Directory, plan: RoundPlan) -> "Round":
@@ -10041,6 +10260,12 @@ class Run:
         self.dump_error = None             # type: Optional[str]
         self.ended_by = None               # type: Optional[BaseException]
         self.before = ""                   # what became of the last round, if that has to be told
+        self.status = None                 # type: Optional[int]       # what a monitor is told
+        self.is_hooked = False             # before_run was begun, so that after_run is due
+        self.catalog = None                # type: Optional[Catalog]   # the store that it has opened
+        self.part = ""                     # of a backup in its round: LEAD, JOIN or LEAVE; "" if it has none
+        self.round = ""                    # the id of the round that it leads
+        self.unselected = ()               # type: Tuple[str, ...]     # VMs of the pool, by title
         self.store_problem = ""            # once the store misbehaved, nothing is pruned
         self.storage_hangs = False         # then nothing of it is waited for any more
 
@@ -10112,6 +10337,17 @@ class Run:
         last seconds."""
         if self.services.pool.times_shaken:
             self.snapshots.look_again()
+
+    def hook(self, name: str, facts: Mapping[str, Any], subject: str = "") -> None:
+        """The administrator's program of that config key, if there is one, has done its work; ProgramError if
+        not."""
+        services, settings = self.services, self.services.settings
+        words = getattr(settings, name)
+        if not words:
+            return
+        host = self.inventory.host.short_name if self.inventory is not None else this_host_name()
+        Hook(name, words, settings.hook_timeout * MINUTE_S, services.log).run(services.signals, subject, dict(
+            facts, config=settings.source, backup_dir=settings.backup_dir, host=host))
 
     def check_alive(self) -> None:
         """Raises TakenOver if another run took us for dead: then nothing more may be sealed, deleted or
@@ -11363,7 +11599,7 @@ class Leader(Worker):
         self._before = set()               # type: Set[str]     # what a leader before has told
         self._is_unfit = False             # its own storage has misbehaved
         run.outcomes = [untried(one.job) for one in self.plan.jobs]
-        run.missing = self.plan.missing
+        run.missing, run.round = self.plan.missing, self.plan.id
         if self.plan.dumps:
             run.dump_error = "not dumped, as the run ended before it was done."
 
@@ -11611,6 +11847,7 @@ class Leader(Worker):
         """What has to be cleared up and told before the first VM; the findings are those of the round's plan.
         """
         tell, settings, services = self.run.tell, self._services.settings, self._services
+        self.run.unselected = tuple(machine.title for machine in plan.unselected)
         services.log.info(f"VmBackup {VERSION}: {counted(len(self.plan.jobs), 'VM')} of {settings.source} in "
                           f"pool {self.run.inventory.pool_title}; host {self._host.short_name}.")
         if self.run.before:
@@ -11872,9 +12109,36 @@ class BackupJob:
         self._findings = []                # type: List[Finding]
         self._said = ""                    # what the copy is in its chain
         self._lie = ""                     # what its audit has found of those before, in sentences
+        self._sealed = ""                  # the path of the copy that was made
+        self._is_hooked = False            # before_vm has begun
 
     def outcome(self) -> Outcome:
-        """What became of it; if it failed, nothing of it is left."""
+        """What became of it, once after_vm has run, too; if it failed, nothing of it is left."""
+        try:
+            outcome = self._outcome()
+        except Interrupted:
+            if self._is_hooked:            # what before_vm has stopped has to go on
+                with self._services.signals.shielded(), contextlib.suppress(ProgramError):
+                    self._hook("after_vm", outcome="STOPPED", error="stopped by a signal", copy="",
+                               size_bytes=0, seconds=0)
+            raise
+        try:
+            with self._services.signals.shielded():        # a copy is sealed, whatever comes now
+                self._hook("after_vm", outcome=outcome.status_word, error=(outcome.error or "")[:1000],
+                           copy=self._sealed, size_bytes=outcome.size_bytes,
+                           seconds=round(outcome.seconds, 3))
+        except ProgramError as error:
+            outcome = outcome._replace(findings=outcome.findings + (Finding(
+                Severity.WARNING, self._job.machine.title, str(error)),))
+        return outcome
+
+    def _hook(self, name: str, **facts: Any) -> None:
+        machine = self._job.machine
+        self._is_hooked |= name == "before_vm"
+        self._run.hook(name, dict(facts, vm_name=machine.name, vm_uuid=machine.uuid,
+                                  kind=self._job.method.value), machine.title)
+
+    def _outcome(self) -> Outcome:
         began_s, outcome = self._services.clock.monotonic(), untried(self._job)
         try:
             outcome = self._done()
@@ -11918,6 +12182,7 @@ class BackupJob:
                 self._services.log.info(f"{job.machine.title}: {error} It is made again, as a full.")
                 self._backup.read_against.discard(job.machine.uuid)
                 sealed, size_bytes = self._make_copy(folder, str(error).rstrip("."))
+            self._sealed = f"{self._services.catalog.path}/{folder.name}/{sealed}"
             outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes,
                                             said=self._said)
             lie = self._lie
@@ -12152,6 +12417,11 @@ class BackupJob:
         with stage("SNAPSHOT-FAIL"):
             touched = machine.disks if method is Method.VM and not knows_ignored else disks
             check_sr_space(self._services, touched, f"no snapshot of {machine.title} was made")
+            with stage("HOOK-FAIL"):
+                try:
+                    self._hook("before_vm")
+                except ProgramError as error:
+                    raise ProgramError(f"no snapshot of {machine.title} was made: {error}")
             if method is Method.VM:
                 label = f"{machine.name} (backup {parse_copy_name(copy.name)[0]:%Y-%m-%d %H:%M:%S})"
                 snapshot = self._with_room(touched, lambda: held.enter_context(
@@ -12738,8 +13008,8 @@ def prepared(run: Run) -> Services:
     """The services with the store, once the programs that the config asks for are found; UsageError if one of
     them can't be had."""
     settings, log = run.services.settings, run.services.log
-    services = run.services._replace(
-        catalog=run.in_store("opening the store", lambda: open_catalog(settings, log)))
+    run.catalog = run.in_store("opening the store", lambda: open_catalog(settings, log))
+    services = run.services._replace(catalog=run.catalog)
     if settings.compress != "none":
         find_compressor(settings)
     find_xe(settings)
@@ -12758,9 +13028,9 @@ def read_and_plan(services: Services, identity: Inventory) -> Tuple[Inventory, P
     return inventory, plan
 
 
-def new_round_id(services: Services, host: Host) -> str:
+def round_id(began_at: datetime, host: str) -> str:
     """What no other round is called; by these, the rounds of a config are in order of time."""
-    return f"{services.clock.utc():%Y%m%dT%H%M%SZ}-{safe_name(host.short_name)}-{os.getpid()}-{random_hex(3)}"
+    return f"{began_at:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{random_hex(3)}"
 
 
 def next_time(text: str, now: datetime) -> str:
@@ -14969,11 +15239,13 @@ MAIL_NAME_MOST = 40                # characters of a VM's name in a subject
 
 
 class StoreFacts(NamedTuple):
-    """What a mail tells about the store. `problem` says why the copies are not known, "" if they are."""
+    """What is told about the store as a run has ended. `problem` says why the copies are not known, "" if
+    they are."""
     path: str
     now: datetime
     vms: Tuple[StoredVm, ...] = ()
     free_bytes: Optional[int] = None
+    size_bytes: Optional[int] = None
     problem: str = ""
 
 
@@ -15187,58 +15459,808 @@ def make_mailer(services: Services, catalog: Optional[Catalog]) -> Mailer:
     return Mailer(services, outbox)
 
 
-def mailed(run: Run, report: Report) -> Report:
+def mailed(run: Run, services: Services, report: Report, store: StoreFacts) -> Report:
     """The report, which went out by mail if that was wanted; with a warning more if that, or a mail of an
     earlier run, could not be sent."""
-    services, settings = run.services, run.services.settings
+    settings = services.settings
     if not settings.mail_to or settings.mail_when == "never":
         return report
-    if services.catalog is None and not run.storage_hangs:
-        # no store is what such a mail is often about
-        with contextlib.suppress(CatalogError):
-            services = services._replace(catalog=within(
-                OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(settings.backup_dir)))
     mailer = make_mailer(services, None if run.storage_hangs else services.catalog)
     if settings.mail_when == "problems" and report.word == "SUCCESS" and not report.before:
         is_sent = mailer.send_kept()
     else:
-        facts = store_facts(services, report, run.storage_hangs)
-        is_sent = mailer.send(mail_subject(report), mail_body(report, facts))
+        is_sent = mailer.send(mail_subject(report), mail_body(report, store))
     return report if is_sent else report._replace(findings=report.findings + (
         Finding(Severity.WARNING, "mail", "it was not sent."),))
 
 
 def store_facts(services: Services, report: Report, storage_hangs: bool) -> StoreFacts:
-    """What the mail tells about the store after a backup; a store in trouble costs no mail."""
+    """What is told about the store after a backup; a store in trouble costs no mail."""
     facts = StoreFacts(services.settings.backup_dir, services.clock.local())
     if report.wording is not BACKUP_WORDING or not report.pool:
         return facts
     if storage_hangs:
         return facts._replace(problem="the backup storage hangs.")
     try:
-        return within(STORE_FACTS_LIMIT_S, "listing the store", lambda: facts._replace(
-            free_bytes=services.catalog.free_bytes(), vms=tuple(list_store(services.catalog).vms)))
+        return within(STORE_FACTS_LIMIT_S, "listing the store", lambda: store_of(services),
+                      services.signals.is_hurried)
     except BackupError as error:
         return facts._replace(problem=str(error))
 
 
+def store_of(services: Services) -> StoreFacts:
+    """What is told about the store, as it stands."""
+    catalog = services.catalog
+    return StoreFacts(services.settings.backup_dir, services.clock.local(), tuple(list_store(catalog).vms),
+                      catalog.free_bytes(), catalog.whole_bytes())
+
+
+# --- history: the reports of rounds that are over, and what the store then held ----------------
+
+HISTORY_FOLDER = "history"
+HISTORY_DAYS = 400
+HISTORY_NAME = re.compile(r"[0-9]{8}T[0-9]{6}Z-.*\.json")
+UUIDS = re.compile(rb'"(?:pool_)?uuid": "[^"]*"')      # in such a file: of the pool and its VMs
+MOST_HISTORY_BYTES = 16 * MEBIBYTE     # of one round: 500 VMs take half a MiB
+WATCHED_DAYS = 7                       # a VM that no round had for so long is not watched any more
+
+
+class Held(NamedTuple):
+    """What the store held of a VM as a round ended: how many good copies, and of the newest its directory
+    and name, when it was taken (UTC, "" if there is none), its size in bytes, what a verdict on it belongs
+    to, and the copies that hold blocks of it; which copies are not good (`FOLDER/NAME`); and when a copy was
+    last verified and drilled."""
+    uuid: str
+    good: int = 0
+    folder: str = ""
+    newest: str = ""
+    newest_at: str = ""
+    size_bytes: int = 0
+    mark: str = ""
+    rests_on: Tuple[str, ...] = ()
+    bad: Tuple[str, ...] = ()
+    verified_at: str = ""
+    drilled_at: str = ""
+
+
+def utc_of(copy: Copy) -> datetime:
+    """When the copy was taken, as well as that is known: its name tells local time."""
+    return copy.written_at or copy.taken_at.astimezone(timezone.utc)
+
+
+def held_of(uuid: str, copies: Iterable[Copy]) -> Held:
+    """What these copies of the VM with that uuid come to."""
+    own = [copy for copy in copies if not copy.aside]
+    good = sorted((copy for copy in own if copy.is_good), key=utc_of)
+    found = Held(uuid, bad=tuple(f"{copy.folder}/{copy.name}" for copy in own if not copy.is_good),
+                 verified_at=max((copy.checked("verified_at") or "" for copy in own), default=""),
+                 drilled_at=max((copy.checked("drilled_at") or "" for copy in own), default=""))
+    if not good:
+        return found
+    last = good[-1]
+    return found._replace(
+        good=len(good), folder=last.folder, newest=last.name, newest_at=format_utc(utc_of(last)),
+        size_bytes=last.size_bytes, mark=last.mark,
+        rests_on=tuple(sorted(last.layer.held_by)) if last.layer else ())
+
+
+class Past(NamedTuple):
+    """A round that is over, as history tells it: its report; the pool's uuid; the VMs of the pool that no
+    config line selects or excludes; and, as it ended, what the store held of its VMs, its free space and its
+    size in bytes, None where that could not be told."""
+    report: Report
+    pool_uuid: str
+    unselected: Tuple[str, ...] = ()
+    held: Tuple[Held, ...] = ()
+    free_bytes: Optional[int] = None
+    size_bytes: Optional[int] = None
+
+
+def past_facts(past: Past) -> Dict[str, Any]:
+    """What the file of that round holds."""
+    report = past.report
+    facts = dict(report._asdict(), began_at=format_utc(report.began_at), ended_at=format_utc(report.ended_at),
+                 outcomes=[outcome_facts(outcome) for outcome in report.outcomes],
+                 findings=[[finding.severity.name, finding.subject, finding.sentence]
+                           for finding in report.findings],
+                 ended_by=None if report.ended_by is None else reason_text(report.ended_by))
+    del facts["wording"]
+    return dict(facts, word=report.word, exit=report.exit_status, pool_uuid=past.pool_uuid,
+                unselected=past.unselected, held=[one._asdict() for one in past.held],
+                free_bytes=past.free_bytes, size_bytes=past.size_bytes)
+
+
+TEXT, NUMBER = (str, type(None)), (int, type(None))
+PAST_SHAPE = {
+    "began_at": str, "ended_at": str, "ended_by": TEXT, "host": str, "source": str, "pool": str,
+    "pool_uuid": str, "before": str, "signal": int, "missing": [str], "unselected": [str], "dump_error": TEXT,
+    "findings": [[str]], "free_bytes": NUMBER, "size_bytes": NUMBER,
+    "outcomes": [{"what": str, "uuid": str, "name": str, "title": str, "error": TEXT, "status_word": str,
+                  "said": str, "size_bytes": int, "seconds": (int, float), "kept": int, "cause": str,
+                  "findings": [[str]]}],
+    "held": [{"uuid": str, "good": int, "folder": str, "newest": str, "newest_at": str, "size_bytes": int,
+              "mark": str, "rests_on": [str], "bad": [str], "verified_at": str, "drilled_at": str}]}
+MOST_SECONDS = 1e9
+
+
+def past_of(facts: Dict[str, Any]) -> Past:
+    """The round that such a file tells of; ValueError if it holds none."""
+    check_shape(facts, PAST_SHAPE)
+    try:
+        ended_by = None if facts["ended_by"] is None else BackupError(facts["ended_by"])
+        report = Report(**dict(
+            {field: facts[field] for field in Report._fields if field != "wording"}, wording=BACKUP_WORDING,
+            began_at=parse_utc(facts["began_at"]), ended_at=parse_utc(facts["ended_at"]),
+            outcomes=tuple(map(outcome_of, facts["outcomes"])), missing=tuple(facts["missing"]),
+            findings=tuple(Finding(Severity[severity], subject, sentence)
+                           for severity, subject, sentence in facts["findings"]), ended_by=ended_by))
+    except KeyError as error:
+        raise ValueError(f"it tells of no round ({error})")
+    held = tuple(Held(**{field: tuple(one[field]) if isinstance(one[field], list) else one[field]
+                         for field in Held._fields}) for one in facts["held"])
+    times = [report.began_at, report.ended_at] + [
+        parse_utc(at) for one in held for at in (one.newest_at, one.verified_at, one.drilled_at) if at]
+    if not all(2000 <= at.year < 9000 for at in times) or not all(
+            0 <= outcome.seconds < MOST_SECONDS for outcome in report.outcomes):
+        raise ValueError("it tells of times that can't be")
+    return Past(report, facts["pool_uuid"], tuple(facts["unselected"]), held, facts["free_bytes"],
+                facts["size_bytes"])
+
+
+class History:
+    """What became of the rounds of a config, whatever its settings and pool were: a small file for each."""
+
+    def __init__(self, catalog: Catalog, path: str) -> None:
+        self._catalog = catalog
+        self._place = readable_place(path, path)
+
+    def add(self, name: str, past: Past) -> None:
+        """The round of that id is told; files of rounds that began over 400 days before are gone. A clock
+        that is ahead for a night costs none: the round before it must be as late, too."""
+        text = json.dumps(past_facts(past), indent=1, sort_keys=True) + "\n"
+        with self._catalog.state(HISTORY_FOLDER) as every, every.child_made_if_missing(self._place) as folder:
+            earlier = self._names(folder)
+            folder.put(name + ".json", text.encode("ascii"))
+            oldest = min([past.report.began_at] + [_stamp_of(one) for one in earlier[-1:]]) - timedelta(
+                days=HISTORY_DAYS)
+            for one in earlier:
+                if _stamp_of(one) < oldest:
+                    with contextlib.suppress(WrongKind):       # a directory of that name
+                        folder.remove_file(one)
+
+    def rounds(self, now: datetime, days: int = HISTORY_DAYS,
+               is_brief: bool = False) -> Tuple[List[Past], List[str]]:
+        """The last round and those that began in so many days before it, oldest first; and what can't be used
+        of them, in sentences. If brief, those are left out of which a later one had all VMs."""
+        found, problems, seen = [], [], set()      # type: List[Past], List[str], Set[bytes]
+        with contextlib.suppress(NotThere), contextlib.ExitStack() as stack:
+            every = self._catalog.state_if_there(HISTORY_FOLDER)
+            folder = every and stack.enter_context(stack.enter_context(every).child(self._place))
+            for name in reversed(self._names(folder) if folder else []):
+                if found and found[0].report.began_at - _stamp_of(name) > timedelta(days=days):
+                    break
+                try:
+                    content = folder.read(name, MOST_HISTORY_BYTES)
+                    if is_brief and found and seen.issuperset(UUIDS.findall(content)):
+                        continue
+                    past = past_of(parse_object(content))
+                    if past.report.began_at > now + timedelta(days=1):
+                        raise ValueError("it is of a time that is yet to come")
+                except (ValueError, CatalogError) as error:
+                    problems.append(f"{folder.shown}/{name} can't be used, and is left out: {error}.")
+                    continue
+                found.append(past)
+                seen.update(UUIDS.findall(content))
+        return found[::-1], problems[::-1]
+
+    @staticmethod
+    def _names(folder: Directory) -> List[str]:
+        """Those of a time that can be, oldest first."""
+        found = []                         # type: List[str]
+        for name in filter(HISTORY_NAME.fullmatch, folder.names()):
+            with contextlib.suppress(ValueError):
+                _stamp_of(name)
+                found.append(name)
+        return found
+
+
+def _stamp_of(name: str) -> datetime:
+    """When the round of that file began; ValueError if its name tells no time."""
+    return datetime.strptime(name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
+
+
+def of_pool(rounds: Sequence[Past], pool: str) -> List[Past]:
+    """Those of that pool: two pools may have one config path."""
+    return [past for past in rounds if past.pool_uuid == pool]
+
+
+def past_of_run(run: Run, report: Report, store: StoreFacts) -> Past:
+    """The round that the run has led, for the history."""
+    pool = run.inventory.pool_uuid
+    copies = {outcome.uuid: [] for outcome in report.outcomes}     # type: Dict[str, List[Copy]]
+    for stored in store.vms:
+        if stored.uuid in copies and stored.pool in ("", pool):
+            copies[stored.uuid] += stored.copies
+    held = tuple(held_of(uuid, found) for uuid, found in copies.items()) if not store.problem else ()
+    return Past(report, pool, run.unselected, held, store.free_bytes, store.size_bytes)
+
+
+def history_text(rounds: Sequence[Past], vm: str) -> str:
+    """A line for each round, oldest first, and one for each thing that was not done; of a VM, by name or
+    uuid, only what became of it."""
+    lines = []                             # type: List[str]
+    for report in (past.report for past in rounds):
+        at = format_local(report.began_at)
+        if not vm:
+            lines.append(f"{at}  {report.word:7}  {report.successes} of "
+                         f"{counted(len(report.outcomes) + len(report.missing), 'VM')}, "
+                         f"{format_size(report.size_bytes)} in {report.duration}, by {report.host}")
+            lines += [f"    {outcome.title}: {one_line(outcome.error)}" for outcome in report.failed]
+            lines += [f"    {quote_name(name)} is not in the pool" for name in report.missing]
+            if report.dump_error:
+                lines.append(f"    the pool database was not dumped: {one_line(report.dump_error)}")
+            if report.ended_by is not None:
+                lines.append(f"    it ended early: {one_line(reason_text(report.ended_by))}")
+            continue
+        for outcome in report.outcomes:
+            if vm in (outcome.name, outcome.uuid, "uuid:" + outcome.uuid):
+                lines.append(f"{at}  {outcome.title}  " + (
+                    f"NOT BACKED UP: {one_line(outcome.error)}" if outcome.error is not None else
+                    f"{outcome.what}, {format_size(outcome.size_bytes)} in {format_duration(outcome.seconds)}"
+                    + (f"; {one_line(outcome.said)}" if outcome.said else "")))
+    return "\n".join(lines)
+
+
+# --- numbers, for monitors ---------------------------------------------------------------
+
+METRICS_DAYS = 35                      # a VM that fails keeps the figures of its last backup for so long
+MONITOR_LIMIT_S = 20                   # for a file or directory of a monitor's
+
+
+class Watched(NamedTuple):
+    """A VM that the last round had, or one of the 7 nights before: what became of it last, what of its last
+    backup that was good, None if there was none lately, and what the store held of it then."""
+    last: Outcome
+    last_good: Optional[Outcome]
+    held: Held
+    pool: str
+
+
+def watched(rounds: Sequence[Past]) -> List[Watched]:
+    """The VMs of these rounds, which are oldest first, by name."""
+    found = {}                             # type: Dict[str, Watched]
+    lasting = set()                        # type: Set[str]
+    for past in rounds:
+        is_near = rounds[-1].report.began_at - past.report.began_at <= timedelta(days=WATCHED_DAYS)
+        for outcome in past.report.outcomes:
+            before = found.get(outcome.uuid, Watched(outcome, None, Held(outcome.uuid), past.pool_uuid))
+            found[outcome.uuid] = before._replace(
+                last=outcome, last_good=outcome if outcome.error is None else before.last_good)
+            if is_near:
+                lasting.add(outcome.uuid)
+        for held in past.held:
+            if held.uuid in found:
+                found[held.uuid] = found[held.uuid]._replace(held=held)
+    return sorted((found[uuid] for uuid in lasting), key=lambda one: (one.last.name, one.last.uuid))
+
+
+def seconds_of(at: str) -> float:
+    """That UTC time in seconds since 1970, 0 for none."""
+    return parse_utc(at).timestamp() if at else 0
+
+
+VM_METRICS = (
+    ("newest_good_copy_timestamp_seconds", "When the newest good copy was taken; 0: there is none.",
+     lambda one: seconds_of(one.held.newest_at)),
+    ("newest_good_copy_size_bytes", "What the newest good copy takes; 0: there is none.",
+     lambda one: one.held.size_bytes),
+    ("good_copies", "Good copies in the store.", lambda one: one.held.good),
+    ("bad_copies", "Copies in the store that are not good.", lambda one: len(one.held.bad)),
+    ("last_backup_success", "Did the last round that had the VM back it up (1) or not (0)?",
+     lambda one: int(one.last.error is None)),
+    ("last_good_backup_duration_seconds", "How long its last good backup took; NaN: there was none lately.",
+     lambda one: one.last_good.seconds if one.last_good else math.nan),
+    ("verified_timestamp_seconds", "When a copy was last verified; 0: never.",
+     lambda one: seconds_of(one.held.verified_at)),
+    ("drilled_timestamp_seconds", "When a copy was last drilled; 0: never.",
+     lambda one: seconds_of(one.held.drilled_at)))
+ROUND_METRICS = (
+    ("round_start_timestamp_seconds", "When the last round began.",
+     lambda past: past.report.began_at.timestamp()),
+    ("round_end_timestamp_seconds", "When the last round ended.",
+     lambda past: past.report.ended_at.timestamp()),
+    ("round_success", "Was all done in the last round (1), with or without warnings, or not (0)?",
+     lambda past: int(past.report.word != "ERROR")),
+    ("round_errors", "What was not done in the last round: VMs, the dump, the run.",
+     lambda past: past.report.errors),
+    ("round_warnings", "What was worth a look in the last round.", lambda past: past.report.warnings),
+    ("round_vms", "VMs that the last round was to back up.",
+     lambda past: len(past.report.outcomes) + len(past.report.missing)),
+    ("round_failed_vms", "VMs that the last round did not back up.",
+     lambda past: len(past.report.failed_names)),
+    ("round_size_bytes", "What the copies of the last round take.", lambda past: past.report.size_bytes),
+    ("store_free_bytes", "Free space of backup_dir as the last round ended; NaN: unknown.",
+     lambda past: math.nan if past.free_bytes is None else past.free_bytes),
+    ("store_size_bytes", "Size of the file system of backup_dir; NaN: unknown.",
+     lambda past: math.nan if past.size_bytes is None else past.size_bytes))
+
+
+def metrics_text(config: str, rounds: Sequence[Past]) -> str:
+    """What node_exporter's textfile collector reads: times, never ages, so that nothing looks fresh when no
+    run comes any more. Format: Prometheus, text exposition format 0.0.4."""
+    def label(name: str, value: str) -> str:
+        value = value.encode("utf-8", "replace").decode("utf-8")
+        for raw, escaped in (("\\", "\\\\"), ("\"", "\\\""), ("\n", "\\n")):
+            value = value.replace(raw, escaped)
+        return f'{name}="{value}"'
+
+    lines, config = [], label("config", config)
+    for name, words, value in ROUND_METRICS:
+        lines += [f"# HELP vmbackup_{name} {words}", f"# TYPE vmbackup_{name} gauge",
+                  f"vmbackup_{name}{{{config}}} {value(rounds[-1])!r}"]
+    vms = [(one, ",".join((config, label("vm", one.last.name), label("uuid", one.last.uuid))))
+           for one in watched(rounds)]
+    for name, words, value in VM_METRICS:
+        lines += [f"# HELP vmbackup_vm_{name} {words}", f"# TYPE vmbackup_vm_{name} gauge"]
+        lines += [f"vmbackup_vm_{name}{{{labels}}} {value(one)!r}" for one, labels in vms]
+    return "\n".join(lines).replace(" nan\n", " NaN\n") + "\n"
+
+
+def put_for_all(path: str, text: str) -> None:
+    """The file has that text, whole, and everybody may read it; CatalogError if that can't be had."""
+    def put() -> None:
+        folder, _, name = path.rpartition("/")
+        with Directory.open_path(folder or "/") as place:
+            place.put(name, text.encode("utf-8", "replace"), is_for_all=True)
+
+    within(MONITOR_LIMIT_S, f"writing {path}", put)
+
+
+# --- check, for Nagios and its heirs -----------------------------------------------------
+
+
+CHECK_LIMIT_S = 8                      # monitors give a plugin up after 10
+
+
+class Alarm(enum.IntEnum):
+    """What a monitor is told; the numbers are those of the Nagios plugin API."""
+    OK = 0
+    WARNING = 1
+    CRITICAL = 2
+    UNKNOWN = 3
+
+
+def held_now(catalog: Catalog, one: Watched, condemned: Container[str], oldest: datetime) -> Held:
+    """What the store holds of the VM now: what is on record, if all of it was good, its newest is there yet,
+    no check has condemned any in its directory since, and it is not older than that; what the VM's
+    directories hold, if not."""
+    held, vm = one.held, one.last
+    if held.newest and not held.bad and held.folder not in condemned and parse_utc(held.newest_at) >= oldest \
+            and all(catalog.is_sealed(held.folder, name) for name in (held.newest,) + held.rests_on):
+        return held
+    names = {held.folder or safe_name(vm.name)}.union(own_folder_names(vm.name, vm.uuid, one.pool))
+    return held_of(vm.uuid, (copy for name in sorted(names) for copy in catalog.folder(name).copies
+                             if copy.uuid == vm.uuid and copy.pool in ("", one.pool)))
+
+
+def check_line(ages: Sequence[Tuple[str, Optional[float]]], bad: Sequence[str], warn_s: float, crit_s: float,
+               free_bytes: Optional[int], notes: Sequence[str] = ()) -> Tuple[Alarm, str]:
+    """The state, and the line that tells it. `ages`: of each VM its title and the age of its newest good copy
+    in seconds, None if it has none, less than 0 if that is of a time yet to come; `bad`: copies that are not
+    good."""
+    told = []                              # type: List[str]
+    alarm, oldest = Alarm.OK, max((age for _, age in ages if age is not None), default=0.0)
+    for words, level, rows in (
+            ("without a good copy", Alarm.CRITICAL, [title for title, age in ages if age is None]),
+            (f"older than {format_duration(crit_s)}", Alarm.CRITICAL,
+             [title for title, age in ages if age is not None and age > crit_s]),
+            (f"older than {format_duration(warn_s)}", Alarm.WARNING,
+             [title for title, age in ages if age is not None and warn_s < age <= crit_s]),
+            ("of a time that is yet to come", Alarm.WARNING,
+             [title for title, age in ages if age is not None and age < -HOUR_S]),
+            ("of the copies not good", Alarm.WARNING, bad)):
+        if rows:
+            alarm = max(alarm, level)
+            told.append(f"{len(rows)} {words}: {shortened(rows, 5)}")
+    if not ages:
+        alarm, told = Alarm.UNKNOWN, ["no VM was in the last rounds"]
+    text = "; ".join(told + list(notes)) or f"{counted(len(ages), 'VM')}, the newest good copy of each at " \
+        f"most {format_duration(max(0.0, oldest))} old"
+    figures = [f"vms={len(ages)}", f"oldest={max(0.0, oldest):.0f}s;{warn_s:.0f};{crit_s:.0f};0",
+               f"without={sum(age is None for _, age in ages)}", f"bad={len(bad)}"]
+    figures += [f"free={free_bytes}B"] if free_bytes is not None else []
+    return alarm, alarm_line(alarm, text, figures)
+
+
+def alarm_line(alarm: Alarm, text: str, figures: Sequence[str] = ()) -> str:
+    """One line as the plugin API has it: text, a bar, figures."""
+    text = one_line(text).replace("|", "/")
+    return f"VMBACKUP {alarm.name}: {text}" + (" | " + " ".join(figures) if figures else "")
+
+
+# --- the page ---------------------------------------------------------------------------
+
+PAGE_DAYS = 30
+NIGHTS_NARROW = 12                     # columns of the calendar on a narrow screen
+BARS = 14                              # rounds in the small bars
+PAGE_PATIENCE_HOURS = 54               # without a round
+GROWTH_DAYS = 3                        # from so long a time on a growth says something
+PAGE_STYLE = """
+:root{--bg:#fff;--fg:#1b1f24;--dim:#57606a;--line:#d0d7de;--card:#f6f8fa;--good:#0f5132;--goodbg:#d1f0dd;
+--warn:#5c4400;--warnbg:#fff0c2;--bad:#86181d;--badbg:#ffdcd9;--bar:#0b5cad}
+@media(prefers-color-scheme:dark){:root{--bg:#0f1318;--fg:#e6edf3;--dim:#9aa7b4;--line:#3a434d;--card:#181e25;
+--good:#a6f0c0;--goodbg:#123d27;--warn:#ffe08a;--warnbg:#4a3a08;--bad:#ffc4be;--badbg:#5a1c1c;--bar:#79b8ff}}
+*{box-sizing:border-box}
+body{margin:0;padding:1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere}
+main,header,footer{max-width:75rem;margin:0 auto}
+h1{font-size:1.5rem;margin:0}h2{font-size:1.2rem;margin:2rem 0 .5rem}p{margin:.3rem 0}
+.dim,footer{color:var(--dim)}.dim{font-size:.9rem}
+.state{margin:1rem 0;padding:.7rem 1rem;border-left:.4rem solid;font-size:1.15rem;font-weight:600}
+.ok{background:var(--goodbg);color:var(--good)}.warn{background:var(--warnbg);color:var(--warn)}
+.bad{background:var(--badbg);color:var(--bad)}
+ul{margin:.3rem 0;padding-left:1.3rem}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%}
+th,td{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+thead th{font-size:.85rem;color:var(--dim)}tbody th{font-weight:600;min-width:7rem}
+.cal td,.cal thead th{padding:.1rem;text-align:center;vertical-align:middle;min-width:1.3rem;font-size:.85rem;
+white-space:nowrap}
+.cal thead th:first-child{text-align:left}
+td.g{background:var(--goodbg);color:var(--good)}td.w{background:var(--warnbg);color:var(--warn)}
+td.f,td.n{background:var(--badbg);color:var(--bad)}
+svg{width:70px;height:20px;display:block}
+path{stroke:var(--bar);stroke-width:3}
+summary{cursor:pointer}.first{display:none}
+@media(min-width:701px){.vms tbody th{min-width:9rem}.vms td{min-width:7rem}.vms td:nth-of-type(2),
+.vms td:nth-of-type(3){min-width:6rem}}
+:focus-visible{outline:3px solid var(--bar);outline-offset:2px}
+@media(max-width:700px){body{padding:.6rem}.old{display:none}.first{display:inline}
+.cal tbody th{min-width:5rem;font-size:.85rem}
+.vms thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.vms tr,.vms th,.vms td{display:block;border:0;padding:.1rem 0}
+.vms svg{display:inline-block;vertical-align:middle;margin-right:.4rem}
+.vms tr{border-bottom:1px solid var(--line);padding:.5rem 0}.vms td::before{content:attr(data-t) ": ";
+color:var(--dim)}}
+"""
+
+
+class PageVm(NamedTuple):
+    """A VM on the page: what the last rounds tell of it, what became of it in each with its beginning, and
+    its copies in the store, each with what retention says of it."""
+    watched: Watched
+    outcomes: Tuple[Tuple[datetime, Outcome], ...]
+    copies: Tuple[Tuple[Copy, str], ...]
+
+
+class Page(NamedTuple):
+    """What the page shows. `at`: when it is made; `store`: the store as it is then."""
+    source: str
+    host: str
+    at: datetime
+    rounds: Sequence[Past]
+    vms: Sequence[PageVm]
+    store: StoreFacts
+    references: Sequence[str]
+    problems: Sequence[str]
+
+
+def shown(text: str) -> str:
+    """The text as HTML, and nothing but text, whatever it holds."""
+    import html
+    return html.escape(one_line(text).encode("utf-8", "replace").decode("utf-8"))
+
+
+def named(text: str) -> str:
+    """A name as HTML, which turns the direction of nothing around it."""
+    return f"<bdi>{shown(text)}</bdi>"
+
+
+def day_of_full_store(rounds: Sequence[Past]) -> Optional[datetime]:
+    """When the store is full if it goes on growing as in these rounds, None if it does not grow, or not for
+    long enough. Growth is the line that lies nearest to the used space of all of them."""
+    known = [past for past in rounds if past.free_bytes is not None and past.size_bytes is not None]
+    points = [(past.report.ended_at.timestamp() / DAY_S, past.size_bytes - past.free_bytes) for past in known]
+    if len(points) < 3 or points[-1][0] - points[0][0] < GROWTH_DAYS:
+        return None
+    middle, mean = (sum(column) / len(points) for column in zip(*points))
+    growth = sum((day - middle) * (used - mean) for day, used in points) / sum(
+        (day - middle) ** 2 for day, _ in points)
+    days = known[-1].free_bytes / growth if growth > 0 else math.inf
+    return known[-1].report.ended_at + timedelta(days=days) if days < HISTORY_DAYS else None
+
+
+def page_needs(page: Page) -> Tuple[List[str], List[str]]:
+    """What needs attention, in sentences as HTML: what is lacking, and what is worth a look."""
+    report = page.rounds[-1].report
+    bad = [f"{named(one.watched.last.title)} was not backed up: {shown(one.watched.last.error)}"
+           for one in page.vms if one.watched.last.error is not None]
+    bad += [f"{named(name)} is named in the config and not in the pool." for name in report.missing]
+    if report.dump_error:
+        bad.append(f"The pool database was not dumped: {shown(report.dump_error)}")
+    if report.ended_by is not None:
+        bad.append(f"The last round ended early: {shown(reason_text(report.ended_by))}")
+    if page.at - report.ended_at > timedelta(hours=PAGE_PATIENCE_HOURS):
+        bad.append(f"No round has come since {format_local(report.ended_at)}.")
+    bad += [f"{named(one.watched.last.title)} has no good copy." for one in page.vms
+            if not one.watched.held.newest]
+    bad += [f"{shown(f'{copy.folder}/{copy.name}')} is not good: {shown(copy.trouble)}." for one in page.vms
+            for copy, _ in one.copies if not copy.is_good]
+    bad += [f"{named(finding.subject)}: {shown(finding.sentence)}" for finding in report.findings
+            if finding.severity is Severity.ERROR]
+    warn = [f"{named(finding.subject)}: {shown(finding.sentence)}" for finding in report.findings
+            if finding.severity is Severity.WARNING]
+    if page.store.problem:
+        bad.append(f"The copies could not be listed: {shown(page.store.problem)}")
+    full = day_of_full_store(page.rounds)
+    if full is not None:
+        warn.append(f"If it goes on growing as it does, the store is full on {full.astimezone():%Y-%m-%d}.")
+    return bad, warn + [shown(problem) for problem in page.problems]
+
+
+def night_cell(outcomes: Sequence[Outcome]) -> Tuple[str, str]:
+    """Class and letter of what became of a VM in the rounds of a day: the last of it counts."""
+    if not outcomes:
+        return "", ""
+    last = outcomes[-1]
+    if last.error is not None:
+        return ("n", "N") if last.status_word == UNTRIED else ("f", "F")
+    is_odd = any(finding.severity is not Severity.INFO for finding in last.findings)
+    return ("w", "W") if is_odd else ("g", "G")
+
+
+def page_calendar(page: Page) -> List[str]:
+    """The table of nights and VMs."""
+    days = [page.at.astimezone().date() - timedelta(days=days) for days in range(PAGE_DAYS)][::-1]
+    rounds = {past.report.began_at.astimezone().date() for past in page.rounds}
+    old = [' class="old"' if index < PAGE_DAYS - NIGHTS_NARROW else "" for index in range(PAGE_DAYS)]
+    months = {index: f"<br>{day:%b}" for index, day in enumerate(days) if not index or day.day == 1}
+    months.setdefault(PAGE_DAYS - NIGHTS_NARROW,
+                      f'<span class="first"><br>{days[PAGE_DAYS - NIGHTS_NARROW]:%b}</span>')
+    lines = ['<h2 id="nights">Nights</h2>',
+             '<p class="dim">G good, W good with a warning, F failed, N not reached, empty: not in a round '
+             "of that day. R in the row of rounds: there was one.</p>",
+             '<div class="wide" role="region" aria-labelledby="nights" tabindex="0"><table class="cal">'
+             '<thead><tr><th scope="col">VM</th>' + "".join(
+                 f'<th scope="col"{old_one}>{day.day}{months.get(index, "")}</th>'
+                 for index, (day, old_one) in enumerate(zip(days, old))) + "</tr></thead><tbody>",
+             '<tr><th scope="row">rounds</th>' + "".join(
+                 f"<td{old_one}>{'R' if day in rounds else '-'}</td>" for day, old_one in zip(days, old))
+             + "</tr>"]
+    for one in page.vms:
+        by_day = collections.defaultdict(list)     # type: Dict[date, List[Outcome]]
+        for began_at, outcome in one.outcomes:
+            by_day[began_at.astimezone().date()].append(outcome)
+        cells = []
+        for index, day in enumerate(days):
+            kind, letter = night_cell(by_day.get(day, ()))
+            words = " ".join(filter(None, (kind, "old" if old[index] else "")))
+            cells.append(f'<td class="{words}">{letter}</td>' if words else f"<td>{letter}</td>")
+        lines.append(f'<tr><th scope="row">{named(one.watched.last.name)}</th>{"".join(cells)}</tr>')
+    return lines + ["</tbody></table></div>"]
+
+
+def page_bars(what: str, values: Sequence[float], words: Callable[[float], str]) -> str:
+    """Small bars of these values, oldest first, with what they are in words."""
+    if not values:
+        return "none yet"
+    values = values[-BARS:]
+    most = max(values) or 1
+    path = "".join(f"M{5 * index + 2} 20V{20 - max(1, round(18 * value / most))}"
+                   for index, value in enumerate(values))
+    return (f'<svg viewBox="0 0 70 20" role="img" aria-label="{what} of the last rounds: '
+            f'{shown(words(min(values)))} to {shown(words(max(values)))}"><path d="{path}"/></svg>'
+            f"{shown(words(values[-1]))}")
+
+
+def page_row(one: PageVm) -> str:
+    """The row of a VM."""
+    held, newest = one.watched.held, [copy for copy, _ in one.copies if copy.name == one.watched.held.newest]
+    done = [outcome for _, outcome in one.outcomes if outcome.error is None]
+    how = ""
+    if newest:
+        copy = newest[0]
+        how = ", ".join(filter(None, (
+            copy.method.value if copy.method else "",
+            "" if copy.layer is None else "increment" if copy.is_increment else "full",
+            reading_words(copy.reading) if is_reading_told(copy.reading) else "")))
+    at = f"{parse_utc(held.newest_at).astimezone():%Y-%m-%d %H:%M}" if held.newest_at \
+        else '<strong class="bad">NONE</strong>'
+    copies = "".join(f"<li>{shown(copy.stamp)}, {format_size(copy.size_bytes)}, "
+                     f"{'good' if copy.is_good else 'NOT GOOD'}: {shown(fate)}</li>"
+                     for copy, fate in reversed(one.copies))
+    number = counted(held.good, "good copy") + (f", {len(held.bad)} not good" if held.bad else "")
+    cells = (("Newest good copy", f"{at}{f'<br>{shown(how)}' if how else ''}"),
+             ("Size", page_bars("Sizes", [outcome.size_bytes for outcome in done], format_size)),
+             ("Duration", page_bars("Durations", [outcome.seconds for outcome in done], format_duration)),
+             ("Verified", shown(held.verified_at[:10] or "never")),
+             ("Drilled", shown(held.drilled_at[:10] or "never")),
+             ("Copies", f"<details><summary>{number}</summary><ul>{copies}</ul></details>" if copies
+              else number))
+    return (f'<tr><th scope="row">{named(one.watched.last.name)} <span class="dim">'
+            f"{shown(one.watched.last.uuid[:8])}</span></th>" + "".join(
+                f'<td data-t="{title}">{cell}</td>' for title, cell in cells) + "</tr>")
+
+
+def page_text(page: Page) -> str:
+    """The page: what matters comes first, times and never ages, nothing from elsewhere, no script."""
+    last = page.rounds[-1].report if page.rounds else None
+    pool = next((past.report.pool for past in reversed(page.rounds) if past.report.pool), "")
+    bad, warn = page_needs(page) if last else ([], ["No round of this config is on record yet."])
+    good = sum(one.watched.last.error is None for one in page.vms)
+    state = "bad" if bad else "warn" if warn else "ok"
+    words = f"{good} of {counted(len(page.vms), 'VM')} backed up in their last round" + (
+        f", {counted(len(bad), 'thing')} to look after" if bad else
+        f", {counted(len(warn), 'warning')}" if warn else ", nothing to look after")
+    what = f"Backups of pool {pool}" if pool else "Backups"
+    lines = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+             '<meta name="viewport" content="width=device-width,initial-scale=1">',
+             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; "
+             "style-src 'unsafe-inline'\">",
+             f"<title>{shown(words)}: {shown(what)}</title><style>{PAGE_STYLE}</style></head><body>",
+             f"<header><h1>{shown(what)}</h1><p>This page was made on <strong>"
+             f"{page.at.astimezone():%Y-%m-%d at %H:%M}</strong> by {named(page.host)}"
+             + (f"; the last round ran from {format_local(last.began_at)} to {format_local(last.ended_at)}."
+                if last else ".") + "</p></header><main>",
+             f'<p class="state {state}">{shown(words)}.</p>']
+    for title, kind, rows in (("Needs attention", "bad", bad), ("Worth a look", "warn", warn)):
+        if rows:
+            lines += [f"<h2>{title}</h2><ul>", *(f"<li>{row}</li>" for row in rows), "</ul>"]
+    if page.vms:
+        lines += page_calendar(page)
+        lines += ['<h2 id="vms">VMs</h2><div class="wide" role="region" aria-labelledby="vms" tabindex="0">'
+                  '<table class="vms"><thead><tr>' + "".join(
+                      f'<th scope="col">{title}</th>' for title in (
+                          "VM", "Newest good copy", "Size", "Duration", "Verified", "Drilled", "Copies"))
+                  + "</tr></thead><tbody>", *map(page_row, page.vms), "</tbody></table></div>"]
+    unselected = next((past.unselected for past in reversed(page.rounds) if past.report.outcomes), ())
+    size = page.store.size_bytes
+    lines.append(f"<h2>Store</h2><p>{shown(page.store.path)}: " + (
+        f"{format_size(page.store.free_bytes)} free"
+        + (f" of {format_size(size)}" if size else "") if page.store.free_bytes is not None
+        else "its free space is not known") + ".</p>")
+    for title, rows in (("VMs in no backup", unselected), ("References in the pool", page.references)):
+        if rows:
+            lines += [f"<h2>{title}</h2><ul>", *(f"<li>{named(row)}</li>" for row in rows), "</ul>"]
+    return "\n".join(lines + [f"</main><footer><p>VmBackup {VERSION}, {shown(page.source)}</p></footer>"
+                              "</body></html>\n"])
+
+
+def page_of(services: Services, rounds: Sequence[Past], store: StoreFacts, host: str,
+            problems: Sequence[str]) -> Page:
+    """What the page shows of these rounds, and of the store as it stands."""
+    pool = next((past.pool_uuid for past in reversed(rounds) if past.pool_uuid), "")
+    stored = collections.defaultdict(list)         # type: Dict[str, List[StoredVm]]
+    for one in store.vms:
+        if one.pool in ("", pool):
+            stored[one.uuid].append(one)
+    vms, references = [], []               # type: List[PageVm], List[str]
+    outcomes = collections.defaultdict(list)       # type: Dict[str, List[Tuple[datetime, Outcome]]]
+    for past in rounds:
+        for outcome in past.report.outcomes:
+            outcomes[outcome.uuid].append((past.report.began_at, outcome))
+    for one in watched(rounds):
+        uuid, fates = one.last.uuid, []    # type: str, List[Tuple[Copy, str]]
+        for own in stored[uuid]:
+            rules, why = stored_rules(services, own)
+            verdicts = {verdict.copy.name: verdict for verdict in judge(
+                own.around, own.uuid, own.method, rules, store.now,
+                has_unfinished=own.has_unfinished)} if rules else {}
+            fates += [(copy, verdicts[copy.name].text if copy.name in verdicts else copy.pin or why)
+                      for copy in own.copies]
+            references += [f"{own.title}:{reference_line(row).partition(':')[2]}" for row in reference_rows(
+                services.catalog, own.pool, own.uuid, own.method)] if own.method else []
+        held = held_of(uuid, (copy for copy, _ in fates)) if not store.problem else one.held
+        vms.append(PageVm(one._replace(held=held), tuple(outcomes[uuid]),
+                          tuple(sorted(fates, key=lambda row: row[0].taken_at))))
+    return Page(services.settings.source, host, services.clock.utc(), rounds, vms, store, references,
+                problems)
+
+
+# --- the way out -------------------------------------------------------------------------
+
+
+def with_store(run: Run) -> Services:
+    """The services of the run, with the store, if it can be opened, also where the run ended before it was:
+    no store is what such a run has often to tell of."""
+    if run.catalog is None and not run.storage_hangs:
+        with contextlib.suppress(CatalogError):
+            run.catalog = within(OUTBOX_LIMIT_S, "opening the store",
+                                 lambda: Catalog(run.services.settings.backup_dir))
+    return run.services._replace(catalog=run.catalog)
+
+
 def end_told(run: Run) -> int:
-    """The exit status of a run that has ended: its mail is out, the lock of its config given back, and its
-    last lines stand in status log and log. A run that ended before it could begin tells that by mail only."""
+    """The exit status of a run that has ended: what it came to is told where people look, the lock of its
+    config given back, and its last lines stand in status log and log. A run that ended before it could begin
+    has none of these lines."""
     services, report, status = run.services, run.report(), int(ExitStatus.BUG)
     with services.signals.shielded():
         try:
             if run.is_told or run.wording is not None and run.ended_by is not None:
-                report = mailed(run, report)
+                report = told_abroad(run, with_store(run), report)
             status = report.exit_status if run.is_told else status
         finally:
             if run.lock is not None:       # another host leaves the config to a run that ended well
                 run.tidy("giving back the lock of this config", lambda: end_config_lock(run.lock, status))
         if run.is_told:
             run.status_log.end_run(report)
+        if run.is_hooked:
+            report = after_run(run, report)
+        if run.is_told:
             services.signals.come_too_late()
             services.log.info(summary_text(report))
-    return report.exit_status
+    return report.exit_status if run.status is None else run.status
+
+
+def after_run(run: Run, report: Report) -> Report:
+    """The report, once the administrator's program has run for which the store is closed; with a warning more
+    if that failed."""
+    if not run.services.settings.after_run:
+        return report
+    facts = past_facts(Past(report, ""))
+    facts = dict({name: facts[name] for name in HOOK_FACTS}, exit_status=report.exit_status,
+                 ended_by=facts["ended_by"] or "", vms=len(report.outcomes), failed=len(report.failed_names),
+                 size_bytes=report.size_bytes, part=run.part)
+    try:
+        if run.catalog is not None and not run.storage_hangs:
+            within(WAY_OUT_S, "closing the store", run.catalog.close_all)
+        run.hook("after_run", facts)
+    except BackupError as error:
+        report = warned(run, report, "after_run", str(error))
+    return report
+
+
+HOOK_FACTS = ("word", "began_at", "ended_at", "outcomes", "missing", "findings", "dump_error")
+
+
+def warned(run: Run, report: Report, subject: str, sentence: str) -> Report:
+    """The report with that warning more, which is told."""
+    finding = Finding(Severity.WARNING, subject, sentence)
+    run.services.log.finding(finding)
+    return report._replace(findings=report.findings + (finding,))
+
+
+def told_abroad(run: Run, services: Services, report: Report) -> Report:
+    """The report, which went out by ping and mail, and, of a round, into the history, onto the page and into
+    the file of numbers, as far as that was wanted; with a warning more for each of these that could not be
+    had. None changes an outcome."""
+    settings, store = services.settings, store_facts(services, report, run.storage_hangs)
+    rounds, problems = [], []              # type: List[Past], List[str]
+
+    def keep() -> None:
+        history, past = History(services.catalog, settings.path), past_of_run(run, report, store)
+        history.add(run.round, past)
+        if settings.metrics_file or settings.report_html:
+            found = history.rounds(services.clock.utc(), METRICS_DAYS)
+            rounds.extend(of_pool(found[0], past.pool_uuid))
+            problems.extend(found[1])
+
+    def tell(key: str, is_due: bool, work: Callable[[], None]) -> None:
+        """What the key of that name asks for was done, or a warning tells why not."""
+        nonlocal report
+        try:
+            if getattr(settings, key) and is_due:
+                work()
+        except BackupError as error:
+            report = warned(run, report, key, str(error))
+
+    def write(path: str, text: Callable[[], str]) -> None:
+        if not rounds:
+            raise CatalogError(f"{path} is left as it is, as the history can't be kept.")
+        put_for_all(path, within(STORE_FACTS_LIMIT_S, f"making {path}", text))
+
+    is_round = bool(run.round)
+    tell("ping_url", run.wording is BACKUP_WORDING and not isinstance(run.ended_by, LockHeld),
+         lambda: ping(settings.ping_url + ("/fail" if report.word == "ERROR" else "")))
+    report = mailed(run, services, report, store)
+    if is_round:
+        run.tidy("keeping the history", keep)
+    tell("metrics_file", is_round, lambda: write(
+        settings.metrics_file, lambda: metrics_text(settings.path, rounds)))
+    tell("report_html", is_round, lambda: write(settings.report_html, lambda: page_text(page_of(
+        services, rounds, store, report.host, problems))))
+    return report
 
 
 # --- preview --------------------------------------------------------------------------
@@ -15593,20 +16615,33 @@ def command_backup(run: Run) -> None:
     """Everything that the config selects was backed up, or log, mail and exit status say what was not; or
     this host has taken its part in that."""
     run.wording = BACKUP_WORDING
+    run.is_hooked = True
+    run.hook("before_run", {})
     with connected(prepared(run), is_read=False) as (services, identity):
         if services.catalog.locks_are_local and services.settings.hosts == "all":
             raise UsageError(f"{services.settings.places['hosts']}: hosts=all: the mount options of "
                              f"{services.catalog.path} keep locks within this host, so hosts can't share "
                              "work there. Mount it without nolock, local_lock or nobrl, or set hosts=first. "
                              "Nothing was started.")
-        name = new_round_id(services, identity.host)
+        name = round_id(services.clock.utc(), identity.host.short_name)
         lock, part, text = run.in_store("locking this config", lambda: take_config_lock(
             services, identity, name))
+        run.part = part
         if part == LEAD:
             run.lock = lock
+            ping_start(run)
             lead_new(run, services, identity, name, text)
         elif part == JOIN:
             join(run, services, identity, name, lock)
+
+
+def ping_start(run: Run) -> None:
+    """Whoever waits for the pings of this config knows that a run has begun."""
+    if run.services.settings.ping_url:
+        try:
+            ping(run.services.settings.ping_url + "/start")
+        except BackupError as error:
+            run.tell([Finding(Severity.WARNING, "ping_url", str(error))])
 
 
 def lead_new(run: Run, services: Services, identity: Inventory, name: str, before: Dict[str, Any]) -> None:
@@ -15657,7 +16692,7 @@ def join(run: Run, services: Services, identity: Inventory, name: str, lock: Loc
                 text = before
                 lock.release()
                 break
-            run.lock = lock
+            run.lock, run.part = lock, LEAD
             tell_running(services, identity, lock, name)
             lead_new(run, services, identity, name, before)
             return
@@ -15707,6 +16742,7 @@ def join(run: Run, services: Services, identity: Inventory, name: str, lock: Loc
         run.lock, run.wording, run.status_log.host = lock, BACKUP_WORDING, identity.host.short_name
         with contextlib.suppress(CatalogError):
             tell_running(services, identity, lock, work.plan.id)
+        run.part = LEAD
         leader = Leader(run, work, helper.exporter)
         leader.take_over(helper)
         leader.lead(crew=crew)
@@ -15744,6 +16780,67 @@ def command_status(run: Run) -> None:
     catalog = run.in_store("opening the store", lambda: open_store(settings))
     services.log.show(run.in_store("looking at the rounds", lambda: status_text(
         catalog, settings.path, settings.source), FOR_EVER_S))
+
+
+def command_history(run: Run) -> None:
+    """Shown: the rounds of the config that are over, or what became of a VM in each."""
+    services, settings, vm = run.services, run.services.settings, run.services.arguments.vm
+    catalog = run.in_store("opening the store", lambda: open_store(settings))
+    history = History(catalog, settings.path)
+    rounds, problems = run.in_store("reading the history",
+                                    lambda: history.rounds(services.clock.utc()), FOR_EVER_S)
+    services.log.show(history_text(rounds, vm) or f"No round of {settings.source}"
+                      + (f" with {quote_name(vm)}" if vm else "") + f" is on record in {catalog.path}.")
+    for problem in problems:
+        services.log.warning(problem)
+
+
+def command_check(run: Run) -> None:
+    """Shown: one line for a monitor, whose exit status the run has. What can't be known is UNKNOWN."""
+    services, given = run.services, run.services.arguments.parameters
+    crit_s, now = given["crit_age"] * HOUR_S, services.clock.utc()
+    warn_s = min(given["warn_age"] * HOUR_S, crit_s)
+
+    def look() -> Tuple[Alarm, str]:
+        catalog = open_store(services.settings)
+        rounds, problems = History(catalog, services.settings.path).rounds(now, WATCHED_DAYS, is_brief=True)
+        if not rounds:
+            raise BackupError(f"no round of {services.settings.source} is on record in {catalog.path}"
+                              + "".join("; " + problem for problem in problems))
+        # a day more, as clocks differ
+        condemned = catalog.condemned(rounds[-1].report.ended_at.timestamp() - DAY_S)
+        ages, bad = [], []                 # type: List[Tuple[str, Optional[float]]], List[str]
+        for pool in sorted({past.pool_uuid for past in rounds}):
+            for one in watched(of_pool(rounds, pool)):
+                held = held_now(catalog, one, condemned, now - timedelta(seconds=warn_s))
+                bad += held.bad
+                ages.append((one.last.title, (now - parse_utc(held.newest_at)).total_seconds()
+                             if held.newest else None))
+        return check_line(ages, bad, warn_s, crit_s, catalog.free_bytes(), problems)
+
+    try:
+        alarm, line = run.in_store("looking at the copies", look, CHECK_LIMIT_S)
+    except BackupError as error:
+        alarm, line = Alarm.UNKNOWN, alarm_line(Alarm.UNKNOWN, str(error))
+    run.status = int(alarm)
+    services.log.show(line)
+
+
+def command_report(run: Run) -> None:
+    """The page is written anew."""
+    services, path = run.services, run.services.settings.report_html
+    if not path:
+        raise UsageError("report_html is not set, so there is no page to write.")
+    services = services._replace(catalog=run.in_store("opening the store",
+                                                      lambda: open_store(services.settings)))
+    history = History(services.catalog, services.settings.path)
+    now = services.clock.utc()
+    rounds, problems = run.in_store("reading the history", lambda: history.rounds(now, PAGE_DAYS), FOR_EVER_S)
+    rounds = of_pool(rounds, rounds[-1].pool_uuid) if rounds else []
+    store = run.in_store("listing the store", lambda: store_of(services), FOR_EVER_S)
+    page = page_of(services, rounds, store, this_host_name(), problems)
+    put_for_all(path, page_text(page))
+    services.log.show(f"{path} is written: {counted(len(page.vms), 'VM')}.")
 
 
 def command_test_mail(run: Run) -> None:
@@ -15937,6 +17034,7 @@ def command_drill(run: Run) -> None:
 
 COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify,
             "list": command_list, "prune": command_prune, "status": command_status,
+            "history": command_history, "check": command_check, "report": command_report,
             "test-mail": command_test_mail,
             "restore": command_restore, "extract": command_extract, "drill": command_drill,
             "pin": command_pin, "unpin": command_unpin, "forget-references": command_forget_references}
@@ -15994,6 +17092,7 @@ def main(argv: Sequence[str]) -> int:
     signals = Signals(log)
     signals.install()
     words, name = [fs_text(word) for word in argv], ""
+    is_check = words[2:3] == ["check"]
     try:
         if not words:
             log.complain(USAGE)
@@ -16014,8 +17113,14 @@ def main(argv: Sequence[str]) -> int:
         services = Services(configuration, clock, log, signals, arguments)
         run = Run(services, StatusLog(services))
         run.carry_out(functools.partial(work_along, name=name) if name else COMMANDS[arguments.action.name])
+        if is_check and run.status is None:            # a bug, or a signal, which the log tells
+            log.show(alarm_line(Alarm.UNKNOWN, "it could not look: " + reason_text(run.ended_by)))
+            run.status = int(Alarm.UNKNOWN)
         return end_told(run)
     except BackupError as error:
+        if is_check:
+            log.show(alarm_line(Alarm.UNKNOWN, str(error)))
+            return Alarm.UNKNOWN
         log.complain(str(error))
         return error.exit_status
     except Exception as bug:

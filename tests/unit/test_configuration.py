@@ -19,6 +19,8 @@ GOOD = {
     'text': [('a', 'a'), ('mail.example.org', 'mail.example.org')],
     'address': [('a@example.org', 'a@example.org')],
     'addresses': [('a@example.org', ('a@example.org',)), ('a@x.org, b@y.org', ('a@x.org', 'b@y.org'))],
+    'command': [('/a/b', ('/a/b',)), ('/a/b "c d" e\\ f', ('/a/b', 'c d', 'e f')), ("ssh nas 'zfs list'", ('ssh', 'nas', 'zfs list'))],
+    'url': [('https://hc.example.org/ping/0f3c', 'https://hc.example.org/ping/0f3c'), ('http://127.0.0.1:8000/', 'http://127.0.0.1:8000')],
     'fingerprint': [(':'.join(['AB'] * 32), 'ab' * 32), ('cd' * 32, 'cd' * 32)],
     'time': [('06:30', '06:30'), ('6:30', '06:30'), ('23:59', '23:59'), ('00:00', '00:00')],
     'pool': [('xcp1', ('https', 'xcp1', 443)), ('xcp1.example.org:8443', ('https', 'xcp1.example.org', 8443)),
@@ -28,6 +30,7 @@ GOOD = {
 BAD = {
     'bool': ['', 'maybe', '2', 'Truee', 'on off', '-1', 'Tru\xe9'],
     'path': [''], 'text': [''], 'address': ['', 'a', 'a b'], 'addresses': ['', ',', 'a'],
+    'command': ['', '"a', "it's"], 'url': ['', 'x', 'file:///etc/passwd', 'ftp://x/y', 'http://', 'http://a b/', 'http:///x'],
     'fingerprint': ['', 'AB', 'xy' * 32, 'ab' * 31, 'ab' * 33],
     'time': ['', '24:00', '6', '06:60', '6:3', '06.30', '-1:00', '06:30:00', 'noon'],
     'pool': ['', 'ftp://x', 'x:0', 'x:65536', 'x:port', 'x y', 'x/y', 'root@x', 'http://', '2001:db8::1'],
