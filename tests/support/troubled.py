@@ -23,7 +23,7 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
                                                          it vanishes ("vanish"), takes a second ("sleep"), never ends ("hang")
     {"at": [NAME, ...], "do": "ENOSPC", "once": true}    only the first opening
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
-    {"hasty": true}                                      its patience with mail servers is a second
+    {"hasty": true}                                      its patience with mail servers and pings is a second
     {"clock": SECONDS}                                   its clock is so much ahead of the real one
     {"broken": NAME}                                     the function or method of that name has a bug
 
@@ -216,8 +216,8 @@ HURRY = {'MINUTE_S': 0.5, 'HOUR_S': 3600, 'READ_TIMEOUT_S': 2, 'LOGOUT_TIMEOUT_S
          'SILENCE_BEFORE_POLL_S': 0.5, 'WAY_OUT_S': 4, 'CLEAN_UP_LIMIT_S': 4,
          'SIGN_PAUSE_S': 0.2, 'TEND_PAUSE_S': 0.1, 'IDLE_PAUSE_S': 0.1, 'MOST_IDLE_PAUSE_S': 0.2,
          'STATUS_LOG_LIMIT_S': 4, 'OUTBOX_LIMIT_S': 4}
-#: When it has a second for mail servers.
-HASTE = {'MAIL_TRY_LIMIT_S': 1, 'MAIL_PAUSES_S': (0.1, 0.3), 'MAIL_GOODBYE_S': 0.2}
+#: When it has a second for mail servers and for those that wait for pings.
+HASTE = {'PING_LIMIT_S': 1, 'MAIL_TRY_LIMIT_S': 1, 'MAIL_PAUSES_S': (0.1, 0.3), 'MAIL_GOODBYE_S': 0.2}
 
 
 @functools.lru_cache(maxsize=None)
