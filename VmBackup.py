@@ -857,9 +857,9 @@ OPTION_GROUPS = (
                minimum=1, maximum=1440))),
     ("Monitoring", (
         Option("report_html", "path", "", "Writes a page that shows all nights, VMs and copies into this "
-               "file after each run.", example="/snapshots/backups.html"),
-        Option("metrics_file", "path", "", "Writes numbers for Prometheus into this file after each run: one "
-               "that ends in .prom in the directory that node_exporter's textfile collector reads.",
+               "file after each round.", example="/snapshots/backups.html"),
+        Option("metrics_file", "path", "", "Writes numbers for Prometheus into this file after each round: "
+               "one that ends in .prom in the directory that node_exporter's textfile collector reads.",
                example="/var/lib/node_exporter/vmbackup.prom"),
         Option("ping_url", "url", "", "Asks for this URL as a run ends well, with /start behind it as it "
                "starts and /fail if it failed: healthchecks.io and the like miss a run that never comes.",
@@ -6912,7 +6912,7 @@ class Catalog:
             if status is not None and status.st_mtime >= since_s:
                 with contextlib.suppress(NotThere, WrongKind, ValueError):
                     facts = parse_object(folder.read(name, MEBIBYTE))
-                    if {facts.get("verdict"), facts.get("drill"), facts.get("audit")}.intersection(
+                    if {told(facts, key) for key in ("verdict", "drill", "audit")}.intersection(
                             (DAMAGED, NOT_RESTORABLE, SUSPECT)):
                         found.add(told(facts, "folder"))
         return found
@@ -8980,13 +8980,13 @@ class VmSnapshot(Snapshot):
     FIRST = Owned.FIRST + ("name",)
 
     def make(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk],
-             knows_ignored: bool) -> VirtualMachine:
+             knows_ignored: bool, before: Callable[[], Any]) -> VirtualMachine:
         """It is there, without the disks that are left out; raises ApiFailure, AnswerLost or BackupError if
         not. A server that does not know how to leave them out (`knows_ignored`)
         makes snapshots of them too, which are destroyed before the export."""
         doing, pool = f"the snapshot of {machine.title}", self._services.pool
         ignored = [disk.vdi_ref for disk in left_out]
-        ref = self._make(lambda: None, doing, "VM.snapshot", machine.ref, self._facts["name"],
+        ref = self._make(before, doing, "VM.snapshot", machine.ref, self._facts["name"],
                          *([ignored] if ignored and knows_ignored else []))
         snapshot = pool.machine(ref, "reading " + doing)
         too_many = [disk.vdi_uuid for disk in snapshot.disks if disk.snapshot_of in ignored]
@@ -9057,7 +9057,7 @@ class DiskSnapshot(Snapshot):
     WHAT, COMMANDS = "the disk snapshot of", ("vdi-destroy", "")
     ORIGINAL_CLASS, ORIGINAL = "VDI", "disk"
 
-    def make(self, machine: VirtualMachine, disk: Disk) -> Disk:
+    def make(self, machine: VirtualMachine, disk: Disk, before: Callable[[], Any]) -> Disk:
         """It is there, ready for export; raises ApiFailure or AnswerLost if not."""
         doing, pool = f"the snapshot of disk {disk.device} of {machine.title}", self._services.pool
 
@@ -9071,7 +9071,7 @@ class DiskSnapshot(Snapshot):
             self._entry.note(known=[record["uuid"] for record in self._bearers().values()],
                              calling_at=format_utc(pool.server_time(doing)))
 
-        ref = self._make(mark, doing, "VDI.snapshot", disk.vdi_ref, {})
+        ref = self._make(lambda: (before(), mark()), doing, "VDI.snapshot", disk.vdi_ref, {})
         record = pool.ask("reading " + doing, "VDI.get_record", ref)
         self._entry.note(uuid=record["uuid"])
         pool.ask("marking " + doing, "VDI.remove_from_other_config", ref, self._key)
@@ -9391,20 +9391,23 @@ class Snapshots:
 
     @contextlib.contextmanager
     def of_vm(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk] = (),
-              knows_ignored: bool = False) -> Iterator[VirtualMachine]:
-        """A snapshot of the VM, ready for export, removed on every way out. Raises ApiFailure or AnswerLost
-        if there is none. One that can't be removed is a finding, and hides no other error."""
+              knows_ignored: bool = False,
+              before: Callable[[], Any] = lambda: None) -> Iterator[VirtualMachine]:
+        """A snapshot of the VM, ready for export, removed on every way out; `before` is done just before it.
+        Raises ApiFailure or AnswerLost if there is none. One that can't be removed is a finding, and hides no
+        other error."""
         token = random_hex(8)
         with self.begun(machine.uuid, machine.name, kind="vm-snapshot", token=token,
                         name=f"{label} {TOKEN_MARK}{token}") as entry:
-            yield self.owned(entry).make(machine, label, left_out, knows_ignored)
+            yield self.owned(entry).make(machine, label, left_out, knows_ignored, before)
 
     @contextlib.contextmanager
-    def of_disk(self, machine: VirtualMachine, disk: Disk) -> Iterator[Disk]:
-        """A snapshot of the VM's disk, removed on every way out; raises as of_vm does."""
+    def of_disk(self, machine: VirtualMachine, disk: Disk,
+                before: Callable[[], Any] = lambda: None) -> Iterator[Disk]:
+        """A snapshot of the VM's disk, removed on every way out; `before` and what it raises as of_vm."""
         with self.begun(machine.uuid, machine.name, kind="vdi-snapshot", token=random_hex(8),
                         disk=disk.vdi_uuid) as entry:
-            yield self.owned(entry).make(machine, disk)
+            yield self.owned(entry).make(machine, disk, before)
 
     @contextlib.contextmanager
     def begun(self, vm_uuid: str, vm_name: str, **facts: Any) -> Iterator[OpenEntry]:
@@ -10121,6 +10124,12 @@ def selector_of(target: str) -> Tuple[str, str]:
     return name, value
 
 
+def is_by_config(arguments: Arguments) -> bool:
+    """Does a config file alone say which VMs are meant?"""
+    return is_config_path(arguments.target) and not any(
+        OPTIONS[OPTION_NAMES.index(setting.name)].kind == "selector" for setting in arguments.settings)
+
+
 def config_path(arguments: Arguments) -> str:
     """The config's real path, or the selector in its place: what tells it from other configs, whichever pool
     or settings a run has."""
@@ -10265,7 +10274,7 @@ class Run:
         self.catalog = None                # type: Optional[Catalog]   # the store that it has opened
         self.part = ""                     # of a backup in its round: LEAD, JOIN or LEAVE; "" if it has none
         self.round = ""                    # the id of the round that it leads
-        self.unselected = ()               # type: Tuple[str, ...]     # VMs of the pool, by title
+        self.unselected = None             # type: Optional[Tuple[str, ...]]   # VMs of the pool, by title
         self.store_problem = ""            # once the store misbehaved, nothing is pruned
         self.storage_hangs = False         # then nothing of it is waited for any more
 
@@ -11847,7 +11856,8 @@ class Leader(Worker):
         """What has to be cleared up and told before the first VM; the findings are those of the round's plan.
         """
         tell, settings, services = self.run.tell, self._services.settings, self._services
-        self.run.unselected = tuple(machine.title for machine in plan.unselected)
+        if is_by_config(services.arguments):
+            self.run.unselected = tuple(machine.title for machine in plan.unselected)
         services.log.info(f"VmBackup {VERSION}: {counted(len(self.plan.jobs), 'VM')} of {settings.source} in "
                           f"pool {self.run.inventory.pool_title}; host {self._host.short_name}.")
         if self.run.before:
@@ -12122,15 +12132,27 @@ class BackupJob:
                     self._hook("after_vm", outcome="STOPPED", error="stopped by a signal", copy="",
                                size_bytes=0, seconds=0)
             raise
+        return self._after_vm(outcome)
+
+    def _after_vm(self, outcome: Outcome) -> Outcome:
+        """The outcome, of which after_vm was told, with a warning more if that failed."""
         try:
             with self._services.signals.shielded():        # a copy is sealed, whatever comes now
                 self._hook("after_vm", outcome=outcome.status_word, error=(outcome.error or "")[:1000],
-                           copy=self._sealed, size_bytes=outcome.size_bytes,
+                           copy="" if outcome.error else self._sealed, size_bytes=outcome.size_bytes,
                            seconds=round(outcome.seconds, 3))
         except ProgramError as error:
             outcome = outcome._replace(findings=outcome.findings + (Finding(
                 Severity.WARNING, self._job.machine.title, str(error)),))
         return outcome
+
+    def _before_snapshot(self) -> None:
+        """before_vm has run, in the turn of the snapshot, so that nothing has to be waited for after it."""
+        with stage("HOOK-FAIL"):
+            try:
+                self._hook("before_vm")
+            except ProgramError as error:
+                raise ProgramError(f"no snapshot of {self._job.machine.title} was made: {error}")
 
     def _hook(self, name: str, **facts: Any) -> None:
         machine = self._job.machine
@@ -12182,7 +12204,7 @@ class BackupJob:
                 self._services.log.info(f"{job.machine.title}: {error} It is made again, as a full.")
                 self._backup.read_against.discard(job.machine.uuid)
                 sealed, size_bytes = self._make_copy(folder, str(error).rstrip("."))
-            self._sealed = f"{self._services.catalog.path}/{folder.name}/{sealed}"
+            self._note_sealed(folder, sealed)
             outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes,
                                             said=self._said)
             lie = self._lie
@@ -12201,6 +12223,9 @@ class BackupJob:
                 self._services.log.bug(bug, job.machine.title + ": ")
                 outcome = outcome._replace(cause=bug)
             return outcome
+
+    def _note_sealed(self, folder: Folder, name: str) -> None:
+        self._sealed = f"{self._services.catalog.path}/{folder.name}/{name}"
 
     def _warn(self, sentence: str) -> None:
         self._findings.append(Finding(Severity.WARNING, self._job.machine.title, sentence))
@@ -12233,7 +12258,8 @@ class BackupJob:
     def made(self) -> Optional[Outcome]:
         """The outcome of the copy that a worker of this round has sealed before it died, None if none has."""
         with self._own_folder() as folder:
-            return self._of_this_round(folder)
+            found = self._of_this_round(folder)
+        return found and self._after_vm(found)
 
     def _of_this_round(self, folder: Folder) -> Optional[Outcome]:
         job, machine = self._job, self._job.machine
@@ -12241,6 +12267,7 @@ class BackupJob:
             if copy.round == self._backup.plan.id and copy.is_good and copy.is_of(machine.uuid, job.method):
                 self._services.log.info(f"{machine.title}: {folder.name}/{copy.name} was made in this round, "
                                         "by a worker that died since; it counts.")
+                self._note_sealed(folder, copy.name)
                 return untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=copy.size_bytes)
         return None
 
@@ -12417,15 +12444,10 @@ class BackupJob:
         with stage("SNAPSHOT-FAIL"):
             touched = machine.disks if method is Method.VM and not knows_ignored else disks
             check_sr_space(self._services, touched, f"no snapshot of {machine.title} was made")
-            with stage("HOOK-FAIL"):
-                try:
-                    self._hook("before_vm")
-                except ProgramError as error:
-                    raise ProgramError(f"no snapshot of {machine.title} was made: {error}")
             if method is Method.VM:
                 label = f"{machine.name} (backup {parse_copy_name(copy.name)[0]:%Y-%m-%d %H:%M:%S})"
                 snapshot = self._with_room(touched, lambda: held.enter_context(
-                    snapshots.of_vm(machine, label, left_out, knows_ignored)))
+                    snapshots.of_vm(machine, label, left_out, knows_ignored, self._before_snapshot)))
                 uuid, name, exported = snapshot.uuid, machine.name, snapshot.disks
                 with stage("VM-EXPORT-FAIL"):
                     there, wanted = ({disk.userdevice for disk in some} for some in (snapshot.disks, disks))
@@ -12440,7 +12462,7 @@ class BackupJob:
                     sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
             else:
                 exported = (self._with_room(disks[:1], lambda: held.enter_context(
-                    snapshots.of_disk(machine, disks[0]))),)
+                    snapshots.of_disk(machine, disks[0], self._before_snapshot))),)
                 uuid, name = exported[0].vdi_uuid, f"{machine.name} {disks[0].device}"
                 with stage("VDI-EXPORT-FAIL"):
                     image = exporter.disk_image(exported[0], machine, copy.inside, base,
@@ -12900,9 +12922,8 @@ def dropped_vms(services: Services, inventory: Inventory,
     Of other configs what counts is their last plan on record; one that did not run for long counts no more.
     `missed` is when a VM was first missed, "" for one that is selected.
     """
-    arguments, path, now = services.arguments, services.settings.path, services.clock.utc()
-    if not is_config_path(arguments.target) or any(
-            OPTIONS[OPTION_NAMES.index(setting.name)].kind == "selector" for setting in arguments.settings):
+    path, now = services.settings.path, services.clock.utc()
+    if not is_by_config(services.arguments):
         return None, []
     host, earlier, named = inventory.host.short_name, {}, set()      # type: str, Dict[str, str], Set[str]
     for one in sorted(services.catalog.plans(), key=lambda one: one["at"]):
@@ -15474,17 +15495,18 @@ def mailed(run: Run, services: Services, report: Report, store: StoreFacts) -> R
         Finding(Severity.WARNING, "mail", "it was not sent."),))
 
 
-def store_facts(services: Services, report: Report, storage_hangs: bool) -> StoreFacts:
+def store_facts(run: Run, services: Services, report: Report) -> StoreFacts:
     """What is told about the store after a backup; a store in trouble costs no mail."""
     facts = StoreFacts(services.settings.backup_dir, services.clock.local())
     if report.wording is not BACKUP_WORDING or not report.pool:
         return facts
-    if storage_hangs:
+    if run.storage_hangs:
         return facts._replace(problem="the backup storage hangs.")
     try:
         return within(STORE_FACTS_LIMIT_S, "listing the store", lambda: store_of(services),
                       services.signals.is_hurried)
     except BackupError as error:
+        run.note(error)
         return facts._replace(problem=str(error))
 
 
@@ -15525,7 +15547,14 @@ class Held(NamedTuple):
 
 def utc_of(copy: Copy) -> datetime:
     """When the copy was taken, as well as that is known: its name tells local time."""
+    if copy.written_at is None and copy.taken_at.year < 2000:          # too early for some time zones
+        return copy.taken_at.replace(tzinfo=timezone.utc)
     return copy.written_at or copy.taken_at.astimezone(timezone.utc)
+
+
+def of_kind(copies: Iterable[Copy], what: str) -> List[Copy]:
+    """Those of that kind (vm-export, vdi-export), and those that don't tell theirs."""
+    return [copy for copy in copies if copy.method is None or copy.method.value == what]
 
 
 def held_of(uuid: str, copies: Iterable[Copy]) -> Held:
@@ -15546,11 +15575,11 @@ def held_of(uuid: str, copies: Iterable[Copy]) -> Held:
 
 class Past(NamedTuple):
     """A round that is over, as history tells it: its report; the pool's uuid; the VMs of the pool that no
-    config line selects or excludes; and, as it ended, what the store held of its VMs, its free space and its
-    size in bytes, None where that could not be told."""
+    config line selects or excludes, None where the VMs were chosen by hand; and, as it ended, what the store
+    held of its VMs, its free space and its size in bytes, None where that could not be told."""
     report: Report
     pool_uuid: str
-    unselected: Tuple[str, ...] = ()
+    unselected: Optional[Tuple[str, ...]] = None
     held: Tuple[Held, ...] = ()
     free_bytes: Optional[int] = None
     size_bytes: Optional[int] = None
@@ -15573,7 +15602,7 @@ def past_facts(past: Past) -> Dict[str, Any]:
 TEXT, NUMBER = (str, type(None)), (int, type(None))
 PAST_SHAPE = {
     "began_at": str, "ended_at": str, "ended_by": TEXT, "host": str, "source": str, "pool": str,
-    "pool_uuid": str, "before": str, "signal": int, "missing": [str], "unselected": [str], "dump_error": TEXT,
+    "pool_uuid": str, "before": str, "signal": int, "missing": [str], "dump_error": TEXT,
     "findings": [[str]], "free_bytes": NUMBER, "size_bytes": NUMBER,
     "outcomes": [{"what": str, "uuid": str, "name": str, "title": str, "error": TEXT, "status_word": str,
                   "said": str, "size_bytes": int, "seconds": (int, float), "kept": int, "cause": str,
@@ -15586,6 +15615,8 @@ MOST_SECONDS = 1e9
 def past_of(facts: Dict[str, Any]) -> Past:
     """The round that such a file tells of; ValueError if it holds none."""
     check_shape(facts, PAST_SHAPE)
+    unselected = facts.get("unselected")
+    check_shape([] if unselected is None else unselected, [str], "unselected")
     try:
         ended_by = None if facts["ended_by"] is None else BackupError(facts["ended_by"])
         report = Report(**dict(
@@ -15603,8 +15634,8 @@ def past_of(facts: Dict[str, Any]) -> Past:
     if not all(2000 <= at.year < 9000 for at in times) or not all(
             0 <= outcome.seconds < MOST_SECONDS for outcome in report.outcomes):
         raise ValueError("it tells of times that can't be")
-    return Past(report, facts["pool_uuid"], tuple(facts["unselected"]), held, facts["free_bytes"],
-                facts["size_bytes"])
+    return Past(report, facts["pool_uuid"], None if unselected is None else tuple(unselected), held,
+                facts["free_bytes"], facts["size_bytes"])
 
 
 class History:
@@ -15676,11 +15707,11 @@ def of_pool(rounds: Sequence[Past], pool: str) -> List[Past]:
 
 def past_of_run(run: Run, report: Report, store: StoreFacts) -> Past:
     """The round that the run has led, for the history."""
-    pool = run.inventory.pool_uuid
-    copies = {outcome.uuid: [] for outcome in report.outcomes}     # type: Dict[str, List[Copy]]
+    pool, kinds = run.inventory.pool_uuid, {outcome.uuid: outcome.what for outcome in report.outcomes}
+    copies = {uuid: [] for uuid in kinds}  # type: Dict[str, List[Copy]]
     for stored in store.vms:
         if stored.uuid in copies and stored.pool in ("", pool):
-            copies[stored.uuid] += stored.copies
+            copies[stored.uuid] += of_kind(stored.copies, kinds[stored.uuid])
     held = tuple(held_of(uuid, found) for uuid, found in copies.items()) if not store.problem else ()
     return Past(report, pool, run.unselected, held, store.free_bytes, store.size_bytes)
 
@@ -15719,11 +15750,12 @@ MONITOR_LIMIT_S = 20                   # for a file or directory of a monitor's
 
 class Watched(NamedTuple):
     """A VM that the last round had, or one of the 7 nights before: what became of it last, what of its last
-    backup that was good, None if there was none lately, and what the store held of it then."""
+    backup that was good, None if there was none lately, and what the store held of it, and when."""
     last: Outcome
     last_good: Optional[Outcome]
     held: Held
     pool: str
+    told_at: datetime
 
 
 def watched(rounds: Sequence[Past]) -> List[Watched]:
@@ -15733,14 +15765,15 @@ def watched(rounds: Sequence[Past]) -> List[Watched]:
     for past in rounds:
         is_near = rounds[-1].report.began_at - past.report.began_at <= timedelta(days=WATCHED_DAYS)
         for outcome in past.report.outcomes:
-            before = found.get(outcome.uuid, Watched(outcome, None, Held(outcome.uuid), past.pool_uuid))
+            before = found.get(outcome.uuid, Watched(
+                outcome, None, Held(outcome.uuid), past.pool_uuid, past.report.ended_at))
             found[outcome.uuid] = before._replace(
                 last=outcome, last_good=outcome if outcome.error is None else before.last_good)
             if is_near:
                 lasting.add(outcome.uuid)
         for held in past.held:
             if held.uuid in found:
-                found[held.uuid] = found[held.uuid]._replace(held=held)
+                found[held.uuid] = found[held.uuid]._replace(held=held, told_at=past.report.ended_at)
     return sorted((found[uuid] for uuid in lasting), key=lambda one: (one.last.name, one.last.uuid))
 
 
@@ -15809,8 +15842,8 @@ def metrics_text(config: str, rounds: Sequence[Past]) -> str:
 def put_for_all(path: str, text: str) -> None:
     """The file has that text, whole, and everybody may read it; CatalogError if that can't be had."""
     def put() -> None:
-        folder, _, name = path.rpartition("/")
-        with Directory.open_path(folder or "/") as place:
+        folder, name = os.path.split(path)
+        with Directory.open_path(folder or ".") as place:
             place.put(name, text.encode("utf-8", "replace"), is_for_all=True)
 
     within(MONITOR_LIMIT_S, f"writing {path}", put)
@@ -15839,8 +15872,9 @@ def held_now(catalog: Catalog, one: Watched, condemned: Container[str], oldest: 
             and all(catalog.is_sealed(held.folder, name) for name in (held.newest,) + held.rests_on):
         return held
     names = {held.folder or safe_name(vm.name)}.union(own_folder_names(vm.name, vm.uuid, one.pool))
-    return held_of(vm.uuid, (copy for name in sorted(names) for copy in catalog.folder(name).copies
-                             if copy.uuid == vm.uuid and copy.pool in ("", one.pool)))
+    copies = [copy for name in sorted(names) for copy in catalog.folder(name).copies
+              if copy.uuid == vm.uuid and copy.pool in ("", one.pool)]
+    return held_of(vm.uuid, of_kind(copies, vm.what))
 
 
 def check_line(ages: Sequence[Tuple[str, Optional[float]]], bad: Sequence[str], warn_s: float, crit_s: float,
@@ -16113,7 +16147,7 @@ def page_text(page: Page) -> str:
                       f'<th scope="col">{title}</th>' for title in (
                           "VM", "Newest good copy", "Size", "Duration", "Verified", "Drilled", "Copies"))
                   + "</tr></thead><tbody>", *map(page_row, page.vms), "</tbody></table></div>"]
-    unselected = next((past.unselected for past in reversed(page.rounds) if past.report.outcomes), ())
+    unselected = next((past.unselected for past in reversed(page.rounds) if past.unselected is not None), ())
     size = page.store.size_bytes
     lines.append(f"<h2>Store</h2><p>{shown(page.store.path)}: " + (
         f"{format_size(page.store.free_bytes)} free"
@@ -16141,7 +16175,7 @@ def page_of(services: Services, rounds: Sequence[Past], store: StoreFacts, host:
             outcomes[outcome.uuid].append((past.report.began_at, outcome))
     for one in watched(rounds):
         uuid, fates = one.last.uuid, []    # type: str, List[Tuple[Copy, str]]
-        for own in stored[uuid]:
+        for own in (every for every in stored[uuid] if of_kind(every.copies, one.last.what)):
             rules, why = stored_rules(services, own)
             verdicts = {verdict.copy.name: verdict for verdict in judge(
                 own.around, own.uuid, own.method, rules, store.now,
@@ -16178,8 +16212,14 @@ def end_told(run: Run) -> int:
     with services.signals.shielded():
         try:
             if run.is_told or run.wording is not None and run.ended_by is not None:
-                report = told_abroad(run, with_store(run), report)
-            status = report.exit_status if run.is_told else status
+                status = report.exit_status if run.is_told else status
+                try:
+                    report = told_abroad(run, with_store(run), report)
+                except Exception as bug:   # it costs nobody what was done before
+                    services.log.bug(bug)
+                    report = report._replace(ended_by=report.ended_by or bug)
+                else:
+                    status = report.exit_status if run.is_told else status
         finally:
             if run.lock is not None:       # another host leaves the config to a run that ended well
                 run.tidy("giving back the lock of this config", lambda: end_config_lock(run.lock, status))
@@ -16202,12 +16242,15 @@ def after_run(run: Run, report: Report) -> Report:
     facts = dict({name: facts[name] for name in HOOK_FACTS}, exit_status=report.exit_status,
                  ended_by=facts["ended_by"] or "", vms=len(report.outcomes), failed=len(report.failed_names),
                  size_bytes=report.size_bytes, part=run.part)
-    try:
+    def close() -> None:
         if run.catalog is not None and not run.storage_hangs:
             within(WAY_OUT_S, "closing the store", run.catalog.close_all)
-        run.hook("after_run", facts)
-    except BackupError as error:
-        report = warned(run, report, "after_run", str(error))
+
+    for deed in (close, lambda: run.hook("after_run", facts)):
+        try:
+            deed()
+        except BackupError as error:
+            report = warned(run, report, "after_run", str(error))
     return report
 
 
@@ -16225,7 +16268,7 @@ def told_abroad(run: Run, services: Services, report: Report) -> Report:
     """The report, which went out by ping and mail, and, of a round, into the history, onto the page and into
     the file of numbers, as far as that was wanted; with a warning more for each of these that could not be
     had. None changes an outcome."""
-    settings, store = services.settings, store_facts(services, report, run.storage_hangs)
+    settings, store = services.settings, store_facts(run, services, report)
     rounds, problems = [], []              # type: List[Past], List[str]
 
     def keep() -> None:
@@ -16248,7 +16291,7 @@ def told_abroad(run: Run, services: Services, report: Report) -> Report:
     def write(path: str, text: Callable[[], str]) -> None:
         if not rounds:
             raise CatalogError(f"{path} is left as it is, as the history can't be kept.")
-        put_for_all(path, within(STORE_FACTS_LIMIT_S, f"making {path}", text))
+        put_for_all(path, within(STORE_FACTS_LIMIT_S, f"making {path}", text, services.signals.is_hurried))
 
     is_round = bool(run.round)
     tell("ping_url", run.wording is BACKUP_WORDING and not isinstance(run.ended_by, LockHeld),
@@ -16803,19 +16846,20 @@ def command_check(run: Run) -> None:
 
     def look() -> Tuple[Alarm, str]:
         catalog = open_store(services.settings)
-        rounds, problems = History(catalog, services.settings.path).rounds(now, WATCHED_DAYS, is_brief=True)
+        rounds, problems = History(catalog, services.settings.path).rounds(now, METRICS_DAYS, is_brief=True)
         if not rounds:
             raise BackupError(f"no round of {services.settings.source} is on record in {catalog.path}"
                               + "".join("; " + problem for problem in problems))
+        vms = [one for pool in sorted({past.pool_uuid for past in rounds})
+               for one in watched(of_pool(rounds, pool))]
         # a day more, as clocks differ
-        condemned = catalog.condemned(rounds[-1].report.ended_at.timestamp() - DAY_S)
+        condemned = catalog.condemned(min(one.told_at.timestamp() for one in vms) - DAY_S) if vms else ()
         ages, bad = [], []                 # type: List[Tuple[str, Optional[float]]], List[str]
-        for pool in sorted({past.pool_uuid for past in rounds}):
-            for one in watched(of_pool(rounds, pool)):
-                held = held_now(catalog, one, condemned, now - timedelta(seconds=warn_s))
-                bad += held.bad
-                ages.append((one.last.title, (now - parse_utc(held.newest_at)).total_seconds()
-                             if held.newest else None))
+        for one in vms:
+            held = held_now(catalog, one, condemned, now - timedelta(seconds=warn_s))
+            bad += held.bad
+            ages.append((one.last.title, (now - parse_utc(held.newest_at)).total_seconds()
+                         if held.newest else None))
         return check_line(ages, bad, warn_s, crit_s, catalog.free_bytes(), problems)
 
     try:

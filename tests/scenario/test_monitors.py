@@ -454,6 +454,15 @@ def test_a_newer_copy_that_another_config_made_counts(a_pool: Any, a_shelf: Any)
     assert check(shelf, clock=81 * HOUR_S).status == 1
 
 
+def test_a_copy_of_another_kind_does_not_stand_for_one_of_this_configs(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    nights(pool, shelf, 0)
+    own, shelf.config_path = shelf.config_path, os.path.join(shelf.home, 'disks.cfg')
+    assert run_in_trouble(pool, shelf, 'vdi-export=web', clock=50 * HOUR_S).exit_status == 0
+    shelf.config_path = own
+    assert check(shelf, clock=60 * HOUR_S).status == 2
+
+
 # --- what can't be known ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('what', ['no round yet', 'no store', 'an empty store', 'no config', 'a wrong config',

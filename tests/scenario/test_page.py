@@ -70,3 +70,12 @@ def test_a_page_that_can_not_be_written_is_a_warning_and_nothing_more(a_pool: An
     pool, shelf = a_pool(vm('web')), a_shelf()
     run = backup(pool, shelf, 'vm-export=*', 'report_html=%s' % os.path.join(shelf.home, 'not there', 'page.html'))
     assert run.exit_status == 3 and run.says('report_html') and shelf.has('web', complete=1), run.output
+
+
+def test_a_round_of_vms_chosen_by_hand_says_nothing_of_the_others(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web'), vm('db'), vm('left alone')), a_shelf()
+    lines = ('vm-export=web', 'vm-export=db', 'report_html=%s' % os.path.join(shelf.home, 'page.html'))
+    assert backup(pool, shelf, *lines).exit_status == 0
+    assert backup(pool, shelf, *lines, words=['vm-export=web', 'force=yes']).exit_status == 0
+    listed = page_of(shelf).split('VMs in no backup')[1]
+    assert 'left alone' in listed and 'db (' not in listed
