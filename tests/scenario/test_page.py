@@ -13,7 +13,15 @@ from support.language import MEBIBYTE, at, vm
 WIDTHS = (360, 1280)
 
 
-@pytest.mark.skipif(browser.PROGRAM is None, reason='no Chromium is installed')
+@pytest.fixture(scope='module')
+def a_browser() -> None:
+    problem = browser.problem()
+    if problem:
+        pytest.skip(problem)
+
+
+@pytest.mark.xdist_group('browser')
+@pytest.mark.usefixtures('a_browser')
 @pytest.mark.parametrize('is_dark', [False, True])
 @pytest.mark.parametrize('number, is_hostile', [(0, False), (1, False), (14, False), (14, True), (500, False)])
 def test_the_page_can_be_read_by_everybody(number: int, is_hostile: bool, is_dark: bool) -> None:

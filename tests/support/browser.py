@@ -96,6 +96,17 @@ def started(arguments: Any, page: str, widths: Sequence[int], height: int) -> An
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, HOME=home), check=True, timeout=240)
 
 
+def problem() -> str:
+    """Why no page can be looked at here, "" if it can: there is no browser, or it shows not even a page of one word."""
+    if PROGRAM is None:
+        return 'no Chromium is installed'
+    try:
+        done = started(['--dump-dom'], '<p>word</p>', [500], 500)
+    except (OSError, subprocess.SubprocessError) as error:
+        return 'Chromium does not run here: %s' % str(error)[-300:]
+    return '' if b'word' in done.stdout else 'Chromium shows nothing here: %r' % done.stderr[-300:]
+
+
 def scheme(is_dark: bool) -> str:
     return '--blink-settings=preferredColorScheme=%d' % (0 if is_dark else 1)
 
