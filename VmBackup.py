@@ -15920,9 +15920,9 @@ BARS = 14                              # rounds in the small bars
 PAGE_PATIENCE_HOURS = 54               # without a round
 GROWTH_DAYS = 3                        # from so long a time on a growth says something
 PAGE_STYLE = """
-:root{--bg:#fff;--fg:#1b1f24;--dim:#57606a;--line:#d0d7de;--card:#f6f8fa;--good:#0f5132;--goodbg:#d1f0dd;
+:root{--bg:#fff;--fg:#1b1f24;--dim:#57606a;--line:#d0d7de;--good:#0f5132;--goodbg:#d1f0dd;
 --warn:#5c4400;--warnbg:#fff0c2;--bad:#86181d;--badbg:#ffdcd9;--bar:#0b5cad}
-@media(prefers-color-scheme:dark){:root{--bg:#0f1318;--fg:#e6edf3;--dim:#9aa7b4;--line:#3a434d;--card:#181e25;
+@media(prefers-color-scheme:dark){:root{--bg:#0f1318;--fg:#e6edf3;--dim:#9aa7b4;--line:#3a434d;
 --good:#a6f0c0;--goodbg:#123d27;--warn:#ffe08a;--warnbg:#4a3a08;--bad:#ffc4be;--badbg:#5a1c1c;--bar:#79b8ff}}
 *{box-sizing:border-box}
 body{margin:0;padding:1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif;
@@ -16148,11 +16148,10 @@ def page_text(page: Page) -> str:
                           "VM", "Newest good copy", "Size", "Duration", "Verified", "Drilled", "Copies"))
                   + "</tr></thead><tbody>", *map(page_row, page.vms), "</tbody></table></div>"]
     unselected = next((past.unselected for past in reversed(page.rounds) if past.unselected is not None), ())
-    size = page.store.size_bytes
+    size, free = page.store.size_bytes, page.store.free_bytes
     lines.append(f"<h2>Store</h2><p>{shown(page.store.path)}: " + (
-        f"{format_size(page.store.free_bytes)} free"
-        + (f" of {format_size(size)}" if size else "") if page.store.free_bytes is not None
-        else "its free space is not known") + ".</p>")
+        "its free space is not known" if free is None or size is None else
+        f"{format_size(size - free)} used, {format_size(free)} free of {format_size(size)}") + ".</p>")
     for title, rows in (("VMs in no backup", unselected), ("References in the pool", page.references)):
         if rows:
             lines += [f"<h2>{title}</h2><ul>", *(f"<li>{named(row)}</li>" for row in rows), "</ul>"]

@@ -366,18 +366,6 @@ def test_a_vm_that_failed_with_a_copy_that_is_new_enough_is_no_alarm(a_pool: Any
     assert check(shelf, clock=60 * HOUR_S).status == 2
 
 
-def damage(shelf: Shelf, copy: str) -> None:
-    """One bit of the image is another, its time as it was."""
-    path = shelf.at('web', copy, 'web.xva')
-    status = os.stat(path)
-    with open(path, 'r+b') as file:
-        file.seek(1200000)
-        byte = file.read(1)
-        file.seek(1200000)
-        file.write(bytes([byte[0] ^ 1]))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 def nights(pool: Pool, shelf: Shelf, *hours: float) -> None:
     """A backup of web at each of these hours from now."""
     for hour in hours:
@@ -392,7 +380,7 @@ def test_a_copy_that_verify_found_damaged_is_a_warning_until_it_is_removed(a_poo
     pool, shelf = a_pool(vm('web')), a_shelf()
     nights(pool, shelf, 0, 2)
     copy = shelf.copies('web')[number]
-    damage(shelf, copy)
+    shelf.flip('web', copy)
     assert check(shelf, clock=3 * HOUR_S).status == 0
     assert without_pool(shelf, 'verify').exit_status == 1
     if has_run_since:
@@ -407,7 +395,7 @@ def test_a_copy_that_verify_found_damaged_is_a_warning_until_it_is_removed(a_poo
 def test_a_newest_copy_that_is_found_damaged_counts_no_more(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(vm('web')), a_shelf()
     nights(pool, shelf, 0)
-    damage(shelf, shelf.newest('web'))
+    shelf.flip('web', shelf.newest('web'))
     assert without_pool(shelf, 'verify').exit_status == 1
     seen = check(shelf)
     assert seen.status == 2 and seen.figures['without'] == '1', seen

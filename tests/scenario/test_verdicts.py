@@ -21,19 +21,6 @@ from support.values import verified
 ROOT = disk(size=4 * MEBIBYTE, used=[[0, 2]], seed=7)
 
 
-def flip(shelf: Any, copy: str, keeps_time: bool = True) -> None:
-    """One bit of the image is another, and its time as it was, as a failing disk does it."""
-    path = shelf.at('web', copy, shelf.image('web', copy))
-    status = os.stat(path)
-    with open(path, 'r+b') as file:
-        file.seek(1200000)
-        byte = file.read(1)
-        file.seek(1200000)
-        file.write(bytes([byte[0] ^ 1]))
-    if keeps_time:
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 def verify(shelf: Any, *words: str) -> Any:
     return run_program('-', shelf.config('vm-export=web'), 'verify', *words)
 
@@ -48,7 +35,7 @@ def one_damaged(a_backup: Any) -> Any:
     """A sound copy, and a newer one that verify has found damaged."""
     pool, shelf = a_backup(vm('web', disks=[ROOT]), lines=['vm-export=web', 'max_backups=2'], nights=2)
     sound, damaged = shelf.copies('web')
-    flip(shelf, damaged)
+    shelf.flip('web', damaged)
     assert verify(shelf).exit_status == 1
     return pool, shelf, sound, damaged
 
@@ -123,7 +110,7 @@ def test_a_name_that_is_used_again_inherits_no_verdict(one_damaged: Any) -> None
 def test_a_later_verify_that_finds_it_whole_lifts_the_verdict(one_damaged: Any) -> None:
     _pool, shelf, _sound, damaged = one_damaged
     time.sleep(1.1)
-    flip(shelf, damaged)
+    shelf.flip('web', damaged)
     assert not rows(shelf)[damaged]['good']
     assert verify(shelf).exit_status == 0 and rows(shelf)[damaged]['good']
 
@@ -139,12 +126,12 @@ def test_a_good_verdict_holds_only_while_the_files_are_those_that_were_read(a_ba
 def test_a_copy_that_a_drill_found_not_restorable_is_not_good_until_a_check_says_otherwise(a_backup: Any) -> None:
     pool, shelf = a_backup(vm('web', disks=[ROOT]), nights=2)
     sound, damaged = shelf.copies('web')
-    flip(shelf, damaged)
+    shelf.flip('web', damaged)
     assert drill(pool, shelf, 'web').exit_status == 1
     assert 'found it NOT RESTORABLE' in rows(shelf)[damaged]['problem'] and rows(shelf)[sound]['good']
     assert sound in drill(pool, shelf, 'web').stdout
     time.sleep(1.1)
-    flip(shelf, damaged)
+    shelf.flip('web', damaged)
     assert verify(shelf).exit_status == 0 and rows(shelf)[damaged]['good']
 
 

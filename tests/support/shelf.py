@@ -247,6 +247,17 @@ class Shelf(Store):
                         found[shown] = (status.st_mode,)
         return found
 
+    def flip(self, folder: str, copy: str) -> None:
+        """One bit of the copy's image is another, and its time as it was, as a failing disk does it."""
+        path = self.at(folder, copy, self.image(folder, copy))
+        status = os.stat(path)
+        with open(path, 'r+b') as file:
+            file.seek(1200000)
+            byte = file.read(1)
+            file.seek(1200000)
+            file.write(bytes([byte[0] ^ 1]))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
     def is_unchanged(self) -> bool:
         """Every file and directory is as it was given, and nothing came."""
         return self.tree() == self.first_tree

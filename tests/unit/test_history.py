@@ -89,6 +89,13 @@ def test_a_vm_is_watched_for_seven_days_after_its_last_round_and_keeps_its_last_
     assert one.last.error == 'it broke' and one.last_good == nights[-2].report.outcomes[0]
 
 
+def test_a_page_says_what_of_the_store_is_used_and_free():
+    text = program.page_text(pages.page(3))
+    assert '/mnt/nas/BACKUPS: 1.3 TiB used, 742 GiB free of 2.0 TiB.' in text
+    unknown = pages.page(3)._replace(store=pages.page(3).store._replace(free_bytes=None))
+    assert 'its free space is not known' in program.page_text(unknown)
+
+
 def test_a_page_says_when_no_round_has_come_for_long():
     page = pages.page(3, nights=30)
     assert not any('No round has come since' in one for one in program.page_needs(page)[0])
