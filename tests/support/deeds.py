@@ -10,6 +10,7 @@ import glob
 import os
 import signal
 import threading
+import zlib
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Union
 
 from support import warm
@@ -30,8 +31,9 @@ def preview(pool: Pool, shelf: Shelf, *lines: str, **how: Any) -> Run:
 
 
 def in_trouble(place: Union[Pool, Shelf], **trouble: Any) -> List[str]:
-    """How the program is started on a machine in that trouble, as troubled.py knows it. `place`: where its file may lie."""
-    path = os.path.join(place.home, 'TROUBLE.json')
+    """How the program is started on a machine in that trouble, as troubled.py knows it. `place`: where its file may lie,
+    one for each trouble: the workers of a program that was started before read theirs when they begin."""
+    path = os.path.join(place.home, 'TROUBLE-%08x.json' % zlib.crc32(repr(sorted(trouble.items())).encode()))
     write_json(path, trouble)
     return [TROUBLED, path, PROGRAM]
 

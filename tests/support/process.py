@@ -266,5 +266,7 @@ def first_line(process: subprocess.Popen, time_limit_s: float) -> str:
 
 
 def write_json(path: str, value: Any) -> None:
-    with open(path, 'w', encoding='utf-8') as file:
+    """In one step: a process that reads it meanwhile finds the older content or this one."""
+    with open(path + '.new', 'w', encoding='utf-8') as file:
         json.dump(value, file, indent=1)
+    os.replace(path + '.new', path)
