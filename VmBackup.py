@@ -109,6 +109,7 @@ import subprocess
 import threading
 import time
 import unicodedata
+import warnings
 import zlib
 from array import array
 from datetime import date, datetime, timedelta, timezone
@@ -1728,14 +1729,14 @@ def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Find
         return Finding(Severity.ERROR, selector.line, "there is a VM named exactly "
                        f"{quote_name(selector.text)}: write the name in quotes if it is meant.")
     found = [machine for machine in inventory.machines if selector.matches(machine)]
-    if selector.method is None:
-        return None if found else Finding(Severity.WARNING, selector.line, "excludes no VM of the pool.")
-    if any(selects(selector, machine) for machine in found):
+    if selector.method is None and found or any(selects(selector, machine) for machine in found):
         return None
     if found:
         return Finding(Severity.ERROR if selector.is_literal else Severity.WARNING, selector.line, "is not "
                        f"backed up: {provisional_text(found[0])}")
     hint = _regex_hint(selector, {machine.name for machine in inventory.machines})
+    if selector.method is None:
+        return Finding(Severity.WARNING, selector.line, f"excludes no VM of the pool.{hint}")
     if selector.is_literal:
         return Finding(Severity.ERROR, selector.line, f"no VM of the pool {inventory.pool_title} bears this "
                        f"{'name' if selector.form == 'name' else 'uuid'}, so it is not being backed "
@@ -1754,13 +1755,114 @@ def _regex_hint(selector: Selector, names: Set[str]) -> str:
     if not selector.bare or selector.form == "prefix-regex" or PLAIN_OLD_NAME.fullmatch(selector.pattern):
         return ""
     try:
-        matching = counted(sum(1 for name in names if re.match(selector.pattern, name)), "VM")
-    except (re.error, OverflowError, RecursionError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")             # no regex if Python has its doubts about it
+            matching = counted(sum(1 for name in names if re.match(selector.pattern, name)), "VM")
+    except (re.error, OverflowError, RecursionError, Warning):
         return ""
-    wildcard = selector.pattern.replace(".*", "*")
-    meant = wildcard if wildcard != selector.pattern else f"/{wildcard}/"
-    return "" if matching == "0 VMs" else (
-        f" As a regex it would match {matching}: did you mean {meant}, or wildcards=regex?")
+    return "" if matching == "0 VMs" else (f" As a regex it would match {matching}: did you mean "
+                                           f"{_as_written_now(selector.pattern)}, or wildcards=regex?")
+
+
+def _as_written_now(regex: str) -> str:
+    """The selector that selects what this one did that versions 3.1 to 3.25 read as a regex."""
+    if re.fullmatch(r"[A-Za-z0-9_ -]*\.\*", regex):
+        return regex.replace(".*", "*")
+    regex = regex[:-2] if regex.endswith(".*") and not regex.endswith("\\.*") else regex
+    return f"/({regex}).*/" if "|" in regex else f"/{regex}.*/"
+
+
+# --- configs of the older program ---------------------------------------------------
+
+
+OLD_KEYS = frozenset(("vm-export", "vdi-export", "exclude", "pool_db_backup", "max_backups", "backup_dir",
+                      "status_log", "vdi_export_format", "compress", "pre_clean", "ignore_extra_keys"))
+MOST_NAMED = 5                    # of the VMs that one line of the config is about
+
+
+def older_reading(configuration: Configuration) -> Optional[Configuration]:
+    """The configuration as versions 3.1 to 3.25 read its file; None if it says something that they did not
+    know, wildcards=shell too, or if they could not read it."""
+    values = {option.name: getattr(configuration, option.field) for option in OPTIONS}
+    if not OLD_KEYS.issuperset(configuration.places) or configuration.compress == "zstd":
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for key in ("vm-export", "vdi-export", "exclude"):
+                if any(one.form in ("uuid", "tag", "regex") or one.place == "command line"
+                       for one in values[key]):
+                    return None
+                values[key] = tuple(parse_selector(Setting(key, one.text, one.place), "regex")
+                                    for one in values[key])
+    except (ValueError, Warning):
+        return None
+    return Configuration(values, configuration.places, (), configuration.source, configuration.path)
+
+
+def older_differences(configuration: Configuration, inventory: Inventory, plan: Plan) -> List[Finding]:
+    """What a config that may be one of the older program's would do otherwise than there, and how to keep it
+    as it was: a finding for each line that is not what it was to some VM of the pool. They are warnings if it
+    is surely written in regexes: then somebody's backups are at stake. `PROD*` is as well a shell wildcard.
+    """
+    older = older_reading(configuration)
+    if older is None:
+        return []
+    selectors = configuration.vm_export + configuration.vdi_export + configuration.exclude
+    olders = older.vm_export + older.vdi_export + older.exclude
+    changed = {one.line: one for one, was in zip(selectors, olders) if one.form != was.form}
+    names = {machine.name for machine in inventory.machines}
+    is_theirs = any(".*" in one.pattern or not any(map(one.matches, inventory.machines))
+                    and _regex_hint(one, names) for one in changed.values())
+    severity = Severity.WARNING if is_theirs else Severity.INFO
+    before, now = _decided(make_plan(older, inventory)), _decided(plan)
+    found = {line: {} for line in changed}       # type: Dict[str, Dict[Tuple[str, str], List[str]]]
+    for machine in inventory.machines:
+        (was, by), (becomes, line) = before.get(machine.uuid, NO_BACKUP), now.get(machine.uuid, NO_BACKUP)
+        if was != becomes:
+            found[by if by in changed else line].setdefault((was, becomes), []).append(machine.title)
+    findings = []
+    for line, groups in found.items():
+        words = "; ".join(
+            f"{counted(len(titles), 'VM')} (then {was}, now {becomes}): {', '.join(titles[:MOST_NAMED])}"
+            + (f" and {len(titles) - MOST_NAMED} more" if len(titles) > MOST_NAMED else "")
+            for (was, becomes), titles in groups.items())
+        if words:
+            one = changed[line]
+            keep = f":{one.keep}" if one.keep else ""
+            form = "name" if one.is_literal else "shell wildcard"
+            findings.append(Finding(
+                severity, line, f"NAUbackup 3.1 to 3.25 read it as a regex; here it is a {form}. {words}. To "
+                "keep it as it was, add wildcards=regex to the config, or write "
+                f"{_as_written_now(one.pattern)}{keep} in this line; if it is meant as it stands, add "
+                "wildcards=shell."))
+    return findings + list(_older_notes(configuration, plan))
+
+
+def _older_notes(configuration: Configuration, plan: Plan) -> Iterator[Finding]:
+    """What other lines of the older program's config do otherwise here, of no harm to any copy."""
+    images = sum(job.method is Method.VDI for job in plan.jobs)
+    if configuration.compress != "none" and images:
+        yield Finding(Severity.INFO, configuration.places["compress"], "compress: NAUbackup compressed only "
+                      f"what vm-export made; here the images of vdi-export ({counted(images, 'VM')}) are "
+                      "compressed, too: unpack one before you give it to `xe vdi-import`.")
+    single = sum(job.rules.newest == 1 for job in plan.jobs)
+    if configuration.pre_clean and single:
+        yield Finding(Severity.INFO, configuration.places["pre_clean"], "pre_clean: NAUbackup removed even a "
+                      "VM's last copy before it made the new one; here the last good one stays until the new "
+                      "one is good: the store needs room for two copies of each VM of which one is kept "
+                      f"({counted(single, 'VM')}).")
+
+
+NO_BACKUP = ("not backed up", "")
+
+
+def _decided(plan: Plan) -> Dict[str, Tuple[str, str]]:
+    """What the plan does with VMs, by uuid, in words, and the line that says so."""
+    decided = {job.machine.uuid: (f"{job.method.value} with {counted(job.rules.newest, 'copy')}",
+                                  job.chosen_by) for job in plan.jobs}
+    decided.update((machine.uuid, (NO_BACKUP[0], line)) for machine, line in plan.excluded)
+    return decided
 
 
 # =============================================================================
@@ -16363,7 +16465,9 @@ def preview_job(job: Job, excludes: Sequence[DiskExclude], folder: str, verdicts
               for disk in disks if NOBAK in disk.name]
     own = [verdict for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == machine.uuid
            and not verdict.copy.aside]
-    lines.append(f"      into {folder}/, which holds {counted(len(own), 'good copy')} of it")
+    older = counted(sum(verdict.copy.is_old for verdict in own))
+    lines.append(f"      into {folder}/, which holds {counted(len(own), 'good copy')} of it"
+                 + (f" ({older} made by the older program: they count as any other)" if older != "0" else ""))
     if layer is not None:
         lines.append(f"      it will be{layer_words(layer)[1:]}; the next full after it is due in "
                      f"{counted(layer.left, 'copy')}")
@@ -16378,7 +16482,9 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
     """The plan with what the store adds to its findings, and the preview: it tells of each VM its directory
     too, and what a run will say about the copies there."""
     placement = Placement(services.catalog, inventory.pool_uuid, [one.name for one in inventory.machines])
-    findings, views = list(plan.findings), []
+    otherwise, views = older_differences(services.settings, inventory, plan), []
+    told = {(finding.severity, finding.subject) for finding in otherwise}      # more than "matches nothing"
+    findings = [finding for finding in plan.findings if finding[:2] not in told] + otherwise
     utc, local, settings = services.clock.utc(), services.clock.local(), services.settings
     placement.claim_all(job.machine for job in plan.jobs)
     try:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from typing import Any
+from typing import Any, List
 
 import pytest
 
@@ -289,3 +289,59 @@ def test_the_older_command_line_words_still_work(a_pool: Any, a_shelf: Any) -> N
                  password='password')
     assert run.exit_status == 0
     assert shelf.image('web', shelf.newest('web')) == 'web.xva.gz'
+
+
+# --- Coming from it --------------------------------------------------------------------------------------------------
+
+OLD_VMS = ('PROD-web', 'PROD-large', 'PROD-ubuntu12-benchmark', 'PRODtestVM', 'DEV-1', 'accounting')
+CRON_WORDS = ['pre_clean=True', 'ignore_extra_keys=True', 'preview']
+
+
+def to_back_up(run: Run) -> List[str]:
+    body = run.stdout.split(' to back up:', 1)[1].split('  In all:', 1)[0]
+    return [name for name in OLD_VMS if '  %s (' % name in body]
+
+
+def test_preview_of_a_config_of_version_3_25_says_what_would_be_otherwise_and_how_it_stays_as_it_was(a_pool: Any,
+                                                                                                     a_shelf: Any) -> None:
+    pool = a_pool(*[vm(name, uuid=RECORDED_UUID if name == 'PROD-web' else uuid_of(name)) for name in OLD_VMS])
+    shelf = a_shelf(of_old_program())
+    lines = OLD_CONFIG[:-1]
+
+    run = backup(pool, shelf, *lines, words=CRON_WORDS, password='password')
+    assert run.exit_status == 3 and to_back_up(run) == ['PROD-large']
+    (prod,) = [line for line in run.stdout.splitlines() if line.startswith('Warning: vm-export=PROD.* (')]
+    assert '1 VM (then vm-export with 2 copies, now not backed up): PROD-web' in prod and 'write PROD* in this line' in prod
+    (dev,) = [line for line in run.stdout.splitlines() if line.startswith('Warning: vm-export=DEV.*:2 (')]
+    assert 'DEV-1' in dev and 'add wildcards=regex to the config' in dev and 'write DEV*:2' in dev
+
+    kept = backup(pool, shelf, *lines, 'wildcards=regex', words=CRON_WORDS, password='password')
+    assert kept.exit_status == 0 and to_back_up(kept) == ['PROD-web', 'PROD-large', 'DEV-1']
+    assert 'NAUbackup 3' not in kept.stdout
+    assert 'PROD-web/, which holds 4 good copies of it (4 made by the older program: they count as any other)' in kept.stdout
+
+    by_wildcards = [line.replace('.*', '*') for line in lines]
+    again = backup(pool, shelf, *by_wildcards, words=CRON_WORDS, password='password')
+    assert again.exit_status == 0 and to_back_up(again) == to_back_up(kept) and 'NAUbackup 3' not in again.stdout
+
+    meant = backup(pool, shelf, *lines, 'wildcards=shell', words=CRON_WORDS, password='password')
+    assert to_back_up(meant) == to_back_up(run) and 'NAUbackup 3' not in meant.stdout
+    assert shelf.is_unchanged()
+
+
+def test_a_backup_says_nothing_of_what_only_preview_tells(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('PRO', disks=0), vm('PROD-1')), a_shelf()
+    told = preview(pool, shelf, 'vm-export=PROD*')
+    assert told.exit_status == 0 and 'PRO (' in told.stdout.split('Note: vm-export=PROD*', 1)[1]
+    run = backup(pool, shelf, 'vm-export=PROD*')
+    assert run.exit_status == 0 and not run.says('NAUbackup 3') and shelf.names() == ['PROD-1']
+
+
+def test_an_exclude_that_was_a_regex_says_so_where_it_excludes_nothing_now(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web'), vm('test-1')), a_shelf()
+    told = preview(pool, shelf, 'vm-export=web', 'vm-export=test-1', 'exclude=test.+')
+    assert told.exit_status == 3
+    (line,) = [line for line in told.stdout.splitlines() if 'exclude=test.+ (' in line]
+    assert '1 VM (then not backed up, now vm-export with 4 copies): test-1' in line and 'write /test.+.*/' in line
+    run = backup(pool, shelf, 'vm-export=web', 'exclude=test.+')
+    assert run.exit_status == 3 and run.says('excludes no VM of the pool. As a regex it would match 1 VM')

@@ -70,7 +70,7 @@ def test_selectors_choose(many: Any, a_shelf: Any, what: str, lines: Sequence[st
 
 
 def test_a_selector_that_would_match_as_a_regex_says_so(many: Any, a_shelf: Any) -> None:
-    run = preview(many, a_shelf(), 'vm-export=PROD.*')
+    run = preview(many, a_shelf(), 'vm-export=PROD.*', 'lock_wait=9')
     assert run.exit_status == 3
     assert run.says('did you mean PROD*') and run.says('wildcards=regex')
 

@@ -106,6 +106,92 @@ def test_a_selector_that_matches_nothing_but_would_as_a_regex_says_so():
     assert 'wildcards=regex' in error
 
 
+# --- a config of the older program's as it stands --------------------------------------------------------------------
+
+def otherwise(text, *names):
+    """What preview says that NAUbackup did otherwise with that config and these VMs."""
+    settings, inventory = configured(text), an_inventory(*vms(*names))
+    return VmBackup.older_differences(settings, inventory, make_plan(settings, inventory))
+
+
+LOST, TAKEN = 'VM (then vm-export with 4 copies, now not backed up): ', 'VM (then not backed up, now vm-export with 4 copies): '
+
+
+@pytest.mark.parametrize('text, names, told', [
+    ('vm-export=PROD.*', ['PROD-1', 'x'], [(1, '1 ' + LOST + 'PROD-1 (00000001).', 'write PROD* in this line')]),
+    ('vm-export=PROD.*:2', ['PROD-1'], [(1, 'then vm-export with 2 copies, now not', 'write PROD*:2 in this line')]),
+    ('vm-export=web.1', ['web.1', 'web-10'], [(1, 'here it is a name. 1 ' + LOST + 'web-10 (', 'write /web.1.*/ in this line')]),
+    ('vm-export=PROD*', ['PROD-1', 'PRO'], [(1, 'here it is a shell wildcard. 1 ' + LOST + 'PRO (', 'write /PROD*.*/ in')]),
+    ('vm-export=a.*|b', ['a', 'b1'], [(1, '2 VMs (then vm-export', 'write /(a.*|b).*/ in')]),
+    ('vm-export=w*\nexclude=web.*', ['web', 'w'], [(2, '1 ' + TAKEN + 'web (', 'write web* in')]),
+    ('vdi-export=db.*\nvm-export=d*', ['db1'], [(1, '(then vdi-export with 4 copies, now vm-export with 4 copies): db1', '')]),
+    ('vm-export=db.+:2\nvm-export=db*:3', ['db1'], []),
+    ('vm-export=db*:3\nvm-export=db.+:2', ['db1'], [(2, '(then vm-export with 2 copies, now vm-export with 3 copies): db1', '')]),
+    ('vm-export=a.*\nvm-export=b.*\nvm-export=x', ['a1', 'b1', 'x'], [(1, 'a1', 'write a*'), (2, 'b1', 'write b*')]),
+    ('vm-export=n.*', ['n%d' % number for number in range(1, 8)], [(1, '7 VMs (', 'n5 (00000005) and 2 more.')])])
+def test_a_line_that_is_not_what_it_was_is_told_with_its_vms_and_the_way_to_keep_it(text, names, told):
+    found = otherwise(text + '\n', *names)
+    assert [finding.subject.rpartition('weekend.cfg:')[2] for finding in found] == ['%d)' % line for line, _, _ in told]
+    for finding, (_, vms_told, way) in zip(found, told):
+        assert vms_told in finding.sentence and way in finding.sentence
+        assert 'wildcards=regex' in finding.sentence and 'wildcards=shell' in finding.sentence
+
+
+@pytest.mark.parametrize('text, names', [
+    ('vm-export=PROD*', ['PROD-1', 'x']), ('vm-export=web', ['web', 'web1']), ('vm-export="web.1"', ['web.1', 'web-1']),
+    ('wildcards=shell\nvm-export=PROD.*', ['PROD-1']), ('wildcards=regex\nvm-export=PROD.*', ['PROD-1']),
+    ('lock_wait=9\nvm-export=PROD.*', ['PROD-1']), ('compress=zstd\nvm-export=PROD.*', ['PROD-1']),
+    ('vm-export=tag:x\nvm-export=PROD.*', ['PROD-1']), ('vm-export=PROD.*\nexclude=*-db', ['PROD-1']),
+    ('vm-export=*', ['web']), ('vm-export=[[a]*', ['a1']), ('vm-export=w.*\nexclude=we.*\nexclude=w*', ['web']),
+    ('pool_db_backup=1', ['web'])])
+def test_nothing_is_told_where_nothing_differs_or_the_config_is_none_of_the_older_program(text, names):
+    assert otherwise(text + '\n', *names) == []
+
+
+def test_nothing_is_told_of_selectors_on_the_command_line():
+    settings, inventory = configured('max_backups=2\n', 'vm-export=w.*'), an_inventory(*vms('web'))
+    assert VmBackup.older_differences(settings, inventory, make_plan(settings, inventory)) == []
+
+
+@pytest.mark.parametrize('text, severity', [
+    ('vm-export=PROD*', 'INFO'), ('vm-export=PROD*\nvm-export=x.*', 'WARNING'), ('vm-export=PROD*\nvm-export=x.', 'WARNING'),
+    ('vm-export=PROD*\nvm-export=x1.', 'INFO')])
+def test_it_is_a_warning_only_where_the_config_is_surely_written_in_regexes(text, severity):
+    found = otherwise(text + '\n', 'PROD-1', 'PRO', 'x1')
+    assert {finding.severity for finding in found} == {Severity[severity]} and 'PRO (' in found[0].sentence
+
+
+OLD_SELECTORS = st.text('ab.*?|[]()+-:2 ', min_size=1, max_size=5)
+OLD_LINES = st.lists(st.tuples(st.sampled_from(['vm-export', 'vdi-export', 'exclude']), OLD_SELECTORS), min_size=1, max_size=4)
+OLD_NAMES = [''.join(letters) for number in (1, 2, 3) for letters in itertools.product('ab.-', repeat=number)]
+
+
+@given(OLD_LINES)
+def test_it_is_told_exactly_where_the_older_reading_decides_otherwise_about_a_vm(lines):
+    text = ''.join('%s=%s\n' % line for line in lines)
+    if problems_of(text) or problems_of('wildcards=regex\n' + text):
+        return
+    differs = jobs_of(planned(text, *vms(*OLD_NAMES))) != jobs_of(planned('wildcards=regex\n' + text, *vms(*OLD_NAMES)))
+    assert bool(otherwise(text, *OLD_NAMES)) == differs
+
+
+@given(OLD_SELECTORS)
+def test_the_line_that_is_proposed_selects_what_the_regex_did(text):
+    pattern = text.strip()
+    if ':' in pattern or problems_of('wildcards=regex\nvm-export=%s\n' % text):
+        return
+    was = planned('wildcards=regex\nvm-export=%s\n' % pattern, *vms(*OLD_NAMES))
+    if not VmBackup.PLAIN_OLD_NAME.fullmatch(pattern):
+        assert chosen(VmBackup._as_written_now(pattern), *OLD_NAMES) == sorted(jobs_of(was))
+
+
+def test_what_else_the_older_program_did_otherwise_is_a_note_where_it_matters():
+    found = otherwise('compress=True\npre_clean=True\nvdi-export=db:1\nvm-export=web\n', 'db', 'web')
+    assert [finding.subject for finding in found] == ['weekend.cfg:1', 'weekend.cfg:2']
+    assert all('(1 VM)' in finding.sentence and finding.severity is Severity.INFO for finding in found)
+    assert otherwise('compress=True\npre_clean=True\nvm-export=web\n', 'web') == []
+
+
 # --- which selector decides --------------------------------------------------------------------------------------------
 
 LINES = {'uuid': 'uuid:' + uuid_of(1), 'name': 'web', 'quoted': '"web"', 'wildcard': 'w*', 'regex': '/w.*/', 'tag': 'tag:gold'}
