@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 
 import pytest
 from hypothesis import given
@@ -146,6 +147,16 @@ def test_a_line_that_is_not_what_it_was_is_told_with_its_vms_and_the_way_to_keep
     ('pool_db_backup=1', ['web'])])
 def test_nothing_is_told_where_nothing_differs_or_the_config_is_none_of_the_older_program(text, names):
     assert otherwise(text + '\n', *names) == []
+
+
+@pytest.mark.parametrize('text', ['vm-export=[[a]*', 'vm-export=[[b]?', 'vm-export=[[x]?'])
+def test_a_wildcard_that_python_would_doubt_as_a_regex_makes_it_print_nothing(text):
+    re.purge()
+    with warnings.catch_warnings(record=True) as printed:
+        warnings.simplefilter('always')
+        otherwise(text + '\n', 'a1')
+        planned('vm-export=a1\nexclude=b\n%s\n' % text.replace('vm-export', 'exclude'), *vms('a1'))
+    assert printed == []
 
 
 def test_nothing_is_told_of_selectors_on_the_command_line():
