@@ -284,7 +284,8 @@ PASSING_FAILURES = frozenset((
 FAILURE_ADVICE = {
     "SR_BACKEND_FAILURE_44": "The SR is full: free space on it (old snapshots, and space that its coalesce "
                              "has not given back yet), then run again.",
-    "SR_BACKEND_FAILURE_37": "The SR could not lock the disk: its own clean-up (coalesce) was busy with it.",
+    "SR_BACKEND_FAILURE_37": "The SR could not lock the disk, as its own clean-up (coalesce) was busy with "
+    "it: that passes in minutes. If it does not, look in /var/log/SMlog of the VM's host.",
     "SR_BACKEND_FAILURE_82": "Most often the disk could not be paused for its snapshot, as the SR's own "
     "clean-up (coalesce) was busy with it: that passes in minutes. If it does not, look in /var/log/SMlog of "
     "the VM's host.",
@@ -302,10 +303,13 @@ FAILURE_ADVICE = {
     "NO_HOSTS_AVAILABLE": "No live host sees all SRs that this VM uses, an inserted ISO's included: plug the "
     "SR on one host, or eject the CD.",
     "OTHER_OPERATION_IN_PROGRESS": "Something else is working on it; the next run will try again.",
-    "VDI_IN_USE": "The disk is in use by something else.",
-    "HANDLE_INVALID": "It is no longer in the pool.",
-    "OPERATION_NOT_ALLOWED": "The pool forbids it for this object.",
-    "OPERATION_BLOCKED": "An administrator has blocked this operation on the VM (blocked_operations).",
+    "VDI_IN_USE": "The disk is in use: by a VM (`xe vbd-list vdi-uuid=VDI-UUID` shows them), or by a task "
+    "(`xe task-list`). Run again when it is free.",
+    "HANDLE_INVALID": "It is no longer in the pool: if the VM was deleted for good, correct the config.",
+    "OPERATION_NOT_ALLOWED": "The pool does not allow it now: a task (`xe task-list`) or the VM's state is "
+    "in its way. Run again when that is over.",
+    "OPERATION_BLOCKED": "Somebody has blocked this operation on the VM: `xe vm-param-get uuid=VM-UUID "
+    "param-name=blocked-operations` shows it; unblock it, or exclude the VM.",
     "NOT_SUPPORTED_DURING_UPGRADE": "A rolling pool upgrade is going on: run again when it is over.",
 }
 
@@ -793,8 +797,8 @@ OPTION_GROUPS = (
                example="db*/xvd[c-z]", decides=True),
         Option("pool_db_backup", "bool", False, "Dumps the pool database into METADATA_<host> at the start "
                "of the run.", decides=True),
-        Option("wildcards", "choice", "shell", "Reads bare selectors as shell wildcards, or as the regexes "
-               "of versions 3.1 to 3.25.", choices=("shell", "regex")))),
+        Option("wildcards", "choice", "shell", "Reads selectors that are not in quotes as shell wildcards, "
+               "or as regexes, as NAUbackup 3.1 to 3.25 did.", choices=("shell", "regex")))),
     ("Where to", (
         Option("backup_dir", "path", "/snapshots/BACKUPS", "Names the directory that holds all backups: it "
                "must exist and be writable.", decides=True),
@@ -812,8 +816,8 @@ OPTION_GROUPS = (
                decides=True),
         Option("keep_monthly", "int", 0, "The same for months.", maximum=9999, decides=True),
         Option("keep_yearly", "int", 0, "The same for years.", maximum=9999, decides=True),
-        Option("pre_clean", "bool", False, "Frees space before the export: down to one copy fewer, never the "
-               "last good one.", decides=True))),
+        Option("pre_clean", "bool", False, "Removes old copies before the export, not after it, down to one "
+               "fewer than are to stay; never the last good one.", decides=True))),
     ("How", (
         Option("incremental", "bool", False, "Stores after a full only what changed, in copies that need the "
                "ones before them.", decides=True),
@@ -1316,8 +1320,8 @@ ACTIONS = (
         Option("from", "text", "latest", "latest (the default), a stamp, or a path, as with restore."),
         Option("metadata", "word", False, "Writes the VM's metadata (ova.xml) instead of a disk, to stdout "
                "unless to= is given."))),
-    Action("drill", "Imports copies for a while, compares their disks, and removes everything again. VM: a "
-           "VM, or newest-of-each.", True, False, True, (
+    Action("drill", "Tests that copies can be restored: imports them, compares their disks, and removes "
+           "everything again. VM: a VM, or newest-of-each.", True, False, True, (
         Option("sample", "int", 0, "Takes so many VMs, those that were longest not drilled.", minimum=1),
         Option("sr", "text", "", "Puts all disks on this SR; without it, each goes where it came from."),
         Option("boot", "minutes", 0.0, "yes: boots the VM, without network, and waits up to 5 minutes for "
@@ -1337,11 +1341,11 @@ ACTIONS = (
     Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
     Action("prune", "Applies retention without a backup and without a pool; with the word preview it only "
            "shows.", True, False, True, ()),
-    Action("pin", "Keeps a copy whatever the rules say, and counts it no more, until it is unpinned.", True,
-           False, False, (
+    Action("pin", "Keeps a copy whatever the retention rules say, and does not count it, until it is "
+           "unpinned.", True, False, False, (
         Option("stamp", "text", "", "Which copy: its stamp, as `list` shows it."),
         Option("why", "text", "", "The reason, for people.")), ("stamp", "why")),
-    Action("unpin", "Gives a pinned copy back to the rules.", True, False, False, (
+    Action("unpin", "Lets the retention rules decide again about a pinned copy.", True, False, False, (
         Option("stamp", "text", "", "Which copy: its stamp, as `list` shows it."),), ("stamp",)),
     Action("forget-references", "Removes the snapshots that keep_reference has left in the pool, of one VM "
            "or all; the next run reads everything.", True, False, False, ()),
@@ -1596,8 +1600,9 @@ def make_plan(configuration: Configuration, inventory: Inventory) -> Plan:
             unselected.append(machine)
     if usable and not jobs:
         findings.append(Finding(Severity.WARNING, configuration.source, "backs up no VM: whatever its "
-                                "entries select is left out by exclude."))
-    findings += [Finding(Severity.WARNING, exclude.line, "leaves out no disk of any VM that is backed up.")
+                                "entries select is left out by exclude. Correct one or the other."))
+    findings += [Finding(Severity.WARNING, exclude.line, "leaves out no disk of any VM that is backed up: "
+                         "correct the line, or remove it.")
                  for exclude in configuration.exclude_disk if exclude.selector is not None and not any(
                      exclude.matches(job.machine, disk) for job in jobs
                      for disk in left_out_disks(job.machine, configuration.exclude_disk))]
@@ -1615,7 +1620,8 @@ def _odd_machines(jobs: Sequence[Job], unselected: Sequence[VirtualMachine],
         if number > 1:
             bearers = ", ".join(job.machine.uuid for job in jobs if job.machine.name == name)
             findings.append(Finding(Severity.WARNING, quote_name(name), f"{number} VMs bear this name, and "
-                                    f"each is backed up in a directory of its own: {bearers}."))
+                                    f"each is backed up in a directory of its own: {bearers}. "
+                                    "To tell them apart, rename one; to leave one out, exclude=uuid:UUID."))
     findings += [Finding(Severity.WARNING, "pool " + inventory.pool_title, problem)
                  for problem in inventory.problems]
     for machines, severity in (([job.machine for job in jobs], Severity.WARNING),
@@ -1736,12 +1742,14 @@ def _selector_problem(selector: Selector, inventory: Inventory) -> Optional[Find
                        f"backed up: {provisional_text(found[0])}")
     hint = _regex_hint(selector, {machine.name for machine in inventory.machines})
     if selector.method is None:
-        return Finding(Severity.WARNING, selector.line, f"excludes no VM of the pool.{hint}")
+        return Finding(Severity.WARNING, selector.line, f"excludes no VM of the pool.{hint} Correct "
+                       "the line, or remove it.")
     if selector.is_literal:
         return Finding(Severity.ERROR, selector.line, f"no VM of the pool {inventory.pool_title} bears this "
                        f"{'name' if selector.form == 'name' else 'uuid'}, so it is not being backed "
                        f"up.{hint} Correct the line, or remove it if the VM is gone for good.")
-    return Finding(Severity.WARNING, selector.line, f"matches no VM of the pool.{hint}")
+    return Finding(Severity.WARNING, selector.line, f"matches no VM of the pool.{hint} Correct the "
+                   "line, or remove it.")
 
 
 def provisional_text(machine: VirtualMachine) -> str:
@@ -2206,7 +2214,7 @@ def judge(copies: Sequence[Copy], uuid: str, method: Method, rules: Sequence[Rul
         elif copy.uuid != uuid:
             reason = f"belongs to another VM ({copy.uuid or 'uuid unknown'})"
         elif copy.method is not method:
-            reason = "of the other kind"
+            reason = "of the other kind (vm-export and vdi-export are counted apart)"
         elif copy.pin:
             reason, until = copy.pin, "until it is unpinned"
         elif holds[copy.name]:

@@ -203,6 +203,18 @@ def test_what_else_the_older_program_did_otherwise_is_a_note_where_it_matters():
     assert otherwise('compress=True\npre_clean=True\nvm-export=web\n', 'web') == []
 
 
+@pytest.mark.parametrize('line', ['vm-export=nobody*', 'vm-export=nobody', 'exclude=nobody', 'exclude-disk=nobody/xvda'])
+def test_a_line_that_does_nothing_is_told_with_what_to_do_about_it(line):
+    plan = planned('vm-export=web\n%s\n' % line, *vms('web'))
+    (finding,) = plan.findings
+    assert finding.sentence.lower().rstrip('.').split('correct the line, or remove it')[-1] in ('', ' if the vm is gone for good')
+
+
+@pytest.mark.parametrize('code', sorted(VmBackup.FAILURE_ADVICE))
+def test_the_advice_on_each_failure_of_the_pool_names_the_next_step(code):
+    assert re.search('run again|next run|exclude|look in|delete|eject|correct', VmBackup.FAILURE_ADVICE[code], re.IGNORECASE)
+
+
 # --- which selector decides --------------------------------------------------------------------------------------------
 
 LINES = {'uuid': 'uuid:' + uuid_of(1), 'name': 'web', 'quoted': '"web"', 'wildcard': 'w*', 'regex': '/w.*/', 'tag': 'tag:gold'}
