@@ -37,6 +37,22 @@ def test_readme_tells_every_exit_status_and_action():
     assert all('`%s`' % action.name in readme for action in ACTIONS)
 
 
+def test_every_link_inside_readme_leads_to_a_section():
+    readme = text_of('README.md')
+    titles = re.findall(r'^#+ (.+)$', re.sub(r'^ {4}.*$', '', readme, flags=re.MULTILINE), re.MULTILINE)
+    anchors = {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles}
+    links = re.findall(r'\]\(#([^)]*)\)', readme)
+    assert links and [link for link in links if link not in anchors] == []
+
+
+def test_readme_leads_those_who_come_from_naubackup_from_its_first_lines_to_their_page():
+    first, rest = text_of('README.md').split('\n## ', 1)
+    assert '(#coming-from-naubackup)' in first.split('**On a host')[0]
+    page = rest.split('\n## Coming from NAUbackup\n')[1].split('\n## ')[0]
+    assert [row[:3] for row in page.splitlines() if re.match('[0-9]', row)] == ['1. ', '2. ', '3. ']
+    assert page.index('wildcards=regex') < page.index('exit status') < page.index('max_backups')
+
+
 def test_the_example_config_is_the_one_that_help_prints():
     assert text_of('example.cfg') == example_text()
 
