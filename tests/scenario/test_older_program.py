@@ -9,7 +9,7 @@ import pytest
 
 from support.deeds import backup, beginning, objects, preview
 from support.language import MEBIBYTE, at, disk, uuid_of, vm
-from support.process import PROGRAM, Pool, Run, run_program
+from support.process import PROGRAM, ROOT, Pool, Run, run_program
 from support.shelf import complete, disk_content, foreign, of_old_program, old, unfinished, write
 from support.wire import eventually
 
@@ -345,3 +345,20 @@ def test_an_exclude_that_was_a_regex_says_so_where_it_excludes_nothing_now(a_poo
     assert '1 VM (then not backed up, now vm-export with 4 copies): test-1' in line and 'write /test.+.*/' in line
     run = backup(pool, shelf, 'vm-export=web', 'exclude=test.+')
     assert run.exit_status == 3 and run.says('excludes no VM of the pool. As a regex it would match 1 VM')
+
+
+def test_readmes_way_to_switch_makes_one_new_copy_and_removes_no_old_one(a_pool: Any, a_shelf: Any) -> None:
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
+        page = file.read().split('\n## Coming from NAUbackup\n')[1].split('\n## ')[0]
+    commands = [line.partition(' # ')[0].split()[2:] for line in page.splitlines() if line.startswith('    python3 VmBackup.py ')]
+    assert len(commands) == 3
+    pool = a_pool(vm('web'), vm('db'))
+    shelf = a_shelf(old('web', days_ago=2), old('web', days_ago=1), old('db', days_ago=1))
+    given, config = shelf.copies('web'), shelf.config('max_backups=3', 'vm-export=[wd]*b*', 'wildcards=regex')
+    for password, target, *words in commands:
+        assert target == 'weekend.cfg'
+        run = run_program(password, config, *words, environment=pool.environment())
+        assert run.exit_status == 0, run
+    assert [name in shelf.copies('web') for name in given] == [True, True] and shelf.has('web', complete=3)
+    assert shelf.has('db', complete=1)
+    assert all(name in run.stdout for name in shelf.copies('web'))
