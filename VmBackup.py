@@ -544,6 +544,89 @@ def counted(number: int, noun: str = "", verb: str = "") -> str:
     return f"{number}{noun and ' ' + noun}{verb and ' ' + verb if number == 1 else PLURAL_VERBS[verb]}"
 
 
+# --- lines of progress on a terminal ------------------------------------------
+
+RATE_WINDOW_S = 30                 # a speed is that of so long: as it is now, and steady all the same
+LEAST_NAME = 12                    # columns: before a name is cut shorter, something else is left out
+LEFT_OUT_FIRST = (3, 4, 1, 5)      # of a row that is too long: the amount, the speed, the number, the time
+
+
+def figures(samples: Sequence[Tuple[float, int]], size_bytes: int) -> Tuple[str, str, str, str]:
+    """Percent, amount, speed and the time that is left, each "" where it is not known. `samples`: when so
+    many bytes had come, over the last RATE_WINDOW_S. `size_bytes`: of the whole, 0 if that is not known; it
+    is that of disks, whose zeros are not sent, so that percent is a floor."""
+    (then_s, then_bytes), (now_s, done) = samples[0], samples[-1]
+    rate = (done - then_bytes) / (now_s - then_s) if now_s - then_s >= 1 else -1
+    speed = "" if rate < 0 else f"{rate / 1e6:,.{0 if rate >= 1e7 else 1}f} MB/s"
+    if not size_bytes:
+        return "", format_size(done), speed, ""
+    unit, of = next((unit, of) for unit, of in (
+        ("TiB", 1024 * GIBIBYTE), ("GiB", GIBIBYTE), ("MiB", MEBIBYTE), ("KiB", KIBIBYTE), ("B", 1))
+        if size_bytes >= 10 * of or of == 1)
+    amount = f"{min(done, size_bytes) // of:,}/{size_bytes // of:,} {unit}"
+    left = f"{format_duration((size_bytes - done) / rate)} left" if rate > 0 and done < size_bytes else ""
+    return f"{min(99, done * 100 // size_bytes)} %", amount, speed, left
+
+
+def progress_row(name: str, number: str, doing: str, known: Sequence[str]) -> Tuple[str, ...]:
+    """What a line of progress tells: a name, its number of all (`3/14`), and the figures that are known, or
+    what is done in one text. That is named for the VM at hand only where the figures are not its export's."""
+    if not name or known and known[0]:
+        return (name or doing, number, *known)
+    return name, number, ", ".join(part for part in (doing, *known) if part)
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    return sum(0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else
+               2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def fitted(text: str, width: int, mark: str) -> str:
+    """The text in at most so many columns, with the mark at its end where something is left out."""
+    short = text[:4 * max(0, width)]       # what takes no columns must not make it endless
+    while short and columns(short if short == text else short + mark) > width:
+        short = short[:-1]
+    return text if short == text else short + mark[:max(0, width)]
+
+
+def progress_lines(rows: Sequence[Sequence[str]], width: int, most: int, is_utf8: bool) -> List[str]:
+    """At most so many lines, each in so many columns, for the rows, their parts below each other; of more
+    rows, the last line tells how many. `is_utf8`: the terminal shows more than ASCII."""
+    mark = "\u2026" if is_utf8 else "..."
+
+    def shown(part: str) -> str:
+        return one_line(part) if is_utf8 else one_line(part).encode("ascii", "backslashreplace").decode()
+
+    def in_columns(part: str, wide: int, is_number: bool) -> str:
+        blank = " " * (wide - columns(part))
+        if any(unicodedata.bidirectional(char) in ("R", "AL") for char in part):
+            part += "\u200e"               # so that what follows stays behind it
+        return blank + part if is_number else part + blank
+
+    more = len(rows) - most + 1 if len(rows) > most else 0
+    rows = [[shown(part) for part in row] for row in (rows[:most - 1] if more else rows)]
+    longest = max((columns(row[0]) for row in rows), default=0)
+    text = max((min(columns(row[2]), width // 2) + 2 for row in rows if len(row) == 3), default=0)
+    for gone in range(len(LEFT_OUT_FIRST) + 1):
+        wide = {part: max((columns(row[part]) for row in rows if len(row) != 3 or part == 1), default=0)
+                for part in range(1, 6) if part not in LEFT_OUT_FIRST[:gone]}
+        number = wide.get(1, 0) and wide[1] + 1
+        room = width - number - max(text, sum(wide[part] + 2 for part in wide if part > 1 and wide[part]))
+        if room >= min(longest, LEAST_NAME):
+            break
+    lines = []
+    for row in rows:
+        line = in_columns(fitted(row[0], room, mark), min(longest, room), False)
+        if number:
+            line += " " + in_columns(row[1], wide[1], True)
+        for part in range(2, len(row)):
+            if len(row) == 3 or wide.get(part):
+                line += "  " + in_columns(row[part], 0 if len(row) == 3 else wide[part], part < 5)
+        lines.append(fitted(line.strip(), width, mark))
+    return lines + [fitted(f"and {more} more", width, mark)] * bool(more)
+
+
 # --- names of directories -----------------------------------------------------
 
 SAFE_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ._-()+@,")
@@ -2613,8 +2696,10 @@ class Log:
         self._out = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
         self._err = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
         self._lock = threading.RLock()
-        self._progress = {}                # type: Dict[str, str]      # of each worker that has one shown
-        self._shown = 0                    # lines of that on the terminal
+        self._progress = {}                # type: Dict[str, Sequence[str]]    # the row of each worker
+        self._is_shown = False             # lines of them are on the terminal
+        self._terminal = self._find_terminal()
+        self.subject = "", ""              # the VM at hand, and its number of all (`3/14`)
         self.doing = ""                    # how far the export of this process is, in words
         self.is_relayed = False            # it is read by the run that started us
         self.is_for_program = False        # what is shown is for a program: stdout is kept for it
@@ -2661,46 +2746,91 @@ class Log:
         """What is wrong with the command line or config: plain, on stderr."""
         self._write(self._err, text + "\n")
 
-    def progress(self, text: str, worker: str = "") -> None:
-        """A line that the worker's next one replaces, on a terminal only; "" removes it."""
-        if not worker:
-            self.doing = text
+    def _find_terminal(self) -> Any:
+        """Where lines of progress are shown; None without a terminal that can take them away again, or where
+        a pipe leads to somebody who may write there at any time, too."""
+        streams = self._out, self._err
+        if os.environ.get("TERM", "dumb") in ("", "dumb") or any(
+                stat.S_ISFIFO(os.fstat(one.fileno()).st_mode) for one in streams):
+            return None
+        return next((one for one in streams if one.isatty()), None)
+
+    def progress(self, doing: str, known: Sequence[str] = ()) -> None:
+        """What this process is at, and the figures that are known of it: on a terminal a line that stands
+        until the next one, or any other line of this process. "": nothing."""
+        self.doing = doing + ": " * bool(doing and known) + ", ".join(part for part in known if part)
+        row = progress_row(*self.subject, doing, known) if doing else ()
         if self.is_relayed:
-            self._write(self._out, text + "\n", "P")
-        elif os.isatty(1) and (text or worker in self._progress):
+            self._write(self._out, "\t".join(map(one_line, row)) + "\n", "P")
+        else:
+            self._show_progress("", row)
+
+    def _show_progress(self, worker: str, row: Sequence[str]) -> None:
+        if self._terminal is not None and (row or worker in self._progress):
             with self._lock:
-                erased = self._erased()
-                self._progress[worker] = text
-                if not text:
+                self._progress[worker] = row
+                if not row:
                     del self._progress[worker]
-                lines = [self._progress[key][:100].ljust(100) for key in sorted(self._progress)]
-                self._put(self._out, erased + "\r" * bool(lines) + "\n".join(lines) + "\r")
-                self._shown = len(lines)
+                self._put(self._terminal, self._erased() + self._lines())
 
     def relay(self, worker: str, line: str) -> None:
-        """What a worker of this run has said, in its place."""
-        if line[:1] == "P":
-            self.progress(line[1:].rstrip("\n"), worker)
+        """What a worker of this run has said, in its place; "": it has ended."""
+        if line[:1] in ("P", ""):
+            row = line[1:].rstrip("\n")
+            self._show_progress(worker, row.split("\t") if row else ())
         else:
-            self._write(self._err if line[:1] == "E" else self._out, line[1:])
+            self._write(self._err if line[:1] == "E" else self._out, line[1:], worker=worker)
 
     def _line(self, stream: Any, sentence: str) -> None:
         stamp = self._clock.local().strftime("%Y-%m-%d-(%H:%M:%S)")
         for line in sentence.split("\n"):
             self._write(stream, f"{stamp} - {line}\n")
 
-    def _write(self, stream: Any, text: str, mark: str = "") -> None:
+    def _write(self, stream: Any, text: str, mark: str = "", worker: str = "") -> None:
         if self.is_relayed:
             mark = mark or ("E" if stream is self._err else "O")
             stream, text = self._out, "".join(mark + line + "\n" for line in text[:-1].split("\n"))
         with self._lock:
-            self._put(stream, self._erased() + text)
+            if self._terminal is not None and stream.isatty():
+                self._progress.pop(worker, None)
+                text = self._erased() + text + self._lines()
+            self._put(stream, text)
 
     def _erased(self) -> str:
-        """What takes the lines of progress from the terminal; the next progress shows them again."""
-        blank = "\r" + " " * 100 + "\r"
-        gone, self._shown = "\x1b[A".join([blank] * self._shown), 0
-        return gone
+        """What takes the lines of progress from the terminal."""
+        was_shown, self._is_shown = self._is_shown, False
+        return "\r\x1b[J" * was_shown
+
+    def _lines(self) -> str:
+        """The lines of progress, none where another program has the terminal. The cursor is left where the
+        first of them begins: what erases from there on finds them all, whatever a terminal that was resized
+        has made of them. No line goes on in the next one, however wide it is for that terminal."""
+        fd = self._terminal.fileno()
+        with contextlib.suppress(OSError):             # a terminal that is nobody's but ours
+            if os.tcgetpgrp(fd) != os.getpgrp():
+                return ""
+        try:
+            width, height = os.get_terminal_size(fd)
+        except OSError:
+            width = height = 0
+        said = next(filter(None, map(os.environ.get, ("PYTHONIOENCODING", "LC_ALL", "LC_CTYPE", "LANG"))), "")
+        lines = progress_lines([self._progress[key] for key in sorted(
+            self._progress, key=lambda key: (len(key), key))], (width or 80) - 1, max(1, (height or 24) - 1),
+                               "utf8" in said.lower().replace("-", ""))
+        self._is_shown = bool(lines)
+        back = f"\x1b[{len(lines) - 1}A" * (len(lines) > 1)
+        return "\x1b[?7l" + "\r\n".join(lines) + "\x1b[?7h" + back + "\r" if lines else ""
+
+    def leave_terminal(self) -> None:
+        """No line of progress is on the terminal, until the next one. A signal's handler may do it."""
+        if self._is_shown:
+            with contextlib.suppress(OSError):
+                os.write(self._terminal.fileno(), self._erased().encode("ascii"))
+
+    @property
+    def shows_progress(self) -> bool:
+        """Is there a terminal that shows lines of progress?"""
+        return self._terminal is not None
 
     @staticmethod
     def _put(stream: Any, text: str) -> None:
@@ -2740,6 +2870,16 @@ class Signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
         signal.signal(signal.SIGALRM, self._wake)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)      # a line of the log stops no run in the background
+        if self._log.shows_progress and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, self._suspend)
+
+    def _suspend(self, number: int, _frame: Any) -> None:
+        """Ctrl-Z stops us, once the lines of progress are out of the shell's way."""
+        self._log.leave_terminal()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        signal.signal(number, self._suspend)
 
     def _note(self, number: int, _frame: Any) -> None:
         # nothing is written from here: the main thread may be in the middle of a line of the same log
@@ -9814,6 +9954,7 @@ class Turn:
         """Inside, no other such call is made. Where that is needed, BackupError, a passing one, if it is not
         to be had; else it is done without. A store that hangs is not asked."""
         is_ours, tries = False, self._services.signals.until(TURN_PATIENCE_S, TURN_PAUSE_S)
+        self._services.log.progress(f"waiting for the turn of {doing}")
         is_left = threading.Event()
         self._uses += 1
         use = self._uses
@@ -9838,6 +9979,7 @@ class Turn:
             raise BackupError(f"{doing} was not made: others made or removed snapshots in this pool all the "
                               f"time, and it did not get its turn in {format_duration(TURN_PATIENCE_S)}.",
                               passing=True)
+        self._services.log.progress(doing)
         try:
             yield
         finally:
@@ -11244,22 +11386,19 @@ def check_sr_space(services: Services, disks: Sequence[Disk], consequence: str, 
 
 
 def shown_progress(services: Services, doing: str, size_bytes: int) -> Callable[[Progress], None]:
-    """What is done once a second while data flow: signals, and on a terminal a line such as `the export of
-    web: 1.2 GiB (30 %), 85 MB/s, at most 2 min left`; the size is that of the disks, so % is a floor."""
-    began_at = services.clock.monotonic()
+    """What is done once a second while data flow: signals, and on a terminal a line of progress. Streams that
+    follow each other count as one of that size."""
+    samples, done = collections.deque([(services.clock.monotonic(), 0)]), [0, 0]
 
     def on_tick(progress: Progress) -> None:
         services.signals.check()
-        seconds, done_bytes = services.clock.monotonic() - began_at, progress.bytes_read
-        rate = done_bytes / seconds if seconds > 1 else 0
-        text = f"{doing}: {format_size(done_bytes)}"
-        if size_bytes:
-            text += f" ({min(99, done_bytes * 100 // size_bytes)} %)"
-        if rate:
-            text += f", {rate / 1e6:.0f} MB/s"
-            if size_bytes > done_bytes:
-                text += f", at most {format_duration((size_bytes - done_bytes) / rate)} left"
-        services.log.progress(text)
+        if progress.bytes_read < done[1]:              # that of another stream
+            done[0] += done[1]
+        done[1] = progress.bytes_read
+        samples.append((services.clock.monotonic(), sum(done)))
+        while samples[1][0] < samples[-1][0] - RATE_WINDOW_S:
+            samples.popleft()
+        services.log.progress(doing, figures(samples, size_bytes))
     return on_tick
 
 
@@ -11419,6 +11558,8 @@ class Worker:
                 self._services.log.warning("no worker of this round has given a sign of life for "
                                            f"{format_duration(now_s - marked_s)}: this host leaves it.")
                 return
+            if not self._services.log.is_relayed:
+                self._services.log.progress("waiting for what others have in hand")
             self._services.signals.sleep(pause_s)
             pause_s = min(pause_s * 1.5, MOST_IDLE_PAUSE_S)
 
@@ -11471,7 +11612,8 @@ class Worker:
         with lock.held(is_kept=lambda: self.run.storage_hangs) as is_ours:
             if not is_ours:
                 return False
-            number, before = self.states().get(key, (0, ""))
+            states = self.states()
+            number, before = states.get(key, (0, ""))
             if before in (DONE, GIVEN_UP):
                 return False
             if number == MOST_TRIES:       # the last who tried has died, perhaps with all done
@@ -11500,6 +11642,8 @@ class Worker:
                 services.log.info(f"{one.job.machine.title}: the round could not note that it is begun.")
                 self._unnoted = f"{key}.{number}.{CLAIM}"
             self.mine.add(key)
+            services.log.subject = (quote_name(one.job.machine.name),
+                                    f"{len({key, *states})}/{len(self.plan.jobs)}")
             self.run.in_store("telling what is begun", self.tend)
             self._do(one, number, before)
         return True
@@ -11529,6 +11673,7 @@ class Worker:
             AGAIN if number < MOST_TRIES and (is_passing or self.may_leave(error)) else GIVEN_UP
         self._put(one, number, word, outcome, noted)
         self._now = self._unnoted = ""
+        services.log.subject = "", ""
         services.log.progress("")
         self.done(one, number, word, outcome)
 
@@ -11633,7 +11778,7 @@ class Crew:
         with open(program.stdout_fd, encoding="utf-8", errors="backslashreplace", closefd=False) as lines:
             for line in lines:
                 self._log.relay(name, line)
-        self._log.progress("", name)
+        self._log.relay(name, "")
 
     def wait(self, signals: Signals) -> None:
         """They have ended by themselves, as the round is over: each has finished the VM in its hands."""
@@ -13390,9 +13535,11 @@ def _judge_layers(services: Services, inside: Directory, copy: Copy, manifest: D
                   layers: LayerStates, title: str) -> str:
     """Why a copy that tells the state of every block is good; VerificationError if it is not: its own blocks
     and those that others hold for it are all there, each with its digest."""
-    on_tick = shown_progress(services, title, copy.size_bytes)
     with contextlib.ExitStack() as stack:
         holders = opened_holders(stack, inside, copy, manifest)
+        on_tick = shown_progress(services, title, sum(
+            holder.copy.size_bytes for name, holder in holders.items()
+            if (copy.folder, name or copy.name) not in layers))
         for name, holder in holders.items():
             place = copy.folder, name or copy.name
             if place not in layers:
@@ -13477,6 +13624,7 @@ def verify_chosen(run: Run) -> None:
         services.signals.check()
         if words and clock.monotonic() - began_s >= most_s:
             break
+        log.subject = "", f"{len(words) + 1}/{len(copies)}"
         verdict = verify_copy(services, copy, layers)
         state, title, reason = verdict.state, f"{copy.folder}/{copy.name}", verdict.reason
         is_fine, word = state in (CopyState.GOOD, CopyState.UNPROVEN, CopyState.GONE), state.value
@@ -17283,6 +17431,8 @@ def main(argv: Sequence[str]) -> int:
     except Exception as bug:
         log.bug(bug)
         return ExitStatus.BUG
+    finally:
+        log.leave_terminal()
 
 
 if __name__ == "__main__":

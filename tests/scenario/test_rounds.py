@@ -139,23 +139,6 @@ def test_each_line_of_several_workers_is_whole_and_names_its_vm(a_pool: Any, a_s
     assert stamps == sorted(stamps)
 
 
-def test_on_a_terminal_each_worker_of_this_host_has_a_line_of_progress(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines(2, 8), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
-    terminal, side = os.openpty()
-    process = warm.start([PROGRAM, '-', shelf.config('vm-export=*', 'workers=2')], pool.environment(), stdout=side)
-    os.close(side)
-    shown = b''
-    with contextlib.suppress(OSError):                                   # EIO: nobody has the terminal open any more
-        for piece in iter(lambda: os.read(terminal, 4096), b''):
-            shown += piece
-    os.close(terminal)
-    process.stderr.close()
-    assert process.wait() == 0 and each_once(pool, shelf, 2)
-    both = [lines for lines in shown.decode().split('\x1b[A') if lines.count('the export of vm') == 2]
-    assert both and all('vm0' in lines and 'vm1' in lines for lines in both)
-    assert shown.count(b' is complete: ') == 2
-
-
 def test_no_more_than_at_once_are_exported_whatever_the_number_of_workers(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(*machines(4), faults=[at('http:/export', **SLOWLY)]), a_shelf()
     assert backup(pool, shelf, 'vm-export=*', 'workers=4', 'at_once=1').exit_status == 0
