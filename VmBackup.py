@@ -573,7 +573,7 @@ def progress_row(name: str, number: str, doing: str, known: Sequence[str]) -> Tu
     what is done in one text. That is named for the VM at hand only where the figures are not its export's."""
     if not name or known and known[0]:
         return (name or doing, number, *known)
-    return name, number, ", ".join(part for part in (doing, *known) if part)
+    return name, number, ", ".join(part for part in (doing.partition(f" of {name}")[0], *known) if part)
 
 
 def columns(text: str) -> int:
@@ -595,7 +595,7 @@ def progress_lines(rows: Sequence[Sequence[str]], width: int, most: int, is_utf8
     rows, the last line tells how many. `is_utf8`: the terminal shows more than ASCII."""
     mark = "\u2026" if is_utf8 else "..."
 
-    def shown(part: str) -> str:
+    def safe(part: str) -> str:
         return one_line(part) if is_utf8 else one_line(part).encode("ascii", "backslashreplace").decode()
 
     def in_columns(part: str, wide: int, is_number: bool) -> str:
@@ -605,7 +605,7 @@ def progress_lines(rows: Sequence[Sequence[str]], width: int, most: int, is_utf8
         return blank + part if is_number else part + blank
 
     more = len(rows) - most + 1 if len(rows) > most else 0
-    rows = [[shown(part) for part in row] for row in (rows[:most - 1] if more else rows)]
+    rows = [[safe(part) for part in row] for row in (rows[:most - 1] if more else rows)]
     longest = max((columns(row[0]) for row in rows), default=0)
     text = max((min(columns(row[2]), width // 2) + 2 for row in rows if len(row) == 3), default=0)
     for gone in range(len(LEFT_OUT_FIRST) + 1):

@@ -15,10 +15,10 @@ from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
 
-from support import roundfaults, warm
+from support import roundfaults
 from support.deeds import Process, backup, children_of, hurried, in_trouble, without_pool
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import PROGRAM, TIME_LIMIT_S, Pool, Run
+from support.process import TIME_LIMIT_S, Pool, Run
 from support.shelf import Shelf
 from support.wire import eventually
 

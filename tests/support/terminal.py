@@ -9,6 +9,7 @@
 pyte plays the terminal: it wraps, scrolls and moves its cursor as xterm does.
 """
 
+import codecs
 import fcntl
 import os
 import pty
@@ -52,12 +53,12 @@ class Screen(pyte.HistoryScreen):
 
 
 class Terminal:
-    """A terminal of that size. `lines_left` are those that it has scrolled away."""
+    """A terminal of that size."""
 
     def __init__(self, columns: int = 80, lines: int = 24) -> None:
         self._screen = Screen(columns, lines, history=5000)
         self._stream = pyte.Stream(self._screen)
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.received = ''
         self.frames: List[List[str]] = []       # the screen, each time before something on it is replaced, and now
         self._ours, self.side = pty.openpty()
@@ -91,7 +92,7 @@ class Terminal:
         self._reader.start()
 
     def _read(self) -> None:
-        data, decode = b'', __import__('codecs').getincrementaldecoder('utf-8')('replace').decode
+        decode = codecs.getincrementaldecoder('utf-8')('replace').decode
         while True:
             try:
                 data = os.read(self._ours, 65536)
@@ -103,7 +104,7 @@ class Terminal:
 
     def _feed(self, text: str) -> None:
         # pyte draws nothing of a text behind a character without a width that is no accent
-        with self._lock:
+        with self.lock:
             self.received += text
             for piece in PAINTING.split(text):
                 if piece.startswith('\r\x1b[J'):
@@ -118,7 +119,7 @@ class Terminal:
         fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack('HHHH', lines, columns, 0, 0))
 
     def resize(self, columns: int, lines: int) -> None:
-        with self._lock:
+        with self.lock:
             self._screen.resize(lines, columns)
             self._set_size(columns, lines)
 
@@ -128,7 +129,7 @@ class Terminal:
     @property
     def rows(self) -> List[str]:
         """The rows of the screen, without blanks at their ends, down to the last that has something."""
-        with self._lock:
+        with self.lock:
             rows = self._display()
         while rows and not rows[-1]:
             rows.pop()
@@ -137,9 +138,22 @@ class Terminal:
     @property
     def scrolled(self) -> List[str]:
         """All that was ever there, the screen last: lines that were longer than it is wide in so many pieces."""
-        with self._lock:
+        with self.lock:
             return [''.join(line[x].data for x in range(self._screen.columns)).rstrip()
                     for line in self._screen.history.top] + [row for row in self._display()]
+
+    @property
+    def columns(self) -> int:
+        return int(self._screen.columns)
+
+    def places(self, text: str) -> List[List[int]]:
+        """The columns where each row that has the text has it. Hold `lock`."""
+        found = []
+        for y in range(self._screen.lines):
+            cells = [self._screen.buffer[y][x].data for x in range(self._screen.columns)]
+            at = [x for x in range(len(cells)) if ''.join(cells[x:x + len(text)]) == text]
+            found += [at] if at else []
+        return found
 
     @property
     def cursor(self) -> Any:
