@@ -2813,7 +2813,9 @@ class Log:
             width, height = os.get_terminal_size(fd)
         except OSError:
             width = height = 0
-        said = next(filter(None, map(os.environ.get, ("PYTHONIOENCODING", "LC_ALL", "LC_CTYPE", "LANG"))), "")
+        # C.UTF-8 as LC_CTYPE is what Python itself, since 3.7, makes of a C locale
+        said = next((os.environ[name] for name in ("PYTHONIOENCODING", "LC_ALL", "LC_CTYPE", "LANG")
+                     if os.environ.get(name) and (name, os.environ[name]) != ("LC_CTYPE", "C.UTF-8")), "")
         lines = progress_lines([self._progress[key] for key in sorted(
             self._progress, key=lambda key: (len(key), key))], (width or 80) - 1, max(1, (height or 24) - 1),
                                "utf8" in said.lower().replace("-", ""))

@@ -18,7 +18,7 @@ from support.terminal import Terminal
 from support.wire import eventually
 
 XTERM = {'TERM': 'xterm', 'LANG': 'C.UTF-8'}
-SLOWLY = at('http:/export', runs_at=1.5 * MEBIBYTE)
+SLOWLY = at('http:/export', runs_at=3 * MEBIBYTE)
 STAMP = r'\d{4}-\d\d-\d\d-\(\d\d:\d\d:\d\d\) - '
 STAMP_BEGINS = re.compile(r'\d{4}-\d\d-\d\d-\(')
 EXPORT = r'%s +%s  [ \d]\d %%  +[\d,]+/8,192 KiB  \d[\d.]* MB/s  \d+ s left'
@@ -40,7 +40,7 @@ def a_run(pool: Pool, shelf: Shelf, *lines: str, columns: int = 80, rows: int = 
 
 def is_progress(row: str) -> bool:
     """Can only a line of progress look so?"""
-    return bool(re.search(r'^[^%]* \d+ %|MB/s|^and \d+ more$', row))
+    return bool(re.search(r'^[^%]* \d+ %|MB/s|^and \d+ more$|^\S.* +\d+/\d+  |^waiting for ', row))
 
 
 def is_tidy(terminal: Terminal, most: int = 1) -> bool:
@@ -114,7 +114,7 @@ def test_in_a_narrow_terminal_the_least_important_parts_go_first(a_pool: Any, a_
 
 
 def test_a_terminal_that_is_resized_is_filled_anew_and_nothing_older_is_left(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db', mebibytes=16), faults=[SLOWLY]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db', mebibytes=16), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=2', columns=100) as terminal:
         for columns, lines in ((100, 24), (40, 24), (120, 24), (60, 5), (60, 2), (80, 30)):
             terminal.resize(columns, lines)
@@ -122,8 +122,8 @@ def test_a_terminal_that_is_resized_is_filled_anew_and_nothing_older_is_left(a_p
             if lines == 2:
                 assert eventually(lambda: terminal.rows[-1:] == ['and 2 more']), terminal.rows
             else:
-                assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 2 and len(terminal.frames) > 2), terminal.rows
-                assert ('MB/s' in terminal.rows[-1]) == (columns >= 60), terminal.rows
+                assert eventually(lambda: sum(' left' in row for row in terminal.rows) == 2 and len(terminal.frames) > 2), terminal.rows
+                assert ('/16 MiB  ' in terminal.rows[-1]) == (columns >= 60), terminal.rows
             assert all(is_progress(row) for row in terminal.rows[-2:][lines == 2:])
             assert sum(map(is_progress, terminal.rows)) == (1 if lines == 2 else 2), terminal.rows
         assert ends_well(terminal)
@@ -215,7 +215,7 @@ def test_an_error_is_told_whole_in_the_place_of_the_progress(a_pool: Any, a_shel
 
 @pytest.mark.skipif(shutil.which('bash') is None, reason='bash was not found: no shell to suspend a run')
 def test_a_run_that_is_suspended_is_out_of_the_shells_way_and_paints_again_afterwards(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db', mebibytes=12), faults=[SLOWLY]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db', mebibytes=12), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
     with a_shell(pool) as terminal:
         terminal.types(command(shelf, 'vm-export=*', 'workers=2') + '\n')
         assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 2), terminal.rows
@@ -264,7 +264,7 @@ def test_progress_never_lands_in_a_file(a_pool: Any, a_shelf: Any, elsewhere: st
     path = os.path.join(shelf.home, 'log')
     with open(path, 'wb') as file:
         with a_run(pool, shelf, rows=40, **{elsewhere: file}) as terminal:
-            assert terminal.shows('web 1/2', 'MB/s') or terminal.shows('web 2/2', 'MB/s')
+            assert terminal.shows('web ', 'MB/s'), terminal.frames
             assert ends_well(terminal, 1) and is_tidy(terminal)
             told = log_lines(terminal)
     with open(path, encoding='utf-8') as file:
@@ -303,4 +303,4 @@ def test_restore_tells_how_far_it_is(a_backup: Any) -> None:
     with a_run(pool, shelf, words=['restore', 'web'], columns=100) as terminal:
         assert terminal.shows('the import of web', ' left')
         assert ends_well(terminal) and is_tidy(terminal)
-        assert re.search(r'SUCCESS|restored', terminal.rows[-1]), terminal.rows
+        assert 'is proven' in ''.join(terminal.rows), terminal.rows
