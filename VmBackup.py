@@ -609,7 +609,7 @@ def progress_lines(rows: Sequence[Sequence[str]], width: int, most: int, is_utf8
     longest = max((columns(row[0]) for row in rows), default=0)
     text = max((min(columns(row[2]), width // 2) + 2 for row in rows if len(row) == 3), default=0)
     for gone in range(len(LEFT_OUT_FIRST) + 1):
-        wide = {part: max((columns(row[part]) for row in rows if len(row) != 3 or part == 1), default=0)
+        wide = {part: max((columns(row[part]) for row in rows if len(row) == 6 or part == 1), default=0)
                 for part in range(1, 6) if part not in LEFT_OUT_FIRST[:gone]}
         number = wide.get(1, 0) and wide[1] + 1
         room = width - number - max(text, sum(wide[part] + 2 for part in wide if part > 1 and wide[part]))
@@ -621,8 +621,8 @@ def progress_lines(rows: Sequence[Sequence[str]], width: int, most: int, is_utf8
         if number:
             line += " " + in_columns(row[1], wide[1], True)
         for part in range(2, len(row)):
-            if len(row) == 3 or wide.get(part):
-                line += "  " + in_columns(row[part], 0 if len(row) == 3 else wide[part], part < 5)
+            if len(row) != 6 or wide.get(part):
+                line += "  " + in_columns(row[part], wide[part] if len(row) == 6 else 0, part < 5)
         lines.append(fitted(line.strip(), width, mark))
     return lines + [fitted(f"and {more} more", width, mark)] * bool(more)
 

@@ -13,7 +13,6 @@ import codecs
 import fcntl
 import os
 import pty
-import re
 import signal
 import struct
 import subprocess
@@ -31,7 +30,7 @@ TIME_LIMIT_S = 120
 #: What gives the program its terminal: it leads the session, and is its foreground, as what a shell starts is.
 START = ('import fcntl, os, sys, termios; fcntl.ioctl(int(sys.argv[1]), termios.TIOCSCTTY, 0); '
          'os.execv(sys.argv[2], sys.argv[2:])')
-PAINTING = re.compile('(?=\r\x1b\\[J)')
+PAINTING = '\r\x1b[J'             # how what replaces something begins
 
 
 class Screen(pyte.HistoryScreen):
@@ -106,8 +105,8 @@ class Terminal:
         # pyte draws nothing of a text behind a character without a width that is no accent
         with self.lock:
             self.received += text
-            for piece in PAINTING.split(text):
-                if piece.startswith('\r\x1b[J'):
+            for piece in text.replace(PAINTING, '\0' + PAINTING).split('\0'):
+                if piece.startswith(PAINTING):
                     self.frames.append(self._display())
                 self._stream.feed(''.join(char for char in piece if char in '\r\n\x1b\t\b\x07' or unicodedata.category(char) not in (
                     'Cf', 'Me') and (unicodedata.category(char) != 'Mn' or unicodedata.combining(char))))
