@@ -5,11 +5,11 @@ import os
 import re
 import shutil
 import signal
+import sys
 from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
 
-from support.deeds import is_exporting
 from support.language import MEBIBYTE, at, disk, vm
 from support.process import PROGRAM, Pool
 from support.recovery import serving
@@ -19,6 +19,8 @@ from support.wire import eventually
 
 XTERM = {'TERM': 'xterm', 'LANG': 'C.UTF-8'}
 SLOWLY = at('http:/export', runs_at=3 * MEBIBYTE)
+FOR_LONG = at('http:/export', runs_at=MEBIBYTE // 4)           # until the test types Ctrl-C
+STOPPED = 128 + signal.SIGINT
 STAMP = r'\d{4}-\d\d-\d\d-\(\d\d:\d\d:\d\d\) - '
 STAMP_BEGINS = re.compile(r'\d{4}-\d\d-\d\d-\(')
 EXPORT = r'%s +%s  [ \d]\d %%  +[\d,]+/8,192 KiB  \d[\d.]* MB/s  \d+ s left'
@@ -114,7 +116,7 @@ def test_in_a_narrow_terminal_the_least_important_parts_go_first(a_pool: Any, a_
 
 
 def test_a_terminal_that_is_resized_is_filled_anew_and_nothing_older_is_left(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db', mebibytes=16), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db', mebibytes=16), faults=[FOR_LONG]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=2', columns=100) as terminal:
         for columns, lines in ((100, 24), (40, 24), (120, 24), (60, 5), (60, 2), (80, 30)):
             terminal.resize(columns, lines)
@@ -126,7 +128,8 @@ def test_a_terminal_that_is_resized_is_filled_anew_and_nothing_older_is_left(a_p
                 assert ('/16 MiB  ' in terminal.rows[-1]) == (columns >= 60), terminal.rows
             assert all(is_progress(row) for row in terminal.rows[-2:][lines == 2:])
             assert sum(map(is_progress, terminal.rows)) == (1 if lines == 2 else 2), terminal.rows
-        assert ends_well(terminal)
+        terminal.types('\x03')
+        assert ends_well(terminal, STOPPED)
 
 
 @pytest.mark.parametrize('environment', [{}, {'TERM': ''}, {'TERM': 'dumb', 'LANG': 'C.UTF-8'}], ids=['unset', 'empty', 'dumb'])
@@ -161,15 +164,15 @@ def test_a_terminal_without_utf8_is_shown_ascii(a_pool: Any, a_shelf: Any, envir
     ('\U0001f4e7' * 100, '\u2026'),
 ], ids=['Japanese', 'emoji', 'an accent', 'Hebrew', 'bidi', 'control', 'csi', 'accents', 'long'])
 def test_no_name_breaks_the_layout(a_pool: Any, a_shelf: Any, name: str, shown: str) -> None:
-    pool, shelf = a_pool(*machines(name, 'db'), faults=[SLOWLY]), a_shelf()
+    pool, shelf = a_pool(*machines(name, 'db'), faults=[FOR_LONG]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=2', rows=40) as terminal:
-        assert terminal.shows('db ', 'MB/s', shown)
         assert eventually(lambda: [row for row in terminal.rows[-2:] if shown in row] and all(
             'MB/s' in row for row in terminal.rows[-2:])), terminal.rows
         with terminal.lock:
             places = {column for row in terminal.places('/2  ')[-2:] for column in row}
         assert len(places) == 1, terminal.rows         # below each other, whatever the names are made of
-        assert ends_well(terminal) and is_tidy(terminal, 2)
+        terminal.types('\x03')
+        assert ends_well(terminal, STOPPED) and is_tidy(terminal, 2)
         assert re.sub('\x1b\\[(\\?7[lh]|J|1A)', '', terminal.received).replace('\r', '').replace('\n', '').isprintable() \
             or name == '\u05e9\u05e8\u05ea'
 
@@ -187,21 +190,23 @@ def test_each_worker_has_a_line_and_the_log_scrolls_above_them(a_pool: Any, a_sh
 
 def test_of_more_workers_than_the_screen_has_lines_the_last_says_how_many(a_pool: Any, a_shelf: Any) -> None:
     names = ['vm%02d' % number for number in range(16)]
-    pool, shelf = a_pool(*machines(*names), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
+    pool, shelf = a_pool(*machines(*names), faults=[FOR_LONG]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=16', 'at_once=16', rows=10) as terminal:
         assert eventually(lambda: 'and 8 more' in terminal.rows[-1:], 90), terminal.rows
         assert sum(row.startswith('vm') for row in terminal.rows) == 8
-        assert ends_well(terminal) and is_tidy(terminal, 9) and has_all_lines(terminal, *names)
+        terminal.types('\x03')
+        assert ends_well(terminal, STOPPED) and is_tidy(terminal, 9)
+        assert all(re.match(STAMP, line) for line in log_lines(terminal))
 
 
 # --- its end -------------------------------------------------------------------------------------------------------------------
 
 def test_ctrl_c_leaves_the_terminal_clean(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db', 'mail', mebibytes=64), faults=[SLOWLY]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db', 'mail', mebibytes=64), faults=[FOR_LONG]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=3') as terminal:
         assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 3), terminal.rows
         terminal.types('\x03')
-        assert ends_well(terminal, 128 + signal.SIGINT) and is_tidy(terminal, 3)
+        assert ends_well(terminal, STOPPED) and is_tidy(terminal, 3)
         assert '^C' not in '\n'.join(terminal.rows) and all(re.match(STAMP, line) for line in log_lines(terminal))
     assert pool.has_no_snapshots_of_ours() and shelf.unfinished() == []
 
@@ -251,7 +256,6 @@ def a_shell(pool: Pool) -> Iterator[Terminal]:
 
 
 def command(shelf: Shelf, *lines: str) -> str:
-    import sys
     return ' '.join([sys.executable, '-W', 'error', PROGRAM, '-', shelf.config(*lines)])
 
 
