@@ -591,11 +591,11 @@ def test_status_shows_who_does_what_and_how_the_last_round_ended(a_pool: Any, a_
         def is_told() -> bool:
             nonlocal text
             text = without_pool(shelf, 'status', lines=ALL).stdout
-            return 'MiB' in text
+            return 'KiB' in text
 
         assert eventually(is_told), text
         assert 'begun by xcp1' in text and 'is going on' in text and '3 VMs: 0 backed up, 0 not, 1 under way, 2 to come' in text
-        assert re.search(r'vm0 \(\w+\): on xcp1 since .*export of vm0 .*MiB', text), text
+        assert re.search(r'vm0 \(\w+\): on xcp1 since .*export of vm0 .*: \d+ %, [\d,]+/8,192 KiB', text), text
         assert leader.ending().exit_status == 0
     text = without_pool(shelf, 'status', lines=ALL).stdout
     assert 'ended at' in text and '3 VMs: 3 backed up, 0 not' in text

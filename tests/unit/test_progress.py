@@ -63,7 +63,7 @@ def test_a_long_name_is_cut_and_the_amount_goes_before_it_is_cut_too_short():
         'accounting-of-the-who\u2026 3/14  43 %  212 MB/s  1 h 24 min left',
         'accounting-\u2026 3/14  43 %  1 h 24 min left',
         'accounting-o\u2026  43 %  1 h 24 min left',
-        'accounting-of-the-who\u2026  43 %']
+        'accounting-of-the-whole\u2026  43 %']
 
 
 def test_the_parts_of_several_lines_stand_below_each_other():
