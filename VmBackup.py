@@ -476,7 +476,8 @@ class NamedSnapshot(NamedTuple):
 class Inventory(NamedTuple):
     """The pool, read once. `machines` are real VMs only: no templates, snapshots, control domains.
     `problems`: records that can't be read, of which nothing is known. `references`: the snapshots that bear
-    the name of a reference, this store's or not. `host_uuids` by ref; `local_srs`: of each SR, by uuid, that
+    the name of a reference, this store's or not. `others`: name, uuid and kind of what is never backed up,
+    such as templates. `host_uuids` by ref; `local_srs`: of each SR, by uuid, that
     one host alone sees, that host's uuid."""
     pool_uuid: str
     pool_name: str
@@ -487,6 +488,7 @@ class Inventory(NamedTuple):
     references: Tuple[NamedSnapshot, ...] = ()
     host_uuids: Mapping[str, str] = {}
     local_srs: Mapping[str, str] = {}
+    others: Tuple[Tuple[str, str, str], ...] = ()
 
     @property
     def pool_title(self) -> str:
@@ -1369,6 +1371,8 @@ ACTIONS = (
                "config."),)),
     Action("preview", "Checks config and login, and shows what a backup would do, changing nothing.", False,
            True, False, ()),
+    Action("explain", "Tells why a VM is, or is not, backed up by this config, what holds its copies, and "
+           "what the next run does with it and why, changing nothing.", True, False, False, ()),
     Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.",
            True, False, False, (
         Option("from", "text", "", "latest: the newest copy of each VM; or the stamp of one copy."),
@@ -1954,6 +1958,145 @@ def _decided(plan: Plan) -> Dict[str, Tuple[str, str]]:
                                   job.chosen_by) for job in plan.jobs}
     decided.update((machine.uuid, (NO_BACKUP[0], line)) for machine, line in plan.excluded)
     return decided
+
+
+# --- why a VM is selected, or is not ------------------------------------------------------
+
+
+FORM_WORDS = {"uuid": "a uuid", "name": "a name", "wildcard": "a wildcard", "regex": "a regex",
+              "prefix-regex": "a regex", "tag": "a tag"}
+LOOSER = (                             # how two texts may differ that look alike to people, nearest first
+    ("upper and lower case", str.casefold),
+    ("blanks", lambda text: re.sub(r"\s", "", text)),
+    ("case and blanks", lambda text: re.sub(r"\s", "", text.casefold())),
+    ("characters that look alike, or marks such as - and _",
+     lambda text: re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).casefold())))
+NEAR_MOST = 5                          # lines and names that are told
+
+
+def lines_about(machine: VirtualMachine, configuration: Configuration, inventory: Inventory) -> List[str]:
+    """What each line comes to that selects or excludes the VM, in sentences, the one that decides first."""
+    found, idle, excluded = [], [], False          # type: List[Selector], List[str], bool
+    for selector in configuration.exclude + configuration.vm_export + configuration.vdi_export:
+        problem = _selector_problem(selector, inventory)
+        if not selector.matches(machine):
+            continue
+        if problem is not None:
+            idle.append(f"{selector.line} selects nothing as it stands: {problem.sentence}")
+        elif selector.method is None:
+            idle.insert(0, f"{selector.line} leaves it out: an exclude wins over all that selects it.")
+            excluded = True
+        elif selects(selector, machine):
+            found.append(selector)
+        else:
+            idle.append(f"{selector.line} selects no VM that is still being made.")
+    chosen = choose_selector(machine, found)
+    if chosen is None:
+        return idle
+    others = [one for one in found if one is not chosen]
+    decides = f"{chosen.line} " + ("would decide, were it not left out" if excluded else "decides")
+    own = [f"{decides}{'' if others or excluded else ': no other line selects it'}."]
+    own += [f"{one.line} selects it, too, but {why_beaten(one, chosen)}." for one in others]
+    return idle + own if excluded else own + idle
+
+
+def why_beaten(selector: Selector, chosen: Selector) -> str:
+    """Why the other selector decides about a VM that both select."""
+    if selector.precision != chosen.precision:
+        return f"{FORM_WORDS[chosen.form]} is more precise than {FORM_WORDS[selector.form]}"
+    if selector.method is not chosen.method:
+        return "of two that are equally precise vdi-export beats vm-export"
+    return "of two that are equally precise the later one decides"
+
+
+def nearest_lines(machine: VirtualMachine, configuration: Configuration) -> List[str]:
+    """Those lines that come nearest to selecting the VM, which none does, each with why it does not."""
+    near = []                              # type: List[Tuple[int, str]]
+    for selector in configuration.vm_export + configuration.vdi_export:
+        rank, why = near_miss(selector, machine)
+        if why and not selector.matches(machine):
+            near.append((rank, f"{selector.line} does not select it: {why}."))
+    return [sentence for _, sentence in sorted(near, key=lambda one: one[0])[:NEAR_MOST]]
+
+
+def near_miss(selector: Selector, machine: VirtualMachine) -> Tuple[int, str]:
+    """How near a selector that does not select the VM comes to that, 0 the nearest, and why it does not; ""
+    if it is far from it."""
+    pattern, form, name = selector.pattern, selector.form, machine.name
+    is_regex = form in ("regex", "prefix-regex")
+
+    def would(change: Callable[[str], str]) -> bool:
+        ignoring = "(?i)" if is_regex and change("A") == "a" else ""
+        with contextlib.suppress(re.error, OverflowError, RecursionError):
+            return selector._replace(pattern=ignoring + (pattern if ignoring else change(pattern))).matches(
+                machine._replace(name=change(name), tags=tuple(map(change, machine.tags))))
+        return False
+
+    what = f"its tag {', '.join(map(quote_name, machine.tags))}" if form == "tag" else "the VM's name"
+    if selector.bare and selector.keep and selector.text == name:
+        return 0, "the number behind the colon is read as the copies to keep: write the name in quotes"
+    for rank, (words, change) in enumerate(LOOSER):
+        loose = change(pattern)            # of `*` or `-` nothing may be left
+        if form != "uuid" and (rank < 3 or not is_regex and form != "wildcard" and loose) and would(change):
+            return rank, f"{what} differs in {words}"
+    if form == "tag":
+        others = ", ".join(map(quote_name, machine.tags))
+        return 9, f"it has only the tag {others}" if len(machine.tags) == 1 else \
+            f"it has only the tags {others}" if others else "it has no tag"
+    hint = _regex_hint(selector, {name})
+    with contextlib.suppress(re.error, OverflowError, RecursionError):
+        if hint and re.fullmatch(pattern, name):
+            return 4, f"it is no regex.{hint.rstrip('?')}"
+        if form == "regex" and re.match(pattern, name):
+            return 4, "it matches only the beginning, and a regex must match the whole name: " \
+                f"/{one_line(pattern)}.*/"
+        if is_regex and fnmatch.fnmatchcase(name, pattern):
+            return 4, "a regex is no wildcard; as that it would match"
+        if form == "name" and not selector.bare and fnmatch.fnmatchcase(name, pattern):
+            return 4, "what stands in quotes is a name, letter by letter, and no wildcard"
+        if form == "wildcard" and fnmatch.fnmatchcase(name, f"*{pattern}*"):
+            return 6, "a wildcard must match the whole name, beginning and end"
+        if form == "name" and len(pattern) > 2 and pattern in name:
+            return 7, "it stands for a VM of exactly this name, and is only a part of this one's"
+    wanted = {"name": name, "uuid": machine.uuid}.get(form, "")
+    differing = characters_between(wanted, pattern)
+    if len(wanted) > 3 * differing - 1:
+        return 5, f"{what if form == 'name' else 'its uuid'} differs in {counted(differing, 'character')}"
+    return 9, ""
+
+
+def characters_between(one: str, other: str) -> int:
+    """How many characters one text has that the other has not, in their order; about as people would count
+    what was mistyped."""
+    import difflib
+    blocks = difflib.SequenceMatcher(None, one, other, False).get_matching_blocks()
+    return max(len(one), len(other)) - sum(block.size for block in blocks)
+
+
+def near_names(name: str, names: Iterable[str]) -> List[str]:
+    """Those of the names that come nearest to that one, the nearest first."""
+    import difflib
+    loosest = LOOSER[-1][1]
+    forms = {}                             # type: Dict[str, List[str]]
+    for one in sorted(set(names)):
+        forms.setdefault(loosest(one) or one, []).append(one)
+    near = difflib.get_close_matches(loosest(name) or name, forms, NEAR_MOST)
+    return [one for form in near for one in forms[form]][:NEAR_MOST]
+
+
+def line_for(machine: VirtualMachine, configuration: Configuration) -> str:
+    """The config line that selects the VM by its name, quoted where it must be; "" where no line can bear the
+    name."""
+    quoted = machine.name.replace("\\", "\\\\").replace('"', '\\"')
+    for text in (machine.name, f'"{quoted}"'):
+        line = f"{Method.VM.value}={text}"
+        settings, problems = read_settings(line.encode("utf-8", "replace"), "")
+        with contextlib.suppress(ValueError):
+            if line.isprintable() and len(settings) == 1 and not problems:
+                found = parse_selector(settings[0], configuration.wildcards)
+                if (found.form, found.pattern, found.keep) == ("name", machine.name, None):
+                    return line
+    return ""
 
 
 # =============================================================================
@@ -4199,7 +4342,7 @@ class Pool:
     def inventory(self, identity: Optional[Inventory] = None) -> Inventory:
         """The whole pool in nine calls, whatever the number of VMs. No single bad record ends it."""
         doing, identity = "reading the pool", identity or self.identity()
-        problems, real = list(identity.problems), []
+        problems, real, others = list(identity.problems), [], []
         machines, vbds, vdis, srs, vifs, networks = (
             self.records(doing, name) for name in "VM VBD VDI SR VIF network".split())
         self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in srs.items()}
@@ -4215,13 +4358,16 @@ class Pool:
                 machine = self._machine(ref, record, vbds, vdis)
                 lost = [problem for _, _, problem in _networks_of(record, vifs, networks) if problem]
                 real.append(machine._replace(problems=machine.problems + tuple(lost)))
+            else:
+                kind = next(words for flag, words in MACHINE_FLAGS.items() if record[flag])
+                others.append((record["name_label"], record["uuid"], kind))
         real.sort(key=lambda machine: (machine.name, machine.uuid))
         references = tuple(named_references("VM", machines, lambda record: [
             Fields("", vdis.get(Fields("", vbds.get(vbd), []).text("VDI")), []).text("uuid")
             for vbd in Fields("", record, []).texts("VBDs")])) \
             + tuple(named_references("VDI", vdis, lambda record: [record["uuid"]]))
         return identity._replace(
-            machines=tuple(real), problems=tuple(problems), references=references,
+            machines=tuple(real), problems=tuple(problems), references=references, others=tuple(others),
             local_srs={uuid: min(hosts) for uuid, hosts in seen_by.items() if len(hosts) == 1})
 
     def records(self, doing: str, class_name: str) -> Dict[str, Any]:
@@ -4419,7 +4565,8 @@ def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname:
     return None
 
 
-MACHINE_FLAGS = ("is_a_template", "is_a_snapshot", "is_control_domain")
+MACHINE_FLAGS = {"is_a_snapshot": "a snapshot", "is_control_domain": "a control domain",
+                 "is_a_template": "a template"}            # a snapshot is a template, too
 
 
 def named_references(class_name: str, records: Dict[str, Dict[str, Any]],
@@ -12254,11 +12401,7 @@ class Leader(Worker):
                                   "here from another store, or this one was moved, so it is left alone. If "
                                   f"no other store uses it, it can go: {command}")
                 continue
-            # what another host has lately kept may be in a file that only that host has
-            is_there = is_config_there(ledger.config) or ledger.current is not None \
-                and ledger.host != run.inventory.host.short_name \
-                and (now - parse_utc(ledger.current.at)).total_seconds() < HOST_PLAN_LIFE_S
-            why = why_reference_goes(ledger, path, jobs, is_there, now)
+            why = why_reference_leaves(ledger, path, jobs, run.inventory.host.short_name, now)
             if not why and not ledger.leaving:
                 continue
             try:
@@ -13165,6 +13308,16 @@ def jobs_with_references(settings: Optional[Configuration],
     return {(job.machine.uuid, job.method.value) for job in plan.jobs} if settings.keep_reference else set()
 
 
+def why_reference_leaves(ledger: Ledger, config: str, jobs: Optional[Container[Tuple[str, str]]], host: str,
+                         now: datetime) -> str:
+    """Why a run of that config on that host removes the ledger's reference, "" if it stays; the rest as
+    why_reference_goes has it."""
+    # what another host has lately kept may be in a file that only that host has
+    is_there = is_config_there(ledger.config) or ledger.current is not None and ledger.host != host \
+        and (now - parse_utc(ledger.current.at)).total_seconds() < HOST_PLAN_LIFE_S
+    return why_reference_goes(ledger, config, jobs, is_there, now)
+
+
 def is_config_there(path: str) -> bool:
     """Is the config file there, or can't that be told: its directory is away, or it was no file?"""
     return not path.startswith("/") or os.path.exists(fs_path(path)) \
@@ -13659,7 +13812,8 @@ def is_pruned_by_hand(arguments: Arguments) -> bool:
         and any(setting.name == "max_backups" for setting in arguments.settings)
 
 
-def stored_rules(services: Services, stored: StoredVm) -> Tuple[Tuple[Rules, ...], str]:
+def stored_rules(services: Services, stored: StoredVm,
+                 machine: Optional[VirtualMachine] = None) -> Tuple[Tuple[Rules, ...], str]:
     """The rules for a VM and kind when retention is applied without a pool, this config's first, and what
     makes them so; none if nothing is removed.
 
@@ -13667,11 +13821,12 @@ def stored_rules(services: Services, stored: StoredVm) -> Tuple[Tuple[Rules, ...
     name, and copies that tell no rules, are left. The rules of this config's newest manifest, or of one that
     tells no config, count too: which line decides, for tags or after a change of the kind, only a run with
     the pool knows, and one by hand can have other rules. Lowered ones count once a run has told them.
+    `machine`: the VM, where the pool was asked.
     """
     settings = services.settings
     if is_pruned_by_hand(services.arguments) and stored.method is not None:
         return (settings.rules(),), "max_backups on the command line"
-    machine = VirtualMachine("", stored.uuid, stored.name, "", "", (), "", "", "", NULL_REF, ())
+    machine = machine or lost_machine(stored)
     if any(selector.matches(machine) for selector in settings.exclude):
         return (), "the config excludes this VM"
     selector = choose_selector(machine, settings.vm_export + settings.vdi_export)
@@ -13687,6 +13842,11 @@ def stored_rules(services: Services, stored: StoredVm) -> Tuple[Tuple[Rules, ...
             rules for rules, _ in told_last.values() if rules.config == own.config]:
         own = Rules(*map(max, own[:-1], last[:-1]), config=own.config)
     return rules_for(own, stored.around, stored.uuid, stored.method), selector.line
+
+
+def lost_machine(stored: StoredVm) -> VirtualMachine:
+    """What selectors can know of a VM by its copies alone."""
+    return VirtualMachine("", stored.uuid, stored.name, "", "", (), "", "", "", NULL_REF, ())
 
 
 def prune_chosen(run: Run) -> None:
@@ -16609,36 +16769,69 @@ def planned_disks(job: Job, excludes: Sequence[DiskExclude]) -> Tuple[Tuple[Disk
 def preview_job(job: Job, excludes: Sequence[DiskExclude], folder: str, verdicts: Sequence[Verdict],
                 layer: Optional[NextLayer] = None) -> List[str]:
     """The lines of one VM in a preview."""
-    machine, (disks, problem) = job.machine, planned_disks(job, excludes)
-    size, left_out = format_size(sum(disk.virtual_size for disk in disks)), left_out_disks(machine, excludes)
+    machine, (disks, _) = job.machine, planned_disks(job, excludes)
+    size = format_size(sum(disk.virtual_size for disk in disks))
     lines = [f"  {machine.title}: {job.method.value}, {kept_text([job.rules], 'copy')}, "
              f"{machine.power_state.lower()}, {counted(len(disks), 'disk')} of {size}; chosen by "
              f"{job.chosen_by}"]
-    if machine.power_state == "Suspended":
-        lines.append("      it is suspended: the copy will hold its disks, but not its memory")
-    if problem:
-        lines.append(f"      {problem}")
-    lines += [f"      disk {disk_list((disk,))} is left out by {line}" for disk, line in left_out.items()]
-    lines += [f"      disk {disk_list((disk,))} is not left out: its mark is heeded with exclude-disk={NOBAK}"
-              for disk in disks if NOBAK in disk.name]
-    own = [verdict for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == machine.uuid
-           and not verdict.copy.aside]
-    older = counted(sum(verdict.copy.is_old for verdict in own))
-    lines.append(f"      into {folder}/, which holds {counted(len(own), 'good copy')} of it"
-                 + (f" ({older} made by the older program: they count as any other)" if older != "0" else ""))
-    if layer is not None:
-        lines.append(f"      it will be{layer_words(layer)[1:]}; the next full after it is due in "
-                     f"{counted(layer.left, 'copy')}")
-        lines += [f"      {words}" for words in (layer.reading, layer.warning) if words]
+    lines += ["      " + words
+              for words in foreseen_disks(job, excludes) + foreseen_copy(job, folder, verdicts, layer)]
+    own = own_verdicts(job, verdicts)
     for verdict in verdicts:
         words = "leaves" if verdict not in own else "keeps" if verdict.keep else "then removes"
         lines.append(f"      {words} {verdict.copy.name}: {verdict.text}")
     return lines
 
 
+def own_verdicts(job: Job, verdicts: Sequence[Verdict]) -> List[Verdict]:
+    """Those on the VM's good copies."""
+    return [verdict for verdict in verdicts if verdict.copy.is_good and verdict.copy.uuid == job.machine.uuid
+            and not verdict.copy.aside]
+
+
+def foreseen_disks(job: Job, excludes: Sequence[DiskExclude]) -> List[str]:
+    """What is to be said of what the job's copy will hold of the VM, and what not."""
+    machine, (disks, problem), lines = job.machine, planned_disks(job, excludes), []
+    left_out = left_out_disks(machine, excludes)
+    if machine.power_state == "Suspended":
+        lines.append("it is suspended: the copy will hold its disks, but not its memory")
+    if problem:
+        lines.append(problem)
+    lines += [f"disk {disk_list((disk,))} is left out by {line}" for disk, line in left_out.items()]
+    lines += [f"disk {disk_list((disk,))} is not left out: its mark is heeded with exclude-disk={NOBAK}"
+              for disk in disks if NOBAK in disk.name]
+    return lines
+
+
+def foreseen_copy(job: Job, folder: str, verdicts: Sequence[Verdict],
+                  layer: Optional[NextLayer] = None) -> List[str]:
+    """What the job's copy will be, in sentences."""
+    own = own_verdicts(job, verdicts)
+    older = counted(sum(verdict.copy.is_old for verdict in own))
+    lines = [f"into {folder}/, which holds {counted(len(own), 'good copy')} of it"
+             + (f" ({older} made by the older program: they count as any other)" if older != "0" else "")]
+    if layer is not None:
+        lines.append(f"it will be{layer_words(layer)[1:]}; the next full after it is due in "
+                     f"{counted(layer.left, 'copy')}")
+        lines += [words for words in (layer.reading, layer.warning) if words]
+    return lines
+
+
 def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan, str]:
     """The plan with what the store adds to its findings, and the preview: it tells of each VM its directory
     too, and what a run will say about the copies there."""
+    plan, futures = futures_of(services, inventory, plan)
+    return plan, preview_text(services.settings, inventory, plan, futures, services.catalog)
+
+
+UNREADABLE = "all of it will be read, as the list of blocks of the newest good copy can't be used"
+
+
+def futures_of(services: Services, inventory: Inventory, plan: Plan, proven: Container[str] = ()) -> Tuple[
+        Plan, Dict[str, Tuple[str, List[Verdict], Optional[NextLayer]]]]:
+    """The plan with what the store adds to its findings; and by the uuid of each VM its directory, what a run
+    will say about the copies there, and what its own copy will be. Of those in `proven` the copy that an
+    increment would rest on is looked into, as a run does."""
     placement = Placement(services.catalog, inventory.pool_uuid, [one.name for one in inventory.machines])
     otherwise, views = older_differences(services.settings, inventory, plan), []
     told = {(finding.severity, finding.subject) for finding in otherwise}      # more than "matches nothing"
@@ -16666,13 +16859,20 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
                                settings.full_every, services.catalog.free_bytes())
             if settings.keep_reference:
                 layer = layer._replace(reading=foreseen_reading(services, inventory, job, copies, layer))
+            if layer.base is not None and job.machine.uuid in proven:
+                try:
+                    proven_base(services, layer.base).inside.close()
+                except (CatalogError, VerificationError) as error:
+                    left = min(settings.full_every, layer.left + layer.base.layer.depth)
+                    layer = layer._replace(
+                        base=None, why=f"{layer.base.name} can't be built on", warning=str(error), left=left,
+                        reading=layer.reading and UNREADABLE)
         views.append((job, folder.name, copies, layer))
     clock_is_wrong = any(clock_went_back(copies, utc) for _, _, copies, _ in views)
     futures = {job.machine.uuid: (folder, future_verdicts(
         job, copies, local, clock_is_wrong, settings.pre_clean, layer, settings.verify_after), layer)
                for job, folder, copies, layer in views}
-    plan = plan._replace(findings=tuple(findings))
-    return plan, preview_text(services.settings, inventory, plan, futures, services.catalog)
+    return plan._replace(findings=tuple(findings)), futures
 
 
 def foreseen_reading(services: Services, inventory: Inventory, job: Job, copies: Sequence[Copy],
@@ -16737,9 +16937,11 @@ def note_in_pool(services: Services, rows: Sequence[Dict[str, Any]]) -> None:
         row["in_pool"] = row["uuid"] in uuids if is_known else None
 
 
-def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: datetime) -> Dict[str, Any]:
-    """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes."""
-    rules, why = stored_rules(services, stored)
+def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: datetime,
+             machine: Optional[VirtualMachine] = None) -> Dict[str, Any]:
+    """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes. `machine`: the VM,
+    where the pool was asked."""
+    rules, why = stored_rules(services, stored, machine)
     verdicts = {verdict.copy.name: verdict
                 for verdict in judge(stored.around, stored.uuid, stored.method, rules, now,
                                      has_unfinished=stored.has_unfinished)} if rules else {}
@@ -16836,6 +17038,224 @@ def list_text(rows: Sequence[Dict[str, Any]], strangers: Sequence[str]) -> str:
     return "\n".join(lines + [f"not ours, left alone: {one_line(stranger)}" for stranger in strangers])
 
 
+# --- explain ----------------------------------------------------------------------------
+
+
+EXPLAIN_COLUMNS = 80
+LAST_ROUNDS = 3                # that are told of a VM
+
+
+def explained(services: Services, inventory: Inventory, plan: Plan, hindrance: str) -> str:
+    """Why each VM that the words mean is, or is not, backed up by this config, and how; UsageError if nothing
+    is known of any. `hindrance`: why a run would end before its first VM."""
+    vm, catalog, here = services.arguments.vm, services.catalog, ("", inventory.pool_uuid)
+    listing = list_store(catalog)
+    rounds, problems = History(catalog, services.settings.path).rounds(services.clock.utc())
+    for one in [f"{one} It is left out." for one in listing.problems] + problems:
+        services.log.info(one)
+    bearers = [stored for stored in listing.vms if stored.bears(vm)]
+    uuids = {stored.uuid for stored in bearers if stored.pool in here} - {""}
+    machines = [machine for machine in inventory.machines
+                if vm == machine.name or vm.lower() == f"uuid:{machine.uuid}" or machine.uuid in uuids]
+    plan, futures = futures_of(services, inventory, plan, {machine.uuid for machine in machines})
+    texts = []                             # type: List[List[str]]
+    for machine in machines:
+        stored = [one for one in listing.vms if one.pool in here and (
+            one.uuid == machine.uuid or not one.uuid and one.bears(machine.name))]
+        bearers = [one for one in bearers if one not in stored]
+        future = futures.get(machine.uuid)
+        texts.append(explained_machine(services, inventory, plan, future, machine, hindrance)
+                     + explained_past(services, inventory, stored, rounds, machine))
+    for _, group in itertools.groupby(bearers, lambda one: (one.uuid, one.pool)):
+        stored = list(group)
+        texts.append(explained_lost(services, inventory, stored[0])
+                     + explained_past(services, inventory, stored, rounds))
+    texts += [[f"{quote_name(name)} ({uuid}) is {kind} of the pool: such is never backed up."]
+              for name, uuid, kind in inventory.others if vm == name or vm.lower() == f"uuid:{uuid}"]
+    if not texts:
+        near = near_names(vm, {machine.name for machine in inventory.machines} | {
+            stored.name for stored in listing.vms} | {name for name, _, _ in inventory.others})
+        raise UsageError(
+            f"neither the pool {inventory.pool_title} nor {catalog.path} knows a VM {quote_name(vm)}. "
+            + (f"The nearest names: {', '.join(map(quote_name, near))}." if near and "uuid:" not in vm else
+               "`preview` shows the VMs of the pool, `list` those in the store."))
+    return "\n\n".join("\n".join(map(wrapped, lines)) for lines in texts)
+
+
+def wrapped(text: str) -> str:
+    """The text in lines of at most 80 columns, as far as names allow, indented as it is; nothing that stands
+    in double quotes is parted, nor a line of a config, which is indented by six."""
+    import textwrap
+    text, indent = one_line(text), " " * (len(text) - len(text.lstrip(" ")))
+    if len(indent) >= 6:
+        return text
+    kept = re.sub(r'"(?:[^"\\]|\\.)*"', lambda match: match.group().replace(" ", "\0"), text)
+    return textwrap.fill(kept, EXPLAIN_COLUMNS, subsequent_indent=indent + "    ", break_long_words=False,
+                         break_on_hyphens=False, replace_whitespace=False).replace("\0", " ")
+
+
+def explained_machine(services: Services, inventory: Inventory, plan: Plan,
+                      future: Optional[Tuple[str, List[Verdict], Optional[NextLayer]]],
+                      machine: VirtualMachine, hindrance: str) -> List[str]:
+    """Whether the VM of the pool is backed up, by which line, with which disks, and what the next run does.
+    `hindrance`: why a run would end before its first VM."""
+    settings, who = services.settings, f"{quote_name(machine.name)} ({machine.uuid})"
+    job = next((one for one in plan.jobs if one.machine.uuid == machine.uuid), None)
+    exclude = next((line for one, line in plan.excluded if one.uuid == machine.uuid), "")
+    about = lines_about(machine, settings, inventory)
+    notes = [f"  {finding.severity.name.capitalize()}: {finding.sentence}" for finding in plan.findings
+             if finding.subject in (machine.title, quote_name(machine.name))]
+    if job is None:
+        why = f"{exclude} leaves it out" if exclude else "it seems to be still being made" \
+            if is_provisional(machine.name) else "no line that selects it is of use" if about else \
+            f"no line of {settings.source} selects it"
+        lines = [f"{who} is not backed up by this config: {why}.", "Why:"]
+        near = about or nearest_lines(machine, settings) or ["No line comes near it."]
+        lines += ["  " + one for one in near]
+        if is_provisional(machine.name):
+            lines.append("  " + provisional_text(machine))
+        elif not exclude:
+            lines += line_to_add(machine, settings, inventory)
+        disks = disk_list(machine.disks) or "no disk"
+        return lines + notes + ["Disks:", f"  It has {disks}."]
+    disks, problem = planned_disks(job, settings.exclude_disk)
+    verb = "is selected by this config, but will not be backed up" if problem else \
+        "is backed up by this config"
+    lines = [f"{who} {verb}: " + (problem.rstrip(".") or f"{job.method.value}, chosen by {job.chosen_by}, "
+                                  f"{kept_text([job.rules], 'copy')}") + "."]
+    lines += ["Why:"] + ["  " + one for one in about] + notes + ["Disks:"]
+    lines += [f"  disk {disk_list((disk,))} goes into the copy" for disk in disks]
+    lines += ["  " + words for words in foreseen_disks(job, settings.exclude_disk) if words != problem]
+    left_out = left_out_disks(machine, settings.exclude_disk)
+    lines += [f"  disk {disk_list((disk,))} does not: vdi-export holds Disk 0 alone"
+              for disk in machine.disks if disks and disk not in disks and disk not in left_out]
+    lines.append("The next run:")
+    if hindrance:
+        lines.append(f"  if it is started here, it ends before its first VM: {hindrance}")
+    if problem or future is None:
+        return lines + ["  it fails for that, and leaves the copies as they are"]
+    folder, verdicts, layer = future
+    lines += ["  " + words for words in foreseen_copy(job, folder, verdicts, layer)]
+    if layer is None:
+        lines.append("  it will be a full, as each copy is with incremental=no")
+    if layer is None or not layer.reading:
+        size = format_size(sum(disk.virtual_size for disk in disks))
+        lines.append(f"  all of its disks will be read, {size}" + (
+            ", and what differs from that copy stored" if layer is not None and layer.base else ""))
+    going = [f"  then it removes {verdict.copy.name}: {verdict.text}"
+             for verdict in verdicts if not verdict.keep]
+    return lines + (going or ["  then it removes no copy of it"])
+
+
+def line_to_add(machine: VirtualMachine, settings: Configuration, inventory: Inventory) -> List[str]:
+    """What is to be added to the config for the VM to be backed up."""
+    line, by_uuid = line_for(machine, settings), f"{Method.VM.value}=uuid:{machine.uuid}"
+    same = sum(one.name == machine.name for one in inventory.machines)
+    if not line:
+        return [f"  To back it up, add to {settings.source}, where no line can bear its name:",
+                "      " + by_uuid]
+    shared = f" (so it selects {counted(same, 'VM')} of that name)" if same > 1 else ""
+    return [f"  To back it up, add to {settings.source} one of these lines: its name{shared}; or its uuid, "
+            "which stays when the VM is renamed:", "      " + line, "      " + by_uuid]
+
+
+def explained_lost(services: Services, inventory: Inventory, stored: StoredVm) -> List[str]:
+    """Why a VM that only the store knows is not backed up."""
+    here, uuid = stored.pool in ("", inventory.pool_uuid), stored.uuid or "uuid unknown"
+    why = f"is a VM of another pool ({stored.pool})" if not here else \
+        "does not tell its uuid, so which VM it is can't be known" if not stored.uuid else \
+        f"is not in the pool {inventory.pool_title} any more; only its copies are left"
+    lines = [f"{quote_name(stored.name)} ({uuid}) is not backed up by this config: it {why}."]
+    if here and stored.uuid:
+        about = [one for one in services.settings.vm_export + services.settings.vdi_export
+                 if one.is_literal and one.matches(lost_machine(stored))]
+        lines += [f"  {one.line} still names it: each run reports that as an error." for one in about
+                  if not any(one.matches(machine) for machine in inventory.machines)]
+        lines.append(f"  `restore vm=uuid:{stored.uuid}` brings it back, with preserve=yes under this uuid.")
+    return lines
+
+
+def explained_past(services: Services, inventory: Inventory, stored: Sequence[StoredVm],
+                   rounds: Sequence[Past], machine: Optional[VirtualMachine] = None) -> List[str]:
+    """What the rounds on record have made of the VM, what the store has of it, and what else of it stays in
+    the pool."""
+    now, settings, pool = services.clock.local(), services.settings, inventory.pool_uuid
+    uuid = machine.uuid if machine is not None else stored[0].uuid
+    rows = [list_row(services, services.catalog, one, now, machine) for one in stored]
+    copies = [copy for one in stored for copy in one.copies]
+    good = sorted((copy for copy in copies if copy.is_good and not copy.aside), key=utc_of)
+    lines = ["Last:"]
+    if good:
+        age = format_duration(max(0, (now - good[-1].taken_at).total_seconds()))
+        lines.append(f"  The newest good copy is {good[-1].folder}/{good[-1].name}, {age} old.")
+    else:
+        lines.append(f"  There is no good copy of it in {services.catalog.path}.")
+    lines += ["  " + one for one in last_rounds_of(of_pool(rounds, pool), uuid, settings.source)]
+    lines += ["  " + one
+              for one in other_configs(services.catalog.plans(), copies, pool, settings.path, uuid)]
+    lines += [f"Copies: {len(copies)}, {len(good)} good"] if copies else []
+    lines += ["  " + line for line in list_text([dict(row, references=[]) for row in rows], ()).split("\n")
+              if line]
+    references = []                        # type: List[str]
+    for method in Method:
+        for row in reference_rows(services.catalog, pool, uuid, method):
+            references.append(reference_line(row) + "; " + reference_state(
+                services, inventory, uuid, method, row))
+    return lines + (["References:"] + references if references else [])
+
+
+def reference_state(services: Services, inventory: Inventory, uuid: str, method: Method,
+                    row: Mapping[str, Any]) -> str:
+    """Since when what the ledger names is in the pool, what it costs, and what becomes of it."""
+    if "problem" in row:
+        return "the next run reads everything"
+    ledger, settings = services.catalog.ledger(inventory.pool_uuid, uuid, method.value), services.settings
+    why = "" if ledger is None else why_reference_leaves(
+        ledger, settings.path, jobs_with_references(settings.of_file, inventory),
+        inventory.host.short_name, services.clock.utc())
+    size = format_size(sum(disk["size"] for disk in row["disks"].values()))
+    return (f"made on {format_local(parse_utc(row['at']))}, " + ("and still there" if row["uuid"] in {
+        one.uuid for one in inventory.references} else "but no longer there under its name")
+        + f"; on a thin SR it takes what was written since, on a thick one up to {size}"
+        + (f"; the next run removes it, as {why}" if why else ""))
+
+
+def last_rounds_of(rounds: Sequence[Past], uuid: str, source: str) -> List[str]:
+    """What became of the VM in the last rounds of the config, and since when it fails."""
+    told = [(past.report, outcome) for past in rounds for outcome in past.report.outcomes
+            if outcome.uuid == uuid]
+    if not told:
+        return [f"No round of {source} that is on record had it."]
+    failed = list(itertools.takewhile(lambda one: one[1].error is not None, reversed(told)))
+    lines = history_text(rounds, "uuid:" + uuid).split("\n")[-1 if failed else -LAST_ROUNDS:]
+    if failed:
+        lines.append(f"It fails since {format_local(failed[-1][0].began_at)}: "
+                     f"{counted(len(failed), 'round')} in a row.")
+    else:
+        bad = [(report, outcome) for report, outcome in told[:-LAST_ROUNDS] if outcome.error is not None][-1:]
+        lines += [f"The last that failed was that of {format_local(report.began_at)}: {outcome.error}"
+                  for report, outcome in bad]
+    if rounds[-1].report is not told[-1][0]:
+        lines.append(f"The last round of {source}, of {format_local(rounds[-1].report.began_at)}, did not "
+                     "have it.")
+    return lines
+
+
+def other_configs(plans: Sequence[Dict[str, Any]], copies: Sequence[Copy], pool: str, path: str,
+                  uuid: str) -> List[str]:
+    """Which other configs have the VM in their last plan on record, or made copies of it that are there."""
+    lines = []                             # type: List[str]
+    for plan in sorted(plans, key=lambda plan: plan["at"]):
+        at, does = format_local(parse_utc(plan["at"])), "excludes it" if uuid in plan["excluded"] else \
+            "backs it up" if plan["vms"].get(uuid) == "" else ""
+        if does and plan["pool"] == pool and plan["config"] != path:
+            lines.append(f"{plan['config']} {does}, by its last plan, of {at} on {plan['host']}.")
+    makers = collections.Counter(copy.rules.config if copy.rules else "the older program"
+                                 for copy in copies if copy.is_old or copy.rules)
+    return lines + [f"{counted(number, 'copy', 'was')} made by {maker}."
+                    for maker, number in sorted(makers.items()) if maker not in ("", path)]
+
+
 # =============================================================================
 # 25. Commands
 # =============================================================================
@@ -16915,6 +17335,23 @@ def command_preview(run: Run) -> None:
     services.log.show(text)
     run.findings += plan.findings
     run.findings += [Finding(Severity.WARNING, "", warning) for warning in services.settings.warnings]
+
+
+def command_explain(run: Run) -> None:
+    """Shown: why a VM is, or is not, backed up by the config, by which line, and how."""
+    settings, hindrance = run.services.settings, ""
+    if not run.services.arguments.vm:
+        raise UsageError("explain which VM? Name one: explain web; `preview` shows all of the pool.")
+    try:
+        services = prepared(run)
+    except UsageError as error:            # to explain, a store that can be read is enough
+        hindrance, services = str(error), run.services._replace(catalog=run.in_store(
+            "opening the store", lambda: open_store(settings)))
+    with connected(services, changes_allowed=False, is_read=False) as (services, identity):
+        inventory, plan = read_and_plan(services, identity)
+    services.log.show(run.in_store("looking at the copies", lambda: explained(
+        services, inventory, plan, hindrance), FOR_EVER_S))
+    run.findings += [Finding(Severity.WARNING, "", warning) for warning in settings.warnings]
 
 
 def command_backup(run: Run) -> None:
@@ -17339,8 +17776,8 @@ def command_drill(run: Run) -> None:
             drill_all(run, copies)
 
 
-COMMANDS = {"backup": command_backup, "preview": command_preview, "verify": command_verify,
-            "list": command_list, "prune": command_prune, "status": command_status,
+COMMANDS = {"backup": command_backup, "preview": command_preview, "explain": command_explain,
+            "verify": command_verify, "list": command_list, "prune": command_prune, "status": command_status,
             "history": command_history, "check": command_check, "report": command_report,
             "test-mail": command_test_mail,
             "restore": command_restore, "extract": command_extract, "drill": command_drill,

@@ -1,0 +1,374 @@
+"""`explain`: why a VM is, or is not, backed up by this config, as preview, list, history and the next run have it."""
+
+import json
+import os
+import re
+from typing import Any, Callable, Dict, Iterator, List, Sequence
+
+import pytest
+
+from support.deeds import backup, beginning, is_exporting, objects, preview, without_pool
+from support.language import MEBIBYTE, at, described, disk, uuid_of, vm
+from support.process import Pool, Run, run_program
+from support.shelf import Shelf, complete, damaged, old, path_of
+from support.wire import eventually
+
+FULL = ['SR_BACKEND_FAILURE_44', '', 'There is insufficient space', '']
+HOSTILE = {'newline': 'first\nweb is backed up', 'escape': '\x9b2Jweb', 'quotes': 'B\u00fcro "1" \\', 'arrow': 'a\u202eb', 'colon': 'a:b',
+           'line separator': 'a\u2028b', 'percent': '%s%(name)s{0}', 'long': 'x' * 255, 'blanks': ' two  blanks ',
+           'regex': '/web/', 'star': 'a*b', 'tag': 'tag:web', 'emoji': '\U0001f4bb 1', 'equals': 'a=b'}
+STAMPED = re.compile(r'^\d{4}-\d\d-\d\d-\(\d\d:\d\d:\d\d\) - ')
+
+
+def explain(pool: Pool, shelf: Shelf, *lines: str, vm: str = 'web', **how: Any) -> Run:
+    return backup(pool, shelf, *lines, words=['explain', 'vm=' + vm], **how)
+
+
+def shown(run: Run) -> List[str]:
+    """The lines of the explanation itself."""
+    return [line for line in run.stdout.split('\n') if line and not STAMPED.match(line)]
+
+
+def told(run: Run) -> str:
+    """The explanation, wherever its lines end, with the config as weekend.cfg."""
+    text = ' '.join(' '.join(shown(run)).split())
+    return re.sub(r'[^\s(]*/weekend\.cfg', 'weekend.cfg', text)
+
+
+def verdict(run: Run) -> str:
+    """Its first sentence."""
+    return told(run).split(' Why: ')[0]
+
+
+def next_run(run: Run) -> str:
+    """What it says of the next run."""
+    return told(run).split(' The next run: ')[1].split(' Last: ')[0]
+
+
+# --- which line selects, and why others do not ---------------------------------------------------------------------------
+
+NAMES = ('PROD-web', 'PROD-db', 'prod-web', 'web 1', 'web:2', 'web.1', 'a*b', 'q"uote')
+
+
+@pytest.fixture(scope='module')
+def many() -> Iterator[Pool]:
+    vms = [vm(name, disks=1, tags=['gold'] if name.startswith('PROD-') else []) for name in NAMES]
+    pool = Pool(described(vms, {})).start()
+    yield pool
+    pool.remove()
+
+
+SELECTED = [
+    ('a name', ['vm-export=PROD-web'], 'PROD-web', 'vm-export, chosen by vm-export=PROD-web (weekend.cfg:4), 4 copies kept'),
+    ('a quoted name', ['vm-export="web 1":2'], 'web 1', 'vm-export, chosen by vm-export="web 1":2 (weekend.cfg:4), 2 copies kept'),
+    ('a wildcard', ['vdi-export=PROD*'], 'PROD-db', 'vdi-export, chosen by vdi-export=PROD* (weekend.cfg:4), 4 copies kept'),
+    ('a regex', ['vm-export=/web.1/:3'], 'web.1', 'vm-export, chosen by vm-export=/web.1/:3 (weekend.cfg:4), 3 copies kept'),
+    ('an old regex', ['wildcards=regex', 'vm-export=PROD.*'], 'PROD-web', 'chosen by vm-export=PROD.* (weekend.cfg:5)'),
+    ('a uuid', ['vm-export=uuid:' + uuid_of('PROD-db')], 'PROD-db', 'chosen by vm-export=uuid:' + uuid_of('PROD-db')),
+    ('a tag', ['vm-export=tag:gold', 'keep_weekly=2'], 'PROD-web', '4 copies kept, and one of each of the last 2 weeks')]
+
+
+@pytest.mark.parametrize('lines, name, said', [row[1:] for row in SELECTED], ids=[row[0] for row in SELECTED])
+def test_the_first_sentence_tells_kind_line_and_copies(many: Pool, a_shelf: Any, lines: List[str], name: str, said: str) -> None:
+    run = explain(many, a_shelf(), *lines, vm=name)
+    assert run.exit_status == 0, run
+    assert verdict(run).startswith('%s (%s) is backed up by this config: ' % (name, uuid_of(name)))
+    assert said in verdict(run)
+
+
+NOT_SELECTED = [
+    ('an exclude', ['vm-export=PROD*', 'exclude=*-db'], 'PROD-db', 'exclude=*-db (weekend.cfg:5) leaves it out.',
+     'vm-export=PROD* (weekend.cfg:4) would decide, were it not left out.'),
+    ('another case', ['vm-export=web 1', 'vm-export=Prod-WEB'], 'prod-web', 'no line of weekend.cfg selects it.',
+     'vm-export=Prod-WEB (weekend.cfg:5) does not select it: the VM\'s name differs in upper and lower case.'),
+    ('blanks', ['vm-export=web1'], 'web 1', 'no line of weekend.cfg selects it.', 'differs in blanks'),
+    ('a character', ['vm-export=PROD-wep'], 'PROD-web', 'no line of weekend.cfg selects it.', 'differs in 1 character'),
+    ('a tag', ['vm-export=tag:silver'], 'PROD-web', 'no line of weekend.cfg selects it.', 'it has only the tag gold.'),
+    ('a regex', ['vm-export=PROD.*'], 'PROD-web', 'no line of weekend.cfg selects it.', 'did you mean PROD*, or wildcards=regex'),
+    ('a number', ['vm-export=web:2'], 'web:2', 'no line of weekend.cfg selects it.', 'write the name in quotes'),
+    ('nothing near', ['vm-export="a*b"'], 'PROD-db', 'no line of weekend.cfg selects it.', 'No line comes near it.'),
+    ('only the database', ['pool_db_backup=1'], 'PROD-db', 'no line of weekend.cfg selects it.', 'No line comes near it.')]
+
+
+@pytest.mark.parametrize('lines, name, said, why', [row[1:] for row in NOT_SELECTED], ids=[row[0] for row in NOT_SELECTED])
+def test_of_a_vm_that_is_not_selected_it_tells_why_and_what_comes_near(many: Pool, a_shelf: Any, lines: List[str], name: str,
+                                                                       said: str, why: str) -> None:
+    run = explain(many, a_shelf(), *lines, vm=name)
+    assert run.exit_status == 0, run
+    assert verdict(run).replace('"web:2"', 'web:2') == '%s (%s) is not backed up by this config: %s' % (name, uuid_of(name), said)
+    assert why in told(run)
+    assert ('To back it up' in told(run)) is ('exclude' not in said)
+
+
+def test_a_line_that_selects_it_too_is_told_with_what_beats_it(many: Pool, a_shelf: Any) -> None:
+    run = explain(many, a_shelf(), 'vm-export=PROD*', 'vm-export=PROD-web:7', 'vdi-export=tag:gold', vm='PROD-web')
+    assert '7 copies kept' in verdict(run)
+    assert 'vm-export=PROD-web:7 (weekend.cfg:5) decides. ' in told(run)
+    assert 'vm-export=PROD* (weekend.cfg:4) selects it, too, but a name is more precise than a wildcard.' in told(run)
+    assert 'vdi-export=tag:gold (weekend.cfg:6) selects it, too, but a name is more precise than a tag.' in told(run)
+
+
+@pytest.mark.parametrize('name', HOSTILE.values(), ids=list(HOSTILE))
+def test_the_line_that_it_says_to_add_is_enough_and_names_of_any_kind_stay_on_a_line(a_pool: Any, a_shelf: Any, name: str) -> None:
+    pool, shelf = a_pool(vm(name), vm('db')), a_shelf()
+    run = explain(pool, shelf, 'vm-export=db', vm='uuid:' + uuid_of(name))
+    assert run.exit_status == 0 and verdict(run).endswith('no line of weekend.cfg selects it.'), run
+    lines = [line.strip() for line in shown(run) if line.startswith('      vm-export=')]
+    assert lines[-1] == 'vm-export=uuid:' + uuid_of(name)
+    assert all(line.isprintable() for line in run.output.split('\n'))
+    for line in lines:
+        again = explain(pool, shelf, 'vm-export=db', line, vm=name)
+        assert again.exit_status == 0 and ' is backed up by this config' in verdict(again), again
+        assert all(one.isprintable() for one in again.output.split('\n'))
+
+
+# --- which VM is meant -----------------------------------------------------------------------------------------------
+
+def test_a_vm_is_a_word_a_name_or_a_uuid_in_any_case(many: Pool, a_shelf: Any) -> None:
+    shelf = a_shelf()
+    runs = [backup(many, shelf, 'vm-export=*', words=['explain'] + words) for words in (
+        ['PROD-web'], ['vm=PROD-web'], ['vm=uuid:' + uuid_of('PROD-web')], ['uuid:' + uuid_of('PROD-web').upper()])]
+    assert len({told(run) for run in runs}) == 1 and runs[0].exit_status == 0
+    run = backup(many, shelf, 'vm-export=*', words=['explain'])
+    assert run.exit_status == 2 and run.says('explain which VM?')
+
+
+def test_of_a_vm_that_nobody_knows_the_nearest_names_are_told(many: Pool, a_shelf: Any) -> None:
+    run = explain(many, a_shelf(complete('Web-old')), 'vm-export=*', vm='web_old')
+    assert run.exit_status == 2 and run.stdout.count('\n') <= 1
+    assert run.says('knows a VM web_old. The nearest names: Web-old')
+    run = explain(many, a_shelf(), 'vm-export=*', vm='zzzzzz')
+    assert run.exit_status == 2 and run.says('`preview` shows the VMs of the pool, `list` those in the store.')
+
+
+def test_each_vm_of_the_name_is_explained(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(vm('dup', uuid=uuid_of('one')), vm('dup', uuid=uuid_of('two')))
+    run = explain(pool, a_shelf(), 'vm-export=uuid:' + uuid_of('two'), vm='dup')
+    assert run.exit_status == 0
+    assert 'dup (%s) is not backed up by this config' % uuid_of('one') in told(run)
+    assert 'its name (so it selects 2 VMs of that name)' in told(run)
+    assert 'dup (%s) is backed up by this config' % uuid_of('two') in told(run)
+    run = explain(pool, a_shelf(), 'vm-export=dup', vm='dup')
+    assert told(run).count('2 VMs bear this name') == 2
+
+
+def test_a_snapshot_or_a_template_of_that_name_is_said_to_be_one(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(vm('web', snapshots=[{'name_label': 'golden'}]))
+    run = explain(pool, a_shelf(), 'vm-export=*', vm='golden')
+    assert run.exit_status == 0 and 'is a snapshot of the pool: such is never backed up.' in told(run)
+
+
+def test_a_vm_that_is_gone_from_the_pool_is_told_with_its_copies(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(complete('lost', days_ago=4), complete('lost', days_ago=3))
+    for word in ('lost', 'uuid:' + uuid_of('lost')):
+        run = explain(pool, shelf, 'vm-export=lost', 'vm-export=web', vm=word)
+        assert run.exit_status == 0, run
+        assert told(run).startswith('lost (%s) is not backed up by this config: it is not in the pool xcp1 any more' % uuid_of('lost'))
+        assert 'vm-export=lost (weekend.cfg:4) still names it' in told(run)
+        assert '`restore vm=uuid:%s`' % uuid_of('lost') in told(run)
+        assert 'Copies: 2, 2 good' in told(run) and shelf.newest('lost') in told(run)
+
+
+def test_a_vm_that_took_the_name_of_a_lost_one_is_told_apart_from_it(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', uuid=uuid_of('new'))), a_shelf(complete('web', days_ago=4))
+    run = explain(pool, shelf, 'vm-export=web')
+    first, second = '\n'.join(shown(run)).split('\nweb (%s)' % uuid_of('web'))
+    assert 'web (%s) is backed up' % uuid_of('new') in first and 'no good copy of it' in ' '.join(first.split())
+    assert 'into web--%s/' % uuid_of('new')[:8] in first
+    assert 'any more' in second and 'Copies: 1, 1 good' in second
+
+
+def test_a_vm_is_found_by_the_name_that_its_copies_know(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('new name', uuid=uuid_of('web'))), a_shelf(complete('web', days_ago=4))
+    run = explain(pool, shelf, 'vm-export=web')
+    assert run.exit_status == 0
+    assert verdict(run).startswith('new name (%s) is not backed up by this config: no line' % uuid_of('web'))
+    assert 'Copies: 1, 1 good' in told(run)
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+def test_disks_that_are_left_out_are_told_with_the_line(a_pool: Any, a_shelf: Any) -> None:
+    disks = [disk(name_label=name) for name in ('root', 'data', 'swap [NOBAK]')]
+    pool, shelf = a_pool(vm('web', disks=disks)), a_shelf()
+    text = told(explain(pool, shelf, 'vm-export=web', 'exclude-disk=w*/xvdb'))
+    assert 'disk xvda root (4.0 MiB) goes into the copy' in text
+    assert 'disk xvdb data (4.0 MiB) is left out by exclude-disk=w*/xvdb (weekend.cfg:5)' in text
+    assert 'xvdb data (4.0 MiB) goes' not in text and 'its mark is heeded with exclude-disk=[NOBAK]' in text
+    text = told(explain(pool, shelf, 'vdi-export=web'))
+    assert 'disk xvdb data (4.0 MiB) does not: vdi-export holds Disk 0 alone' in text
+
+
+@pytest.mark.parametrize('facts, lines, why', [
+    ({'disks': 1}, ['vm-export=web', 'exclude-disk=web/*'], 'all its disks left out'),
+    ({'disks': [disk(userdevice='1')]}, ['vdi-export=web'], 'no Disk 0')])
+def test_what_will_fail_is_no_backup_and_the_run_fails_so(a_pool: Any, a_shelf: Any, facts: Dict[str, Any], lines: List[str],
+                                                         why: str) -> None:
+    pool, shelf = a_pool(vm('web', **facts)), a_shelf()
+    run = explain(pool, shelf, *lines)
+    assert ' is selected by this config, but will not be backed up: ' in verdict(run) and why in verdict(run)
+    assert run.exit_status == 0 and '..' not in verdict(run)
+    assert backup(pool, shelf, *lines).exit_status == 1
+
+
+# --- what the next run does ------------------------------------------------------------------------------------------
+
+def test_what_it_says_of_the_next_run_is_what_that_run_does(some_nights: Any) -> None:
+    nights = some_nights('vm-export=web:2', 'keep_reference=yes', 'full_every=3')
+    seen = set()
+    for night in range(9):
+        if night == 7:
+            rotten(nights.shelf, nights.shelf.newest('web'))
+        nights.write(night)
+        said = next_run(explain(nights.pool, nights.shelf, *nights.lines))
+        (words,) = re.findall(r'it will be (an increment on \S+: copy \d+ of \d+ of its chain|a full, as [^;:]*)', said)
+        goes = re.findall(r'then it removes (backup-\S+):', said)
+        before = set(nights.shelf.copies('web'))
+        run = backup(nights.pool, nights.shelf, *nights.lines)
+        assert words in run.output, (night, said, run.output)
+        by_difference = 'what differs from the reference' in said and 'and then all' not in said
+        assert by_difference is ('): read by difference' in run.output), (night, said, run.output)
+        assert before - set(nights.shelf.copies('web')) == set(goes), (night, said, run.output)
+        assert ('removes no copy of it' in said) is (not goes)
+        seen |= {words.split(' ')[1], bool(goes)}
+    assert seen == {'increment', 'full,', True, False}
+
+
+def rotten(shelf: Shelf, copy: str) -> None:
+    """The copy's list of blocks is not what was written, of which only who reads it knows."""
+    path = path_of(shelf.at('web', copy, 'blocks'))
+    with open(path, 'r+b') as file:
+        first = file.read(1)
+        file.seek(0)
+        file.write(bytes([first[0] ^ 1]))
+
+
+def test_without_increments_it_is_a_full(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(complete('web', days_ago=2))
+    assert backup(pool, shelf, 'vm-export=web:2').exit_status == 0
+    said = next_run(explain(pool, shelf, 'vm-export=web:2'))
+    assert 'it will be a full, as each copy is with incremental=no' in said and 'all of its disks will be read, 4.0 MiB' in said
+    first, second = sorted(shelf.copies('web'))
+    assert 'then it removes %s: 2 good copies are newer' % first in said and 'then it removes %s' % second not in said
+    assert backup(pool, shelf, 'vm-export=web:2').exit_status == 0
+    assert first not in shelf.copies('web') and second in shelf.copies('web')
+
+
+def test_what_ends_a_run_before_its_first_vm_is_told(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web'), nights=2)
+    run = explain(pool, shelf, 'vm-export=web', 'xe_path=/nobody/xe')
+    assert run.exit_status == 0
+    assert 'it ends before its first VM: ' in next_run(run) and '/nobody/xe is not a program' in next_run(run)
+
+
+def test_when_a_full_does_not_fit_or_the_clock_went_back_it_says_so(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(complete('web', days_ago=-2), complete('web', days_ago=3))
+    text = told(explain(pool, shelf, 'vm-export=web:1'))
+    assert 'Warning: the clock shows' in text and 'then it removes no copy of it' in text
+
+
+# --- copies, rounds, other configs, references -------------------------------------------------------------------------
+
+def test_what_holds_each_copy_is_what_list_says(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(*[complete('web', days_ago=days) for days in range(2, 40, 5)], damaged('web', days_ago=1),
+                                            old('web', days_ago=50))
+    lines = ['vm-export=web:2', 'keep_monthly=2']
+    assert backup(pool, shelf, 'vm-export=web:2', 'keep_monthly=2').exit_status == 0
+    assert without_pool(shelf, 'pin', 'web', shelf.newest('web')[len('backup-'):], 'why', lines=lines).exit_status == 0
+    (row,) = json.loads(without_pool(shelf, 'list', 'web', 'format=json', lines=lines).stdout)['vms']
+    assert len(row['copies']) >= 4 and len({copy['reason'] for copy in row['copies']}) >= 4
+    text = told(explain(pool, shelf, *lines))
+    for copy in row['copies']:
+        line = re.search(r'%s (.*?)(?= backup-\d{4}|$)' % re.escape(copy['name']), text.split('Copies: ')[1]).group(1)
+        assert ' '.join(copy['fate'].split()) in line and ('NOT GOOD' in line) is (not copy['good']), (copy, line)
+
+
+def test_the_rules_for_a_vm_that_a_tag_selects_are_known_here(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', tags=['gold'])), a_shelf(complete('web', days_ago=2))
+    assert 'kept: newest 4' in told(explain(pool, shelf, 'vm-export=tag:gold'))
+
+
+def test_the_last_failure_is_told_and_since_when_it_fails(a_pool: Any, a_shelf: Any) -> None:
+    faults = [at('api:VM.snapshot', object='web', nth=number, fails=FULL) for number in range(2, 6)]
+    pool, shelf = a_pool(vm('web'), vm('db'), faults=faults), a_shelf()
+    for night in range(3):
+        backup(pool, shelf, 'vm-export=*')
+    text = told(explain(pool, shelf, 'vm-export=*'))
+    assert 'The newest good copy is web/%s' % shelf.newest('web') in text
+    assert 'NOT BACKED UP: the snapshot of web' in text and 'SR_BACKEND_FAILURE_44' in text
+    assert re.search(r'It fails since \d{4}-\d\d-\d\d \d\d:\d\d: 2 rounds in a row\.', text)
+    assert 'fails since' not in told(explain(pool, shelf, 'vm-export=*', vm='db'))
+    text = told(explain(pool, shelf, 'vm-export=web', vm='db'))
+    assert 'Warning: was backed up by this config, and now no config selects or excludes it' in text
+
+
+def test_copies_and_plans_of_other_configs_are_told(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web'), vm('db')), a_shelf(old('web', days_ago=9))
+    other = shelf.config('vm-export=web').replace('weekend', 'daily')
+    os.rename(shelf.config_path, other)
+    assert run_program('-', other, environment=pool.environment()).exit_status == 0
+    text = told(explain(pool, shelf, 'vm-export=db'))
+    assert 'is not backed up by this config' in text and 'No round of weekend.cfg that is on record had it.' in text
+    assert '%s backs it up, by its last plan, of ' % other in text
+    assert '1 copy was made by %s.' % other in text and '1 copy was made by the older program.' in text
+
+
+def test_the_reference_in_the_pool_is_told_and_what_becomes_of_it(some_nights: Any) -> None:
+    nights = some_nights('vm-export=web', 'keep_reference=yes')
+    copy = nights.night()
+    (reference,) = [snapshot for snapshot, record in nights.pool.dump()['VM'].items() if 'VmBackup reference' in record['name_label']]
+    uuid = nights.pool.dump()['VM'][reference]['uuid']
+    text = told(explain(nights.pool, nights.shelf, *nights.lines))
+    assert 'References: reference in the pool: snapshot %s, the state of %s' % (uuid, copy) in text
+    assert 'and still there' in text and 'the next run removes it' not in text
+    lines = [line.replace('keep_reference=yes', 'keep_reference=no') for line in nights.lines]
+    assert 'the next run removes it, as weekend.cfg keeps no reference' in told(explain(nights.pool, nights.shelf, *lines))
+    assert 'removed, as' in backup(nights.pool, nights.shelf, *lines).output
+    assert 'References:' not in told(explain(nights.pool, nights.shelf, *lines))
+
+
+# --- what it leaves alone --------------------------------------------------------------------------------------------
+
+def test_nothing_is_changed_in_pool_or_store(some_nights: Any) -> None:
+    nights = some_nights('vm-export=web', 'keep_reference=yes', beside=[vm('db')])
+    nights.night()
+    pool, shelf = nights.pool, nights.shelf
+    before, tree = objects(pool), shelf.tree()
+    for name in ('web', 'db', 'nobody'):
+        explain(pool, shelf, *nights.lines, vm=name)
+    assert shelf.tree() == tree and objects(pool) == before
+    assert os.listdir(shelf.home).count('status.log') == 1
+
+
+def test_a_store_that_can_only_be_read_is_enough(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web'))
+    tree = shelf.tree()
+    os.chmod(shelf.path, 0o555)
+    try:
+        run = explain(pool, shelf, 'vm-export=web')
+    finally:
+        os.chmod(shelf.path, 0o755)
+    assert run.exit_status == 0 and 'Copies: 1, 1 good' in told(run) and shelf.tree() == tree
+
+
+def test_it_works_while_a_round_is_running(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=[disk(size=6 * MEBIBYTE, used=6)]), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
+    with beginning(pool, shelf, 'vm-export=web') as process:
+        assert eventually(is_exporting(shelf))
+        run = explain(pool, shelf, 'vm-export=web')
+        assert run.exit_status == 0 and ' is backed up by this config' in verdict(run), run
+        assert not process.is_over() and process.ending().exit_status == 0
+
+
+def test_its_lines_end_at_column_80_where_names_let_them(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web'), nights=2)
+    shelf.config('vm-export=web')
+    run = run_program('-', shelf.config_path, 'explain', 'web', environment=pool.environment())
+    assert run.exit_status == 0 and all(len(line) <= 80 for line in shown(run))
+
+
+def test_warnings_of_the_config_count_as_in_a_preview(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web'))
+    lines = ('vm-export=web', 'ignore_extra_keys=True', 'nonsense=1')
+    assert explain(pool, shelf, *lines).exit_status == preview(pool, shelf, *lines).exit_status == 3
+    assert explain(pool, shelf, 'vm-export=web', 'nonsense=1').exit_status == 2
