@@ -2009,12 +2009,15 @@ def why_beaten(selector: Selector, chosen: Selector) -> str:
     return "of two that are equally precise the later one decides"
 
 
-def nearest_lines(machine: VirtualMachine, configuration: Configuration) -> List[str]:
-    """Those lines that come nearest to selecting the VM, which none does, each with why it does not."""
+def nearest_lines(machine: VirtualMachine, configuration: Configuration,
+                  is_selected: bool = False) -> List[str]:
+    """Those lines that come nearest to selecting the VM, and do not, each with why; of a VM that another line
+    selects excludes, too, and only what people would take for the VM's own name."""
     near = []                              # type: List[Tuple[int, str]]
-    for selector in configuration.vm_export + configuration.vdi_export:
+    excludes = configuration.exclude if is_selected else ()
+    for selector in excludes + configuration.vm_export + configuration.vdi_export:
         rank, why = near_miss(selector, machine)
-        if why and not selector.matches(machine):
+        if why and not selector.matches(machine) and (rank < len(LOOSER) or not is_selected):
             near.append((rank, f"{selector.line} does not select it: {why}."))
     return [sentence for _, sentence in sorted(near, key=lambda one: one[0])[:NEAR_MOST]]
 
@@ -16727,10 +16730,12 @@ def told_abroad(run: Run, services: Services, report: Report) -> Report:
 
 # --- preview --------------------------------------------------------------------------
 
+# of a VM: its directory, what is said of the copies there, and what the new one will be
+Foreseen = Tuple[str, List[Verdict], Optional[NextLayer]]
+
 
 def preview_text(configuration: Configuration, inventory: Inventory, plan: Plan,
-                 futures: Dict[str, Tuple[str, List[Verdict], Optional[NextLayer]]],
-                 catalog: Catalog) -> str:
+                 futures: Dict[str, Foreseen], catalog: Catalog) -> str:
     """What a run would do: per VM its kind, directory, copies, and what retention would then remove."""
     lines = [f"Preview of {configuration.source} for pool {inventory.pool_title} (master "
              f"{inventory.master.short_name}). Nothing is changed.",
@@ -16827,8 +16832,8 @@ def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan
 UNREADABLE = "all of it will be read, as the list of blocks of the newest good copy can't be used"
 
 
-def futures_of(services: Services, inventory: Inventory, plan: Plan, proven: Container[str] = ()) -> Tuple[
-        Plan, Dict[str, Tuple[str, List[Verdict], Optional[NextLayer]]]]:
+def futures_of(services: Services, inventory: Inventory, plan: Plan,
+               proven: Container[str] = ()) -> Tuple[Plan, Dict[str, Foreseen]]:
     """The plan with what the store adds to its findings; and by the uuid of each VM its directory, what a run
     will say about the copies there, and what its own copy will be. Of those in `proven` the copy that an
     increment would rest on is looked into, as a run does."""
@@ -17095,43 +17100,48 @@ def wrapped(text: str) -> str:
 
 
 def explained_machine(services: Services, inventory: Inventory, plan: Plan,
-                      future: Optional[Tuple[str, List[Verdict], Optional[NextLayer]]],
-                      machine: VirtualMachine, hindrance: str) -> List[str]:
+                      future: Optional[Foreseen], machine: VirtualMachine, hindrance: str) -> List[str]:
     """Whether the VM of the pool is backed up, by which line, with which disks, and what the next run does.
     `hindrance`: why a run would end before its first VM."""
     settings, who = services.settings, f"{quote_name(machine.name)} ({machine.uuid})"
     job = next((one for one in plan.jobs if one.machine.uuid == machine.uuid), None)
-    exclude = next((line for one, line in plan.excluded if one.uuid == machine.uuid), "")
     about = lines_about(machine, settings, inventory)
     notes = [f"  {finding.severity.name.capitalize()}: {finding.sentence}" for finding in plan.findings
              if finding.subject in (machine.title, quote_name(machine.name))]
-    if job is None:
-        why = f"{exclude} leaves it out" if exclude else "it seems to be still being made" \
-            if is_provisional(machine.name) else "no line that selects it is of use" if about else \
-            f"no line of {settings.source} selects it"
-        lines = [f"{who} is not backed up by this config: {why}.", "Why:"]
-        near = about or nearest_lines(machine, settings) or ["No line comes near it."]
-        lines += ["  " + one for one in near]
-        if is_provisional(machine.name):
-            lines.append("  " + provisional_text(machine))
-        elif not exclude:
-            lines += line_to_add(machine, settings, inventory)
-        disks = disk_list(machine.disks) or "no disk"
-        return lines + notes + ["Disks:", f"  It has {disks}."]
+    if job is not None:
+        problem = planned_disks(job, settings.exclude_disk)[1].rstrip(".")
+        why = f"is selected by this config, but will not be backed up: {problem}" if problem else \
+            f"is backed up by this config: {job.method.value}, chosen by {job.chosen_by}, " \
+            f"{kept_text([job.rules], 'copy')}"
+        about += nearest_lines(machine, settings, is_selected=True)
+        return [f"{who} {why}.", "Why:"] + ["  " + one for one in about] + notes + explained_disks(
+            job, settings) + ["The next run:"] + explained_run(job, settings, future, hindrance)
+    exclude = next((line for one, line in plan.excluded if one.uuid == machine.uuid), "")
+    is_being_made = is_provisional(machine.name) and not exclude
+    why = f"{exclude} leaves it out" if exclude else "it is still being made" if is_being_made else \
+        "no line that selects it is of use" if about else f"no line of {settings.source} selects it"
+    if is_being_made:
+        about.append(provisional_text(machine))
+    lines = [f"{who} is not backed up by this config: {why}.", "Why:"]
+    lines += ["  " + one for one in about or nearest_lines(machine, settings) or ["No line comes near it."]]
+    lines += [] if exclude or is_being_made else line_to_add(machine, settings, inventory)
+    return lines + notes + ["Disks:", f"  It has {disk_list(machine.disks) or 'no disk'}."]
+
+
+def explained_disks(job: Job, settings: Configuration) -> List[str]:
+    """Which disks of the VM go into the copy, and which do not, and why."""
     disks, problem = planned_disks(job, settings.exclude_disk)
-    verb = "is selected by this config, but will not be backed up" if problem else \
-        "is backed up by this config"
-    lines = [f"{who} {verb}: " + (problem.rstrip(".") or f"{job.method.value}, chosen by {job.chosen_by}, "
-                                  f"{kept_text([job.rules], 'copy')}") + "."]
-    lines += ["Why:"] + ["  " + one for one in about] + notes + ["Disks:"]
-    lines += [f"  disk {disk_list((disk,))} goes into the copy" for disk in disks]
+    left_out = left_out_disks(job.machine, settings.exclude_disk)
+    lines = ["Disks:"] + [f"  disk {disk_list((disk,))} goes into the copy" for disk in disks]
     lines += ["  " + words for words in foreseen_disks(job, settings.exclude_disk) if words != problem]
-    left_out = left_out_disks(machine, settings.exclude_disk)
-    lines += [f"  disk {disk_list((disk,))} does not: vdi-export holds Disk 0 alone"
-              for disk in machine.disks if disks and disk not in disks and disk not in left_out]
-    lines.append("The next run:")
-    if hindrance:
-        lines.append(f"  if it is started here, it ends before its first VM: {hindrance}")
+    return lines + [f"  disk {disk_list((disk,))} does not: vdi-export holds Disk 0 alone"
+                    for disk in job.machine.disks if disks and disk not in disks and disk not in left_out]
+
+
+def explained_run(job: Job, settings: Configuration, future: Optional[Foreseen], hindrance: str) -> List[str]:
+    """What the next run does with the VM and its copies."""
+    lines = [f"  if it is started here, it ends before its first VM: {hindrance}"] if hindrance else []
+    disks, problem = planned_disks(job, settings.exclude_disk)
     if problem or future is None:
         return lines + ["  it fails for that, and leaves the copies as they are"]
     folder, verdicts, layer = future
@@ -17179,7 +17189,8 @@ def explained_past(services: Services, inventory: Inventory, stored: Sequence[St
                    rounds: Sequence[Past], machine: Optional[VirtualMachine] = None) -> List[str]:
     """What the rounds on record have made of the VM, what the store has of it, and what else of it stays in
     the pool."""
-    now, settings, pool = services.clock.local(), services.settings, inventory.pool_uuid
+    now, settings = services.clock.local(), services.settings
+    pool = machine is None and stored[0].pool or inventory.pool_uuid
     uuid = machine.uuid if machine is not None else stored[0].uuid
     rows = [list_row(services, services.catalog, one, now, machine) for one in stored]
     copies = [copy for one in stored for copy in one.copies]

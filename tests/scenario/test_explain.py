@@ -108,6 +108,29 @@ def test_a_line_that_selects_it_too_is_told_with_what_beats_it(many: Pool, a_she
     assert 'vdi-export=tag:gold (weekend.cfg:6) selects it, too, but a name is more precise than a tag.' in told(run)
 
 
+def test_a_line_that_was_meant_for_it_and_misses_it_is_told_beside_the_one_that_selects_it(many: Pool, a_shelf: Any) -> None:
+    run = explain(many, a_shelf(), 'vm-export=PROD*', 'exclude=Prod-Web', 'vdi-export=PROD web', vm='PROD-web')
+    assert 'vm-export, chosen by vm-export=PROD* (weekend.cfg:4)' in verdict(run)
+    assert 'exclude=Prod-Web (weekend.cfg:5) does not select it: the VM\'s name differs in upper and lower case.' in told(run)
+    assert 'vdi-export=PROD web (weekend.cfg:6) does not select it: the VM\'s name differs in characters that look alike' in told(run)
+
+
+def test_a_selector_in_the_place_of_a_config_is_explained_as_well(many: Pool, a_shelf: Any) -> None:
+    shelf = a_shelf()
+    words = ['explain', 'PROD-web', 'backup_dir=' + shelf.path]
+    run = run_program('-', 'PROD*', *words, environment=many.environment())
+    assert run.exit_status == 0 and 'chosen by vm-export=PROD* (command line)' in told(run)
+    run = run_program('-', 'prod*', *words, environment=many.environment())
+    assert run.exit_status == 0 and 'no line of the command line selects it.' in told(run)
+
+
+def test_a_vm_that_is_still_being_made_is_not_said_to_be_selected(a_pool: Any, a_shelf: Any) -> None:
+    name = 'web (being restored) vmbackup-0123456789abcdef'
+    run = explain(a_pool(vm(name), vm('web')), a_shelf(), 'vm-export=*', vm=name)
+    assert run.exit_status == 0 and verdict(run).endswith('is not backed up by this config: it is still being made.')
+    assert 'If none is, give it another name.' in told(run) and 'To back it up' not in told(run)
+
+
 @pytest.mark.parametrize('name', HOSTILE.values(), ids=list(HOSTILE))
 def test_the_line_that_it_says_to_add_is_enough_and_names_of_any_kind_stay_on_a_line(a_pool: Any, a_shelf: Any, name: str) -> None:
     pool, shelf = a_pool(vm(name), vm('db')), a_shelf()
@@ -167,6 +190,14 @@ def test_a_vm_that_is_gone_from_the_pool_is_told_with_its_copies(a_pool: Any, a_
         assert 'vm-export=lost (weekend.cfg:4) still names it' in told(run)
         assert '`restore vm=uuid:%s`' % uuid_of('lost') in told(run)
         assert 'Copies: 2, 2 good' in told(run) and shelf.newest('lost') in told(run)
+
+
+def test_a_vm_of_another_pool_is_told_apart(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf(complete('web', days_ago=4, folder='web', pool={'uuid': 'another', 'name': 'another'}))
+    run = explain(pool, shelf, 'vm-export=web')
+    first, second = told(run).split(' web (%s) is not backed up' % uuid_of('web'))
+    assert 'There is no good copy of it' in first and 'Copies' not in first
+    assert 'is a VM of another pool (another).' in second and 'Copies: 1, 1 good' in second and '`restore' not in second
 
 
 def test_a_vm_that_took_the_name_of_a_lost_one_is_told_apart_from_it(a_pool: Any, a_shelf: Any) -> None:

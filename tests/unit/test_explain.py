@@ -112,6 +112,14 @@ def test_a_line_that_the_pool_cannot_serve_is_told_with_the_reason():
     assert 'selects nothing as it stands: vdi-export needs XenServer 6.5' in about
 
 
+@pytest.mark.parametrize('line, said', [
+    ('exclude=Web', True), ('vdi-export=WEB', True), ('vdi-export=we b', True), ('exclude=wep', False), ('exclude=/we/', False),
+    ('vdi-export=tag:gold', False), ('exclude=web2', False)])
+def test_beside_a_line_that_selects_it_only_what_people_would_take_for_its_name_is_near(line, said):
+    config, machine = configured('vm-export=w*\n%s\n' % line), a_vm('web')
+    assert [one.split(' (')[0] for one in nearest_lines(machine, config, is_selected=True)] == [line] * said
+
+
 # --- the line to add -------------------------------------------------------------------------------------------------
 
 @given(st.text(max_size=20), st.sampled_from(['shell', 'regex']))
