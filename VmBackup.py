@@ -17207,28 +17207,31 @@ def explained_past(services: Services, inventory: Inventory, stored: Sequence[St
     lines += [f"Copies: {len(copies)}, {len(good)} good"] if copies else []
     lines += ["  " + line for line in list_text([dict(row, references=[]) for row in rows], ()).split("\n")
               if line]
-    references = []                        # type: List[str]
+    return lines + explained_references(services, inventory, pool, uuid)
+
+
+def explained_references(services: Services, inventory: Inventory, pool: str, uuid: str) -> List[str]:
+    """What keep_reference has left of the VM in its pool: since when, what it costs, and, of this pool,
+    whether it is there and what becomes of it."""
+    lines, settings, now = [], services.settings, services.clock.utc()
+    there = {one.uuid for one in inventory.references}
+    jobs = jobs_with_references(settings.of_file, inventory)
     for method in Method:
-        for row in reference_rows(services.catalog, pool, uuid, method):
-            references.append(reference_line(row) + "; " + reference_state(
-                services, inventory, uuid, method, row))
-    return lines + (["References:"] + references if references else [])
-
-
-def reference_state(services: Services, inventory: Inventory, uuid: str, method: Method,
-                    row: Mapping[str, Any]) -> str:
-    """Since when what the ledger names is in the pool, what it costs, and what becomes of it."""
-    if "problem" in row:
-        return "the next run reads everything"
-    ledger, settings = services.catalog.ledger(inventory.pool_uuid, uuid, method.value), services.settings
-    why = "" if ledger is None else why_reference_leaves(
-        ledger, settings.path, jobs_with_references(settings.of_file, inventory),
-        inventory.host.short_name, services.clock.utc())
-    size = format_size(sum(disk["size"] for disk in row["disks"].values()))
-    return (f"made on {format_local(parse_utc(row['at']))}, " + ("and still there" if row["uuid"] in {
-        one.uuid for one in inventory.references} else "but no longer there under its name")
-        + f"; on a thin SR it takes what was written since, on a thick one up to {size}"
-        + (f"; the next run removes it, as {why}" if why else ""))
+        rows = reference_rows(services.catalog, pool, uuid, method)
+        for row in [row for row in rows if "problem" not in row]:
+            size = format_size(sum(disk["size"] for disk in row["disks"].values()))
+            at = format_local(parse_utc(row["at"]))
+            lines.append(f"{reference_line(row)}; it was made on {at}, and takes on a thin SR what was "
+                         f"written since, on a thick one up to {size}")
+            if pool == inventory.pool_uuid and row["uuid"] not in there:
+                lines.append("  but it is no longer there under its name")
+        lines += [reference_line(row) for row in rows if "problem" in row]
+        ledger = None if any("problem" in row for row in rows) else services.catalog.ledger(
+            pool, uuid, method.value)
+        why = "" if ledger is None or pool != inventory.pool_uuid else why_reference_leaves(
+            ledger, settings.path, jobs, inventory.host.short_name, now)
+        lines += [f"  the next run removes it, as {why}"] if why else []
+    return ["References:"] + lines if lines else []
 
 
 def last_rounds_of(rounds: Sequence[Past], uuid: str, source: str) -> List[str]:

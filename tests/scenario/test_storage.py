@@ -71,6 +71,19 @@ def test_a_read_only_backup_dir_is_refused_before_anything_starts(a_pool: Any, a
     assert read_only_disk in run.stderr and pool.journal() == []
 
 
+def test_a_backup_dir_that_can_only_be_read_is_enough_to_explain(a_backup: Any) -> None:
+    pool, shelf = a_backup(vm('web'))
+    mount('--bind', shelf.path, shelf.path)
+    try:
+        mount('-o', 'remount,ro,bind', shelf.path)
+        run = backup(pool, shelf, 'vm-export=web', words=['explain', 'web'])
+    finally:
+        subprocess.run(['umount', '-l', shelf.path], check=True)
+    told = ' '.join(run.stdout.split())
+    assert run.exit_status == 0 and told.startswith('web (') and 'Copies: 1, 1 good' in told, run
+    assert 'it ends before its first VM: ' in told and 'is not writable.' in told
+
+
 def test_a_backup_dir_on_a_mount_of_its_own_is_used_where_a_mount_is_required(a_pool: Any, a_shelf: Any,
                                                                              own_disk: str) -> None:
     pool, shelf = a_pool(vm('web')), a_shelf(path=own_disk)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.values import a_host, a_vm, an_inventory, configured, jobs_of, planned, uuid_of, vms
-from VmBackup import (EXPLAIN_COLUMNS, NEAR_MOST, ConfigurationError, characters_between, line_for, lines_about, near_miss, near_names,
-                      nearest_lines, wrapped)
+from VmBackup import (EXPLAIN_COLUMNS, NEAR_MOST, ConfigurationError, characters_between, line_for, lines_about,
+                      near_miss, near_names, nearest_lines, wrapped)
 
 NEAR = [
     # (selector, other words of the config, name, tags, what is said; '' if it is far)
@@ -42,7 +42,8 @@ NEAR = [
     ('webserver-prod', '', 'webserver-porod', (), 'differs in 1 character'),
     ('uuid:' + uuid_of(2), '', 'web', (), 'its uuid differs in 1 character'),
     ('uuid:ffffffff-1111-2222-3333-444444444444', '', 'web', (), ''),
-    ('db', '', 'web', (), ''), ('a', '', 'b', (), ''), ('*-db', '', 'web', (), ''), ('-', '', '_', (), ''), ('db?', '', '...', (), ''),
+    ('db', '', 'web', (), ''), ('a', '', 'b', (), ''), ('*-db', '', 'web', (), ''), ('-', '', '_', (), ''),
+    ('db?', '', '...', (), ''),
     ('web', 'wildcards=regex', 'WEB', (), 'differs in upper and lower case'),
     ('WEB.*', 'wildcards=regex', 'web-1', (), 'differs in upper and lower case')]
 
@@ -151,7 +152,8 @@ def test_the_nearest_names_of_a_pool(word, near):
     assert near_names(word, ['web', 'My  VM', 'File-Server', 'db', '"', '']) == near
 
 
-@pytest.mark.parametrize('one, other, number', [('web', 'web', 0), ('web', 'wep', 1), ('web', 'we', 1), ('', 'abc', 3), ('ab', 'ba', 1)])
+@pytest.mark.parametrize('one, other, number', [
+    ('web', 'web', 0), ('web', 'wep', 1), ('web', 'we', 1), ('', 'abc', 3), ('ab', 'ba', 1)])
 def test_characters_are_counted_as_people_would(one, other, number):
     assert characters_between(one, other) == number
 
