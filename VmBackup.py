@@ -58,6 +58,7 @@ Where do I change what?
     a kind of thing made in a pool  a class beside those of Snapshots (18)
     what every deed has around it   Run (19)
     a sentence of log or mail       Report (19), its renderers (24), or the error's class (2)
+    what setup proposes             proposed_retention (7), proposed_settings (24)
     an action                       a row of ACTIONS (5) and a function in COMMANDS (25)
 
 Exit statuses: see ExitStatus in section 1, or `VmBackup.py help`.
@@ -477,8 +478,8 @@ class Inventory(NamedTuple):
     """The pool, read once. `machines` are real VMs only: no templates, snapshots, control domains.
     `problems`: records that can't be read, of which nothing is known. `references`: the snapshots that bear
     the name of a reference, this store's or not. `others`: name, uuid and kind of what is never backed up,
-    such as templates. `host_uuids` by ref; `local_srs`: of each SR, by uuid, that
-    one host alone sees, that host's uuid."""
+    such as templates. `host_uuids` by ref; `local_srs`: of each SR, by uuid, that one host alone sees, that
+    host's uuid. `used`: of each disk, by ref, how many bytes of it are in use at most."""
     pool_uuid: str
     pool_name: str
     host: Host
@@ -489,6 +490,7 @@ class Inventory(NamedTuple):
     host_uuids: Mapping[str, str] = {}
     local_srs: Mapping[str, str] = {}
     others: Tuple[Tuple[str, str, str], ...] = ()
+    used: Mapping[str, int] = {}
 
     @property
     def pool_title(self) -> str:
@@ -1365,7 +1367,13 @@ class Action(NamedTuple):
     words: Tuple[str, ...] = ()   # the parameters that plain words are, behind the VM
 
 
+SETUP = "setup"
 ACTIONS = (
+    Action(SETUP, "Looks at pool, mounts and host, writes a config that fits them, and shows what it does "
+           "and the crontab line. It stands in the place of TARGET; the config keys it is given are heeded.",
+           False, True, False, (
+        Option("config", "path", "", "The file to write, which must not exist; without it, vmbackup.cfg "
+               "beside VmBackup.py."),)),
     Action("backup", "Backs up what the config selects (the default).", False, True, True, (
         Option("force", "bool", False, "yes: run even if another host of the pool has just run this "
                "config."),)),
@@ -1463,12 +1471,15 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     if equals and name not in ("vm-export", "vdi-export") and (name in OPTION_NAMES or name == "vm"):
         raise UsageError(f"TARGET is missing before {one_line(target)}: a config file or a "
                          f"selector.\n\n{USAGE}")
-    plain = [word for word in words[2:] if not IS_NAMED.match(word)]
+    plain = [SETUP] * (target == SETUP) + [word for word in words[2:] if not IS_NAMED.match(word)]
     action_word = plain.pop(0) if plain else "backup"
     if action_word not in ACTION_NAMES:
         raise UsageError(f'"{one_line(action_word)}" is not an action; the actions are '
-                         f'{", ".join(ACTION_NAMES)}.')
+                         f'{", ".join(name for name in ACTION_NAMES if name != SETUP)}.')
     action = ACTIONS[ACTION_NAMES.index(action_word)]
+    if action.name == SETUP != target:
+        raise UsageError("setup writes a config and takes none: it stands in the place of "
+                         f"TARGET.\n\n{USAGE}")
     preview = "preview" in plain and action.has_preview
     if preview:
         plain.remove("preview")
@@ -1520,6 +1531,7 @@ def _settings_and_parameters(words: Sequence[str], action: Action) -> Tuple[List
 
 USAGE = """\
 usage: VmBackup.py PASSWORD TARGET [ACTION] [NAME=VALUE ...]
+       VmBackup.py PASSWORD setup [NAME=VALUE ...]
        VmBackup.py PASSWORD create-password-file=FILE
        VmBackup.py help [config | example | ACTION]
        VmBackup.py --version"""
@@ -1605,7 +1617,8 @@ def help_text() -> str:
 def action_help_text(action: Action) -> str:
     """`VmBackup.py help ACTION`."""
     words = " [VM]" * action.takes_vm + "".join(f" [{word.upper()}]" for word in action.words)
-    lines = [f"VmBackup.py PASSWORD TARGET {action.name}{words} [NAME=VALUE ...]", "", action.help]
+    target = "TARGET " * (action.name != SETUP)
+    lines = [f"VmBackup.py PASSWORD {target}{action.name}{words} [NAME=VALUE ...]", "", action.help]
     lines += [f"  {parameter.name}{'' if parameter.kind == 'word' else '='}  {parameter.help}"
               for parameter in action.parameters]
     return "\n".join(lines)
@@ -2801,6 +2814,40 @@ def free_copy_name(local: datetime, taken: Iterable[str]) -> str:
     return copy_name(local)
 
 
+# --- how many copies there is room for ------------------------------------------------
+
+
+ROOM_PERCENT = 90                 # of what is free: the rest is for growth, and for others
+CHANGE_PERCENT = 5                # of a VM's data that a night is taken to change
+MOST_FULLS, LEAST_FULLS, MOST_NIGHTS = 7, 3, 14
+
+
+class Proposal(NamedTuple):
+    """How many copies are to stay; after how many a full is due, 0 where each is one; and the bytes that are
+    taken at the worst moment, when the new copy is there and an old one not yet gone."""
+    copies: int
+    full_every: int
+    needed_bytes: int
+
+
+def proposed_retention(full_bytes: int, free_bytes: int) -> Optional[Proposal]:
+    """What to keep in so much free space, if one full of everything takes so much: fulls, else increments,
+    else one copy, which fits only if it says so. None if not even one full does.
+
+    As many nights make a chain as copies stay, so that never more than two chains are there: the older goes
+    as the later is full, if its full has been read back (verify_after).
+    """
+    room = free_bytes * ROOM_PERCENT // 100
+    change = -(-full_bytes * CHANGE_PERCENT // 100)
+    proposals = [Proposal(copies, 0, (copies + 1) * full_bytes)
+                 for copies in range(MOST_FULLS, LEAST_FULLS - 1, -1)]
+    proposals += [Proposal(nights, nights, 2 * full_bytes + 2 * (nights - 1) * change)
+                  for nights in range(MOST_NIGHTS, 1, -1)]
+    last = Proposal(1, 0, 2 * full_bytes)
+    return next((one for one in proposals if one.needed_bytes <= room),
+                last if full_bytes <= free_bytes else None)
+
+
 # =============================================================================
 # 8. Process
 # =============================================================================
@@ -3794,36 +3841,71 @@ def holder_text(text: Dict[str, Any]) -> str:
 
 
 class Mount(NamedTuple):
-    """The mount that a directory lies on. `locks_are_local`: its locks do not reach other hosts.
-    `is_in_memory`: what it holds is gone when the host restarts."""
+    """A mount. `locks_are_local`: its locks do not reach other hosts. `is_in_memory`: what it holds is gone
+    when the host restarts. `source` is the device or export, `device` its st_dev as MAJOR:MINOR."""
     point: str
     kind: str
     locks_are_local: bool
     is_in_memory: bool
+    source: str
+    device: str
+    is_read_only: bool
+
+    @property
+    def title(self) -> str:
+        """It in a few words."""
+        return f"{quote_name(self.point)} ({self.kind}, {one_line(self.source)})"
+
+    @property
+    def is_network(self) -> bool:
+        """Can every host that mounts it see the same files?"""
+        return self.kind in NETWORK_KINDS
+
+    @property
+    def locks_reach_hosts(self) -> bool:
+        """Is it known that its locks do, unless it is mounted otherwise?"""
+        return self.kind in NETWORK_KINDS[:NETWORK_KINDS.index("lustre")]
+
+    @property
+    def disk(self) -> str:
+        """The disk that it is a part of, as far as the name of the device tells; "" if it does not."""
+        match = re.fullmatch(r"/dev/((?:sd|hd|vd|xvd)[a-z]+|(?:nvme[0-9]+n|mmcblk|md|cciss/c[0-9]+d)[0-9]+)"
+                             r"(?:p?[0-9]+)?", self.source)
+        return match.group(1) if match else ""
 
 
 MEMORY_KINDS = ("tmpfs", "ramfs", "devtmpfs")
+# those from lustre on lock within one host, or only where somebody has seen to it
+NETWORK_KINDS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "fuse.ceph", "glusterfs", "fuse.glusterfs",
+                 "lustre", "fuse.sshfs", "9p", "afs", "beegfs")
 
 
-def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
-    """The mount of that st_dev in the text of /proc/self/mountinfo, None if it is not there."""
-    wanted, kinds, found = f"{os.major(device)}:{os.minor(device)}", {}, None
-    for line in mountinfo.splitlines():
+def read_mounts(mountinfo: str) -> List[Mount]:
+    """The mounts that the text of /proc/self/mountinfo tells of, in its order."""
+    rows, kinds, found = [], {}, []        # type: List[Any], Dict[str, str], List[Mount]
+    for line in mountinfo.split("\n"):
         left, _, right = line.partition(" - ")
         fields, behind = left.split(" "), right.split(" ")
         if len(fields) > 5 and len(behind) > 2:
             kinds[fields[4].rstrip("/") + "/"] = behind[0]          # the last at a place hides others there
-            if found is None and fields[2] == wanted:
-                found, options = (fields[4], behind[0]), (fields[5] + "," + behind[2]).split(",")
-    if found is None:
-        return None
-    values = dict(option.partition("=")[::2] for option in options)
-    local = "nolock" in values or "nobrl" in values or values.get("local_lock", "none") != "none"
-    kind = found[1]
-    if kind == "overlay" and "upperdir" in values:         # it is kept where its upper layer lies
-        places = [place for place in kinds if (values["upperdir"] + "/").startswith(place)]
-        kind = kinds[max(places, key=len)] if places else ""
-    return Mount(*found, local, kind in MEMORY_KINDS)
+            rows.append((fields, behind))
+    for fields, behind in rows:
+        kind, options = behind[0], (fields[5] + "," + behind[2]).split(",")
+        values = dict(option.partition("=")[::2] for option in options)
+        local = "nolock" in values or "nobrl" in values or values.get("local_lock", "none") != "none"
+        if kind == "overlay" and "upperdir" in values:     # it is kept where its upper layer lies
+            places = [place for place in kinds if (values["upperdir"] + "/").startswith(place)]
+            kind = kinds[max(places, key=len)] if places else ""
+        point, source = (re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
+                         for text in (fields[4], behind[1]))
+        found.append(Mount(point, kind, local, kind in MEMORY_KINDS, source, fields[2], "ro" in values))
+    return found
+
+
+def find_mount(mountinfo: str, device: int) -> Optional[Mount]:
+    """The mount of that st_dev in the text of /proc/self/mountinfo, None if it is not there."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    return next((mount for mount in read_mounts(mountinfo) if mount.device == wanted), None)
 
 
 # --- files elsewhere -------------------------------------------------------------
@@ -3847,13 +3929,14 @@ def close_on(device: int) -> None:
 class NewFile:
     """A file outside the store, written beside its place, that stands there only once it is complete."""
 
-    def __init__(self, path: str) -> None:
-        """Raises NameTaken, or another CatalogError, if it can't be begun."""
+    def __init__(self, path: str, mark: str = "") -> None:
+        """Raises NameTaken, or another CatalogError, if it can't be begun. `mark`: tells what is written from
+        what another process writes, or a dead one has left."""
         self.shown = path
-        self._path, self._partial = fs_path(path), fs_path(path + PARTIAL)
+        self._path, self._partial = fs_path(path), fs_path(path + mark + PARTIAL)
         if os.path.lexists(self._path):
             raise NameTaken(f"{path} exists already and was left as it is.")
-        with storage_errors(f"making {path + PARTIAL}", is_elsewhere=True):
+        with storage_errors(f"making {path + mark + PARTIAL}", is_elsewhere=True):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self.fd = os.open(self._partial, flags, 0o600)
 
@@ -3980,8 +4063,8 @@ RECORD_FIELDS = {key: tuple(words.split()) for key, words in {
     "VM": "uuid name_label name_description power_state tags memory_dynamic_max VCPUs_max VCPUs_at_startup "
           "guest_metrics VBDs VIFs is_a_template is_a_snapshot is_control_domain other_config resident_on",
     "VBD": "uuid VM VDI type userdevice device bootable mode unpluggable",
-    "VDI": "uuid SR name_label name_description virtual_size type sharable read_only snapshot_of "
-           "is_a_snapshot snapshot_time VBDs other_config sm_config",
+    "VDI": "uuid SR name_label name_description virtual_size physical_utilisation type sharable read_only "
+           "snapshot_of is_a_snapshot snapshot_time VBDs other_config sm_config",
     "SR": "uuid name_label type content_type shared physical_size physical_utilisation PBDs",
     "PBD": "uuid host SR currently_attached",
     "VIF": "uuid VM network device MAC",
@@ -4369,8 +4452,11 @@ class Pool:
             Fields("", vdis.get(Fields("", vbds.get(vbd), []).text("VDI")), []).text("uuid")
             for vbd in Fields("", record, []).texts("VBDs")])) \
             + tuple(named_references("VDI", vdis, lambda record: [record["uuid"]]))
+        by_uuid = {Fields("", record, []).text("uuid"): record for record in vdis.values()}
         return identity._replace(
             machines=tuple(real), problems=tuple(problems), references=references, others=tuple(others),
+            used={disk.vdi_ref: used_bytes(vdis[disk.vdi_ref], by_uuid)
+                  for machine in real for disk in machine.disks},
             local_srs={uuid: min(hosts) for uuid, hosts in seen_by.items() if len(hosts) == 1})
 
     def records(self, doing: str, class_name: str) -> Dict[str, Any]:
@@ -4582,6 +4668,22 @@ def named_references(class_name: str, records: Dict[str, Dict[str, Any]],
                                 tuple(filter(None, disks(record))),
                                 match.group("stamp").replace(":", "").replace(" ", "-"),
                                 match.group("store"))
+
+
+def used_bytes(record: Any, by_uuid: Mapping[Any, Any]) -> int:
+    """How much of a disk is in use at most: what it takes on its SR, with the base copies that it rests on
+    (sm_config:vhd-parent), of all disks by their uuid; its size where that is not known."""
+    disk, used, passed = Fields("", record, []), 0, set()
+    size, one = disk.number("virtual_size"), disk
+    while True:
+        taken, parent = one.number("physical_utilisation"), one.texts_by_key("sm_config").get("vhd-parent")
+        used += taken
+        if taken <= 0 or used >= size or parent in passed:
+            return size
+        if not parent:
+            return used
+        passed.add(parent)
+        one = Fields("", by_uuid.get(parent), [])
 
 
 def is_real_machine(record: Dict[str, Any]) -> bool:
@@ -13453,13 +13555,18 @@ def prepared(run: Run) -> Services:
 def read_and_plan(services: Services, identity: Inventory) -> Tuple[Inventory, Plan]:
     """What is in the pool, and the plan that a backup and its preview begin with. UsageError if the pool
     can't do what the config asks for."""
-    settings, inventory = services.settings, services.pool.inventory(identity)
+    inventory = services.pool.inventory(identity)
+    return inventory, plan_for(services.settings, inventory)
+
+
+def plan_for(settings: Configuration, inventory: Inventory) -> Plan:
+    """The plan; UsageError if that pool can't do what the config asks for."""
     plan, api = make_plan(settings, inventory), inventory.master.api_version
     if settings.compress == "zstd" and (0, 0) < api < OLDEST_ZSTD_API \
             and any(job.method is Method.VM for job in plan.jobs):
         raise UsageError(f"{settings.places['compress']}: compress=zstd: this pool (API {api[0]}."
                          f"{api[1]}) could not import a zstd archive: use gzip. Nothing was started.")
-    return inventory, plan
+    return plan
 
 
 def round_id(began_at: datetime, host: str) -> str:
@@ -17270,6 +17377,176 @@ def other_configs(plans: Sequence[Dict[str, Any]], copies: Sequence[Copy], pool:
                     for maker, number in sorted(makers.items()) if maker not in ("", path)]
 
 
+# --- setup ------------------------------------------------------------------------------
+
+SLOW_BYTES_S, FAST_BYTES_S = 60 * 10 ** 6, 200 * 10 ** 6     # of one export, on most machines and networks
+TEXT_WIDTH = 79
+RETENTION_KEYS = ("max_backups", "keep_daily", "keep_weekly", "keep_monthly", "keep_yearly", "pre_clean",
+                  "incremental", "full_every", "keep_reference")
+
+
+class Share(NamedTuple):
+    """A mount that backups could go to, and the directory there, which is still to be made if `is_new`.
+    `is_store`: there are backups already. The sizes in bytes, None where the file system tells none."""
+    mount: Mount
+    place: str
+    is_new: bool
+    is_store: bool
+    free_bytes: Optional[int]
+    whole_bytes: Optional[int]
+
+    @property
+    def title(self) -> str:
+        """It in a few words."""
+        return f"{self.mount.title}, {free_text(self.free_bytes)}"
+
+
+class Seen(NamedTuple):
+    """What setup has seen: the words that name Python, program, password and config on a command line; the
+    store, `others` beside it in words; how many VMs there are to back up, the size of their disks and how
+    much of that is in use; how many hosts could run this config (one, if it names another pool), and can all
+    of them use the store? `lonely`: files that are on this host alone."""
+    words: Tuple[str, str, str, str]
+    backup_dir: str
+    mount: Optional[Mount]
+    free_bytes: Optional[int]
+    whole_bytes: Optional[int]
+    others: Tuple[str, ...]
+    vms: int
+    size_bytes: int
+    used_bytes: int
+    hosts: int
+    is_shared: bool
+    lonely: Tuple[str, ...] = ()
+
+    @property
+    def space(self) -> str:
+        """The space of the store in words."""
+        whole = "" if self.whole_bytes is None else f" of {format_size(self.whole_bytes)}"
+        return free_text(self.free_bytes) + whole
+
+
+def best_share(shares: Sequence[Share]) -> List[Share]:
+    """The shares, the best first: those that all hosts see, then where backups are, then where README has
+    them, then where the most is free."""
+    return sorted(shares, key=lambda share: (
+        not share.mount.is_network, not share.is_store,
+        not (share.mount.point + "/").startswith("/snapshots/"), -(share.free_bytes or 0)))
+
+
+def paragraph(text: str, mark: str = "") -> List[str]:
+    """The text in lines that fit on a terminal, each behind that mark."""
+    import textwrap
+    return textwrap.wrap(text, TEXT_WIDTH, initial_indent=mark, subsequent_indent=mark,
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def proposed_settings(seen: Seen, given: Container[str],
+                      proposal: Optional[Proposal]) -> Dict[str, Tuple[str, str]]:
+    """For each key that is not among the given ones, and is to have another value than its default, that
+    value, and why."""
+    full, folder = format_size(seen.used_bytes), os.path.dirname(seen.words[3])
+    found = {"backup_dir": (seen.backup_dir, f"On {seen.mount.title if seen.mount else 'its file system'}: "
+                            f"{seen.space}." + "".join(" It could be on " + one + ", too."
+                                                       for one in seen.others)),
+             "pool_db_backup": ("1", "Dumps the pool database, too, for the day on which the whole pool is "
+                                "gone."),
+             "status_log": (folder + "/status.log", "One line for each VM and night, for other programs; "
+                            "beside this config.")}
+    if not {"vm-export", "vdi-export"} & set(given):
+        found["vm-export"] = ("*", f"All VMs, those that are still to come, too: {counted(seen.vms, 'VM')} "
+                              f"with disks of {format_size(seen.size_bytes)}, of which {full} are in use.")
+    if seen.hosts > 1 and seen.is_shared and seen.mount and not seen.mount.locks_are_local:
+        found["hosts"] = ("all", f"All {seen.hosts} hosts of the pool share the work, as they can lock each "
+                          "other out on this share.")
+    if proposal and proposal.full_every:
+        nights, least = str(proposal.copies), format_size((LEAST_FULLS + 1) * seen.used_bytes)
+        found["incremental"] = ("yes", f"After a full only what has changed is stored: {LEAST_FULLS + 1} "
+                                f"fulls of everything, of which {LEAST_FULLS} could stay, take {least}, and "
+                                f"{ROOM_PERCENT} % of what is free are less.")
+        found["max_backups"] = (nights, f"So many nights stay: with {CHANGE_PERCENT} % changed in a night, "
+                                "two chains of so many take "
+                                f"{format_size(proposal.needed_bytes)} at the worst moment.")
+        found["full_every"] = (nights, "So many nights make a chain; then the one before can go.")
+        found["verify_after"] = ("yes", "Reads each image back before it counts: no chain goes before the "
+                                 "next one's full has been proven.")
+    elif proposal:
+        found["max_backups"] = (str(proposal.copies), "So many fulls of each VM stay; with the new one, of "
+                                f"everything, they take {format_size(proposal.needed_bytes)} at the worst "
+                                "moment.")
+    return {key: row for key, row in found.items() if key not in given}
+
+
+def config_text(header: str, proposed: Mapping[str, Tuple[str, str]], given: Sequence[Setting]) -> str:
+    """The config with these settings, each with its reason above it."""
+    lines = paragraph(header, "# ")
+    for option in OPTIONS:
+        values = [one.value for one in given if one.name == option.name]
+        reason = "As given."
+        if option.name in proposed:
+            value, reason = proposed[option.name]
+            values = [value]
+        if values:
+            lines += [""] + paragraph(reason, "# ") + [f"{option.name}={value}" for value in values]
+    return "\n".join(lines + ["", "# All keys, with what they mean: VmBackup.py help config"]) + "\n"
+
+
+def next_steps(seen: Seen, settings: Configuration, smallest: Optional[VirtualMachine],
+               name_is_unique: bool) -> str:
+    """What the first night will take, the lines for the crontab, and how to try it at once."""
+    python, program, password, config = seen.words
+    is_all, folder = settings.hosts == "all", os.path.dirname(config)
+    exports = min(settings.at_once, settings.workers * (seen.hosts if is_all and seen.is_shared else 1))
+    slow_s, fast_s = (seen.used_bytes / rate / exports for rate in (SLOW_BYTES_S, FAST_BYTES_S))
+    how_long = f"{format_duration(fast_s)} to {format_duration(slow_s)}" if slow_s > MINUTE_S else "a minute"
+    log = shell_word(folder + "/VmBackup-") + "$(hostname -s).log" if is_all else \
+        shell_word(folder + "/VmBackup.log")
+
+    def command(*words: str) -> str:
+        return " ".join([shell_word(python), shell_word(program), password]
+                        + [shell_word(word) for word in (config,) + words])
+
+    def crontab(when: str, *words: str) -> List[str]:
+        line = f"{when} {command(*words)} >> {log} 2>&1".replace("%", "\\%")   # to cron % is a line's end
+        return ["", line, ""]
+
+    lines = paragraph(f"The first night reads about {format_size(seen.used_bytes)} of "
+                      f"{counted(seen.vms, 'VM')} and stores at most as much; {free_text(seen.free_bytes)}. "
+                      f"With {counted(exports, 'export')} at a time, and 60 to 200 MB/s for each, as is "
+                      f"common, that takes {how_long}.") + [""]
+    if password == PASSWORD_PLACE:
+        lines += paragraph(f"Put the password into a file that only its owner can read, and that file's "
+                           f"path in the place of {PASSWORD_PLACE}:") + [
+            "", f"{shell_word(python)} {shell_word(program)} PASSWORD create-password-file=FILE", ""]
+    if seen.hosts == 1:
+        lines += paragraph("For the crontab (crontab -e): every night at 0:10.")
+    elif seen.is_shared:
+        lines += paragraph("For the crontab (crontab -e) of every host of the pool, every night at 0:10: " + (
+            "they share the work." if is_all else "the first to start does the work."))
+    else:
+        lines += paragraph("For the crontab (crontab -e) of this host only, every night at 0:10.")
+    lines += crontab("10 0 * * *")
+    lines += paragraph("And on Sundays, of one host, a drill: the VM that was longest not drilled is "
+                       "imported for a while, compared and removed again.")
+    lines += crontab("10 4 * * 0", "drill", "sample=1")
+    if seen.lonely and seen.hosts > 1 and seen.is_shared:
+        lines += paragraph("Some files lie on this host alone. Copy them to every other host, or run setup "
+                           "from a directory on a share:") + [""]
+        lines += [f"scp {shell_word(path)} {shell_word(f'root@HOST:{os.path.dirname(path)}/')}"
+                  for path in seen.lonely] + [""]
+    if smallest is not None:
+        text = smallest.name.replace("\\", "\\\\").replace('"', '\\"')
+        word = f"uuid:{smallest.uuid}"
+        if name_is_unique and text.isprintable() and text.strip():
+            word = f'"{text}"'
+        lines += paragraph(f"To try it now, with the smallest VM, {smallest.title}:") + [
+            "", command("vm-export=" + word), ""]
+    return "\n".join(lines[:-1])
+
+
+PASSWORD_PLACE = "PASSWORD_FILE"
+
+
 # =============================================================================
 # 25. Commands
 # =============================================================================
@@ -17282,13 +17559,15 @@ def load_configuration(arguments: Arguments) -> Configuration:
     settings = list(arguments.settings)
     file_settings, problems = [], []       # type: List[Setting], List[str]
     source = "the command line"
-    if is_config_path(arguments.target):
+    if arguments.action.name != SETUP and is_config_path(arguments.target):
         source = arguments.target
         file_settings, problems = read_settings(read_config_file(source), source)
     else:
         name, value = selector_of(arguments.target)
         settings.insert(0, Setting(name, value.strip(), "command line"))
     try:
+        if arguments.action.name == SETUP:     # the config is still to be written
+            return parse_configuration((), arguments.settings, source)
         path = config_path(arguments)
         found = parse_configuration(file_settings, settings, source, problems, arguments.action.needs_work,
                                     path)
@@ -17337,6 +17616,228 @@ def create_password_file(password: str, path: str) -> str:
             "from a reader: keep the file's mode.")
 
 
+# --- setup ----------------------------------------------------------------------------------
+
+
+SHARE_LIMIT_S = 20                 # for a look at one mount: a dead server keeps nobody from the others
+SR_PLACES = ("/run/sr-mount/", "/var/run/sr-mount/", "/var/opt/xen/", "/var/xapi/")
+HOST_PLACES = ("/boot/", "/dev/", "/proc/", "/run/", "/sys/", "/usr/", "/var/")
+NO_CONTENT = re.compile(r"lost\+found|\.snapshots?|~snapshot|\.zfs|\.Trash.*|@eaDir|[@#]recycle|#snapshot|"
+                        r"\$RECYCLE\.BIN|System Volume Information|\.nfs.*", re.IGNORECASE)
+BACKUPS = "BACKUPS"
+NOT_IN_CONFIG = re.compile("[\n\r\ud800-\udfff]")
+
+
+def share_on(mount: Mount) -> Share:
+    """What backups would find on that mount; CatalogError if they can't go there."""
+    catalog = Catalog(mount.point)
+    if catalog.mount is None or catalog.mount.device != mount.device:
+        raise CatalogError("another mount hides it.")
+    if mount.is_read_only or not catalog.is_writable():
+        raise CatalogError("it is not writable.")
+    names = [name for name in catalog.root.names() if not NO_CONTENT.fullmatch(name)]
+
+    def holds_copies(name: str) -> bool:
+        with contextlib.suppress(CatalogError), catalog.root.child(name) as folder:
+            return any(parse_copy_name(one) for one in folder.names())
+        return False
+
+    place, is_new = mount.point.rstrip("/"), False
+    is_store = STATE_FOLDER in names or any(map(holds_copies, names))
+    if catalog.root.is_directory(BACKUPS):
+        place, is_store = place + "/" + BACKUPS, True
+    elif names and not is_store:
+        place, is_new = place + "/" + BACKUPS, True
+    return Share(mount, place, is_new, is_store, catalog.free_bytes(), catalog.whole_bytes())
+
+
+def find_shares(run: Run, hosts: int) -> Tuple[List[Share], List[str]]:
+    """The mounts that backups of a pool with so many hosts could go to, the best first; and those that looked
+    so, with why they can't."""
+    mounts = read_mounts(read_text_file("/proc/self/mountinfo"))
+    taken = {mount.device for mount in mounts if (mount.point + "/").startswith(SR_PLACES)}
+    own = {mount.disk for mount in mounts
+           if mount.point == "/" or (mount.point + "/").startswith(HOST_PLACES)}
+    knows_own = all(mount.disk for mount in mounts if mount.point == "/")
+    found, passed = [], []                 # type: List[Share], List[str]
+    for mount in mounts:
+        is_local = hosts == 1 and knows_own and mount.disk not in own | {""}
+        if mount.device in taken or not (mount.is_network or is_local):
+            continue
+        taken.add(mount.device)
+        try:
+            if NOT_IN_CONFIG.search(mount.point) or mount.point != mount.point.strip():
+                raise CatalogError("no config can name it.")
+            found.append(within(SHARE_LIMIT_S, "looking at it", functools.partial(share_on, mount),
+                                run.services.signals.is_hurried))
+        except CatalogError as error:
+            passed.append(f"{mount.title}: {error}")
+        run.services.signals.check()
+    return best_share(found), passed
+
+
+def no_share_text(passed: Sequence[str]) -> str:
+    """What to do where no mount will do."""
+    return "\n".join(paragraph(
+        "no share to back up to was found: looked for was a mounted, writable network file system (NFS, "
+        "CIFS and the like) that is no SR of the pool.") + [f"* {one}" for one in passed] + paragraph(
+            "Mount one, with a line in /etc/fstab so that it is there after a restart, and run setup again; "
+            "or name a directory with backup_dir=. One of:") + [
+            "    mkdir -p /snapshots && mount -t nfs SERVER:/EXPORT /snapshots",
+            "    mkdir -p /snapshots && mount -t cifs -o credentials=FILE //SERVER/SHARE /snapshots",
+            "Nothing was written."])
+
+
+def check_writable_in_config(given: Sequence[Setting]) -> None:
+    """UsageError if a value can't stand in a line of a config."""
+    for one in given:
+        if NOT_IN_CONFIG.search(one.value):
+            raise UsageError(f"{one.place}: {one.name}: a line of a config can't hold a line break, nor what "
+                             "is not UTF-8. Nothing was written.")
+
+
+def not_taken(path: str) -> None:
+    """UsageError if anything stands there."""
+    if os.path.lexists(fs_path(path)):
+        raise UsageError(f"{path} exists already and was left as it is; config=OTHER writes another, or "
+                         f"`VmBackup.py - {shell_word(path)} preview` shows what it does.")
+
+
+def command_setup(run: Run) -> None:
+    """A config that fits pool and host is written, whole or not at all, and shown with what comes next."""
+    services, arguments, given = run.services, run.services.arguments, list(run.services.arguments.settings)
+    program = os.path.abspath(__file__)
+    path = fs_text(os.path.abspath(fs_path(arguments.parameters["config"] or os.path.join(
+        os.path.dirname(program), "vmbackup.cfg"))))
+    not_taken(path)
+    check_writable_in_config(given + [Setting("config", path, "command line")])
+    find_xe(services.settings)
+    with connected(services, changes_allowed=False) as (services, inventory):
+        pass                               # what it reads is all that is needed
+    hosts = 1 if services.settings.pool else len(inventory.host_uuids)
+    shares, passed = [], []                # type: List[Share], List[str]
+    if "backup_dir" not in services.settings.places:
+        shares, passed = find_shares(run, hosts)
+        if not shares:
+            raise UsageError(no_share_text(passed))
+        above = Directory.open_path(shares[0].mount.point)
+    is_done = False
+    try:
+        if shares and shares[0].is_new:
+            run.in_store(f"making {shares[0].place}", lambda: above.child_made_if_missing(BACKUPS).close())
+        text = write_setup(run, inventory, given, path, shares, passed, hosts)
+        is_done = True
+    except CatalogError as error:
+        raise UsageError(f"{error} Nothing was written.")
+    finally:
+        if shares and shares[0].is_new and not is_done:
+            run.tidy(f"removing {shares[0].place}", lambda: above.remove_if_empty(BACKUPS))
+    services.log.show(text)
+
+
+def write_setup(run: Run, inventory: Inventory, given: Sequence[Setting], path: str,
+                shares: Sequence[Share], passed: Sequence[str], hosts: int) -> str:
+    """The config is written at that path; what is to be shown of it. Nothing was written if it would not pass
+    preview."""
+    services, arguments, program = run.services, run.services.arguments, os.path.abspath(__file__)
+    extra = [Setting("backup_dir", shares[0].place, "setup")] if shares else []
+    if not any(one.name in ("vm-export", "vdi-export") for one in given):
+        extra.append(Setting("vm-export", "*", "setup"))
+    settings = parse_configuration((), list(given) + extra, "setup")
+    run.services = services._replace(settings=settings)
+    services = prepared(run)
+    catalog = services.catalog
+    check_hosts(services)
+    check_own_disk(settings, catalog)
+    jobs = plan_for(settings, inventory).jobs
+    disks = {job.machine.uuid: planned_disks(job, settings.exclude_disk)[0] for job in jobs}
+    used = {uuid: sum(inventory.used.get(disk.vdi_ref, disk.virtual_size) for disk in some)
+            for uuid, some in disks.items()}
+    full, free = sum(used.values()), run.in_store("asking for the free space", catalog.free_bytes)
+    warnings, proposal = [], None          # type: List[str], Optional[Proposal]
+    is_told = any(key in settings.places for key in RETENTION_KEYS)
+    if free is not None and not is_told:
+        proposal = proposed_retention(full, free)
+        if proposal is None:
+            raise UsageError(
+                f"{settings.backup_dir}: {free_text(free)}, and one full of {counted(len(jobs), 'VM')} "
+                f"takes up to {format_size(full)}. Name a larger share with backup_dir=, or fewer VMs with "
+                "vm-export= or exclude=; max_backups=N sets aside what was reckoned. Nothing was written.")
+    needed = 2 * full if proposal is None else proposal.needed_bytes
+    if free is not None and needed > free * ROOM_PERCENT // 100:
+        warnings.append(f"{settings.backup_dir}: {free_text(free)}, and two fulls of everything take up to "
+                        f"{format_size(2 * full)}: before an old copy goes, the new one has to be there. "
+                        "Give it more room, or back up fewer VMs.")
+    mount = catalog.mount
+    is_shared = mount is not None and mount.locks_reach_hosts
+    if hosts > 1 and not is_shared:
+        warnings.append(f"{settings.backup_dir} lies on {mount.title if mount else 'a file system'}: the "
+                        f"other hosts of the pool can't see it, or not each other's locks there. This host "
+                        "alone backs up the whole pool; while it is down, nobody does.")
+    word = arguments.password
+    if word != "-":
+        is_file = os.path.isfile(fs_path(word))
+        word = shell_word(fs_text(os.path.abspath(fs_path(word)))) if is_file else PASSWORD_PLACE
+    python = sys.executable or "/usr/bin/python3"
+    lonely = [one for one in (program, path) if not (Catalog(os.path.dirname(one)).mount or Mount(
+        "", "", False, False, "", "", False)).is_network]
+    seen = Seen((python, program, word, path), settings.backup_dir, mount, free,
+                run.in_store("asking for the size", catalog.whole_bytes),
+                tuple(share.title for share in shares[1:]), len(jobs),
+                sum(disk.virtual_size for some in disks.values() for disk in some), full, hosts, is_shared,
+                tuple(lonely))
+    names = [one.name for one in given]
+    text = config_text(
+        f"Written by VmBackup.py setup on {services.clock.local():%Y-%m-%d} for the pool "
+        f"{inventory.pool_title} ({counted(len(inventory.host_uuids), 'host')}, master "
+        f"{inventory.master.short_name}). A line that begins with # is a comment.",
+        proposed_settings(seen, names, proposal), given)
+    content = text.encode("utf-8")
+    found, problems = read_settings(content, path)
+    settings = parse_configuration(found, (), path, problems, True, fs_text(os.path.realpath(fs_path(path))))
+    services = services._replace(settings=settings, arguments=arguments._replace(target=path, settings=()))
+    plan, preview = run.in_store("looking at the copies", lambda: foreseen(
+        services, inventory, plan_for(settings, inventory)), FOR_EVER_S)
+    errors = [finding for finding in plan.findings if finding.severity is Severity.ERROR]
+    if errors:
+        raise UsageError("\n".join([f"{one.subject}: {one.sentence}" for one in errors]
+                                   + ["Nothing was written."]))
+    run.findings += list(plan.findings) + [Finding(Severity.WARNING, "", one) for one in warnings]
+    smallest = min((job.machine for job in jobs if disks[job.machine.uuid]), default=None,
+                   key=lambda machine: (used[machine.uuid], machine.name))
+    bearers = [machine for machine in inventory.machines if smallest and machine.name == smallest.name]
+    parts = [f"{path} is written:",
+             "\n".join("    " * bool(line) + line for line in text.rstrip("\n").split("\n")), preview]
+    parts += ["\n".join(paragraph(line)) for line in [f"Passed over: {one}" for one in passed]
+              + [f"Warning: {one}" for one in warnings]]
+    parts.append(next_steps(seen, settings, smallest, len(bearers) == 1))
+    services.signals.check()
+    put_new(path, content)
+    return "\n\n".join(parts)
+
+
+def check_own_disk(settings: Configuration, catalog: Catalog) -> None:
+    """UsageError if the store lies on another part of the disk that the host itself lies on."""
+    mounts = read_mounts(read_text_file("/proc/self/mountinfo"))
+    own = {mount.disk for mount in mounts if mount.point == "/"} - {""}
+    if catalog.mount is not None and catalog.mount.disk in own and not catalog.is_on_root \
+            and settings.require_mount != "no":
+        raise UsageError(f"{settings.places['backup_dir']}: backup_dir: {settings.backup_dir} lies on the "
+                         f"host's own disk ({catalog.mount.source}), and would be lost with it. "
+                         "require_mount=no allows it.")
+
+
+def put_new(path: str, content: bytes) -> None:
+    """A file that everybody may read has that content, whole, or is not there; UsageError if it can't be."""
+    try:
+        with NewFile(path, f".{os.getpid()}") as file, storage_errors(f"writing {path}", is_elsewhere=True):
+            os.fchmod(file.fd, 0o644)
+            write_all(file.fd, content)
+            file.complete()
+    except CatalogError as error:
+        raise UsageError(f"{error} Nothing was written.")
+
+
 # --- preview and backup ----------------------------------------------------------------------
 
 
@@ -17375,11 +17876,7 @@ def command_backup(run: Run) -> None:
     run.is_hooked = True
     run.hook("before_run", {})
     with connected(prepared(run), is_read=False) as (services, identity):
-        if services.catalog.locks_are_local and services.settings.hosts == "all":
-            raise UsageError(f"{services.settings.places['hosts']}: hosts=all: the mount options of "
-                             f"{services.catalog.path} keep locks within this host, so hosts can't share "
-                             "work there. Mount it without nolock, local_lock or nobrl, or set hosts=first. "
-                             "Nothing was started.")
+        check_hosts(services)
         name = round_id(services.clock.utc(), identity.host.short_name)
         lock, part, text = run.in_store("locking this config", lambda: take_config_lock(
             services, identity, name))
@@ -17390,6 +17887,15 @@ def command_backup(run: Run) -> None:
             lead_new(run, services, identity, name, text)
         elif part == JOIN:
             join(run, services, identity, name, lock)
+
+
+def check_hosts(services: Services) -> None:
+    """UsageError if hosts are to share work in a store where they can't lock each other out."""
+    if services.catalog.locks_are_local and services.settings.hosts == "all":
+        raise UsageError(f"{services.settings.places['hosts']}: hosts=all: the mount options of "
+                         f"{services.catalog.path} keep locks within this host, so hosts can't share "
+                         "work there. Mount it without nolock, local_lock or nobrl, or set hosts=first. "
+                         "Nothing was started.")
 
 
 def ping_start(run: Run) -> None:
@@ -17790,7 +18296,8 @@ def command_drill(run: Run) -> None:
             drill_all(run, copies)
 
 
-COMMANDS = {"backup": command_backup, "preview": command_preview, "explain": command_explain,
+COMMANDS = {SETUP: command_setup,
+            "backup": command_backup, "preview": command_preview, "explain": command_explain,
             "verify": command_verify, "list": command_list, "prune": command_prune, "status": command_status,
             "history": command_history, "check": command_check, "report": command_report,
             "test-mail": command_test_mail,

@@ -26,8 +26,10 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
     {"hasty": true}                                      its patience with mail servers and pings is a second
     {"clock": SECONDS}                                   its clock is so much ahead of the real one
     {"broken": NAME}                                     the function or method of that name has a bug
+    {"mounts": [{"point": DIR, "kind": "nfs4", ...}]}    these directories are mounts, as far as it can tell; "source",
+                                                         "options", and "free" and "size" in bytes can be said, too
 
-A step is a call that changes what is below DIR: write, pwrite, ftruncate, fsync, create, mkdir, rename, unlink, rmdir.
+A step is a call that changes what is below DIR: write, pwrite, ftruncate, fsync, create, mkdir, rename, link, unlink, rmdir.
 """
 
 import builtins
@@ -37,6 +39,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +49,7 @@ from typing import Any, Callable, Dict, Optional, Sequence
 
 NEEDS_SPACE = ('write', 'create', 'mkdir')
 REAL = {name: getattr(os, name) for name in ('write', 'pwrite', 'ftruncate', 'fsync', 'fdatasync', 'open', 'mkdir',
-                                             'rename', 'replace', 'unlink', 'rmdir')}
+                                             'rename', 'replace', 'link', 'unlink', 'rmdir')}
 REAL_OPEN = builtins.open
 REAL_RUN = subprocess.run
 
@@ -176,8 +179,8 @@ def install(storage: Storage) -> None:
     for kind, name in (('write', 'write'), ('write', 'pwrite'), ('truncate', 'ftruncate'), ('fsync', 'fsync'),
                        ('fsync', 'fdatasync')):
         setattr(os, name, on_fd(kind, name))
-    for kind, name in (('mkdir', 'mkdir'), ('rename', 'rename'), ('rename', 'replace'), ('unlink', 'unlink'),
-                       ('rmdir', 'rmdir')):
+    for kind, name in (('mkdir', 'mkdir'), ('rename', 'rename'), ('rename', 'replace'), ('link', 'link'),
+                       ('unlink', 'unlink'), ('rmdir', 'rmdir')):
         setattr(os, name, on_path(kind, name))
     os.open = troubled_os_open
     builtins.open = troubled_open
@@ -255,12 +258,59 @@ def set_clock(module: Any, seconds: float) -> None:
         setattr(module.Clock, name, staticmethod(later))
 
 
+def pretend_mounts(module: Any, mounts: Sequence[Dict[str, Any]]) -> None:
+    """From now on these directories are mounts beside the root file system: in the list of mounts, in the device of all that
+    lies in them, and in their free space."""
+    real_stat, real_fstat, real_space = os.stat, os.fstat, os.fstatvfs
+    root = real_stat('/').st_dev
+    lines = ['20 1 %d:%d / / rw - ext4 /dev/sda1 rw' % (os.major(root), os.minor(root))]
+    places = []
+    for number, mount in enumerate(mounts, 100):
+        shown = mount.get('shown', mount['point'])
+        point = ''.join('\\%03o' % ord(char) if char in ' \t\n\\' else char for char in shown)
+        lines.append('%d 20 0:%d / %s rw,relatime - %s %s %s' % (
+            number, number, point, mount['kind'], mount.get('source', 'nas:/export%d' % number), mount.get('options', 'rw')))
+        places.append((os.path.realpath(mount['point']), os.makedev(0, number), mount))
+    read = module.read_text_file
+    module.read_text_file = lambda path: '\n'.join(lines) + '\n' if path == '/proc/self/mountinfo' else read(path)
+
+    def mount_of(path: str) -> Any:
+        found = [place for place in places if (path + '/').startswith(place[0] + '/')]
+        return max(found, key=lambda place: len(place[0]), default=None)
+
+    def moved(status: os.stat_result, path: str) -> os.stat_result:
+        place = mount_of(path)
+        if place is None:
+            return status
+        more = {name: getattr(status, name) for name in dir(status) if re.match('st_(?!mode|ino|dev|nlink|[ug]id|size)', name)}
+        return os.stat_result(list(status[:2]) + [place[1]] + list(status[3:10]), more)
+
+    def stat(path: Any, *, dir_fd: Optional[int] = None, follow_symlinks: bool = True) -> os.stat_result:
+        status = real_stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+        if isinstance(path, int):
+            return moved(status, os.readlink('/proc/self/fd/%d' % path))
+        base = os.readlink('/proc/self/fd/%d' % dir_fd) if dir_fd is not None else os.getcwd()
+        return moved(status, os.path.realpath(os.path.join(base, os.fsdecode(path))))
+
+    def space(fd: int) -> Any:
+        found, place = real_space(fd), mount_of(os.readlink('/proc/self/fd/%d' % fd))
+        if place is None or 'free' not in place[2]:
+            return found
+        blocks, free = place[2].get('size', place[2]['free']) // 4096, place[2]['free'] // 4096
+        return os.statvfs_result([4096, 4096, blocks, free, free] + list(found[5:10]))
+
+    os.stat, os.fstatvfs = stat, space
+    os.fstat = lambda fd: moved(real_fstat(fd), os.readlink('/proc/self/fd/%d' % fd))
+
+
 def main() -> None:
     program, trouble = prepare(sys.argv)
     worker = (sys.executable, os.path.abspath(__file__), sys.argv[1], sys.argv[2], '--worker')
     program.module.worker_start = lambda: (worker, b'')
     if 'at' in trouble:
         befall(trouble['at'], trouble['do'], trouble.get('once', False))
+    if 'mounts' in trouble:
+        pretend_mounts(program.module, trouble['mounts'])
     if 'clock' in trouble:
         set_clock(program.module, trouble['clock'])
     if 'broken' in trouble:

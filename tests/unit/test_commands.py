@@ -54,7 +54,8 @@ def test_the_word_preview_behind_an_action_that_has_none_is_no_preview(action):
 @pytest.mark.parametrize('action', ACTIONS, ids=lambda action: action.name)
 def test_every_config_key_can_be_given_as_an_argument_of_every_action(action):
     for option in OPTIONS:
-        (setting,) = parsed('- x.cfg %s %s=a=b' % (action.name, option.name)).settings
+        words = '- setup' if action.name == 'setup' else '- x.cfg ' + action.name
+        (setting,) = parsed('%s %s=a=b' % (words, option.name)).settings
         assert (setting.name, setting.value, setting.place) == (option.name, 'a=b', 'command line')
 
 
@@ -68,7 +69,9 @@ def test_the_older_words_stay(line):
     ('-', 'TARGET is missing'), ('- x.cfg privew', 'the actions are backup, preview'), ('- x.cfg backup db', 'one word too many'),
     ('- x.cfg colour=red', 'colour'), ('- x.cfg max_backup=3', 'did you mean max_backups'), ('- x.cfg preview force=yes', 'force'),
     ('- x.cfg force=yes force=no', 'twice'), ('- x.cfg backup backup', 'one word too many'), ('- max_backups=3', 'TARGET is missing'),
-    ('- exclude=web', 'TARGET is missing'), ('- x.cfg --help', 'not an action'), ('- x.cfg =x', 'neither')])
+    ('- exclude=web', 'TARGET is missing'), ('- x.cfg --help', 'not an action'), ('- x.cfg =x', 'neither'),
+    ('- x.cfg setup', 'in the place of TARGET'), ('- setup setup', 'one word too many'), ('- setup x.cfg', 'one word too many'),
+    ('- setup vm=web', 'neither'), ('- setup config=', 'empty')])
 def test_a_wrong_command_line_is_refused_with_a_sentence_that_helps(line, hint):
     with pytest.raises(UsageError) as caught:
         parsed(line)
