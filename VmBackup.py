@@ -3854,7 +3854,7 @@ class Mount(NamedTuple):
     @property
     def title(self) -> str:
         """It in a few words."""
-        return f"{quote_name(self.point)} ({self.kind}, {one_line(self.source)})"
+        return f"{one_line(self.point)} ({self.kind}, {one_line(self.source)})"
 
     @property
     def is_network(self) -> bool:
@@ -3864,7 +3864,7 @@ class Mount(NamedTuple):
     @property
     def locks_reach_hosts(self) -> bool:
         """Is it known that its locks do, unless it is mounted otherwise?"""
-        return self.kind in NETWORK_KINDS[:NETWORK_KINDS.index("lustre")]
+        return self.kind in LOCKING_KINDS
 
     @property
     def disk(self) -> str:
@@ -3874,10 +3874,11 @@ class Mount(NamedTuple):
         return match.group(1) if match else ""
 
 
+MOUNTS_FILE = "/proc/self/mountinfo"
 MEMORY_KINDS = ("tmpfs", "ramfs", "devtmpfs")
-# those from lustre on lock within one host, or only where somebody has seen to it
-NETWORK_KINDS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "fuse.ceph", "glusterfs", "fuse.glusterfs",
-                 "lustre", "fuse.sshfs", "9p", "afs", "beegfs")
+LOCKING_KINDS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "fuse.ceph", "glusterfs", "fuse.glusterfs")
+# the others lock within one host, or only where somebody has seen to it
+NETWORK_KINDS = LOCKING_KINDS + ("lustre", "fuse.sshfs", "9p", "afs", "beegfs")
 
 
 def read_mounts(mountinfo: str) -> List[Mount]:
@@ -7273,7 +7274,7 @@ class Catalog:
         self._device = status_of(self.root.fd).st_dev
         self._state = None                     # type: Optional[Directory]
         self._verdicts = None                  # type: Optional[Directory]
-        self.mount = find_mount(read_text_file("/proc/self/mountinfo"), self._device)
+        self.mount = find_mount(read_text_file(MOUNTS_FILE), self._device)
 
     # --- guards -----------------------------------------------------------------
 
@@ -13540,11 +13541,11 @@ def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: S
 OLDEST_ZSTD_API = (2, 14)          # XenServer 8.1; ocaml/idl/datamodel_types.ml release list
 
 
-def prepared(run: Run) -> Services:
+def prepared(run: Run, limit_s: float = 0) -> Services:
     """The services with the store, once the programs that the config asks for are found; UsageError if one of
-    them can't be had."""
+    them can't be had. The store is waited for so long, or as long as stall_timeout."""
     settings, log = run.services.settings, run.services.log
-    run.catalog = run.in_store("opening the store", lambda: open_catalog(settings, log))
+    run.catalog = run.in_store("opening the store", lambda: open_catalog(settings, log), limit_s)
     services = run.services._replace(catalog=run.catalog)
     if settings.compress != "none":
         find_compressor(settings)
@@ -17402,21 +17403,21 @@ class Share(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What setup has seen: the words that name Python, program, password and config on a command line; the
-    store, `others` beside it in words; how many VMs there are to back up, the size of their disks and how
-    much of that is in use; how many hosts could run this config (one, if it names another pool), and can all
-    of them use the store? `lonely`: files that are on this host alone."""
+    """What setup has seen. `words` name Python, program, password and config on a command line; `others` are
+    the shares beside the chosen one, `passed` those that won't do, in words. Of the VMs to back up: the size
+    of their disks, and how much of that is in use. `hosts`: how many could run this config, one if it names
+    another pool. `lonely`: files that are on this host alone."""
     words: Tuple[str, str, str, str]
     backup_dir: str
     mount: Optional[Mount]
     free_bytes: Optional[int]
     whole_bytes: Optional[int]
-    others: Tuple[str, ...]
     vms: int
     size_bytes: int
     used_bytes: int
-    hosts: int
-    is_shared: bool
+    hosts: int = 1
+    others: Tuple[str, ...] = ()
+    passed: Tuple[str, ...] = ()
     lonely: Tuple[str, ...] = ()
 
     @property
@@ -17424,6 +17425,11 @@ class Seen(NamedTuple):
         """The space of the store in words."""
         whole = "" if self.whole_bytes is None else f" of {format_size(self.whole_bytes)}"
         return free_text(self.free_bytes) + whole
+
+    @property
+    def is_shared(self) -> bool:
+        """Can all of these hosts use the store, each knowing what the others do?"""
+        return self.hosts > 1 and self.mount is not None and self.mount.locks_reach_hosts
 
 
 def best_share(shares: Sequence[Share]) -> List[Share]:
@@ -17456,7 +17462,7 @@ def proposed_settings(seen: Seen, given: Container[str],
     if not {"vm-export", "vdi-export"} & set(given):
         found["vm-export"] = ("*", f"All VMs, those that are still to come, too: {counted(seen.vms, 'VM')} "
                               f"with disks of {format_size(seen.size_bytes)}, of which {full} are in use.")
-    if seen.hosts > 1 and seen.is_shared and seen.mount and not seen.mount.locks_are_local:
+    if seen.is_shared and not seen.mount.locks_are_local:
         found["hosts"] = ("all", f"All {seen.hosts} hosts of the pool share the work, as they can lock each "
                           "other out on this share.")
     if proposal and proposal.full_every:
@@ -17464,9 +17470,9 @@ def proposed_settings(seen: Seen, given: Container[str],
         found["incremental"] = ("yes", f"After a full only what has changed is stored: {LEAST_FULLS + 1} "
                                 f"fulls of everything, of which {LEAST_FULLS} could stay, take {least}, and "
                                 f"{ROOM_PERCENT} % of what is free are less.")
-        found["max_backups"] = (nights, f"So many nights stay: with {CHANGE_PERCENT} % changed in a night, "
-                                "two chains of so many take "
-                                f"{format_size(proposal.needed_bytes)} at the worst moment.")
+        found["max_backups"] = (nights, "So many nights stay, as increments: with "
+                                f"{CHANGE_PERCENT} % changed in a night, two fulls and what rests on them "
+                                f"take {format_size(proposal.needed_bytes)} at the worst moment.")
         found["full_every"] = (nights, "So many nights make a chain; then the one before can go.")
         found["verify_after"] = ("yes", "Reads each image back before it counts: no chain goes before the "
                                  "next one's full has been proven.")
@@ -17475,6 +17481,35 @@ def proposed_settings(seen: Seen, given: Container[str],
                                 f"everything, they take {format_size(proposal.needed_bytes)} at the worst "
                                 "moment.")
     return {key: row for key, row in found.items() if key not in given}
+
+
+def reckoned(seen: Seen, settings: Configuration) -> Tuple[Optional[Proposal], List[str]]:
+    """How many copies there is room for, None if the settings say how many, or the store does not say how
+    large it is; and what is to be warned of. UsageError if there is room for none."""
+    proposal, warnings = None, []          # type: Optional[Proposal], List[str]
+    free = seen.free_bytes
+    where, needed = f"{seen.backup_dir}: {free_text(free)}, and", 2 * seen.used_bytes
+    if free is not None and not any(key in settings.places for key in RETENTION_KEYS):
+        proposal = proposed_retention(seen.used_bytes, free)
+        if proposal is None:
+            raise UsageError(f"{where} one full of {counted(seen.vms, 'VM')} takes up to "
+                             f"{format_size(seen.used_bytes)}. Name a larger share with backup_dir=, or "
+                             "fewer VMs with vm-export= or exclude=; with max_backups=N nothing is reckoned. "
+                             "Nothing was written.")
+        needed = proposal.needed_bytes
+    if free is not None and needed > free * ROOM_PERCENT // 100:
+        warnings.append(f"{where} two fulls of everything take up to {format_size(2 * seen.used_bytes)}: an "
+                        "old copy goes only when the new one is there. Give it more room, or back up fewer "
+                        "VMs.")
+    elif proposal and proposal.copies == 1:
+        warnings.append(f"{where} one full of everything takes up to {format_size(seen.used_bytes)}: no more "
+                        "than one copy of each VM can stay. Give it more room, or back up fewer VMs.")
+    if seen.hosts > 1 and not seen.is_shared:
+        on = f" lies on {seen.mount.title}" if seen.mount else ""
+        warnings.append(f"{seen.backup_dir}{on}: the other hosts of the pool can't see it, or not each "
+                        "other's locks there. So this host alone backs up the whole pool, and while it is "
+                        "down, nobody does.")
+    return proposal, warnings
 
 
 def config_text(header: str, proposed: Mapping[str, Tuple[str, str]], given: Sequence[Setting]) -> str:
@@ -17491,56 +17526,59 @@ def config_text(header: str, proposed: Mapping[str, Tuple[str, str]], given: Seq
     return "\n".join(lines + ["", "# All keys, with what they mean: VmBackup.py help config"]) + "\n"
 
 
-def next_steps(seen: Seen, settings: Configuration, smallest: Optional[VirtualMachine],
-               name_is_unique: bool) -> str:
-    """What the first night will take, the lines for the crontab, and how to try it at once."""
+def selector_for(machine: VirtualMachine, machines: Iterable[VirtualMachine]) -> str:
+    """The selector of that VM among all: its name in quotes, or its uuid, if the name is another's, too, or
+    can't be typed."""
+    if sum(one.name == machine.name for one in machines) > 1 or not machine.name.strip() \
+            or not machine.name.isprintable():
+        return "uuid:" + machine.uuid
+    return '"' + re.sub(r'(["\\])', r"\\\1", machine.name) + '"'
+
+
+def next_steps(seen: Seen, settings: Configuration, smallest: str, selector: str) -> str:
+    """What the first night will take, the lines for the crontab, and how to try it at once with the smallest
+    VM, if there is one."""
     python, program, password, config = seen.words
     is_all, folder = settings.hosts == "all", os.path.dirname(config)
-    exports = min(settings.at_once, settings.workers * (seen.hosts if is_all and seen.is_shared else 1))
-    slow_s, fast_s = (seen.used_bytes / rate / exports for rate in (SLOW_BYTES_S, FAST_BYTES_S))
+    exports = min(settings.at_once, settings.workers * (seen.hosts if is_all else 1))
+    fast_s, slow_s = ((1 + settings.verify_after) * seen.used_bytes / rate / exports
+                      for rate in (FAST_BYTES_S, SLOW_BYTES_S))
     how_long = f"{format_duration(fast_s)} to {format_duration(slow_s)}" if slow_s > MINUTE_S else "a minute"
     log = shell_word(folder + "/VmBackup-") + "$(hostname -s).log" if is_all else \
         shell_word(folder + "/VmBackup.log")
 
     def command(*words: str) -> str:
-        return " ".join([shell_word(python), shell_word(program), password]
-                        + [shell_word(word) for word in (config,) + words])
+        return " ".join(map(shell_word, (python, program, password, config) + words))
 
     def crontab(when: str, *words: str) -> List[str]:
-        line = f"{when} {command(*words)} >> {log} 2>&1".replace("%", "\\%")   # to cron % is a line's end
-        return ["", line, ""]
+        line = f"{command(*words)} >> {log} 2>&1".replace("%", "\\%")      # to cron % is a line's end
+        return ["", f"{when} {line}", ""]
 
     lines = paragraph(f"The first night reads about {format_size(seen.used_bytes)} of "
-                      f"{counted(seen.vms, 'VM')} and stores at most as much; {free_text(seen.free_bytes)}. "
-                      f"With {counted(exports, 'export')} at a time, and 60 to 200 MB/s for each, as is "
-                      f"common, that takes {how_long}.") + [""]
+                      f"{counted(seen.vms, 'VM')}, and stores at most as much"
+                      + ", which it reads back" * settings.verify_after
+                      + f" ({free_text(seen.free_bytes)}). At 60 to 200 MB/s, as is common, with "
+                      f"{counted(exports, 'export')} at a time, that takes {how_long}.") + [""]
     if password == PASSWORD_PLACE:
-        lines += paragraph(f"Put the password into a file that only its owner can read, and that file's "
-                           f"path in the place of {PASSWORD_PLACE}:") + [
+        lines += paragraph("Put the password into a file that only its owner can read, and the path of that "
+                           f"file in the place of {PASSWORD_PLACE}:") + [
             "", f"{shell_word(python)} {shell_word(program)} PASSWORD create-password-file=FILE", ""]
-    if seen.hosts == 1:
-        lines += paragraph("For the crontab (crontab -e): every night at 0:10.")
-    elif seen.is_shared:
-        lines += paragraph("For the crontab (crontab -e) of every host of the pool, every night at 0:10: " + (
-            "they share the work." if is_all else "the first to start does the work."))
-    else:
-        lines += paragraph("For the crontab (crontab -e) of this host only, every night at 0:10.")
+    whose = " of every host of the pool" if seen.is_shared else " of this host only" * (seen.hosts > 1)
+    lines += paragraph(f"For the crontab (crontab -e){whose}, every night at 0:10" + (
+        ": they share the work." if is_all else ": the first to start does the work." if seen.is_shared
+        else "."))
     lines += crontab("10 0 * * *")
-    lines += paragraph("And on Sundays, of one host, a drill: the VM that was longest not drilled is "
-                       "imported for a while, compared and removed again.")
+    lines += paragraph(f"And{' for that of one host,' * (seen.hosts > 1)} a drill on Sundays: the VM that "
+                       "was longest not drilled is imported for a while, compared and removed again.")
     lines += crontab("10 4 * * 0", "drill", "sample=1")
-    if seen.lonely and seen.hosts > 1 and seen.is_shared:
-        lines += paragraph("Some files lie on this host alone. Copy them to every other host, or run setup "
-                           "from a directory on a share:") + [""]
+    if seen.lonely and seen.is_shared:
+        lines += paragraph("These files lie on this host alone. Copy them to every other host, or begin "
+                           "again with VmBackup.py in a directory on the share:") + [""]
         lines += [f"scp {shell_word(path)} {shell_word(f'root@HOST:{os.path.dirname(path)}/')}"
                   for path in seen.lonely] + [""]
-    if smallest is not None:
-        text = smallest.name.replace("\\", "\\\\").replace('"', '\\"')
-        word = f"uuid:{smallest.uuid}"
-        if name_is_unique and text.isprintable() and text.strip():
-            word = f'"{text}"'
-        lines += paragraph(f"To try it now, with the smallest VM, {smallest.title}:") + [
-            "", command("vm-export=" + word), ""]
+    if smallest:
+        lines += paragraph(f"To try it now, with the smallest VM, {smallest}:") + [
+            "", command("vm-export=" + selector), ""]
     return "\n".join(lines[:-1])
 
 
@@ -17654,7 +17692,7 @@ def share_on(mount: Mount) -> Share:
 def find_shares(run: Run, hosts: int) -> Tuple[List[Share], List[str]]:
     """The mounts that backups of a pool with so many hosts could go to, the best first; and those that looked
     so, with why they can't."""
-    mounts = read_mounts(read_text_file("/proc/self/mountinfo"))
+    mounts = read_mounts(read_text_file(MOUNTS_FILE))
     taken = {mount.device for mount in mounts if (mount.point + "/").startswith(SR_PLACES)}
     own = {mount.disk for mount in mounts
            if mount.point == "/" or (mount.point + "/").startswith(HOST_PLACES)}
@@ -17688,31 +17726,21 @@ def no_share_text(passed: Sequence[str]) -> str:
             "Nothing was written."])
 
 
-def check_writable_in_config(given: Sequence[Setting]) -> None:
-    """UsageError if a value can't stand in a line of a config."""
-    for one in given:
-        if NOT_IN_CONFIG.search(one.value):
-            raise UsageError(f"{one.place}: {one.name}: a line of a config can't hold a line break, nor what "
-                             "is not UTF-8. Nothing was written.")
-
-
-def not_taken(path: str) -> None:
-    """UsageError if anything stands there."""
-    if os.path.lexists(fs_path(path)):
-        raise UsageError(f"{path} exists already and was left as it is; config=OTHER writes another, or "
-                         f"`VmBackup.py - {shell_word(path)} preview` shows what it does.")
-
-
 def command_setup(run: Run) -> None:
     """A config that fits pool and host is written, whole or not at all, and shown with what comes next."""
-    services, arguments, given = run.services, run.services.arguments, list(run.services.arguments.settings)
+    services, arguments, above = run.services, run.services.arguments, None
     program = os.path.abspath(__file__)
     path = fs_text(os.path.abspath(fs_path(arguments.parameters["config"] or os.path.join(
         os.path.dirname(program), "vmbackup.cfg"))))
-    not_taken(path)
-    check_writable_in_config(given + [Setting("config", path, "command line")])
+    if os.path.lexists(fs_path(path)):
+        raise UsageError(f"{path} exists already and was left as it is; config=OTHER writes another, or "
+                         f"`VmBackup.py - {shell_word(path)} preview` shows what it does.")
+    for one in arguments.settings + (Setting("config", path, "command line"),):
+        if NOT_IN_CONFIG.search(one.value):
+            raise UsageError(f"{one.place}: {one.name}: a line of a config can't hold a line break, nor what "
+                             "is not UTF-8. Nothing was written.")
     find_xe(services.settings)
-    with connected(services, changes_allowed=False) as (services, inventory):
+    with connected(services, changes_allowed=False) as (_, inventory):
         pass                               # what it reads is all that is needed
     hosts = 1 if services.settings.pool else len(inventory.host_uuids)
     shares, passed = [], []                # type: List[Share], List[str]
@@ -17720,122 +17748,107 @@ def command_setup(run: Run) -> None:
         shares, passed = find_shares(run, hosts)
         if not shares:
             raise UsageError(no_share_text(passed))
-        above = Directory.open_path(shares[0].mount.point)
-    is_done = False
     try:
         if shares and shares[0].is_new:
-            run.in_store(f"making {shares[0].place}", lambda: above.child_made_if_missing(BACKUPS).close())
-        text = write_setup(run, inventory, given, path, shares, passed, hosts)
-        is_done = True
+            above = Directory.open_path(shares[0].mount.point)
+            run.in_store(f"making {shares[0].place}", lambda: above.child_made_if_missing(BACKUPS).close(),
+                         SHARE_LIMIT_S)
+        text = write_setup(run, inventory, path, hosts, shares, passed)
+        above = None
     except CatalogError as error:
         raise UsageError(f"{error} Nothing was written.")
     finally:
-        if shares and shares[0].is_new and not is_done:
+        if above is not None:
             run.tidy(f"removing {shares[0].place}", lambda: above.remove_if_empty(BACKUPS))
     services.log.show(text)
 
 
-def write_setup(run: Run, inventory: Inventory, given: Sequence[Setting], path: str,
-                shares: Sequence[Share], passed: Sequence[str], hosts: int) -> str:
-    """The config is written at that path; what is to be shown of it. Nothing was written if it would not pass
-    preview."""
-    services, arguments, program = run.services, run.services.arguments, os.path.abspath(__file__)
-    extra = [Setting("backup_dir", shares[0].place, "setup")] if shares else []
+def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: Sequence[Share],
+                passed: Sequence[str]) -> str:
+    """The config is written at that path, for a store on the first share, if there are any; what is to be
+    shown of it. Nothing was written if it would not pass preview."""
+    arguments, given = run.services.arguments, run.services.arguments.settings
+    extra = [Setting("backup_dir", share.place, "setup") for share in shares[:1]]
     if not any(one.name in ("vm-export", "vdi-export") for one in given):
         extra.append(Setting("vm-export", "*", "setup"))
     settings = parse_configuration((), list(given) + extra, "setup")
-    run.services = services._replace(settings=settings)
-    services = prepared(run)
-    catalog = services.catalog
+    run.services = run.services._replace(settings=settings)
+    services = prepared(run, SHARE_LIMIT_S)
     check_hosts(services)
-    check_own_disk(settings, catalog)
+    check_own_disk(services)
     jobs = plan_for(settings, inventory).jobs
-    disks = {job.machine.uuid: planned_disks(job, settings.exclude_disk)[0] for job in jobs}
-    used = {uuid: sum(inventory.used.get(disk.vdi_ref, disk.virtual_size) for disk in some)
-            for uuid, some in disks.items()}
-    full, free = sum(used.values()), run.in_store("asking for the free space", catalog.free_bytes)
-    warnings, proposal = [], None          # type: List[str], Optional[Proposal]
-    is_told = any(key in settings.places for key in RETENTION_KEYS)
-    if free is not None and not is_told:
-        proposal = proposed_retention(full, free)
-        if proposal is None:
-            raise UsageError(
-                f"{settings.backup_dir}: {free_text(free)}, and one full of {counted(len(jobs), 'VM')} "
-                f"takes up to {format_size(full)}. Name a larger share with backup_dir=, or fewer VMs with "
-                "vm-export= or exclude=; max_backups=N sets aside what was reckoned. Nothing was written.")
-    needed = 2 * full if proposal is None else proposal.needed_bytes
-    if free is not None and needed > free * ROOM_PERCENT // 100:
-        warnings.append(f"{settings.backup_dir}: {free_text(free)}, and two fulls of everything take up to "
-                        f"{format_size(2 * full)}: before an old copy goes, the new one has to be there. "
-                        "Give it more room, or back up fewer VMs.")
-    mount = catalog.mount
-    is_shared = mount is not None and mount.locks_reach_hosts
-    if hosts > 1 and not is_shared:
-        warnings.append(f"{settings.backup_dir} lies on {mount.title if mount else 'a file system'}: the "
-                        f"other hosts of the pool can't see it, or not each other's locks there. This host "
-                        "alone backs up the whole pool; while it is down, nobody does.")
-    word = arguments.password
-    if word != "-":
-        is_file = os.path.isfile(fs_path(word))
-        word = shell_word(fs_text(os.path.abspath(fs_path(word)))) if is_file else PASSWORD_PLACE
-    python = sys.executable or "/usr/bin/python3"
-    lonely = [one for one in (program, path) if not (Catalog(os.path.dirname(one)).mount or Mount(
-        "", "", False, False, "", "", False)).is_network]
-    seen = Seen((python, program, word, path), settings.backup_dir, mount, free,
-                run.in_store("asking for the size", catalog.whole_bytes),
-                tuple(share.title for share in shares[1:]), len(jobs),
-                sum(disk.virtual_size for some in disks.values() for disk in some), full, hosts, is_shared,
-                tuple(lonely))
-    names = [one.name for one in given]
-    text = config_text(
+    disks = {job.machine: planned_disks(job, settings.exclude_disk)[0] for job in jobs}
+    used = {machine: sum(inventory.used[disk.vdi_ref] for disk in some) for machine, some in disks.items()}
+    seen = Seen(setup_words(arguments.password, path), settings.backup_dir, services.catalog.mount,
+                run.in_store("asking for the free space", services.catalog.free_bytes),
+                run.in_store("asking for the size", services.catalog.whole_bytes), len(jobs),
+                sum(disk.virtual_size for some in disks.values() for disk in some), sum(used.values()), hosts,
+                tuple(share.title for share in shares[1:]), tuple(passed))
+    seen = seen._replace(lonely=tuple(one for one in sorted(seen.words[1:])
+                                      if os.path.isabs(one) and not is_on_network(one)))
+    proposal, warnings = reckoned(seen, settings)
+    content = config_text(
         f"Written by VmBackup.py setup on {services.clock.local():%Y-%m-%d} for the pool "
         f"{inventory.pool_title} ({counted(len(inventory.host_uuids), 'host')}, master "
         f"{inventory.master.short_name}). A line that begins with # is a comment.",
-        proposed_settings(seen, names, proposal), given)
-    content = text.encode("utf-8")
+        proposed_settings(seen, [one.name for one in given], proposal), given).encode("utf-8")
     found, problems = read_settings(content, path)
     settings = parse_configuration(found, (), path, problems, True, fs_text(os.path.realpath(fs_path(path))))
     services = services._replace(settings=settings, arguments=arguments._replace(target=path, settings=()))
     plan, preview = run.in_store("looking at the copies", lambda: foreseen(
         services, inventory, plan_for(settings, inventory)), FOR_EVER_S)
-    errors = [finding for finding in plan.findings if finding.severity is Severity.ERROR]
+    errors = [f"{finding.subject}: {finding.sentence}" for finding in plan.findings
+              if finding.severity is Severity.ERROR]
     if errors:
-        raise UsageError("\n".join([f"{one.subject}: {one.sentence}" for one in errors]
-                                   + ["Nothing was written."]))
-    run.findings += list(plan.findings) + [Finding(Severity.WARNING, "", one) for one in warnings]
-    smallest = min((job.machine for job in jobs if disks[job.machine.uuid]), default=None,
-                   key=lambda machine: (used[machine.uuid], machine.name))
-    bearers = [machine for machine in inventory.machines if smallest and machine.name == smallest.name]
-    parts = [f"{path} is written:",
-             "\n".join("    " * bool(line) + line for line in text.rstrip("\n").split("\n")), preview]
-    parts += ["\n".join(paragraph(line)) for line in [f"Passed over: {one}" for one in passed]
-              + [f"Warning: {one}" for one in warnings]]
-    parts.append(next_steps(seen, settings, smallest, len(bearers) == 1))
+        raise UsageError("\n".join(errors + ["Nothing was written."]))
+    run.findings += list(plan.findings) + [Finding(Severity.WARNING, "setup", one) for one in warnings]
+    smallest = min((machine for machine in used if disks[machine]), default=None,
+                   key=lambda machine: (used[machine], machine.name))
+    text = content.decode("utf-8")
+    if settings.ping_url:                  # it is a secret: who knows it can answer for us
+        text = text.replace(settings.ping_url, "***")
+    parts = [f"{path} is written:", re.sub("(?m)^(?=.)", "    ", text.rstrip("\n")), preview]
+    parts += ["\n".join(paragraph(f"{word}: {one}")) for word, told in (("Passed over", passed), (
+        "Warning", warnings)) for one in told]
+    parts.append(next_steps(seen, settings, smallest.title if smallest else "",
+                            selector_for(smallest, inventory.machines) if smallest else ""))
     services.signals.check()
-    put_new(path, content)
+    put_new(path, content, not settings.ping_url)
     return "\n\n".join(parts)
 
 
-def check_own_disk(settings: Configuration, catalog: Catalog) -> None:
+def setup_words(password: str, path: str) -> Tuple[str, str, str, str]:
+    """What a crontab has for Python, this program, the password, which itself is not repeated, and that
+    config."""
+    if password != "-":
+        is_file = os.path.isfile(fs_path(password))
+        password = fs_text(os.path.abspath(fs_path(password))) if is_file else PASSWORD_PLACE
+    return sys.executable or "/usr/bin/python3", fs_text(os.path.abspath(__file__)), password, path
+
+
+def is_on_network(path: str) -> bool:
+    """Does the file, or what is to be one, lie where other hosts can see it?"""
+    mount = Catalog(os.path.dirname(path)).mount
+    return mount is not None and mount.is_network
+
+
+def check_own_disk(services: Services) -> None:
     """UsageError if the store lies on another part of the disk that the host itself lies on."""
-    mounts = read_mounts(read_text_file("/proc/self/mountinfo"))
-    own = {mount.disk for mount in mounts if mount.point == "/"} - {""}
-    if catalog.mount is not None and catalog.mount.disk in own and not catalog.is_on_root \
+    settings, mount = services.settings, services.catalog.mount
+    own = {one.disk for one in read_mounts(read_text_file(MOUNTS_FILE)) if one.point == "/"} - {""}
+    if mount is not None and mount.disk in own and not services.catalog.is_on_root \
             and settings.require_mount != "no":
         raise UsageError(f"{settings.places['backup_dir']}: backup_dir: {settings.backup_dir} lies on the "
-                         f"host's own disk ({catalog.mount.source}), and would be lost with it. "
-                         "require_mount=no allows it.")
+                         f"host's own disk ({mount.source}), and would be lost with it. require_mount=no "
+                         "allows it.")
 
 
-def put_new(path: str, content: bytes) -> None:
-    """A file that everybody may read has that content, whole, or is not there; UsageError if it can't be."""
-    try:
-        with NewFile(path, f".{os.getpid()}") as file, storage_errors(f"writing {path}", is_elsewhere=True):
-            os.fchmod(file.fd, 0o644)
-            write_all(file.fd, content)
-            file.complete()
-    except CatalogError as error:
-        raise UsageError(f"{error} Nothing was written.")
+def put_new(path: str, content: bytes, is_for_all: bool) -> None:
+    """A file with that content is there, whole, or it is not there; CatalogError if it can't be."""
+    with NewFile(path, f".{os.getpid()}") as file, storage_errors(f"writing {path}", is_elsewhere=True):
+        os.fchmod(file.fd, 0o644 if is_for_all else 0o600)
+        write_all(file.fd, content)
+        file.complete()
 
 
 # --- preview and backup ----------------------------------------------------------------------

@@ -3,8 +3,8 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -123,3 +123,373 @@ def test_readmes_first_lines_lead_to_a_backup_and_a_drill_by_cron(a_site: Any) -
     assert done_by_cron(site, crontab(run, '10 4 * * 0 ')) == 0
     with open(site.at('snapshots', 'NAUbackup', logs[0]), encoding='utf-8') as file:
         assert 'drill' in file.read()
+
+
+def test_on_a_terminal_it_asks_nothing_and_no_line_of_its_own_needs_more_than_80_columns(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'))
+    terminal, side = os.openpty()
+    process = warm.start(site.start('config=' + site.config), site.pool.environment(), stdin=side, stdout=side, stderr=side)
+    os.close(side)
+    shown = b''
+    with contextlib.suppress(OSError):                                   # EIO: nobody has the terminal open any more
+        for piece in iter(lambda: os.read(terminal, 4096), b''):
+            shown += piece
+    os.close(terminal)
+    assert process.wait() == 0 and site.preview().exit_status == 0
+    text = text_of(shown).replace('\r\n', '\n')
+    assert 'vmbackup.cfg is written:' in text and not re.search('[\x00-\x09\x0b-\x1f\x7f]', text)
+    preview = text.index('Preview of')
+    own = text[:preview] + text[text.index('The first night'):]
+    prose = [line for line in own.splitlines() if '/' not in line]
+    assert len(prose) > 30 and max(map(len, prose)) <= 83                 # the config is shown four columns to the right
+
+
+def test_the_config_tells_above_each_line_why_it_is_there(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'), hosts=TWO)
+    assert site.setup('exclude=db', 'max_backups=5').exit_status == 0
+    with open(site.config, encoding='utf-8') as file:
+        parts = [part.splitlines() for part in file.read().split('\n\n')]
+    assert parts[0][0].startswith('# Written by VmBackup.py setup on 2') and '(2 hosts, master # xcp1)' in ' '.join(parts[0])
+    assert parts[-1] == ['# All keys, with what they mean: VmBackup.py help config']
+    told = {part[-1].partition('=')[0]: ' '.join(line[2:] for line in part[:-1]) for part in parts[1:-1]}
+    assert all(line.startswith('# ') for part in parts[1:-1] for line in part[:-1]) and all(told.values())
+    assert list(told) == ['vm-export', 'exclude', 'pool_db_backup', 'backup_dir', 'status_log', 'max_backups', 'hosts']
+    assert '1 VM with disks of 8.0 MiB, of which 4.0 MiB are in use' in told['vm-export']
+    assert '(nfs4, nas:/export100): 12 TiB free of 16 TiB' in told['backup_dir']
+    assert (told['exclude'], told['max_backups']) == ('As given.', 'As given.') and 'All 2 hosts' in told['hosts']
+    assert stat.S_IMODE(os.stat(site.config).st_mode) == 0o644
+
+
+def test_the_way_to_try_one_vm_takes_its_name_whatever_it_is(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'), vms=[vm('it\'s "$(reboot)" \\ 100%*\u2603', disks=[disk(size=MEBIBYTE, used=1)]), vm('web')])
+    run = site.setup()
+    assert run.exit_status == 0, run
+    command = run.stdout.splitlines()[-1]
+    done = subprocess.Popen(['/bin/sh', '-c', command], env=site.pool.environment(), cwd='/', stdout=subprocess.PIPE)
+    told = text_of(done.communicate()[0])
+    assert done.returncode == 0 and '\u2603' in told and '1 VM backed up' in told and 'web' not in told
+
+
+@pytest.mark.parametrize('names', [['twin', 'twin'], ['a\nb\x1b[31m', 'web'], [' ', 'web']], ids=['of two', 'control', 'blank'])
+def test_a_vm_that_cannot_be_typed_is_tried_by_its_uuid(a_site: Any, names: List[str]) -> None:
+    uuids = ['00000000-0000-4000-8000-00000000000%d' % number for number in range(2)]
+    site = a_site(nfs('snapshots'), vms=[vm(name, uuid=uuids[number], disks=[disk(size=(1 + number) * MEBIBYTE, used=1)])
+                                         for number, name in enumerate(names)])
+    run = site.setup()
+    assert run.stdout.endswith(' vm-export=uuid:%s\n' % uuids[0]) and '\x1b' not in run.output
+    assert run.exit_status == (3 if names[0] == names[1] else 0), run
+
+
+def test_a_pool_without_a_vm_gets_a_config_for_those_to_come(a_pool: Any, a_shelf: Any) -> None:
+    site = Site(a_pool(), a_shelf(), nfs('snapshots'))
+    run = site.setup()
+    assert run.exit_status == 3 and site.value('vm-export') == '*' and site.preview().exit_status == 3, run
+    assert run.says('matches no VM') and not run.says('To try it now')
+
+
+def test_a_pool_of_500_vms_is_reckoned_in_one_login(a_site: Any) -> None:
+    site = a_site(nfs('snapshots', free=2000 * MEBIBYTE), vms=[vm('vm%03d', count=500, disks=[disk(size=4 * MEBIBYTE, used=1)])])
+    run = site.setup()
+    assert run.exit_status == 0 and run.says('500 VMs with disks of 2.0 GiB,'), run.output[:3000]
+    assert run.says('reads about 500 MiB of 500 VMs')
+    assert site.value('max_backups') == '14' and site.value('incremental') == 'yes'
+    assert len(site.pool.calls('api:session.login_with_password')) == 1
+    assert len(site.pool.calls('api:*')) == 11, [entry['call'] for entry in site.pool.calls('api:*')]
+
+
+# --- the share -------------------------------------------------------------------------------------------------------
+
+def test_where_backups_are_already_is_taken_before_where_more_space_is(a_site: Any) -> None:
+    site = a_site(nfs('large'), nfs('old', free=2 * TIB))
+    shutil.copytree(a_store_of_the_older_program(site), site.at('old', 'web'))
+    run = site.setup()
+    assert run.exit_status == 0 and site.value('backup_dir') == site.at('old'), run
+    with open(site.config, encoding='utf-8') as file:
+        assert 'could be on %s (nfs4, nas:/export100), 12 TiB free, too' % site.at('large') in file.read().replace('\n# ', ' ')
+
+
+def a_store_of_the_older_program(site: Site) -> str:
+    complete('web').put(site.shelf, 1)
+    return site.shelf.at('web')
+
+
+def test_an_empty_share_is_the_store_itself_and_one_in_use_gets_a_directory(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'))
+    os.makedirs(site.at('snapshots', 'lost+found'))
+    os.makedirs(site.at('snapshots', '.snapshot'))
+    assert site.setup().exit_status == 0 and site.value('backup_dir') == site.at('snapshots')
+    os.unlink(site.config)
+    os.mkdir(site.at('snapshots', 'music'))
+    assert site.setup().exit_status == 0 and site.value('backup_dir') == site.at('snapshots', 'BACKUPS')
+    assert os.listdir(site.at('snapshots', 'BACKUPS')) == []
+
+
+UNFIT = {'an SR of the pool': nfs('sr', shown='/run/sr-mount/5a1c0f3e'),
+         'an SR at the older place': nfs('sr', shown='/var/run/sr-mount/5a1c'),
+         'read-only': nfs('iso', options='ro,vers=3'), 'in memory': nfs('ram', kind='tmpfs', source='tmpfs'),
+         'of the system': nfs('log', kind='ext4', source='/dev/sda5'), 'a CD': nfs('cd', kind='iso9660', source='/dev/sr0'),
+         'of a disk that nobody knows': nfs('lv', kind='ext4', source='/dev/mapper/XSLocalEXT-1')}
+
+
+@pytest.mark.parametrize('what', sorted(UNFIT))
+def test_what_is_no_share_is_not_taken_and_a_mount_command_is_told(a_site: Any, what: str) -> None:
+    site = a_site(UNFIT[what])
+    run = site.setup()
+    assert run.exit_status == 2 and run.stdout == '' and site.files() == [], run
+    assert 'mount -t nfs SERVER:/EXPORT' in run.stderr and 'mount -t cifs' in run.stderr and 'backup_dir=' in run.stderr
+    assert ('it is not writable' in run.stderr) is (what == 'read-only')
+
+
+def test_an_export_that_is_an_sr_is_no_share_under_another_name_either(a_site: Any) -> None:
+    site = a_site(nfs('share'), nfs('sr', shown='/run/sr-mount/5a1c0f3e'))
+    site.mounts[0]['same_as'] = 1
+    run = site.setup()
+    assert run.exit_status == 2 and site.files() == [], run
+
+
+def test_a_pool_of_one_host_may_use_a_disk_of_its_own_but_a_share_goes_first(a_site: Any) -> None:
+    usb = nfs('usb', kind='ext4', source='/dev/sdb1', free=20 * TIB)
+    site = a_site(usb, nfs('share'))
+    assert site.setup().exit_status == 0 and site.value('backup_dir') == site.at('share')
+    site = a_site(usb)
+    assert site.setup().exit_status == 0 and site.value('backup_dir') == site.at('usb')
+    assert a_site(usb, hosts=TWO).setup().exit_status == 2
+
+
+def test_on_a_store_that_other_hosts_cannot_see_one_host_does_all_with_a_warning(a_site: Any) -> None:
+    site = a_site(nfs('usb', kind='ext4', source='/dev/sdb1'), hosts=TWO)
+    run = site.setup('backup_dir=' + site.at('usb'))
+    assert run.exit_status == 3 and run.says('of this host only') and run.never_says('every host of the pool,'), run
+    assert run.says("other hosts of the pool can't see it") and site.value('hosts') == ''
+    assert run.says('%s/VmBackup.log 2>&1' % site.home)
+
+
+@pytest.mark.parametrize('kind, options, hosts, status', [
+    ('nfs4', 'rw', 'all', 0), ('nfs', 'rw,nolock', '', 0), ('cifs', 'rw', 'all', 0), ('fuse.sshfs', 'rw', '', 3)])
+def test_hosts_share_the_work_where_their_locks_reach_each_other(a_site: Any, kind: str, options: str, hosts: str,
+                                                                 status: int) -> None:
+    site = a_site(nfs('snapshots', kind=kind, options=options), hosts=TWO)
+    run = site.setup()
+    assert (run.exit_status, site.value('hosts')) == (status, hosts), run
+    assert run.says('of every host of the pool') is (status == 0)
+
+
+def test_a_share_that_hangs_is_passed_over(a_site: Any) -> None:
+    site = a_site(nfs('dead'), nfs('alive', free=TIB))
+    run = site.setup(at=['dead'], do='hang', hurried=True)
+    assert run.exit_status == 0 and site.value('backup_dir') == site.at('alive'), run
+    told = ' '.join(run.stdout.split())
+    assert 'Passed over: %s (nfs4, nas:/export100): looking at it hangs' % site.at('dead') in told
+
+
+def test_a_given_store_that_hangs_leaves_no_config(a_site: Any) -> None:
+    site = a_site(nfs('dead'))
+    run = site.setup('backup_dir=' + site.at('dead'), at=['dead'], do='hang', hurried=True)
+    assert run.exit_status == 2 and 'hangs' in run.stderr and 'Nothing was written' in run.stderr and site.files() == [], run
+
+
+def test_a_share_with_a_name_that_no_config_can_hold_is_passed_over(a_site: Any) -> None:
+    site = a_site(nfs('my share'), nfs('evil\nexclude=*'))
+    run = site.setup()
+    assert run.exit_status == 0 and site.value('backup_dir') == site.at('my share'), run
+    assert 'no config can name it' in ' '.join(run.stdout.split()) and site.value('exclude') == ''
+    assert site.preview().exit_status == 0
+
+
+# --- what is given ---------------------------------------------------------------------------------------------------
+
+def test_what_is_given_is_what_the_config_says(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'), hosts=TWO)
+    words = ['vdi-export=web', 'vm-export="db":2', 'exclude=x*', 'exclude=y*', 'workers=2', 'hosts=first', 'compress=gzip',
+             'pool_db_backup=no', 'status_log=/tmp/s.log', 'backup_dir=' + site.at('snapshots'), 'keep_weekly=8']
+    run = site.setup(*words)
+    assert run.exit_status == 3, run                                         # x* and y* exclude no VM
+    assert sorted(site.lines) == sorted(words) and run.says('with 2 exports at a time')
+
+
+@pytest.mark.parametrize('where', ['on the root disk', 'missing', 'a file', 'on the disk of the host'])
+def test_a_store_that_will_not_do_is_told_and_nothing_is_written(a_site: Any, where: str) -> None:
+    site = a_site(nfs('log', kind='ext4', source='/dev/sda5'))
+    places = {'on the root disk': site.shelf.path, 'a file': site.at('file'), 'on the disk of the host': site.at('log')}
+    open(site.at('file'), 'w').close()
+    run = site.setup('backup_dir=' + places.get(where, '/no/such'), 'require_mount=yes')
+    told = {'on the root disk': 'lies on the root file system',
+            'on the disk of the host': "lies on the host's own disk (/dev/sda5)"}
+    assert run.exit_status == 2 and told.get(where, "can't be opened") in run.stderr, run
+    assert run.stderr.startswith('command line: backup_dir: ') and run.stdout == '' and site.files() == ['file']
+
+
+def test_all_wrong_values_are_told_at_once(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'))
+    run = site.setup('max_backups=none', 'compress=rar', 'mail_to=nobody')
+    assert run.exit_status == 2 and all(key in run.stderr for key in ('max_backups', 'compress', 'mail_to')), run
+    assert site.files() == [] and site.pool.journal() == []
+
+
+@pytest.mark.parametrize('word, told', [('max_backup=3', 'did you mean max_backups'), ('vm-export=wbe', 'no VM of the pool'),
+                                        ('exclude=a\nvm-export=b', "can't hold a line break"),
+                                        ('keep_reference=yes', 'needs incremental'),
+                                        ('vdi-export=db', ''), ('preview', 'one word too many')])
+def test_a_word_that_means_nothing_here_writes_nothing(a_site: Any, word: str, told: str) -> None:
+    site = a_site(nfs('snapshots'), vms=[vm('web'), vm('db', disks=[disk(userdevice='3')])])
+    run = site.setup(word)
+    assert (run.exit_status == 2 and told in run.stderr and site.files() == []) is bool(told), run
+
+
+def test_a_secret_address_is_not_shown_and_its_config_not_for_all(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'))
+    run = site.setup('ping_url=http://127.0.0.1:9/ping/' + SECRET)
+    assert run.exit_status == 0 and run.never_says(SECRET) and site.value('ping_url').endswith(SECRET), run
+    assert stat.S_IMODE(os.stat(site.config).st_mode) == 0o600
+
+
+# --- from elsewhere --------------------------------------------------------------------------------------------------
+
+def test_from_another_machine_it_takes_a_pool_and_a_password_file(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'), hosts=TWO)
+    file = site.at("pass'word")
+    assert run_program(PASSWORD, 'create-password-file=' + file).exit_status == 0
+    elsewhere = {'PATH': site.pool.environment()['PATH']}
+    run = site.setup('pool=' + site.pool.url_of(1), password=file, environment=elsewhere)
+    assert run.exit_status == 0 and site.value('hosts') == '' and site.value('pool') == site.pool.url_of(1), run
+    command = crontab(run, '10 0 * * * ')
+    assert subprocess.call(['/bin/sh', '-c', command], env=elsewhere, stdin=subprocess.DEVNULL) == 0
+    assert sorted(os.listdir(site.at('snapshots')))[-2:] == ['db', 'web']
+
+
+def test_a_password_that_was_typed_is_neither_shown_nor_written(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'))
+    run = site.setup('pool=' + site.pool.url_of(1), password=PASSWORD, environment={'PATH': site.pool.environment()['PATH']})
+    assert run.exit_status == 0 and ' PASSWORD_FILE ' in crontab(run, '10 0 * * * '), run
+    assert ' PASSWORD create-password-file=FILE' in run.stdout
+    assert PASSWORD not in re.sub('create-password-file|The password|the password', '', run.output)
+    with open(site.config, encoding='utf-8') as config:
+        assert PASSWORD not in config.read()
+
+
+@pytest.mark.parametrize('password, status', [('wrong', 4), ('-', 4)], ids=['refused', 'no pool here'])
+def test_without_the_pool_nothing_is_written(a_site: Any, password: str, status: int) -> None:
+    site = a_site(nfs('snapshots'))
+    if password == '-':
+        site.pool.stop()
+    run = site.setup(password=password, hurried=True)
+    assert run.exit_status == status and run.stdout.count('is written') == 0 and site.files() == [], run
+
+
+def test_what_lies_on_one_host_alone_is_to_be_copied_to_the_others(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'), hosts=TWO)
+    file = site.at("pass'word")
+    assert run_program(PASSWORD, 'create-password-file=' + file).exit_status == 0
+    run = site.setup(password=file)
+    copies = [shlex.split(line) for line in run.stdout.splitlines() if line.startswith('scp ')]
+    assert sorted(words[1] for words in copies) == sorted([PROGRAM, site.config, file]), run
+    assert all(words[2] == 'root@HOST:%s/' % os.path.dirname(words[1]) for words in copies)
+    assert a_site(nfs('snapshots')).setup().never_says('scp ')
+
+
+# --- room ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('free_mib, keys', [
+    (200, {'max_backups': '7', 'incremental': '', 'verify_after': ''}), (40, {'max_backups': '3', 'incremental': ''}),
+    (31, {'max_backups': '11', 'full_every': '11', 'incremental': 'yes', 'verify_after': 'yes'})])
+def test_what_is_kept_follows_from_the_space_and_the_data_in_use(a_site: Any, free_mib: int, keys: Dict[str, str]) -> None:
+    site = a_site(nfs('snapshots', free=free_mib * MEBIBYTE), vms=[vm('web', disks=[disk(size=GIBIBYTE, used=9)])])
+    run = site.setup()
+    assert run.exit_status == 0 and {key: site.value(key) for key in keys} == keys, run
+    assert run.says('reads about 9.0 MiB of 1 VM') and run.says('reads back') is (free_mib == 31)
+
+
+def test_room_for_one_full_alone_is_a_warning_and_for_none_the_end(a_site: Any) -> None:
+    site = a_site(nfs('snapshots', free=15 * MEBIBYTE), vms=[vm('web', disks=[disk(size=GIBIBYTE, used=9)])])
+    run = site.setup()
+    assert run.exit_status == 3 and site.value('max_backups') == '1', run
+    assert 'two fulls of everything' in run.stdout.replace('\n', ' ')
+    os.unlink(site.config)
+    site.mounts[0]['free'] = 21 * MEBIBYTE
+    run = site.setup()
+    assert run.exit_status == 3 and site.value('max_backups') == '1' and run.says('one copy of each VM can stay'), run
+    os.unlink(site.config)
+    site.mounts[0]['free'] = 8 * MEBIBYTE
+    run = site.setup()
+    assert run.exit_status == 2 and site.files() == [], run
+    assert all(map(run.says, ('8.0 MiB free', 'takes up to 9.0 MiB', 'larger share', 'vm-export=', 'exclude=', 'backup_dir=')))
+    assert site.setup('max_backups=4').exit_status == 3 and site.value('max_backups') == '4'        # it does as told
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('what', ['a config', 'a link to nowhere', 'a directory'])
+def test_what_stands_there_is_left_as_it_is(a_site: Any, what: str) -> None:
+    site = a_site(nfs('snapshots'))
+    if what == 'a config':
+        with open(site.config, 'w', encoding='utf-8') as file:
+            file.write('mine\n')
+    elif what == 'a directory':
+        os.mkdir(site.config)
+    else:
+        os.symlink('/no/such/file', site.config)
+    before = os.lstat(site.config)
+    run = site.setup()
+    assert run.exit_status == 2 and 'exists already and was left as it is; config=OTHER' in run.stderr, run
+    assert os.lstat(site.config) == before and site.files() == ['vmbackup.cfg'] and site.pool.journal() == []
+
+
+@pytest.mark.parametrize('name', ['no/such/folder.cfg', 'snapshots'])
+def test_where_no_config_can_be_no_directory_stays_either(a_site: Any, name: str) -> None:
+    site = a_site(nfs('snapshots'))
+    os.mkdir(site.at('snapshots', 'music'))
+    site.config = site.at(name)
+    run = site.setup()
+    assert run.exit_status == 2 and os.path.dirname(site.config) in run.stderr and site.files() == ['snapshots/music'], run
+
+
+def steps_of(site: Site) -> List[str]:
+    """The steps that setup takes in the site's storage, one that makes BACKUPS and a config."""
+    trace = site.at('TROUBLE-trace')
+    assert site.setup(store=site.home, trace=trace).exit_status == 0
+    with open(trace, encoding='utf-8') as file:
+        return file.read().splitlines()
+
+
+def cleared(site: Site) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(site.config)
+    shutil.rmtree(site.at('snapshots', 'BACKUPS'), ignore_errors=True)
+
+
+@pytest.mark.parametrize('do', ['SIGKILL', 'SIGTERM', 'ENOSPC', 'EIO', 'EACCES'])
+def test_whatever_ends_it_at_whatever_step_leaves_a_whole_config_or_none(a_site: Any, do: str) -> None:
+    site = a_site(nfs('snapshots'))
+    os.mkdir(site.at('snapshots', 'music'))
+    steps = steps_of(site)
+    with open(site.config, 'rb') as file:
+        whole = file.read()
+    kinds = [step.split()[0] for step in steps]
+    assert [kinds.count(kind) for kind in ('mkdir', 'create', 'write', 'link', 'unlink')] == [1, 1, 1, 1, 1], steps
+    for step in range(1, len(steps) + 1):
+        cleared(site)
+        run = site.setup(store=site.home, step=step, do=do)
+        found = site.files()
+        if 'vmbackup.cfg' in found:
+            with open(site.config, 'rb') as file:
+                assert file.read() == whole, steps[step - 1]
+        elif do != 'SIGKILL':
+            assert run.exit_status != 0 and found == ['snapshots/music'], (steps[step - 1], found, run)
+        litter = set(found) - {'vmbackup.cfg', 'snapshots/music', 'snapshots/BACKUPS'}
+        assert do == 'SIGKILL' or not litter or 'unlink' in steps[step - 1], (steps[step - 1], litter)
+        assert all(name.endswith('.partial') for name in litter)
+        if 'vmbackup.cfg' not in found:
+            assert site.setup().exit_status == 0                             # what is left stands in nobody's way
+        for name in set(site.files()) - {'vmbackup.cfg', 'snapshots/music', 'snapshots/BACKUPS'}:
+            os.unlink(site.at(name))
+
+
+def test_a_config_that_comes_there_meanwhile_is_not_replaced(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'))
+    os.mkdir(site.at('snapshots', 'music'))
+    number = next(number for number, step in enumerate(steps_of(site), 1) if step.startswith('link'))
+    cleared(site)
+    run = site.setup(store=site.home, step=number, do='run', command=['/bin/sh', '-c', 'echo mine > ' + site.config])
+    assert run.exit_status == 2 and site.files() == ['snapshots/music', 'vmbackup.cfg'], run
+    with open(site.config, encoding='utf-8') as file:
+        assert file.read() == 'mine\n'

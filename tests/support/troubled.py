@@ -27,7 +27,8 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
     {"clock": SECONDS}                                   its clock is so much ahead of the real one
     {"broken": NAME}                                     the function or method of that name has a bug
     {"mounts": [{"point": DIR, "kind": "nfs4", ...}]}    these directories are mounts, as far as it can tell; "source",
-                                                         "options", and "free" and "size" in bytes can be said, too
+                                                         "options", "free" and "size" in bytes can be said, too, the path
+                                                         that is "shown", and which of them it is the "same_as"
 
 A step is a call that changes what is below DIR: write, pwrite, ftruncate, fsync, create, mkdir, rename, link, unlink, rmdir.
 """
@@ -218,7 +219,7 @@ HURRY = {'MINUTE_S': 0.5, 'HOUR_S': 3600, 'READ_TIMEOUT_S': 2, 'LOGOUT_TIMEOUT_S
          'LOST_ANSWER_PATIENCE_S': 2, 'PROGRAM_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SR_POLL_S': 1,
          'SILENCE_BEFORE_POLL_S': 0.5, 'WAY_OUT_S': 4, 'CLEAN_UP_LIMIT_S': 4,
          'SIGN_PAUSE_S': 0.2, 'TEND_PAUSE_S': 0.1, 'IDLE_PAUSE_S': 0.1, 'MOST_IDLE_PAUSE_S': 0.2,
-         'STATUS_LOG_LIMIT_S': 4, 'OUTBOX_LIMIT_S': 4}
+         'STATUS_LOG_LIMIT_S': 4, 'OUTBOX_LIMIT_S': 4, 'SHARE_LIMIT_S': 2}
 #: When it has a second for mail servers and for those that wait for pings.
 HASTE = {'PING_LIMIT_S': 1, 'MAIL_TRY_LIMIT_S': 1, 'MAIL_PAUSES_S': (0.1, 0.3), 'MAIL_GOODBYE_S': 0.2}
 
@@ -268,9 +269,10 @@ def pretend_mounts(module: Any, mounts: Sequence[Dict[str, Any]]) -> None:
     for number, mount in enumerate(mounts, 100):
         shown = mount.get('shown', mount['point'])
         point = ''.join('\\%03o' % ord(char) if char in ' \t\n\\' else char for char in shown)
+        device = 100 + mount['same_as'] if 'same_as' in mount else number
         lines.append('%d 20 0:%d / %s rw,relatime - %s %s %s' % (
-            number, number, point, mount['kind'], mount.get('source', 'nas:/export%d' % number), mount.get('options', 'rw')))
-        places.append((os.path.realpath(mount['point']), os.makedev(0, number), mount))
+            number, device, point, mount['kind'], mount.get('source', 'nas:/export%d' % number), mount.get('options', 'rw')))
+        places.append((os.path.realpath(mount['point']), os.makedev(0, device), mount))
     read = module.read_text_file
     module.read_text_file = lambda path: '\n'.join(lines) + '\n' if path == '/proc/self/mountinfo' else read(path)
 
