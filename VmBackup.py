@@ -1953,7 +1953,7 @@ def _older_notes(configuration: Configuration, plan: Plan) -> Iterator[Finding]:
     if configuration.compress != "none" and images:
         yield Finding(Severity.INFO, configuration.places["compress"], "compress: NAUbackup compressed only "
                       f"what vm-export made; here the images of vdi-export ({counted(images, 'VM')}) are "
-                      "compressed, too: unpack one before you give it to `xe vdi-import`.")
+                      "compressed, too: unpack one before it is imported by hand.")
     single = sum(job.rules.newest == 1 for job in plan.jobs)
     if configuration.pre_clean and single:
         yield Finding(Severity.INFO, configuration.places["pre_clean"], "pre_clean: NAUbackup removed even a "
