@@ -4276,7 +4276,7 @@ class Pool:
                 raise PoolError("the pool refused the login of root: the password is wrong. No VM was "
                                 "touched. Check the password, or the password file.")
             raise PoolError(f"the pool refused the login: {failure_text(failure.code, failure.parameters)} "
-                            "No VM was touched.")
+                            "No VM was touched. Look at the master's log, /var/log/xensource.log.")
         except PoolError:
             self._forget_session()
             raise
@@ -4353,7 +4353,8 @@ class Pool:
                 if time.monotonic() + pause_s > min(give_up_at,
                                                     self._services.signals.patience_ends(self._answered_at)):
                     waited_s = SIGNAL_PATIENCE_S if self._services.signals.noted else self._patience_s
-                    raise PoolError(f"{error} The pool has not answered for {format_duration(waited_s)}.")
+                    raise PoolError(f"{error} The pool has not answered for {format_duration(waited_s)}: "
+                                    "is its master up, and xapi running there?")
                 self._services.log.info(f"{error} Trying again.")
                 if pause_s > SAME_SESSION_PAUSE_S:         # the master may be another one now
                     self._forget_session()
@@ -4998,7 +4999,8 @@ def read_smtp_password(path: str) -> str:
     BackupError unless only its owner can read the file.
     """
     if not path:
-        raise BackupError("smtp_user is set, but smtp_password_file is not.")
+        raise BackupError("smtp_user is set, but smtp_password_file is not: name a file with its password "
+                          "there, which only its owner can read.")
     try:
         with open(fs_path(path), "rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
@@ -5009,7 +5011,7 @@ def read_smtp_password(path: str) -> str:
         raise BackupError(f"smtp_password_file {path} can't be read: {os_reason(error)}.")
     plain = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
     if not plain:
-        raise BackupError(f"smtp_password_file {path} is empty.")
+        raise BackupError(f"smtp_password_file {path} is empty: write the password of smtp_user into it.")
     with contextlib.suppress(ValueError):
         hidden = base64.b64decode(b"".join(raw.split()), validate=True).decode("utf-8")
         if hidden.isprintable() and hidden:
@@ -5046,7 +5048,8 @@ def ping(url: str) -> None:
         except (ValueError, http.client.HTTPException) as error:
             problem = type(error).__name__
     place = url.partition("://")[2].partition("/")[0].rpartition("@")[2]       # the rest may be a secret
-    raise BackupError(f"{one_line(place)} was asked in vain: {problem}. Nothing else depends on it.")
+    raise BackupError(f"{one_line(place)} could not be reached: {problem}. Nothing else "
+                      "depends on it.")
 
 
 # =============================================================================
@@ -7586,7 +7589,8 @@ class Catalog:
         """The name of a new, complete dump that `dump` wrote into the descriptor it was given."""
         with self.folder_lock(folder_name).held() as is_ours:
             if not is_ours:
-                raise BackupError(f"{folder_name} is in use by another run; no dump was made.")
+                raise BackupError(f"{folder_name} is in use by another run; no dump was made. The next run "
+                                  "makes one.")
             with self.root.child_made_if_missing(folder_name) as folder:
                 for name in folder.names():
                     if POOL_DUMP.fullmatch(name[:-len(PARTIAL)]) and name.endswith(PARTIAL):
@@ -7977,7 +7981,8 @@ class Placement:
                   for copy in self.own_view(self.folder(spelling), machine)]
         for copy in copies:
             if copy.is_unreadable:
-                raise CatalogError(f"whose directory {name} is can't be known: {copy.name}: {copy.problem}.")
+                raise CatalogError(f"which VM the directory {name} belongs to can't be told: {copy.name}: "
+                                   f"{copy.problem}. Nothing was written there.")
         return not any(copy.uuid != machine.uuid or copy.pool not in ("", self._pool) for copy in copies)
 
     def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
@@ -10232,7 +10237,8 @@ class Turn:
                 break
         if is_needed and not is_ours:
             raise BackupError(f"{doing} was not made: others made or removed snapshots in this pool all the "
-                              f"time, and it did not get its turn in {format_duration(TURN_PATIENCE_S)}.",
+                              f"time, and it did not get its turn in {format_duration(TURN_PATIENCE_S)}. The "
+                              "next run tries again.",
                               passing=True)
         self._services.log.progress(doing)
         try:
@@ -10679,7 +10685,8 @@ def open_catalog(settings: Configuration, log: Log) -> Catalog:
     place = f"{settings.places.get('backup_dir', 'default')}: backup_dir: {settings.backup_dir}"
     catalog = open_store(settings)
     if not catalog.is_writable():
-        raise UsageError(f"{place} is not writable.")
+        raise UsageError(f"{place} is not writable: is the share exported and mounted read-write, and root "
+                         "not mapped to another user?")
     if catalog.is_on_root:
         where, harm = "on the root file system", "would fill the host's own disk"
     elif catalog.mount is not None and catalog.mount.is_in_memory:
@@ -10699,7 +10706,8 @@ def find_xe(settings: Configuration) -> str:
     if settings.xe_path:
         if os.access(fs_path(settings.xe_path), os.X_OK) and not os.path.isdir(fs_path(settings.xe_path)):
             return settings.xe_path
-        raise UsageError(f"{settings.places['xe_path']}: xe_path: {settings.xe_path} is not a program.")
+        raise UsageError(f"{settings.places['xe_path']}: xe_path: {settings.xe_path} is not a program. "
+                         "Correct the path, or leave xe_path out.")
     found = find_program(("xe",), XE_FALLBACK)
     if found is None:
         raise UsageError(f"the program xe was not found, neither on the PATH nor as {XE_FALLBACK}: run this "
@@ -11386,7 +11394,8 @@ def find_compressor(settings: Configuration) -> str:
     path = find_program(COMPRESSORS[settings.compress])
     if path is None:
         raise UsageError(f"{settings.places['compress']}: compress={settings.compress} needs the program "
-                         f"{' or '.join(COMPRESSORS[settings.compress])}, which is not on the PATH.")
+                         f"{' or '.join(COMPRESSORS[settings.compress])}, which is not on the PATH. Install "
+                         "it, or set compress=none.")
     return path
 
 
@@ -12349,7 +12358,8 @@ class Leader(Worker):
                     and self._may_claim(one.key, number + 1):
                 self._put(one, number + 1, GIVEN_UP, untried(one.job)._replace(
                     error=f"the directory {one.folder} is in use by another run ({holder_text(text)}) since "
-                    f"before lock_wait={lock_wait} minutes. Nothing was done for this VM.",
+                    f"before lock_wait={lock_wait} minutes. Nothing was done for this VM. The next run tries "
+                    "again; a larger lock_wait waits longer.",
                     status_word="LOCK-FAIL"), [])
         self._waiting = waiting
 
@@ -12962,7 +12972,8 @@ class BackupJob:
                     if odd:
                         raise BackupError(
                             f"{machine.title}: {disk_list(odd)} was detached or exchanged while the snapshot "
-                            "was made, so nothing was exported.", passing=True)
+                            "was made, so nothing was exported. The next run exports it as it is then.",
+                            passing=True)
                     image = exporter.vm_image(snapshot, machine, copy.inside, base,
                                               self._against_pool(chain, exported), metadata)
                     sizes = {disk.snapshot_of: disk.virtual_size for disk in snapshot.disks}
@@ -14005,7 +14016,8 @@ def prune_one(run: Run, services: Services, chosen: StoredVm) -> int:
         lock = None if preview else catalog.folder_lock(folder)
         if lock is not None and not stack.enter_context(lock.held()):
             raise BackupError(f"its directory {folder} is in use by another run "
-                              f"({holder_text(lock.text())}); nothing was removed.")
+                              f"({holder_text(lock.text())}); nothing was removed. Try again once that has "
+                              "ended.")
         now = {(stored.uuid, stored.pool, stored.method): stored
                for stored in stored_in(catalog.folder(folder))}
         stored = now.get((chosen.uuid, chosen.pool, chosen.method), chosen._replace(around=()))
@@ -18107,7 +18119,8 @@ def command_report(run: Run) -> None:
     """The page is written anew."""
     services, path = run.services, run.services.settings.report_html
     if not path:
-        raise UsageError("report_html is not set, so there is no page to write.")
+        raise UsageError("report_html is not set, so there is no page to write: add report_html=PATH to the "
+                         "config, or to this command.")
     services = services._replace(catalog=run.in_store("opening the store",
                                                       lambda: open_store(services.settings)))
     history = History(services.catalog, services.settings.path)
@@ -18124,7 +18137,8 @@ def command_test_mail(run: Run) -> None:
     """A mail that says that mail works is with the server."""
     services, settings = run.services, run.services.settings
     if not settings.mail_to:
-        raise UsageError("mail_to is not set, so there is nobody to write to.")
+        raise UsageError("mail_to is not set, so there is nobody to write to: add mail_to=USER@HOST to the "
+                         "config, or to this command.")
     host = this_host_name()
     consequence = {"always": "Every backup run will send a report to this address.",
                    "problems": "Backup runs will send a report to this address when they had problems.",
@@ -18223,7 +18237,8 @@ def command_forget_references(run: Run) -> None:
         chosen = [ledger for ledger in ledgers if not vm or vm == ledger.vm_name
                   or ledger.vm == vm[len("uuid:"):].lower() and vm.startswith("uuid:")]
         if vm and not chosen and not problems:         # one that can't be read may be the VM's
-            raise UsageError(f"no reference of {quote_name(vm)} is on record in {services.catalog.path}.")
+            raise UsageError(f"no reference of {quote_name(vm)} is on record in {services.catalog.path}. "
+                             "Without a VM, all are removed.")
         for ledger in chosen:
             services.signals.check()
             is_gone = False
@@ -18299,7 +18314,8 @@ def command_drill(run: Run) -> None:
     copies, findings = drill_copies(services, arguments.vm)
     run.tell(findings)
     if not copies:
-        raise BackupError(f"{services.catalog.path} holds no good copy to drill.")
+        raise BackupError(f"{services.catalog.path} holds no good copy to drill: `list` shows what is "
+                          "there.")
     find_xe(services.settings)
     with connected(services, changes_allowed=not arguments.preview) as (services, inventory):
         if arguments.preview:
