@@ -263,13 +263,13 @@ def command(shelf: Shelf, *lines: str) -> str:
 
 @pytest.mark.parametrize('elsewhere', ['stdout', 'stderr'])
 def test_progress_never_lands_in_a_file(a_pool: Any, a_shelf: Any, elsewhere: str) -> None:
-    pool, shelf = a_pool(*machines('web', 'no-disk'), faults=[
-        SLOWLY, at('api:VM.snapshot', object='no-disk', fails=['SR_BACKEND_FAILURE_44', '', '', ''])]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'broken'), faults=[        # which is told while web's line is there
+        at('http:/export', object='broken', breaks_off_after=4 * MEBIBYTE), at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
     path = os.path.join(shelf.home, 'log')
     with open(path, 'wb') as file:
-        with a_run(pool, shelf, rows=40, **{elsewhere: file}) as terminal:
+        with a_run(pool, shelf, 'vm-export=*', 'workers=2', rows=40, **{elsewhere: file}) as terminal:
             assert terminal.shows('web ', 'MB/s'), terminal.frames
-            assert ends_well(terminal, 1) and is_tidy(terminal)
+            assert ends_well(terminal, 1) and is_tidy(terminal, 2)
             told = log_lines(terminal)
     with open(path, encoding='utf-8') as file:
         lines = file.read().split('\n')
