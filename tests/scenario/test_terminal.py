@@ -124,7 +124,8 @@ def test_a_terminal_that_is_resized_is_filled_anew_and_nothing_older_is_left(a_p
             if lines == 2:
                 assert eventually(lambda: terminal.rows[-1:] == ['and 2 more']), terminal.rows
             else:
-                assert eventually(lambda: sum(' left' in row for row in terminal.rows) == 2 and len(terminal.frames) > 2), terminal.rows
+                assert eventually(lambda: sum(' left' in row for row in terminal.rows) == 2
+                                  and len(terminal.frames) > 2), terminal.rows
                 assert ('/16 MiB  ' in terminal.rows[-1]) == (columns >= 60), terminal.rows
             assert all(is_progress(row) for row in terminal.rows[-2:][lines == 2:])
             assert sum(map(is_progress, terminal.rows)) == (1 if lines == 2 else 2), terminal.rows
@@ -212,7 +213,8 @@ def test_ctrl_c_leaves_the_terminal_clean(a_pool: Any, a_shelf: Any) -> None:
 
 
 def test_an_error_is_told_whole_in_the_place_of_the_progress(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web'), faults=[SLOWLY, at('http:/export', object='web', breaks_off_after=3 * MEBIBYTE)]), a_shelf()
+    faults = [SLOWLY, at('http:/export', object='web', breaks_off_after=3 * MEBIBYTE)]
+    pool, shelf = a_pool(*machines('web'), faults=faults), a_shelf()
     with a_run(pool, shelf, columns=60) as terminal:
         assert ends_well(terminal, 1) and is_tidy(terminal)
         assert [line for line in log_lines(terminal) if re.match(STAMP + 'error: web ', line)]
@@ -289,7 +291,7 @@ def test_where_a_pipe_takes_the_log_who_reads_it_has_the_terminal_for_himself(a_
         assert ends_well(terminal) and terminal.received == ''
 
 
-# --- other deeds -----------------------------------------------------------------------------------------------------------------
+# --- other deeds ---------------------------------------------------------------------------------------------------------------
 
 def test_verify_tells_which_copy_it_reads_and_its_number(a_backup: Any) -> None:
     pool, shelf = a_backup(*machines('web', 'db', mebibytes=32))

@@ -108,8 +108,8 @@ class Terminal:
             for piece in text.replace(PAINTING, '\0' + PAINTING).split('\0'):
                 if piece.startswith(PAINTING):
                     self.frames.append(self._display())
-                self._stream.feed(''.join(char for char in piece if char in '\r\n\x1b\t\b\x07' or unicodedata.category(char) not in (
-                    'Cf', 'Me') and (unicodedata.category(char) != 'Mn' or unicodedata.combining(char))))
+                self._stream.feed(''.join(char for char in piece if unicodedata.category(char) not in ('Cf', 'Me', 'Mn')
+                                          or unicodedata.combining(char)))
 
     def _display(self) -> List[str]:
         return [line.rstrip() for line in self._screen.display]

@@ -37,7 +37,8 @@ def test_percent_never_falls_and_is_never_all(counts, size):
 @pytest.mark.parametrize('subject, doing, known, row', [
     (('web', '3/14'), 'the export of web (1a2b3c4d)', FULL[2:], FULL),
     (('web', '3/14'), 'the snapshot of web (1a2b3c4d)', (), ('web', '3/14', 'the snapshot')),
-    (('web', '3/14'), 'reading web.xva back', ('', '12 GiB', '300 MB/s', ''), ('web', '3/14', 'reading web.xva back, 12 GiB, 300 MB/s')),
+    (('web', '3/14'), 'reading web.xva back', ('', '12 GiB', '300 MB/s', ''),
+     ('web', '3/14', 'reading web.xva back, 12 GiB, 300 MB/s')),
     (('', '2/5'), 'verifying web/backup-1', FULL[2:], ('verifying web/backup-1', '2/5') + FULL[2:]),
     (('', ''), 'waiting', (), ('waiting', ''))])
 def test_a_row_says_what_is_done_where_that_is_not_the_export_itself(subject, doing, known, row):
@@ -101,7 +102,8 @@ def test_columns_are_counted_as_terminals_do(text, wide):
 @given(st.lists(st.one_of(
     st.tuples(st.text(max_size=50), st.just('3/14')),
     st.tuples(st.text(max_size=50), st.just('3/14'), st.text(max_size=50)),
-    st.tuples(st.text(max_size=50), st.just('3/14'), st.just('43 %'), st.text('0123456789', max_size=9), st.just('1 MB/s'), st.just('1 s left')),
+    st.tuples(st.text(max_size=50), st.just('3/14'), st.just('43 %'), st.text('0123456789', max_size=9),
+              st.just('1 MB/s'), st.just('1 s left')),
 ), max_size=12), st.integers(0, 130), st.integers(1, 20), st.booleans())
 def test_lines_fit_whatever_the_names_are_and_hold_nothing_that_moves_a_cursor(rows, width, most, is_utf8):
     lines = progress_lines(rows, width, most, is_utf8)
