@@ -17416,8 +17416,8 @@ class Share(NamedTuple):
 
 class Seen(NamedTuple):
     """What setup has seen. `words` name Python, program, password and config on a command line; `others` are
-    the shares beside the chosen one, `passed` those that won't do, in words. Of the VMs to back up: the size
-    of their disks, and how much of that is in use. `hosts`: how many could run this config, one if it names
+    the shares beside the chosen one, in words. Of the VMs to back up: the size of their disks, and how much
+    of that is read and stored at most. `hosts`: how many could run this config, one if it names
     another pool. `lonely`: files that are on this host alone."""
     words: Tuple[str, str, str, str]
     backup_dir: str
@@ -17429,7 +17429,6 @@ class Seen(NamedTuple):
     used_bytes: int
     hosts: int = 1
     others: Tuple[str, ...] = ()
-    passed: Tuple[str, ...] = ()
     lonely: Tuple[str, ...] = ()
 
     @property
@@ -17790,12 +17789,14 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
     check_own_disk(services)
     jobs = plan_for(settings, inventory).jobs
     disks = {job.machine: planned_disks(job, settings.exclude_disk)[0] for job in jobs}
-    used = {machine: sum(inventory.used[disk.vdi_ref] for disk in some) for machine, some in disks.items()}
+    is_raw = settings.vdi_export_format == "raw"       # such an image has empty space, too
+    used = {job.machine: sum(disk.virtual_size if job.method is Method.VDI and is_raw else
+                             inventory.used[disk.vdi_ref] for disk in disks[job.machine]) for job in jobs}
     seen = Seen(setup_words(arguments.password, path), settings.backup_dir, services.catalog.mount,
                 run.in_store("asking for the free space", services.catalog.free_bytes),
                 run.in_store("asking for the size", services.catalog.whole_bytes), len(jobs),
                 sum(disk.virtual_size for some in disks.values() for disk in some), sum(used.values()), hosts,
-                tuple(share.title for share in shares[1:]), tuple(passed))
+                tuple(share.title for share in shares[1:]))
     seen = seen._replace(lonely=tuple(one for one in sorted(seen.words[1:])
                                       if os.path.isabs(one) and not is_on_network(one)))
     proposal, warnings = reckoned(seen, settings)

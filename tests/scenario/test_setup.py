@@ -399,6 +399,14 @@ def test_what_is_kept_follows_from_the_space_and_the_data_in_use(a_site: Any, fr
     assert run.says('reads about 9.0 MiB of 1 VM') and run.says('reads back') is (free_mib == 31)
 
 
+@pytest.mark.parametrize('words, size', [(['vdi-export=web'], '40 MiB'), (['vdi-export=web', 'vdi_export_format=vhd'], '9.0 MiB'),
+                                         (['vm-export=web'], '11 MiB'), (['vm-export=web', 'exclude-disk=web/xvdb'], '9.0 MiB')])
+def test_what_is_reckoned_is_what_the_kind_of_export_reads(a_site: Any, words: List[str], size: str) -> None:
+    site = a_site(nfs('snapshots'), vms=[vm('web', disks=[disk(size=40 * MEBIBYTE, used=9), disk()]), vm('db')])
+    run = site.setup(*words)
+    assert run.exit_status == 0 and run.says('reads about %s of 1 VM' % size), run
+
+
 def test_room_for_one_full_alone_is_a_warning_and_for_none_the_end(a_site: Any) -> None:
     site = a_site(nfs('snapshots', free=15 * MEBIBYTE), vms=[vm('web', disks=[disk(size=GIBIBYTE, used=9)])])
     run = site.setup()
