@@ -528,6 +528,23 @@ def format_duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+TEXT_COLUMNS = 79
+
+
+def paragraph(text: str, first: str = "", rest: Optional[str] = None) -> List[str]:
+    """The text in lines that fit on a terminal, as far as its words do: the first behind `first`, the others
+    behind `rest`, or behind the same."""
+    import textwrap
+    return textwrap.wrap(text, TEXT_COLUMNS, initial_indent=first, subsequent_indent=first if rest is None
+                         else rest, break_long_words=False, break_on_hyphens=False)
+
+
+def two_columns(rows: Sequence[Tuple[str, str]]) -> List[str]:
+    """Words, each with what is to be said of it beside it, in two columns."""
+    wide = max(len(word) for word, _ in rows) + 4
+    return [line for word, text in rows for line in paragraph(text, f"  {word}".ljust(wide), " " * wide)]
+
+
 def format_utc(at: datetime) -> str:
     """An aware time as the manifest and the journal keep it: `2016-04-14T00:10:00Z`."""
     return at.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -1549,14 +1566,22 @@ def option_values_text(option: Option) -> str:
             "selector": "SELECTOR", "disk": f"SELECTOR/DEVICE or {NOBAK}", "path": "PATH",
             "pool": "ADDRESS", "fingerprint": "HEX",
             "address": "USER@HOST", "addresses": "USER@HOST, ...", "text": "TEXT",
-            "command": "PROGRAM ARGUMENT ...", "url": "URL"}[option.kind]
+            "command": "PROGRAM ARGUMENT ...", "url": "URL", "minutes": "yes, or minutes"}[option.kind]
 
 
 def option_default_text(option: Option) -> str:
     """The default as a config file would write it."""
     if option.kind == "bool":
         return "yes" if option.default else "no"
-    return "" if option.default in (None, (), "") else str(option.default)
+    return "" if option.default in (None, (), "") or option.kind == "minutes" or \
+        option.kind == "int" and option.default < option.minimum else str(option.default)
+
+
+def option_lines(option: Option) -> List[str]:
+    """Its name, values, default and meaning."""
+    default = option_default_text(option)
+    return [f"  {option.name}={option_values_text(option)}{f' [{default}]' if default else ''}"
+            if option.kind != "word" else f"  {option.name}"] + paragraph(option.help, "      ")
 
 
 def option_help() -> str:
@@ -1565,10 +1590,9 @@ def option_help() -> str:
     for section, options in OPTION_GROUPS:
         lines += [section, "-" * len(section)]
         for option in options:
-            default = option_default_text(option)
-            lines += [f"  {option.name}={option_values_text(option)}{f' [{default}]' if default else ''}",
-                      f"      {option.help}"]
-    return "\n".join(lines + ["", SELECTOR_HELP])
+            lines += option_lines(option)
+        lines.append("")
+    return "\n".join(lines + [SELECTOR_HELP])
 
 
 SELECTOR_HELP = """\
@@ -1597,20 +1621,21 @@ def example_text() -> str:
 
 def help_text() -> str:
     """`VmBackup.py help`."""
-    lines = [USAGE, "",
-             "PASSWORD  the pool's root password (visible to ps), the path of a password file, or - on a "
-             "host as root",
-             "TARGET    a config file, or a selector such as web, PROD* or vdi-export=db1",
-             "NAME=VALUE  any config key (it wins over the file), or a parameter of the action", "",
-             "Actions:"]
-    lines += [f"  {action.name:9} {action.help}" for action in ACTIONS]
+    lines = [USAGE, ""]
+    lines += two_columns((
+        ("PASSWORD", "the pool's root password (visible to ps), the path of a password file, or - on a host "
+         "as root"),
+        ("TARGET", "a config file, or a selector such as web, PROD* or vdi-export=db1"),
+        ("NAME=VALUE", "any config key (it wins over the file), or a parameter of the action"))) + [""]
+    lines += ["Actions:"] + two_columns([(action.name, action.help) for action in ACTIONS])
     lines += ["", "A crontab line for every host of the pool:",
               "  10 0 * * 6 /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - "
               "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/logs/VmBackup.log 2>&1", "",
               "Exit statuses:"]
-    lines += [f"  {status.value:3}    {status.meaning}" for status in ExitStatus]
-    lines += ["  128+N  stopped by signal N, after clean-up", "",
-              "`help config` lists the config keys, `help example` prints an example config."]
+    lines += two_columns([(f"{status.value:3}", status.meaning) for status in ExitStatus] + [
+        ("128+N", "stopped by signal N, after clean-up")])
+    lines += [""] + paragraph("`help config` lists the config keys, `help example` prints an example config, "
+                              "`help ACTION` tells the parameters of an action.")
     return "\n".join(lines)
 
 
@@ -1618,9 +1643,10 @@ def action_help_text(action: Action) -> str:
     """`VmBackup.py help ACTION`."""
     words = " [VM]" * action.takes_vm + "".join(f" [{word.upper()}]" for word in action.words)
     target = "TARGET " * (action.name != SETUP)
-    lines = [f"VmBackup.py PASSWORD {target}{action.name}{words} [NAME=VALUE ...]", "", action.help]
-    lines += [f"  {parameter.name}{'' if parameter.kind == 'word' else '='}  {parameter.help}"
-              for parameter in action.parameters]
+    lines = [f"VmBackup.py PASSWORD {target}{action.name}{words} [NAME=VALUE ...]", ""]
+    lines += paragraph(action.help)
+    if action.parameters:
+        lines += [""] + [line for parameter in action.parameters for line in option_lines(parameter)]
     return "\n".join(lines)
 
 
@@ -17166,7 +17192,6 @@ def list_text(rows: Sequence[Dict[str, Any]], strangers: Sequence[str]) -> str:
 # --- explain ----------------------------------------------------------------------------
 
 
-EXPLAIN_COLUMNS = 80
 LAST_ROUNDS = 3                # that are told of a VM
 
 
@@ -17208,15 +17233,13 @@ def explained(services: Services, inventory: Inventory, plan: Plan, hindrance: s
 
 
 def wrapped(text: str) -> str:
-    """The text in lines of at most 80 columns, as far as names allow, indented as it is; nothing that stands
+    """The text in lines that fit on a terminal, as far as names allow, indented as it is; nothing that stands
     in double quotes is parted, nor a line of a config, which is indented by six."""
-    import textwrap
     text, indent = one_line(text), " " * (len(text) - len(text.lstrip(" ")))
     if len(indent) >= 6:
         return text
     kept = re.sub(r'"(?:[^"\\]|\\.)*"', lambda match: match.group().replace(" ", "\0"), text)
-    return textwrap.fill(kept, EXPLAIN_COLUMNS, subsequent_indent=indent + "    ", break_long_words=False,
-                         break_on_hyphens=False, replace_whitespace=False).replace("\0", " ")
+    return "\n".join(paragraph(kept.lstrip(" "), indent, indent + "    ")).replace("\0", " ")
 
 
 def explained_machine(services: Services, inventory: Inventory, plan: Plan,
@@ -17393,7 +17416,6 @@ def other_configs(plans: Sequence[Dict[str, Any]], copies: Sequence[Copy], pool:
 # --- setup ------------------------------------------------------------------------------
 
 SLOW_BYTES_S, FAST_BYTES_S = 60 * 10 ** 6, 200 * 10 ** 6     # of one export, on most machines and networks
-TEXT_WIDTH = 79
 RETENTION_KEYS = ("max_backups", "keep_daily", "keep_weekly", "keep_monthly", "keep_yearly", "pre_clean",
                   "incremental", "full_every", "keep_reference")
 
@@ -17449,13 +17471,6 @@ def best_share(shares: Sequence[Share]) -> List[Share]:
     return sorted(shares, key=lambda share: (
         not share.mount.is_network, not share.is_store,
         not (share.mount.point + "/").startswith("/snapshots/"), -(share.free_bytes or 0)))
-
-
-def paragraph(text: str, mark: str = "") -> List[str]:
-    """The text in lines that fit on a terminal, each behind that mark."""
-    import textwrap
-    return textwrap.wrap(text, TEXT_WIDTH, initial_indent=mark, subsequent_indent=mark,
-                         break_long_words=False, break_on_hyphens=False)
 
 
 def proposed_settings(seen: Seen, given: Container[str],

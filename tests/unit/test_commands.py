@@ -228,23 +228,32 @@ def test_what_asks_for_no_help_gets_none(line):
     assert asked_help(line.split()) is None
 
 
+def words_of(text):
+    return ' '.join(text.split())
+
+
 def test_help_on_something_unknown_is_a_usage_error():
     with pytest.raises(UsageError):
         asked_help(['help', 'me'])
 
 
 def test_the_help_tells_every_action_and_exit_status():
-    text = asked_help(['help'])
+    text = words_of(asked_help(['help']))
     for action in ACTIONS:
-        assert action.name in text and action.help in text
+        assert ' %s %s' % (action.name, action.help) in text
     for status in ExitStatus:
-        assert '%d    %s' % (status, status.meaning) in text
+        assert ' %d %s' % (status, status.meaning) in text
 
 
 def test_the_help_of_an_action_tells_its_parameters():
     for action in ACTIONS:
-        text = asked_help(['help', action.name])
+        text = words_of(asked_help(['help', action.name]))
         assert all(parameter.name + ('' if parameter.kind == 'word' else '=') in text and parameter.help in text for parameter in action.parameters)
+
+
+@pytest.mark.parametrize('line', ['help', 'help config'] + ['help ' + action.name for action in ACTIONS])
+def test_help_fits_on_a_terminal(line):
+    assert all(len(row) < 80 or row.startswith('  10 0 * * 6 ') for row in asked_help(line.split()).splitlines())
 
 
 # --- another host's run of this config -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.values import a_host, a_vm, an_inventory, configured, jobs_of, planned, uuid_of, vms
-from VmBackup import (EXPLAIN_COLUMNS, NEAR_MOST, ConfigurationError, characters_between, line_for, lines_about,
+from VmBackup import (NEAR_MOST, TEXT_COLUMNS, ConfigurationError, characters_between, line_for, lines_about,
                       near_miss, near_names, nearest_lines, wrapped)
 
 NEAR = [
@@ -168,7 +168,7 @@ def test_no_line_for_people_parts_what_is_quoted_or_holds_what_can_break_it(text
 
 def test_lines_end_at_column_80_where_blanks_let_them():
     lines = wrapped('  ' + 'some words, ' * 40).split('\n')
-    assert len(lines) > 5 and all(len(line) <= EXPLAIN_COLUMNS for line in lines)
+    assert len(lines) > 5 and all(len(line) <= TEXT_COLUMNS for line in lines)
     assert lines[0].startswith('  some') and all(line.startswith('      ') for line in lines[1:])
 
 
