@@ -1630,7 +1630,7 @@ def help_text() -> str:
     lines += ["Actions:"] + two_columns([(action.name, action.help) for action in ACTIONS])
     lines += ["", "A crontab line for every host of the pool:",
               "  10 0 * * 6 /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - "
-              "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/logs/VmBackup.log 2>&1", "",
+              "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/VmBackup.log 2>&1", "",
               "Exit statuses:"]
     lines += two_columns([(f"{status.value:3}", status.meaning) for status in ExitStatus] + [
         ("128+N", "stopped by signal N, after clean-up")])
@@ -3919,7 +3919,8 @@ def read_mounts(mountinfo: str) -> List[Mount]:
     for fields, behind in rows:
         kind, options = behind[0], (fields[5] + "," + behind[2]).split(",")
         values = dict(option.partition("=")[::2] for option in options)
-        local = "nolock" in values or "nobrl" in values or values.get("local_lock", "none") != "none"
+        local = "nolock" in values or "nobrl" in values or values.get("local_lock", "none") != "none" \
+            or kind == "fuse.sshfs"
         if kind == "overlay" and "upperdir" in values:     # it is kept where its upper layer lies
             places = [place for place in kinds if (values["upperdir"] + "/").startswith(place)]
             kind = kinds[max(places, key=len)] if places else ""
@@ -17933,8 +17934,8 @@ def command_backup(run: Run) -> None:
 def check_hosts(services: Services) -> None:
     """UsageError if hosts are to share work in a store where they can't lock each other out."""
     if services.catalog.locks_are_local and services.settings.hosts == "all":
-        raise UsageError(f"{services.settings.places['hosts']}: hosts=all: the mount options of "
-                         f"{services.catalog.path} keep locks within this host, so hosts can't share "
+        raise UsageError(f"{services.settings.places['hosts']}: hosts=all: the mount of "
+                         f"{services.catalog.path} keeps locks within this host, so hosts can't share "
                          "work there. Mount it without nolock, local_lock or nobrl, or set hosts=first. "
                          "Nothing was started.")
 
@@ -17953,7 +17954,7 @@ def lead_new(run: Run, services: Services, identity: Inventory, name: str, befor
     told."""
     inventory, plan = read_and_plan(services, identity)
     if services.catalog.locks_are_local:
-        services.log.info(f"the mount options of {services.catalog.path} keep locks within this host: "
+        services.log.info(f"the mount of {services.catalog.path} keeps locks within this host: "
                           "what a run of another host left is touched only after a day.")
     run.begin(services, inventory)
 

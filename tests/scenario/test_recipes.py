@@ -83,7 +83,7 @@ def a_person(a_pool: Any, a_shelf: Any, tmp_path: Any) -> Callable[..., Person]:
         pool = a_pool(vm('web', disks=[ROOT_DISK, DATA_DISK], vifs=[{'device': '0', 'network': 'LAN', 'MAC': MAC}], vcpus=2,
                          memory=3 << 30, **facts), vm('db'), **dict(POOL, hosts=hosts))
         folder = str(tmp_path)
-        for name in ('snapshots/BACKUPS', 'snapshots/NAUbackup/logs', 'root', 'mnt/usb'):
+        for name in ('snapshots/BACKUPS', 'snapshots/NAUbackup', 'root', 'mnt/usb'):
             os.makedirs(os.path.join(folder, name))
         shelf = a_shelf(path=os.path.join(folder, 'snapshots', 'BACKUPS'))
         shutil.copy(os.path.join(ROOT, 'VmBackup.py'), os.path.join(folder, 'snapshots', 'NAUbackup'))
@@ -140,7 +140,7 @@ def test_single_files_come_back_by_a_loop_device_that_is_free(a_person: Any) -> 
 
 
 DRILL = ('Restoring: 20 3 1 * * /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - /snapshots/NAUbackup/weekend.cfg drill '
-         'sample=3 >> /snapshots/NAUbackup/logs/drill.log 2>&1')
+         'sample=3 >> /snapshots/NAUbackup/drill.log 2>&1')
 
 
 @recipe(DRILL)

@@ -30,7 +30,7 @@ CIFS = 'rw,vers=3.1.1,cache=strict,username=backup,uid=0,noforceuid,addr=192.0.2
 @pytest.mark.parametrize('kind, options, is_local', [
     ('nfs', NFS3 % ('', 'none'), False), ('nfs', NFS3 % ('nolock,', 'all'), True), ('nfs', NFS3 % ('nolock,', 'none'), True), ('nfs', NFS3 % ('', 'all'), True),
     ('nfs', NFS3 % ('', 'posix'), True), ('nfs4', NFS4, False), ('cifs', CIFS % '', False), ('cifs', CIFS % 'nobrl,', True),
-    ('ext4', 'rw,errors=remount-ro', False)])
+    ('ext4', 'rw,errors=remount-ro', False), ('fuse.sshfs', 'rw,user_id=0,group_id=0', True)])
 def test_mount_options_tell_whether_locks_reach_other_hosts(kind, options, is_local):
     text = EXT4 + LINE % (40, 50, '/other', 'nfs', 'host:/x', NFS3 % ('nolock,', 'all')) + LINE % (41, 51, '/snapshots', kind, 'host:/y', options)
     mount = find_mount(text, os.makedev(0, 51))
