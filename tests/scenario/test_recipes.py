@@ -150,7 +150,7 @@ def test_the_cron_line_of_a_drill_proves_and_leaves_nothing(a_person: Any) -> No
     line, = recipes()[DRILL]
     command = person.filled(line.text.split(None, 5)[5]).replace('/usr/bin/python3', 'python3')
     assert person.runs(command).exit_status == 0
-    with open(os.path.join(person.folder, 'snapshots', 'NAUbackup', 'logs', 'drill.log')) as file:
+    with open(os.path.join(person.folder, 'snapshots', 'NAUbackup', 'drill.log')) as file:
         assert 'restored and compared' in file.read()
     assert sorted(person.pool.dump()['VDI']) == before
     # The words beside it, and bare drill, which says what it needs.
