@@ -2856,22 +2856,23 @@ class Proposal(NamedTuple):
     needed_bytes: int
 
 
-def proposed_retention(full_bytes: int, free_bytes: int) -> Optional[Proposal]:
-    """What to keep in so much free space, if one full of everything takes so much: fulls, else increments,
-    else one copy, which fits only if it says so. None if not even one full does.
+def proposed_retention(full_bytes: int, free_bytes: int, present: int = 0) -> Optional[Proposal]:
+    """What to keep in so much space, if one full of everything takes so much: fulls, else increments, else
+    one copy, which fits only if it says so. None if not even one full does. `present`: so many copies of a VM
+    are there, whose space is among the free: never fewer stay, whether they fit or not.
 
     As many nights make a chain as copies stay, so that never more than two chains are there: the older goes
     as the later is full, if its full has been read back (verify_after).
     """
-    room = free_bytes * ROOM_PERCENT // 100
+    room, least = free_bytes * ROOM_PERCENT // 100, max(1, present)
     change = -(-full_bytes * CHANGE_PERCENT // 100)
     proposals = [Proposal(copies, 0, (copies + 1) * full_bytes)
-                 for copies in range(MOST_FULLS, LEAST_FULLS - 1, -1)]
+                 for copies in range(max(MOST_FULLS, least), max(LEAST_FULLS, least) - 1, -1)]
     proposals += [Proposal(nights, nights, 2 * full_bytes + 2 * (nights - 1) * change)
-                  for nights in range(MOST_NIGHTS, 1, -1)]
-    last = Proposal(1, 0, 2 * full_bytes)
+                  for nights in range(max(MOST_NIGHTS, least), max(2, least) - 1, -1)]
+    last = Proposal(least, 0, (least + 1) * full_bytes)
     return next((one for one in proposals if one.needed_bytes <= room),
-                last if full_bytes <= free_bytes else None)
+                last if present or full_bytes <= free_bytes else None)
 
 
 # =============================================================================
@@ -17430,6 +17431,7 @@ class Share(NamedTuple):
     is_store: bool
     free_bytes: Optional[int]
     whole_bytes: Optional[int]
+    holds_sr: bool = False
 
     @property
     def title(self) -> str:
@@ -17441,7 +17443,8 @@ class Seen(NamedTuple):
     """What setup has seen. `words` name Python, program, password and config on a command line; `others` are
     the shares beside the chosen one, in words. Of the VMs to back up: the size of their disks, and how much
     of that is read and stored at most. `hosts`: how many could run this config, one if it names
-    another pool. `lonely`: files that are on this host alone."""
+    another pool. `lonely`: files that are on this host alone. `present`: of how many good copies of a VM the
+    store has most; `held_bytes`: the size of all."""
     words: Tuple[str, str, str, str]
     backup_dir: str
     mount: Optional[Mount]
@@ -17453,6 +17456,8 @@ class Seen(NamedTuple):
     hosts: int = 1
     others: Tuple[str, ...] = ()
     lonely: Tuple[str, ...] = ()
+    present: int = 0
+    held_bytes: int = 0
 
     @property
     def space(self) -> str:
@@ -17467,17 +17472,16 @@ class Seen(NamedTuple):
 
 
 def best_share(shares: Sequence[Share]) -> List[Share]:
-    """The shares, the best first: those that all hosts see, then where backups are, then where README has
-    them, then where the most is free."""
+    """The shares, the best first: those that all hosts see, then those that hold no SR, then where backups
+    are, then where README has them, then where the most is free."""
     return sorted(shares, key=lambda share: (
-        not share.mount.is_network, not share.is_store,
+        not share.mount.is_network, share.holds_sr, not share.is_store,
         not (share.mount.point + "/").startswith("/snapshots/"), -(share.free_bytes or 0)))
 
 
 def proposed_settings(seen: Seen, given: Container[str],
                       proposal: Optional[Proposal]) -> Dict[str, Tuple[str, str]]:
-    """For each key that is not among the given ones, and is to have another value than its default, that
-    value, and why."""
+    """For each key that is not among the given ones, and is to be in the config, its value, and why."""
     full, folder = format_size(seen.used_bytes), os.path.dirname(seen.words[3])
     found = {"backup_dir": (seen.backup_dir, f"On {seen.mount.title if seen.mount else 'its file system'}: "
                             f"{seen.space}." + "".join(" It could be on " + one + ", too."
@@ -17490,8 +17494,12 @@ def proposed_settings(seen: Seen, given: Container[str],
         found["vm-export"] = ("*", f"All VMs, those that are still to come, too: {counted(seen.vms, 'VM')} "
                               f"with disks of {format_size(seen.size_bytes)}, of which {full} are in use.")
     if seen.is_shared and not seen.mount.locks_are_local:
-        found["hosts"] = ("all", f"All {seen.hosts} hosts of the pool share the work, as they can lock each "
+        found["hosts"] = ("all", f"The {seen.hosts} hosts of the pool share the work, as they can lock each "
                           "other out on this share.")
+    if {"vm-export", "vdi-export", "exclude"} & set(given):
+        found["wildcards"] = ("shell", "In selectors, * stands for any characters.")
+    there = "" if proposal is None or proposal.copies != seen.present else \
+        " As many of a VM are there by now: with fewer, the first night would remove some."
     if proposal and proposal.full_every:
         nights, least = str(proposal.copies), format_size((LEAST_FULLS + 1) * seen.used_bytes)
         found["incremental"] = ("yes", f"After a full only what has changed is stored: {LEAST_FULLS + 1} "
@@ -17499,14 +17507,14 @@ def proposed_settings(seen: Seen, given: Container[str],
                                 f"{ROOM_PERCENT} % of what is free are less.")
         found["max_backups"] = (nights, "So many nights stay, as increments: with "
                                 f"{CHANGE_PERCENT} % changed in a night, two fulls and what rests on them "
-                                f"take {format_size(proposal.needed_bytes)} at the worst moment.")
+                                f"take {format_size(proposal.needed_bytes)} at the worst moment.{there}")
         found["full_every"] = (nights, "So many nights make a chain; then the one before can go.")
         found["verify_after"] = ("yes", "Reads each image back before it counts: no chain goes before the "
                                  "next one's full has been proven.")
     elif proposal:
         found["max_backups"] = (str(proposal.copies), "So many fulls of each VM stay; with the new one, of "
                                 f"everything, they take {format_size(proposal.needed_bytes)} at the worst "
-                                "moment.")
+                                f"moment.{there}")
     return {key: row for key, row in found.items() if key not in given}
 
 
@@ -17514,10 +17522,11 @@ def reckoned(seen: Seen, settings: Configuration) -> Tuple[Optional[Proposal], L
     """How many copies there is room for, None if the settings say how many, or the store does not say how
     large it is; and what is to be warned of. UsageError if there is room for none."""
     proposal, warnings = None, []          # type: Optional[Proposal], List[str]
-    free = seen.free_bytes
-    where, needed = f"{seen.backup_dir}: {free_text(free)}, and", 2 * seen.used_bytes
+    free = None if seen.free_bytes is None else seen.free_bytes + seen.held_bytes
+    held = f" beside {format_size(seen.held_bytes)} of copies that are there" if seen.held_bytes else ""
+    where, needed = f"{seen.backup_dir}: {free_text(seen.free_bytes)}{held}, and", 2 * seen.used_bytes
     if free is not None and not any(key in settings.places for key in RETENTION_KEYS):
-        proposal = proposed_retention(seen.used_bytes, free)
+        proposal = proposed_retention(seen.used_bytes, free, seen.present)
         if proposal is None:
             raise UsageError(f"{where} one full of {counted(seen.vms, 'VM')} takes up to "
                              f"{format_size(seen.used_bytes)}. Name a larger share with backup_dir=, or "
@@ -17525,7 +17534,8 @@ def reckoned(seen: Seen, settings: Configuration) -> Tuple[Optional[Proposal], L
                              "Nothing was written.")
         needed = proposal.needed_bytes
     if free is not None and needed > free * ROOM_PERCENT // 100:
-        warnings.append(f"{where} two fulls of everything take up to {format_size(2 * seen.used_bytes)}: an "
+        fulls = proposal.copies + 1 if proposal else 2
+        warnings.append(f"{where} {fulls} fulls of everything take up to {format_size(needed)}: an "
                         "old copy goes only when the new one is there. Give it more room, or back up fewer "
                         "VMs.")
     elif proposal and proposal.copies == 1:
@@ -17570,7 +17580,8 @@ def next_steps(seen: Seen, settings: Configuration, smallest: str, selector: str
     exports = min(settings.at_once, settings.workers * (seen.hosts if is_all else 1))
     fast_s, slow_s = ((1 + settings.verify_after) * seen.used_bytes / rate / exports
                       for rate in (FAST_BYTES_S, SLOW_BYTES_S))
-    how_long = f"{format_duration(fast_s)} to {format_duration(slow_s)}" if slow_s > MINUTE_S else "a minute"
+    how_long = f"{format_duration(fast_s)} to {format_duration(slow_s)}" if slow_s > MINUTE_S else \
+        "about a minute, or less"
     log = shell_word(folder + "/VmBackup-") + "$(hostname -s).log" if is_all else \
         shell_word(folder + "/VmBackup.log")
 
@@ -17644,6 +17655,8 @@ def load_configuration(arguments: Arguments) -> Configuration:
     except ConfigurationError as error:
         # who opens a backup_dir that is not there tells that; beside other problems it is told with them
         own = [setting for setting in settings + file_settings if setting.name == "backup_dir"]
+        if arguments.action.name == SETUP and not own:         # it looks for one
+            raise
         path = own[0].value if own else OPTIONS[OPTION_NAMES.index("backup_dir")].default
         problems, place = list(error.problems), own[0].place if own else "default"
         if path and not os.path.isdir(fs_path(path)):
@@ -17716,6 +17729,13 @@ def share_on(mount: Mount) -> Share:
     return Share(mount, place, is_new, is_store, catalog.free_bytes(), catalog.whole_bytes())
 
 
+def holds_sr(mount: Mount, mounts: Iterable[Mount]) -> bool:
+    """Is what is mounted there, or a directory of it, an SR of this host, too?"""
+    export = mount.source.rstrip("/") + "/"
+    return any((one.point + "/").startswith(SR_PLACES) and (one.source + "/").startswith(export)
+               for one in mounts)
+
+
 def find_shares(run: Run, hosts: int) -> Tuple[List[Share], List[str]]:
     """The mounts that backups of a pool with so many hosts could go to, the best first; and those that looked
     so, with why they can't."""
@@ -17734,7 +17754,7 @@ def find_shares(run: Run, hosts: int) -> Tuple[List[Share], List[str]]:
             if NOT_IN_CONFIG.search(mount.point) or mount.point != mount.point.strip():
                 raise CatalogError("no config can name it.")
             found.append(within(SHARE_LIMIT_S, "looking at it", functools.partial(share_on, mount),
-                                run.services.signals.is_hurried))
+                                run.services.signals.is_hurried)._replace(holds_sr=holds_sr(mount, mounts)))
         except CatalogError as error:
             passed.append(f"{mount.title}: {error}")
         run.services.signals.check()
@@ -17759,9 +17779,19 @@ def command_setup(run: Run) -> None:
     program = os.path.abspath(__file__)
     path = fs_text(os.path.abspath(fs_path(arguments.parameters["config"] or os.path.join(
         os.path.dirname(program), "vmbackup.cfg"))))
+    folder = path if os.path.isdir(fs_path(path)) else os.path.dirname(path)
+    if folder == path or not os.path.isdir(fs_path(folder)):
+        raise UsageError(f"config={path}: {folder} is " + ("a directory" if folder == path else "not there")
+                         + f": name a file in a directory, such as config={folder}/vmbackup.cfg. Nothing was "
+                         "written.")
     if os.path.lexists(fs_path(path)):
         raise UsageError(f"{path} exists already and was left as it is; config=OTHER writes another, or "
                          f"`VmBackup.py - {shell_word(path)} preview` shows what it does.")
+    arguments = arguments._replace(settings=tuple(      # cron starts in another directory
+        one._replace(value=fs_text(os.path.abspath(fs_path(one.value))))
+        if one.value and OPTIONS[OPTION_NAMES.index(one.name)].kind == "path" else one
+        for one in arguments.settings))
+    services = run.services = services._replace(arguments=arguments)
     for one in arguments.settings + (Setting("config", path, "command line"),):
         if NOT_IN_CONFIG.search(one.value):
             raise UsageError(f"{one.place}: {one.name}: a line of a config can't hold a line break, nor what "
@@ -17803,7 +17833,10 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
     services = prepared(run, SHARE_LIMIT_S)
     check_hosts(services)
     check_own_disk(services)
-    jobs = plan_for(settings, inventory).jobs
+    plan = plan_for(settings, inventory)
+    jobs, (_, futures) = plan.jobs, run.in_store("looking at the copies", lambda: futures_of(
+        services, inventory, plan), FOR_EVER_S)
+    own = [own_verdicts(job, futures[job.machine.uuid][1]) for job in jobs]
     disks = {job.machine: planned_disks(job, settings.exclude_disk)[0] for job in jobs}
     is_raw = settings.vdi_export_format == "raw"       # such an image has empty space, too
     used = {job.machine: sum(disk.virtual_size if job.method is Method.VDI and is_raw else
@@ -17812,10 +17845,14 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
                 run.in_store("asking for the free space", services.catalog.free_bytes),
                 run.in_store("asking for the size", services.catalog.whole_bytes), len(jobs),
                 sum(disk.virtual_size for some in disks.values() for disk in some), sum(used.values()), hosts,
-                tuple(share.title for share in shares[1:]))
+                tuple(share.title for share in shares[1:]), present=max(map(len, own), default=0),
+                held_bytes=sum(verdict.copy.size_bytes for verdicts in own for verdict in verdicts))
     seen = seen._replace(lonely=tuple(one for one in sorted(seen.words[1:])
                                       if os.path.isabs(one) and not is_on_network(one)))
     proposal, warnings = reckoned(seen, settings)
+    if seen.mount is not None and holds_sr(seen.mount, read_mounts(read_text_file(MOUNTS_FILE))):
+        warnings.append(f"{seen.backup_dir} lies on {seen.mount.title}, which holds an SR, too: the VMs "
+                        "there and their backups could be lost together.")
     content = config_text(
         f"Written by VmBackup.py setup on {services.clock.local():%Y-%m-%d} for the pool "
         f"{inventory.pool_title} ({counted(len(inventory.host_uuids), 'host')}, master "
@@ -17824,8 +17861,14 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
     found, problems = read_settings(content, path)
     settings = parse_configuration(found, (), path, problems, True, fs_text(os.path.realpath(fs_path(path))))
     services = services._replace(settings=settings, arguments=arguments._replace(target=path, settings=()))
-    plan, preview = run.in_store("looking at the copies", lambda: foreseen(
+    plan, futures = run.in_store("looking at the copies", lambda: futures_of(
         services, inventory, plan_for(settings, inventory)), FOR_EVER_S)
+    going = [sum(not verdict.keep for verdict in own_verdicts(job, futures[job.machine.uuid][1]))
+             for job in plan.jobs]
+    if max(going, default=0) > 1:
+        warnings.append(f"the first night removes {counted(sum(going), 'good copy')} that are there, more "
+                        "than its own replace: the preview names them. "
+                        f"max_backups={seen.present} keeps them.")
     errors = [f"{finding.subject}: {finding.sentence}" for finding in plan.findings
               if finding.severity is Severity.ERROR]
     if errors:
@@ -17836,7 +17879,8 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
     text = content.decode("utf-8")
     if settings.ping_url:                  # it is a secret: who knows it can answer for us
         text = text.replace(settings.ping_url, "***")
-    parts = [f"{path} is written:", re.sub("(?m)^(?=.)", "    ", text.rstrip("\n")), preview]
+    parts = [f"{path} is written:", re.sub("(?m)^(?=.)", "    ", text.rstrip("\n")),
+             preview_text(settings, inventory, plan, futures, services.catalog)]
     parts += ["\n".join(paragraph(f"{word}: {one}")) for word, told in (("Passed over", passed), (
         "Warning", warnings)) for one in told]
     parts.append(next_steps(seen, settings, smallest.title if smallest else "",

@@ -16,7 +16,7 @@ from support import warm
 from support.deeds import in_trouble
 from support.language import GIBIBYTE, MEBIBYTE, disk, vm
 from support.process import PASSWORD, PROGRAM, ROOT, Run, ended, run_program, text_of
-from support.shelf import complete, path_of
+from support.shelf import complete, old, path_of
 
 TIB = 1024 * GIBIBYTE
 TWO = [{'name_label': 'xcp1', 'master': True}, {'name_label': 'xcp2'}]
@@ -153,10 +153,10 @@ def test_the_config_tells_above_each_line_why_it_is_there(a_site: Any) -> None:
     assert parts[-1] == ['# All keys, with what they mean: VmBackup.py help config']
     told = {part[-1].partition('=')[0]: ' '.join(line[2:] for line in part[:-1]) for part in parts[1:-1]}
     assert all(line.startswith('# ') for part in parts[1:-1] for line in part[:-1]) and all(told.values())
-    assert list(told) == ['vm-export', 'exclude', 'pool_db_backup', 'backup_dir', 'status_log', 'max_backups', 'hosts']
+    assert list(told) == ['vm-export', 'exclude', 'pool_db_backup', 'wildcards', 'backup_dir', 'status_log', 'max_backups', 'hosts']
     assert '1 VM with disks of 8.0 MiB, of which 4.0 MiB are in use' in told['vm-export']
     assert '(nfs4, nas:/export100): 12 TiB free of 16 TiB' in told['backup_dir']
-    assert (told['exclude'], told['max_backups']) == ('As given.', 'As given.') and 'All 2 hosts' in told['hosts']
+    assert (told['exclude'], told['max_backups']) == ('As given.', 'As given.') and 'The 2 hosts' in told['hosts']
     assert stat.S_IMODE(os.stat(site.config).st_mode) == 0o644
 
 
@@ -305,7 +305,65 @@ def test_what_is_given_is_what_the_config_says(a_site: Any) -> None:
              'pool_db_backup=no', 'status_log=/tmp/s.log', 'backup_dir=' + site.at('snapshots'), 'keep_weekly=8']
     run = site.setup(*words)
     assert run.exit_status == 3, run                                         # x* and y* exclude no VM
-    assert sorted(site.lines) == sorted(words) and run.says('with 2 exports at a time')
+    assert sorted(site.lines) == sorted(words + ['wildcards=shell']) and run.says('with 2 exports at a time')
+
+
+def test_a_path_that_is_given_relative_is_written_so_that_cron_finds_it(a_site: Any) -> None:
+    site = a_site(nfs('snapshots'))
+    run = run_program('-', 'setup', 'config=' + site.config, 'backup_dir=' + os.path.relpath(site.at('snapshots'), '/'), 'status_log=tmp/s',
+                      environment=site.pool.environment())               # it is started in /
+    assert run.exit_status == 0 and (site.value('backup_dir'), site.value('status_log')) == (site.at('snapshots'), '/tmp/s'), run
+
+
+@pytest.mark.parametrize('given, kept', [([old('web', days_ago=day) for day in range(1, 10)], '9'), ([old('web'), complete('db')], '7')])
+def test_never_fewer_copies_are_proposed_than_are_there(a_site: Any, given: Sequence[Any], kept: str) -> None:
+    site = a_site(nfs('BACKUPS'))
+    for number, one in enumerate(given, 1):
+        one.put(site.shelf, number)
+    run = site.setup()
+    assert run.exit_status == 0 and site.value('max_backups') == kept and not run.says('good copies that are there'), run
+
+
+def test_a_store_full_of_older_copies_is_room_for_as_many_as_they_are(a_site: Any) -> None:
+    site = a_site(nfs('BACKUPS', free=MEBIBYTE), vms=[vm('web', disks=[disk(size=GIBIBYTE, used=9)])])
+    for number in range(1, 4):
+        old('web', days_ago=number).put(site.shelf, number)
+    run = site.setup()
+    assert run.exit_status == 3 and site.value('max_backups') == '3' and run.says('4 fulls of everything take up to 36 MiB'), run
+
+
+def test_a_first_night_that_would_remove_more_than_it_makes_is_told(a_site: Any) -> None:
+    site = a_site(nfs('BACKUPS'))
+    for number in range(1, 5):
+        old('web', days_ago=number).put(site.shelf, number)
+    run = site.setup('max_backups=2')
+    assert run.exit_status == 3 and site.value('max_backups') == '2', run
+    assert 'removes 3 good copies that are there' in run.stdout.replace('\n', ' ') and run.says('max_backups=4'), run
+
+
+@pytest.mark.parametrize('config, told', [('{home}', 'is a directory'), ('{home}/none/x.cfg', '/none is not there')])
+def test_a_config_that_can_be_no_file_is_told_with_one_that_can(a_site: Any, config: str, told: str) -> None:
+    site = a_site(nfs('snapshots'))
+    site.config = config.format(home=site.home)
+    run = site.setup()
+    assert run.exit_status == 2 and run.says(told) and run.says('such as config=') and site.files() == [], run
+
+
+@pytest.mark.parametrize('source, is_told', [('nas:/x/0a1b', True), ('nas:/x', True), ('nas:/xy', False), ('other:/x/0a1b', False)])
+def test_a_share_that_holds_an_sr_too_is_taken_last_and_told(a_site: Any, source: str, is_told: bool) -> None:
+    site = a_site(nfs('snapshots', source='nas:/x'), nfs('sr', source=source, shown='/run/sr-mount/0a1b'))
+    run = site.setup()
+    assert site.value('backup_dir') == site.at('snapshots') and run.says('lost together') is is_told, run
+    assert run.exit_status == (3 if is_told else 0)
+    os.unlink(site.config)
+    os.mkdir(site.at('later'))
+    site.mounts.append(nfs(site.at('later'), source='nas:/z', free=TIB))
+    assert site.setup().exit_status == 0 and site.value('backup_dir') == site.at('later' if is_told else 'snapshots')
+
+
+def test_a_wrong_value_alone_is_told_and_no_missing_store_that_setup_would_look_for(a_site: Any) -> None:
+    run = a_site(nfs('snapshots')).setup('max_backups=x')
+    assert run.exit_status == 2 and run.says('max_backups') and not run.says('backup_dir'), run
 
 
 @pytest.mark.parametrize('where', ['on the root disk', 'missing', 'a file', 'on the disk of the host'])
@@ -412,7 +470,7 @@ def test_room_for_one_full_alone_is_a_warning_and_for_none_the_end(a_site: Any) 
     site = a_site(nfs('snapshots', free=15 * MEBIBYTE), vms=[vm('web', disks=[disk(size=GIBIBYTE, used=9)])])
     run = site.setup()
     assert run.exit_status == 3 and site.value('max_backups') == '1', run
-    assert 'two fulls of everything' in run.stdout.replace('\n', ' ')
+    assert '2 fulls of everything' in run.stdout.replace('\n', ' ')
     os.unlink(site.config)
     site.mounts[0]['free'] = 21 * MEBIBYTE
     run = site.setup()
@@ -427,14 +485,12 @@ def test_room_for_one_full_alone_is_a_warning_and_for_none_the_end(a_site: Any) 
 
 # --- whole or not at all ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('what', ['a config', 'a link to nowhere', 'a directory'])
+@pytest.mark.parametrize('what', ['a config', 'a link to nowhere'])
 def test_what_stands_there_is_left_as_it_is(a_site: Any, what: str) -> None:
     site = a_site(nfs('snapshots'))
     if what == 'a config':
         with open(site.config, 'w', encoding='utf-8') as file:
             file.write('mine\n')
-    elif what == 'a directory':
-        os.mkdir(site.config)
     else:
         os.symlink('/no/such/file', site.config)
     before = os.lstat(site.config)

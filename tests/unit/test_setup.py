@@ -55,6 +55,13 @@ def test_more_space_never_means_fewer_copies_of_a_kind_nor_increments_where_full
     assert rank(proposed_retention(full, free)) <= rank(proposed_retention(full, free + more))
 
 
+@given(SIZES, SIZES, st.integers(0, 40))
+def test_never_fewer_copies_than_are_there_are_proposed_whatever_fits(full, free, present):
+    found = proposed_retention(full, free, present)
+    assert (found is None) == (not present and full > free)
+    assert found is None or found.copies >= present and (found.copies == max(1, present) or found.needed_bytes <= free * ROOM_PERCENT // 100)
+
+
 def most_held(nights, full_every, keep):
     """The most that stands in the store at any moment of so many nights, as fulls and increments, by the judge of a run."""
     copies, worst = [], (0, 0)
@@ -187,7 +194,7 @@ def test_lines_for_the_crontab_survive_cron_and_the_shell():
 
 
 @pytest.mark.parametrize('facts, words, told', [
-    ({'used_bytes': 60 * 10 ** 6 * 3600}, [], '18 min 0 s to 1 h 0 min'), ({'used_bytes': GIBIBYTE}, [], 'takes a minute'),
+    ({'used_bytes': 60 * 10 ** 6 * 3600}, [], '18 min 0 s to 1 h 0 min'), ({'used_bytes': GIBIBYTE}, [], 'takes about a minute, or less'),
     ({'used_bytes': 60 * 10 ** 6 * 3600}, ['workers=2'], '9 min 0 s to 30 min 0 s'),
     ({'used_bytes': 60 * 10 ** 6 * 3600}, ['verify_after=yes'], '36 min 0 s to 2 h 0 min'),
     ({'used_bytes': 60 * 10 ** 6 * 3600, 'hosts': 3}, ['hosts=all', 'workers=4'], '2 min 15 s to 7 min 30 s')])
