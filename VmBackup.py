@@ -1895,15 +1895,20 @@ def _regex_hint(selector: Selector, names: Set[str]) -> str:
     except (re.error, OverflowError, RecursionError, Warning):
         return ""
     return "" if matching == "0 VMs" else (f" As a regex it would match {matching}: did you mean "
-                                           f"{_as_written_now(selector.pattern)}, or wildcards=regex?")
+                                           f"{_as_written_now(selector)}, or wildcards=regex?")
 
 
-def _as_written_now(regex: str) -> str:
-    """The selector that selects what this one did that versions 3.1 to 3.25 read as a regex."""
+def _as_written_now(selector: Selector) -> str:
+    """The value that selects what this one did that versions 3.1 to 3.25 read as a regex."""
+    regex, keep = selector.pattern, f":{selector.keep}" if selector.keep else ""
     if re.fullmatch(r"[A-Za-z0-9_ -]*\.\*", regex):
-        return regex.replace(".*", "*")
+        return regex.replace(".*", "*") + keep
     regex = regex[:-2] if regex.endswith(".*") and not regex.endswith("\\.*") else regex
-    return f"/({regex}).*/" if "|" in regex else f"/{regex}.*/"
+    if "|" in regex:                       # flags stand first; a group more would shift what \1 stands for
+        flags = re.match(r"(\(\?[aiLmsux]+\))*", regex).group()
+        regex = regex[len(flags):]
+        regex = f"{flags}({'?:' if '(' in regex else ''}{regex})"
+    return f"/{regex}.*/{keep}"
 
 
 # --- configs of the older program ---------------------------------------------------
@@ -1936,15 +1941,17 @@ def older_reading(configuration: Configuration) -> Optional[Configuration]:
 
 def older_differences(configuration: Configuration, inventory: Inventory, plan: Plan) -> List[Finding]:
     """What a config that may be one of the older program's would do otherwise than there, and how to keep it
-    as it was: a finding for each line that is not what it was to some VM of the pool. They are warnings if it
-    is surely written in regexes: then somebody's backups are at stake. `PROD*` is as well a shell wildcard.
+    as it was: a finding for each line that is not what it was to some VM of the pool, in place of what the
+    plan says of it. They are warnings if it is surely written in regexes: then somebody's backups are at
+    stake. `PROD*` is as well a shell wildcard.
     """
     older = older_reading(configuration)
     if older is None:
         return []
     selectors = configuration.vm_export + configuration.vdi_export + configuration.exclude
     olders = older.vm_export + older.vdi_export + older.exclude
-    changed = {one.line: one for one, was in zip(selectors, olders) if one.form != was.form}
+    pairs = [(one, was) for one, was in zip(selectors, olders) if one.form != was.form]
+    changed = {one.line: one for one, _ in pairs}
     names = {machine.name for machine in inventory.machines}
     is_theirs = any(".*" in one.pattern or not any(map(one.matches, inventory.machines))
                     and _regex_hint(one, names) for one in changed.values())
@@ -1955,22 +1962,42 @@ def older_differences(configuration: Configuration, inventory: Inventory, plan: 
         (was, by), (becomes, line) = before.get(machine.uuid, NO_BACKUP), now.get(machine.uuid, NO_BACKUP)
         if was != becomes:
             found[by if by in changed else line].setdefault((was, becomes), []).append(machine.title)
+    for one, older_one in pairs if any(found.values()) else ():
+        if not found[one.line]:            # what the other lines come to rewritten can hang on this one
+            then, here = _reached(older_one, inventory), _reached(one, inventory)
+            for machine in inventory.machines:
+                was, becomes = ("matched" if machine.uuid in part else "not matched" for part in (then, here))
+                if was == becomes == "matched" and one.precision != older_one.precision and \
+                        before.get(machine.uuid, NO_BACKUP)[1] != one.line:
+                    becomes = "matched by its name, which is more precise"
+                if was != becomes:
+                    found[one.line].setdefault((was, becomes), []).append(machine.title)
     findings = []
+    problems = {finding.subject: finding.severity for finding in plan.findings}
+    others = sum(map(bool, found.values())) - 1
+    together = f", together with the other {'line' if others == 1 else f'{others} lines'} told of here, as " \
+        "one alone may select too much" if others > 0 else ""
     for line, groups in found.items():
         words = "; ".join(
             f"{counted(len(titles), 'VM')} (then {was}, now {becomes}): {', '.join(titles[:MOST_NAMED])}"
             + (f" and {len(titles) - MOST_NAMED} more" if len(titles) > MOST_NAMED else "")
             for (was, becomes), titles in groups.items())
         if words:
-            one = changed[line]
-            keep = f":{one.keep}" if one.keep else ""
-            form = "name" if one.is_literal else "shell wildcard"
+            form = "name" if changed[line].is_literal else "shell wildcard"
+            form += " that selects no VM" if line in problems else ""
             findings.append(Finding(
-                severity, line, f"NAUbackup 3.1 to 3.25 read it as a regex; here it is a {form}. {words}. To "
-                "keep it as it was, add wildcards=regex to the config, or write "
-                f"{_as_written_now(one.pattern)}{keep} in this line; if it is meant as it stands, add "
+                problems.get(line, severity), line, "NAUbackup 3.1 to 3.25 read it as a regex; here it is a "
+                f"{form}. {words}. To keep it as it was, add wildcards=regex to the config, or write "
+                f"{_as_written_now(changed[line])} in this line{together}; if it is meant as it stands, add "
                 "wildcards=shell."))
     return findings + list(_older_notes(configuration, plan))
+
+
+def _reached(selector: Selector, inventory: Inventory) -> Set[str]:
+    """The uuids of the VMs that the entry chooses or excludes as it stands."""
+    return set() if _selector_problem(selector, inventory) else {
+        machine.uuid for machine in inventory.machines if (
+            selects(selector, machine) if selector.method else selector.matches(machine))}
 
 
 def _older_notes(configuration: Configuration, plan: Plan) -> Iterator[Finding]:
@@ -16987,8 +17014,8 @@ def futures_of(services: Services, inventory: Inventory, plan: Plan,
     increment would rest on is looked into, as a run does."""
     placement = Placement(services.catalog, inventory.pool_uuid, [one.name for one in inventory.machines])
     otherwise, views = older_differences(services.settings, inventory, plan), []
-    told = {(finding.severity, finding.subject) for finding in otherwise}      # more than "matches nothing"
-    findings = [finding for finding in plan.findings if finding[:2] not in told] + otherwise
+    told = {finding.subject for finding in otherwise}              # more than "matches nothing"
+    findings = [finding for finding in plan.findings if finding.subject not in told] + otherwise
     utc, local, settings = services.clock.utc(), services.clock.local(), services.settings
     placement.claim_all(job.machine for job in plan.jobs)
     try:

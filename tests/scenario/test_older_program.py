@@ -329,6 +329,14 @@ def test_preview_of_a_config_of_version_3_25_says_what_would_be_otherwise_and_ho
     assert shelf.is_unchanged()
 
 
+def test_a_line_that_matches_nothing_as_it_is_read_now_is_told_once(a_pool: Any, a_shelf: Any) -> None:
+    told = preview(a_pool(vm('PROD-1'), vm('db')), a_shelf(), 'vm-export=P.+:3', 'exclude=d.*')
+    assert told.exit_status == 1
+    (error, exclude) = [line for line in told.stdout.splitlines() if 'vm-export=P.+:3 (' in line or 'exclude=d.* (' in line]
+    assert error.startswith('Error: ') and 'write /P.+.*/:3 in this line' in error
+    assert exclude.startswith('Warning: ') and 'write d* in this line' in exclude and 'did you mean' not in told.stdout
+
+
 def test_a_backup_says_nothing_of_what_only_preview_tells(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(vm('PRO', disks=0), vm('PROD-1')), a_shelf()
     told = preview(pool, shelf, 'vm-export=PROD*')

@@ -5,7 +5,7 @@ import re
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import VmBackup
@@ -169,10 +169,49 @@ def test_nothing_is_told_of_selectors_on_the_command_line():
     ('vm-export=PROD*\nvm-export=x1.', 'INFO')])
 def test_it_is_a_warning_only_where_the_config_is_surely_written_in_regexes(text, severity):
     found = otherwise(text + '\n', 'PROD-1', 'PRO', 'x1')
-    assert {finding.severity for finding in found} == {Severity[severity]} and 'PRO (' in found[0].sentence
+    assert {finding.severity for finding in found} - {Severity.ERROR} == {Severity[severity]} and 'PRO (' in found[0].sentence
 
 
-OLD_SELECTORS = st.text('ab.*?|[]()+-:2 ', min_size=1, max_size=5)
+@pytest.mark.parametrize('text, severity', [('P.+:3', 'ERROR'), ('[P]R.:3', 'WARNING')])
+def test_of_a_line_that_matches_nothing_now_the_notice_is_as_grave_as_that_and_names_the_copies_to_keep(text, severity):
+    (found,), (problem,) = otherwise('vm-export=%s\n' % text, 'PROD-1'), planned('vm-export=%s\n' % text, *vms('PROD-1')).findings
+    assert found.severity is problem.severity is Severity[severity] and found.subject == problem.subject
+    assert 'that selects no VM' in found.sentence
+    rewritten = '/%s.*/:3' % text[:-2]
+    assert 'did you mean %s, or' % rewritten in problem.sentence and 'write %s in this line' % rewritten in found.sentence
+
+
+@pytest.mark.parametrize('text, names, told', [
+    ('vm-export=.*\nexclude=db.*', ['web', 'db1'], {1: '1 ' + LOST + 'web (', 2: '1 VM (then matched, now not matched): db1 ('}),
+    ('vm-export=b.:9\nvdi-export=b.*', ['b.'],
+     {1: '1 VM (then matched, now matched by its name, which is more precise): b. (',
+      2: '1 VM (then vdi-export with 4 copies, now vm-export with 9 copies): b. ('})])
+def test_lines_that_must_be_rewritten_together_are_told_so_each_with_its_vms(text, names, told):
+    found = {int(finding.subject[:-1].rpartition(':')[2]): finding.sentence for finding in otherwise(text + '\n', *names)}
+    assert sorted(found) == sorted(told)
+    assert all(told[line] in found[line] and 'together with the other line' in found[line] for line in told)
+
+
+def rewritten(text, *names):
+    """The config with each line that preview tells of as it says to write it, to keep it as it was."""
+    lines = text.splitlines()
+    for finding in otherwise(text, *names):
+        number = int(finding.subject[:-1].rpartition(':')[2]) - 1
+        way = finding.sentence.partition(', or write ')[2].rpartition(' in this line')[0]
+        lines[number] = '%s=%s' % (lines[number].partition('=')[0], way)
+    return '\n'.join(lines) + '\n'
+
+
+@pytest.mark.parametrize('text', ['(?i)WEB|db', '(?i)WEB', '(?i)(?s)w|DB.*', '(?i).*', '(?i)', '(d)\\1|w', '(?P<n>d)(?P=n)|w',
+                                  'w|d:2'])
+def test_a_line_as_it_is_to_be_written_is_a_good_one_that_selects_what_the_regex_did(text):
+    names, text = ('web', 'db', 'dd', 'x', 'wd'), 'vm-export=%s\n' % text
+    assert otherwise(text, *names)
+    assert jobs_of(planned(rewritten(text, *names), *vms(*names))) == jobs_of(planned('wildcards=regex\n' + text, *vms(*names)))
+
+
+OLD_SELECTORS = st.text('ab.*?|[]()+-:2 ', min_size=1, max_size=5).filter(
+    lambda text: not re.search(r'\[.*(\[|--|\|\|)', text))           # there Python warns, unless its cache has it
 OLD_LINES = st.lists(st.tuples(st.sampled_from(['vm-export', 'vdi-export', 'exclude']), OLD_SELECTORS), min_size=1, max_size=4)
 OLD_NAMES = [''.join(letters) for number in (1, 2, 3) for letters in itertools.product('ab.-', repeat=number)]
 
@@ -186,6 +225,18 @@ def test_it_is_told_exactly_where_the_older_reading_decides_otherwise_about_a_vm
     assert bool(otherwise(text, *OLD_NAMES)) == differs
 
 
+@given(OLD_LINES, st.lists(st.sampled_from(OLD_NAMES), min_size=1, max_size=9, unique=True))
+@example([('vm-export', '.*'), ('exclude', 'b.*')], ['a', 'b', 'ba'])
+@example([('vm-export', 'a.:3'), ('vm-export', 'a.:2'), ('vdi-export', 'a*')], ['a.'])
+def test_all_lines_as_they_are_told_to_be_written_make_the_plan_of_the_older_reading(lines, names):
+    text = ''.join('%s=%s\n' % line for line in lines)
+    if problems_of(text) or problems_of('wildcards=regex\n' + text) or not otherwise(text, *names):
+        return
+    now, was = planned(rewritten(text, *names), *vms(*names)), planned('wildcards=regex\n' + text, *vms(*names))
+    assert jobs_of(now) == jobs_of(was)
+    assert [machine for machine, _ in now.excluded] == [machine for machine, _ in was.excluded]
+
+
 @given(OLD_SELECTORS)
 def test_the_line_that_is_proposed_selects_what_the_regex_did(text):
     pattern = text.strip()
@@ -193,7 +244,8 @@ def test_the_line_that_is_proposed_selects_what_the_regex_did(text):
         return
     was = planned('wildcards=regex\nvm-export=%s\n' % pattern, *vms(*OLD_NAMES))
     if not VmBackup.PLAIN_OLD_NAME.fullmatch(pattern):
-        assert chosen(VmBackup._as_written_now(pattern), *OLD_NAMES) == sorted(jobs_of(was))
+        (selector,) = configured('wildcards=regex\nvm-export=%s\n' % pattern).vm_export
+        assert chosen(VmBackup._as_written_now(selector), *OLD_NAMES) == sorted(jobs_of(was))
 
 
 def test_what_else_the_older_program_did_otherwise_is_a_note_where_it_matters():
