@@ -18469,6 +18469,7 @@ def main(argv: Sequence[str]) -> int:
     open_standard_descriptors()
     raise_descriptor_limit()
     os.umask(0o077)                        # images hold whole disks, dumps hold secrets
+    warnings.filterwarnings("ignore", "Possible ", FutureWarning)      # about a regex of the config, as [[a]
     clock = Clock()
     log = Log(clock)
     signals = Signals(log)

@@ -69,6 +69,13 @@ def test_selectors_choose(many: Any, a_shelf: Any, what: str, lines: Sequence[st
     assert chosen(run.stdout, NAMES) == list(expected)
 
 
+@pytest.mark.parametrize('line', ['vm-export=/[[a-z]+.*/', 'wildcards=regex\nvm-export=[[a-z]+'])
+def test_a_regex_that_python_has_doubts_about_is_taken_without_a_word_of_python(many: Any, a_shelf: Any, line: str) -> None:
+    pool, shelf = many, a_shelf()
+    run = preview(pool, shelf, *line.split('\n'))
+    assert run.exit_status in (0, 3) and 'Warning: Possible' not in run.output and 'Traceback' not in run.output, run
+
+
 def test_a_selector_that_would_match_as_a_regex_says_so(many: Any, a_shelf: Any) -> None:
     run = preview(many, a_shelf(), 'vm-export=PROD.*', 'lock_wait=9')
     assert run.exit_status == 3
