@@ -912,10 +912,10 @@ OPTION_GROUPS = (
         Option("status_log", "path", "/snapshots/NAUbackup/status.log", "Names the file that gets the status "
                "lines; a backup never fails for it."))),
     ("How many to keep", (
-        Option("max_backups", "int", 4, "Keeps so many good copies of each VM and kind, where a selector "
+        Option("max_backups", "int", 4, "Keeps this many good copies of each VM and kind, where a selector "
                "gives no :N.", minimum=1, decides=True),
-        Option("keep_daily", "int", 0, "Keeps beside them one good copy of each of the last so many days "
-               "that have one.", maximum=9999, decides=True),
+        Option("keep_daily", "int", 0, "Keeps one good copy a day beside them, for this many of the last "
+               "days that have one.", maximum=9999, decides=True),
         Option("keep_weekly", "int", 0, "The same for weeks, which begin on Monday.", maximum=9999,
                decides=True),
         Option("keep_monthly", "int", 0, "The same for months.", maximum=9999, decides=True),
@@ -925,7 +925,7 @@ OPTION_GROUPS = (
     ("How", (
         Option("incremental", "bool", False, "Stores after a full only what changed, in copies that need the "
                "ones before them.", decides=True),
-        Option("full_every", "int", 14, "Makes a full again after so many copies, the full counted, with "
+        Option("full_every", "int", 14, "Makes a full again after this many copies, the full counted, with "
                "incremental=yes.", minimum=1, maximum=100, decides=True),
         Option("keep_reference", "bool", False, "Keeps each VM's newest snapshot in the pool, so that with "
                "incremental=yes only what changed is read, too.", decides=True),
@@ -935,23 +935,24 @@ OPTION_GROUPS = (
                "(or False).", choices=("none", "gzip", "zstd"), decides=True),
         Option("verify_after", "bool", False, "Reads each image back from storage and compares it before the "
                "copy counts."),
-        Option("min_sr_free", "percent", 5, "Makes no snapshot, and gives a running export up, while less "
-               "than so many percent of an SR are free.", maximum=90),
-        Option("lock_wait", "int", 10, "Waits so many minutes for a run of another config that is busy with "
-               "the same VM.", maximum=1440),
-        Option("stall_timeout", "int", 15, "Gives an export up after so many minutes without a sign of life.",
+        Option("min_sr_free", "percent", 5, "Makes no snapshot, and stops a running export, while less "
+               "than this of an SR is free.", maximum=90),
+        Option("lock_wait", "int", 10, "Waits this many minutes for a run of another config that is busy "
+               "with the same VM.", maximum=1440),
+        Option("stall_timeout", "int", 15, "Stops an export after this many minutes without progress.",
                minimum=1, maximum=1440),
         Option("ignore_extra_keys", "bool", False, "Makes an unknown key in this file a warning instead of "
                "an error."))),
     ("How much at a time", (
-        Option("workers", "int", 1, "Exports so many VMs at the same time on each host.", minimum=1,
+        Option("workers", "int", 1, "Exports this many VMs at the same time on each host.", minimum=1,
                maximum=16),
-        Option("hosts", "choice", "first", "Has the host that starts first do it all, or every host that "
-               "starts this config while the round goes on take part.", choices=("first", "all")),
-        Option("at_once", "int", 8, "Exports at most so many VMs at the same time in the whole round, "
-               "whatever the number of hosts.", minimum=1, maximum=1000),
-        Option("until", "time", "", "Starts no VM from that time of day on; what was not reached is told, "
-               "and comes first next time.", example="06:30"))),
+        Option("hosts", "choice", "first", "first: the host that starts first does it all; all: every "
+               "host that starts this config while a run of it goes on takes part in that run.",
+               choices=("first", "all")),
+        Option("at_once", "int", 8, "Exports at most this many VMs at the same time on all hosts "
+               "together.", minimum=1, maximum=1000),
+        Option("until", "time", "", "Begins no export from that time of day on; what was not reached is "
+               "reported, and comes first next time.", example="06:30"))),
     ("Hooks", (
         Option("before_run", "command", (), "Runs this program, with its arguments, on each host that "
                "starts, before backup_dir is opened: it may mount it. If it fails, nothing is started.",
@@ -962,7 +963,7 @@ OPTION_GROUPS = (
                example="/root/copy-away"),
         Option("after_run", "command", (), "Runs this program on each host when all is done and backup_dir "
                "is closed: it may unmount it.", example="/root/unmount-nas"),
-        Option("hook_timeout", "int", 10, "Ends such a program after so many minutes; it has failed then.",
+        Option("hook_timeout", "int", 10, "Ends such a program after this many minutes; it has failed then.",
                minimum=1, maximum=1440))),
     ("Monitoring", (
         Option("report_html", "path", "", "Writes a page that shows all nights, VMs and copies into this "
@@ -1401,7 +1402,7 @@ ACTIONS = (
     Action("verify", "Proves copies again: digests, structure, metadata. Needs no pool, no password, no xe.",
            True, False, False, (
         Option("from", "text", "", "latest: the newest copy of each VM; or the stamp of one copy."),
-        Option("max_time", "int", 0, "Stops after so many minutes; the next run goes on with what was "
+        Option("max_time", "int", 0, "Stops after this many minutes; the next run goes on with what was "
                "longest not verified.", minimum=1))),
     Action("list", "Shows the copies of each VM, what was verified, and what retention will do with them.",
            True, False, False, (
@@ -1434,20 +1435,20 @@ ACTIONS = (
                "unless to= is given."))),
     Action("drill", "Tests that copies can be restored: imports them, compares their disks, and removes "
            "everything again. VM: a VM, or newest-of-each.", True, False, True, (
-        Option("sample", "int", 0, "Takes so many VMs, those that were longest not drilled.", minimum=1),
+        Option("sample", "int", 0, "Takes this many VMs, those that were longest not drilled.", minimum=1),
         Option("sr", "text", "", "Puts all disks on this SR; without it, each goes where it came from."),
         Option("boot", "minutes", 0.0, "yes: boots the VM, without network, and waits up to 5 minutes for "
-               "its tools; or so many minutes."))),
-    Action("status", "Shows the round that is going on, on whatever hosts, or how the last one ended. Needs "
-           "no pool, no password, no xe.", False, False, False, ()),
-    Action("history", "Shows the rounds of this config that are over, or what became of one VM in them. "
+               "its tools; or that many minutes."))),
+    Action("status", "Shows the run that is going on, on any host, or how the last one ended. Needs no "
+           "pool, no password, no xe.", False, False, False, ()),
+    Action("history", "Shows the past runs of this config, or what became of one VM in them. "
            "Needs no pool, no password, no xe.", True, False, False, ()),
     Action("check", "Tells Nagios, Icinga or check_mk in one line whether each VM has a good copy that is "
            "new enough (exit status 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN). Needs no pool, no xe.",
            False, False, False, (
-        Option("warn_age", "int", 30, "WARNING if the newest good copy of a VM is older than so many hours.",
-               minimum=1),
-        Option("crit_age", "int", 54, "CRITICAL if it is older than so many hours.", minimum=1))),
+        Option("warn_age", "int", 30, "WARNING if the newest good copy of a VM is older than this many "
+               "hours.", minimum=1),
+        Option("crit_age", "int", 54, "CRITICAL if it is older than this many hours.", minimum=1))),
     Action("report", "Writes the page of report_html anew, as all stands now. Needs no pool, no password, no "
            "xe.", False, False, False, ()),
     Action("test-mail", "Sends a mail, to see that the mail settings work.", False, False, False, ()),
