@@ -479,7 +479,8 @@ class Inventory(NamedTuple):
     `problems`: records that can't be read, of which nothing is known. `references`: the snapshots that bear
     the name of a reference, this store's or not. `others`: name, uuid and kind of what is never backed up,
     such as templates. `host_uuids` by ref; `local_srs`: of each SR, by uuid, that one host alone sees, that
-    host's uuid. `used`: of each disk, by ref, how many bytes of it are in use at most."""
+    host's uuid. `used`: of each disk, by ref, how many bytes of it are in use at most. `vdis`: the uuids of
+    all disks, snapshots too."""
     pool_uuid: str
     pool_name: str
     host: Host
@@ -491,6 +492,7 @@ class Inventory(NamedTuple):
     local_srs: Mapping[str, str] = {}
     others: Tuple[Tuple[str, str, str], ...] = ()
     used: Mapping[str, int] = {}
+    vdis: Set[str] = set()
 
     @property
     def pool_title(self) -> str:
@@ -1108,7 +1110,12 @@ class Configuration:
         self.warnings = tuple(warnings)
         self.source = source
         self.path = path
-        self.of_file = self if path.startswith("/") else None      # type: Optional[Configuration]
+        self.of_file = None if self.is_by_hand else self           # type: Optional[Configuration]
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Does a selector stand in the place of a config file?"""
+        return not self.path.startswith("/")
 
     def rules(self, keep: Optional[int] = None) -> Rules:
         """How many copies are to stay of a VM whose selector has that :N."""
@@ -4513,6 +4520,7 @@ class Pool:
         by_uuid = {Fields("", record, []).text("uuid"): record for record in vdis.values()}
         return identity._replace(
             machines=tuple(real), problems=tuple(problems), references=references, others=tuple(others),
+            vdis=set(by_uuid),
             used={disk.vdi_ref: used_bytes(vdis[disk.vdi_ref], by_uuid)
                   for machine in real for disk in machine.disks},
             local_srs={uuid: min(hosts) for uuid, hosts in seen_by.items() if len(hosts) == 1})
@@ -13731,13 +13739,19 @@ def last_rounds(catalog: Catalog, path: str) -> List[Round]:
     return sorted(found, key=lambda one: one.plan.began_at)
 
 
+def rounds_under_way(services: Services, inventory: Inventory) -> Iterator[RoundPlan]:
+    """The plans of the rounds of the config in this pool that somebody leads now, those of other settings
+    too."""
+    for one in last_rounds(services.catalog, services.settings.path):
+        if one.plan.pool == inventory.pool_uuid and not one.is_over() and is_led(services.catalog, one.plan):
+            yield one.plan
+
+
 def other_rounds(services: Services, inventory: Inventory) -> Iterator[Finding]:
     """Warnings about rounds under way in this store, of the same path, that have other settings."""
     settings = services.settings
-    for other in last_rounds(services.catalog, settings.path):
-        plan = other.plan
-        if plan.pool == inventory.pool_uuid and plan.decisions != settings.decisions \
-                and not other.is_over() and is_led(services.catalog, plan):
+    for plan in rounds_under_way(services, inventory):
+        if plan.decisions != settings.decisions:
             yield Finding(Severity.WARNING, settings.source, f"{plan.host} is running it with other "
                           f"settings, so {inventory.host.short_name} takes no part there and runs a round of "
                           "its own: is the file the same on both hosts?")
@@ -16992,8 +17006,8 @@ def foreseen_copy(job: Job, folder: str, verdicts: Sequence[Verdict],
     lines = [f"into {folder}/, which holds {counted(len(own), 'good copy')} of it"
              + (f" ({older} made by the older program: they count as any other)" if older != "0" else "")]
     if layer is not None:
-        lines.append(f"it will be{layer_words(layer)[1:]}; the next full after it is due in "
-                     f"{counted(layer.left, 'copy')}")
+        due = f"; the next full after it is due in {counted(layer.left, 'copy')}" * bool(job.machine.disks)
+        lines.append(f"it will be{layer_words(layer)[1:]}{due}")
         lines += [words for words in (layer.reading, layer.warning) if words]
     return lines
 
@@ -17038,7 +17052,7 @@ def futures_of(services: Services, inventory: Inventory, plan: Plan,
         if settings.incremental:
             layer = next_layer(copies, job.machine, job.method, planned_disks(job, settings.exclude_disk)[0],
                                settings.full_every, services.catalog.free_bytes())
-            if settings.keep_reference:
+            if settings.keep_reference and job.machine.disks:
                 layer = layer._replace(reading=foreseen_reading(services, inventory, job, copies, layer))
             if layer.base is not None and job.machine.uuid in proven:
                 try:
@@ -17058,13 +17072,19 @@ def futures_of(services: Services, inventory: Inventory, plan: Plan,
 
 def foreseen_reading(services: Services, inventory: Inventory, job: Job, copies: Sequence[Copy],
                      layer: NextLayer) -> str:
-    """How a run will read the disks, in words, as far as the store tells."""
+    """How a run will read the disks, in words, as far as store and inventory tell."""
     good = [copy for copy in copies if copy.is_of(job.machine.uuid, job.method) and copy.is_good]
     try:
         ledger = services.catalog.ledger(inventory.pool_uuid, job.machine.uuid, job.method.value)
         why = reference_problem(ledger, services.catalog.identity(), good[-1] if good else None)
     except CatalogError as error:
         why = str(error).rstrip(".")
+    disks = () if why else planned_disks(job, services.settings.exclude_disk)[0]
+    for name, disk in zip(disk_folders(job.machine.disks), job.machine.disks):
+        key = block_key(name)
+        kept = ledger.current.disks.get(key) if disk in disks else None
+        if disk in disks and not why and (kept is None or kept["uuid"] not in inventory.vdis):
+            why = f"the reference's disk {key} is gone" if kept else f"disk {key} is not in the reference"
     if why:
         return f"all of it will be read, as {why}"
     return (f"what differs from the reference of {ledger.current.copy} will be read"
@@ -17227,8 +17247,13 @@ LAST_ROUNDS = 3                # that are told of a VM
 
 def explained(services: Services, inventory: Inventory, plan: Plan, hindrance: str) -> str:
     """Why each VM that the words mean is, or is not, backed up by this config, and how; UsageError if nothing
-    is known of any. `hindrance`: why a run would end before its first VM."""
+    is known of any. Without a catalog it is what the pool alone tells, "" if that knows none. `hindrance`:
+    why a run would end before its first VM."""
     vm, catalog, here = services.arguments.vm, services.catalog, ("", inventory.pool_uuid)
+    if catalog is None:
+        return "\n\n".join("\n".join(map(wrapped, explained_machine(
+            services, inventory, plan, None, machine, []))) for machine in inventory.machines
+            if vm == machine.name or vm.lower() == f"uuid:{machine.uuid}")
     listing = list_store(catalog)
     rounds, problems = History(catalog, services.settings.path).rounds(services.clock.utc())
     for one in [f"{one} It is left out." for one in listing.problems] + problems:
@@ -17238,13 +17263,18 @@ def explained(services: Services, inventory: Inventory, plan: Plan, hindrance: s
     machines = [machine for machine in inventory.machines
                 if vm == machine.name or vm.lower() == f"uuid:{machine.uuid}" or machine.uuid in uuids]
     plan, futures = futures_of(services, inventory, plan, {machine.uuid for machine in machines})
+    ahead = [f"  if it is started here, it ends before its first VM: {hindrance}"] if hindrance else []
+    with contextlib.suppress(CatalogError):    # where nothing can be locked, or only be read, nobody knows
+        ahead += [f"  a run that {one.host} began at {format_local(parse_utc(one.began_at))} is going on: "
+                  "what follows it does itself if it has this VM still to come"
+                  for one in rounds_under_way(services, inventory)]
     texts = []                             # type: List[List[str]]
     for machine in machines:
         stored = [one for one in listing.vms if one.pool in here and (
             one.uuid == machine.uuid or not one.uuid and one.bears(machine.name))]
         bearers = [one for one in bearers if one not in stored]
         future = futures.get(machine.uuid)
-        texts.append(explained_machine(services, inventory, plan, future, machine, hindrance)
+        texts.append(explained_machine(services, inventory, plan, future, machine, ahead)
                      + explained_past(services, inventory, stored, rounds, machine))
     for _, group in itertools.groupby(bearers, lambda one: (one.uuid, one.pool)):
         stored = list(group)
@@ -17257,7 +17287,8 @@ def explained(services: Services, inventory: Inventory, plan: Plan, hindrance: s
             stored.name for stored in listing.vms} | {name for name, _, _ in inventory.others})
         raise UsageError(
             f"neither the pool {inventory.pool_title} nor {catalog.path} knows a VM {quote_name(vm)}. "
-            + (f"The nearest names: {', '.join(map(quote_name, near))}." if near and "uuid:" not in vm else
+            + (f"Did you mean {' or '.join(map(quote_name, near))}? Upper and lower case count."
+               if near and "uuid:" not in vm else
                "`preview` shows the VMs of the pool, `list` those in the store."))
     return "\n\n".join("\n".join(map(wrapped, lines)) for lines in texts)
 
@@ -17273,9 +17304,9 @@ def wrapped(text: str) -> str:
 
 
 def explained_machine(services: Services, inventory: Inventory, plan: Plan,
-                      future: Optional[Foreseen], machine: VirtualMachine, hindrance: str) -> List[str]:
+                      future: Optional[Foreseen], machine: VirtualMachine, ahead: List[str]) -> List[str]:
     """Whether the VM of the pool is backed up, by which line, with which disks, and what the next run does.
-    `hindrance`: why a run would end before its first VM."""
+    `ahead`: what is to be said of that first."""
     settings, who = services.settings, f"{quote_name(machine.name)} ({machine.uuid})"
     job = next((one for one in plan.jobs if one.machine.uuid == machine.uuid), None)
     about = lines_about(machine, settings, inventory)
@@ -17288,11 +17319,12 @@ def explained_machine(services: Services, inventory: Inventory, plan: Plan,
             f"{kept_text([job.rules], 'copy')}"
         about += nearest_lines(machine, settings, is_selected=True)
         return [f"{who} {why}.", "Why:"] + ["  " + one for one in about] + notes + explained_disks(
-            job, settings) + ["The next run:"] + explained_run(job, settings, future, hindrance)
+            job, settings) + ["The next run:"] + ahead + explained_run(job, settings, future)
     exclude = next((line for one, line in plan.excluded if one.uuid == machine.uuid), "")
     is_being_made = is_provisional(machine.name) and not exclude
+    nothing = "nothing on the command line" if settings.is_by_hand else f"no line of {settings.source}"
     why = f"{exclude} leaves it out" if exclude else "it is still being made" if is_being_made else \
-        "no line that selects it is of use" if about else f"no line of {settings.source} selects it"
+        "no line that selects it is of use" if about else f"{nothing} selects it"
     if is_being_made:
         about.append(provisional_text(machine))
     lines = [f"{who} is not backed up by this config: {why}.", "Why:"]
@@ -17306,22 +17338,25 @@ def explained_disks(job: Job, settings: Configuration) -> List[str]:
     disks, problem = planned_disks(job, settings.exclude_disk)
     left_out = left_out_disks(job.machine, settings.exclude_disk)
     lines = ["Disks:"] + [f"  disk {disk_list((disk,))} goes into the copy" for disk in disks]
+    if not job.machine.disks:
+        lines.append("  It has no disk" + ("." if problem else ": the copy holds its settings alone."))
     lines += ["  " + words for words in foreseen_disks(job, settings.exclude_disk) if words != problem]
     return lines + [f"  disk {disk_list((disk,))} does not: vdi-export holds Disk 0 alone"
                     for disk in job.machine.disks if disks and disk not in disks and disk not in left_out]
 
 
-def explained_run(job: Job, settings: Configuration, future: Optional[Foreseen], hindrance: str) -> List[str]:
+def explained_run(job: Job, settings: Configuration, future: Optional[Foreseen]) -> List[str]:
     """What the next run does with the VM and its copies."""
-    lines = [f"  if it is started here, it ends before its first VM: {hindrance}"] if hindrance else []
     disks, problem = planned_disks(job, settings.exclude_disk)
-    if problem or future is None:
-        return lines + ["  it fails for that, and leaves the copies as they are"]
+    if problem:
+        return ["  it fails for that, and leaves the copies as they are"]
+    if future is None:
+        return ["  what it does depends on the store"]
     folder, verdicts, layer = future
-    lines += ["  " + words for words in foreseen_copy(job, folder, verdicts, layer)]
+    lines = ["  " + words for words in foreseen_copy(job, folder, verdicts, layer)]
     if layer is None:
         lines.append("  it will be a full, as each copy is with incremental=no")
-    if layer is None or not layer.reading:
+    if disks and (layer is None or not layer.reading):
         size = format_size(sum(disk.virtual_size for disk in disks))
         lines.append(f"  all of its disks will be read, {size}" + (
             ", and what differs from that copy stored" if layer is not None and layer.base else ""))
@@ -17334,12 +17369,13 @@ def line_to_add(machine: VirtualMachine, settings: Configuration, inventory: Inv
     """What is to be added to the config for the VM to be backed up."""
     line, by_uuid = line_for(machine, settings), f"{Method.VM.value}=uuid:{machine.uuid}"
     same = sum(one.name == machine.name for one in inventory.machines)
+    where = "give as TARGET" if settings.is_by_hand else f"add to {settings.source}"
     if not line:
-        return [f"  To back it up, add to {settings.source}, where no line can bear its name:",
-                "      " + by_uuid]
+        return [f"  To back it up, {where} its uuid, as no line can bear its name:", "      " + by_uuid]
     shared = f" (so it selects {counted(same, 'VM')} of that name)" if same > 1 else ""
-    return [f"  To back it up, add to {settings.source} one of these lines: its name{shared}; or its uuid, "
-            "which stays when the VM is renamed:", "      " + line, "      " + by_uuid]
+    return [f"  To back it up, {where} one of these lines: its name{shared}; or its uuid, "
+            "which stays when the VM is renamed:",
+            "      " + (shell_word(line) if settings.is_by_hand else line), "      " + by_uuid]
 
 
 def explained_lost(services: Services, inventory: Inventory, stored: StoredVm) -> List[str]:
@@ -17374,7 +17410,8 @@ def explained_past(services: Services, inventory: Inventory, stored: Sequence[St
         lines.append(f"  The newest good copy is {good[-1].folder}/{good[-1].name}, {age} old.")
     else:
         lines.append(f"  There is no good copy of it in {services.catalog.path}.")
-    lines += ["  " + one for one in last_rounds_of(of_pool(rounds, pool), uuid, settings.source)]
+    source = settings.path if settings.is_by_hand else settings.source
+    lines += ["  " + one for one in last_rounds_of(of_pool(rounds, pool), uuid, source)]
     lines += ["  " + one
               for one in other_configs(services.catalog.plans(), copies, pool, settings.path, uuid)]
     lines += [f"Copies: {len(copies)}, {len(good)} good"] if copies else []
@@ -17387,7 +17424,8 @@ def explained_references(services: Services, inventory: Inventory, pool: str, uu
     """What keep_reference has left of the VM in its pool: since when, what it costs, and, of this pool,
     whether it is there and what becomes of it."""
     lines, settings, now = [], services.settings, services.clock.utc()
-    there = {one.uuid for one in inventory.references}
+    there = inventory.vdis.union([one.uuid for one in inventory.references],
+                                 [known for _, known, _ in inventory.others])      # under another name, too
     jobs = jobs_with_references(settings.of_file, inventory)
     for method in Method:
         rows = reference_rows(services.catalog, pool, uuid, method)
@@ -17397,13 +17435,14 @@ def explained_references(services: Services, inventory: Inventory, pool: str, uu
             lines.append(f"{reference_line(row)}; it was made on {at}, and takes on a thin SR what was "
                          f"written since, on a thick one up to {size}")
             if pool == inventory.pool_uuid and row["uuid"] not in there:
-                lines.append("  but it is no longer there under its name")
+                lines.append("  but it is no longer there")
         lines += [reference_line(row) for row in rows if "problem" in row]
         ledger = None if any("problem" in row for row in rows) else services.catalog.ledger(
             pool, uuid, method.value)
         why = "" if ledger is None or pool != inventory.pool_uuid else why_reference_leaves(
             ledger, settings.path, jobs, inventory.host.short_name, now)
-        lines += [f"  the next run removes it, as {why}"] if why else []
+        does = "removes" if any(row.get("uuid") in there for row in rows) else "forgets"
+        lines += [f"  the next run {does} it, as {why}"] if why else []
     return ["References:"] + lines if lines else []
 
 
@@ -17968,18 +18007,26 @@ def command_preview(run: Run) -> None:
 
 def command_explain(run: Run) -> None:
     """Shown: why a VM is, or is not, backed up by the config, by which line, and how."""
-    settings, hindrance = run.services.settings, ""
+    settings, hindrance, away = run.services.settings, "", None
     if not run.services.arguments.vm:
         raise UsageError("explain which VM? Name one: explain web; `preview` shows all of the pool.")
     try:
         services = prepared(run)
     except UsageError as error:            # to explain, a store that can be read is enough
-        hindrance, services = str(error), run.services._replace(catalog=run.in_store(
-            "opening the store", lambda: open_store(settings)))
+        hindrance, services = str(error), run.services
+        try:
+            services = services._replace(catalog=run.in_store("opening the store",
+                                                              lambda: open_store(settings)))
+        except UsageError as error:
+            away = error                   # which line selects a VM is told without it
     with connected(services, changes_allowed=False, is_read=False) as (services, identity):
         inventory, plan = read_and_plan(services, identity)
-    services.log.show(run.in_store("looking at the copies", lambda: explained(
-        services, inventory, plan, hindrance), FOR_EVER_S))
+    text = run.in_store("looking at the copies", lambda: explained(
+        services, inventory, plan, hindrance), FOR_EVER_S)
+    if text:
+        services.log.show(text)
+    if away is not None:
+        raise away
     run.findings += [Finding(Severity.WARNING, "", warning) for warning in settings.warnings]
 
 

@@ -122,7 +122,18 @@ def test_a_selector_in_the_place_of_a_config_is_explained_as_well(many: Pool, a_
     run = run_program('-', 'PROD*', *words, environment=many.environment())
     assert run.exit_status == 0 and 'chosen by vm-export=PROD* (command line)' in told(run)
     run = run_program('-', 'prod*', *words, environment=many.environment())
-    assert run.exit_status == 0 and 'no line of the command line selects it.' in told(run)
+    assert run.exit_status == 0 and verdict(run).endswith('is not backed up by this config: nothing on the command line selects it.')
+    text = told(run)
+    assert 'To back it up, give as TARGET one of these lines: its name; or its uuid' in text and 'add to' not in text
+    assert 'No round of vm-export=prod* that is on record had it.' in text
+    line = [line.strip() for line in shown(run) if line.startswith('      vm-export=')][0]
+    run = run_program('-', line, *words, environment=many.environment())
+    assert run.exit_status == 0 and 'chosen by vm-export=PROD-web (command line)' in told(run)
+
+
+def test_what_it_says_to_write_on_a_command_line_is_one_word_of_a_shell(many: Pool, a_shelf: Any) -> None:
+    run = run_program('-', 'PROD*', 'explain', 'web 1', 'backup_dir=' + a_shelf().path, environment=many.environment())
+    assert "      'vm-export=web 1'\n" in run.stdout
 
 
 def test_a_vm_that_is_still_being_made_is_not_said_to_be_selected(a_pool: Any, a_shelf: Any) -> None:
@@ -161,7 +172,7 @@ def test_a_vm_is_a_word_a_name_or_a_uuid_in_any_case(many: Pool, a_shelf: Any) -
 def test_of_a_vm_that_nobody_knows_the_nearest_names_are_told(many: Pool, a_shelf: Any) -> None:
     run = explain(many, a_shelf(complete('Web-old')), 'vm-export=*', vm='web_old')
     assert run.exit_status == 2 and run.stdout.count('\n') <= 1
-    assert run.says('knows a VM web_old. The nearest names: Web-old')
+    assert run.says('knows a VM web_old. Did you mean Web-old or ') and run.says('? Upper and lower case count.')
     run = explain(many, a_shelf(), 'vm-export=*', vm='zzzzzz')
     assert run.exit_status == 2 and run.says('`preview` shows the VMs of the pool, `list` those in the store.')
 
@@ -246,6 +257,20 @@ def test_what_will_fail_is_no_backup_and_the_run_fails_so(a_pool: Any, a_shelf: 
     assert ' is selected by this config, but will not be backed up: ' in verdict(run) and why in verdict(run)
     assert run.exit_status == 0 and '..' not in verdict(run)
     assert backup(pool, shelf, *lines).exit_status == 1
+
+
+@pytest.mark.parametrize('words', [['incremental=no'], ['incremental=yes'], ['incremental=yes', 'keep_reference=yes']])
+def test_of_a_vm_without_disks_it_says_that_its_settings_are_all_and_nothing_of_reading(some_nights: Any, words: List[str]) -> None:
+    nights = some_nights('vm-export=web', disks=[])
+    lines = ['vm-export=web'] + words
+    for night in range(2):
+        run = explain(nights.pool, nights.shelf, *lines)
+        assert 'Disks: It has no disk: the copy holds its settings alone.' in told(run)
+        for said in (next_run(run), preview(nights.pool, nights.shelf, *lines).output):
+            assert 'will be read' not in said and 'the next full' not in said, said
+        assert 'it will be a full, as ' in next_run(run)
+        assert backup(nights.pool, nights.shelf, *lines).exit_status == 0
+    assert 'Disks: It has no disk. The next run: it fails for that' in told(explain(nights.pool, nights.shelf, 'vdi-export=web'))
 
 
 # --- what the next run does ------------------------------------------------------------------------------------------
@@ -364,6 +389,67 @@ def test_the_reference_in_the_pool_is_told_and_what_becomes_of_it(some_nights: A
     assert 'References:' not in told(explain(nights.pool, nights.shelf, *lines))
 
 
+def reference_of(nights: Any) -> Dict[str, Any]:
+    """What the ledger of its VM tells to be in the pool."""
+    (row,) = json.loads(without_pool(nights.shelf, 'list', 'web', 'format=json', lines=nights.lines).stdout)['vms']
+    (reference,) = row['references']
+    return reference
+
+
+@pytest.mark.parametrize('kind', ['vm-export', 'vdi-export'])
+def test_of_a_reference_that_is_gone_neither_explain_nor_preview_promises_a_difference(some_nights: Any, kind: str) -> None:
+    nights = some_nights(kind + '=web', 'keep_reference=yes')
+    for night in range(2):
+        nights.night()
+    for disk in reference_of(nights)['disks'].values():
+        assert nights.pool.xe('vdi-destroy', 'uuid=' + disk['uuid']).exit_status == 0
+    why = "as the reference's disk xvda is gone"
+    assert 'all of it will be read, %s then' % why in next_run(explain(nights.pool, nights.shelf, *nights.lines))
+    text = preview(nights.pool, nights.shelf, *nights.lines).stdout
+    assert 'all of it will be read, %s\n' % why in text and 'what differs' not in text
+    nights.night()
+    assert 'read whole, %s' % why in nights.run.output
+
+
+@pytest.mark.parametrize('kind, label', [('vm-export', 'VM'), ('vdi-export', 'VDI')])
+def test_a_reference_that_was_renamed_is_still_there(some_nights: Any, kind: str, label: str) -> None:
+    nights = some_nights(kind + '=web', 'keep_reference=yes')
+    nights.night()
+    session, uuid = nights.pool.session().xenapi, reference_of(nights)['uuid']
+    door = getattr(session, label)
+    door.set_name_label(door.get_by_uuid(uuid), 'mine')
+    text = told(explain(nights.pool, nights.shelf, *nights.lines))
+    assert 'what differs from the reference of' in text and 'no longer there' not in text
+    nights.night()
+    assert 'read by difference' in nights.run.output
+
+
+def test_a_disk_that_came_after_the_reference_is_foreseen_to_be_read_whole(some_nights: Any) -> None:
+    nights = some_nights('vm-export=web', 'keep_reference=yes')
+    nights.night()
+    nights.add('xvdc', 4 * MEBIBYTE)
+    why = 'as disk xvdc is not in the reference'
+    assert 'all of it will be read, ' + why in next_run(explain(nights.pool, nights.shelf, *nights.lines))
+    nights.night()
+    assert 'read whole, ' + why in nights.run.output
+
+
+def test_of_a_vm_and_a_reference_that_are_gone_it_says_that_the_next_run_forgets_it(some_nights: Any) -> None:
+    nights = some_nights('vm-export=*', 'keep_reference=yes', beside=[vm('db')])
+    nights.run = backup(nights.pool, nights.shelf, *nights.lines)
+    uuid = reference_of(nights)['uuid']
+    session = nights.pool.session().xenapi
+    session.VM.destroy(session.VM.get_by_uuid(uuid_of('web')))
+    text = told(explain(nights.pool, nights.shelf, *nights.lines))
+    assert 'no longer there' not in text and 'the next run removes it, as weekend.cfg keeps no reference' in text
+    assert nights.pool.xe('snapshot-uninstall', 'uuid=' + uuid, 'force=true').exit_status == 0
+    text = told(explain(nights.pool, nights.shelf, *nights.lines))
+    assert 'but it is no longer there' in text and 'removes it' not in text
+    assert 'the next run forgets it, as weekend.cfg keeps no reference' in text
+    backup(nights.pool, nights.shelf, *nights.lines)
+    assert 'References:' not in told(explain(nights.pool, nights.shelf, *nights.lines))
+
+
 # --- what it leaves alone --------------------------------------------------------------------------------------------
 
 def test_nothing_is_changed_in_pool_or_store(some_nights: Any) -> None:
@@ -384,7 +470,35 @@ def test_it_works_while_a_round_is_running(a_pool: Any, a_shelf: Any) -> None:
         assert eventually(is_exporting(shelf))
         run = explain(pool, shelf, 'vm-export=web')
         assert run.exit_status == 0 and ' is backed up by this config' in verdict(run), run
+        assert re.match(r'a run that xcp1 began at [\d-]+ [\d:]+ is going on: what follows it does itself ', next_run(run)), next_run(run)
         assert not process.is_over() and process.ending().exit_status == 0
+    assert 'is going on' not in told(explain(pool, shelf, 'vm-export=web'))
+
+
+def test_a_round_that_nobody_leads_any_more_is_not_said_to_go_on(a_pool: Any, a_shelf: Any) -> None:
+    slow = at('http:/export', runs_at=MEBIBYTE)
+    pool, shelf = a_pool(vm('web', disks=[disk(size=6 * MEBIBYTE, used=6)]), faults=[slow]), a_shelf()
+    with beginning(pool, shelf, 'vm-export=web') as process:
+        assert eventually(is_exporting(shelf))
+        process.kill()
+    assert 'is going on' not in told(explain(pool, shelf, 'vm-export=web'))
+
+
+@pytest.mark.parametrize('name, said', [('web', 'is backed up by this config: vm-export, chosen by vm-export=web (weekend.cfg:4)'),
+                                        ('db', 'is not backed up by this config: no line of weekend.cfg selects it.')])
+def test_with_the_store_away_it_tells_what_needs_no_store_and_what_is_wrong_there(a_pool: Any, a_shelf: Any, name: str,
+                                                                                 said: str) -> None:
+    pool, shelf = a_pool(vm('web'), vm('db')), a_shelf()
+    os.rename(shelf.path, shelf.path + '.away')
+    try:
+        run, other = explain(pool, shelf, 'vm-export=web', vm=name), explain(pool, shelf, 'vm-export=web', vm='nobody')
+    finally:
+        os.rename(shelf.path + '.away', shelf.path)
+    assert run.exit_status == other.exit_status == 2 and said in verdict(run) and 'Why: ' in told(run), run
+    assert 'Last:' not in told(run) and 'good cop' not in told(run) and 'fails for that' not in told(run)
+    assert ('The next run: what it does depends on the store' in told(run)) is (name == 'web')
+    assert run.output.count('Is the share mounted?') == other.output.count('Is the share mounted?') == 1
+    assert not shown(other)
 
 
 def test_its_lines_end_at_column_80_where_names_let_them(a_backup: Any) -> None:
