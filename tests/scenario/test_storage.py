@@ -81,7 +81,7 @@ def test_a_backup_dir_that_can_only_be_read_is_enough_to_explain(a_backup: Any) 
         subprocess.run(['umount', '-l', shelf.path], check=True)
     told = ' '.join(run.stdout.split())
     assert run.exit_status == 0 and told.startswith('web (') and 'Copies: 1, 1 good' in told, run
-    assert 'it ends before its first VM: ' in told and 'is not writable.' in told
+    assert 'it ends before its first VM: ' in told and 'is not writable: is the share' in told
 
 
 def test_a_backup_dir_on_a_mount_of_its_own_is_used_where_a_mount_is_required(a_pool: Any, a_shelf: Any,
