@@ -17012,11 +17012,12 @@ def foreseen_copy(job: Job, folder: str, verdicts: Sequence[Verdict],
     return lines
 
 
-def foreseen(services: Services, inventory: Inventory, plan: Plan) -> Tuple[Plan, str]:
-    """The plan with what the store adds to its findings, and the preview: it tells of each VM its directory
-    too, and what a run will say about the copies there."""
+def foreseen(services: Services, inventory: Inventory,
+             plan: Plan) -> Tuple[Plan, Dict[str, Foreseen], str]:
+    """What futures_of gives, and the preview: it tells of each VM its directory too, and what a run will say
+    about the copies there."""
     plan, futures = futures_of(services, inventory, plan)
-    return plan, preview_text(services.settings, inventory, plan, futures, services.catalog)
+    return plan, futures, preview_text(services.settings, inventory, plan, futures, services.catalog)
 
 
 UNREADABLE = "all of it will be read, as the list of blocks of the newest good copy can't be used"
@@ -17928,7 +17929,7 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
     found, problems = read_settings(content, path)
     settings = parse_configuration(found, (), path, problems, True, fs_text(os.path.realpath(fs_path(path))))
     services = services._replace(settings=settings, arguments=arguments._replace(target=path, settings=()))
-    plan, futures = run.in_store("looking at the copies", lambda: futures_of(
+    plan, futures, preview = run.in_store("looking at the copies", lambda: foreseen(
         services, inventory, plan_for(settings, inventory)), FOR_EVER_S)
     going = [sum(not verdict.keep for verdict in own_verdicts(job, futures[job.machine.uuid][1]))
              for job in plan.jobs]
@@ -17946,8 +17947,7 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
     text = content.decode("utf-8")
     if settings.ping_url:                  # it is a secret: who knows it can answer for us
         text = text.replace(settings.ping_url, "***")
-    parts = [f"{path} is written:", re.sub("(?m)^(?=.)", "    ", text.rstrip("\n")),
-             preview_text(settings, inventory, plan, futures, services.catalog)]
+    parts = [f"{path} is written:", re.sub("(?m)^(?=.)", "    ", text.rstrip("\n")), preview]
     parts += ["\n".join(paragraph(f"{word}: {one}")) for word, told in (("Passed over", passed), (
         "Warning", warnings)) for one in told]
     parts.append(next_steps(seen, settings, smallest.title if smallest else "",
@@ -17998,8 +17998,8 @@ def command_preview(run: Run) -> None:
     """Shown: the plan, and what retention would then remove."""
     with connected(prepared(run), changes_allowed=False, is_read=False) as (services, identity):
         inventory, bare_plan = read_and_plan(services, identity)
-    plan, text = run.in_store("looking at the copies", lambda: foreseen(services, inventory, bare_plan),
-                              FOR_EVER_S)
+    plan, _, text = run.in_store("looking at the copies", lambda: foreseen(services, inventory, bare_plan),
+                                 FOR_EVER_S)
     services.log.show(text)
     run.findings += plan.findings
     run.findings += [Finding(Severity.WARNING, "", warning) for warning in services.settings.warnings]
