@@ -17904,7 +17904,8 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
     plan = plan_for(settings, inventory)
     jobs, (_, futures) = plan.jobs, run.in_store("looking at the copies", lambda: futures_of(
         services, inventory, plan), FOR_EVER_S)
-    own = [own_verdicts(job, futures[job.machine.uuid][1]) for job in jobs]
+    own = [[verdict.copy for verdict in own_verdicts(job, futures[job.machine.uuid][1])
+            if verdict.copy.method is job.method] for job in jobs]
     disks = {job.machine: planned_disks(job, settings.exclude_disk)[0] for job in jobs}
     is_raw = settings.vdi_export_format == "raw"       # such an image has empty space, too
     used = {job.machine: sum(disk.virtual_size if job.method is Method.VDI and is_raw else
@@ -17914,7 +17915,7 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
                 run.in_store("asking for the size", services.catalog.whole_bytes), len(jobs),
                 sum(disk.virtual_size for some in disks.values() for disk in some), sum(used.values()), hosts,
                 tuple(share.title for share in shares[1:]), present=max(map(len, own), default=0),
-                held_bytes=sum(verdict.copy.size_bytes for verdicts in own for verdict in verdicts))
+                held_bytes=sum(copy.size_bytes for copies in own for copy in copies))
     seen = seen._replace(lonely=tuple(one for one in sorted(seen.words[1:])
                                       if os.path.isabs(one) and not is_on_network(one)))
     proposal, warnings = reckoned(seen, settings)
@@ -17934,9 +17935,11 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
     going = [sum(not verdict.keep for verdict in own_verdicts(job, futures[job.machine.uuid][1]))
              for job in plan.jobs]
     if max(going, default=0) > 1:
-        warnings.append(f"the first night removes {counted(sum(going), 'good copy')} that are there, more "
-                        "than its own replace: the preview names them. "
-                        f"max_backups={seen.present} keeps them.")
+        behind = any(one.keep for one in settings.vm_export + settings.vdi_export)
+        warnings.append(f"the first night removes {counted(sum(going), 'good copy')} that are there, and "
+                        f"makes {len(going)}: the preview names them. max_backups={seen.present}"
+                        + f", or :{seen.present} where a selector has another number," * behind
+                        + " keeps them.")
     errors = [f"{finding.subject}: {finding.sentence}" for finding in plan.findings
               if finding.severity is Severity.ERROR]
     if errors:

@@ -338,7 +338,19 @@ def test_a_first_night_that_would_remove_more_than_it_makes_is_told(a_site: Any)
         old('web', days_ago=number).put(site.shelf, number)
     run = site.setup('max_backups=2')
     assert run.exit_status == 3 and site.value('max_backups') == '2', run
-    assert 'removes 3 good copies that are there' in run.stdout.replace('\n', ' ') and run.says('max_backups=4'), run
+    told = run.stdout.replace('\n', ' ')
+    assert 'removes 3 good copies that are there, and makes 2' in told and 'max_backups=4 keeps them' in told, run
+    os.unlink(site.config)
+    run = site.setup('vm-export=web:2')
+    assert run.exit_status == 3 and 'or :4 where a selector has another number' in run.stdout.replace('\n', ' '), run
+
+
+def test_copies_of_the_other_kind_are_not_counted_with_those_of_this(a_site: Any) -> None:
+    site = a_site(nfs('BACKUPS'))
+    for number, kind in enumerate(['vm-export'] * 5 + ['vdi-export'] * 9, 1):
+        complete('web', days_ago=number, kind=kind).put(site.shelf, number)
+    run = site.setup()
+    assert run.exit_status == 0 and site.value('max_backups') == '7', run
 
 
 @pytest.mark.parametrize('config, told', [('{home}', 'is a directory'), ('{home}/none/x.cfg', '/none is not there')])
