@@ -159,7 +159,8 @@ def test_no_password_is_in_the_words_of_a_worker(a_pool: Any, a_shelf: Any) -> N
 
 
 def test_a_worker_that_is_killed_costs_no_vm_its_backup(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(3, 8), faults=[at('http:/export', runs_at=3 * MEBIBYTE)])
+    slow = [at('http:/export', object='vm0', runs_at=2 * MEBIBYTE)]      # keeps the leader busy until the other is there
+    pool = a_pool(*machines(3, 32), faults=slow + [at('http:/export', runs_at=8 * MEBIBYTE)])
     shelf = a_shelf()
     with started(pool, shelf, 'vm-export=*', 'workers=2', is_hurried=True) as (process,):
         assert eventually(lambda: workers_of(process))
