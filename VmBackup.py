@@ -3799,6 +3799,19 @@ class Directory:
                     raise
 
 
+class DirectoryToBe(Directory):
+    """A directory that is yet to be made in the one that is open: nothing is in it."""
+
+    def names(self) -> List[str]:
+        return []
+
+    def status(self, name: str) -> Optional[os.stat_result]:
+        return None
+
+    def child(self, name: str) -> Directory:
+        raise NotThere(f"{self.shown}/{name} is not made yet.")
+
+
 # --- locks ----------------------------------------------------------------------
 
 WHOLE_FILE = 0
@@ -3991,18 +4004,24 @@ def close_on(device: int) -> None:
 
 
 class NewFile:
-    """A file outside the store, written beside its place, that stands there only once it is complete."""
+    """A file outside the store that stands at its place only once it is complete. Until then it has no name,
+    so that whatever ends us leaves nothing; where each file has one (NFS, CIFS, FUSE), it lies beside its
+    place."""
 
     def __init__(self, path: str, mark: str = "") -> None:
         """Raises NameTaken, or another CatalogError, if it can't be begun. `mark`: tells what is written from
         what another process writes, or a dead one has left."""
-        self.shown = path
-        self._path, self._partial = fs_path(path), fs_path(path + mark + PARTIAL)
+        self.shown, self._path, self._partial = path, fs_path(path), ""
         if os.path.lexists(self._path):
             raise NameTaken(f"{path} exists already and was left as it is.")
-        with storage_errors(f"making {path + mark + PARTIAL}", is_elsewhere=True):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self.fd = os.open(self._partial, flags, 0o600)
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        try:
+            self.fd = os.open(os.path.dirname(self._path) or ".", flags | os.O_TMPFILE, 0o600)
+        except OSError:
+            partial = path + mark + PARTIAL
+            with storage_errors(f"making {partial}", is_elsewhere=True):
+                self.fd = os.open(fs_path(partial), flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            self._partial = fs_path(partial)
 
     def __enter__(self) -> "NewFile":
         return self
@@ -4013,6 +4032,8 @@ class NewFile:
             if size is not None:
                 os.ftruncate(self.fd, size)
             os.fsync(self.fd)
+            if not self._partial:          # only with a src_dir_fd is the link followed
+                return os.link(f"/proc/self/fd/{self.fd}", self._path, src_dir_fd=self.fd)
             try:
                 os.link(self._partial, self._path)
             except OSError as error:
@@ -7334,10 +7355,11 @@ class Folder(NamedTuple):
 class Catalog:
     """The backup directory, opened once."""
 
-    def __init__(self, path: str) -> None:
-        """Raises CatalogError if the directory can't be opened."""
+    def __init__(self, path: str, above: str = "") -> None:
+        """Raises CatalogError if the directory can't be opened; or the one above it, for one yet to be
+        made."""
         self.path = path
-        self.root = Directory.open_path(path)
+        self.root = DirectoryToBe.open_path(above) if above else Directory.open_path(path)
         self._device = status_of(self.root.fd).st_dev
         self._state = None                     # type: Optional[Directory]
         self._verdicts = None                  # type: Optional[Directory]
@@ -13620,7 +13642,8 @@ def prepared(run: Run, limit_s: float = 0) -> Services:
     """The services with the store, once the programs that the config asks for are found; UsageError if one of
     them can't be had. The store is waited for so long, or as long as stall_timeout."""
     settings, log = run.services.settings, run.services.log
-    run.catalog = run.in_store("opening the store", lambda: open_catalog(settings, log), limit_s)
+    if run.catalog is None:
+        run.catalog = run.in_store("opening the store", lambda: open_catalog(settings, log), limit_s)
     services = run.services._replace(catalog=run.catalog)
     if settings.compress != "none":
         find_compressor(settings)
@@ -17873,12 +17896,20 @@ def command_setup(run: Run) -> None:
         shares, passed = find_shares(run, hosts)
         if not shares:
             raise UsageError(no_share_text(passed))
+    new = [share for share in shares[:1] if share.is_new]
     try:
-        if shares and shares[0].is_new:
-            above = Directory.open_path(shares[0].mount.point)
-            run.in_store(f"making {shares[0].place}", lambda: above.child_made_if_missing(BACKUPS).close(),
-                         SHARE_LIMIT_S)
-        text = write_setup(run, inventory, path, hosts, shares, passed)
+        for share in new:
+            run.catalog = run.in_store(f"opening {share.mount.point}",
+                                       lambda: Catalog(share.place, share.mount.point), SHARE_LIMIT_S)
+        content, text = new_config(run, inventory, path, hosts, shares, passed)
+        with NewFile(path, f".{os.getpid()}") as file, storage_errors(f"writing {path}", is_elsewhere=True):
+            os.fchmod(file.fd, 0o600 if run.services.settings.ping_url else 0o644)
+            write_all(file.fd, content)
+            for share in new:              # last of all, so that whatever ends us leaves nothing
+                above = Directory.open_path(share.mount.point)
+                run.in_store(f"making {share.place}", lambda: above.child_made_if_missing(BACKUPS).close(),
+                             SHARE_LIMIT_S)
+            file.complete()
         above = None
     except CatalogError as error:
         raise UsageError(f"{error} Nothing was written.")
@@ -17888,10 +17919,10 @@ def command_setup(run: Run) -> None:
     services.log.show(text)
 
 
-def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: Sequence[Share],
-                passed: Sequence[str]) -> str:
-    """The config is written at that path, for a store on the first share, if there are any; what is to be
-    shown of it. Nothing was written if it would not pass preview."""
+def new_config(run: Run, inventory: Inventory, path: str, hosts: int, shares: Sequence[Share],
+               passed: Sequence[str]) -> Tuple[bytes, str]:
+    """The config that is to be written at that path, for a store on the first share, if there are any; and
+    what is to be shown of it. UsageError if it would not pass preview."""
     arguments, given = run.services.arguments, run.services.arguments.settings
     extra = [Setting("backup_dir", share.place, "setup") for share in shares[:1]]
     if not any(one.name in ("vm-export", "vdi-export") for one in given):
@@ -17956,8 +17987,7 @@ def write_setup(run: Run, inventory: Inventory, path: str, hosts: int, shares: S
     parts.append(next_steps(seen, settings, smallest.title if smallest else "",
                             selector_for(smallest, inventory.machines) if smallest else ""))
     services.signals.check()
-    put_new(path, content, not settings.ping_url)
-    return "\n\n".join(parts)
+    return content, "\n\n".join(parts)
 
 
 def setup_words(password: str, path: str) -> Tuple[str, str, str, str]:
@@ -17984,14 +18014,6 @@ def check_own_disk(services: Services) -> None:
         raise UsageError(f"{settings.places['backup_dir']}: backup_dir: {settings.backup_dir} lies on the "
                          f"host's own disk ({mount.source}), and would be lost with it. require_mount=no "
                          "allows it.")
-
-
-def put_new(path: str, content: bytes, is_for_all: bool) -> None:
-    """A file with that content is there, whole, or it is not there; CatalogError if it can't be."""
-    with NewFile(path, f".{os.getpid()}") as file, storage_errors(f"writing {path}", is_elsewhere=True):
-        os.fchmod(file.fd, 0o644 if is_for_all else 0o600)
-        write_all(file.fd, content)
-        file.complete()
 
 
 # --- preview and backup ----------------------------------------------------------------------

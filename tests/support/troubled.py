@@ -66,6 +66,7 @@ class Storage:
         self.what = trouble.get('what', '')
         self.command = trouble.get('command', ())
         self.reads = trouble.get('reads', False)
+        self.is_named = trouble.get('named', False)
         self.below = trouble.get('below', '')
         self.apart = trouble.get('apart', '')
         self.trace = REAL['open'](trouble['trace'], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if 'trace' in trouble else -1
@@ -154,12 +155,15 @@ def install(storage: Storage) -> None:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
             dir_fd = options.get('dir_fd', options.get('src_dir_fd'))
             if kind != 'mkdir' or not exists(path, dir_fd):
-                storage.pass_step(kind, storage.place(path, dir_fd))
+                storage.pass_step(kind, storage.place(arguments[0] if kind == 'link' else path, dir_fd))
             return REAL[name](path, *arguments, **options)
         return call
 
     def troubled_os_open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: Optional[int] = None) -> int:
-        if flags & os.O_CREAT and not exists(path, dir_fd):
+        is_nameless = flags & os.O_TMPFILE == os.O_TMPFILE
+        if is_nameless and storage.is_named:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if is_nameless or flags & os.O_CREAT and not exists(path, dir_fd):
             storage.pass_step('create', storage.place(path, dir_fd))
         if not flags & (os.O_CREAT | os.O_DIRECTORY | os.O_WRONLY | os.O_RDWR):
             storage.pass_step('open', storage.place(path, dir_fd))
