@@ -13762,18 +13762,31 @@ def last_rounds(catalog: Catalog, path: str) -> List[Round]:
     return sorted(found, key=lambda one: one.plan.began_at)
 
 
-def rounds_under_way(services: Services, inventory: Inventory) -> Iterator[RoundPlan]:
-    """The plans of the rounds of the config in this pool that somebody leads now, those of other settings
-    too."""
+def rounds_under_way(services: Services, inventory: Inventory) -> Iterator[Round]:
+    """The rounds of the config in this pool that somebody leads now, those of other settings too."""
     for one in last_rounds(services.catalog, services.settings.path):
         if one.plan.pool == inventory.pool_uuid and not one.is_over() and is_led(services.catalog, one.plan):
-            yield one.plan
+            yield one
+
+
+IN_ROUND = {CLAIM: "it is at this VM, and does what follows",
+            DONE: "it has backed this VM up, and what follows is for the next run",
+            GIVEN_UP: "it could not back this VM up, and what follows is for the next run"}
+
+
+def how_it_stands(one: Round, uuid: str) -> str:
+    """With that VM in a round that is going on."""
+    states, keys = standing(one.names()), [job.key for job in one.plan.jobs if job.job.machine.uuid == uuid]
+    if not keys:
+        return "it does not have this VM"
+    return IN_ROUND.get(states.get(keys[0], (0, ""))[1],
+                        "it has this VM still to come, and then does what follows")
 
 
 def other_rounds(services: Services, inventory: Inventory) -> Iterator[Finding]:
     """Warnings about rounds under way in this store, of the same path, that have other settings."""
     settings = services.settings
-    for plan in rounds_under_way(services, inventory):
+    for plan in [one.plan for one in rounds_under_way(services, inventory)]:
         if plan.decisions != settings.decisions:
             yield Finding(Severity.WARNING, settings.source, f"{plan.host} is running it with other "
                           f"settings, so {inventory.host.short_name} takes no part there and runs a round of "
@@ -14051,7 +14064,7 @@ def stored_rules(services: Services, stored: StoredVm,
     if not known:
         return (), "no manifest says how many copies to keep"
     if selector is None:
-        return (), "no selector of this config names this VM"
+        return (), "no selector of this config names this VM, as far as its copies tell"
     own, told_last = settings.rules(selector.keep), rules_told(stored.around, stored.uuid, stored.method)
     for last in [rules for rules in known if rules.config in ("", own.config)][-1:] + [
             rules for rules, _ in told_last.values() if rules.config == own.config]:
@@ -17287,18 +17300,17 @@ def explained(services: Services, inventory: Inventory, plan: Plan, hindrance: s
     machines = [machine for machine in inventory.machines
                 if vm == machine.name or vm.lower() == f"uuid:{machine.uuid}" or machine.uuid in uuids]
     plan, futures = futures_of(services, inventory, plan, {machine.uuid for machine in machines})
-    ahead = [f"  if it is started here, it ends before its first VM: {hindrance}"] if hindrance else []
+    texts, under_way = [], []              # type: List[List[str]], List[Any]
     with contextlib.suppress(CatalogError):    # where nothing can be locked, or only be read, nobody knows
-        ahead += [f"  a run that {one.host} began at {format_local(parse_utc(one.began_at))} is going on: "
-                  "what follows it does itself if it has this VM still to come"
-                  for one in rounds_under_way(services, inventory)]
-    texts = []                             # type: List[List[str]]
+        under_way += rounds_under_way(services, inventory)
     for machine in machines:
         stored = [one for one in listing.vms if one.pool in here and (
             one.uuid == machine.uuid or not one.uuid and one.bears(machine.name))]
         bearers = [one for one in bearers if one not in stored]
-        future = futures.get(machine.uuid)
-        texts.append(explained_machine(services, inventory, plan, future, machine, ahead)
+        ahead = [f"  if it is started here, it ends before its first VM: {hindrance}"] if hindrance else []
+        ahead += [f"  a run that {one.plan.host} began at {format_local(parse_utc(one.plan.began_at))} is "
+                  f"going on: {how_it_stands(one, machine.uuid)}" for one in under_way]
+        texts.append(explained_machine(services, inventory, plan, futures.get(machine.uuid), machine, ahead)
                      + explained_past(services, inventory, stored, rounds, machine))
     for _, group in itertools.groupby(bearers, lambda one: (one.uuid, one.pool)):
         stored = list(group)
@@ -17332,14 +17344,15 @@ def explained_machine(services: Services, inventory: Inventory, plan: Plan,
     """Whether the VM of the pool is backed up, by which line, with which disks, and what the next run does.
     `ahead`: what is to be said of that first."""
     settings, who = services.settings, f"{quote_name(machine.name)} ({machine.uuid})"
+    this = "this command" if settings.is_by_hand else "this config"
     job = next((one for one in plan.jobs if one.machine.uuid == machine.uuid), None)
     about = lines_about(machine, settings, inventory)
     notes = [f"  {finding.severity.name.capitalize()}: {finding.sentence}" for finding in plan.findings
              if finding.subject in (machine.title, quote_name(machine.name))]
     if job is not None:
         problem = planned_disks(job, settings.exclude_disk)[1].rstrip(".")
-        why = f"is selected by this config, but will not be backed up: {problem}" if problem else \
-            f"is backed up by this config: {job.method.value}, chosen by {job.chosen_by}, " \
+        why = f"is selected by {this}, but will not be backed up: {problem}" if problem else \
+            f"is backed up by {this}: {job.method.value}, chosen by {job.chosen_by}, " \
             f"{kept_text([job.rules], 'copy')}"
         about += nearest_lines(machine, settings, is_selected=True)
         return [f"{who} {why}.", "Why:"] + ["  " + one for one in about] + notes + explained_disks(
@@ -17351,7 +17364,7 @@ def explained_machine(services: Services, inventory: Inventory, plan: Plan,
         "no line that selects it is of use" if about else f"{nothing} selects it"
     if is_being_made:
         about.append(provisional_text(machine))
-    lines = [f"{who} is not backed up by this config: {why}.", "Why:"]
+    lines = [f"{who} is not backed up by {this}: {why}.", "Why:"]
     lines += ["  " + one for one in about or nearest_lines(machine, settings) or ["No line comes near it."]]
     lines += [] if exclude or is_being_made else line_to_add(machine, settings, inventory)
     return lines + notes + ["Disks:", f"  It has {disk_list(machine.disks) or 'no disk'}."]
@@ -17408,7 +17421,7 @@ def explained_lost(services: Services, inventory: Inventory, stored: StoredVm) -
     why = f"is a VM of another pool ({stored.pool})" if not here else \
         "does not tell its uuid, so which VM it is can't be known" if not stored.uuid else \
         f"is not in the pool {inventory.pool_title} any more; only its copies are left"
-    lines = [f"{quote_name(stored.name)} ({uuid}) is not backed up by this config: it {why}."]
+    lines = [f"{quote_name(stored.name)} ({uuid}) is not backed up: it {why}."]
     if here and stored.uuid:
         about = [one for one in services.settings.vm_export + services.settings.vdi_export
                  if one.is_literal and one.matches(lost_machine(stored))]
@@ -18032,7 +18045,8 @@ def command_preview(run: Run) -> None:
 
 def command_explain(run: Run) -> None:
     """Shown: why a VM is, or is not, backed up by the config, by which line, and how."""
-    settings, hindrance, away = run.services.settings, "", None
+    settings, hindrance = run.services.settings, ""
+    away = None                            # type: Optional[BackupError]
     if not run.services.arguments.vm:
         raise UsageError("explain which VM? Name one: explain web; `preview` shows all of the pool.")
     try:
@@ -18044,10 +18058,14 @@ def command_explain(run: Run) -> None:
                                                               lambda: open_store(settings)))
         except UsageError as error:
             away = error                   # which line selects a VM is told without it
+    except StorageStalled as error:
+        away, services = error, run.services
     with connected(services, changes_allowed=False, is_read=False) as (services, identity):
         inventory, plan = read_and_plan(services, identity)
-    text = run.in_store("looking at the copies", lambda: explained(
-        services, inventory, plan, hindrance), FOR_EVER_S)
+    try:
+        text = run.in_store("looking at the copies", lambda: explained(services, inventory, plan, hindrance))
+    except StorageStalled as error:
+        away, text = error, explained(services._replace(catalog=None), inventory, plan, hindrance)
     if text:
         services.log.show(text)
     if away is not None:

@@ -7,9 +7,10 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from support.deeds import backup, beginning, is_exporting, objects, preview, without_pool
+from support import warm
+from support.deeds import backup, beginning, in_trouble, is_exporting, objects, preview, without_pool
 from support.language import MEBIBYTE, at, described, disk, uuid_of, vm
-from support.process import Pool, Run, run_program
+from support.process import Pool, Run, ended, run_program
 from support.shelf import Shelf, complete, damaged, old, path_of
 from support.wire import eventually
 
@@ -122,7 +123,7 @@ def test_a_selector_in_the_place_of_a_config_is_explained_as_well(many: Pool, a_
     run = run_program('-', 'PROD*', *words, environment=many.environment())
     assert run.exit_status == 0 and 'chosen by vm-export=PROD* (command line)' in told(run)
     run = run_program('-', 'prod*', *words, environment=many.environment())
-    assert run.exit_status == 0 and verdict(run).endswith('is not backed up by this config: nothing on the command line selects it.')
+    assert run.exit_status == 0 and verdict(run).endswith('is not backed up by this command: nothing on the command line selects it.')
     text = told(run)
     assert 'To back it up, give as TARGET one of these lines: its name; or its uuid' in text and 'add to' not in text
     assert 'No round of vm-export=prod* that is on record had it.' in text
@@ -199,7 +200,7 @@ def test_a_vm_that_is_gone_from_the_pool_is_told_with_its_copies(a_pool: Any, a_
     for word in ('lost', 'uuid:' + uuid_of('lost')):
         run = explain(pool, shelf, 'vm-export=lost', 'vm-export=web', vm=word)
         assert run.exit_status == 0, run
-        assert verdict(run).startswith('lost (%s) is not backed up by this config: it is not in the pool xcp1' % uuid_of('lost'))
+        assert verdict(run).startswith('lost (%s) is not backed up: it is not in the pool xcp1' % uuid_of('lost'))
         assert 'vm-export=lost (weekend.cfg:4) still names it' in told(run)
         assert '`restore vm=uuid:%s`' % uuid_of('lost') in told(run)
         assert 'Copies: 2, 2 good' in told(run) and shelf.newest('lost') in told(run)
@@ -470,9 +471,25 @@ def test_it_works_while_a_round_is_running(a_pool: Any, a_shelf: Any) -> None:
         assert eventually(is_exporting(shelf))
         run = explain(pool, shelf, 'vm-export=web')
         assert run.exit_status == 0 and ' is backed up by this config' in verdict(run), run
-        assert re.match(r'a run that xcp1 began at [\d-]+ [\d:]+ is going on: what follows it does itself ', next_run(run)), next_run(run)
+        assert re.match(r'a run that xcp1 began at [\d-]+ [\d:]+ is going on: it is at this VM, and does what ', next_run(run)), run
         assert not process.is_over() and process.ending().exit_status == 0
     assert 'is going on' not in told(explain(pool, shelf, 'vm-export=web'))
+
+
+def test_what_a_running_round_has_done_or_has_not_is_for_the_next_run(a_pool: Any, a_shelf: Any) -> None:
+    pool = a_pool(*[vm(name, disks=[disk(size=6 * MEBIBYTE, used=6)]) for name in ('db', 'web', 'www')], vm('zoo'),
+                  faults=[at('http:/export', object='web', runs_at=MEBIBYTE), at('api:VM.snapshot', object='db', fails=['VM_HAS_VUSBS'])])
+    shelf, lines = a_shelf(), ['vm-export=w*', 'vm-export=db']
+    with beginning(pool, shelf, *lines) as process:
+        assert eventually(is_exporting(shelf))
+        seen = {name: next_run(explain(pool, shelf, *lines, vm=name)).split('going on: ')[-1]
+                for name in ('db', 'web', 'www')}
+        seen['zoo'] = told(explain(pool, shelf, 'vm-export=*', vm='zoo'))
+        process.kill()
+    assert seen['db'].startswith('it could not back this VM up, and what follows is for the next run '), seen
+    assert seen['web'].startswith('it is at this VM, and does what follows '), seen
+    assert seen['www'].startswith('it has this VM still to come, and then does what follows '), seen
+    assert 'is going on: it does not have this VM' in seen['zoo'], seen
 
 
 def test_a_round_that_nobody_leads_any_more_is_not_said_to_go_on(a_pool: Any, a_shelf: Any) -> None:
@@ -482,6 +499,17 @@ def test_a_round_that_nobody_leads_any_more_is_not_said_to_go_on(a_pool: Any, a_
         assert eventually(is_exporting(shelf))
         process.kill()
     assert 'is going on' not in told(explain(pool, shelf, 'vm-export=web'))
+
+
+@pytest.mark.parametrize('hanging', ['the store', 'the copies'])
+def test_of_a_store_that_hangs_it_tells_what_needs_no_store(a_pool: Any, a_shelf: Any, hanging: str) -> None:
+    pool, shelf = a_pool(vm('web')), a_shelf()
+    assert backup(pool, shelf, 'vm-export=web').exit_status == 0
+    place = os.path.basename(shelf.path) if hanging == 'the store' else 'web'
+    start = in_trouble(shelf, at=[place], do='hang', hurried=True)
+    run = ended(warm.start(start + ['-', shelf.config('vm-export=web', 'stall_timeout=4'), 'explain', 'web'], pool.environment()))
+    assert run.exit_status == 1 and ' is backed up by this config: vm-export, chosen by vm-export=web' in verdict(run), run
+    assert 'The next run: what it does depends on the store' in told(run) and run.says('gave no answer for 4.0 min'), run
 
 
 @pytest.mark.parametrize('name, said', [('web', 'is backed up by this config: vm-export, chosen by vm-export=web (weekend.cfg:4)'),

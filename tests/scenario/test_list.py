@@ -39,7 +39,7 @@ def test_every_copy_stands_there_with_age_size_state_check_and_fate(a_shelf: Any
     run = list_store(shelf, lines=('vm-export=web:1',))
     assert run.exit_status == 0 and run.stderr == '' and lines(run) == [
         'db  %s  vdi-export  in db/' % uuid_of('db'),
-        '  %s  1 d 12 h old  1.4 KiB  good  never verified  kept: no selector of this config names this VM' % shelf.newest('db'),
+        '  %s  1 d 12 h old  1.4 KiB  good  never verified  kept: no selector of this config names this VM, as far as its copies tell' % shelf.newest('db'),
         'web  %s  vm-export  in web/' % uuid_of('web'),
         '  %s  4 d 0 h old  1.4 KiB  good  never verified  goes with the next pruning: '
         '1 good copy is newer, and 1 is kept' % first,

@@ -100,7 +100,7 @@ def test_a_copy_that_verify_found_damaged_costs_the_sound_one_nothing(a_store: s
 # --- what is left ------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('given, lines, reason', [
-    (nights('db', 3), WEB, 'no selector of this config names this VM'),
+    (nights('db', 3), WEB, 'no selector of this config names this VM, as far as its copies tell'),
     (nights('db', 3), ('vm-export=*:1', 'exclude=db'), 'the config excludes this VM'),
     ([old('db', days_ago=day) for day in (3, 2, 1)], ('vm-export=*:1',), 'no manifest says how many copies to keep')])
 def test_a_vm_of_which_nobody_says_how_many_are_to_stay_is_left_and_told(a_shelf: Any, given: Any, lines: Any, reason: str) -> None:
