@@ -3107,6 +3107,7 @@ class Signals:
 
     Raising out of a handler could lose the answer of a call that made a
     snapshot. While shielded (during clean-up) they only say that they wait.
+    That one came is told at once, where there is something to clean up.
     """
     HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -3119,6 +3120,7 @@ class Signals:
         self._untold = None         # type: Optional[int]
         self._shields = 0
         self._is_over = False
+        self.has_open = False              # there is something to clean up, and it is ours to tell
         self.beats = 0                     # how often the main thread came by: its sign of life
 
     def install(self) -> None:
@@ -3139,13 +3141,18 @@ class Signals:
         signal.signal(number, self._suspend)
 
     def _note(self, number: int, _frame: Any) -> None:
-        # nothing is written from here: the main thread may be in the middle of a line of the same log
+        # nothing is written from here, but while an answer is waited for: the main thread may be in the
+        # middle of a line of the same log
         if self._is_over:
             return
-        if self.noted is None:
+        is_first = self.noted is None
+        if self._shields or is_first and self.has_open:
+            self._untold = self._untold or number
+        if is_first:
             self.noted, self._noted_at = Interrupted(number), time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, SIGNAL_PATIENCE_S)
-        self._untold = self._untold or (number if self._shields else None)
+            if self._asked_at is not None:
+                self._tell()
         if self._may_break and not self._shields:
             raise Interrupted(self.noted.number)
 
@@ -3177,11 +3184,13 @@ class Signals:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _tell(self) -> None:
-        """A signal that waits for the end of the clean-up is said, once."""
-        if self._untold:
-            self._log.info(f"{signal.Signals(self._untold).name} came during clean-up, which is finished "
-                           "first.")
-            self._untold = None
+        """That a signal came, and what becomes of it, is said, once."""
+        number, self._untold = self._untold, None
+        if number:
+            self._log.info(f"{signal.Signals(number).name} came" + (
+                " during clean-up, which is finished first." if self._shields else
+                ": what is under way is given up now, and cleaned up in the pool and on the store. That can "
+                "take some minutes."))
 
     def check(self) -> None:
         """Raises Interrupted if one came and we are not cleaning up."""
@@ -3193,11 +3202,13 @@ class Signals:
     def is_hurried(self) -> bool:
         """Has somebody who waits here to come to an end?"""
         self.beats += 1
+        self._tell()
         return self.noted is not None
 
     @contextlib.contextmanager
     def shielded(self) -> Iterator[None]:
         """Inside, signals wait."""
+        self._tell()
         self._shields += 1
         try:
             yield
@@ -10923,6 +10934,7 @@ class Run:
         self.services = self.services._replace(turn=self.in_store(
             "opening the lock of snapshots", lambda: Turn(self.services)))
         self.inventory = inventory
+        self.services.signals.has_open = not self.services.log.is_relayed
         self.snapshots = Snapshots(self.services)
         self.services = self.services._replace(references=References(self.services, self.snapshots))
         if self.wording is not None:
