@@ -202,8 +202,9 @@ class ApiFailure(BackupError):
         self.code = code
         self.parameters = tuple(str(item) for item in parameters)
         sentence = f"{doing} was refused by the pool: {failure_text(code, self.parameters)}"
-        super().__init__(f"{sentence} {FAILURE_ADVICE.get(code, '')}".rstrip(),
-                         passing=code in PASSING_FAILURES)
+        where = "SMlog of the VM's host" if code.startswith("SR_BACKEND_") else "xensource.log of the master"
+        advice = FAILURE_ADVICE.get(code) or f"/var/log/{where} tells more."
+        super().__init__(f"{sentence} {advice}", passing=code in PASSING_FAILURES)
 
 
 class ProgramError(BackupError):
@@ -1147,7 +1148,7 @@ def read_settings(raw: bytes, source: str) -> Tuple[List[Setting], List[str]]:
         return [], [f"{source}:{line}: this is not UTF-8 text: is it the right file?"]
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        return [], [f"{source}:{line}: this is not a text file."]
+        return [], [f"{source}:{line}: this is not a text file: is it the right one?"]
     settings, problems = [], []
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         place = f"{source}:{number}"
@@ -1546,7 +1547,7 @@ def _settings_and_parameters(words: Sequence[str], action: Action) -> Tuple[List
         elif name in own and name not in given:
             given[name] = value
         elif name in own:
-            raise UsageError(f"{name}= is given twice.")
+            raise UsageError(f"{name}= is given twice: keep one of them.")
         else:
             hint = did_you_mean(name, list(OPTION_NAMES) + own)
             raise UsageError(f'"{one_line(name)}" is neither a config key nor a parameter of '
@@ -1983,7 +1984,7 @@ def older_differences(configuration: Configuration, inventory: Inventory, plan: 
     findings = []
     problems = {finding.subject: finding.severity for finding in plan.findings}
     others = sum(map(bool, found.values())) - 1
-    together = f", together with the other {'line' if others == 1 else f'{others} lines'} told of here, as " \
+    together = f", together with the other {'line' if others == 1 else f'{others} lines'} named here, as " \
         "one alone may select too much" if others > 0 else ""
     for line, groups in found.items():
         words = "; ".join(
@@ -3335,7 +3336,8 @@ class Program:
                                              stderr=subprocess.STDOUT if hear else subprocess.PIPE,
                                              env=environment, pass_fds=pass_fds, start_new_session=True)
         except (OSError, ValueError) as error:
-            raise ProgramError(f"{fs_text(argv[0])} could not be started: {os_reason(error)}.")
+            raise ProgramError(f"{fs_text(argv[0])} could not be started: {os_reason(error)}. Is it "
+                               "there, and may it be executed?")
         self._said = bytearray()
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
@@ -3603,6 +3605,8 @@ def storage_errors(doing: str, is_elsewhere: bool = False) -> Iterator[None]:
         if error.errno in MISBEHAVIOUR:
             raise StorageMisbehaved(f"{doing}: the backup storage misbehaved ({reason}). Nothing is pruned "
                                     "in this run; check the share or disk.")
+        if error.errno in (errno.EACCES, errno.EPERM):
+            reason += " (is root mapped to another user there?)"
         raise ERROR_KINDS.get(error.errno, CatalogError)(f"{doing}: {reason}.")
 
 
@@ -4282,7 +4286,8 @@ def checking_context(key: str, ca_file: str) -> Any:
     try:
         return ssl.create_default_context(cafile=fs_path(ca_file) if ca_file else None)
     except OSError as error:
-        raise UsageError(f"{key} {ca_file} can't be used: {os_reason(error)}.")
+        raise UsageError(f"{key} {ca_file} can't be used: {os_reason(error)}. Nothing was sent. It must hold "
+                         "CA certificates in PEM format.")
 
 
 def unchecking_context() -> Any:
@@ -4510,7 +4515,7 @@ class Pool:
         values = {ref: _host(ref, record, problems) for ref, record in hosts.items()}
         if not pool.text("uuid") or not values:
             raise PoolError("the pool does not say its uuid, or has no host: its database is damaged. No VM "
-                            "was touched.")
+                            "was touched. Look at the master's log, /var/log/xensource.log.")
         master = values.get(pool.text("master")) or values.get(session_host) or list(values.values())[0]
         host = values.get(session_host, master)
         # sent on: the session is the master's, we are not
@@ -4536,7 +4541,8 @@ class Pool:
             if not can_be_told_apart(record):
                 problems.append("the record of a VM, "
                                 f"{quote_name(str(record.get('name_label') or record.get('uuid') or ref))}, "
-                                "lacks what tells VMs from templates, or its name or uuid: it was left out.")
+                                "lacks what tells VMs from templates, or its name or uuid: it was left out. "
+                                "`xe vm-list params=all` shows all records.")
             elif is_real_machine(record):
                 machine = self._machine(ref, record, vbds, vdis)
                 lost = [problem for _, _, problem in _networks_of(record, vifs, networks) if problem]
@@ -4629,7 +4635,7 @@ class Pool:
         record = self.ask(doing, "VM.get_record", planned.ref)
         if record.get("uuid") != planned.uuid or not is_real_machine(record):
             raise BackupError(f"{planned.title} is no longer a VM (it became a template, or its record was "
-                              "replaced), so it was not backed up.")
+                              "replaced), so it was not backed up. If that is meant, correct the config.")
         return self.machine(planned.ref, doing, record)
 
     def interfaces(self, machine: VirtualMachine) -> List[Interface]:
@@ -4913,7 +4919,7 @@ class Mailer:
         if len(refused) == len(self._recipients):
             try:
                 if self._outbox is None:
-                    raise BackupError("the backup directory is out of reach.")
+                    raise BackupError("the backup directory is out of reach. The log has all that it says.")
                 self._outbox.keep(message, now)
                 advice = "It is kept and goes out with the next run's."
             except BackupError as error:
@@ -4944,7 +4950,8 @@ class Mailer:
                 if refused:
                     all_well = False
                     self._services.log.warning(
-                        f"{self._failure_text(refused)} It is one of an earlier run, and is given up.")
+                        f"{self._failure_text(refused)} It is one of an earlier run, and is given up: that "
+                        "run's log has what it said.")
                 else:
                     self._services.log.info("a mail that an earlier run could not send was sent.")
         except BackupError as error:
@@ -5144,8 +5151,8 @@ def ping(url: str) -> None:
         except (ValueError, http.client.HTTPException) as error:
             problem = type(error).__name__
     place = url.partition("://")[2].partition("/")[0].rpartition("@")[2]       # the rest may be a secret
-    raise BackupError(f"{one_line(place)} could not be reached: {problem}. Nothing else "
-                      "depends on it.")
+    raise BackupError(f"{one_line(place)} could not be reached: {problem}. Nothing else depends on it. Is "
+                      "the address right, and does a firewall let this host through?")
 
 
 # =============================================================================
@@ -7791,10 +7798,10 @@ class Catalog:
         except NotThere:
             return None
         except (CatalogError, ValueError) as error:
-            raise BadLedger(f"{place}, the ledger of a snapshot that stays in the pool, "
+            raise BadLedger(f"{place}, the record of a snapshot that stays in the pool for keep_reference, "
                             f"can't be used: {str(error).rstrip('.')}. Nothing of that VM's references "
-                            "is used or removed. If the file can't be put right, remove it; the "
-                            "snapshots are then told with the commands that remove them.")
+                            "is used or removed. If the file can't be put right, remove it; the next run "
+                            "then lists the snapshots with the commands that remove them.")
 
     def put_ledger(self, ledger: "Ledger") -> None:
         """It is on disk, in the place of the last one; one that names nothing is gone."""
@@ -7818,7 +7825,8 @@ class Catalog:
         with self.root.child(copy.folder) as folder, \
                 self.copy_lock(copy.folder, copy.name, shared=True) as is_free:
             if not is_free or not folder.is_directory(copy.name):
-                raise NotThere(f"{copy.folder}/{copy.name} is being removed just now.")
+                raise NotThere(f"{copy.folder}/{copy.name} is being removed just now: pin another; `list` "
+                               "shows them.")
             try:
                 with contextlib.suppress(StorageFull):         # then its name pins, if that could be made
                     folder.write(copy.name + PIN, text.encode("utf-8", "surrogateescape"))
@@ -7827,7 +7835,7 @@ class Catalog:
             folder.sync()
             if folder.status(copy.name + PIN) is None:
                 raise StorageFull(f"{copy.folder}/{copy.name} is not pinned: no file can be made on the full "
-                                  "store.")
+                                  "store. Free space there, then pin it again.")
             return True
 
     def unpin(self, copy: Copy) -> None:
@@ -8079,7 +8087,8 @@ class Placement:
         for copy in copies:
             if copy.is_unreadable:
                 raise CatalogError(f"which VM the directory {name} belongs to can't be told: {copy.name}: "
-                                   f"{copy.problem}. Nothing was written there.")
+                                   f"{copy.problem}. Nothing was written there: put that copy right, or move "
+                                   "it elsewhere.")
         return not any(copy.uuid != machine.uuid or copy.pool not in ("", self._pool) for copy in copies)
 
     def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
@@ -9185,8 +9194,8 @@ class RunJournal:
     def open_entry(self, **facts: Any) -> OpenEntry:
         """A new entry, on disk: call this before the deed."""
         if self.is_mute:
-            raise StorageStalled("the journal can't be written, as the backup storage hangs: nothing is "
-                                 "begun in the pool.")
+            raise StorageStalled("what is made in the pool can't be noted, as the backup storage hangs: "
+                                 "nothing is begun there. Is the share still reachable?")
         entry = OpenEntry(self, len(self.entries) + 1)
         entry.note(**facts)
         self.entries.append(entry)
@@ -9326,7 +9335,8 @@ def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str, now_s: float,
                 undo.pop_all()
                 found.append(journal)
         except CatalogError as error:
-            left.append(type(error)(f"the journal of an earlier run can't be used: {error}"))
+            left.append(type(error)("what an earlier run left in the pool can't be looked up in its "
+                                    f"journal: {error}"))
     return found, left
 
 
@@ -10050,8 +10060,8 @@ class Snapshots:
         for journal in journals:
             for entry in journal.open_entries():
                 if not is_understood(entry.facts):
-                    self._services.log.info(f"{journal.name}: entry {entry.number} is not one that this "
-                                            "version writes; it is left to a newer VmBackup.")
+                    self._services.log.info(f"the journal {journal.name}: entry {entry.number} is not one "
+                                            "that this version writes; it is left to a newer VmBackup.")
                     continue
                 began = (f"{entry.title}: a run on {journal.header.get('host', 'another host')} that began "
                          f"{journal.header.get('since', 'earlier')}")
@@ -10282,7 +10292,7 @@ class References:
             whose = f" of the store {one.store}" if not is_own else "" if self.can_keep else \
                 " of this store, or of the one that it may be a copy of"
             yield one.name, (f"this snapshot, {one.uuid}, bears the name of a reference{whose}, and no "
-                             "ledger of this store names it, so it is left. If nobody needs it, it can go: "
+                             "record of this store names it, so it is left. If nobody needs it, it can go: "
                              + removal_command(one.class_name, one.uuid))
 
 
@@ -10913,7 +10923,7 @@ class Run:
             else:
                 is_left = bool(journal.open_entries())
                 log.warning(f"the run was {interrupted}; " + (
-                    "what it has left in the pool is told above, and left to the next run." if is_left else
+                    "what it has left in the pool is listed above, and left to the next run." if is_left else
                     "what it had open was cleaned up."))
         if self.services.journal is not None:
             with self.services.signals.shielded():
@@ -11090,7 +11100,7 @@ def take_config_lock(services: Services, inventory: Inventory,
             return lock, LEAVE, text
     if not ours:
         raise LockHeld(f"another run of {settings.source} is still going: {holder_text(text)}. Nothing was "
-                       "started.")
+                       "started; `status` shows how far it is.")
     tell_running(services, inventory, lock, new_round)
     return lock, LEAD, text
 
@@ -11719,7 +11729,8 @@ class Watch:
             for task in self._find_tasks():
                 self._services.pool.call(f"cancelling {self._doing}", "task.cancel", task)
                 self.program.wait(TASK_CANCEL_S)
-        raise StreamStalled(f"{stalled} from the server. It was cancelled and its snapshot removed.")
+        raise StreamStalled(f"{stalled} from the server. It was cancelled and its snapshot removed. A larger "
+                            "stall_timeout waits longer.")
 
 
 def check_sr_space(services: Services, disks: Sequence[Disk], consequence: str, patient: bool = True,
@@ -11878,7 +11889,8 @@ class Worker:
     def _check_store(self) -> None:
         """Raises StorageStalled if the storage hangs: nothing more can be done here, or waited for."""
         if self.run.storage_hangs:
-            raise StorageStalled(self.run.store_problem or "the backup storage hangs.")
+            raise StorageStalled(self.run.store_problem or "the backup storage hangs. Is the share still "
+                                 "reachable?")
 
     def states(self) -> Dict[str, Tuple[int, str]]:
         """How it stands with each VM, as `standing` tells; what this worker has done is known to it, whatever
@@ -11918,7 +11930,8 @@ class Worker:
                 mark, marked_s = now, now_s
             if now_s - marked_s > self._services.patience_s + SILENCE_S:
                 self._services.log.warning("no worker of this round has given a sign of life for "
-                                           f"{format_duration(now_s - marked_s)}: this host leaves it.")
+                                           f"{format_duration(now_s - marked_s)}: this host leaves it. "
+                                           "`status` shows who had what in hand.")
                 return
             if not self._services.log.is_relayed:
                 self._services.log.progress("waiting for what others have in hand")
@@ -11980,8 +11993,8 @@ class Worker:
                 return False
             if number == MOST_TRIES:       # the last who tried has died, perhaps with all done
                 outcome = untried(one.job)._replace(
-                    error=f"not backed up: it was tried {MOST_TRIES} times, and the worker died. What was "
-                    "left is removed.", status_word="WORKER-FAIL")
+                    error=f"not backed up: it was tried {MOST_TRIES} times, and the worker died: was its "
+                    "host short of memory (`dmesg`)? What was left is removed.", status_word="WORKER-FAIL")
                 try:
                     outcome = BackupJob(self, one).made() or outcome
                 except TakenOver:
@@ -11990,7 +12003,7 @@ class Worker:
                     self.run.note(error)
                     outcome = outcome._replace(cause=error, error=(
                         f"it was tried {MOST_TRIES} times, the worker died, and whether its copy is whole "
-                        f"can't be told: {error}"))
+                        f"can't be told: {error} `verify` tells."))
                 word = DONE if outcome.error is None else GIVEN_UP
                 self._put(one, number, word, outcome, [])
                 self.done(one, number, word, outcome)
@@ -12129,7 +12142,8 @@ class Crew:
             try:
                 program = Program(command, stdin=subprocess.PIPE)
             except ProgramError as error:
-                services.log.warning(f"worker {number} of this host could not be started: {error}")
+                services.log.warning(f"worker {number} of this host could not be started: {error} The "
+                                     "others do its share.")
                 continue
             program.tell(beginning + _json_line(words))
             reader = threading.Thread(target=self._relay, args=(f"worker {number}", program), daemon=True)
@@ -12291,7 +12305,7 @@ class Leader(Worker):
                          for severity, subject, sentence in facts.get("noted", ())]
             except ValueError as error:
                 host, outcome = "", untried(one.job)._replace(
-                    error=f"what became of it can't be read: {error}.")
+                    error=f"what became of it can't be read: {error}. `list` shows if it has a new copy.")
         is_new = self._is_news(name)
         if host not in ("", self._host.short_name):
             self.run.tell(noted)
@@ -12611,7 +12625,7 @@ class Leader(Worker):
             if not is_of_store(ledger, references.identity):
                 for uuid in references.standing(ledger):
                     command = removal_command("VM" if ledger.kind == Method.VM.value else "VDI", uuid)
-                    yield Finding(Severity.WARNING, ledger.title, f"the ledger of its reference {uuid} came "
+                    yield Finding(Severity.WARNING, ledger.title, f"the record of its reference {uuid} came "
                                   "here from another store, or this one was moved, so it is left alone. If "
                                   f"no other store uses it, it can go: {command}")
                 continue
@@ -12671,7 +12685,8 @@ class Leader(Worker):
             return
         if free is not None and free < largest:
             yield Finding(Severity.WARNING, place, f"only {format_size(free)} are free, and the largest copy "
-                          f"of this run has {format_size(largest)}: the next run may not fit.")
+                          f"of this run has {format_size(largest)}: the next run may not fit. Free space "
+                          "there, or lower max_backups.")
 
     # --- the pool database --------------------------------------------------------------
 
@@ -12831,7 +12846,7 @@ class BackupJob:
                 outcome = outcome._replace(error=str(error), status_word="SEAL-FAIL", cause=error)
             except (BackupError, Interrupted) as error:
                 run.note(error)
-                self._warn(f"older copies were not pruned: {str(error).rstrip('.')}.")
+                self._warn(f"older copies were not pruned: {str(error).rstrip('.')}. The next run does it.")
                 outcome = outcome._replace(cause=error if isinstance(error, Interrupted) else None)
             except Exception as bug:
                 self._services.log.bug(bug, job.machine.title + ": ")
@@ -13034,7 +13049,8 @@ class BackupJob:
             except ApiFailure as failure:
                 if is_gone(failure, "VM"):
                     raise BackupError(f"{planned.title} is no longer in the pool, so it was not backed up. "
-                                      "Its earlier copies are left as they are.")
+                                      "Its earlier copies are left as they are. If it was deleted for good, "
+                                      "correct the config.")
                 raise
         for what, before, now in (("name", planned.name, machine.name),
                                   ("power state", planned.power_state, machine.power_state),
@@ -13247,8 +13263,8 @@ class BackupJob:
         if old is not None and is_of_store(old, references.identity):
             return new._replace(current=old.current, leaving=old.leaving)
         if old is not None and references.standing(old):
-            raise CatalogError("the ledger of another store, or of this one before it was moved, names a "
-                               "reference that stands in the pool: no other is kept beside it.")
+            raise CatalogError("another store, or this one before it was moved, has a reference of it in the "
+                               "pool: no other is kept beside it. A warning of each run names it.")
         return new
 
     def _with_ledger(self, problem: str, folder: Folder, work: Callable[[Ledger], Any]) -> None:
@@ -13301,10 +13317,11 @@ class BackupJob:
         copies = self._backup.placement.own_view(folder, job.machine)
         made = next((copy for copy in copies if copy.name == sealed), None)
         if made is not None and made.is_unreadable:
-            raise CatalogError(f"{place}, just made, can't be read: {made.problem}.")
+            raise CatalogError(f"{place}, just made, can't be read: {made.problem}. Check the share or disk.")
         if made is None or not made.is_good:
             raise VerificationError(f"{place}, just made, does not read back as a good copy"
-                                    f"{f' ({made.trouble})' if made else ''}: nothing was pruned.")
+                                    f"{f' ({made.trouble})' if made else ''}: nothing was pruned. Check the "
+                                    "share or disk.")
         for accuser in copies if not self._lie else ():        # else it was tried just now
             self._note(unrecorded(accuser, copies), accuser.audit[0])
         for copy in copies:
@@ -13569,7 +13586,7 @@ def dropped_vms(services: Services, inventory: Inventory,
         if (now - parse_utc(missed)).total_seconds() < DROPPED_TOLD_S:
             findings.append(Finding(Severity.WARNING, machine.title, "was backed up by this config, and now "
                                     "no config selects or excludes it: select it again, or exclude it if "
-                                    f"that is meant. (Missed since {missed}; told for 7 nights.)"))
+                                    f"that is meant. (Missed since {missed}; reported for 7 nights.)"))
     record = {"pool": inventory.pool_uuid, "config": path, "host": host, "at": format_utc(now), "vms": vms,
               "excluded": [machine.uuid for machine, _ in plan.excluded]}
     return record, findings
@@ -13835,7 +13852,8 @@ def status_text(catalog: Catalog, path: str, source: str) -> str:
         if plan.until and not end:
             lines.append(f"  Nothing new is started from {plan.until} on.")
         blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) or f"No round of {source} is on record in {catalog.path}."
+    return "\n\n".join(blocks) or \
+        f"No round of {source} is on record in {catalog.path}: has a backup begun there yet?"
 
 
 # =============================================================================
@@ -13990,7 +14008,8 @@ def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
     found = [stored for stored in listing.vms if not vm or stored.bears(vm)]
     if vm and not found:
         raise UsageError(f"{catalog.path} holds no backup of {quote_name(vm)}."
-                         + (" Not all of it could be read: see above." if listing.problems else ""))
+                         + (" Not all of it could be read: see above." if listing.problems else
+                            " `list` shows the VMs that it holds."))
     return listing._replace(vms=found)
 
 
@@ -14006,7 +14025,8 @@ def verify_chosen(run: Run) -> None:
                                                           else stored.copies)
               if wanted in ("", "latest", copy.name, copy.stamp)]
     if not copies and wanted:
-        raise UsageError(f"there is no copy {one_line(wanted)} of {quote_name(vm) if vm else 'any VM'}.")
+        raise UsageError(f"there is no copy {one_line(wanted)} of {quote_name(vm) if vm else 'any VM'}: "
+                         "`list` shows the stamps.")
     if not copies:
         raise BackupError(f"{catalog.path} holds no copy. Is it the right directory, and is the share "
                           "mounted?")
@@ -14570,12 +14590,16 @@ def copy_at_path(path: str) -> Tuple[str, Copy]:
             status = inside.status(image)
             if status is None or not IMAGE_NAME.fullmatch(image):
                 raise UsageError(f"{path} is no image that VmBackup knows: NAME.xva, .raw or .vhd, as it is "
-                                 "or with .gz or .zst." if status else f"{path} is not there.")
+                                 "or with .gz or .zst." if status else
+                                 f"{path} is not there. Is the share mounted?")
             taken_at = datetime.fromtimestamp(int(status.st_mtime))
             alone = Copy(folder, name, taken_at, True, None, "", "", 0, None, None, "", 0, "")
             return place, with_old_image(inside, alone, image, status.st_size)
     except CatalogError as error:
         raise UsageError(f"{path} can't be read: {str(error).rstrip('.')}.")
+
+
+OTHER_COPY = "Nothing was started; `list` shows the other copies."
 
 
 def opened_source(services: Services, copy: Copy, inside: Directory) -> Source:
@@ -14587,9 +14611,9 @@ def opened_source(services: Services, copy: Copy, inside: Directory) -> Source:
             inside, copy, given.get("force", False), not given.get("metadata", True)), services.signals.check)
     except (VerificationError, ValueError) as error:
         kind = type(error) if isinstance(error, VerificationError) else VerificationError
-        raise kind(f"{inside.shown}: {str(error).rstrip('.')}. Nothing was started.")
+        raise kind(f"{inside.shown}: {str(error).rstrip('.')}. {OTHER_COPY}")
     except CatalogError as error:
-        raise BackupError(f"{inside.shown} can't be read: {error} Nothing was started.")
+        raise BackupError(f"{inside.shown} can't be read: {error} {OTHER_COPY}")
 
 
 # --- what the pool has -------------------------------------------------------------------
@@ -14782,7 +14806,8 @@ def _check_needs(source: Source, problems: List[str]) -> None:
     vdis, srs = ova_objects(source.ova, "VDI"), ova_objects(source.ova, "SR")
     lacking += [f"the SR of disk {disk.title}" for disk in source.disks if vdis[disk.id].get("SR") not in srs]
     if lacking:
-        problems.append(f"its {where} lacks what the server needs: {', '.join(lacking)}.")
+        problems.append(f"its {where} lacks what the server needs: {', '.join(lacking)}. `list` shows the "
+                        "other copies.")
 
 
 def _plan_disks(source: Source, view: PoolView, named: Optional[TargetSr],
@@ -14951,7 +14976,8 @@ def _plan_identity(source: Source, view: PoolView, interfaces: Sequence[PlannedI
         is_other = holder and is_real_machine(holder) and holder["uuid"] != source.vm_uuid
         if is_other and vif["MAC"].lower() in macs:
             problems.append(f"preserve=yes can't be done: {quote_name(holder['name_label'])} has the MAC "
-                            f"address {vif['MAC']}.")
+                            f"address {vif['MAC']}. Restore without preserve=yes, or remove that interface "
+                            "first.")
     seed = _seed(source.original or source.record)
     clash = sorted(quote_name(record["name_label"]) for record in view.machines.values()
                    if seed and _seed(record) == seed)
@@ -15074,7 +15100,8 @@ class ImportWatch(Watch):
 
     def _give_up(self, waiting_for: str) -> None:
         raise StreamStalled(f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)} "
-                            f"while waiting for the {waiting_for}. It was given up.")
+                            f"while waiting for the {waiting_for}. It was given up. Are pool and share still "
+                            "reachable? A larger stall_timeout waits longer.")
 
 
 class Importer:
@@ -15205,7 +15232,7 @@ class Importer:
             raise BackupError(f"{entry.title}: nothing of it can be brought back. {problem}")
         if missing and not problem:
             raise BackupError(f"{entry.title}: xe reported no failure, but there is no VM named "
-                              f"{missing[0]}.")
+                              f"{missing[0]}. {MASTER_LOG}")
         records = {vbd["VDI"]: ask(doing, "VDI.get_record", vbd["VDI"])
                    for _, _, vbds in found for vbd in vbds if vbd["VDI"] != NULL_REF}
         entry.note(uuids=[uuid for _, uuid, _ in found],
@@ -15216,10 +15243,11 @@ class Importer:
             if record is None and missing:
                 lost.append(planned.disk.title)
             elif record is None:
-                raise ProgramError(f"{entry.title}: the pool made no disk {planned.disk.title}.")
+                raise ProgramError(f"{entry.title}: the pool made no disk {planned.disk.title}. {MASTER_LOG}")
             elif int(record["virtual_size"]) < planned.disk.virtual_size or record["SR"] != planned.sr.ref:
                 raise ProgramError(f"{entry.title}: the pool made disk {planned.disk.title} with "
-                                   f"{record['virtual_size']} bytes, or not on SR {planned.sr.title}.")
+                                   f"{record['virtual_size']} bytes, or not on SR {planned.sr.title}. "
+                                   + MASTER_LOG)
         if lost:
             problem += f" Of its disks nothing is there of: {', '.join(lost)}."
         if problem:
@@ -15263,7 +15291,7 @@ class Importer:
         if strangers:
             holder = self._services.pool.ask(doing, "VM.get_name_label", strangers[0])
             self._snapshots.tell(imported.entry, f"its disk {existing.disk.title} hangs on another VM by "
-                                 f"now, {quote_name(holder)}, so it was not attached.")
+                                 f"now, {quote_name(holder)}, so it was not attached: detach it there first.")
             return
         # An archive's own drives are those of its disks; one that it lacks is attached as a plain data disk.
         vbds = [] if source.is_archive else ova_objects(source.ova, "VBD").values()
@@ -15454,6 +15482,7 @@ def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequ
 
 VERIFY_ADVICE = ("Nothing of it stays in the pool. `verify` judges all copies; from=STAMP takes an older "
                  "one, force=yes keeps what this one gives.")
+MASTER_LOG = "/var/log/xensource.log of the pool's master tells more."
 CHECKSUM_WORDS = "checksum failed"     # of a block of the archive (ocaml/xapi/stream_vdi.ml@v26.17.0)
 
 
@@ -15463,7 +15492,7 @@ def import_failure(doing: str, problem: str, was_proven: bool = False) -> Backup
     problem = problem.rstrip(".")
     if CHECKSUM_WORDS in problem and not was_proven:
         return VerificationError(f"{doing}: the copy is damaged: {problem}. {VERIFY_ADVICE}")
-    return ProgramError(f"{doing} failed: {problem}.")
+    return ProgramError(f"{doing} failed: {problem}. {MASTER_LOG}")
 
 
 # --- a restore from end to end ---------------------------------------------------------------------
@@ -15497,7 +15526,7 @@ def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePla
         title = f"verifying {plan.source.title}"
         log.info(title)
         stream_image(plan.source, shown_progress(services, title, plan.source.copy.size_bytes),
-                     advice="Nothing was started.")
+                     advice=OTHER_COPY)
     catalog = journal_catalog(services, plan.source.inside.shown, catalog)
     run.begin(services._replace(catalog=catalog), inventory)
     for problem in run.sweep():
@@ -15694,7 +15723,7 @@ def boot(services: Services, imported: ImportedVm, patience_s: float) -> str:
         after_s = clock.monotonic() - began_s
         if state != "Running":
             raise BackupError(f"{imported.entry.title}: it started, and was {state.lower()} after "
-                              f"{format_duration(after_s)}.")
+                              f"{format_duration(after_s)}. Restore it (to=NAME) and look at its console.")
         if guest_metrics(pool, imported.ref, doing) not in ("", metrics):
             return f"the guest's tools answered after {format_duration(after_s)}"
         if after_s >= patience_s:
@@ -15743,7 +15772,8 @@ def drill_plan(services: Services, view: PoolView, copy: Copy, inside: Directory
     """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read
     anew."""
     if not copy.is_good:
-        raise BackupError(f"it is no good copy ({copy.trouble}), and there is no good one of this VM.")
+        raise BackupError(f"it is no good copy ({copy.trouble}), and there is no good one of this VM: back "
+                          "it up first.")
     view = view._replace(srs=target_srs(services.pool, view.master))
     given = services.arguments.parameters
     plan = plan_restore(opened_source(services, copy, inside), view, given, is_drill=True)
@@ -15833,8 +15863,8 @@ def drill_all(run: Run, copies: Sequence[Copy]) -> None:
         services.signals.check()
         run.status_log.begin("drill", copy.vm_name)
         if services.journal.is_mute:
-            outcome = run.outcomes[number]._replace(error="it was not tried, as the backup storage hangs.",
-                                                    status_word="DRILL-FAIL")
+            outcome = run.outcomes[number]._replace(status_word="DRILL-FAIL", error=(
+                "it was not tried, as the backup storage hangs. Is the share still reachable?"))
         else:
             outcome = drill_one(services, view, importer, exporter, copy)
         run.settle(number, outcome)
@@ -16153,7 +16183,7 @@ def mailed(run: Run, services: Services, report: Report, store: StoreFacts) -> R
     else:
         is_sent = mailer.send(mail_subject(report), mail_body(report, store))
     return report if is_sent else report._replace(findings=report.findings + (
-        Finding(Severity.WARNING, "mail", "it was not sent."),))
+        Finding(Severity.WARNING, "mail", "it was not sent: the log tells why; `test-mail` tries anew."),))
 
 
 def store_facts(run: Run, services: Services, report: Report) -> StoreFacts:
@@ -16339,7 +16369,8 @@ class History:
                     if past.report.began_at > now + timedelta(days=1):
                         raise ValueError("it is of a time that is yet to come")
                 except (ValueError, CatalogError) as error:
-                    problems.append(f"{folder.shown}/{name} can't be used, and is left out: {error}.")
+                    problems.append(f"{folder.shown}/{name} can't be used, and is left out: {error}. It can "
+                                    "be removed.")
                     continue
                 found.append(past)
                 seen.update(UUIDS.findall(content))
@@ -16889,6 +16920,9 @@ def end_told(run: Run) -> int:
             report = after_run(run, report)
         if run.is_told:
             services.signals.come_too_late()
+            if report.wording is BACKUP_WORDING and report.failed_names:
+                services.log.info("what was not backed up is tried again by the next run; to run sooner, "
+                                  "repeat the crontab line by hand.")
             services.log.info(summary_text(report))
     return report.exit_status if run.status is None else run.status
 
@@ -16950,7 +16984,8 @@ def told_abroad(run: Run, services: Services, report: Report) -> Report:
 
     def write(path: str, text: Callable[[], str]) -> None:
         if not rounds:
-            raise CatalogError(f"{path} is left as it is, as the history can't be kept.")
+            raise CatalogError(f"{path} is left as it is, as the history of runs can't be written or read: "
+                               "the log tells why.")
         put_for_all(path, within(STORE_FACTS_LIMIT_S, f"making {path}", text, services.signals.is_hurried))
 
     is_round = bool(run.round)
@@ -18269,7 +18304,8 @@ def command_history(run: Run) -> None:
     rounds, problems = run.in_store("reading the history",
                                     lambda: history.rounds(services.clock.utc()), FOR_EVER_S)
     services.log.show(history_text(rounds, vm) or f"No round of {settings.source}"
-                      + (f" with {quote_name(vm)}" if vm else "") + f" is on record in {catalog.path}.")
+                      + (f" with {quote_name(vm)} is on record in {catalog.path}: `explain` tells why." if vm
+                         else f" is on record in {catalog.path}: has a backup ended there yet?"))
     for problem in problems:
         services.log.warning(problem)
 
@@ -18284,8 +18320,8 @@ def command_check(run: Run) -> None:
         catalog = open_store(services.settings)
         rounds, problems = History(catalog, services.settings.path).rounds(now, METRICS_DAYS, is_brief=True)
         if not rounds:
-            raise BackupError(f"no round of {services.settings.source} is on record in {catalog.path}"
-                              + "".join("; " + problem for problem in problems))
+            raise BackupError(f"no round of {services.settings.source} is on record in {catalog.path}: has a "
+                              "backup ended there yet?" + "".join(" " + problem for problem in problems))
         vms = [one for pool in sorted({past.pool_uuid for past in rounds})
                for one in watched(of_pool(rounds, pool))]
         # a day more, as clocks differ
@@ -18388,7 +18424,8 @@ def command_pin(run: Run) -> None:
         f"is {copy.pin or 'pinned'} already, and that was left as it is"
     services.log.show(f"{copy.folder}/{copy.name} {told}.")
     if not copy.is_good:
-        services.log.warning(f"{copy.folder}/{copy.name} is no good copy: {copy.trouble}.")
+        services.log.warning(f"{copy.folder}/{copy.name} is no good copy: {copy.trouble}. `list` shows "
+                              "those that are.")
 
 
 def command_unpin(run: Run) -> None:
@@ -18434,8 +18471,9 @@ def command_forget_references(run: Run) -> None:
             services.signals.check()
             is_gone = False
             if not is_of_store(ledger, references.identity):
-                run.tell([Finding(Severity.WARNING, ledger.title, "the ledger of its reference came here "
-                                  "from another store, and is left alone.")])
+                run.tell([Finding(Severity.WARNING, ledger.title, "the record of its reference came "
+                                  "here from another store, and is left alone: forget-references there "
+                                  "removes it.")])
                 continue
             tries = services.signals.until(services.settings.lock_wait * MINUTE_S)
             with references.held(ledger, tries=tries) as now:
