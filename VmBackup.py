@@ -9154,7 +9154,7 @@ class RunJournal:
         another run has it, or renamed or removed it between our open and lock."""
         if not LockFile(self.fd, self.name).take() or not self.is_still_ours():
             return False
-        with storage_errors(f"reading the journal {self.name}"):
+        with storage_errors(f"reading the journal .vmbackup/runs/{self.name}"):
             content = b"".join(iter(lambda: os.read(self.fd, MEBIBYTE), b""))
         numbered = {}                 # type: Dict[int, OpenEntry]
         for line in content.split(b"\n"):
@@ -9178,7 +9178,7 @@ class RunJournal:
         line = (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8")
 
         def write() -> None:
-            with storage_errors(f"writing the journal {self.name}"):
+            with storage_errors(f"writing the journal .vmbackup/runs/{self.name}"):
                 write_all(self.fd, (b"\n" if was_torn else b"") + line)
                 os.fsync(self.fd)
 
@@ -9211,7 +9211,7 @@ class RunJournal:
 
     def leave(self) -> None:
         """Left as it is; the lock is given up."""
-        with storage_errors(f"closing the journal {self.name}"):
+        with storage_errors(f"closing the journal .vmbackup/runs/{self.name}"):
             os.close(self.fd)
 
     def finish(self) -> None:
@@ -10187,12 +10187,12 @@ class References:
 
     def ledger(self, vm: str, kind: str) -> Optional[Ledger]:
         """The ledger of that VM and kind, None if it has none; BadLedger, or CatalogError."""
-        return within(self._services.patience_s, "reading a ledger",
+        return within(self._services.patience_s, "reading the record of a reference",
                       lambda: self._catalog.ledger(self.pool, vm, kind))
 
     def ledgers(self) -> Tuple[List[Ledger], List[BadLedger]]:
         """All ledgers of the pool, and why others can't be used."""
-        return within(self._services.patience_s, "reading the ledgers of references",
+        return within(self._services.patience_s, "reading the records of references",
                       lambda: self._catalog.ledgers(self.pool))
 
     def standing(self, ledger: Ledger) -> List[str]:
@@ -10211,7 +10211,8 @@ class References:
 
     def put(self, ledger: Ledger) -> None:
         """It is on disk."""
-        within(self._services.patience_s, "writing a ledger", lambda: self._catalog.put_ledger(ledger))
+        within(self._services.patience_s, "writing the record of a reference",
+               lambda: self._catalog.put_ledger(ledger))
 
     def label(self, what: str, copy: str) -> str:
         """The name of a reference that is the state of that copy."""
@@ -10929,7 +10930,7 @@ class Run:
             with self.services.signals.shielded():
                 self.storage_hangs |= self.services.journal.is_mute
                 for one in self.snapshots.inherited + [self.services.journal]:
-                    self.tidy(f"putting the journal {one.name} away", one.finish)
+                    self.tidy(f"putting the journal .vmbackup/runs/{one.name} away", one.finish)
 
     def begin(self, services: Services, inventory: Inventory) -> None:
         """From now on things can be made in the pool: the journal is begun and locked, and kept by the run's
@@ -13135,7 +13136,7 @@ class BackupJob:
         try:
             ledger = references.ledger(machine.uuid, method.value)
         except BadLedger:                              # told when the run began
-            return chain._replace(why="the ledger of its reference can't be used")
+            return chain._replace(why="the record of its reference can't be used")
         copies = self._backup.placement.own_view(folder, machine)
         ledger = ledger and ledger._replace(distrust=distrust_of(ledger, copies))
         good = [copy for copy in copies if copy.is_of(machine.uuid, method) and copy.is_good]
@@ -13200,7 +13201,7 @@ class BackupJob:
                          "other copies. All is read whole from now on, until forget-references lets "
                          "differences be used again; keep_reference=no is safest until the server's storage "
                          "is known to be right.")
-            self._with_ledger("that its differences are not to be believed is not in its ledger", folder,
+            self._with_ledger("that its differences are not to be believed is not on record", folder,
                               self._services.references.put)
         self._note(copies, audit)
 
@@ -15512,9 +15513,8 @@ def journal_catalog(services: Services, shown: str, catalog: Optional[Catalog]) 
             found = Catalog(path)
             if found.is_writable():
                 return found
-    raise UsageError(f"none of {', '.join(candidates)} can be written to, and a journal of what is made in "
-                     "the pool has to be kept: name a directory for it with backup_dir=. Nothing was "
-                     "started.")
+    raise UsageError(f"none of {', '.join(candidates)} can be written to, and what is made in the pool has to "
+                     "be noted there: name a directory for it with backup_dir=. Nothing was started.")
 
 
 def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePlan,
@@ -17270,7 +17270,7 @@ def reference_rows(catalog: Catalog, pool: str, uuid: str, method: Method) -> Li
         return [{"problem": str(error)}]
     rows = []                              # type: List[Dict[str, Any]]
     if ledger and not is_of_store(ledger, catalog.identity()):
-        return [{"problem": "the ledger is another store's, or of this one before it was moved; it is left"}]
+        return [{"problem": "its record is another store's, or of this one before it was moved; it is left"}]
     for one in ledger.references if ledger else ():
         rows.append(dict(one._asdict(), config=ledger.config, leaving=one in ledger.leaving))
     if ledger and ledger.distrust:
@@ -18459,7 +18459,7 @@ def command_forget_references(run: Run) -> None:
         for problem in run.sweep():
             services.log.info(f"{problem} It is left.")
         references = run.services.references
-        ledgers, problems = run.in_store("reading the ledgers",
+        ledgers, problems = run.in_store("reading the records of references",
                                          lambda: services.catalog.ledgers(references.pool))
         run.tell(Finding(Severity.ERROR, services.catalog.path, str(one)) for one in problems)
         chosen = [ledger for ledger in ledgers if not vm or vm == ledger.vm_name

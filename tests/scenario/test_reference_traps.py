@@ -695,7 +695,7 @@ def test_vm_export_and_vdi_export_of_one_vm_keep_one_each(kept: Any) -> None:
 def stays_and_is_told(nights: Kept, reference: Dict[str, Any]) -> bool:
     """The run has told how to remove that snapshot, which it has left."""
     word = 'snapshot-uninstall' if nights.kind == 'vm-export' else 'vdi-destroy'
-    assert 'no ledger of this store names it' in nights.run.stderr, nights.run
+    assert 'no record of this store names it' in nights.run.stderr, nights.run
     assert 'xe %s uuid=%s' % (word, reference['uuid']) in nights.run.stderr, nights.run
     nights.left += uuids_of(reference)
     return is_nothing_left(nights)
@@ -874,9 +874,9 @@ def test_of_a_vm_whose_ledger_cannot_be_read_nothing_is_used_or_destroyed_and_th
             file.write(bad)
         nights.write(3)
         copy = nights.night(exit_status=3)
-        assert nights.read(copy) == 'xvda all' and 'the ledger of its reference can\'t be used' in nights.run.stdout, nights.run
+        assert nights.read(copy) == 'xvda all' and 'the record of its reference can\'t be used' in nights.run.stdout, nights.run
         assert os.path.basename(path) in nights.run.stderr and why in nights.run.stderr, nights.run
-        assert nights.run.never_says('no ledger of this store names it'), 'this one may'
+        assert nights.run.never_says('no record of this store names it'), 'this one may'
         found = {record['uuid'] for kind in ('VM', 'VDI') for record in nights.pool.dump()[kind].values()}
         assert is_nothing_left(nights) and set(nights.left) <= found, nights.run
         with open(path) as file:

@@ -30,6 +30,14 @@ class RefusingPool:
         raise self.error
 
 
+@pytest.mark.parametrize('code, step', [
+    ('SR_BACKEND_FAILURE_44', 'free space on it'), ('SR_BACKEND_FAILURE_79', '/var/log/SMlog'),
+    ('INTERNAL_ERROR', '/var/log/xensource.log'),
+])
+def test_every_refusal_of_the_pool_names_a_next_step(code, step):
+    assert step in str(ApiFailure(code, ['what it says'], 'the snapshot of web'))
+
+
 @pytest.mark.parametrize('error', [PoolError('the pool refused the login'), AnswerLost('gone'), ApiFailure('INTERNAL_ERROR', [], 'x')],
                          ids=['login', 'lost', 'failure'])
 def test_a_pool_that_refuses_to_tell_of_a_task_ends_no_healthy_export_and_a_stalled_one_as_stalled(error):
