@@ -15513,8 +15513,8 @@ def journal_catalog(services: Services, shown: str, catalog: Optional[Catalog]) 
             found = Catalog(path)
             if found.is_writable():
                 return found
-    raise UsageError(f"none of {', '.join(candidates)} can be written to, and what is made in the pool has to "
-                     "be noted there: name a directory for it with backup_dir=. Nothing was started.")
+    raise UsageError(f"none of {', '.join(candidates)} can be written to, and what is made in the pool has "
+                     "to be noted there: name a directory for it with backup_dir=. Nothing was started.")
 
 
 def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePlan,

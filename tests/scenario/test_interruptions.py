@@ -159,20 +159,25 @@ def test_a_signal_in_mid_export_ends_the_run_with_128_and_its_number_and_leaves_
     assert shelf.status_lines()[-1].endswith(',vmbackup.py,xcp1,end,ERROR,S:0 W:0 E:2')
 
 
-@pytest.mark.parametrize('where', ['in the export', 'while an answer is waited for'])
-def test_that_a_signal_came_is_in_the_log_before_anything_is_cleaned_up(a_pool: Any, a_shelf: Any, where: str) -> None:
-    point = at('http:/export', runs_at=MEBIBYTE) if where == 'in the export' else at('api:VM.snapshot', nth=1, hangs=True)
-    pool, shelf = a_pool(vm('web', disks=BIG), faults=[point]), a_shelf()
-    with beginning(pool, shelf, 'vm-export=web', is_hurried=True) as process:
-        assert eventually(is_exporting(shelf) if where == 'in the export' else lambda: pool.calls('api:VM.snapshot'))
+def test_that_a_signal_came_is_in_the_log_before_anything_is_cleaned_up(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
+    with beginning(pool, shelf, 'vm-export=web') as process:
+        assert eventually(is_exporting(shelf)), process.output
         pool.process.send_signal(signal.SIGSTOP)       # so that nothing can be cleaned up
         process.signal(signal.SIGTERM)
         assert process.says('SIGTERM came: what is under way is given up'), process.output
         assert not process.is_over() and 'was stopped' not in process.output
         pool.process.send_signal(signal.SIGCONT)
-        process.signal(signal.SIGINT)
         run = process.ending(60)
     assert run.exit_status == 143 and run.output.count('SIGTERM came') == 1, run
+
+
+def test_that_a_signal_came_is_in_the_log_while_an_answer_is_waited_for(a_pool: Any, a_shelf: Any) -> None:
+    pool, shelf = a_pool(vm('web'), faults=[at('api:VM.snapshot', nth=1, hangs=True)]), a_shelf()
+    with beginning(pool, shelf, 'vm-export=web') as process:           # which waits a minute for it, and is killed before
+        assert eventually(lambda: pool.calls('api:VM.snapshot')), process.output
+        process.signal(signal.SIGTERM)
+        assert process.says('SIGTERM came: what is under way is given up'), process.output
 
 
 def test_a_second_signal_does_not_stop_the_clean_up(a_pool: Any, a_shelf: Any) -> None:
