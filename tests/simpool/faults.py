@@ -13,10 +13,18 @@ Three kinds make a difference (an export with base=) a wrong one, whose table an
 They are for xe:vdi-export and http:/export_raw_vdi. Exports without base=, and those as tar, which has no differences, do not
 count as their occasions, whatever else matches: `nth` is the n-th difference. Of an export_raw_vdi a sleep comes when the
 disks are attached, before the first byte.
+
+A sleep or a rate may end early, so that whoever waits for something in it need not guess how long that takes:
+
+    {"sleep": 60, "until": NAME}, {"rate": bytes_per_second, "until": NAME}     until a file of that name lies beside FAULTS.json
+
+With "until" the first 2 MiB come at once: a reader has something in his hands while he waits. Of several rates the lowest
+counts.
 """
 
 import fnmatch
 import json
+import os
 import threading
 import time
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple
@@ -27,14 +35,16 @@ KEYS = {"on", "object", "nth", "when", "do"}
 
 #: kind -> (companions it may have, type of its value)
 KINDS = {
-    "fail": ((), list), "sleep": ((), (int, float)), "hang": ((), bool), "drop": ((), bool),
-    "truncate": (("silent",), int), "flip": ((), int), "rate": ((), (int, float)), "exit": (("stderr",), int),
-    "omit": ((), int), "full": ((), bool), "other": ((), str), "kill": ((), str), "keepalive": ((), bool),
-    "logout": ((), bool), "master": ((), str), "lose": ((), (int, float)),
+    "fail": ((), list), "sleep": (("until",), (int, float)), "hang": ((), bool), "drop": ((), bool),
+    "truncate": (("silent",), int), "flip": ((), int), "rate": (("until",), (int, float)),
+    "exit": (("stderr",), int), "omit": ((), int), "full": ((), bool), "other": ((), str), "kill": ((), str),
+    "keepalive": ((), bool), "logout": ((), bool), "master": ((), str), "lose": ((), (int, float)),
 }  # type: Dict[str, Tuple[Tuple[str, ...], Any]]
 
 #: Those that act at the beginning or the end of a call; the others act on a stream or on the `xe` process.
 CALL_KINDS = ("fail", "sleep", "hang", "drop", "logout", "master", "lose")
+#: A rate with an end counts from there on, and looks so often (in bytes) whether it does by then.
+FREE, STEP = 2 << 20, 1 << 20
 #: Those that act on differences alone, and where these are made.
 DIFFERENCE_KINDS = ("omit", "full", "other")
 DIFFERENCES = ("xe:vdi-export", "http:/export_raw_vdi")
@@ -55,7 +65,7 @@ class SilentEnd(Exception):
 class Fault:
     """One entry of the file."""
 
-    def __init__(self, entry: Any, where: str) -> None:
+    def __init__(self, entry: Any, where: str, folder: str = "") -> None:
         if not isinstance(entry, dict):
             raise FaultsFileError("%s: must be an object" % where)
         unknown = set(entry) - KEYS
@@ -75,7 +85,18 @@ class Fault:
         if self.when not in ("before", "after"):
             raise FaultsFileError("%s: when must be before or after" % where)
         self.kind = self._kind_of(where)
+        self.free = FREE if "until" in self.do else 0
+        self._end = os.path.join(folder, self.do["until"]) if "until" in self.do else ""
         self._seen = 0
+
+    def is_over(self) -> bool:
+        """Does what it was to last until lie there?"""
+        return self._end != "" and os.path.exists(self._end)
+
+    def sleep(self) -> None:
+        ends_at = time.monotonic() + self.do["sleep"]
+        while not self.is_over() and time.monotonic() < ends_at:
+            time.sleep(max(0, min(0.05, ends_at - time.monotonic())) if self._end else self.do["sleep"])
 
     def _kind_of(self, where: str) -> str:
         if not isinstance(self.do, dict):
@@ -92,6 +113,8 @@ class Fault:
             raise FaultsFileError("%s: do: %s has a wrong value" % (where, kinds[0]))
         if kinds[0] == "fail" and (not value or not all(isinstance(item, str) for item in value)):
             raise FaultsFileError("%s: do: fail must be a code and its parameters, all strings" % where)
+        if not isinstance(self.do.get("until", ""), str):
+            raise FaultsFileError("%s: do: until must be the name of a file" % where)
         if kinds[0] == "omit" and value < 1:
             raise FaultsFileError("%s: do: omit must be 1 or more" % where)
         if kinds[0] in DIFFERENCE_KINDS and not any(fnmatch.fnmatchcase(name, self.on) for name in DIFFERENCES):
@@ -162,7 +185,7 @@ class Occasion:
             if fault.kind not in kinds or fault.when != when:
                 continue
             if fault.kind == "sleep":
-                time.sleep(fault.do["sleep"])
+                fault.sleep()
             elif fault.kind == "fail":
                 raise Failure(*fault.do["fail"])
             elif fault.kind == "hang":
@@ -215,7 +238,7 @@ class Stream:
         self._flip = None  # type: Optional[int]
         self._hold = 0
         self._held = b""
-        self._rate = None  # type: Optional[float]
+        self._paces = []  # type: List[Fault]
         self._started = time.time()
         for fault in faults:
             if fault.kind == "truncate":
@@ -225,7 +248,7 @@ class Stream:
             elif fault.kind == "flip":
                 self._hold = -fault.do["flip"]
             elif fault.kind == "rate":
-                self._rate = fault.do["rate"]
+                self._paces.append(fault)
 
     def __call__(self, data: bytes) -> None:
         if not self._hold:
@@ -259,26 +282,28 @@ class Stream:
         self._slowly(data)
 
     def _slowly(self, data: bytes) -> None:
-        if self._rate is None:
+        if not self._paces:
             self._send(data)
             self._sent += len(data)
             return
-        step = max(1, int(self._rate / 20))
-        for at in range(0, len(data), step):
+        at = 0
+        while at < len(data):
+            paces = [pace for pace in self._paces if self._sent >= pace.free and not pace.is_over()]
+            step = max(1, int(min(pace.do["rate"] for pace in paces) / 20)) if paces else STEP
             self._send(data[at:at + step])
             self._sent += len(data[at:at + step])
-            ahead = self._sent / self._rate - (time.time() - self._started)
-            if ahead > 0:
-                time.sleep(ahead)
+            at += step
+            due = max(((self._sent - pace.free) / pace.do["rate"] for pace in paces), default=0)
+            time.sleep(max(0, self._started + due - time.time()))
 
 
 class Faults:
     """All entries of the file."""
 
-    def __init__(self, entries: Any = ()) -> None:
+    def __init__(self, entries: Any = (), folder: str = "") -> None:
         if not isinstance(entries, (list, tuple)):
             raise FaultsFileError("must be a list")
-        self._entries = [Fault(entry, "[%d]" % number) for number, entry in enumerate(entries)]
+        self._entries = [Fault(entry, "[%d]" % number, folder) for number, entry in enumerate(entries)]
         self._lock = threading.Lock()
         self._over = threading.Event()
         #: who carries out logout, master and lose: the server
@@ -290,7 +315,7 @@ class Faults:
             return Faults()
         with open(path, encoding="utf-8") as stream:
             try:
-                return Faults(json.load(stream))
+                return Faults(json.load(stream), os.path.dirname(os.path.abspath(path)))
             except ValueError as error:
                 raise FaultsFileError("not JSON: %s" % error)
 

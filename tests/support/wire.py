@@ -95,8 +95,8 @@ class Background:
         return self.outcome[0]
 
 
-def eventually(condition: Callable[[], Any], time_limit_s: float = 20) -> Any:
-    """The condition's value once it is true; the last one if that takes too long."""
+def eventually(condition: Callable[[], Any], time_limit_s: float = 60) -> Any:
+    """The condition's value once it is true; the last one if that takes too long, also on a machine that is busy."""
     end = time.monotonic() + time_limit_s
     while True:
         value = condition()
