@@ -61,11 +61,12 @@ def test_a_vm_in_any_power_state_is_backed_up_whole_and_stays_as_it_was(a_pool: 
 
 
 def test_what_a_guest_writes_after_the_snapshot_is_not_in_the_image(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', power_state='Running'), faults=[at('http:/export_raw_vdi', sleeps=2)])
+    pool = a_pool(vm('web', power_state='Running'), faults=[at('http:/export_raw_vdi', sleeps=60, until='enough')])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vdi-export=web') as process:
         assert eventually(lambda: [call for call in pool.calls('api:VDI.snapshot') if call['result'] == 'ok'])
         pool.command('write', '--dir', pool.dir, '--vm', 'web', '--device', 'xvda', '--block', '1')
+        pool.release()
         assert process.ending().exit_status == 0
     assert plain_image(shelf, 'web') == disk_content(disk())
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from support.deeds import backup, beginning, is_exporting, objects, preview
-from support.language import MEBIBYTE, at, disk, vm
+from support.deeds import backup, beginning, objects, preview
+from support.language import MEBIBYTE, at, disk, slowly, vm
 from support.process import PASSWORD, TESTS, Pool
 from support.shelf import Shelf
 from support.wire import eventually
@@ -169,10 +169,10 @@ def test_a_master_that_moves_during_the_run_is_followed(a_pool: Any, a_shelf: An
 
 def test_a_pool_that_restarts_in_the_middle_is_waited_for(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(vm('db'), vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]),
-                  faults=[at('http:/export', object='db', runs_at=MEBIBYTE // 2)])
+                  faults=[slowly(object='web')])
     shelf, port = a_shelf(), pool.port
     with beginning(pool, shelf, 'vm-export=*') as process:
-        assert eventually(is_exporting(shelf))
+        assert eventually(lambda: [name for name in shelf.tree() if name.startswith('web/') and name.endswith('.partial/web.xva')])
         pool.stop()
         pool.set_faults([])
         pool.start(port)

@@ -156,11 +156,12 @@ def test_what_a_killed_drill_left_is_gone_after_the_next_run(a_backup: Any, occa
 
 
 def test_a_signal_ends_a_drill_cleanly(a_backup: Any) -> None:
-    pool, shelf = a_backup(vm('web', disks=[ROOT]), faults=[at('http:/import', sleeps=3)])
+    pool, shelf = a_backup(vm('web', disks=[ROOT]), faults=[at('http:/import', sleeps=60, until='enough')])
     before = objects(pool)
     with beginning(pool, shelf, 'vm-export=*', words=['drill', 'web']) as process:
         assert process.says(': drill of'), process.output
         process.signal(signal.SIGTERM)
+        pool.release()
         run = process.ending()
     assert run.exit_status == 128 + signal.SIGTERM and is_as_before(pool, before) and shelf.journals() == [], run
 

@@ -9,7 +9,7 @@ import pytest
 
 from support import warm
 from support.deeds import backup, beginning, in_trouble, is_exporting, objects, preview, without_pool
-from support.language import MEBIBYTE, at, described, disk, uuid_of, vm
+from support.language import MEBIBYTE, at, described, disk, slowly, uuid_of, vm
 from support.process import Pool, Run, ended, run_program
 from support.shelf import Shelf, complete, damaged, old, path_of
 from support.wire import eventually
@@ -465,20 +465,21 @@ def test_nothing_is_changed_in_pool_or_store(some_nights: Any) -> None:
 
 
 def test_it_works_while_a_round_is_running(a_pool: Any, a_shelf: Any) -> None:
-    slow = at('http:/export', runs_at=MEBIBYTE)
-    pool, shelf = a_pool(vm('web', disks=[disk(size=6 * MEBIBYTE, used=6)]), faults=[slow]), a_shelf()
+    pool, shelf = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]), faults=[slowly()]), a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as process:
         assert eventually(is_exporting(shelf))
         run = explain(pool, shelf, 'vm-export=web')
         assert run.exit_status == 0 and ' is backed up by this config' in verdict(run), run
         assert re.match(r'a run that xcp1 began at [\d-]+ [\d:]+ is going on: it is at this VM, and does what ', next_run(run)), run
-        assert not process.is_over() and process.ending().exit_status == 0
+        assert not process.is_over()
+        pool.release()
+        assert process.ending().exit_status == 0
     assert 'is going on' not in told(explain(pool, shelf, 'vm-export=web'))
 
 
 def test_what_a_running_round_has_done_or_has_not_is_for_the_next_run(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*[vm(name, disks=[disk(size=6 * MEBIBYTE, used=6)]) for name in ('db', 'web', 'www')], vm('zoo'),
-                  faults=[at('http:/export', object='web', runs_at=MEBIBYTE), at('api:VM.snapshot', object='db', fails=['VM_HAS_VUSBS'])])
+    pool = a_pool(*[vm(name, disks=[disk(size=8 * MEBIBYTE, used=8)]) for name in ('db', 'web', 'www')], vm('zoo'),
+                  faults=[slowly(object='web'), at('api:VM.snapshot', object='db', fails=['VM_HAS_VUSBS'])])
     shelf, lines = a_shelf(), ['vm-export=w*', 'vm-export=db']
     with beginning(pool, shelf, *lines) as process:
         assert eventually(is_exporting(shelf))
@@ -493,8 +494,7 @@ def test_what_a_running_round_has_done_or_has_not_is_for_the_next_run(a_pool: An
 
 
 def test_a_round_that_nobody_leads_any_more_is_not_said_to_go_on(a_pool: Any, a_shelf: Any) -> None:
-    slow = at('http:/export', runs_at=MEBIBYTE)
-    pool, shelf = a_pool(vm('web', disks=[disk(size=6 * MEBIBYTE, used=6)]), faults=[slow]), a_shelf()
+    pool, shelf = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]), faults=[slowly()]), a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as process:
         assert eventually(is_exporting(shelf))
         process.kill()

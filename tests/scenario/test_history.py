@@ -15,7 +15,7 @@ import pytest
 
 from support import warm
 from support.deeds import Process, backup, beginning, hurried, in_trouble, is_exporting, preview, without_pool
-from support.language import MEBIBYTE, at, disk, uuid_of, vm
+from support.language import MEBIBYTE, at, disk, slowly, uuid_of, vm
 from support.process import Run, ended
 from support.shelf import Shelf
 from support.wire import eventually
@@ -106,13 +106,14 @@ def test_a_round_of_several_hosts_and_workers_leaves_one_file(a_pool: Any, a_she
 
 
 def test_a_round_whose_leader_was_killed_leaves_one_file_that_tells_of_all_vms(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines(4), hosts=HOSTS, faults=[at('http:/export', runs_at=2 * MEBIBYTE)]), a_shelf()
+    pool, shelf = a_pool(*machines(4), hosts=HOSTS, faults=[slowly()]), a_shelf()
     lines = ('vm-export=*', 'hosts=all')
     with beginning(pool, shelf, *lines, is_hurried=True) as leader:
         assert leader.says('vm-export into')
         with beginning(pool, shelf, *lines, host=2, is_hurried=True) as helper:
             assert helper.says('vm-export into')
             leader.kill()
+            pool.release()
             run = helper.ending()
     assert run.exit_status == 3 and run.says('xcp2 took over'), run.output
     (facts,) = told(shelf)
@@ -122,7 +123,7 @@ def test_a_round_whose_leader_was_killed_leaves_one_file_that_tells_of_all_vms(a
 
 
 def test_a_run_that_a_signal_ended_is_on_record(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]), faults=[at('http:/export', runs_at=MEBIBYTE)])
+    pool = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]), faults=[slowly()])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as process:
         assert eventually(is_exporting(shelf))
@@ -153,12 +154,13 @@ def test_a_run_that_ended_before_it_had_a_plan_was_no_round_and_is_not_on_record
 
 
 def test_a_run_that_met_a_held_lock_is_not_on_record(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]), faults=[at('http:/export', runs_at=4 * MEBIBYTE)])
+    pool = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]), faults=[slowly()])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as process:
         assert eventually(is_exporting(shelf))
         assert backup(pool, shelf, 'vm-export=web').exit_status == 5
         assert files(shelf) == []
+        pool.release()
         assert process.ending().exit_status == 0
     assert [facts['exit'] for facts in told(shelf)] == [0]
 

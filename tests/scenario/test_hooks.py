@@ -16,7 +16,7 @@ from typing import Any, Dict, List, NamedTuple
 import pytest
 
 from support.deeds import backup, beginning, hurried_backup, is_exporting, preview, without_pool
-from support.language import MEBIBYTE, at, disk, uuid_of, vm
+from support.language import MEBIBYTE, at, disk, slowly, uuid_of, vm
 from support.process import ROOT, Pool
 from support.shelf import Shelf, complete
 from support.wire import eventually
@@ -368,19 +368,21 @@ def test_after_vm_runs_where_there_was_no_before_vm_whatever_became_of_the_vm(a_
 @pytest.mark.parametrize('kind', KINDS)
 def test_one_that_hangs_is_killed_after_hook_timeout_and_has_failed(a_pool: Any, a_shelf: Any, kind: str, body: str) -> None:
     pool, shelf = a_pool(vm('web')), a_shelf()
-    body = 'echo $$ > $here/pid; ' + body
-    run = hurried_backup(pool, shelf, 'vm-export=web', 'hook_timeout=2', *hooked(pool, shelf, **{kind: body}))
+    path = os.path.join(shelf.home, kind)
+    Machine.put(path, '#!/bin/sh\necho $$ >> "$0.pids"\n%s\n' % body)       # it notes no more, as its time is short
+    run = hurried_backup(pool, shelf, 'vm-export=web', 'hook_timeout=6', '%s=%s' % (kind, path))
     assert run.exit_status == (3 if kind.startswith('after') else 1), run
     assert re.search(r'%s did not end within .* \(hook_timeout\), and was killed' % kind, run.stderr), run
     assert shelf.has('web', complete=1 if kind.startswith('after') else 0) and leaves_nothing(pool, shelf)
-    (one,) = noted(shelf)
-    assert not os.path.exists('/proc/' + one.text('pid').strip())
+    with open(path + '.pids') as file:
+        (pid,) = file.read().split()
+    assert not os.path.exists('/proc/' + pid)
 
 
 def test_hook_timeout_counts_for_each_and_not_for_all_together(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(*[vm('vm%d' % number) for number in range(3)]), a_shelf()
-    run = hurried_backup(pool, shelf, 'vm-export=*', 'hook_timeout=4', *hooked(pool, shelf, **dict.fromkeys(KINDS, 'sleep 1')))
-    assert run.exit_status == 0, run
+    run = hurried_backup(pool, shelf, 'vm-export=*', 'hook_timeout=12', *hooked(pool, shelf, **dict.fromkeys(KINDS, 'sleep 1')))
+    assert run.exit_status == 0, run           # eight of them, of a second or more, and each has six
 
 
 FLOODS = {'lines': 'head -c 50000000 /dev/zero | tr "\\0" "\\n"', 'one line': 'head -c 50000000 /dev/zero | tr "\\0" x',
@@ -404,8 +406,8 @@ def test_one_that_leaves_a_child_behind_that_holds_its_output_holds_up_nothing(a
     pool, shelf = a_pool(vm('web')), a_shelf()
     body = '(echo from behind; exec sleep 300) & echo $! > $here/child'
     began = time.monotonic()
-    run = backup(pool, shelf, 'vm-export=web', *hooked(pool, shelf, **{kind: body}), time_limit_s=60)
-    assert run.exit_status == 0 and time.monotonic() - began < 30, run
+    run = backup(pool, shelf, 'vm-export=web', *hooked(pool, shelf, **{kind: body}))
+    assert run.exit_status == 0 and time.monotonic() - began < 100, run
     (one,) = noted(shelf)
     child = int(one.text('child'))
     try:
@@ -436,8 +438,8 @@ def test_one_that_never_reads_what_it_is_told_has_its_time_and_is_fine_however_m
     with open(os.path.join(shelf.home, 'after_run'), 'w') as file:
         file.write(text.replace('#!/bin/sh\n', '#!/bin/sh\ndeaf=yes\n') + body + '\n')
     began = time.monotonic()
-    run = hurried_backup(pool, shelf, 'hook_timeout=4', *lines)
-    assert time.monotonic() - began < 30
+    run = hurried_backup(pool, shelf, 'hook_timeout=12', *lines)
+    assert time.monotonic() - began < 90
     assert len(noted(shelf)) == 2 and ('after_run' in run.stderr) == (body == 'sleep 99') and 'Traceback' not in run.output, run
 
 
@@ -452,7 +454,7 @@ def test_a_signal_while_before_run_runs_ends_it_and_starts_nothing(a_pool: Any, 
     with beginning(pool, shelf, 'vm-export=web', *hooked(pool, shelf, before_run='exec sleep 1000', after_run='')) as process:
         assert has_noted(shelf, 'before_run')
         process.signal(signal.SIGTERM)
-        run = process.ending(20)
+        run = process.ending()
     assert run.exit_status == 143 and pool.journal() == [] and shelf.names() == [], run
     assert order(shelf) == ['before_run', 'after_run'] and of(shelf, 'after_run').variables['EXIT_STATUS'] == '143'
 
@@ -463,7 +465,7 @@ def test_a_signal_while_before_vm_runs_ends_the_run_soon_and_after_vm_runs(a_poo
     with beginning(pool, shelf, 'vm-export=*', *lines) as process:
         assert has_noted(shelf, 'before_vm')
         process.signal(signal.SIGTERM)
-        run = process.ending(20)
+        run = process.ending()
     assert run.exit_status == 143, run
     (before, after, last) = noted(shelf)
     assert (before.hook, after.hook, last.hook) == ('before_vm', 'after_vm', 'after_run')
@@ -477,12 +479,12 @@ def test_a_signal_while_before_vm_runs_ends_the_run_soon_and_after_vm_runs(a_poo
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_signal_in_mid_export_lets_after_vm_of_each_vm_in_hand_run(a_pool: Any, a_shelf: Any, workers: int) -> None:
     pool, shelf = a_pool(*[vm('vm%d' % number, disks=BIG) for number in range(3)],
-                         faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
+                         faults=[slowly()]), a_shelf()
     lines = ['workers=%d' % workers] + hooked(pool, shelf, before_vm='', after_vm='sleep 1; : > $here/done')
     with beginning(pool, shelf, 'vm-export=*', *lines) as process:
         assert eventually(lambda: len(noted(shelf, 'before_vm')) == workers and is_exporting(shelf)())
         process.signal(signal.SIGTERM)
-        run = process.ending(30)
+        run = process.ending()
     assert run.exit_status == 143 and leaves_nothing(pool, shelf), run
     begun, ended = ([one.variables['VM_NAME'] for one in noted(shelf, kind)] for kind in ('before_vm', 'after_vm'))
     assert sorted(begun) == sorted(ended) and len(ended) == workers
@@ -494,11 +496,14 @@ def test_a_signal_in_mid_export_lets_after_vm_of_each_vm_in_hand_run(a_pool: Any
 
 def test_a_signal_while_after_vm_runs_leaves_it_its_time_and_the_copy_is_one(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(vm('web'), vm('db')), a_shelf()
-    lines = ['vm-export=*'] + hooked(pool, shelf, before_vm='', after_vm='sleep 2; : > $here/done')
+    signalled = os.path.join(shelf.home, 'signalled')
+    lines = ['vm-export=*'] + hooked(pool, shelf, before_vm='', after_vm='until [ -e %s ]; do sleep 0.1; done; sleep 1; : > $here/done'
+                                     % signalled)
     with beginning(pool, shelf, *lines) as process:
         assert has_noted(shelf, 'after_vm')
         process.signal(signal.SIGTERM)
-        run = process.ending(30)
+        Machine.put(signalled, '')
+        run = process.ending()
     (one,) = noted(shelf, 'after_vm')
     assert os.path.exists(one.place + '/done'), 'it was cut off'
     name = one.variables['VM_NAME']
@@ -510,12 +515,12 @@ def test_a_signal_while_after_vm_runs_leaves_it_its_time_and_the_copy_is_one(a_p
 @pytest.mark.parametrize('kind', ['after_vm', 'after_run'])
 def test_an_after_program_that_hangs_holds_up_a_run_that_was_told_to_stop_for_no_more_than_its_time(
         a_pool: Any, a_shelf: Any, kind: str) -> None:
-    pool, shelf = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=2 * MEBIBYTE)]), a_shelf()
+    pool, shelf = a_pool(vm('web', disks=BIG), faults=[slowly()]), a_shelf()
     lines = ['vm-export=web', 'hook_timeout=1000'] + hooked(pool, shelf, before_vm='', **{kind: 'sleep 1000'})
     with beginning(pool, shelf, *lines, is_hurried=True) as process:
         assert eventually(is_exporting(shelf))
         process.signal(signal.SIGTERM)
-        run = process.ending(20)
+        run = process.ending()
     assert run.exit_status == 143 and len(noted(shelf, kind)) == 1 and leaves_nothing(pool, shelf), run
 
 
@@ -524,7 +529,7 @@ def test_a_signal_while_after_run_runs_changes_nothing_any_more(a_pool: Any, a_s
     with beginning(pool, shelf, 'vm-export=web', *hooked(pool, shelf, after_run='sleep 2; : > $here/done')) as process:
         assert has_noted(shelf, 'after_run')
         process.signal(signal.SIGTERM)
-        run = process.ending(20)
+        run = process.ending()
     assert run.exit_status == 0 and run.says('SUCCESS: 1 VM backed up') and shelf.has('web', complete=1), run
     assert os.path.exists(of(shelf, 'after_run').place + '/done')
 

@@ -12,7 +12,7 @@ import pytest
 
 from support import warm
 from support.deeds import backup, beginning, in_trouble, preview
-from support.language import MEBIBYTE, at, uuid_of, vm
+from support.language import MEBIBYTE, at, slowly, uuid_of, vm
 from support.layers import DATA, ROOT, Nights, increments, is_increment, rows
 from support.process import ended, run_program
 from support.recovery import destroy, restore, serving
@@ -309,13 +309,13 @@ def test_a_list_of_blocks_that_is_not_what_was_written_is_no_base_and_why_is_sai
 @pytest.mark.parametrize('which', ['full', 'base'])
 @pytest.mark.parametrize('what', ['verdict', 'removed', 'cut'])
 def test_what_happens_to_a_holder_while_an_increment_is_made_makes_it_a_full(some_nights: Any, which: str, what: str) -> None:
-    nights = some_nights(disks=[dict(ROOT, size=8 * MEBIBYTE, used=[[0, 8]])])
+    nights = some_nights(disks=[dict(ROOT, size=16 * MEBIBYTE, used=[[0, 16]])])
     full, base = a_chain(nights, 2)
     copy = full if which == 'full' else base
     nights.write(5)
     held = nights.disks()
     seen = len(nights.pool.calls('http:/export'))
-    serving(nights.pool, at('http:/export', nth=1, runs_at=3 * MEBIBYTE))
+    serving(nights.pool, slowly(first=7 * MEBIBYTE, nth=1))
     with beginning(nights.pool, nights.shelf, *(nights.lines + ('max_backups=20',))) as process:
         assert eventually(lambda: any('.partial/xvda.vhd' in path for path in nights.shelf.tree())), process.output
         if what == 'verdict':
@@ -326,6 +326,7 @@ def test_what_happens_to_a_holder_while_an_increment_is_made_makes_it_a_full(som
         else:
             name = 'web.xva' if which == 'full' else 'xvda.vhd'
             os.truncate(nights.shelf.at('web', copy, name), 1000)
+        nights.pool.release()
         run = process.ending()
     assert len(nights.pool.calls('http:/export')) == seen + 2 and nights.pool.has_no_snapshots_of_ours(), run
     last = nights.copies()[-1]
@@ -508,15 +509,16 @@ def test_an_export_that_breaks_off_leaves_no_increment(some_nights: Any) -> None
 
 def test_a_store_that_was_copied_in_the_middle_of_a_run_is_whole_but_for_what_was_not_sealed(some_nights: Any,
                                                                                              a_shelf: Any) -> None:
-    nights = some_nights(disks=[dict(ROOT, size=8 * MEBIBYTE, used=[[0, 8]])])
+    nights = some_nights(disks=[dict(ROOT, size=16 * MEBIBYTE, used=[[0, 16]])])
     copies = a_chain(nights, 3)
     nights.write(5)
-    serving(nights.pool, at('http:/export', nth=1, runs_at=3 * MEBIBYTE))
+    serving(nights.pool, slowly(first=7 * MEBIBYTE, nth=1))
     other = a_shelf()
     with beginning(nights.pool, nights.shelf, *(nights.lines + ('max_backups=20',))) as process:
         assert eventually(lambda: any('.partial/xvda.vhd' in path for path in nights.shelf.tree())), process.output
         shutil.rmtree(other.path)
         shutil.copytree(nights.shelf.path, other.path, symlinks=True)
+        nights.pool.release()
         assert process.ending().exit_status == 0
     elsewhere = Nights(nights.pool, other, *nights.lines[:-1])
     elsewhere.held = dict(nights.held)

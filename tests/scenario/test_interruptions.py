@@ -10,7 +10,7 @@ import pytest
 
 from support import warm
 from support.deeds import Process, backup, beginning, hurried_backup, in_trouble, is_exporting, objects
-from support.language import MEBIBYTE, at, disk, vm
+from support.language import MEBIBYTE, at, disk, slowly, vm
 from support.process import CRON_PATH, Pool, ended
 from support.shelf import complete, unfinished
 from support.wire import eventually
@@ -142,7 +142,7 @@ def test_a_snapshot_that_a_user_has_made_use_of_is_reported_and_not_destroyed(a_
 def test_a_signal_in_mid_export_ends_the_run_with_128_and_its_number_and_leaves_nothing(a_pool: Any, a_shelf: Any,
                                                                                        kind: str, number: int) -> None:
     request = 'http:/export' if kind == 'vm-export' else 'http:/export_raw_vdi'
-    pool = a_pool(vm('web', disks=BIG), vm('zeta'), faults=[at(request, runs_at=MEBIBYTE)])
+    pool = a_pool(vm('web', disks=BIG), vm('zeta'), faults=[slowly(request)])
     shelf = a_shelf(complete('web', days_ago=2), complete('zeta', kind=kind))        # the newer comes later
     before = objects(pool)
     with beginning(pool, shelf, kind + '=*') as process:
@@ -150,7 +150,7 @@ def test_a_signal_in_mid_export_ends_the_run_with_128_and_its_number_and_leaves_
         assert eventually(lambda: [path for path, value in shelf.tree().items()
                                    if '.partial/web.' in path and path.endswith(('.xva', '.raw'))])
         process.signal(number)
-        run = process.ending(30)
+        run = process.ending()
     assert run.exit_status == 128 + number, run
     assert objects(pool) == before
     assert shelf.still_holds('web') and shelf.has('web', complete=1) and shelf.unfinished() == []
@@ -181,7 +181,7 @@ def test_that_a_signal_came_is_in_the_log_while_an_answer_is_waited_for(a_pool: 
 
 
 def test_a_second_signal_does_not_stop_the_clean_up(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=MEBIBYTE), at('api:VDI.destroy', sleeps=2)])
+    pool = a_pool(vm('web', disks=BIG), faults=[slowly(), at('api:VDI.destroy', sleeps=2)])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as process:
         assert eventually(lambda: pool.calls('api:VM.set_is_a_template'))
@@ -189,7 +189,7 @@ def test_a_second_signal_does_not_stop_the_clean_up(a_pool: Any, a_shelf: Any) -
         assert eventually(lambda: pool.calls('api:VDI.get_by_uuid'))
         process.signal(signal.SIGTERM)
         process.signal(signal.SIGINT)
-        run = process.ending(30)
+        run = process.ending()
     assert run.exit_status == 143 and run.output.count('came during clean-up, which is finished first.') == 1, run
     assert pool.has_no_snapshots_of_ours() and shelf.names() == []
 
@@ -197,14 +197,14 @@ def test_a_second_signal_does_not_stop_the_clean_up(a_pool: Any, a_shelf: Any) -
 @pytest.mark.parametrize('away', [signal.SIGKILL, signal.SIGSTOP])
 def test_after_a_signal_a_pool_that_is_away_is_waited_for_a_minute_and_the_rest_left_to_the_next_run(
         a_pool: Any, a_shelf: Any, away: int) -> None:
-    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=MEBIBYTE)])
+    pool = a_pool(vm('web', disks=BIG), faults=[slowly()])
     shelf = a_shelf(complete('web', days_ago=2))
     with beginning(pool, shelf, 'vm-export=web', 'stall_timeout=1440', is_hurried=True) as process:
         assert eventually(is_exporting(shelf)), process.output
         pool.process.send_signal(signal.SIGSTOP)  # first of all, that no failed export is told before the signal
         process.signal(signal.SIGTERM)
         pool.process.send_signal(away)
-        run = process.ending(60)
+        run = process.ending()
     assert run.exit_status == 143 and 'The next run tries again' in run.stderr, run
     assert len(shelf.journals()) == 1 and shelf.unfinished() == []
     if away == signal.SIGSTOP:
@@ -222,7 +222,7 @@ def test_a_signal_ends_the_wait_for_an_answer_that_does_not_come_and_the_clean_u
     with beginning(pool, shelf, 'vm-export=*', 'stall_timeout=1440', is_hurried=True) as process:
         assert eventually(lambda: pool.calls('api:VDI.destroy')), process.output
         process.signal(signal.SIGTERM)
-        run = process.ending(60)
+        run = process.ending()
     assert run.exit_status == 143, run
     assert pool.has_no_snapshots_of_ours() and shelf.journals() == []
 
@@ -242,13 +242,14 @@ def test_ctrl_c_ends_what_changes_nothing_at_once_while_the_pool_is_silent(a_poo
 
 
 def test_a_run_under_nohup_is_not_ended_by_a_hangup(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=8 * MEBIBYTE)])
+    pool = a_pool(vm('web', disks=BIG), faults=[slowly()])
     shelf = a_shelf()
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with beginning(pool, shelf, 'vm-export=web') as process:
             assert eventually(shelf.unfinished)
             process.signal(signal.SIGHUP)
+            pool.release()
             assert process.ending().exit_status == 0
     finally:
         signal.signal(signal.SIGHUP, earlier)
@@ -395,11 +396,11 @@ def test_a_signal_while_the_store_hangs_still_clears_the_pool_and_ends_the_run(a
     process = Process(['-', shelf.config(line, 'stall_timeout=1440')], pool.environment(),
                       in_trouble(pool, store=shelf.path, trace=trace, apart=ROUNDS, step=step, do='hang', stays=True,
                                  hurried=True))
-    assert eventually(lambda: os.path.exists(trace) and len(lines_of(trace)) >= step, 60), process.output
+    assert eventually(lambda: os.path.exists(trace) and len(lines_of(trace)) >= step), process.output
     assert len(pool.calls('api:V*.snapshot')) > began, process.output
     process.signal(signal.SIGTERM)
-    assert eventually(lambda: pool.has_no_snapshots_of_ours(), 40), process.output
-    run = process.ending(60)
+    assert eventually(lambda: pool.has_no_snapshots_of_ours()), process.output
+    run = process.ending()
     assert run.exit_status == 128 + signal.SIGTERM and run.never_says('Traceback'), run
 
 
@@ -412,9 +413,9 @@ def test_a_signal_while_the_store_hangs_in_pruning_ends_the_run_and_the_new_copy
     process = Process(['-', shelf.config(*lines)], pool.environment(),
                       in_trouble(pool, store=shelf.path, trace=trace, apart=ROUNDS, step=step, do='hang', stays=True,
                                  hurried=True))
-    assert eventually(lambda: os.path.exists(trace) and len(lines_of(trace)) >= step, 60), process.output
+    assert eventually(lambda: os.path.exists(trace) and len(lines_of(trace)) >= step), process.output
     process.signal(signal.SIGTERM)
-    run = process.ending(60)
+    run = process.ending()
     assert run.exit_status == 128 + signal.SIGTERM and 'older copies were not pruned' in run.stderr, run
     assert '1 VM backed up' in run.stdout and pool.has_no_snapshots_of_ours(), run
 
@@ -431,9 +432,9 @@ def test_a_signal_ends_what_opens_or_reads_a_store_that_hangs(a_shelf: Any, acti
     shelf = a_shelf(complete('web', days_ago=2), complete('web', days_ago=1))
     process = Process(['-', shelf.config('vm-export=web:1')] + action.split(), {'PATH': CRON_PATH},
                       in_trouble(shelf, at=[where], do='hang', hurried=True))
-    assert eventually(lambda: handles(process.pid, signal.SIGTERM), 20), process.output
+    assert eventually(lambda: handles(process.pid, signal.SIGTERM)), process.output
     process.signal(signal.SIGTERM)
-    run = process.ending(20)
+    run = process.ending()
     assert run.exit_status == 128 + signal.SIGTERM and run.says('stopped by SIGTERM') and run.never_says('removed'), run
     assert shelf.has('web', complete=2)
 

@@ -654,7 +654,7 @@ def test_a_removal_that_is_refused_once_leaves_nothing(a_pool: Any, a_shelf: Any
 
 
 def test_a_disks_snapshot_that_somebody_has_taken_is_neither_exported_nor_destroyed(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(web(), vm('db'), xapi_version=OLD, faults=[at('api:VM.snapshot', nth=1, when='after', sleeps=3)])
+    pool = a_pool(web(), vm('db'), xapi_version=OLD, faults=[at('api:VM.snapshot', nth=1, when='after', sleeps=60, until='enough')])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=web', LINE) as process:
         assert eventually(lambda: snapshots_of(pool, 'data') and snapshots_of(pool, 'swap')), process.output
@@ -663,6 +663,7 @@ def test_a_disks_snapshot_that_somebody_has_taken_is_neither_exported_nor_destro
         api.VBD.create({'VM': api.VM.get_by_name_label('db')[0], 'VDI': api.VDI.get_by_uuid(taken), 'userdevice': '5',
                         'bootable': False, 'mode': 'RO', 'type': 'Disk', 'empty': False, 'other_config': {},
                         'qos_algorithm_type': '', 'qos_algorithm_params': {}})
+        pool.release()
         run = process.ending()
     assert run.exit_status == 3 and 'hangs on another VM, db' in run.stderr and 'second try' in run.stderr, run
     assert snapshots_of(pool, 'data') == [taken] and missing(shelf) == ['xvdb']
@@ -677,7 +678,7 @@ def test_a_signal_while_the_disk_is_removed_ends_the_run_and_leaves_nothing(a_po
     with beginning(pool, shelf, *LINES, is_hurried=True) as process:
         assert eventually(lambda: pool.calls('api:VDI.destroy')), process.output
         process.signal(signal.SIGTERM)
-        run = process.ending(60)
+        run = process.ending()
     assert run.exit_status == 143 and is_as_before(pool, before) and shelf.journals() == [], run
     assert shelf.names() == [] and pool.never_saw('http:/export')
 
@@ -696,8 +697,8 @@ def test_a_master_that_moves_before_the_removal_costs_nothing(a_pool: Any, a_she
 
 def test_what_is_gone_when_the_run_ends_is_not_told_as_left(a_pool: Any, a_shelf: Any) -> None:
     # the second get_by_name_label is the first thing that the clean-up asks; the first is ours
-    pool = a_pool(web(), vm('db'), xapi_version=OLD, faults=[at('api:VM.snapshot', nth=1, when='after', sleeps=3),
-                                                             at('api:VM.get_by_name_label', nth=2, sleeps=4)])
+    pool = a_pool(web(), vm('db'), xapi_version=OLD, faults=[at('api:VM.snapshot', nth=1, when='after', sleeps=60, until='taken'),
+                                                             at('api:VM.get_by_name_label', nth=2, sleeps=60, until='given back')])
     shelf, before = a_shelf(), objects(pool)
     with beginning(pool, shelf, 'vm-export=web', LINE) as process:
         assert eventually(lambda: snapshots_of(pool, 'data') and snapshots_of(pool, 'swap')), process.output
@@ -706,8 +707,10 @@ def test_what_is_gone_when_the_run_ends_is_not_told_as_left(a_pool: Any, a_shelf
         drive = api.VBD.create({'VM': api.VM.get_by_name_label('db')[0], 'VDI': api.VDI.get_by_uuid(taken), 'userdevice': '5',
                                 'bootable': False, 'mode': 'RO', 'type': 'Disk', 'empty': False, 'other_config': {},
                                 'qos_algorithm_type': '', 'qos_algorithm_params': {}})
+        pool.release('taken')
         assert eventually(lambda: pool.calls('api:VM.get_name_label')), 'whose it hangs on is asked'
         api.VBD.destroy(drive)
+        pool.release('given back')
         run = process.ending()
     assert run.exit_status == 3 and 'second try' in run.stderr and missing(shelf) == ['xvdb'], run
     assert is_as_before(pool, before) and shelf.journals() == []
@@ -717,7 +720,8 @@ def test_what_is_gone_when_the_run_ends_is_not_told_as_left(a_pool: Any, a_shelf
 @pytest.mark.parametrize('line', ['vm-export=web', LINE])
 def test_a_disk_that_is_exchanged_while_the_snapshot_is_made_costs_a_second_try_and_no_copy_tells_what_is_not_so(
         a_pool: Any, a_shelf: Any, line: str) -> None:
-    pool = a_pool(web(power_state='Halted'), vm('db'), xapi_version=NEW, faults=[at('api:VM.snapshot', nth=1, when='before', sleeps=5)])
+    pool = a_pool(web(power_state='Halted'), vm('db'), xapi_version=NEW,
+                  faults=[at('api:VM.snapshot', nth=1, when='before', sleeps=60, until='enough')])
     shelf, name = a_shelf(), 'data' if line == LINE else 'swap'
     with beginning(pool, shelf, 'vm-export=web', line) as process:
         assert process.says('vm-export into'), process.output
@@ -729,6 +733,7 @@ def test_a_disk_that_is_exchanged_while_the_snapshot_is_made_costs_a_second_try_
             api.VBD.create({'VM': drive['VM'], 'VDI': other, 'userdevice': drive['userdevice'], 'bootable': False, 'mode': 'RO',
                             'type': 'Disk', 'empty': False, 'other_config': {}, 'qos_algorithm_type': '',
                             'qos_algorithm_params': {}})
+        pool.release()
         run = process.ending()
     assert 'so nothing was exported' in run.stderr and run.exit_status == 3 and shelf.has('web', complete=1), run
     assert missing(shelf) == [] and ('xvdc' in held(shelf)) == (line == LINE) and shelf.journals() == [], run

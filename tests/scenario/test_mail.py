@@ -11,14 +11,13 @@ from typing import Any, Callable, List
 import pytest
 
 from support.deeds import backup, beginning
-from support.language import MEBIBYTE, at, disk, uuid_of, vm
+from support.language import MEBIBYTE, at, disk, slowly, uuid_of, vm
 from support.mail import ADMINS, CERTIFICATE, SENDER, Mail, MailServer, golden, hasty_run, kept, plain_text
 from support.process import PASSWORD, Pool, Run, run_program
 from support.shelf import Shelf, complete, damaged
 from support.wire import eventually
 
 FULL = {'fails': ['SR_BACKEND_FAILURE_44', '', 'There is insufficient space', '']}
-SLOWLY = {'runs_at': 4 * MEBIBYTE}
 BIG = [disk(size=8 * MEBIBYTE, used=8)]
 SECRET = 'Swordfish-17'
 
@@ -157,12 +156,13 @@ def test_no_name_of_a_vm_adds_a_header_or_breaks_the_text(a_pool: Any, a_shelf: 
 # --- When it is sent -------------------------------------------------------------------------------------------------
 
 def test_a_lock_that_is_held_is_told_by_mail(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', **SLOWLY)])
+    pool = a_pool(vm('web', disks=BIG), faults=[slowly()])
     shelf, server = a_shelf(), a_mail_server()
     with beginning(pool, shelf, 'vm-export=web', *server.lines()) as first:
         assert eventually(shelf.unfinished)
         assert backup(pool, shelf, 'vm-export=web', *server.lines()).exit_status == 5
         mail = server.mail()
+        pool.release()
         assert first.ending().exit_status == 0
     assert as_told(mail, shelf) == golden('mail-locked.txt', as_told(mail, shelf))
     assert server.subjects()[1].startswith('OK: ')
@@ -185,7 +185,7 @@ def test_a_refused_login_is_told_by_mail_without_the_password(a_pool: Any, a_she
 
 
 def test_a_run_that_a_signal_ends_is_told_by_mail(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), vm('db'), faults=[at('http:/export', **SLOWLY)])
+    pool = a_pool(vm('web', disks=BIG), vm('db'), faults=[slowly()])
     shelf, server = a_shelf(complete('web', 7)), a_mail_server()
     with beginning(pool, shelf, 'vm-export=*', *server.lines()) as process:
         assert process.says(': vm-export into db/'), process.output
@@ -206,7 +206,7 @@ def test_a_signal_before_the_run_has_begun_is_told_by_mail(a_pool: Any, a_shelf:
 
 
 def test_a_run_that_is_interrupted_tells_all_that_was_not_done(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
-    pool = a_pool(vm('a', disks=BIG), vm('b'), vm('c'), faults=[at('http:/export', **SLOWLY)])
+    pool = a_pool(vm('a', disks=BIG), vm('b'), vm('c'), faults=[slowly()])
     shelf, server = a_shelf(), a_mail_server()
     with beginning(pool, shelf, 'vm-export=*', 'stall_timeout=1', *server.lines()) as process:
         assert process.says(': vm-export into a/'), process.output
@@ -301,8 +301,8 @@ LATER = '450 4.2.0 greylisted, come back later'
     (dict(data=['554 5.7.1 this is spam']), False, 1, '554 5.7.1 this is spam'),
     (dict(rcpt=['drop'] * 3), False, 3, 'closed the connection'),
     (dict(greeting='drop'), False, 3, 'closed the connection'),
-    (dict(greeting='silent'), False, 3, 'not taken the mail after 1 s'),
-    (dict(greeting='drip'), False, 3, 'not taken the mail after 1 s'),
+    (dict(greeting='silent'), False, 3, 'not taken the mail after 3 s'),
+    (dict(greeting='drip'), False, 3, 'not taken the mail after 3 s'),
     (dict(starttls='demanded'), False, 1, '530 '),
     (dict(login=['u', SECRET], starttls='offered'), False, 1, '530 '),
 ], ids=lambda value: '' if not isinstance(value, dict) else '-'.join(map(str, value))[:20])
@@ -443,7 +443,7 @@ def test_test_mail_can_be_interrupted(a_pool: Any, a_shelf: Any, a_mail_server: 
     with beginning(pool, shelf, 'vm-export=web', *server.lines(), words=['test-mail']) as process:
         assert not eventually(process.is_over, 1.5)
         process.signal(signal.SIGINT)
-        assert process.ending(10).exit_status == 128 + signal.SIGINT
+        assert process.ending().exit_status == 128 + signal.SIGINT
 
 
 # --- What can't be sent ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from support import warm
 from support.deeds import Process, backup, beginning, in_trouble, is_exporting, preview, without_pool
-from support.language import MEBIBYTE, at, disk, uuid_of, vm
+from support.language import MEBIBYTE, at, disk, slowly, uuid_of, vm
 from support.process import Pool, Run, ended
 from support.shelf import Shelf, path_of
 from support.wire import eventually
@@ -28,7 +28,7 @@ FULL = ['SR_BACKEND_FAILURE_44', '', 'There is insufficient space', '']
 HOUR_S, DAY_S = 3600, 86400
 AGAIN = ('force=yes',)                      # where a round of the same hour is wanted once more
 TWO_HOSTS = [{'name_label': 'xcp1', 'master': True}, {'name_label': 'xcp2'}]
-SLOW = [at('http:/export', runs_at=3 * MEBIBYTE)]
+SLOW = [slowly()]
 BIG = [disk(size=9 * MEBIBYTE, used=9)]
 
 
@@ -525,6 +525,7 @@ def test_a_check_is_not_held_up_by_a_run(a_pool: Any, a_shelf: Any) -> None:
     with beginning(pool, shelf, 'vm-export=web', words=AGAIN) as process:
         assert eventually(is_exporting(shelf))
         assert check(shelf).status == 0 and not process.is_over()
+        pool.release()
         assert process.ending().exit_status == 0
 
 
@@ -657,6 +658,7 @@ def test_a_run_that_met_another_one_pings_nobody(a_pool: Any, a_shelf: Any, a_li
         assert eventually(is_exporting(shelf))
         assert backup(pool, shelf, 'vm-export=*', 'ping_url=' + listener.url).exit_status == 5
         assert listener.ends() == ['/start']
+        pool.release()
         assert process.ending().exit_status == 0
     assert listener.ends() == ['/start', '']
 
@@ -665,7 +667,10 @@ def test_of_a_round_of_two_hosts_only_one_pings(a_pool: Any, a_shelf: Any, a_lis
     pool = a_pool(*[vm('vm%d' % number, disks=BIG) for number in range(4)], hosts=TWO_HOSTS, faults=SLOW)
     shelf, listener = a_shelf(), a_listener()
     config = shelf.config('vm-export=*', 'hosts=all', 'workers=2', 'ping_url=' + listener.url)
-    runs = [process.ending() for process in [Process(['-', config], pool.environment(host)) for host in (1, 2)]]
+    processes = [Process(['-', config], pool.environment(host)) for host in (1, 2)]
+    assert eventually(lambda: all('vm-export into' in process.output for process in processes)), processes[0].output
+    pool.release()
+    runs = [process.ending() for process in processes]
     assert [run.exit_status for run in runs] == [0, 0] and listener.ends() == ['/start', ''], (runs, listener.asked)
 
 

@@ -8,7 +8,7 @@ from typing import Any, List
 import pytest
 
 from support.deeds import backup, beginning, objects, preview
-from support.language import MEBIBYTE, at, disk, uuid_of, vm
+from support.language import MEBIBYTE, at, disk, slowly, uuid_of, vm
 from support.process import PROGRAM, ROOT, Pool, Run, run_program
 from support.shelf import complete, disk_content, foreign, of_old_program, old, unfinished, write
 from support.wire import eventually
@@ -143,7 +143,7 @@ def test_no_directory_or_file_that_we_make_has_a_colon_in_its_name(a_pool: Any, 
 
 def test_two_runs_at_once_do_not_remove_each_others_work(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(vm('web', disks=[disk(size=8 * MEBIBYTE, used=8)]), vm('db'),
-                  faults=[at('http:/export', object='web', runs_at=MEBIBYTE)])
+                  faults=[slowly(object='web')])
     shelf = a_shelf(complete('web', days_ago=1))
     with beginning(pool, shelf, 'vm-export=web') as first:
         assert eventually(shelf.unfinished)
@@ -152,6 +152,7 @@ def test_two_runs_at_once_do_not_remove_each_others_work(a_pool: Any, a_shelf: A
         other = a_config(shelf, 'db.cfg', 'vm-export=*', 'lock_wait=0')
         third = run_other(pool, other)
         assert third.exit_status == 1 and 'in use by another run' in third.stderr, third
+        pool.release()
         assert first.ending().exit_status == 0
     assert shelf.has('web', complete=2) and shelf.has('db', complete=1)
     assert shelf.unfinished() == [] and pool.has_no_snapshots_of_ours()

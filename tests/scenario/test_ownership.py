@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 
 from support.deeds import backup, beginning, hurried_backup, preview
-from support.language import MEBIBYTE, at, disk, vm
+from support.language import MEBIBYTE, at, disk, slowly, vm
 from support.recovery import killed_at, serving
 from support.shelf import complete, of_old_program
 from support.wire import eventually
@@ -175,7 +175,7 @@ def journal_of(shelf: Any) -> str:
 def died_together(a_pool: Any, shelf: Any, kind: str) -> Any:
     """The pool, which serves again after it and a run were killed in the middle of an export."""
     request = {'vm-export': 'http:/export', 'vdi-export': 'http:/export_raw_vdi'}[kind]
-    pool = a_pool(vm('web', disks=BIG), faults=[at(request, nth=1, runs_at=MEBIBYTE // 2)])
+    pool = a_pool(vm('web', disks=BIG), faults=[slowly(request, nth=1)])
     with beginning(pool, shelf, kind + '=web') as process:
         assert eventually(lambda: [path for path in shelf.tree() if '.partial/web.' in path]), process.output
         assert eventually(lambda: drives_of_hosts(pool)), process.output
@@ -199,7 +199,7 @@ def test_what_a_server_that_died_in_the_export_left_attached_is_detached_and_des
                                                                                       kind: str) -> None:
     shelf = a_shelf(complete('web', days_ago=2))
     pool = died_together(a_pool, shelf, kind)
-    run = backup(pool, shelf, kind + '=web', time_limit_s=60)
+    run = backup(pool, shelf, kind + '=web')
     assert run.exit_status == 0, run
     assert drives_of_hosts(pool) == {} and pool.has_no_snapshots_of_ours() and keys_of_ours(pool) == []
     assert shelf.journals() == [] and shelf.still_holds('web')
@@ -279,13 +279,13 @@ def test_what_a_server_that_died_in_an_import_left_attached_is_detached_and_dest
     pool, shelf = a_pool(vm('web', disks=BIG)), a_shelf()
     assert backup(pool, shelf, 'vm-export=web').exit_status == 0
     before = set(pool.dump()['VDI'])
-    serving(pool, at('http:/import', nth=1, rate=MEBIBYTE // 2))
+    serving(pool, at('http:/import', nth=1, rate=MEBIBYTE // 8))
     with beginning(pool, shelf, 'vm-export=web', words=['restore', 'web', 'to=back']) as process:
         assert eventually(lambda: drives_of_hosts(pool)), process.output
         process.kill()
         pool.process.kill()
     serving(pool)
     assert drives_of_hosts(pool)
-    run = backup(pool, shelf, 'vm-export=web', time_limit_s=100)
+    run = backup(pool, shelf, 'vm-export=web')
     assert run.exit_status == 0, run
     assert drives_of_hosts(pool) == {} and set(pool.dump()['VDI']) == before and shelf.journals() == []

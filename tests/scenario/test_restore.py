@@ -597,11 +597,12 @@ def test_an_archive_beside_the_metadata_of_another_vm_is_known_by_its_own(a_back
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_import_leaves_nothing(a_backup: Any, number: int) -> None:
     big = disk(size=64 * MEBIBYTE, used=60, seed=3)
-    pool, shelf = a_backup(vm('web', disks=[big]), faults=[at('http:/import', sleeps=3)])
+    pool, shelf = a_backup(vm('web', disks=[big]), faults=[at('http:/import', sleeps=60, until='enough')])
     before = objects(pool)
     with beginning(pool, shelf, 'vm-export=*', words=['restore', 'web', 'to=back']) as process:
         assert process.says(': importing '), process.output
         process.signal(number)
+        pool.release()
         run = process.ending()
     assert run.exit_status == 128 + number, run
     after = objects(pool)

@@ -17,7 +17,7 @@ import pytest
 
 from support import roundfaults
 from support.deeds import Process, backup, children_of, hurried, in_trouble, without_pool
-from support.language import MEBIBYTE, at, disk, vm
+from support.language import MEBIBYTE, at, disk, slowly, vm
 from support.process import TIME_LIMIT_S, Pool, Run
 from support.shelf import Shelf
 from support.wire import eventually
@@ -26,7 +26,6 @@ HOSTS = [{'name_label': 'xcp1', 'master': True}, {'name_label': 'xcp2'}, {'name_
 SRS = [{'name_label': 'nfs', 'type': 'nfs', 'shared': True, 'size': 1 << 42}] + [
     {'name_label': 'local %s' % host['name_label'], 'type': 'ext', 'host': host['name_label'], 'size': 1 << 40} for host in HOSTS]
 SLOWLY = {'runs_at': 2 * MEBIBYTE}
-FOR_LONG = {'runs_at': MEBIBYTE // 4, 'until': 'enough'}          # until the test has seen what it waits for: pool.release()
 ALL = ('vm-export=*', 'hosts=all')
 
 
@@ -113,7 +112,7 @@ def each_once(pool: Pool, shelf: Shelf, number: int) -> bool:
 # --- workers of one host ---------------------------------------------------------------------------------------------
 
 def test_workers_of_one_host_export_side_by_side_and_each_vm_once(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(6, 8), faults=[at('http:/export', runs_at=4 * MEBIBYTE), at('http:/export', runs_at=MEBIBYTE // 8, until='enough'),
+    pool = a_pool(*machines(6, 8), faults=[slowly(), at('http:/export', runs_at=4 * MEBIBYTE),
                                            at('api:VM.snapshot', sleeps=0.3)])
     shelf = a_shelf()
     with started(pool, shelf, 'vm-export=*', 'workers=3') as (process,):
@@ -127,7 +126,8 @@ def test_workers_of_one_host_export_side_by_side_and_each_vm_once(a_pool: Any, a
     lines = shelf.status_lines()
     assert [len([line for line in lines if words in line]) for words in (',begin,vm', 'SUCCESS vm')] == [6, 6]
     starts = sorted(entry['t'] for entry in pool.calls('http:/export') if entry['bytes'] > MEBIBYTE)
-    assert len(starts) == 6 and all(later - earlier > 1.9 for earlier, later in zip(starts, starts[3:]))     # each takes 2 s or more: never four at a time
+    # each takes 2 s or more: never four at a time
+    assert len(starts) == 6 and all(later - earlier > 1.9 for earlier, later in zip(starts, starts[3:]))
 
 
 def test_each_line_of_several_workers_is_whole_and_names_its_vm(a_pool: Any, a_shelf: Any) -> None:
@@ -152,7 +152,7 @@ def test_no_more_than_at_once_are_exported_whatever_the_number_of_workers(a_pool
 
 
 def test_no_password_is_in_the_words_of_a_worker(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines(2, 8), faults=[at('http:/export', **FOR_LONG)]), a_shelf()
+    pool, shelf = a_pool(*machines(2, 8), faults=[slowly()]), a_shelf()
     process = Process(['password', shelf.config('vm-export=*', 'workers=2')], pool.environment())
     assert eventually(lambda: workers_of(process))
     for pid in workers_of(process):
@@ -164,7 +164,7 @@ def test_no_password_is_in_the_words_of_a_worker(a_pool: Any, a_shelf: Any) -> N
 
 
 def test_a_worker_that_is_killed_costs_no_vm_its_backup(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(3, 16), faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(3, 16), faults=[slowly()])
     shelf = a_shelf()
     with started(pool, shelf, 'vm-export=*', 'workers=2', is_hurried=True) as (process,):
         assert eventually(lambda: workers_of(process))
@@ -183,7 +183,7 @@ def test_a_worker_that_is_killed_costs_no_vm_its_backup(a_pool: Any, a_shelf: An
 
 
 def test_a_vm_that_kills_each_worker_is_given_up_after_two_and_leaves_nothing(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(3, 32), faults=[at('http:/export', object=name, **FOR_LONG) for name in ('vm0', 'vm2')])
+    pool = a_pool(*machines(3, 32), faults=[slowly(object=name) for name in ('vm0', 'vm2')])
     shelf = a_shelf()
     with started(pool, shelf, 'vm-export=*', 'workers=4', is_hurried=True) as (process,):
         killed = set()          # type: set
@@ -206,7 +206,7 @@ def test_a_vm_that_kills_each_worker_is_given_up_after_two_and_leaves_nothing(a_
 
 
 def test_a_signal_to_the_leader_ends_its_workers_and_what_they_had_open(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(4, 16), faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(4, 16), faults=[slowly()])
     shelf = a_shelf()
     with started(pool, shelf, 'vm-export=*', 'workers=3') as (process,):
         assert eventually(lambda: len([name for name in range(4) if is_exporting(shelf, 'vm%d' % name)]) == 3)
@@ -219,7 +219,7 @@ def test_a_signal_to_the_leader_ends_its_workers_and_what_they_had_open(a_pool: 
 
 
 def test_workers_of_a_leader_that_is_killed_end_with_it_cleaned_up(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(3, 16), faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(3, 16), faults=[slowly()])
     shelf = a_shelf()
     with started(pool, shelf, 'vm-export=*', 'workers=2') as (process,):
         assert eventually(lambda: len([name for name in range(3) if is_exporting(shelf, 'vm%d' % name)]) == 2)
@@ -251,7 +251,7 @@ def test_a_store_that_is_full_for_one_worker_costs_only_its_vm(a_pool: Any, a_sh
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_hosts_that_start_in_the_same_second_share_the_vms_of_one_plan(a_pool: Any, a_shelf: Any, workers: int) -> None:
-    pool = a_pool(*machines(6, 16), faults=[at('http:/export', **FOR_LONG)], hosts=HOSTS)
+    pool = a_pool(*machines(6, 16), faults=[slowly()], hosts=HOSTS)
     shelf = a_shelf()
     with started(pool, shelf, *ALL, 'workers=%d' % workers, hosts=(1, 2, 3)) as processes:
         assert eventually(lambda: all('vm-export into' in process.output for process in processes)), processes[0].output
@@ -312,7 +312,7 @@ def test_a_vm_on_the_local_sr_of_a_host_that_takes_no_part_is_exported_by_anothe
 
 
 def test_a_host_joins_a_round_whatever_its_age_and_finds_nothing_left_to_do(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with started(pool, shelf, *ALL) as (leader,):
         assert eventually(lambda: is_exporting(shelf, 'vm0') or is_exporting(shelf, 'vm1'))
@@ -326,7 +326,7 @@ def test_a_host_joins_a_round_whatever_its_age_and_finds_nothing_left_to_do(a_po
 
 
 def test_a_second_run_on_a_host_that_takes_part_is_exit_5(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with led_and_helped(pool, shelf) as (leader, helper):
         for host in (1, 2):
@@ -338,7 +338,7 @@ def test_a_second_run_on_a_host_that_takes_part_is_exit_5(a_pool: Any, a_shelf: 
 
 
 def test_a_leader_that_is_killed_is_followed_by_a_host_that_has_joined(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(5, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(5, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with led_and_helped(pool, shelf, is_hurried=True) as (leader, helper):
         leader.kill()
@@ -353,7 +353,7 @@ def test_a_leader_that_is_killed_is_followed_by_a_host_that_has_joined(a_pool: A
 
 
 def test_a_signal_to_the_leader_lets_other_hosts_finish_the_vm_in_hand_and_ends_the_round(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(6, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(6, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with led_and_helped(pool, shelf) as (leader, helper):
         leader.signal(signal.SIGTERM)
@@ -366,7 +366,7 @@ def test_a_signal_to_the_leader_lets_other_hosts_finish_the_vm_in_hand_and_ends_
 
 
 def test_a_host_that_freezes_is_given_up_and_marks_nothing_of_the_next_round(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with led_and_helped(pool, shelf, is_hurried=True) as (leader, helper):
         os.kill(helper.pid, signal.SIGSTOP)
@@ -398,7 +398,7 @@ def test_a_worker_that_freezes_while_it_looks_for_a_vm_does_not_hold_up_the_roun
 
 
 def test_a_claim_that_could_not_be_noted_on_a_full_store_is_noted_once_there_is_room(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     lines = ALL + ('lock_wait=0',)
     with started(pool, shelf, *lines, is_hurried=True) as (leader,):
@@ -419,10 +419,9 @@ def test_a_claim_that_could_not_be_noted_on_a_full_store_is_noted_once_there_is_
 def test_a_vm_whose_worker_died_waits_for_its_own_host_however_long_that_is_busy(a_pool: Any, a_shelf: Any) -> None:
     local = [vm(name, disks=[disk(size=20 * MEBIBYTE, used=20, seed=seed, sr='local xcp2')]) for seed, name in enumerate('abc')]
     pool = a_pool(vm('here', disks=[disk(size=16 * MEBIBYTE, used=16, sr='local xcp1')]), *local, hosts=HOSTS, srs=SRS,
-                  faults=[at('http:/export', object='here', **FOR_LONG)] + [
-                      at('http:/export', object=name, runs_at=MEBIBYTE // 4, until='rested') for name in ('a', 'b')])
+                  faults=[slowly(object='here')] + [slowly(object=name, until='rested') for name in ('a', 'b')])
     shelf = a_shelf()
-    lines = ALL + ('workers=2', 'stall_timeout=1')
+    lines = ALL + ('workers=2', 'stall_timeout=8')
     with started(pool, shelf, *lines, is_hurried=True) as (leader,):
         assert leader.says('VMs of')
         with started(pool, shelf, *lines, hosts=(2,), is_hurried=True) as (helper,):
@@ -432,7 +431,7 @@ def test_a_vm_whose_worker_died_waits_for_its_own_host_however_long_that_is_busy
                 os.kill(pid, signal.SIGKILL)
             pool.release()
             assert eventually(lambda: shelf.has('here', complete=1)), leader.output
-            time.sleep(8)                   # longer than anybody is waited for who gives no sign of life
+            time.sleep(11)                  # longer than anybody is waited for who gives no sign of life
             pool.release('rested')
             runs = endings([leader, helper])
     assert runs[0].exit_status == 3 and runs[0].says('needed a second try') and runs[0].never_says('no sign of life'), runs
@@ -456,7 +455,7 @@ def test_with_lock_wait_0_a_worker_of_the_round_is_not_taken_for_another_run(a_p
 
 
 def test_a_host_that_freezes_for_a_while_and_comes_back_in_time_is_waited_for(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with led_and_helped(pool, shelf, is_hurried=True) as (leader, helper):
         os.kill(helper.pid, signal.SIGSTOP)
@@ -470,7 +469,7 @@ def test_a_host_that_freezes_for_a_while_and_comes_back_in_time_is_waited_for(a_
 
 def test_a_host_that_was_frozen_before_it_could_join_begins_no_round_of_its_own(a_pool: Any, a_shelf: Any) -> None:
     """It has seen that a round goes on; when it wakes up, that is over."""
-    pool = a_pool(*machines(1, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(1, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with started(pool, shelf, *ALL) as (leader,):
         assert leader.says('vm-export into')
@@ -486,7 +485,7 @@ def test_a_host_that_was_frozen_before_it_could_join_begins_no_round_of_its_own(
 
 
 def test_a_leader_whose_own_storage_misbehaves_leaves_the_vms_to_other_hosts(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(3, 12), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(3, 12), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     config = shelf.config(*ALL)
     program = in_trouble(shelf, hurried=True, store=shelf.path, below='vm0', step=29, do='EIO', stays=True)   # late in the image
@@ -504,7 +503,7 @@ def test_a_leader_whose_own_storage_misbehaves_leaves_the_vms_to_other_hosts(a_p
 
 def test_a_leader_whose_own_storage_misbehaves_still_does_what_only_it_sees(a_pool: Any, a_shelf: Any) -> None:
     local = [vm('own%d' % number, disks=[disk(size=12 * MEBIBYTE, used=12, seed=number, sr='local xcp1')]) for number in range(2)]
-    pool = a_pool(*(machines(2, 12) + local), hosts=HOSTS, srs=SRS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*(machines(2, 12) + local), hosts=HOSTS, srs=SRS, faults=[slowly()])
     shelf = a_shelf()
     program = in_trouble(shelf, hurried=True, store=shelf.path, below='own0', step=29, do='EIO')         # once, late in the image
     config = shelf.config(*ALL)
@@ -522,7 +521,7 @@ def test_a_leader_whose_own_storage_misbehaves_still_does_what_only_it_sees(a_po
 
 
 def test_a_vm_that_another_config_is_busy_with_is_given_up_only_when_nothing_else_is_to_be_done(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(3, 16), hosts=HOSTS, faults=[at('http:/export', object='vm0', **FOR_LONG), at('http:/export', runs_at=4 * MEBIBYTE)])
+    pool = a_pool(*machines(3, 16), hosts=HOSTS, faults=[slowly(object='vm0')])
     shelf = a_shelf()
     with started(pool, shelf, 'vm-export=vm0', is_hurried=True) as (other,):
         assert other.says('vm-export into')
@@ -542,7 +541,7 @@ def test_a_vm_that_another_config_is_busy_with_is_given_up_only_when_nothing_els
 
 
 def test_hosts_without_work_leave_a_round_whose_leader_gives_no_sign_of_life(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(1, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(1, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with started(pool, shelf, *ALL, is_hurried=True) as (leader,):
         assert leader.says('vm-export into')
@@ -557,7 +556,7 @@ def test_hosts_without_work_leave_a_round_whose_leader_gives_no_sign_of_life(a_p
 
 
 def test_another_version_takes_no_part_and_says_so(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(1, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(1, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with started(pool, shelf, *ALL) as (leader,):
         assert leader.says('vm-export into')
@@ -573,7 +572,7 @@ def test_another_version_takes_no_part_and_says_so(a_pool: Any, a_shelf: Any) ->
 
 
 def test_a_host_whose_clock_is_wrong_takes_no_part_and_says_so(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(1, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(1, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     with started(pool, shelf, *ALL) as (leader,):
         assert leader.says('vm-export into')
@@ -584,7 +583,7 @@ def test_a_host_whose_clock_is_wrong_takes_no_part_and_says_so(a_pool: Any, a_sh
 
 
 def test_a_round_of_other_settings_under_one_path_is_told_with_both_hosts(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[at('http:/export', object='vm0', **FOR_LONG)])
+    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[slowly(object='vm0')])
     shelf = a_shelf()
     with started(pool, shelf, 'vm-export=vm0', 'hosts=all') as (first,):
         assert first.says('vm-export into')
@@ -597,10 +596,10 @@ def test_a_round_of_other_settings_under_one_path_is_told_with_both_hosts(a_pool
 # --- until, status ---------------------------------------------------------------------------------------------------
 
 def test_what_until_leaves_undone_is_told_and_comes_first_next_time(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(3, 16), faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(3, 16), faults=[slowly()])
     shelf = a_shelf()
     now = time.time()
-    until = time.strftime('until=%H:%M', time.localtime(now + 60))       # the next full minute, which is 20 s away for the program
+    until = time.strftime('until=%H:%M', time.localtime(now + 60))       # the next full minute, 20 s away for the program
     program = in_trouble(pool, hurried=True, clock=60 - now % 60 - 20)
     process = Process(['-', shelf.config('vm-export=*', until)], pool.environment(), program)
     assert process.says('vm-export into')
@@ -617,7 +616,7 @@ def test_what_until_leaves_undone_is_told_and_comes_first_next_time(a_pool: Any,
 
 
 def test_status_shows_who_does_what_and_how_the_last_round_ended(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(3, 16), hosts=HOSTS, faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(3, 16), hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     assert without_pool(shelf, 'status', lines=ALL).says('No round of')
     with started(pool, shelf, *ALL, is_hurried=True) as (leader,):
@@ -639,7 +638,7 @@ def test_status_shows_who_does_what_and_how_the_last_round_ended(a_pool: Any, a_
 
 
 def test_a_worker_that_waits_does_no_work(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(1, 32), faults=[at('http:/export', **FOR_LONG)])
+    pool = a_pool(*machines(1, 32), faults=[slowly()])
     shelf = a_shelf()
     with started(pool, shelf, 'vm-export=*', 'workers=2') as (process,):
         assert eventually(lambda: is_exporting(shelf, 'vm0') and workers_of(process))

@@ -14,7 +14,7 @@ import pytest
 
 from support import warm
 from support.deeds import backup, beginning, in_trouble, objects, without_pool
-from support.language import MEBIBYTE, at, disk, vm
+from support.language import MEBIBYTE, at, disk, slowly, vm
 from support.process import PROGRAM, TIME_LIMIT_S, Run, ended, run, text_of
 from support.shelf import complete, foreign, unfinished
 from support.wire import eventually
@@ -128,7 +128,7 @@ def test_a_limit_of_the_file_size_is_a_failure_like_a_full_disk(a_pool: Any, a_s
 
 @pytest.mark.parametrize('then', ['gone', 'another directory in its place'])
 def test_a_backup_dir_that_goes_away_in_the_middle_is_not_filled_under(a_pool: Any, a_shelf: Any, then: str) -> None:
-    pool = a_pool(vm('web', disks=BIG), vm('zeta'), faults=[at('http:/export', object='web', runs_at=8 * MEBIBYTE)])
+    pool = a_pool(vm('web', disks=BIG), vm('zeta'), faults=[slowly(object='web')])
     shelf = a_shelf(complete('web', days_ago=2), complete('web', days_ago=1))
     before = objects(pool)
     with beginning(pool, shelf, 'vm-export=*', 'max_backups=1') as process:
@@ -136,6 +136,7 @@ def test_a_backup_dir_that_goes_away_in_the_middle_is_not_filled_under(a_pool: A
         os.rename(shelf.path, shelf.path + '.away')
         if then != 'gone':
             os.mkdir(shelf.path)
+        pool.release()
         run = process.ending()
     assert run.exit_status == 1 and shelf.path in run.stderr, run
     assert not os.path.exists(shelf.path) or os.listdir(shelf.path) == []

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
 
-from support.language import MEBIBYTE, at, disk, vm
+from support.language import MEBIBYTE, at, disk, slowly, vm
 from support.process import PROGRAM, Pool
 from support.recovery import serving
 from support.shelf import Shelf
@@ -19,7 +19,6 @@ from support.wire import eventually
 
 XTERM = {'TERM': 'xterm', 'LANG': 'C.UTF-8'}
 SLOWLY = at('http:/export', runs_at=3 * MEBIBYTE)
-FOR_LONG = at('http:/export', runs_at=MEBIBYTE // 4)           # until the test types Ctrl-C
 STOPPED = 128 + signal.SIGINT
 STAMP = r'\d{4}-\d\d-\d\d-\(\d\d:\d\d:\d\d\) - '
 STAMP_BEGINS = re.compile(r'\d{4}-\d\d-\d\d-\(')
@@ -86,9 +85,11 @@ def ends_well(terminal: Terminal, status: int = 0) -> bool:
 # --- one worker -----------------------------------------------------------------------------------------------------------
 
 def test_a_line_tells_the_vm_its_number_percent_amount_speed_and_the_time_left(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db'), faults=[SLOWLY]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db'), faults=[slowly(nth=1, until='first'), slowly(nth=2, until='second')]), a_shelf()
     with a_run(pool, shelf) as terminal:
-        assert terminal.shows('1/2', ' left') and terminal.shows('2/2', ' left')
+        for number, name in (('1/2', 'first'), ('2/2', 'second')):
+            assert terminal.shows(number, ' left')
+            pool.release(name)
         assert ends_well(terminal) and is_tidy(terminal) and has_all_lines(terminal, 'web', 'db')
         told = [frame[-1] for frame in map(lambda frame: '\n'.join(frame).rstrip().split('\n'), terminal.frames)]
         for name, number in (('web', '[12]/2'), ('db', '[12]/2')):
@@ -106,17 +107,18 @@ def test_a_line_tells_the_vm_its_number_percent_amount_speed_and_the_time_left(a
 ])
 def test_in_a_narrow_terminal_the_least_important_parts_go_first(a_pool: Any, a_shelf: Any, columns: int, pattern: str) -> None:
     name = 'accounting-of-the-whole-company'
-    pool, shelf = a_pool(*machines(name), faults=[SLOWLY]), a_shelf()
+    pool, shelf = a_pool(*machines(name), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, columns=columns) as terminal:
         assert eventually(lambda: [frame for frame in terminal.frames if re.fullmatch(pattern, '\n'.join(
             frame).rstrip().split('\n')[-1])]), terminal.rows
+        pool.release()
         assert ends_well(terminal)
         if columns >= 20:
             assert is_tidy(terminal) and has_all_lines(terminal, name)
 
 
 def test_a_terminal_that_is_resized_is_filled_anew_and_nothing_older_is_left(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db', mebibytes=16), faults=[FOR_LONG]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db', mebibytes=16), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=2', columns=100) as terminal:
         for columns, lines in ((100, 24), (40, 24), (120, 24), (60, 5), (60, 2), (80, 30)):
             terminal.resize(columns, lines)
@@ -145,11 +147,12 @@ def test_a_terminal_that_can_take_nothing_away_gets_the_log_alone(a_pool: Any, a
     {'LANG': 'C'}, {}, {'LANG': 'en_US.UTF-8', 'LC_ALL': 'POSIX'}, {'LANG': 'C.UTF-8', 'PYTHONIOENCODING': 'ascii'}],
     ids=['LANG', 'none', 'LC_ALL', 'PYTHONIOENCODING'])
 def test_a_terminal_without_utf8_is_shown_ascii(a_pool: Any, a_shelf: Any, environment: Any) -> None:
-    pool, shelf = a_pool(*machines('b\u00fccher-und-\u65e5\u672c\u8a9e-dazu'), faults=[SLOWLY]), a_shelf()
+    pool, shelf = a_pool(*machines('b\u00fccher-und-\u65e5\u672c\u8a9e-dazu'), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, columns=40, environment=dict(environment, TERM='vt100')) as terminal:
         assert terminal.shows(' left')
         assert terminal.rows[-1].startswith('b\\xfccher') and '... 1/1  ' in terminal.rows[-1]
         assert all(ord(char) < 128 for char in terminal.rows[-1])
+        pool.release()
         assert ends_well(terminal) and is_tidy(terminal)
 
 
@@ -165,7 +168,7 @@ def test_a_terminal_without_utf8_is_shown_ascii(a_pool: Any, a_shelf: Any, envir
     ('\U0001f4e7' * 100, '\u2026'),
 ], ids=['Japanese', 'emoji', 'an accent', 'Hebrew', 'bidi', 'control', 'csi', 'accents', 'long'])
 def test_no_name_breaks_the_layout(a_pool: Any, a_shelf: Any, name: str, shown: str) -> None:
-    pool, shelf = a_pool(*machines(name, 'db'), faults=[FOR_LONG]), a_shelf()
+    pool, shelf = a_pool(*machines(name, 'db'), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=2', rows=40) as terminal:
         assert eventually(lambda: [row for row in terminal.rows[-2:] if shown in row] and all(
             'MB/s' in row for row in terminal.rows[-2:])), terminal.rows
@@ -182,18 +185,19 @@ def test_no_name_breaks_the_layout(a_pool: Any, a_shelf: Any, name: str, shown: 
 
 def test_each_worker_has_a_line_and_the_log_scrolls_above_them(a_pool: Any, a_shelf: Any) -> None:
     names = ['web', 'db', 'mail', 'files', 'wiki']
-    pool, shelf = a_pool(*machines(*names), faults=[SLOWLY]), a_shelf()
+    pool, shelf = a_pool(*machines(*names), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=3', rows=12) as terminal:
-        assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 3), terminal.rows
-        assert terminal.cursor == (len(terminal.rows) - 3, 0)
+        assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 3
+                          and terminal.cursor == (len(terminal.rows) - 3, 0)), terminal.rows
+        pool.release()
         assert ends_well(terminal) and is_tidy(terminal, 3) and has_all_lines(terminal, *names)
 
 
 def test_of_more_workers_than_the_screen_has_lines_the_last_says_how_many(a_pool: Any, a_shelf: Any) -> None:
     names = ['vm%02d' % number for number in range(16)]
-    pool, shelf = a_pool(*machines(*names), faults=[FOR_LONG]), a_shelf()
+    pool, shelf = a_pool(*machines(*names, mebibytes=16), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=16', 'at_once=16', rows=10) as terminal:
-        assert eventually(lambda: 'and 8 more' in terminal.rows[-1:], 90), terminal.rows
+        assert eventually(lambda: 'and 8 more' in terminal.rows[-1:], 150), terminal.rows
         assert sum(row.startswith('vm') for row in terminal.rows) == 8
         terminal.types('\x03')
         assert ends_well(terminal, STOPPED) and is_tidy(terminal, 9)
@@ -203,7 +207,7 @@ def test_of_more_workers_than_the_screen_has_lines_the_last_says_how_many(a_pool
 # --- its end -------------------------------------------------------------------------------------------------------------------
 
 def test_ctrl_c_leaves_the_terminal_clean(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db', 'mail', mebibytes=64), faults=[FOR_LONG]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db', 'mail', mebibytes=64), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=3') as terminal:
         assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 3), terminal.rows
         terminal.types('\x03')
@@ -237,7 +241,7 @@ def test_an_error_is_told_whole_in_the_place_of_the_progress(a_pool: Any, a_shel
 
 @pytest.mark.skipif(shutil.which('bash') is None, reason='bash was not found: no shell to suspend a run')
 def test_a_run_that_is_suspended_is_out_of_the_shells_way_and_paints_again_afterwards(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db', mebibytes=12), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db', mebibytes=12), faults=[slowly()]), a_shelf()
     with a_shell(pool) as terminal:
         terminal.types(command(shelf, 'vm-export=*', 'workers=2') + '\n')
         assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 2), terminal.rows
@@ -247,6 +251,7 @@ def test_a_run_that_is_suspended_is_out_of_the_shells_way_and_paints_again_after
         assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 2), terminal.rows
         terminal.types('\x1a')
         assert eventually(lambda: '\n'.join(terminal.rows).count('Stopped') == 2)
+        pool.release()
         terminal.types('bg\n')
         assert terminal.shows('SUCCESS: 2 VMs') and not any(map(is_progress, terminal.rows)), terminal.rows
 
@@ -320,8 +325,9 @@ def test_verify_tells_which_copy_it_reads_and_its_number(a_backup: Any) -> None:
 
 def test_restore_tells_how_far_it_is(a_backup: Any) -> None:
     pool, shelf = a_backup(*machines('web'))
-    serving(pool, at('http:/import', runs_at=1.5 * MEBIBYTE))
+    serving(pool, slowly('http:/import'))
     with a_run(pool, shelf, words=['restore', 'web'], columns=100) as terminal:
         assert terminal.shows('the import of web', ' left')
+        pool.release()
         assert ends_well(terminal) and is_tidy(terminal)
         assert 'is proven' in ''.join(terminal.rows), terminal.rows

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support.deeds import Process, backup, beginning
-from support.language import MEBIBYTE, at, disk, vm
+from support.language import MEBIBYTE, at, disk, slowly, vm
 from support.process import PASSWORD, Pool
 from support.recovery import killed_at
 from support.shelf import Shelf, complete
@@ -18,7 +18,6 @@ from support.wire import eventually
 
 TWO_HOSTS = [{'name_label': 'xcp1', 'master': True}, {'name_label': 'xcp2'}]
 BIG = [disk(size=8 * MEBIBYTE, used=8)]
-SLOWLY = {'runs_at': 4 * MEBIBYTE}
 
 
 def second_config(shelf: Shelf, *lines: str) -> str:
@@ -30,25 +29,27 @@ def second_config(shelf: Shelf, *lines: str) -> str:
 
 
 def test_a_second_run_of_one_config_is_exit_5_and_says_who_and_since_when(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', **SLOWLY)])
+    pool = a_pool(vm('web', disks=BIG), faults=[slowly()])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as first:
         assert eventually(shelf.unfinished)
         second = backup(pool, shelf, 'vm-export=web')
         assert second.exit_status == 5
         assert 'xcp1' in second.stderr and 'since 20' in second.stderr and 'Nothing was started' in second.stderr
+        pool.release()
         assert first.ending().exit_status == 0
     assert shelf.has('web', complete=1) and len(pool.calls('api:VM.snapshot')) == 1
     assert len([line for line in shelf.status_lines() if ',vmbackup.py,xcp1,begin' in line]) == 1
 
 
 def test_a_run_of_another_config_waits_for_the_vm_that_is_busy(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', nth=1, **SLOWLY)])
+    pool = a_pool(vm('web', disks=BIG), faults=[slowly(nth=1)])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as first:
         assert eventually(shelf.unfinished)
         with beginning(pool, shelf, config=second_config(shelf, 'vm-export=web')) as second:
             assert second.says('waiting')
+            pool.release()
             assert first.ending().exit_status == 0
             assert second.ending().exit_status == 0
     assert shelf.has('web', complete=2)
@@ -56,29 +57,31 @@ def test_a_run_of_another_config_waits_for_the_vm_that_is_busy(a_pool: Any, a_sh
 
 
 def test_a_run_that_waited_lock_wait_in_vain_fails_for_that_vm_only(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), vm('db'), faults=[at('http:/export', object='web', runs_at=MEBIBYTE)])
+    pool = a_pool(vm('web', disks=BIG), vm('db'), faults=[slowly(object='web')])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as first:
         assert eventually(shelf.unfinished)
         with beginning(pool, shelf, config=second_config(shelf, 'vm-export=*', 'lock_wait=0')) as second:
             run = second.ending()
         assert run.exit_status == 1 and 'web' in run.stderr and 'in use by another run' in run.stderr
+        pool.release()
         assert first.ending().exit_status == 0
     assert shelf.has('web', complete=1) and shelf.has('db', complete=1) and shelf.unfinished() == []
 
 
 def test_a_preview_is_not_kept_waiting_by_a_run(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', **SLOWLY)])
+    pool = a_pool(vm('web', disks=BIG), faults=[slowly()])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as first:
         assert eventually(shelf.unfinished)
         assert backup(pool, shelf, 'vm-export=web', words=['preview']).exit_status == 0
         assert not first.is_over()
+        pool.release()
         assert first.ending().exit_status == 0
 
 
 def test_a_config_is_the_same_under_another_path_to_it(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), faults=[at('http:/export', **SLOWLY)])
+    pool = a_pool(vm('web', disks=BIG), faults=[slowly()])
     shelf = a_shelf()
     link = os.path.join(shelf.home, 'link.cfg')
     os.symlink(shelf.config('vm-export=web'), link)
@@ -86,6 +89,7 @@ def test_a_config_is_the_same_under_another_path_to_it(a_pool: Any, a_shelf: Any
         assert eventually(shelf.unfinished)
         with beginning(pool, shelf, config=link) as second:
             assert second.ending().exit_status == 5
+        pool.release()
         assert first.ending().exit_status == 0
 
 
@@ -164,11 +168,13 @@ def test_a_comment_in_one_hosts_file_makes_no_other_config(a_pool: Any, a_shelf:
 def test_two_pools_back_up_at_once_with_one_path_to_their_config(a_shelf: Any) -> None:
     shelf = a_shelf()
     pools = [Pool({'vms': [vm(name, disks=BIG)], 'hosts': [{'name_label': 'host-' + name}]},
-                  [at('http:/export', **SLOWLY)]).start() for name in ('web', 'db')]
+                  [slowly()]).start() for name in ('web', 'db')]
     try:
         with beginning(pools[0], shelf, 'vm-export=*') as first:
             assert eventually(shelf.unfinished)
+            pools[1].release()
             assert backup(pools[1], shelf, 'vm-export=*').exit_status == 0
+            pools[0].release()
             assert first.ending().exit_status == 0
     finally:
         for pool in pools:
@@ -197,7 +203,7 @@ def set_since(shelf: Shelf, minutes_ago: int) -> None:
 
 
 def test_a_dead_run_of_another_host_does_not_stand_for_ours(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), hosts=TWO_HOSTS, faults=[at('http:/export', nth=1, **SLOWLY)])
+    pool = a_pool(vm('web', disks=BIG), hosts=TWO_HOSTS, faults=[slowly(nth=1)])
     shelf = a_shelf(complete('web'))
     with beginning(pool, shelf, 'vm-export=web', host=1) as first:
         assert eventually(shelf.unfinished)
@@ -243,7 +249,7 @@ def test_a_run_on_a_mirror_of_the_store_does_not_take_the_originals_run_for_dead
     pool, shelf, mirror = a_pool(vm('web', disks=BIG), vm('db')), a_shelf(), a_shelf()
     assert backup(pool, shelf, 'vm-export=web').exit_status == 0
     pool.stop()
-    pool.set_faults([at('http:/import', nth=1, runs_at=MEBIBYTE)])
+    pool.set_faults([slowly('http:/import', nth=1)])
     pool.start()
     with beginning(pool, shelf, 'vm-export=web', words=['restore', 'web', 'to=back']) as live:
         assert eventually(lambda: pool.calls('http:/import') or any(
@@ -252,6 +258,7 @@ def test_a_run_on_a_mirror_of_the_store_does_not_take_the_originals_run_for_dead
         assert len(mirror.journals()) == 1
         run = backup(pool, mirror, 'vm-export=db')
         assert run.exit_status == 0 and not live.is_over(), run
+        pool.release()
         assert live.ending().exit_status == 0, live.output
     assert len(mirror.journals()) == 1, 'what is not known to be dead is left'
 

@@ -17,9 +17,9 @@ disks are attached, before the first byte.
 A sleep or a rate may end early, so that whoever waits for something in it need not guess how long that takes:
 
     {"sleep": 60, "until": NAME}, {"rate": bytes_per_second, "until": NAME}     until a file of that name lies beside FAULTS.json
+    {"rate": bytes_per_second, "from": bytes}               what comes before that byte comes at once
 
-With "until" the first 2 MiB come at once: a reader has something in his hands while he waits. Of several rates the lowest
-counts.
+Of several rates the lowest counts.
 """
 
 import fnmatch
@@ -36,15 +36,15 @@ KEYS = {"on", "object", "nth", "when", "do"}
 #: kind -> (companions it may have, type of its value)
 KINDS = {
     "fail": ((), list), "sleep": (("until",), (int, float)), "hang": ((), bool), "drop": ((), bool),
-    "truncate": (("silent",), int), "flip": ((), int), "rate": (("until",), (int, float)),
+    "truncate": (("silent",), int), "flip": ((), int), "rate": (("until", "from"), (int, float)),
     "exit": (("stderr",), int), "omit": ((), int), "full": ((), bool), "other": ((), str), "kill": ((), str),
     "keepalive": ((), bool), "logout": ((), bool), "master": ((), str), "lose": ((), (int, float)),
 }  # type: Dict[str, Tuple[Tuple[str, ...], Any]]
 
 #: Those that act at the beginning or the end of a call; the others act on a stream or on the `xe` process.
 CALL_KINDS = ("fail", "sleep", "hang", "drop", "logout", "master", "lose")
-#: A rate with an end counts from there on, and looks so often (in bytes) whether it does by then.
-FREE, STEP = 2 << 20, 1 << 20
+#: After so many bytes it is looked whether a rate counts by then.
+STEP = 1 << 20
 #: Those that act on differences alone, and where these are made.
 DIFFERENCE_KINDS = ("omit", "full", "other")
 DIFFERENCES = ("xe:vdi-export", "http:/export_raw_vdi")
@@ -85,7 +85,7 @@ class Fault:
         if self.when not in ("before", "after"):
             raise FaultsFileError("%s: when must be before or after" % where)
         self.kind = self._kind_of(where)
-        self.free = FREE if "until" in self.do else 0
+        self.free = self.do.get("from", 0)
         self._end = os.path.join(folder, self.do["until"]) if "until" in self.do else ""
         self._seen = 0
 
@@ -113,8 +113,8 @@ class Fault:
             raise FaultsFileError("%s: do: %s has a wrong value" % (where, kinds[0]))
         if kinds[0] == "fail" and (not value or not all(isinstance(item, str) for item in value)):
             raise FaultsFileError("%s: do: fail must be a code and its parameters, all strings" % where)
-        if not isinstance(self.do.get("until", ""), str):
-            raise FaultsFileError("%s: do: until must be the name of a file" % where)
+        if not isinstance(self.do.get("until", ""), str) or not isinstance(self.do.get("from", 0), int):
+            raise FaultsFileError("%s: do: until must be the name of a file, and from a number of bytes" % where)
         if kinds[0] == "omit" and value < 1:
             raise FaultsFileError("%s: do: omit must be 1 or more" % where)
         if kinds[0] in DIFFERENCE_KINDS and not any(fnmatch.fnmatchcase(name, self.on) for name in DIFFERENCES):

@@ -50,6 +50,13 @@ def at(occasion: str, object: str = '', nth: int = 0, when: str = '', **deed: An
     return fault
 
 
+def slowly(occasion: str = 'http:/export', first: int = 2 * MEBIBYTE, until: str = 'enough',
+           **which: Any) -> Dict[str, Any]:
+    """A fault: what comes there after the `first` bytes comes so slowly that a test sees what it waits for in the middle, until
+    `pool.release()`."""
+    return at(occasion, runs_at=MEBIBYTE // 8, until=until, **which, **{'from': first})
+
+
 def described(vms: Sequence[Dict[str, Any]], sections: Dict[str, Any]) -> Dict[str, Any]:
     """The POOL.json with these VMs and other sections."""
     return dict(sections, vms=list(vms))

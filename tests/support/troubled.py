@@ -23,7 +23,7 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
                                                          it vanishes ("vanish"), takes a second ("sleep"), never ends ("hang")
     {"at": [NAME, ...], "do": "ENOSPC", "once": true}    only the first opening
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
-    {"hasty": true}                                      its patience with mail servers and pings is a second
+    {"hasty": true}                                      its patience with mail servers and pings is three seconds
     {"clock": SECONDS}                                   its clock is so much ahead of the real one
     {"broken": NAME}                                     the function or method of that name has a bug
     {"mounts": [{"point": DIR, "kind": "nfs4", ...}]}    these directories are mounts, as far as it can tell; "source",
@@ -219,13 +219,15 @@ def befall(names: Sequence[str], deed: str, is_once: bool) -> None:
 
 
 #: Constants of VmBackup.py, and what they are when it is in a hurry: shorter minutes and less patience; hours and days stay.
-HURRY = {'MINUTE_S': 0.5, 'HOUR_S': 3600, 'READ_TIMEOUT_S': 2, 'LOGOUT_TIMEOUT_S': 2, 'BUSY_PATIENCE_S': 6,
+#: Seconds in which a machine with three times too much to do answers, though nothing is wrong, are no sign of trouble.
+HURRY = {'MINUTE_S': 0.5, 'HOUR_S': 3600, 'READ_TIMEOUT_S': 5, 'LOGOUT_TIMEOUT_S': 4, 'BUSY_PATIENCE_S': 6,
          'LOST_ANSWER_PATIENCE_S': 2, 'PROGRAM_ENDING_S': 6, 'TASK_CANCEL_S': 3, 'TASK_POLL_S': 1, 'SR_POLL_S': 1,
-         'SILENCE_BEFORE_POLL_S': 0.5, 'WAY_OUT_S': 4, 'CLEAN_UP_LIMIT_S': 4,
+         'SILENCE_BEFORE_POLL_S': 0.5, 'WAY_OUT_S': 6, 'CLEAN_UP_LIMIT_S': 6,
+         'SIGNAL_PATIENCE_S': 3, 'CREW_ENDS_S': 10,
          'SIGN_PAUSE_S': 0.2, 'TEND_PAUSE_S': 0.1, 'IDLE_PAUSE_S': 0.1, 'MOST_IDLE_PAUSE_S': 0.2,
-         'STATUS_LOG_LIMIT_S': 4, 'OUTBOX_LIMIT_S': 4, 'SHARE_LIMIT_S': 2}
-#: When it has a second for mail servers and for those that wait for pings.
-HASTE = {'PING_LIMIT_S': 1, 'MAIL_TRY_LIMIT_S': 1, 'MAIL_PAUSES_S': (0.1, 0.3), 'MAIL_GOODBYE_S': 0.2}
+         'STATUS_LOG_LIMIT_S': 6, 'OUTBOX_LIMIT_S': 6, 'SHARE_LIMIT_S': 3}
+#: When it has some seconds for mail servers and for those that wait for pings.
+HASTE = {'PING_LIMIT_S': 3, 'MAIL_TRY_LIMIT_S': 3, 'MAIL_PAUSES_S': (0.1, 0.3), 'MAIL_GOODBYE_S': 0.2}
 
 
 @functools.lru_cache(maxsize=None)
