@@ -13,7 +13,7 @@ import pytest
 
 from support import warm
 from support.deeds import beginning, in_trouble, is_exporting
-from support.language import MEBIBYTE, at, described, disk, uuid_of, vm
+from support.language import MEBIBYTE, at, described, disk, slowly, uuid_of, vm
 from support.process import Pool, ended, run_program
 from support.recovery import restore, serving
 from support.references import Kept, is_now_that_of, ledgers, leftovers
@@ -34,6 +34,7 @@ BOTH = (VM, 'vm-export=www')
 SMALL = dict(srs=[{'name_label': 'small', 'type': 'nfs', 'size': 100 * MEBIBYTE}],
              beside=[vm('www', disks=[disk(size=4 * MEBIBYTE, used=3, seed=7)]),
                      vm('theirs', disks=[disk(size=90 * MEBIBYTE, used=0)])])
+BLOCK = 2 * MEBIBYTE + 65536               # the first of a difference, and what comes before it
 OTHERS = ('vm-export=www', 'exclude=web')       # a config, or what has become of one, that does not select web
 
 
@@ -502,7 +503,7 @@ def test_references_go_first_where_an_sr_is_short_of_space_also_those_of_other_v
 
 
 def test_an_sr_that_fills_up_while_a_difference_is_read_costs_the_references_that_nobody_reads(kept: Any) -> None:
-    nights = kept(*BOTH, faults=[at('http:/export_raw_vdi', nth=1, runs_at=MEBIBYTE // 3)], **SMALL)
+    nights = kept(*BOTH, faults=[slowly('http:/export_raw_vdi', first=BLOCK, nth=1)], **SMALL)
     www = Kept(nights.pool, nights.shelf, *BOTH, name='www')
     old = [nights.reference, www.reference]
     copy = fills_up(nights, lambda: any(path.endswith('.partial/xvda.vhd') for path in nights.shelf.tree()))
@@ -511,7 +512,7 @@ def test_an_sr_that_fills_up_while_a_difference_is_read_costs_the_references_tha
 
 
 def test_an_sr_that_fills_up_while_all_is_read_costs_the_vms_own_reference_and_not_the_lock_of_its_directory(kept: Any) -> None:
-    nights = kept(*BOTH, faults=[at('http:/export', object='web', runs_at=MEBIBYTE // 2)], **SMALL)
+    nights = kept(*BOTH, faults=[slowly(first=BLOCK // 2, object='web')], **SMALL)
     old = nights.reference
     nights.lines = tuple(line for line in nights.lines if 'full_every' not in line) + ('full_every=2',)
     second = other_config(nights, VM, 'lock_wait=0')
@@ -535,6 +536,7 @@ def fills_up(nights: Kept, is_time: Any, meanwhile: Any = lambda: None) -> str:
         guest_writes(nights, 'theirs', 70)
         assert process.says('short of space'), process.output
         meanwhile()
+        nights.pool.release()
         nights.run = process.ending()
     assert nights.run.exit_status == 0, nights.run
     copy, = set(nights.copies()) - set(before)
@@ -904,7 +906,7 @@ def test_a_ledger_under_the_name_of_another_vms_is_neithers(kept: Any) -> None:
 # --- Runs that meet ---------------------------------------------------------------------------------------------------------
 
 def test_runs_that_meet_on_the_vm_take_turns_and_none_takes_it_from_the_other(kept: Any) -> None:
-    nights = kept(faults=[at('http:/export_raw_vdi', nth=1, runs_at=MEBIBYTE // 2)])
+    nights = kept(faults=[slowly('http:/export_raw_vdi', first=BLOCK, nth=1)])
     second = other_config(nights, *nights.lines, name='second.cfg')
     nights.write(2)
     nights.write(4)                                 # the file begins when the first block is whole: then half is still to come
@@ -917,6 +919,7 @@ def test_runs_that_meet_on_the_vm_take_turns_and_none_takes_it_from_the_other(ke
             nights.run_of(*OTHERS)
             assert nights.run.never_says('is removed'), 'the config that kept it does so no more, but others are at it'
             first.signal(signal.SIGCONT)
+            nights.pool.release()
             assert first.ending().exit_status == 0 and waiting.ending().exit_status == 0
     new = set(nights.copies()) - set(before)
     nights.held.update(dict.fromkeys(new, held))

@@ -285,7 +285,7 @@ def test_a_share_that_hangs_is_passed_over(a_site: Any) -> None:
 def test_a_given_store_that_hangs_leaves_no_config(a_site: Any) -> None:
     site = a_site(nfs('dead'))
     run = site.setup('backup_dir=' + site.at('dead'), at=['dead'], do='hang', hurried=True)
-    assert run.exit_status == 2 and 'gave no answer for 4.0 min' in run.stderr and 'Nothing was written' in run.stderr, run
+    assert run.exit_status == 2 and 'gave no answer for 8.0 min' in run.stderr and 'Nothing was written' in run.stderr, run
     assert site.files() == []                                                # such a minute is half a second
 
 

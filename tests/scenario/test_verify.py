@@ -164,24 +164,16 @@ def test_with_time_enough_everything_is_read(a_copied_shelf: Any) -> None:
 def test_a_copy_that_another_run_removes_while_it_is_read_is_gone_and_no_damage(a_copied_shelf: Any) -> None:
     shelf = a_copied_shelf
     first, last = ['web/' + copy for copy in shelf.copies('web')]
+    removed = os.path.join(shelf.home, 'removed')
     process = Process(['-', shelf.config('vm-export=*'), 'verify'], {'PATH': CRON_PATH},
-                      in_trouble(shelf, at=['db.raw'], do='sleep'))          # the list is made, the first copy is being read
-    assert eventually(lambda: os.path.isdir('/proc/%d/fd' % process.pid) and process_has_open(process.pid, '/blocks'), 10), process.output
+                      in_trouble(shelf, at=['db.raw'], do='wait', until=removed))
+    # the list is made, the first copy is being read
+    assert eventually(lambda: os.path.exists(removed + '.met')), process.output
     shutil.rmtree(shelf.at(first))
+    open(removed, 'w').close()
     run = process.ending()
     assert run.exit_status == 0 and run.says('2 good, 1 gone meanwhile'), run
     assert judged(run) == {'db/' + shelf.newest('db'): 'good', first: 'gone meanwhile', last: 'good'}, run
-
-
-def process_has_open(pid: int, part: str) -> bool:
-    """Does the process hold something open whose path has that part?"""
-    found = []
-    for name in os.listdir('/proc/%d/fd' % pid):
-        try:
-            found.append(os.readlink('/proc/%d/fd/%s' % (pid, name)))
-        except OSError:
-            continue
-    return any(part in path for path in found)
 
 
 @pytest.mark.parametrize('number', ['EIO', 'ESTALE', 'ENOTCONN'])
@@ -207,11 +199,13 @@ def test_where_nothing_can_be_written_copies_are_judged_and_it_is_said_once_that
 
 def test_a_signal_ends_it_between_two_copies_and_what_was_judged_is_on_record(a_copied_shelf: Any) -> None:
     shelf = a_copied_shelf
+    signalled = os.path.join(shelf.home, 'signalled')
     process = Process(['-', shelf.config('vm-export=*'), 'verify'], {'PATH': CRON_PATH},
-                      in_trouble(shelf, at=['web.xva'], do='sleep'))
+                      in_trouble(shelf, at=['web.xva'], do='wait', until=signalled))
     assert process.says('db/'), process.output
     process.signal(signal.SIGTERM)
-    run = process.ending(20)
+    open(signalled, 'w').close()
+    run = process.ending()
     assert run.exit_status == 128 + signal.SIGTERM and run.never_says('3 copies verified'), run
     assert checks(shelf)['db/' + shelf.newest('db')] == ('good', True)
     assert ('web/' + shelf.newest('web')) not in judged(run)

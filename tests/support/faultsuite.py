@@ -31,7 +31,7 @@ MEBIBYTE = 1 << 20
 COPIES = 2
 MANY = 99
 RUN_LIMIT_S = 180
-HANG_LIMIT_S = 40           # a hurried run that has not ended by then waits for storage that will never answer
+HANG_LIMIT_S = 90           # a hurried run that has not ended by then waits for storage that will never answer
 STEP_MS = 20
 
 WEB_DISKS = {'0': disk(userdevice='0', seed=11, size=4 * MEBIBYTE, used=[[0, 2]]),
@@ -624,7 +624,7 @@ class Judge(abc.ABC):
 
     def holds_no_process_is_left(self) -> List[str]:
         """Everything that it started has ended."""
-        give_up_at = time.monotonic() + (10 if self.was_killed else 3)
+        give_up_at = time.monotonic() + (60 if self.was_killed else 20)
         while True:
             left = processes_with(self.place.pool.socket_of())
             if not left or time.monotonic() > give_up_at:

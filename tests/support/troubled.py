@@ -20,7 +20,9 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
     {"store": DIR, "below": PATH, ...}                   only what befalls that directory there is a step
     {"store": DIR, "apart": PATH, ...}                   what befalls that directory there is none: it differs from night to night
     {"at": [NAME, ...], "do": "EIO"}                     looking at or opening what bears one of these names fails so; or
-                                                         it vanishes ("vanish"), takes a second ("sleep"), never ends ("hang")
+                                                         it vanishes ("vanish"), takes a second ("sleep"), never ends ("hang"),
+                                                         or lasts until there is a file "until" ("wait"); meanwhile there
+                                                         is one of that name with ".met" behind it
     {"at": [NAME, ...], "do": "ENOSPC", "once": true}    only the first opening
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
     {"hasty": true}                                      its patience with mail servers and pings is three seconds
@@ -191,9 +193,10 @@ def install(storage: Storage) -> None:
     builtins.open = troubled_open
 
 
-def befall(names: Sequence[str], deed: str, is_once: bool) -> None:
+def befall(names: Sequence[str], deed: str, is_once: bool, until: str) -> None:
     """From now on this happens to whoever looks at or opens what bears one of these names: the error of that name; or
-    `vanish` (it is gone, with all that is in it), `sleep` (a second passes at each opening), `hang` (it never ends).
+    `vanish` (it is gone, with all that is in it), `sleep` (a second passes at each opening), `hang` (it never ends), `wait` (an
+    opening lasts until there is that file).
     Or it happens at the first opening only."""
     left = list(names)
 
@@ -210,6 +213,10 @@ def befall(names: Sequence[str], deed: str, is_once: bool) -> None:
                     time.sleep(1 if is_opening else 0)
                 elif deed == 'hang':
                     time.sleep(3600)
+                elif deed == 'wait':
+                    REAL_OPEN(until + '.met', 'w').close()
+                    while is_opening and not os.path.exists(until):
+                        time.sleep(0.05)
                 else:
                     raise OSError(getattr(errno, deed), os.strerror(getattr(errno, deed)))
             return call(path, *arguments, **options)
@@ -225,7 +232,7 @@ HURRY = {'MINUTE_S': 0.5, 'HOUR_S': 3600, 'READ_TIMEOUT_S': 5, 'LOGOUT_TIMEOUT_S
          'SILENCE_BEFORE_POLL_S': 0.5, 'WAY_OUT_S': 6, 'CLEAN_UP_LIMIT_S': 6,
          'SIGNAL_PATIENCE_S': 3, 'CREW_ENDS_S': 10,
          'SIGN_PAUSE_S': 0.2, 'TEND_PAUSE_S': 0.1, 'IDLE_PAUSE_S': 0.1, 'MOST_IDLE_PAUSE_S': 0.2,
-         'STATUS_LOG_LIMIT_S': 6, 'OUTBOX_LIMIT_S': 6, 'SHARE_LIMIT_S': 3}
+         'STATUS_LOG_LIMIT_S': 6, 'OUTBOX_LIMIT_S': 6, 'SHARE_LIMIT_S': 4}
 #: When it has some seconds for mail servers and for those that wait for pings.
 HASTE = {'PING_LIMIT_S': 3, 'MAIL_TRY_LIMIT_S': 3, 'MAIL_PAUSES_S': (0.1, 0.3), 'MAIL_GOODBYE_S': 0.2}
 
@@ -316,7 +323,7 @@ def main() -> None:
     worker = (sys.executable, os.path.abspath(__file__), sys.argv[1], sys.argv[2], '--worker')
     program.module.worker_start = lambda: (worker, b'')
     if 'at' in trouble:
-        befall(trouble['at'], trouble['do'], trouble.get('once', False))
+        befall(trouble['at'], trouble['do'], trouble.get('once', False), trouble.get('until', ''))
     if 'mounts' in trouble:
         pretend_mounts(program.module, trouble['mounts'])
     if 'clock' in trouble:
