@@ -8,9 +8,9 @@ from typing import Any, List
 
 import pytest
 
-from support.language import MEBIBYTE, at, disk, vm
+from support.language import MEBIBYTE, at, disk, slowly, vm
 from support.wire import Background, eventually
-from test_traps import NULL, STORE, disks_of, get, ref_of, refused, slowly, uuid_of
+from test_traps import NULL, STORE, disks_of, get, ref_of, refused, uuid_of
 
 TWO_HOSTS = [{'name_label': 'xcp1', 'master': True}, {'name_label': 'xcp2', 'live': False}]
 
@@ -65,6 +65,7 @@ def test_a_control_domains_drive_is_not_unplugged_while_something_reads(a_pool: 
     vbd, = eventually(lambda: attached_to_dom0(session))
     assert refused(session.xenapi.VBD.unplug, vbd)[:3] == ['DEVICE_DETACH_REJECTED', 'VBD', vbd]
     assert refused(session.xenapi.VBD.destroy, vbd)[0] == 'OPERATION_NOT_ALLOWED'
+    pool.release()
     assert exporting.result().status == 200
     assert attached_to_dom0(session) == []
 
@@ -72,13 +73,14 @@ def test_a_control_domains_drive_is_not_unplugged_while_something_reads(a_pool: 
 def test_a_disk_that_is_being_exported_cannot_be_opened_for_writing(a_pool: Any) -> None:
     # xapi_vbd_helpers.ml lets it pass, vdi_automaton.ml does not: there is no way from open for reading to open for writing.
     pool = a_pool(vm('web', disks=[disk(size=16 * MEBIBYTE, used=16)]),
-                  faults=[at('http:/export_raw_vdi', runs_at=2 * MEBIBYTE)])
+                  faults=[slowly('http:/export_raw_vdi')])
     session = pool.session()
     web = ref_of(session, 'web')
     exporting = Background(get, pool, '/export_raw_vdi', vdi=disks_of(session, web)[0])
     eventually(lambda: attached_to_dom0(session))
     details = refused(session.xenapi.VM.start, web, False, False)
     assert details[0] == 'INTERNAL_ERROR' and 'Illegal_transition' in details[1]
+    pool.release()
     exporting.result()
     session.xenapi.VM.start(web, False, False)
 

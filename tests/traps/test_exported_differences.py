@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import pytest
 
-from support.language import MEBIBYTE, at, disk, vm
+from support.language import MEBIBYTE, at, disk, slowly, vm
 from support.process import CRON_PATH, SIMPOOL, Pool, Run, run, state_of_pools, write_json
 from support.wire import Background, ask, eventually
 from test_calls import attached_to_dom0
@@ -392,7 +392,7 @@ def test_a_base_has_to_lie_where_the_host_of_the_disk_sees_it(a_pool: Any) -> No
     assert attached_to_dom0(web.session) == []
 
 
-SLOW = [at('http:/export_raw_vdi', runs_at=4 * MEBIBYTE)]
+SLOW = [slowly('http:/export_raw_vdi')]
 
 
 def test_disk_and_base_are_both_in_use_while_a_difference_is_made(a_pool: Any) -> None:
@@ -414,6 +414,7 @@ def test_disk_and_base_are_both_in_use_while_a_difference_is_made(a_pool: Any) -
     for vbd in attached_to_dom0(web.session):
         assert refused(web.api.VBD.unplug, vbd)[0] == 'DEVICE_DETACH_REJECTED'
     web.api.VDI.destroy(other)
+    web.pool.release()
     running.result()
     assert attached_to_dom0(web.session) == []
     for vdi in (new, base):
@@ -557,7 +558,7 @@ def test_an_xe_that_dies_halfway_has_not_all_of_a_difference(a_pool: Any, blocks
 @pytest.mark.parametrize('through', ['http', 'xe'])
 def test_nothing_may_come_for_a_while_and_the_disks_are_attached_meanwhile(a_pool: Any, through: str) -> None:
     # An exporter makes the table before it says the first byte.
-    web = nights(a_pool, faults=[at('http:/export_raw_vdi', sleeps=3)])
+    web = nights(a_pool, faults=[at('http:/export_raw_vdi', sleeps=60, until='enough')])
     base, path = web.snapshot(), os.path.join(web.pool.home, 'exported')
     web.write(1)
     words = ('vdi-export', 'uuid=' + web.uuid(web.vdi), 'base=' + web.uuid(base), 'format=vhd', 'filename=' + path)
@@ -566,6 +567,7 @@ def test_nothing_may_come_for_a_while_and_the_disks_are_attached_meanwhile(a_poo
     if through == 'xe':
         assert os.path.getsize(path) == 0
     assert web.api.task.get_status(web.api.VBD.get_other_config(attached_to_dom0(web.session)[0])['task_id']) == 'pending'
+    web.pool.release()
     running.result()
     if through == 'xe':
         with open(path, 'rb') as file:
