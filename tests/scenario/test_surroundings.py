@@ -13,7 +13,7 @@ import pytest
 
 from support.deeds import Process, backup, beginning, children_of, preview
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import PROGRAM, Pool, run, run_program, text_of
+from support.process import PROGRAM, TIME_LIMIT_S, Pool, run, run_program, text_of
 from support.shelf import path_of
 from support.wire import eventually
 

@@ -49,6 +49,7 @@ def is_tidy(terminal: Terminal, most: int = 1) -> bool:
     for frame in terminal.frames + [terminal.rows]:
         rows = [is_progress(row) for row in '\n'.join(frame).rstrip().split('\n')]
         if sum(rows) > most or any(rows) and not all(rows[rows.index(True):]):
+            print('\n'.join(frame))          # what pytest shows of a failure
             return False
     return True
 
@@ -85,9 +86,9 @@ def ends_well(terminal: Terminal, status: int = 0) -> bool:
 # --- one worker -----------------------------------------------------------------------------------------------------------
 
 def test_a_line_tells_the_vm_its_number_percent_amount_speed_and_the_time_left(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db'), faults=[slowly(nth=1, until='first'), slowly(nth=2, until='second')]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db'), faults=[slowly(nth=1, until='one'), slowly(nth=2, until='other')]), a_shelf()
     with a_run(pool, shelf) as terminal:
-        for number, name in (('1/2', 'first'), ('2/2', 'second')):
+        for number, name in (('1/2', 'one'), ('2/2', 'other')):
             assert terminal.shows(number, ' left')
             pool.release(name)
         assert ends_well(terminal) and is_tidy(terminal) and has_all_lines(terminal, 'web', 'db')
