@@ -181,7 +181,7 @@ def test_a_drill_whose_store_hangs_clears_the_pool_tells_it_by_mail_and_ends(a_p
     pool, shelf, server = a_pool(vm('db', disks=[DATA]), vm('web', disks=[ROOT])), a_shelf(), MailServer()
     try:
         backed_up(pool, shelf)
-        before, config = objects(pool), shelf.config('vm-export=*', 'stall_timeout=4', *server.lines())
+        before, config = objects(pool), shelf.config('vm-export=*', 'stall_timeout=12', *server.lines())
         notes = [number for number, step in enumerate(steps_of(pool, shelf, config, 'drill', 'newest-of-each'), 1)
                  if step.startswith('write .vmbackup/runs/')]
         server.forget()
@@ -198,7 +198,7 @@ def test_a_drill_whose_store_hangs_clears_the_pool_tells_it_by_mail_and_ends(a_p
 def test_a_restore_whose_store_hangs_ends_and_says_what_became_of_it(a_pool: Any, a_shelf: Any, note: int) -> None:
     pool, shelf = a_pool(vm('web', disks=[ROOT])), a_shelf()
     backed_up(pool, shelf)
-    config = shelf.config('vm-export=*', 'stall_timeout=4')
+    config = shelf.config('vm-export=*', 'stall_timeout=12')
     notes = [number for number, step in enumerate(steps_of(pool, shelf, config, 'restore', 'web', 'to=first'), 1)
              if step.startswith('write .vmbackup/runs/')]
     program = in_trouble(pool, hurried=True, store=shelf.path, step=notes[note], do='hang', stays=True)

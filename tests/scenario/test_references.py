@@ -350,7 +350,7 @@ def test_where_a_difference_hangs_before_its_first_byte_the_second_try_reads_eve
     nights.write(2)
     serving(nights.pool, at('http:/export_raw_vdi', hangs=True))
     held = nights.disks()
-    run = hurried_backup(nights.pool, nights.shelf, *nights.lines, 'stall_timeout=1')
+    run = hurried_backup(nights.pool, nights.shelf, *nights.lines, 'stall_timeout=8')
     assert run.exit_status == 3 and run.says('no sign of life') and run.says('it needed a second try'), run
     last = nights.copies()[-1]
     nights.held[last] = held
