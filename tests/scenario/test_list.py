@@ -139,7 +139,7 @@ def test_a_copy_from_another_pool_is_not_missed_in_this_one(a_pool: Any, a_shelf
 def test_list_shows_the_store_whatever_the_pool_does(a_pool: Any, a_shelf: Any, away: int) -> None:
     pool, shelf = a_pool(vm('web')), a_shelf(complete('web'))
     pool.process.send_signal(away)
-    run = backup(pool, shelf, 'vm-export=web', words=['list'], time_limit_s=40)
+    run = backup(pool, shelf, 'vm-export=web', words=['list'], time_limit_s=100)
     assert run.exit_status == 0 and 'web' in run.stdout.splitlines()[0] and '1 copy of 1 VM' in run.stdout.splitlines()[-1], run
     pool.process.send_signal(signal.SIGCONT)
 

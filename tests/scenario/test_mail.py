@@ -197,10 +197,12 @@ def test_a_run_that_a_signal_ends_is_told_by_mail(a_pool: Any, a_shelf: Any, a_m
 
 
 def test_a_signal_before_the_run_has_begun_is_told_by_mail(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
-    pool, shelf, server = a_pool(vm('web'), faults=[at('api:VM.get_all_records', sleeps=3)]), a_shelf(), a_mail_server()
+    pool = a_pool(vm('web'), faults=[at('api:VM.get_all_records', sleeps=60, until='enough')])
+    shelf, server = a_shelf(), a_mail_server()
     with beginning(pool, shelf, 'vm-export=*', *server.lines()) as process:
         assert eventually(lambda: pool.calls('api:session.*'))
         process.signal(signal.SIGTERM)
+        pool.release()
         assert process.ending().exit_status == 128 + signal.SIGTERM
     assert len(server.mails()) == 1 and 'SIGTERM' in server.mail().text and server.mail().subject.startswith('ERROR: ')
 
@@ -441,7 +443,7 @@ def test_the_real_pause_is_a_few_seconds(a_shelf: Any, a_mail_server: Any) -> No
 def test_test_mail_can_be_interrupted(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
     pool, shelf, server = a_pool(), a_shelf(), a_mail_server(greeting='silent')
     with beginning(pool, shelf, 'vm-export=web', *server.lines(), words=['test-mail']) as process:
-        assert not eventually(process.is_over, 1.5)
+        assert process.has_begun() and not eventually(process.is_over, 1.5)
         process.signal(signal.SIGINT)
         assert process.ending().exit_status == 128 + signal.SIGINT
 

@@ -87,6 +87,15 @@ class Process:
     def is_over(self) -> bool:
         return self._process.poll() is not None
 
+    def has_begun(self) -> bool:
+        """It has handlers for signals, now or soon. (SIGINT has one from the start in each Python.)"""
+        def hears_sigterm() -> bool:
+            with contextlib.suppress(OSError), open('/proc/%d/status' % self.pid) as file:
+                caught = [int(line.split()[1], 16) for line in file if line.startswith('SigCgt')]
+                return bool(caught[0] >> (signal.SIGTERM - 1) & 1)
+            return True                         # it is over
+        return bool(eventually(hears_sigterm))
+
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 

@@ -121,7 +121,7 @@ def kept(shelf: Shelf) -> List[str]:
 
 
 def hasty_run(shelf: Shelf, *words: str, environment: Any = None, broken: str = '') -> Run:
-    """A run with these words whose patience with mail servers is a second. `broken`: a function of it that has a bug."""
+    """A run with these words whose patience with mail servers is three seconds. `broken`: a function of it that has a bug."""
     trouble = os.path.join(shelf.home, 'TROUBLE.json')
     write_json(trouble, dict({'hasty': True}, **{'broken': broken} if broken else {}))
     return ended(warm.start([TROUBLED, trouble, PROGRAM] + list(words), environment or {'PATH': CRON_PATH}))
