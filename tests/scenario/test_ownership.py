@@ -199,7 +199,7 @@ def test_what_a_server_that_died_in_the_export_left_attached_is_detached_and_des
                                                                                       kind: str) -> None:
     shelf = a_shelf(complete('web', days_ago=2))
     pool = died_together(a_pool, shelf, kind)
-    run = backup(pool, shelf, kind + '=web')
+    run = backup(pool, shelf, kind + '=web', time_limit_s=150)            # a drive of which nothing is known takes 180 s
     assert run.exit_status == 0, run
     assert drives_of_hosts(pool) == {} and pool.has_no_snapshots_of_ours() and keys_of_ours(pool) == []
     assert shelf.journals() == [] and shelf.still_holds('web')
@@ -286,6 +286,6 @@ def test_what_a_server_that_died_in_an_import_left_attached_is_detached_and_dest
         pool.process.kill()
     serving(pool)
     assert drives_of_hosts(pool)
-    run = backup(pool, shelf, 'vm-export=web')
+    run = backup(pool, shelf, 'vm-export=web', time_limit_s=150)
     assert run.exit_status == 0, run
     assert drives_of_hosts(pool) == {} and set(pool.dump()['VDI']) == before and shelf.journals() == []

@@ -26,7 +26,7 @@ import pyte
 
 from support.wire import eventually
 
-TIME_LIMIT_S = 120
+TIME_LIMIT_S = 200
 #: What gives the program its terminal: it leads the session, and is its foreground, as what a shell starts is.
 START = ('import fcntl, os, sys, termios; fcntl.ioctl(int(sys.argv[1]), termios.TIOCSCTTY, 0); '
          'os.execv(sys.argv[2], sys.argv[2:])')

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 from urllib.parse import urlencode, urlsplit
 
 BASIC = 'Basic ' + base64.b64encode(b'root:password').decode('ascii')
-TIME_LIMIT_S = 60
+TIME_LIMIT_S = 120
 
 
 class Answer(NamedTuple):
