@@ -12147,12 +12147,14 @@ class Crew:
                                      "others do its share.")
                 continue
             program.tell(beginning + _json_line(words))
-            reader = threading.Thread(target=self._relay, args=(f"worker {number}", program), daemon=True)
+            # its own descriptor: a terminal that takes nothing may hold it up after the worker has ended
+            reader = threading.Thread(target=self._relay, daemon=True,
+                                      args=(f"worker {number}", os.dup(program.stdout_fd)))
             reader.start()
             self._programs.append((program, reader))
 
-    def _relay(self, name: str, program: Program) -> None:
-        with open(program.stdout_fd, encoding="utf-8", errors="backslashreplace", closefd=False) as lines:
+    def _relay(self, name: str, fd: int) -> None:
+        with open(fd, encoding="utf-8", errors="backslashreplace") as lines:
             for line in lines:
                 self._log.relay(name, line)
         self._log.relay(name, "")

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 
 from support.values import a_round_plan, an_inventory, services
+from support.wire import eventually
 import VmBackup
 from VmBackup import (AnswerLost, ApiFailure, Clock, ImportWatch, Leader, Log, PoolError, Progress, Run, Severity,
                       StorageMisbehaved, StreamStalled, Watch, parse_arguments)
@@ -167,3 +169,18 @@ def test_a_signal_is_raised_anew_each_time():
         raised.append(caught.value)
     signals.come_too_late()
     assert raised[0] is not raised[1] and {one.number for one in raised} == {15}
+
+
+def test_a_terminal_that_takes_nothing_costs_no_line_of_a_worker_that_has_ended(monkeypatch):
+    goes_on, told = threading.Event(), []
+
+    def relay(_worker, line):
+        goes_on.wait()
+        told.append(line)
+    monkeypatch.setattr(VmBackup, 'worker_start', lambda: (['/bin/sh', '-c', 'cat > /dev/null; seq 5000'], b''))
+    crew = VmBackup.Crew(SimpleNamespace(log=SimpleNamespace(relay=relay), settings=SimpleNamespace(workers=2),
+                                         arguments=SimpleNamespace(password='', words=())),
+                         SimpleNamespace(plan=SimpleNamespace(id='')))
+    crew.end()                              # after some seconds in which nobody took a line
+    goes_on.set()
+    assert eventually(lambda: told[-1:] == ['']) and told[:-1] == ['%d\n' % number for number in range(1, 5001)]
