@@ -2185,13 +2185,10 @@ def line_for(machine: VirtualMachine, configuration: Configuration) -> str:
 
 
 class Layer(NamedTuple):
-    """What a copy is in its chain, as a manifest tells that has the state of every block: a full that
-    increments can build on (`depth` 1), or an increment.
-
-    `full`: the copy that the chain begins with, its own name for a full. `base`: the copy that it was
-    compared with, "" for a full. `holders`: the copies that hold blocks of it, each with the SHA-256 of its
-    manifest. `why` it is a full, or how it came about. `is_first`: the chain is the VM's first.
-    """
+    """A copy's place in its chain, where its manifest tells the state of every block. `full`: the copy that
+    the chain begins with, its own name for a full (`depth` 1). `base`: the copy that it was compared with, ""
+    for a full. `holders`: the copies that hold blocks of it, each with the SHA-256 of its manifest. `why` it
+    is a full, or how it came about. `is_first`: the chain is the VM's first."""
     depth: int
     full: str
     base: str
@@ -2201,29 +2198,26 @@ class Layer(NamedTuple):
 
     @property
     def held_by(self) -> Set[str]:
-        """The names of the copies that hold blocks of it."""
         return {name for name, _ in self.holders}
 
 
 class Copy(NamedTuple):
-    """A directory in a VM's directory that is named as a copy is.
+    """A directory in a VM's directory that is named as a copy is; "" and None: not known, or not so.
 
-    `taken_at` is the local time in its name, naive; `written_at` the UTC time of the manifest. `uuid` is the
-    VM's, "" if unreadable. `problem` says why it does not count as good, "" if it does; `is_unreadable` that
-    the storage did not say what it is. `disks` are those in the image, in words. `pool` is the uuid of the
-    pool that it comes from, and `home` the directory that it was made in, "" where nothing tells. `is_newer`:
-    its manifest is of a later version than this. `aside` says why it is neither counted nor removed, good as
-    it may be, "" if it is; `pin` the same of one that somebody pinned. `mark` is what a verdict on it belongs
-    to, the SHA-256 of its manifest; `checks` what is on record of later checks. `rules` are those that its
-    manifest tells, None if it tells none; `other_rules` those of other configs that counted when it was made,
-    each with the UTC time of that config's last copy; `left_out` the disks, in words, that were left out.
-    `round` is the id of the round that made it. `layer` is its place in a chain, None where its manifest does
-    not tell the state of every block; `broken` says which of the copies that hold blocks of it fails it, ""
-    if none; `read_back`: its image was read back from storage when it was made; `is_changed`: files of it
-    were written since it was verified. `images` are the names of all its images, `image` the first;
-    `snapshots` the uuids of the snapshots of disks that they were made of. `reading`: how each disk was read
-    (full, all, difference), by its name in `blocks`, and why. `audit`: what its own audit has found, and the
-    copies that this is about; `accused`: what that of another has found of it.
+    `taken_at`: the local time in its name, naive; `written_at`: the manifest's UTC time. `uuid` is the VM's,
+    `pool` that of its pool, `home` the directory that it was made in. `problem`: why it does not count as
+    good; `is_unreadable`: the storage did not say what it is; `is_newer`: its manifest is of a later version
+    than this. `aside`: why it is neither counted nor removed, good as it may be; `pin` the same of one that
+    somebody pinned. `mark`: what a verdict on it belongs to, the SHA-256 of its manifest; `checks`: what is
+    on record of later checks. `rules` are its manifest's; `other_rules` those of other configs that counted
+    when it was made, each with the UTC time of that config's last copy. `disks` in the image and those
+    `left_out`, in words. `round`: the id of the round that made it. `layer` is None where the manifest does
+    not tell the state of every block; `broken`: which of the copies that hold blocks of it fails it;
+    `read_back`: its image was read back from storage when it was made; `is_changed`: files of it were written
+    since it was verified. `images`: the names of all, `image` the first; `snapshots`: the uuids of the
+    snapshots of disks that they were made of. `reading`: how each disk was read (full, all, difference), by
+    its name in `blocks`, and why. `audit`: what its own audit has found, and the copies that this is about;
+    `accused`: what that of another has found of it.
     """
     folder: str
     name: str
@@ -2272,12 +2266,10 @@ class Copy(NamedTuple):
 
     @property
     def trouble(self) -> str:
-        """Why it is not good, "" if it is."""
         return self.problem or self.verdict or self.suspicion or self.broken
 
     @property
     def is_increment(self) -> bool:
-        """Does it hold only what changed since others?"""
         return self.layer is not None and self.layer.depth > 1
 
     @property
@@ -2324,7 +2316,6 @@ class Copy(NamedTuple):
 
     @property
     def is_by_difference(self) -> bool:
-        """Was any of its disks read as the difference to a reference?"""
         return any(how == DIFFERENCE for _, how, _ in self.reading)
 
     @property
@@ -2371,7 +2362,6 @@ class Verdict(NamedTuple):
 
     @property
     def text(self) -> str:
-        """All of it in a line."""
         return self.reason + (f" ({self.until})" if self.until else "")
 
 
@@ -2397,8 +2387,7 @@ def in_order(copies: Iterable[Copy]) -> List[Copy]:
 
 
 def period_of(unit: str, at: datetime) -> str:
-    """The day, (ISO) week, month or year of that time: `2026-11-26`, `2026-W48`, `2026-11`, `2026`. Of one
-    unit, later ones sort behind earlier ones."""
+    """`2026-11-26`, `2026-W48` (ISO), `2026-11`, `2026`: of one unit, later ones sort behind earlier ones."""
     if unit == "week":
         return "%04d-W%02d" % at.isocalendar()[:2]
     return at.isoformat()[:{"day": 10, "month": 7, "year": 4}[unit]]
@@ -2419,9 +2408,8 @@ def later_period(unit: str, at: datetime, steps: int) -> Optional[date]:
 
 
 def held_by(copies: Sequence[Copy], rules: Rules, now: datetime) -> Iterator[Tuple[str, Hold]]:
-    """The rules' holds on these copies, which are all that count and stand oldest first; each with the name
-    of its copy. `now` is local time. Of a week, month or year the newest full is held, where there is one, as
-    it needs no other copy."""
+    """The rules' holds on all copies that count, oldest first, each with its copy's name; `now` is local
+    time. Of a week, month or year the newest full is held, if there is one, as it needs no other copy."""
     newest = max(rules.newest, 1)
     for position, copy in enumerate(reversed(copies[-newest:])):
         yield copy.name, Hold(f"newest {newest}", newest - position)
@@ -2468,9 +2456,8 @@ def of_config(rules: Rules, own: str) -> str:
 
 
 def rules_told(copies: Iterable[Copy], uuid: str, method: Method) -> Dict[str, Tuple[Rules, str]]:
-    """By config the rules in the newest manifest of each that made copies of a VM and kind, and the UTC time
-    of that one. The newest manifest of all tells them too, as that copy may be gone by now. Those of earlier
-    versions tell no config, and are left out."""
+    """By config the rules in the newest manifest of each that made copies of a VM and kind, and its UTC time.
+    The newest of all tells them too, as that copy may be gone. Those of earlier versions tell no config."""
     told, last = {}, None                  # type: Dict[str, Tuple[Rules, str]], Optional[Copy]
     for copy in in_order(copies):
         if copy.rules is not None and copy.rules.config and copy.written_at and copy.is_of(uuid, method):
@@ -2603,9 +2590,8 @@ def holder_problem(base: Copy, copies: Sequence[Copy], holders: Sequence[Tuple[s
 
 
 class NextLayer(NamedTuple):
-    """What the next copy of a VM will be: an increment on `base`, or a full where that is None; why; and what
-    is to be told of it. `left`: how many copies later the next full is due. `reading`: by what the store
-    tells, how its disks will be read, "" where no reference is wanted."""
+    """The VM's next copy: an increment on `base`, or a full where that is None; why; and a warning. `left`:
+    how many copies later the next full is due. `reading`: how disks will be read, "" without references."""
     base: Optional[Copy]
     why: str
     is_first: bool = False
@@ -2707,8 +2693,7 @@ COMPARED, NOT_IN_BASE = "compared with the base", "the base has no such disk, or
 
 
 def is_reading_told(reading: Sequence[Tuple[str, str, str]]) -> bool:
-    """Is it to be told how disks were read? Without references they are read whole each night, and nobody
-    needs to know why."""
+    """Is it to be told how disks were read? Without references nobody needs to know why."""
     return any(how == DIFFERENCE or why not in ("", COMPARED, NOT_IN_BASE) for _, how, why in reading)
 
 
@@ -2729,8 +2714,7 @@ NIGHTS_OF_ONE_REASON = 3
 
 
 def repeated_reasons(readings: Sequence[Sequence[Tuple[str, str, str]]]) -> List[str]:
-    """Warnings about disks that were read whole for the same reason in the last copies of a VM and kind, of
-    which is told how they were read, oldest first."""
+    """Warnings about disks read whole for one reason in the last copies of a VM and kind; oldest first."""
     newest = readings[-NIGHTS_OF_ONE_REASON:]
     if len(newest) < NIGHTS_OF_ONE_REASON:
         return []
@@ -2835,8 +2819,7 @@ def retention_warnings(copies: Sequence[Copy], utc: datetime, local: datetime) -
 
 
 def moved_text(copy: Copy) -> str:
-    """What is to be said of an increment that lies where it was not made, without what holds its blocks; ""
-    of any other copy."""
+    """What is to be said of an increment that was moved away from its holders; "" of any other copy."""
     if not copy.broken or folded(copy.home) in ("", folded(copy.folder)):
         return ""
     return (f"{copy.folder}/{copy.name} is an increment, and was moved here from {quote_name(copy.home)}/: "
@@ -7399,16 +7382,13 @@ class Catalog:
 
     @property
     def is_on_root(self) -> bool:
-        """Does it lie on the root file system?"""
         return self._device == os.stat("/").st_dev
 
     @property
     def locks_are_local(self) -> bool:
-        """Do its locks hold within this host only?"""
         return self.mount is not None and self.mount.locks_are_local
 
     def is_writable(self) -> bool:
-        """Can we make files in it?"""
         with storage_errors(f"looking at {self.path}"):
             return os.access(fs_path(self.path), os.W_OK | os.X_OK) and \
                 not os.fstatvfs(self.root.fd).f_flag & os.ST_RDONLY
@@ -7477,7 +7457,6 @@ class Catalog:
                            self._fails)
 
     def images_of(self, folder_name: str, name: str) -> Tuple[str, ...]:
-        """The names that the images of that copy have now; none if it is gone."""
         with contextlib.suppress(NotThere), self.root.child(folder_name) as folder:
             return read_copy(folder, folder_name, name, *parse_copy_name(name)).images
         return ()
@@ -7510,7 +7489,6 @@ class Catalog:
         return True
 
     def is_sealed(self, folder_name: str, name: str) -> bool:
-        """Is there a copy of that name, with the marker of its success?"""
         with contextlib.suppress(NotThere, WrongKind), self.root.child(folder_name) as folder, \
                 folder.child(name) as inside:
             return inside.status(SUCCESS) is not None
@@ -7839,7 +7817,6 @@ class Catalog:
             return True
 
     def unpin(self, copy: Copy) -> None:
-        """The copy is pinned no more."""
         with self.root.child(copy.folder) as folder:
             folder.remove_file(copy.name + PIN)
             folder.sync()
@@ -7864,7 +7841,6 @@ class Catalog:
                 return ""
 
     def remove_unfinished(self, folder_name: str, name: str) -> None:
-        """A .partial or .deleting directory is gone."""
         with self.root.child(folder_name) as folder:
             if not is_unfinished_name(name):
                 raise CatalogError(f"{folder_name}/{name} is not an unfinished copy; it is left.")
@@ -7900,10 +7876,8 @@ class Reference(NamedTuple):
 
 class Ledger(NamedTuple):
     """What of a VM and kind stays in a pool between runs: the reference, and those that are on their way out.
-
     `store` and `inode` tell which store's it is, `config` and `host` who keeps it; `folder` is the VM's
-    directory. `distrust`: why no difference of this VM is believed any more, "" if they are.
-    """
+    directory. `distrust`: why no difference of this VM is believed any more, "" if they are."""
     store: str
     inode: int
     pool: str
@@ -7919,17 +7893,14 @@ class Ledger(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """That of its file."""
         return f"{safe_name(self.vm)}-{self.kind}.json"
 
     @property
     def title(self) -> str:
-        """The VM for a log line."""
         return f"{quote_name(self.vm_name)} ({self.vm[:8]})"
 
     @property
     def references(self) -> Tuple[Reference, ...]:
-        """All that it names."""
         return self.leaving + ((self.current,) if self.current else ())
 
 
@@ -7993,8 +7964,7 @@ class Placement:
 
     def __init__(self, catalog: Catalog, pool: str, names: Iterable[str],
                  planned: Mapping[str, str] = {}) -> None:
-        """`pool` is its uuid, `names` are those of all its VMs. `planned`: the directories that a round's
-        plan gives to its VMs, by uuid."""
+        """`names` are those of all VMs of the pool; `planned`: the directories of a round's plan, by uuid."""
         self._catalog = catalog
         self._pool = pool
         self._names = collections.Counter(names)
@@ -8023,7 +7993,6 @@ class Placement:
 
     @property
     def known(self) -> Set[str]:
-        """The directories that were read."""
         return set(self._folders)
 
     def folder(self, name: str) -> Folder:
@@ -8055,7 +8024,6 @@ class Placement:
         return None
 
     def _bearing(self, uuid: str) -> Iterator[str]:
-        """The directories with copies that bear that uuid."""
         if self._bearers is None:          # only a VM that is new here, or was renamed, costs this
             bearers = {}                   # type: Dict[str, List[str]]
             for name in itertools.chain(*self._spelled().values()):
@@ -8092,7 +8060,6 @@ class Placement:
         return not any(copy.uuid != machine.uuid or copy.pool not in ("", self._pool) for copy in copies)
 
     def own_view(self, folder: Folder, machine: VirtualMachine) -> List[Copy]:
-        """The copies of the directory as retention sees them for that VM."""
         return as_seen_by(Owner(machine.uuid, self._pool, machine.name, self._names[machine.name] == 1),
                           folder.name, folder.copies)
 
@@ -8109,18 +8076,15 @@ class StoredVm(NamedTuple):
 
     @property
     def copies(self) -> Tuple[Copy, ...]:
-        """Its own, oldest first."""
         return tuple(copy for copy in self.around
                      if (copy.uuid, copy.pool, copy.method) == (self.uuid, self.pool, self.method))
 
     @property
     def name(self) -> str:
-        """The VM's name as its newest copy knows it."""
         return next((copy.vm_name for copy in reversed(self.copies) if copy.vm_name), self.folder)
 
     @property
     def title(self) -> str:
-        """The VM for a line: name, uuid, kind."""
         return (f"{quote_name(self.name)} ({self.uuid[:8] or 'uuid unknown'}), "
                 f"{self.method.value if self.method else 'kind unknown'}")
 
@@ -8179,12 +8143,9 @@ def list_store(catalog: Catalog) -> Listing:
 
 
 def pool_of_dump(folder: Directory, name: str) -> str:
-    """The uuid of the pool whose database the dump holds, "" if it does not tell.
-
-    The tables stand in the order of their names (ocaml/database/db_xml.ml@v24.19.2), the large ones before
-    `pool`: so it is looked for from the end. In a value each blank is written as `%.`, so ` uuid=` begins the
-    row's own.
-    """
+    """The uuid of the pool whose database the dump holds, "" if it does not tell. The tables stand in the
+    order of their names (ocaml/database/db_xml.ml@v24.19.2), the large ones before `pool`: so it is looked
+    for from the end. In a value each blank is written as `%.`, so ` uuid=` begins the row's own."""
     table = b'<table name="pool">'
     with open(folder.open_file(name), "rb") as file, storage_errors(f"reading {folder.shown}/{name}"):
         end = os.fstat(file.fileno()).st_size
@@ -8265,16 +8226,14 @@ def copy_beside(parent: Directory, folder_name: str, name: str) -> Optional[Copy
 
 
 def is_in_spans(number: int, spans: List[List[int]]) -> bool:
-    """Is the number in one of these spans of first and number, which are in order? Those before it are gone
-    then: it is asked in order."""
+    """Is the number in one of these spans (first, number), in order? Those before it are gone then."""
     while spans and sum(spans[0]) <= number:
         spans.pop(0)
     return bool(spans) and spans[0][0] <= number
 
 
 def disk_rows(inside: Directory, disk: Mapping[str, Any], name: str = BLOCKS) -> Iterator[Row]:
-    """The rows of a disk of a manifest, in the copy that is open; nothing is opened before the first is asked
-    for."""
+    """The rows of a disk of a manifest, in the copy that is open; opened once the first is asked for."""
     yield from rows_of(open(inside.open_file(name), "rb"), disk["key"], disk["begin"], disk["end"])
 
 
@@ -8525,7 +8484,6 @@ class NewCopy:
         self.sums[name] = (len(content), hashlib.sha256(content).hexdigest())
 
     def write_texts(self, files: Iterable[Tuple[str, str]]) -> None:
-        """Each (name, text) is a small file of the copy."""
         for name, text in files:
             self.write(name, text.encode("utf-8", "surrogateescape"))
 
@@ -8558,7 +8516,6 @@ class NewCopy:
             self._parent.sync()
 
     def close(self) -> None:
-        """The descriptors are given back."""
         self.inside.close()
         self._parent.close()
 
@@ -8585,10 +8542,9 @@ def checksum_line(digest: str, name: str) -> str:
 def read_image(inside: Directory, copy: Copy, manifest: Dict[str, Any], consumers: Sequence[Consumer],
                on_tick: Callable[[Progress], Any], doing: str,
                problems: Optional[List[VerificationError]] = None) -> None:
-    """The whole image passed through the consumers, decompressed, and its digests are those of the manifest,
-    if there is one; of an increment what a full would be passed, and every block had its digest.
-    VerificationError if anything is wrong; where `problems` is given that is noted there, and as much passes
-    as can be read."""
+    """The whole image passed through the consumers, decompressed, with the digests of the manifest, if there
+    is one; of an increment what a full would be, every block with its digest. VerificationError if anything
+    is wrong; with `problems` that is noted there, and as much passes as can be read."""
     if copy.is_increment:
         pump([Flow(lambda: laid_together(inside, copy, manifest, problems), consumers, "layers")], on_tick,
              doing, problems)
@@ -8686,8 +8642,7 @@ def is_archive(copy: Copy) -> bool:
 
 
 def laid_order(copy: Copy, manifest: Dict[str, Any], holders: Mapping[str, Holder]) -> List[Dict[str, Any]]:
-    """The disks of an increment in the order in which they can be laid together: that of the full, whose
-    image is read once."""
+    """The disks of an increment in the order of the full, whose image is read once."""
     full = holders.get(copy.layer.full)
     before = [disk["key"] for disk in held_disks(full.manifest)] if full else []
     return sorted(held_disks(manifest), key=lambda disk: (
@@ -9096,12 +9051,10 @@ class OpenEntry:
 
     @property
     def is_open(self) -> bool:
-        """May something of it still be in the pool?"""
         return not self.facts.get("closed")
 
     @property
     def title(self) -> str:
-        """What it is about, for a log line."""
         return f"{quote_name(self.facts.get('vm_name', '?'))} ({self.facts.get('vm_uuid', '?')[:8]})"
 
 
@@ -9202,7 +9155,6 @@ class RunJournal:
         return entry
 
     def open_entries(self) -> List[OpenEntry]:
-        """What may still be in the pool."""
         return [entry for entry in self.entries if entry.is_open]
 
     def is_still_ours(self) -> bool:
@@ -9401,20 +9353,16 @@ class Owned:
 
     @property
     def _doing(self) -> str:
-        """What is being done while it is removed."""
         return f"removing {self.WHAT} {self._entry.title}"
 
     @property
     def _key(self) -> str:
-        """The key in other_config that what we make bears."""
         return KEY_PREFIX + self._facts["token"]
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        """The pool's answer."""
         return self._services.pool.ask(self._doing, method, *arguments)
 
     def _ask_if_there(self, method: str, ref: str, *arguments: Any) -> Any:
-        """The pool's answer about that object, None if it does not exist any more."""
         return self._services.pool.ask_if_there(self._doing, method, ref, *arguments)
 
     def _call(self, method: str, ref: str) -> None:
@@ -9480,8 +9428,7 @@ class Owned:
 
     def _let_go(self, disk: Dict[str, Any], drives: Dict[str, Dict[str, Any]], has_waited: bool) -> bool:
         """True if one of those VBDs, by which our disk hangs on control domains, is gone: a server that died
-        in an export or import leaves it, and nothing there clears it up. One that won't let go is believed.
-        """
+        in an export or import leaves it, and nothing clears it up. One that won't let go is believed."""
         gone = False
         for ref, drive in drives.items():
             if not self._is_abandoned(disk, drive, has_waited):
@@ -9502,11 +9449,9 @@ class Owned:
         return gone
 
     def _is_abandoned(self, disk: Dict[str, Any], drive: Dict[str, Any], has_waited: bool) -> bool:
-        """Does nothing in the pool work with that drive of a control domain any more?
-
-        The server's own test: its task is gone, or has ended (has_vbd_leaked in
-        ocaml/xapi/attach_helpers.ml@v24.19.2). Without a task noted, waiting has to tell.
-        """
+        """Does nothing in the pool work with that drive of a control domain any more? The server's own test:
+        its task is gone, or has ended (has_vbd_leaked in ocaml/xapi/attach_helpers.ml@v24.19.2). Without a
+        task, waiting has to tell."""
         if drive["current_operations"] or "related_to" in drive["other_config"]:
             return False
         task = drive["other_config"].get("task_id")
@@ -9579,7 +9524,6 @@ class Snapshot(Owned):
                 return None
 
     def _is_being_made(self) -> bool:
-        """Is a snapshot of the original being made now?"""
         ref = self._ref(self.ORIGINAL_CLASS, self._facts[self.ORIGINAL])
         operations = ref and self._ask_if_there(self.ORIGINAL_CLASS + ".get_current_operations", ref)
         return bool(operations) and "snapshot" in operations.values()
@@ -9725,9 +9669,7 @@ class DiskSnapshot(Snapshot):
 
     def _plausible(self, bearers: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
         """Those bearers of the key that our call may have made: none if it was not made or was refused.
-
-        Another tool's snapshot copies the key too. What bore it before the call is not ours.
-        """
+        Another tool's snapshot copies the key too. What bore it before the call is not ours."""
         facts = self._facts
         if "calling_at" not in facts or facts.get("answer", "lost") not in UNSURE_ANSWERS:
             return {}
@@ -9941,10 +9883,8 @@ class ImportedVms(Owned):
         return ""
 
     def _disks_made(self) -> Set[str]:
-        """The uuids of the disks that the entry's imports, or its VDI.create, made, on a VM or not.
-
-        VDI.create makes one. What else bears our key has copied it: that is not ours, and loses the key.
-        """
+        """The uuids of the disks that the entry's imports, or its one VDI.create, made, on a VM or not. What
+        else bears our key has copied it: that is not ours, and loses the key."""
         tasks, noted = self._facts.get("tasks", ()), self._facts.get("disks", ())
         records = self._services.pool.records(self._doing, "VDI")
         bearers = [ref for ref, record in records.items() if self._key in (record.get("other_config") or ())]
@@ -10003,7 +9943,6 @@ class Snapshots:
         self._services.log.finding(self.findings[-1])
 
     def owned(self, entry: OpenEntry) -> Owned:
-        """What the entry is about."""
         return OWNED_KINDS[entry.facts["kind"]](self._services, entry, self.tell)
 
     @contextlib.contextmanager
@@ -10098,8 +10037,7 @@ class Snapshots:
         return bool(name and REFERENCE_NAME.search(name))
 
     def look_again(self) -> None:
-        """What this run removed is really gone, and what it kept bears its name, also where a restarted
-        server forgot its last seconds."""
+        """What was removed is gone, and what was kept is named, also where a restarted server forgot that."""
         for entry in self._services.journal.entries:
             if entry.facts.get("closed") == KEPT:
                 with contextlib.suppress(BackupError):     # it is known by its uuid, whatever its name
@@ -10118,8 +10056,7 @@ class Snapshots:
             entry.remember(kept_as=name, closed=KEPT)
 
     def has_removed(self, reference: "Reference", ledger: "Ledger") -> bool:
-        """The reference, which its ledger tells to be leaving, is gone; False, with a finding, if it is not.
-        """
+        """The reference, leaving by its ledger, is gone; False, with a finding, if it is not."""
         if any(entry.facts.get("uuid") == reference.uuid for entry in self._open_entries()):
             return False                   # an earlier run's entry tells of it, too, and was tried by now
         with self.begun(ledger.vm, ledger.vm_name, kind="reference", of=ledger.kind, uuid=reference.uuid,
@@ -10128,7 +10065,6 @@ class Snapshots:
         return not entry.is_open
 
     def _open_entries(self) -> List[OpenEntry]:
-        """What this run and those before have open."""
         return [entry for journal in self.inherited + [self._services.journal]
                 for entry in journal.open_entries()]
 
@@ -10191,7 +10127,6 @@ class References:
                       lambda: self._catalog.ledger(self.pool, vm, kind))
 
     def ledgers(self) -> Tuple[List[Ledger], List[BadLedger]]:
-        """All ledgers of the pool, and why others can't be used."""
         return within(self._services.patience_s, "reading the records of references",
                       lambda: self._catalog.ledgers(self.pool))
 
@@ -10210,7 +10145,6 @@ class References:
             return True
 
     def put(self, ledger: Ledger) -> None:
-        """It is on disk."""
         within(self._services.patience_s, "writing the record of a reference",
                lambda: self._catalog.put_ledger(ledger))
 
@@ -10247,8 +10181,7 @@ class References:
         return self.let_go(ledger)
 
     def give_up_on(self, srs: Container[str], in_use: str = "") -> bool:
-        """Were references on these SRs given up, to make room? `in_use`: the uuid of the one that is being
-        read."""
+        """Were references on these SRs given up, to make room, but for that `in_use` (its uuid)?"""
         found = False
         for ledger in self.ledgers()[0] if self._services.journal.is_still_ours() else ():
             if is_of_store(ledger, self.identity) and ledger.current is not None \
@@ -10265,8 +10198,7 @@ class References:
 
     @contextlib.contextmanager
     def held(self, ledger: Ledger, tries: Iterable[bool] = (False,)) -> Iterator[Optional[Ledger]]:
-        """The ledger as it is now, the lock of its VM's directory ours; None if another run has that, or the
-        ledger is gone."""
+        """The ledger as it is now, its VM's directory locked; None if another run has that, or it is gone."""
         lock = self._catalog.folder_lock(ledger.folder)
         with contextlib.ExitStack() as stack:
             is_ours = lock.is_held or stack.enter_context(lock.held(tries=tries))
@@ -10274,11 +10206,9 @@ class References:
 
     def strays(self, inventory: Inventory, made_of: Callable[[], Set[str]]) -> Iterator[Tuple[str, str]]:
         """What is named as a reference in the pool and is none of this store's ledgers', each with a sentence
-        about it. `made_of` gives the uuids of the snapshots of disks that copies here were made of.
-
-        Of another store it may be the reference that is used there. It is told of if a copy that lies here
-        was made of it, as then the ledger was lost, or if it is older than any in use.
-        """
+        about it. `made_of` gives the uuids of the snapshots of disks that copies here were made of. Of
+        another store it may be the reference that is used there. It is told of if a copy that lies here was
+        made of it, as then the ledger was lost, or if it is older than any in use."""
         ledgers, unreadable = self.ledgers()
         known = {one.uuid for ledger in ledgers for one in ledger.references}     # another store's are told
         oldest = f"{self._services.clock.local() - OLDEST_REFERENCE:%Y-%m-%d-%H%M%S}"
@@ -10416,7 +10346,6 @@ class RoundPlan(NamedTuple):
     jobs: Tuple[RoundJob, ...]
 
     def is_time_up(self, now: datetime) -> bool:
-        """Is nothing new to be started any more?"""
         return bool(self.until) and now >= parse_utc(self.until)
 
 
@@ -10488,7 +10417,6 @@ class Round:
 
     @staticmethod
     def place(catalog: Catalog, settings: Configuration, pool: str) -> Directory:
-        """Where the rounds of that config lie."""
         with catalog.state(ROUND_FOLDER) as rounds:
             return rounds.child_made_if_missing(readable_place(
                 settings.path, "/".join((pool, settings.decisions, settings.path))))
@@ -10521,11 +10449,9 @@ class Round:
         return [name for name in self._folder.names() if not name.endswith(TEMPORARY)]
 
     def is_over(self) -> bool:
-        """Was it ended, or is it gone?"""
         return self._folder.status(ROUND_END) is not None or self._folder.status(ROUND_PLAN) is None
 
     def has(self, name: str) -> bool:
-        """Is that file there?"""
         return self._folder.status(name) is not None
 
     def claim(self, key: str, number: int, facts: Dict[str, Any]) -> bool:
@@ -10537,7 +10463,6 @@ class Round:
             return False
 
     def put(self, name: str, facts: Dict[str, Any]) -> None:
-        """The file has these facts, on disk."""
         self._folder.put(name, _json_line(facts))
 
     def read(self, name: str) -> Dict[str, Any]:
@@ -10566,7 +10491,6 @@ class Round:
                 os.close(fd)
 
     def told_lines(self) -> Set[str]:
-        """What note_told has noted."""
         with contextlib.suppress(CatalogError):
             return set(self._folder.read("told").decode("utf-8", "replace").split("\n"))
         return set()
@@ -10674,22 +10598,18 @@ class Report(NamedTuple):
 
     @property
     def failed(self) -> List[Outcome]:
-        """What was not done, tried or not."""
         return [outcome for outcome in self.outcomes if outcome.error is not None]
 
     @property
     def failed_names(self) -> List[str]:
-        """The names of what was not done, what is not there included."""
         return [quote_name(name) for name in [outcome.name for outcome in self.failed] + list(self.missing)]
 
     @property
     def successes(self) -> int:
-        """How much was done."""
         return len(self.outcomes) - len(self.failed)
 
     @property
     def warnings(self) -> int:
-        """How much is worth a look."""
         return sum(finding.severity is Severity.WARNING for finding in self.findings)
 
     @property
@@ -10700,12 +10620,10 @@ class Report(NamedTuple):
 
     @property
     def word(self) -> str:
-        """SUCCESS, WARNING or ERROR."""
         return "ERROR" if self.errors else "WARNING" if self.warnings else "SUCCESS"
 
     @property
     def exit_status(self) -> int:
-        """What cron is told."""
         if self.signal:
             return 128 + self.signal
         if any(map(is_bug, [self.ended_by] + [outcome.cause for outcome in self.outcomes])):
@@ -10717,12 +10635,10 @@ class Report(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """The size of all that was done."""
         return sum(outcome.size_bytes for outcome in self.outcomes if outcome.error is None)
 
     @property
     def duration(self) -> str:
-        """How long it took, in words."""
         return format_duration((self.ended_at - self.began_at).total_seconds())
 
 
@@ -10966,14 +10882,12 @@ class Run:
         return problems
 
     def look_again(self) -> None:
-        """What the run removed in the pool is really gone, also where a server that was shaken forgot its
-        last seconds."""
+        """What the run removed in the pool is really gone, also where a shaken server forgot that."""
         if self.services.pool.times_shaken:
             self.snapshots.look_again()
 
     def hook(self, name: str, facts: Mapping[str, Any], subject: str = "") -> None:
-        """The administrator's program of that config key, if there is one, has done its work; ProgramError if
-        not."""
+        """The administrator's program of that config key, if any, has done its work; ProgramError if not."""
         services, settings = self.services, self.services.settings
         words = getattr(settings, name)
         if not words:
@@ -10983,8 +10897,7 @@ class Run:
             facts, config=settings.source, backup_dir=settings.backup_dir, host=host))
 
     def check_alive(self) -> None:
-        """Raises TakenOver if another run took us for dead: then nothing more may be sealed, deleted or
-        swept."""
+        """TakenOver if another run took us for dead: then nothing more may be sealed, deleted or swept."""
         journal = self.services.journal
         if not journal.is_still_ours():
             raise TakenOver(f"another run took this one for dead (its journal {journal.name} was taken "
@@ -11009,7 +10922,6 @@ class Run:
             self.services.log.error(f"{outcome.title}: {outcome.error}")
 
     def report(self) -> Report:
-        """How it went."""
         host, pool, findings, signals = this_host_name(), "", list(self.findings), self.services.signals
         if self.inventory is not None:
             host = self.inventory.host.short_name
@@ -11024,16 +10936,14 @@ class Run:
     # --- how the store does ---------------------------------------------------------
 
     def note(self, error: BaseException) -> None:
-        """After storage that misbehaved nothing is pruned; after one that hangs nothing of it is waited
-        for."""
+        """After storage that misbehaved nothing is pruned; one that hangs is not waited for any more."""
         if isinstance(error, StorageMisbehaved):
             self.store_problem = str(error)
         if isinstance(error, StorageStalled):
             self.storage_hangs = True
 
     def in_store(self, doing: str, work: Callable[[], Any], limit_s: float = 0) -> Any:
-        """What the work in the store gives; a store that hangs is left after that time, stall_timeout if none
-        is given, and after a signal soon."""
+        """What the work gives; a hanging store is left after limit_s (stall_timeout), after a signal soon."""
         signals = self.services.signals
         try:
             return within(limit_s or self.services.patience_s, doing, work, signals.is_hurried)
@@ -11252,8 +11162,7 @@ class Exporter:
 
     def vm_image(self, snapshot: VirtualMachine, machine: VirtualMachine, inside: Directory, base: str,
                  chain: Optional[Chain], ova_xml: bytes) -> ImageReport:
-        """The archive of the VM snapshot, or what changed of it, is in that directory, proven whole.
-        `ova_xml`: the VM's own."""
+        """The archive of the snapshot, or what changed, is there, proven whole. `ova_xml`: the VM's own."""
         expected = {disk.vdi_uuid: disk.virtual_size for disk in snapshot.disks}
         doing = f"the export of {machine.title}"
 
@@ -11292,9 +11201,8 @@ class Exporter:
         """xe's output through digest, check and compressor to a file; what the compressor wrote is
         decompressed again on the way, so that what is proven is what is stored. In an increment the check's
         sink writes what changed. Where there is a reference, an increment is read as the difference to it, if
-        the server gives one, and before all is read for a full, what the difference tells is noted: both have
-        to tell the same. `ova_xml` gives that of the archive, for who has not read it; `prepare` is done
-        before all is read."""
+        the server gives one; before all is read for a full, it is noted: both have to tell the same.
+        `ova_xml` gives the archive's, for who has not read it; `prepare` is done before all is read."""
         settings, limit_s = self._services.settings, self._services.patience_s
         foretold = []                      # type: List[DiskState]
         if chain is not None and chain.reference is not None and disks:
@@ -11451,8 +11359,7 @@ class Exporter:
 
     def disk_contents(self, doing: str, vdi_uuid: str, virtual_size: int, file_format: str,
                       sink: Any) -> None:
-        """The sink was shown what the disk holds now: raw, or as VHD, which leaves out what was never
-        written."""
+        """The sink was shown what the disk holds now: raw, or as VHD, without what was never written."""
         check = Check(check_raw if file_format == "raw" else check_vhd, None, [sink],
                       virtual_size=virtual_size)
         self._run_xe(doing, [check], Watch(self._services, doing, virtual_size), "vdi-export",
@@ -11697,8 +11604,7 @@ class Watch:
         self.in_use = ""                   # the uuid of the reference that is read against
 
     def __call__(self, progress: Progress) -> None:
-        """Raises Interrupted, StreamStalled or BackupError to abort the flow. A pool that does not answer
-        just now proves nothing."""
+        """Interrupted, StreamStalled or BackupError abort the flow. A pool that is silent proves nothing."""
         services, now = self._services, time.monotonic()
         self._show(progress)
         if progress.quiet_s < 2:
@@ -11719,8 +11625,7 @@ class Watch:
                                in_use=self.in_use)
 
     def _give_up(self, waiting_for: str) -> None:
-        """The tasks are cancelled and xe killed; raises StreamStalled or, if it is our storage,
-        StorageMisbehaved."""
+        """The tasks are cancelled and xe killed; StreamStalled, or StorageMisbehaved if it is our storage."""
         stalled = f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)}"
         # the image's writer, the list of blocks, or a compressor before them
         if waiting_for != "xe":
@@ -11854,7 +11759,6 @@ class Worker:
                 self.run.note(error)
 
     def _signs_given(self) -> List[str]:
-        """The files that are its signs of life."""
         return [sign_of(self._facts())]
 
     def _note_claim(self, name: str) -> None:
@@ -11870,13 +11774,11 @@ class Worker:
         """What others have done is looked at; only who leads does."""
 
     def _facts(self) -> Dict[str, Any]:
-        """Who this worker is, for the round's files."""
         return {"worker": self.name, "host": self._host.short_name, "host_uuid": self._host.uuid,
                 "pid": os.getpid(), "at": format_utc(self._services.clock.utc())}
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Inside, signs of life are given."""
         self._attendant.start()
         try:
             yield
@@ -11894,8 +11796,7 @@ class Worker:
                                  "reachable?")
 
     def states(self) -> Dict[str, Tuple[int, str]]:
-        """How it stands with each VM, as `standing` tells; what this worker has done is known to it, whatever
-        could be written."""
+        """How it stands with each VM; what this worker has done it knows, whatever could be written."""
         return self.run.in_store("looking at the round", self._states)
 
     def _states(self) -> Dict[str, Tuple[int, str]]:
@@ -11911,7 +11812,6 @@ class Worker:
         return found
 
     def is_stopped(self) -> bool:
-        """Is nothing more to be done in this round?"""
         return self.run.in_store("looking at the round", self.round.is_over)
 
     def work(self) -> None:
@@ -11982,7 +11882,6 @@ class Worker:
         return self._reckoned[2]
 
     def _try(self, one: RoundJob) -> bool:
-        """True if the VM was claimed, and came to an outcome."""
         services, key = self._services, one.key
         lock = services.catalog.folder_lock(one.folder)
         with lock.held(is_kept=lambda: self.run.storage_hangs) as is_ours:
@@ -12096,8 +11995,7 @@ class Worker:
         return "the storage misbehaved in this run" if is_trouble else ""
 
     def left(self, error: CatalogError) -> Finding:
-        """What can't be read or removed in the store costs only itself: it is left, and a warning if that
-        stops the pruning."""
+        """What can't be read or removed in the store is left, and a warning if that stops the pruning."""
         if isinstance(error, TakenOver):
             raise error
         self.run.note(error)
@@ -12105,10 +12003,8 @@ class Worker:
                        self._services.settings.backup_dir, f"{error} It is left.")
 
     def clear_unfinished(self, folder: Folder) -> Iterator[Finding]:
-        """Unfinished copies of a directory whose lock is ours are gone; call it with the lock held only.
-
-        Where locks do not reach other hosts, only what was not written for a day.
-        """
+        """Unfinished copies of a directory whose lock is ours are gone; where locks do not reach other hosts,
+        only what was not written for a day."""
         catalog = self._services.catalog
         for name in folder.unfinished:
             try:
@@ -12193,7 +12089,6 @@ class Helper(Worker):
             self._lock.release()
 
     def done(self, one: RoundJob, number: int, word: str, outcome: Outcome) -> None:
-        """It is told in this host's log, too."""
         if outcome.error is not None:
             self._services.log.error(f"{outcome.title}: {outcome.error}")
         super().done(one, number, word, outcome)
@@ -12215,7 +12110,6 @@ class Helper(Worker):
         return True
 
     def taken(self) -> int:
-        """How many VMs this host has claimed."""
         claims = [self.round.read(name) for name in self.round.names() if name.endswith("." + CLAIM)]
         return sum(told(facts, "host_uuid") == self._host.uuid for facts in claims)
 
@@ -12284,7 +12178,6 @@ class Leader(Worker):
         return is_new
 
     def _tell_claim(self, one: RoundJob, name: str) -> None:
-        """The VM was begun."""
         if name in self._told or not self._is_news(name):
             return
         host = "" if one.key in self.mine else told(self.round.read(name), "host")
@@ -12330,8 +12223,7 @@ class Leader(Worker):
         self.run.settle(self._numbers[one.key], outcome, host, is_new)
 
     def may_leave(self, error: Optional[BaseException]) -> bool:
-        """A leader that lost its pool ends the round, as all would fail; the storage may only be this host's
-        trouble."""
+        """One that lost its pool ends the round, as all would fail; the storage may fail this host only."""
         return isinstance(error, StorageMisbehaved) and self._has_others()
 
     def _has_others(self) -> bool:
@@ -12348,8 +12240,7 @@ class Leader(Worker):
             return False
 
     def _candidates(self, states: Mapping[str, Tuple[int, str]]) -> List[RoundJob]:
-        """As every worker's; but one whose storage has misbehaved leaves to others, if there are any, all but
-        what they leave to it."""
+        """As every worker's; one whose storage misbehaved leaves to others all that they can do."""
         found = super()._candidates(states)
         if self._is_unfit and self._has_others():
             found = [one for one in found if one.local_to == self._host.uuid]
@@ -12488,8 +12379,7 @@ class Leader(Worker):
     # --- the story --------------------------------------------------------------------------
 
     def _begin(self, plan: Plan, findings: Sequence[Finding]) -> None:
-        """What has to be cleared up and told before the first VM; the findings are those of the round's plan.
-        """
+        """What has to be cleared up and told before the first VM; `findings`: those of the round's plan."""
         tell, settings, services = self.run.tell, self._services.settings, self._services
         if is_by_config(services.arguments):
             self.run.unselected = tuple(machine.title for machine in plan.unselected)
@@ -12592,7 +12482,6 @@ class Leader(Worker):
     # --- what dead runs left ----------------------------------------------------------
 
     def _clear_leftovers(self) -> Iterator[Finding]:
-        """What dead runs left in this pool and in the store is gone."""
         catalog = self._services.catalog
         problems = self.run.sweep()
         try:
@@ -12677,7 +12566,6 @@ class Leader(Worker):
                             yield Finding(Severity.WARNING, settings.backup_dir, moved_text(copy))
 
     def _low_space(self) -> Iterator[Finding]:
-        """A warning if the next run's largest copy may not fit."""
         place = self._services.settings.backup_dir
         largest = max((outcome.size_bytes for outcome in self.run.outcomes), default=0)
         try:
@@ -12716,7 +12604,6 @@ class Leader(Worker):
             yield Finding(Severity.WARNING, "pool database", f"older dumps were not pruned: {error}")
 
     def _prune_pool_dumps(self, folder: str, newest: str) -> Iterator[Finding]:
-        """Older dumps of this pool beyond the number to keep are gone."""
         problems = []                      # type: List[CatalogError]
         catalog, most = self._services.catalog, self._services.settings.max_backups
         dumps = [name for name, pool in catalog.pool_dumps(folder, problems)
@@ -13223,7 +13110,6 @@ class BackupJob:
                 self._warn(f"what the audit found of {copy.name} is not on record: {error}")
 
     def _tell_reading(self, report: ImageReport, folder: Folder, machine: VirtualMachine) -> None:
-        """How the disks were read is told, and what that means."""
         reading = tuple((row["key"], row["how"], row["why"]) for row in report.disks if "how" in row)
         if not reading or not self._services.settings.keep_reference:
             return
@@ -13247,7 +13133,6 @@ class BackupJob:
                           lambda ledger: self._services.references.keep(ledger, reference))
 
     def _give_up_reference(self, folder: Folder) -> None:
-        """The reference is gone from the pool; as _keep."""
         self._with_ledger("its reference could not be removed", folder,
                           lambda ledger: self._services.references.give_up(
                               ledger, "it is not trusted" if self._lie else "no copy is read against it now"))
@@ -13284,8 +13169,7 @@ class BackupJob:
 
     def _manifest(self, machine: VirtualMachine, left_out: Mapping[Disk, str], report: ImageReport,
                   taken_at: datetime, folder: Folder) -> Dict[str, Any]:
-        """backup.json: what, when, from where, and what was verified. `files` is added when all are
-        written."""
+        """backup.json: what, when, from where, what was verified. `files` is added when all are written."""
         inventory, job = self._run.inventory, self._job
         told = rules_told(self._backup.placement.own_view(folder, machine), machine.uuid, job.method)
         others = [{"config": rules.config, "at": at, "rules": dict(zip(RULE_NAMES, rules))}
@@ -13338,8 +13222,7 @@ class BackupJob:
         return sum(1 for copy in copies if copy.counts_for(job.machine.uuid, job.method)) - removed
 
     def _prune(self, folder: Folder, own: Rules, why: str, sealed: str = "") -> int:
-        """What neither these rules of this config nor others hold is gone; how many copies that were. A copy
-        that can't be removed is a warning."""
+        """What neither these rules of this config nor others hold is gone; how many copies that were."""
         job, log, catalog = self._job, self._services.log, self._services.catalog
         title = job.machine.title
         removed, uuid = 0, job.machine.uuid
