@@ -7340,6 +7340,11 @@ OTHER_MAGIC = (("xz", b"\xfd7zXZ\0"), ("bzip2", b"BZh"), ("lz4", b"\x04\x22\x4d\
 WEAK_LOCK_PATIENCE_S = DAY_S
 
 
+def json_line(facts: Dict[str, Any]) -> bytes:
+    """The facts as a file of the program's own state has them."""
+    return (json.dumps(facts, sort_keys=True) + "\n").encode("ascii")
+
+
 def free_text(free_bytes: Optional[int]) -> str:
     """The free space of the store in words."""
     return "free space not known" if free_bytes is None else format_size(free_bytes) + " free"
@@ -7422,6 +7427,13 @@ class Catalog:
             return state.child(name)
         return None
 
+    def in_state(self, name: str) -> Iterator[Tuple[Directory, str]]:
+        """The names in such a folder, each with the folder, open; none if there is none."""
+        folder = self.state_if_there(name)
+        if folder is not None:
+            with folder:
+                yield from ((folder, one) for one in folder.names())
+
     def identity(self) -> Dict[str, Any]:
         """What this store is told from others by, as it stands; nothing is written."""
         with contextlib.suppress(NotThere), self.root.child(STATE_FOLDER) as state:
@@ -7496,8 +7508,8 @@ class Catalog:
 
     def condemned(self, since_s: float) -> Set[str]:
         """The directories with a copy that a check has found bad since then, in seconds since 1970."""
-        found, folder = set(), self.state_if_there(VERDICT_FOLDER)     # type: Set[str], Optional[Directory]
-        for name in folder.names() if folder is not None else ():
+        found = set()                      # type: Set[str]
+        for folder, name in self.in_state(VERDICT_FOLDER):
             status = folder.status(name)
             if status is not None and status.st_mtime >= since_s:
                 with contextlib.suppress(NotThere, WrongKind, ValueError):
@@ -7618,20 +7630,16 @@ class Catalog:
         if before.get("audit") == SUSPECT:                 # no later audit can lift that
             text.update((key, before[key]) for key in before if key.startswith("audit"))
         with self.state(VERDICT_FOLDER) as folder:
-            folder.put(copy.mark[:32] + ".json", (json.dumps(text, sort_keys=True) + "\n").encode("utf-8"))
+            folder.put(copy.mark[:32] + ".json", json_line(text))
 
     def last_drills(self) -> Dict[str, str]:
         """When a copy of each directory was last drilled; a copy that is gone since counts too."""
         found = {}                         # type: Dict[str, str]
-        folder = self.state_if_there(VERDICT_FOLDER)
-        if folder is None:
-            return found
-        with folder:
-            for name in folder.names():
-                with contextlib.suppress(CatalogError, ValueError):
-                    facts = parse_object(folder.read(name, MEBIBYTE))
-                    place = told(facts, "folder")
-                    found[place] = max(told(facts, "drilled_at"), found.get(place, ""))
+        for folder, name in self.in_state(VERDICT_FOLDER):
+            with contextlib.suppress(CatalogError, ValueError):
+                facts = parse_object(folder.read(name, MEBIBYTE))
+                place = told(facts, "folder")
+                found[place] = max(told(facts, "drilled_at"), found.get(place, ""))
         return found
 
     def look_of(self, copy: Copy, seen: Optional[Dict[str, List[Any]]] = None) -> str:
@@ -7711,21 +7719,18 @@ class Catalog:
     def plans(self) -> List[Dict[str, Any]]:
         """Those on record; what can't be read, or is none of this version's, is as if it were not there,
         unless the storage is to blame."""
-        found, folder = [], self.state_if_there(PLAN_FOLDER)
-        if folder is None:
-            return found
-        with folder:
-            for name in folder.names():
-                try:
-                    plan = parse_object(folder.read(name, 16 * MEBIBYTE))
-                    check_shape(plan, PLAN_SHAPE)
-                    for at in [plan["at"], *filter(None, plan["vms"].values())]:
-                        parse_utc(at)
-                    found.append(plan)
-                except StorageMisbehaved:
-                    raise
-                except (CatalogError, ValueError):
-                    continue
+        found = []
+        for folder, name in self.in_state(PLAN_FOLDER):
+            try:
+                plan = parse_object(folder.read(name, 16 * MEBIBYTE))
+                check_shape(plan, PLAN_SHAPE)
+                for at in [plan["at"], *filter(None, plan["vms"].values())]:
+                    parse_utc(at)
+                found.append(plan)
+            except StorageMisbehaved:
+                raise
+            except (CatalogError, ValueError):
+                continue
         return found
 
     def put_plan(self, plan: Dict[str, Any]) -> None:
@@ -7733,16 +7738,14 @@ class Catalog:
         place = f"{plan['pool']}/{plan['host']}/{plan['config']}"
         digest = hashlib.sha256(place.encode("utf-8", "surrogateescape"))
         with self.state(PLAN_FOLDER) as folder:
-            folder.put(digest.hexdigest()[:32] + ".json", (json.dumps(plan, sort_keys=True) + "\n").encode())
+            folder.put(digest.hexdigest()[:32] + ".json", json_line(plan))
 
     # --- ledgers: what stays in a pool between runs -------------------------------------
 
-    def _ledger_folder(self, pool: str) -> Optional[Directory]:
-        """Where the ledgers of that pool lie, None if there are none."""
-        with contextlib.suppress(NotThere), contextlib.ExitStack() as stack:
-            folder = self.state_if_there(REFERENCE_FOLDER)
-            return folder and stack.enter_context(folder).child(safe_name(pool))
-        return None
+    def _ledger_folder(self, pool: str) -> Directory:
+        """Where the ledgers of that pool lie; NotThere if there are none."""
+        with self.root.child(STATE_FOLDER) as state, state.child(REFERENCE_FOLDER) as references:
+            return references.child(safe_name(pool))
 
     def ledger(self, pool: str, vm: str, kind: str) -> Optional["Ledger"]:
         """The ledger of that VM and kind, None if there is none; BadLedger if it can't be read, or is not
@@ -7751,24 +7754,20 @@ class Catalog:
 
     def ledgers(self, pool: str) -> Tuple[List["Ledger"], List["BadLedger"]]:
         """All ledgers of that pool, and why others can't be used."""
-        found, problems, folder = [], [], self._ledger_folder(pool)
-        for name in folder.names() if folder is not None else ():
-            try:
-                ledger = self._read_ledger(pool, name) if name.endswith(".json") else None
-                found += [ledger] if ledger else []
-            except BadLedger as problem:
-                problems.append(problem)
-        if folder is not None:
-            folder.close()
+        found, problems = [], []
+        with contextlib.suppress(NotThere), self._ledger_folder(pool) as folder:
+            for name in folder.names():
+                try:
+                    ledger = self._read_ledger(pool, name) if name.endswith(".json") else None
+                    found += [ledger] if ledger else []
+                except BadLedger as problem:
+                    problems.append(problem)
         return found, problems
 
     def _read_ledger(self, pool: str, name: str) -> Optional["Ledger"]:
         place = f"{self.path}/{STATE_FOLDER}/{REFERENCE_FOLDER}/{safe_name(pool)}/{name}"
         try:
-            folder = self._ledger_folder(pool)
-            if folder is None:
-                return None
-            with folder:
+            with self._ledger_folder(pool) as folder:
                 ledger = parse_ledger(folder.read(name, MEBIBYTE))
             if name != ledger.file_name or ledger.pool != pool:
                 raise ValueError("it is that of another VM or pool")
@@ -9128,7 +9127,7 @@ class RunJournal:
         """A line more, on disk; nothing once the store hangs: clean-up in the pool must not wait for it."""
         if self.is_mute:
             return
-        line = (json.dumps(facts, sort_keys=True) + "\n").encode("utf-8")
+        line = json_line(facts)
 
         def write() -> None:
             with storage_errors(f"writing the journal .vmbackup/runs/{self.name}"):
@@ -10356,7 +10355,7 @@ def encode_plan(plan: RoundPlan) -> bytes:
         machine, job = one.job.machine, one.job
         rows.append([[machine.ref, machine.uuid, machine.name, machine.power_state, list(machine.problems)],
                      [job.method.value, list(job.rules), job.chosen_by], list(one[1:])])
-    return (json.dumps(dict(plan._asdict(), jobs=rows), sort_keys=True) + "\n").encode("ascii")
+    return json_line(dict(plan._asdict(), jobs=rows))
 
 
 def parse_plan(content: bytes) -> RoundPlan:
@@ -10457,13 +10456,13 @@ class Round:
     def claim(self, key: str, number: int, facts: Dict[str, Any]) -> bool:
         """The VM is ours in that try, if nobody was before."""
         try:
-            self._folder.write(f"{key}.{number}.{CLAIM}", _json_line(facts))
+            self._folder.write(f"{key}.{number}.{CLAIM}", json_line(facts))
             return True
         except NameTaken:
             return False
 
     def put(self, name: str, facts: Dict[str, Any]) -> None:
-        self._folder.put(name, _json_line(facts))
+        self._folder.put(name, json_line(facts))
 
     def read(self, name: str) -> Dict[str, Any]:
         """The facts of that file, {} if it has none that can be read."""
@@ -10494,10 +10493,6 @@ class Round:
         with contextlib.suppress(CatalogError):
             return set(self._folder.read("told").decode("utf-8", "replace").split("\n"))
         return set()
-
-
-def _json_line(facts: Dict[str, Any]) -> bytes:
-    return (json.dumps(facts, sort_keys=True) + "\n").encode("ascii")
 
 
 def last_round(place: Directory) -> Optional[Round]:
@@ -12042,7 +12037,7 @@ class Crew:
                 services.log.warning(f"worker {number} of this host could not be started: {error} The "
                                      "others do its share.")
                 continue
-            program.tell(beginning + _json_line(words))
+            program.tell(beginning + json_line(words))
             # its own descriptor: a terminal that takes nothing may hold it up after the worker has ended
             reader = threading.Thread(target=self._relay, daemon=True,
                                       args=(f"worker {number}", os.dup(program.stdout_fd)))
@@ -13666,14 +13661,12 @@ def is_led(catalog: Catalog, plan: RoundPlan) -> bool:
 
 def last_rounds(catalog: Catalog, path: str) -> List[Round]:
     """The last round of each config of that path, those of other pools and settings too."""
-    found, rounds = [], catalog.state_if_there(ROUND_FOLDER)
-    if rounds is not None:
-        with rounds:
-            for name in rounds.names():
-                with rounds.child(name) as place:
-                    last = last_round(place)
-                if last is not None and last.plan.path == path:
-                    found.append(last)
+    found = []
+    for rounds, name in catalog.in_state(ROUND_FOLDER):
+        with rounds.child(name) as place:
+            last = last_round(place)
+        if last is not None and last.plan.path == path:
+            found.append(last)
     return sorted(found, key=lambda one: one.plan.began_at)
 
 
