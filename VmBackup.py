@@ -9539,8 +9539,8 @@ class VmSnapshot(Snapshot):
     """A snapshot of a VM: born with the token in its name."""
     FIRST = Owned.FIRST + ("name",)
 
-    def make(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk],
-             knows_ignored: bool, before: Callable[[], Any]) -> VirtualMachine:
+    def make(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk], knows_ignored: bool,
+             before: Callable[[], Any]) -> VirtualMachine:
         """It is there, without the disks that are left out; raises ApiFailure, AnswerLost or BackupError if
         not. A server that does not know how to leave them out (`knows_ignored`)
         makes snapshots of them too, which are destroyed before the export."""
@@ -9945,9 +9945,8 @@ class Snapshots:
         return OWNED_KINDS[entry.facts["kind"]](self._services, entry, self.tell)
 
     @contextlib.contextmanager
-    def of_vm(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk] = (),
-              knows_ignored: bool = False,
-              before: Callable[[], Any] = lambda: None) -> Iterator[VirtualMachine]:
+    def of_vm(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk], knows_ignored: bool,
+              before: Callable[[], Any]) -> Iterator[VirtualMachine]:
         """A snapshot of the VM, ready for export, removed on every way out; `before` is done just before it.
         Raises ApiFailure or AnswerLost if there is none. One that can't be removed is a finding, and hides no
         other error."""
@@ -9957,8 +9956,7 @@ class Snapshots:
             yield self.owned(entry).make(machine, label, left_out, knows_ignored, before)
 
     @contextlib.contextmanager
-    def of_disk(self, machine: VirtualMachine, disk: Disk,
-                before: Callable[[], Any] = lambda: None) -> Iterator[Disk]:
+    def of_disk(self, machine: VirtualMachine, disk: Disk, before: Callable[[], Any]) -> Iterator[Disk]:
         """A snapshot of the VM's disk, removed on every way out; `before` and what it raises as of_vm."""
         with self.begun(machine.uuid, machine.name, kind="vdi-snapshot", token=random_hex(8),
                         disk=disk.vdi_uuid) as entry:
@@ -10847,10 +10845,9 @@ class Run:
         """From now on things can be made in the pool: the journal is begun and locked, and kept by the run's
         own services. Status lines are written where the action has some."""
         now, host = services.clock.utc(), inventory.host.short_name
-        name = f"{now:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{random_hex(3)}"
         header = dict(signature(services, inventory), config=services.settings.source)
         journal = self.in_store("beginning the journal", lambda: begin_run(
-            services.catalog, name, header, now.timestamp()))
+            services.catalog, run_id(now, host), header, now.timestamp()))
         journal.limit_s = services.patience_s
         self.services = services._replace(journal=journal)
         self.services = self.services._replace(turn=self.in_store(
@@ -10962,6 +10959,11 @@ class Run:
 def ends_run(outcome: Outcome) -> bool:
     """Does the run end with it: a pool that is gone, as what is behind would fail too, or a signal?"""
     return isinstance(outcome.cause, (PoolError, Interrupted)) and not isinstance(outcome.cause, AnswerLost)
+
+
+def run_id(began_at: datetime, host: str) -> str:
+    """What no other run, or round, is called; in the order of time."""
+    return f"{began_at:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{random_hex(3)}"
 
 
 def signature(services: Services, inventory: Inventory) -> Dict[str, Any]:
@@ -11115,14 +11117,10 @@ class Chain(NamedTuple):
         """What that disk is called: as its folder of cfg files is."""
         return self.keys.get(disk.userdevice) or block_key(f"{disk_folder(disk)}-{disk.userdevice}")
 
-    def row(self, key: str, size: int) -> Optional[Dict[str, Any]]:
-        """The disk in the base's manifest that one of this key and size can be compared with. What became
-        smaller is told whole: were it to grow again, the end of what lies below would come back."""
-        return disk_row(self.base, key, size)
-
 
 def disk_row(holder: Optional[Holder], key: str, size: int) -> Optional[Dict[str, Any]]:
-    """The disk of that key in the copy's manifest, if it was not larger there."""
+    """The disk of that key in the copy's manifest, if it was not larger there: what became smaller is told
+    whole. Were it to grow again, the end of what lies below would come back."""
     rows = [] if holder is None else held_disks(holder.manifest)
     return next((row for row in rows if row["key"] == key and row["virtual_size"] <= size), None)
 
@@ -11476,7 +11474,7 @@ def begin_state(inside: Directory, blocks: BlocksFile, chain: Chain, disk: Disk,
 def state_facts(chain: Chain, state: DiskState) -> Dict[str, Any]:
     """What the manifest tells of the state of a disk: where its rows stand, in which copies its blocks lie,
     since which copy these are to be laid over each other, and how it was read."""
-    row = chain.row(state.key, state.size)
+    row = disk_row(chain.base, state.key, state.size)
     how, why = "full" if chain.base is None else "all", chain.why
     if state.table is not None:
         how, why = DIFFERENCE, ""
@@ -11536,13 +11534,19 @@ def proven_layer(services: Services, inside: Directory, state: DiskState, doing:
     return dict(image_facts(doing, settings, name, "vhd", plain, stored, again), disk=key)
 
 
-def check_stored(services: Services, inside: Directory, name: str, sha256: str, doing: str) -> None:
-    """Raises StorageMisbehaved unless the storage itself, and no cache, gives back what was written to that
-    file; also if it gives nothing any more, as a snapshot is there meanwhile."""
-    digest, fd = Digest(), within(services.patience_s, doing, lambda: inside.open_file(name))
+def stored_digest(fd: int, on_tick: Callable[[Progress], Any], doing: str) -> str:
+    """The SHA-256 of what the storage itself, and no cache, gives of a file; its descriptor is closed."""
+    digest = Digest()
     forget_cached(fd)
-    pump([Flow(fd, [digest])], Watch(services, f"reading {name} back"), doing)
-    if digest.hexdigest() != sha256:
+    pump([Flow(fd, [digest])], on_tick, doing)
+    return digest.hexdigest()
+
+
+def check_stored(services: Services, inside: Directory, name: str, sha256: str, doing: str) -> None:
+    """Raises StorageMisbehaved unless the storage gives back what was written to that file; also if it gives
+    nothing any more, as a snapshot is there meanwhile."""
+    fd = within(services.patience_s, doing, lambda: inside.open_file(name))
+    if stored_digest(fd, Watch(services, f"reading {name} back"), doing) != sha256:
         raise StorageMisbehaved(f"{doing}: the storage gives back other bytes than were written to {name}: "
                                 "the copy was not kept, and nothing is pruned. Check the share or disk.")
 
@@ -11901,7 +11905,7 @@ class Worker:
                         f"can't be told: {error} `verify` tells."))
                 word = DONE if outcome.error is None else GIVEN_UP
                 self._put(one, number, word, outcome, [])
-                self.done(one, number, word, outcome)
+                self.done(outcome)
                 return True
             number += 1
             try:
@@ -11945,7 +11949,7 @@ class Worker:
         self._now = self._unnoted = ""
         services.log.subject = "", ""
         services.log.progress("")
-        self.done(one, number, word, outcome)
+        self.done(outcome)
 
     def may_leave(self, error: Optional[BaseException]) -> bool:
         """Is it this host that failed, and may another do better?"""
@@ -11957,8 +11961,8 @@ class Worker:
             error=f"the run on {self._host.short_name} was stopped by a signal.", status_word="STOPPED"),
                   noted)
 
-    def done(self, one: RoundJob, number: int, word: str, outcome: Outcome) -> None:
-        """That is its outcome, which is written. Raises what ends this worker with it."""
+    def done(self, outcome: Outcome) -> None:
+        """That is a VM's outcome, which is written. Raises what ends this worker with it."""
         if ends_run(outcome) or isinstance(outcome.cause, StorageMisbehaved):
             raise outcome.cause            # what this host can't do, others may
 
@@ -12083,10 +12087,10 @@ class Helper(Worker):
         if not self._lock.is_held and self._lock.take() and not self._is_to_lead():
             self._lock.release()
 
-    def done(self, one: RoundJob, number: int, word: str, outcome: Outcome) -> None:
+    def done(self, outcome: Outcome) -> None:
         if outcome.error is not None:
             self._services.log.error(f"{outcome.title}: {outcome.error}")
-        super().done(one, number, word, outcome)
+        super().done(outcome)
 
     def _is_to_lead(self) -> bool:
         """Does the round still wait for a leader? A text that is torn says nothing else."""
@@ -12244,7 +12248,7 @@ class Leader(Worker):
     def interrupted(self, one: RoundJob, number: int, noted: Sequence[Finding]) -> None:
         """It counts as not tried: the round ends here."""
 
-    def done(self, one: RoundJob, number: int, word: str, outcome: Outcome) -> None:
+    def done(self, outcome: Outcome) -> None:
         """It is told. Raises what ends the round with it: a pool that is gone, or a signal."""
         self._is_unfit |= isinstance(outcome.cause, StorageMisbehaved)
         self._check_store()
@@ -12718,7 +12722,7 @@ class BackupJob:
                 self._services.log.info(f"{job.machine.title}: {error} It is made again, as a full.")
                 self._backup.read_against.discard(job.machine.uuid)
                 sealed, size_bytes = self._make_copy(folder, str(error).rstrip("."))
-            self._note_sealed(folder, sealed)
+            self._sealed = f"{self._services.catalog.path}/{folder.name}/{sealed}"
             outcome = untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=size_bytes,
                                             said=self._said)
             lie = self._lie
@@ -12737,9 +12741,6 @@ class BackupJob:
                 self._services.log.bug(bug, job.machine.title + ": ")
                 outcome = outcome._replace(cause=bug)
             return outcome
-
-    def _note_sealed(self, folder: Folder, name: str) -> None:
-        self._sealed = f"{self._services.catalog.path}/{folder.name}/{name}"
 
     def _warn(self, sentence: str) -> None:
         self._findings.append(Finding(Severity.WARNING, self._job.machine.title, sentence))
@@ -12781,7 +12782,7 @@ class BackupJob:
             if copy.round == self._backup.plan.id and copy.is_good and copy.is_of(machine.uuid, job.method):
                 self._services.log.info(f"{machine.title}: {folder.name}/{copy.name} was made in this round, "
                                         "by a worker that died since; it counts.")
-                self._note_sealed(folder, copy.name)
+                self._sealed = f"{self._services.catalog.path}/{folder.name}/{copy.name}"
                 return untried(job)._replace(error=None, status_word="SUCCESS", size_bytes=copy.size_bytes)
         return None
 
@@ -12868,10 +12869,14 @@ class BackupJob:
                     run.in_store("sealing the copy", lambda: (
                         run.check_alive(), services.catalog.check_in_place(), copy.seal()))
                 self._tell_reading(report, folder, machine)
+                references = services.references
                 if reference is not None and not self._lie:
-                    self._keep(reference, folder)
-                elif layer is not None and services.settings.keep_reference and services.references.can_keep:
-                    self._give_up_reference(folder)
+                    self._with_ledger("its snapshot could not be kept as the reference", folder,
+                                      lambda ledger: references.keep(ledger, reference))
+                elif layer is not None and services.settings.keep_reference and references.can_keep:
+                    why = "it is not trusted" if self._lie else "no copy is read against it now"
+                    self._with_ledger("its reference could not be removed", folder,
+                                      lambda ledger: references.give_up(ledger, why))
         except BaseException as error:
             # whatever ended it: what was written goes, unless the storage is what failed
             run.note(error)
@@ -13121,17 +13126,6 @@ class BackupJob:
         for sentence in repeated_reasons(before + [reading]):
             self._warn(sentence)
 
-    def _keep(self, reference: Reference, folder: Folder) -> None:
-        """The snapshot stays in the pool as the reference. The copy is sealed: what goes wrong here is told,
-        and costs the next run its reference only."""
-        self._with_ledger("its snapshot could not be kept as the reference", folder,
-                          lambda ledger: self._services.references.keep(ledger, reference))
-
-    def _give_up_reference(self, folder: Folder) -> None:
-        self._with_ledger("its reference could not be removed", folder,
-                          lambda ledger: self._services.references.give_up(
-                              ledger, "it is not trusted" if self._lie else "no copy is read against it now"))
-
     def _ledger(self, folder: Folder) -> Ledger:
         """The VM's ledger, with the facts of this run; a new one where it has none of this store.
         CatalogError if another store's names what stands in the pool: that is not forgotten for it. That a
@@ -13151,7 +13145,8 @@ class BackupJob:
         return new
 
     def _with_ledger(self, problem: str, folder: Folder, work: Callable[[Ledger], Any]) -> None:
-        """The work is done on the VM's ledger, a new one where it has none of this store; or told."""
+        """The work is done on the VM's ledger, a new one where it has none of this store. What goes wrong is
+        told: it costs the next run its reference, and no copy."""
         try:
             with self._services.signals.shielded():
                 self._run.check_alive()
@@ -13167,9 +13162,11 @@ class BackupJob:
         """backup.json: what, when, from where, what was verified. `files` is added when all are written."""
         inventory, job = self._run.inventory, self._job
         told = rules_told(self._backup.placement.own_view(folder, machine), machine.uuid, job.method)
+        # a file's count long beyond its copies: it may be one for each year; what was chosen by hand is not
+        # asked for again
         others = [{"config": rules.config, "at": at, "rules": dict(zip(RULE_NAMES, rules))}
-                  for rules, at in told.values() if rules.config != job.rules.config and is_still_told(
-                      rules.config, parse_utc(at), taken_at)]
+                  for rules, at in told.values() if rules.config != job.rules.config
+                  and rules.config.startswith("/") and taken_at - parse_utc(at) < OTHER_RULES_LIFE]
         return {
             "format": PLAIN_FORMAT, "program": "VmBackup " + VERSION, "kind": job.method.value,
             "folder": folder.name,
@@ -13367,7 +13364,8 @@ def proven_base(services: Services, copy: Copy) -> Holder:
             manifest = parse_manifest(inside.read(MANIFEST))
         except ValueError as error:
             raise VerificationError(f"its {MANIFEST} is damaged: {error}.")
-        if stored_digest(services, inside, BLOCKS).hexdigest() != manifest["files"][BLOCKS]["sha256"]:
+        if stored_digest(inside.open_file(BLOCKS), lambda _: services.signals.check(),
+                         f"reading {BLOCKS}") != manifest["files"][BLOCKS]["sha256"]:
             raise VerificationError("its list of blocks is not what was written.")
         stack.pop_all()                    # it is whoever's that asked
         return Holder(inside, copy, manifest)
@@ -13389,14 +13387,6 @@ def layer_facts(layer: NextLayer, name: str, base: Optional[Holder], report: Ima
     return {"depth": told_before["depth"] + 1, "full": told_before["full"], "base": base.copy.name,
             "why": layer.why, "is_first": layer.is_first,
             "holders": sorted((known[one] for one in named), key=lambda holder: holder["sequence"])}
-
-
-def stored_digest(services: Services, folder: Directory, name: str) -> Digest:
-    """The digest of what the storage itself, and no cache, gives of that file."""
-    digest, fd = Digest(), folder.open_file(name)
-    forget_cached(fd)
-    pump([Flow(fd, [digest])], lambda progress: services.signals.check(), f"reading {name}")
-    return digest
 
 
 def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
@@ -13495,12 +13485,6 @@ def proof_text(verified: Dict[str, Any]) -> str:
 OTHER_RULES_LIFE = timedelta(days=400)
 
 
-def is_still_told(config: str, at: datetime, now: datetime) -> bool:
-    """Do a config's rules count beyond its own copies, the last of which it made then? Those of a file do for
-    long, as it may be one for each year; what was chosen by hand is not asked for again."""
-    return config.startswith("/") and now - at < OTHER_RULES_LIFE
-
-
 def newly_left_out(machine: VirtualMachine, method: Method, left_out: Mapping[Disk, str],
                    copies: Sequence[Copy]) -> Iterator[Finding]:
     """Warnings about disks that are left out now and that the newest good one of the copies holds."""
@@ -13576,11 +13560,6 @@ def plan_for(settings: Configuration, inventory: Inventory) -> Plan:
         raise UsageError(f"{settings.places['compress']}: compress=zstd: this pool (API {api[0]}."
                          f"{api[1]}) could not import a zstd archive: use gzip. Nothing was started.")
     return plan
-
-
-def round_id(began_at: datetime, host: str) -> str:
-    """What no other round is called; by these, the rounds of a config are in order of time."""
-    return f"{began_at:%Y%m%dT%H%M%SZ}-{safe_name(host)}-{os.getpid()}-{random_hex(3)}"
 
 
 def next_time(text: str, now: datetime) -> str:
@@ -13867,8 +13846,9 @@ def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
             raise VerificationError(f"{MANIFEST} names a file outside the copy: {one_line(name)}")
         with contextlib.ExitStack() as stack:
             place = stack.enter_context(inside.child(folder)) if folder else inside
-            digest = stored_digest(services, place, base)
-        if digest.hexdigest() != sums[name]:
+            digest = stored_digest(place.open_file(base), lambda _: services.signals.check(),
+                                   f"reading {base}")
+        if digest != sums[name]:
             raise VerificationError(f"{name} is not what was written: its SHA-256 differs")
     return manifest
 
@@ -18006,7 +17986,7 @@ def command_backup(run: Run) -> None:
     run.hook("before_run", {})
     with connected(prepared(run), is_read=False) as (services, identity):
         check_hosts(services)
-        name = round_id(services.clock.utc(), identity.host.short_name)
+        name = run_id(services.clock.utc(), identity.host.short_name)
         lock, part, text = run.in_store("locking this config", lambda: take_config_lock(
             services, identity, name))
         run.part = part
