@@ -7671,7 +7671,6 @@ class Catalog:
     # --- making ------------------------------------------------------------------------
 
     def new_copy(self, folder_name: str, local: datetime) -> "NewCopy":
-        """A new copy in that VM's directory, begun; both are made if missing."""
         parent = self.root.child_made_if_missing(folder_name)
         return NewCopy(parent, free_copy_name(local, parent.names()))
 
@@ -7734,7 +7733,6 @@ class Catalog:
         return found
 
     def put_plan(self, plan: Dict[str, Any]) -> None:
-        """It is on record, in the place of the last one of that config on that host."""
         place = f"{plan['pool']}/{plan['host']}/{plan['config']}"
         digest = hashlib.sha256(place.encode("utf-8", "surrogateescape"))
         with self.state(PLAN_FOLDER) as folder:
@@ -7781,7 +7779,6 @@ class Catalog:
                             "then lists the snapshots with the commands that remove them.")
 
     def put_ledger(self, ledger: "Ledger") -> None:
-        """It is on disk, in the place of the last one; one that names nothing is gone."""
         facts = dict(ledger._asdict(), format=LEDGER_FORMAT,
                      current=ledger.current and ledger.current._asdict(),
                      leaving=[one._asdict() for one in ledger.leaving])
@@ -7995,7 +7992,6 @@ class Placement:
         return set(self._folders)
 
     def folder(self, name: str) -> Folder:
-        """The directory as it was last read; CatalogError if it can't be."""
         return self._folders[name] if name in self._folders else self.look_again(name)
 
     def snapshots_of(self, machines: Iterable[VirtualMachine]) -> Set[str]:
@@ -8014,7 +8010,6 @@ class Placement:
         return self._folders[name]
 
     def _owned(self, machine: VirtualMachine) -> Optional[str]:
-        """The directory that holds copies of the VM, one of its names before others."""
         names = own_folder_names(machine.name, machine.uuid, self._pool)
         for name in itertools.chain(names, self._bearing(machine.uuid)):
             copies = self.own_view(self.folder(name), machine)
@@ -8088,7 +8083,6 @@ class StoredVm(NamedTuple):
                 f"{self.method.value if self.method else 'kind unknown'}")
 
     def bears(self, vm: str) -> bool:
-        """Is it the VM that the word means: `uuid:UUID`, a name, or a directory?"""
         if vm.startswith("uuid:"):
             return self.uuid == vm[len("uuid:"):].lower()
         return vm in (self.name, self.folder) or any(copy.vm_name == vm for copy in self.copies)
@@ -8306,8 +8300,7 @@ def rules_of(numbers: Dict[str, int], config: str) -> Rules:
 
 
 def find_stored_image(inside: Directory, name: str, size_bytes: int) -> Tuple[str, str]:
-    """The name under which the image stands now, and what is wrong with it ("" if nothing): a storage host
-    may have put NAME.gz or NAME.zst in the place of NAME."""
+    """The image's name now (a storage host may have made NAME.gz or .zst of it), and what is wrong."""
     status = inside.status(name)
     if status is not None:
         if not stat.S_ISREG(status.st_mode):
@@ -8509,7 +8502,6 @@ class NewCopy:
                                     "Nothing is pruned in this run.")
 
     def discard(self) -> None:
-        """Nothing of it is left, unless it is sealed already."""
         with contextlib.suppress(NotThere):
             self._parent.remove_tree(self.name + PARTIAL)
             self._parent.sync()
@@ -8990,7 +8982,6 @@ class Proof(MebibyteSink):
         self.has_seen_all = is_whole
 
     def finish(self) -> None:
-        """What did not come to the end of all images is lost."""
         for name in self._disks:
             self._pass(name, 1 << 60)
 
@@ -9021,13 +9012,11 @@ IMPORT_END_PATIENCE_S = 180    # how long a broken import is waited for: the ser
 
 
 class OpenEntry:
-    """Something that we have, or may have, in a pool: what it is and how to prove that it is ours.
-
-    `facts` is what was written so far. kind `vm-snapshot`: token, vm_uuid, vm_name, name, called_at, then
-    uuid and disks (uuids). kind `vdi-snapshot`: token, vm_uuid, vm_name, disk (uuid), called_at; then, just
-    before the call, known (uuids of what bears the key by then) and calling_at (by the server's clock); then
-    uuid. Both: answer, if it was none or a failure.
-    """
+    """Something that we have, or may have, in a pool: what it is and how to prove that it is ours. `facts` is
+    what was written so far. kind `vm-snapshot`: token, vm_uuid, vm_name, name, called_at, then uuid and disks
+    (uuids). kind `vdi-snapshot`: token, vm_uuid, vm_name, disk (uuid), called_at; then, just before the call,
+    known (uuids of what bears the key by then) and calling_at (by the server's clock); then uuid. Both:
+    answer, if it was none or a failure."""
 
     def __init__(self, journal: "RunJournal", number: int) -> None:
         self.journal = journal
@@ -9166,7 +9155,6 @@ class RunJournal:
             os.close(self.fd)
 
     def finish(self) -> None:
-        """Removed if nothing is open, else left for the next run; the lock is given up."""
         if not self.open_entries() and self.is_still_ours():
             self._folder.remove_file(self.name)
         self.leave()
@@ -9182,12 +9170,10 @@ IDENTITY_TRIES = 50
 
 
 def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
-    """What tells this store from a mirror of it: an id in a file, and that file's inode number.
-
-    Where they do not fit each other (`is_own` is false) this is a mirror, or was moved: it gets an id of its
-    own once nobody who may be of the other one has written a journal here for a day. "" where the file can't
-    be used.
-    """
+    """What tells this store from a mirror of it: an id in a file, and that file's inode number. Where they do
+    not fit each other (`is_own` is false) this is a mirror, or was moved: it gets an id of its own once
+    nobody who may be of the other one has written a journal here for a day. "" where the file can't be
+    used."""
     runs = catalog.state("runs")
 
     def is_known() -> bool:
@@ -9257,10 +9243,8 @@ def dead_runs(catalog: Catalog, own: RunJournal, pool_uuid: str, now_s: float,
               taken: Container[str] = ()) -> Tuple[List[RunJournal], List[CatalogError]]:
     """The journals of dead runs of that pool, locked by us and marked as taken; and why others were left.
     Those that were taken before are not looked at again: their locks are ours, and would go with a look.
-
     Another host's where locks do not reach other hosts, and one that came here with a mirror of another
-    store, where its run may live on, counts as dead only when it was not written for a day.
-    """
+    store, where its run may live on, counts as dead only when it was not written for a day."""
     found, left = [], []               # type: List[RunJournal], List[CatalogError]
     folder = catalog.state("runs")
     for name in folder.names():
@@ -9324,12 +9308,10 @@ def strangers_on(pool: Pool, record: Dict[str, Any], own: Iterable[str], doing: 
 
 class Owned:
     """Something that we have, or may have, in the pool; its entry tells how to find it and prove it ours.
-
     Each kind has `_find` (what the entry proves to be ours), `_thing` (what it is, for a sentence about what
     is left), `_commands` (what removes it by hand; or what is left to do of that without its disks), and
     `remove`: nothing of it is left in the pool and its entry is closed; or a later run is to try again, and
-    what stands and can't be removed is told.
-    """
+    what stands and can't be removed is told."""
     FIRST = ("token", "vm_uuid", "vm_name", "called_at")       # what its entry has from the first
     WHAT = "what was made for"
     DISKS_ARE_SNAPSHOTS = True
@@ -9541,9 +9523,8 @@ class VmSnapshot(Snapshot):
 
     def make(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk], knows_ignored: bool,
              before: Callable[[], Any]) -> VirtualMachine:
-        """It is there, without the disks that are left out; raises ApiFailure, AnswerLost or BackupError if
-        not. A server that does not know how to leave them out (`knows_ignored`)
-        makes snapshots of them too, which are destroyed before the export."""
+        """It is there, without the disks that are left out: a server that can't leave them out makes
+        snapshots of them, too, which are destroyed before the export."""
         doing, pool = f"the snapshot of {machine.title}", self._services.pool
         ignored = [disk.vdi_ref for disk in left_out]
         ref = self._make(before, doing, "VM.snapshot", machine.ref, self._facts["name"],
@@ -9645,12 +9626,10 @@ class DiskSnapshot(Snapshot):
             self._ask_if_there("VDI.set_name_label", ref, name)
 
     def _bearers(self) -> Dict[str, Dict[str, Any]]:
-        """The records, by ref, of all disks that bear the entry's key: the disk, and what was made of it.
-
-        Our own run's key stands for moments: before the call, and once its snapshot is known, only the disk
-        and its snapshots are looked at, as an SR may have thousands of disks. Else only what lies on the same
-        SR can have copied it; a dead run's may have stood for days, for any copy of the disk.
-        """
+        """The records, by ref, of all disks that bear the entry's key: the disk, and what was made of it. Our
+        own run's key stands for moments: before the call, and once its snapshot is known, only the disk and
+        its snapshots are looked at, as an SR may have thousands of disks. Else only what lies on the same SR
+        can have copied it; a dead run's may have stood for days, for any copy of the disk."""
         disk = self._ref("VDI", self._facts["disk"])
         record = self._ask_if_there("VDI.get_record", disk) if disk and self._is_of_this_run else None
         if record is None:
@@ -9743,16 +9722,14 @@ class OldReference(Snapshot):
 
 
 class ImportedVms(Owned):
-    """What a restore or drill makes: the VMs of its imports, their disks and tasks.
-
-    Its entry: token, vm_uuid, vm_name, names (the provisional names of the VMs that imports make), tasks
-    (their refs, noted before an import starts), called_at, then uuids (of the VMs) and disks (uuids), and
-    `restored` once it is whole and the person's. Ours is a VM whose uuid was noted, or, when an answer was
-    lost, one with a provisional name whose import_task is a noted task; and a disk that was noted, or whose
-    sm_config bears such a task: the importer writes the task there before it writes the first block
+    """What a restore or drill makes: the VMs of its imports, their disks and tasks. Its entry: token,
+    vm_uuid, vm_name, names (the provisional names of the VMs that imports make), tasks (their refs, noted
+    before an import starts), called_at, then uuids (of the VMs) and disks (uuids), and `restored` once it is
+    whole and the person's. Ours is a VM whose uuid was noted, or, when an answer was lost, one with a
+    provisional name whose import_task is a noted task; and a disk that was noted, or whose sm_config bears
+    such a task: the importer writes the task there before it writes the first block
     (ocaml/xapi/import.ml@v26.17.0; recorded on 24.19.2). What is made by API calls has the key
-    `vmbackup:TOKEN` in its other_config instead.
-    """
+    `vmbackup:TOKEN` in its other_config instead."""
     FIRST = Owned.FIRST + ("names",)
     DISKS_ARE_SNAPSHOTS = False
 
@@ -9796,8 +9773,7 @@ class ImportedVms(Owned):
         self._entry.close("removed" if machines or disks else "not there")
 
     def _finish_restored(self) -> None:
-        """A VM that came back whole is the person's: only its tasks go. One without its name is told, unless
-        it is this run's, of which they know."""
+        """A VM that came back whole stays, its tasks go; an earlier run's that has no name yet is told."""
         ref = None if self._is_of_this_run else self._ref("VM", self._facts["uuids"][0])
         if ref and self._ask_if_there("VM.get_name_label", ref) in self._facts["names"]:
             self._tell(self._entry, unnamed_text(self._entry))
@@ -9937,7 +9913,6 @@ class Snapshots:
         self.inherited = []                # type: List[RunJournal]
 
     def tell(self, entry: OpenEntry, sentence: str) -> None:
-        """A warning about what the entry is about, noted for the report, and told now."""
         self.findings.append(Finding(Severity.WARNING, entry.title, sentence))
         self._services.log.finding(self.findings[-1])
 
@@ -9948,8 +9923,7 @@ class Snapshots:
     def of_vm(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk], knows_ignored: bool,
               before: Callable[[], Any]) -> Iterator[VirtualMachine]:
         """A snapshot of the VM, ready for export, removed on every way out; `before` is done just before it.
-        Raises ApiFailure or AnswerLost if there is none. One that can't be removed is a finding, and hides no
-        other error."""
+        One that can't be removed is a finding, and hides no error."""
         token = random_hex(8)
         with self.begun(machine.uuid, machine.name, kind="vm-snapshot", token=token,
                         name=f"{label} {TOKEN_MARK}{token}") as entry:
@@ -9991,7 +9965,6 @@ class Snapshots:
                 entry.journal.limit_s = patience_s
 
     def sweep(self, journals: Sequence[RunJournal]) -> None:
-        """What those dead runs had open in this pool is removed."""
         self.inherited.extend(journals)
         for journal in journals:
             for entry in journal.open_entries():
@@ -10014,8 +9987,7 @@ class Snapshots:
                 self.remove(entry)
 
     def _is_named(self, entry: OpenEntry) -> bool:
-        """Is it a snapshot that the ledger of its VM names as the reference, or that is another store's?
-        CatalogError if the ledger can't be read."""
+        """Is it the reference by its VM's ledger (CatalogError if unreadable), or another store's?"""
         kinds = {"vm-snapshot": Method.VM.value, "vdi-snapshot": Method.VDI.value}
         kind = kinds.get(entry.facts["kind"], entry.facts.get("of"))
         if kind is None:
@@ -10066,7 +10038,6 @@ class Snapshots:
                 for entry in journal.open_entries()]
 
     def check_none_left(self, machine: VirtualMachine) -> None:
-        """Raises BackupError if the VM still has two snapshots of ours that could not be removed."""
         left = sorted({entry.facts["uuid"] for entry in self._open_entries()
                        if is_understood(entry.facts) and entry.facts["vm_uuid"] == machine.uuid
                        and entry.facts.get("uuid")})
@@ -10084,11 +10055,9 @@ OLDEST_REFERENCE = timedelta(days=35)
 
 def why_reference_goes(ledger: Ledger, config: str, jobs: Optional[Container[Tuple[str, str]]],
                        is_there: bool, now: datetime) -> str:
-    """Why the ledger's reference is to be removed from the pool, "" if it stays.
-
-    `config` is the path of this run's config, `jobs` the (uuid, kind) of what its file selects for backup
-    with references, None if that is not known; `is_there`: is the file of the ledger's config where it was?
-    """
+    """Why the ledger's reference is to be removed from the pool, "" if it stays. `config` is the path of this
+    run's config, `jobs` the (uuid, kind) of what its file selects for backup with references, None if that is
+    not known; `is_there`: is the file of the ledger's config where it was?"""
     if ledger.current is None:
         return ""
     if now - parse_utc(ledger.current.at) > OLDEST_REFERENCE:
@@ -10104,10 +10073,8 @@ def why_reference_goes(ledger: Ledger, config: str, jobs: Optional[Container[Tup
 
 class References:
     """The snapshots that stay in the pool, by the ledgers of this store: at most one for each VM and kind.
-
     What is done about one is done under the lock of its VM's directory. A ledger of another store, which came
-    here with a copy of it, is neither used nor acted on.
-    """
+    here with a copy of it, is neither used nor acted on."""
 
     def __init__(self, services: Services, snapshots: Snapshots) -> None:
         self._services, self._snapshots = services, snapshots
@@ -10146,7 +10113,6 @@ class References:
                lambda: self._catalog.put_ledger(ledger))
 
     def label(self, what: str, copy: str) -> str:
-        """The name of a reference that is the state of that copy."""
         return (f"{what} (VmBackup reference {parse_copy_name(copy)[0]:%Y-%m-%d %H:%M:%S}, "
                 f"store {self.identity['store'][:8]})")
 
@@ -10403,10 +10369,8 @@ def in_turn(jobs: Iterable[RoundJob], states: Mapping[str, Tuple[int, str]], hos
 
 class Round:
     """The folder of a round: its plan, the claims and outcomes of its VMs, the signs of life of its workers.
-
     A claim is the lock of the VM's directory, and then a file made new: whoever holds the lock and finds a
-    claim without an outcome knows that its worker died.
-    """
+    claim without an outcome knows that its worker died."""
 
     def __init__(self, folder: Directory, plan: RoundPlan) -> None:
         self._folder = folder
@@ -10452,7 +10416,6 @@ class Round:
         return self._folder.status(name) is not None
 
     def claim(self, key: str, number: int, facts: Dict[str, Any]) -> bool:
-        """The VM is ours in that try, if nobody was before."""
         try:
             self._folder.write(f"{key}.{number}.{CLAIM}", json_line(facts))
             return True
@@ -10474,7 +10437,6 @@ class Round:
         return None if status is None else status.st_mtime_ns
 
     def lock(self, name: str) -> LockFile:
-        """A lock that is the round's own; the file goes with the round."""
         return LockFile.of(self._folder, name + ".lock")
 
     def note_told(self, line: str) -> None:
@@ -10568,13 +10530,11 @@ DRILL_WORDING = Wording("drill: ", "copy", "came back", "did not come back", "dr
 
 class Report(NamedTuple):
     """What a run has to tell, whatever it did and however it ended: log, status log and mail show this value.
-
     All that it was to do has an outcome. `missing` is what the config names and the pool lacks; `dump_error`
     is None where no pool database was to be dumped, "" where it was. `ended_by` ended the run early, and
     `pool` is "" if it did so before the first VM, or has no `wording`. `before`: what became of the last
-    round, if that did not end as it should. Whether a run was a success is decided
-    here, never by what was logged.
-    """
+    round, if that did not end as it should. Whether a run was a success is decided here, never by what was
+    logged."""
     wording: Optional[Wording]
     source: str
     host: str
@@ -10979,11 +10939,9 @@ def take_config_lock(services: Services, inventory: Inventory,
                      new_round: str) -> Tuple[LockFile, str, Dict[str, Any]]:
     """The lock of this config; what is to be done: LEAD if it is ours now, its text telling that this round
     goes on, JOIN the round that goes on, or LEAVE it to another host of the pool, which is told; and what its
-    text told before. LockHeld if another run of this config goes on.
-
-    What a config is: the pool, what decides about copies, and the config's place. Two pools with one path,
-    hosts with different files there, and other selectors by hand are different configs.
-    """
+    text told before. LockHeld if another run of this config goes on. What a config is: the pool, what decides
+    about copies, and the config's place. Two pools with one path, hosts with different files there, and other
+    selectors by hand are different configs."""
     settings, force = services.settings, services.arguments.parameters["force"]
     lock = config_lock(services.catalog, settings, inventory.pool_uuid)
     ours = lock.take()
@@ -11099,12 +11057,10 @@ class ImageReport(NamedTuple):
 
 class Chain(NamedTuple):
     """What a copy that tells the state of every block is compared with: `base`, None for a full. `name`: that
-    of the copy; `keys`: what its disks are called, by userdevice, in file names and `blocks`.
-
-    `reference` is the snapshot in the pool against which the disks are read, which is the state of the copy
-    `last`: the base, or that which a full is audited against; None where all is read, and `why`. `uuids`:
-    those of its disks, by key.
-    """
+    of the copy; `keys`: what its disks are called, by userdevice, in file names and `blocks`. `reference` is
+    the snapshot in the pool against which the disks are read, which is the state of the copy `last`: the
+    base, or that which a full is audited against; None where all is read, and `why`. `uuids`: those of its
+    disks, by key."""
     name: str
     keys: Mapping[str, str]
     base: Optional[Holder]
@@ -11138,7 +11094,6 @@ class Exporter:
         self._xe = xe
 
     def metadata(self, machine: VirtualMachine) -> bytes:
-        """The ova.xml of the VM itself, without its snapshots and disks."""
         doing = f"the metadata export of {machine.title}"
         check = Check(check_xva, holds_disks=False)
         self._run_xe(doing, [check], Watch(self._services, doing), "vm-export", "metadata=true",
@@ -11267,9 +11222,8 @@ class Exporter:
 
     def _differences(self, disks: Sequence[Disk], inside: Directory, name: str,
                      chain: Chain) -> List[DiskState]:
-        """The state of every disk, by what it was in the copy that the reference is the state of, and the
-        difference to that: in the list of blocks of that name, and, if that is the copy's own, with a file of
-        what changed for each. As _by_difference."""
+        """The state of every disk, by what it was in the reference's copy and the difference to that: in the
+        list of blocks of that name, and, if that is the copy's own, with a file of what changed for each."""
         services, begun = self._services, []           # type: Services, List[DiskState]
         blocks = BlocksFile(within(services.patience_s, name, lambda: inside.create(name)))
         try:
@@ -11334,7 +11288,6 @@ class Exporter:
 
     def _full_image(self, doing: str, inside: Directory, plain_name: str, check: Check, watch: "Watch",
                     command: Sequence[str]) -> Dict[str, Any]:
-        """The whole image is in a file, which has passed the check."""
         settings, plain = self._services.settings, Digest()
         name = plain_name + COMPRESSED_SUFFIX[settings.compress]
         with closed_aside([check]):
@@ -11582,12 +11535,10 @@ def disk_reports(disks: Sequence[Disk], report: Any) -> List[Dict[str, Any]]:
 
 
 class Watch:
-    """Called about once a second while data flow: signals, progress, stalls and the space on the SR.
-
-    Time limits are about progress, never about total time. A byte is a sign of life; for a vm-export also the
+    """Called about once a second while data flow: signals, progress, stalls and the space on the SR. Time
+    limits are about progress, never about total time. A byte is a sign of life; for a vm-export also the
     progress of the task that the server keeps in the snapshot's current_operations, as a sparse disk may be
-    silent for long, and for an import that of the tasks that were made for it.
-    """
+    silent for long, and for an import that of the tasks that were made for it."""
 
     def __init__(self, services: Services, doing: str, size_bytes: int = 0, disks: Sequence[Disk] = (),
                  find_tasks: Callable[[], Sequence[str]] = tuple) -> None:
@@ -11761,8 +11712,7 @@ class Worker:
         return [sign_of(self._facts())]
 
     def _note_claim(self, name: str) -> None:
-        """The claim that the store had no room for is tried again: without it this worker passes for another
-        run, which is busy with the VM."""
+        """The claim that found the store full is tried again: without it this passes for another run."""
         with contextlib.suppress(StorageFull):
             if not self.round.read(name):          # nor has another, who took this one for dead
                 self.round.put(name, self._facts())
@@ -11855,7 +11805,6 @@ class Worker:
         return {uuid for uuid in found if self._takes_part(uuid)}
 
     def _takes_part(self, host_uuid: str) -> bool:
-        """Does a run of that host take part now, and give signs of life?"""
         with self.round.lock("host-" + host_uuid).held() as is_free:
             if is_free:
                 return False
@@ -11982,7 +11931,6 @@ class Worker:
 
     @property
     def why_not_pruned(self) -> str:
-        """Why nothing is pruned in this round, "" if nothing stands in the way."""
         if self.plan.clock_went_back:
             return "the clock went back"
         try:
@@ -12060,7 +12008,6 @@ class Crew:
             signals.sleep(CREW_PAUSE_S)
 
     def end(self) -> None:
-        """They have ended, each with what it had open cleaned up."""
         for program, _ in self._programs:
             program.close_stdin()
         ends_at = time.monotonic() + CREW_ENDS_S
@@ -12226,7 +12173,6 @@ class Leader(Worker):
         return isinstance(error, StorageMisbehaved) and self._has_others()
 
     def _has_others(self) -> bool:
-        """Does another host take part?"""
         if self.plan.hosts != "all" or self.run.storage_hangs:
             return False
         own = f"host-{self._host.uuid}.lock"
@@ -12468,7 +12414,6 @@ class Leader(Worker):
                         error=f"under way on {host} as the round was ended; its copy may still come.")
 
     def _clear_after_the_dead(self) -> None:
-        """What workers that died have left unfinished is gone."""
         states = self.states()
         for one in self.plan.jobs:
             if states.get(one.key, (0, ""))[0] > 1:
@@ -12581,7 +12526,6 @@ class Leader(Worker):
     # --- the pool database --------------------------------------------------------------
 
     def _dump_pool_database(self) -> Iterator[Finding]:
-        """One dump more in METADATA_<host>, and old ones pruned; a failure is the run's to report."""
         catalog = self._services.catalog
         try:
             catalog.check_in_place()
@@ -12653,7 +12597,6 @@ class BackupJob:
         return self._after_vm(outcome)
 
     def _after_vm(self, outcome: Outcome) -> Outcome:
-        """The outcome, of which after_vm was told, with a warning more if that failed."""
         try:
             with self._services.signals.shielded():        # a copy is sealed, whatever comes now
                 self._hook("after_vm", outcome=outcome.status_word, error=(outcome.error or "")[:1000],
@@ -12703,7 +12646,6 @@ class BackupJob:
             self._findings.append(Finding(Severity.ERROR, self._job.machine.title, self._lie))
 
     def _done(self) -> Outcome:
-        """The outcome of a copy that is sealed, older ones pruned."""
         job, run = self._job, self._run
         if run.storage_hangs:
             raise StorageStalled(f"it was not tried, as the backup storage hangs: {run.store_problem}")
@@ -13430,11 +13372,9 @@ def is_config_there(path: str) -> bool:
 def dropped_vms(services: Services, inventory: Inventory,
                 plan: Plan) -> Tuple[Optional[Dict[str, Any]], List[Finding]]:
     """This config's plan as it is put on record, and warnings about VMs of the pool that it had in an earlier
-    one and that no config selects or excludes any more. None and none where the VMs were chosen by hand.
-
-    Of other configs what counts is their last plan on record; one that did not run for long counts no more.
-    `missed` is when a VM was first missed, "" for one that is selected.
-    """
+    one and that no config selects or excludes any more. None and none where the VMs were chosen by hand. Of
+    other configs what counts is their last plan on record; one that did not run for long counts no more.
+    `missed` is when a VM was first missed, "" for one that is selected."""
     path, now = services.settings.path, services.clock.utc()
     if not is_by_config(services.arguments):
         return None, []
