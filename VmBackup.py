@@ -2386,6 +2386,9 @@ def in_order(copies: Iterable[Copy]) -> List[Copy]:
     return ordered + older
 
 
+PERIODS = ("day", "week", "month", "year")     # as Rules has them behind `newest`
+
+
 def period_of(unit: str, at: datetime) -> str:
     """`2026-11-26`, `2026-W48` (ISO), `2026-11`, `2026`: of one unit, later ones sort behind earlier ones."""
     if unit == "week":
@@ -2413,8 +2416,7 @@ def held_by(copies: Sequence[Copy], rules: Rules, now: datetime) -> Iterator[Tup
     newest = max(rules.newest, 1)
     for position, copy in enumerate(reversed(copies[-newest:])):
         yield copy.name, Hold(f"newest {newest}", newest - position)
-    for unit, number in (("day", rules.daily), ("week", rules.weekly), ("month", rules.monthly),
-                         ("year", rules.yearly)):
+    for unit, number in zip(PERIODS, rules[1:]):
         last = {period_of(unit, copy.taken_at): copy.name for copy in sorted(
             copies, key=lambda copy: unit != "day" and not copy.is_increment)}
         current = period_of(unit, now)
@@ -2422,8 +2424,7 @@ def held_by(copies: Sequence[Copy], rules: Rules, now: datetime) -> Iterator[Tup
             if period >= current:              # the next copy of the same period takes its place
                 hold = Hold(f"{unit} {period}", 1)
             else:                              # it goes when so many later periods have a copy
-                steps = number - position - (current not in last)
-                day = later_period(unit, now, steps)
+                day = later_period(unit, now, number - position - (current not in last))
                 hold = Hold(f"{unit} {period}", number - position,
                             day if day is not None and day >= now.date() else None)
             yield last[period], hold
@@ -2442,8 +2443,7 @@ def kept_text(rules: Sequence[Rules], noun: str = "", verb: str = "") -> str:
     for one in rules:
         number = max(one.newest, 1)
         texts.append(f"{counted(number, noun, verb)} kept" if not texts else f"newest {number}")
-        periods = [counted(number, unit) for number, unit in (
-            (one.daily, "day"), (one.weekly, "week"), (one.monthly, "month"), (one.yearly, "year")) if number]
+        periods = [counted(number, unit) for unit, number in zip(PERIODS, one[1:]) if number]
         if periods:
             texts[-1] += f", and one of each of the last {', '.join(periods)}"
         texts[-1] += of_config(one, rules[0].config)
@@ -2564,14 +2564,12 @@ def in_removal_order(verdicts: Sequence[Verdict]) -> List[Verdict]:
                   key=lambda verdict: -verdict.copy.sequence if verdict.copy.layer else 0)
 
 
-def not_known(copies: Iterable[Copy]) -> Optional[Copy]:
+def not_known(copies: Sequence[Copy]) -> Optional[Copy]:
     """A copy of which it is not known here what it is, or needs of those beside it; None if there is none.
     One that lost its manifest needs nothing where no increment can have been built on another."""
-    copies = list(copies)
     has_layers = any(copy.layer is not None for copy in copies)
-    unknown = [copy for copy in copies if copy.is_unreadable or copy.is_newer
-               or copy.is_garbled and has_layers]
-    return min(unknown, key=lambda copy: copy.is_newer, default=None)
+    return min((copy for copy in copies if copy.is_unreadable or copy.is_newer
+                or copy.is_garbled and has_layers), key=lambda copy: copy.is_newer, default=None)
 
 
 def holder_problem(base: Copy, copies: Sequence[Copy], holders: Sequence[Tuple[str, str]]) -> str:
@@ -2777,11 +2775,9 @@ def as_seen_by(owner: Owner, folder: str, copies: Iterable[Copy]) -> List[Copy]:
 
 def clock_went_back(copies: Sequence[Copy], now: datetime) -> Optional[str]:
     """The sentence to say when the newest of our copies is not older than now, else None."""
-    ours = [copy for copy in copies if not copy.is_old and copy.written_at is not None and not copy.aside]
-    if not ours:
-        return None
-    newest = max(ours, key=lambda copy: copy.sequence)
-    if now > newest.written_at:
+    newest = max((copy for copy in copies if not copy.is_old and copy.written_at and not copy.aside),
+                 key=lambda copy: copy.sequence, default=None)
+    if newest is None or now > newest.written_at:
         return None
     return (f"the clock shows {format_utc(now)}, but the newest copy, {newest.name}, was made at "
             f"{format_utc(newest.written_at)}: the clock went back. Nothing is pruned until it is right "
@@ -2851,8 +2847,7 @@ def next_sequence(copies: Sequence[Copy], utc: Optional[datetime] = None) -> int
 
 def free_copy_name(local: datetime, taken: Iterable[str]) -> str:
     """The name of a new copy: that second, or the next one that no copy has, old or new, begun or going."""
-    stamps = [parse_copy_name(name.partition(".")[0]) for name in taken]
-    used = {stamp[0] for stamp in stamps if stamp}
+    used = {found[0] for found in (parse_copy_name(name.partition(".")[0]) for name in taken) if found}
     local = local.replace(microsecond=0, tzinfo=None)
     while local in used:
         local += timedelta(seconds=1)
@@ -7463,10 +7458,9 @@ class Catalog:
         """The copy as it is now, what was learned of its VM from elsewhere kept; NotThere if it is gone."""
         with self.root.child(copy.folder) as folder:
             now = read_copy(folder, copy.folder, copy.name, copy.taken_at, copy.is_old)
-            now = self.with_checks(now._replace(uuid=now.uuid or copy.uuid, pin=copy.pin,
-                                                accused=copy.accused))
-            return resting(now, lambda name: self.with_checks(copy_beside(folder, now.folder, name)),
-                           self._fails)
+            now = now._replace(uuid=now.uuid or copy.uuid, pin=copy.pin, accused=copy.accused)
+            return resting(self.with_checks(now), lambda name: self.with_checks(
+                copy_beside(folder, copy.folder, name)), self._fails)
 
     def images_of(self, folder_name: str, name: str) -> Tuple[str, ...]:
         with contextlib.suppress(NotThere), self.root.child(folder_name) as folder:
@@ -7661,10 +7655,10 @@ class Catalog:
             for name in sorted(copy.layer.held_by) if copy.layer else ():
                 if name not in seen:
                     with inside.child("..") as folder, folder.child(name) as holder:
-                        found = {image: holder.status(image) for image in filter(IMAGE_NAME.fullmatch,
-                                                                                 holder.names())}
+                        found = ((image, holder.status(image)) for image in holder.names()
+                                 if IMAGE_NAME.fullmatch(image))
                         seen[name] = [(f"{name}/{image}", status.st_size, status.st_mtime_ns)
-                                      for image, status in found.items() if status is not None]
+                                      for image, status in found if status is not None]
                 rows += seen[name]
         return hashlib.sha256(json.dumps(rows).encode("ascii")).hexdigest()
 
@@ -7846,9 +7840,8 @@ class Catalog:
     def newest_change_s(self, folder_name: str, name: str) -> float:
         """When anything in that directory was last written, in seconds of the storage's clock."""
         with self.root.child(folder_name) as folder, folder.child(name) as inner:
-            times = [status_of(inner.fd).st_mtime]
-            times += [status.st_mtime for status in (inner.status(item) for item in inner.names()) if status]
-        return max(times)
+            statuses = [status_of(inner.fd)] + [inner.status(item) for item in inner.names()]
+        return max(status.st_mtime for status in statuses if status)
 
 
 # --- ledgers ------------------------------------------------------------------------------
@@ -8187,10 +8180,9 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
         return blank._replace(problem=str(error).rstrip("."))
     except CatalogError as error:                  # the storage is what is wrong, not the copy
         return blank._replace(problem=f"it can't be read now: {str(error).rstrip('.')}", is_unreadable=True)
-    names = own_folder_names(copy.vm_name, copy.uuid, copy.pool)
     # one that does not tell was made here, if this is a directory of its VM's name
-    is_at_home = not copy.home and folded(folder_name) in map(folded, names)
-    return copy._replace(home=folder_name) if is_at_home else copy
+    names = () if copy.home else own_folder_names(copy.vm_name, copy.uuid, copy.pool)
+    return copy._replace(home=folder_name) if folded(folder_name) in map(folded, names) else copy
 
 
 def resting(copy: Copy, find: Callable[[str], Optional[Copy]], fails: Callable[[Copy, Copy], bool]) -> Copy:
@@ -8325,9 +8317,8 @@ def image_format(name: str) -> str:
 def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
     """A copy that the older program wrote: known by its marker and its image."""
     names = inside.names()
-    statuses = {name: inside.status(name) for name in names if IMAGE_NAME.fullmatch(name)}
-    sizes = {name: status.st_size for name, status in statuses.items()
-             if status and stat.S_ISREG(status.st_mode)}
+    statuses = ((name, inside.status(name)) for name in names if IMAGE_NAME.fullmatch(name))
+    sizes = {name: status.st_size for name, status in statuses if status and stat.S_ISREG(status.st_mode)}
     image = max(sorted(sizes), key=lambda name: sizes[name], default="")
     copy = with_old_image(inside, blank, image, sizes[image]) if image \
         else blank._replace(uuid=_old_uuid(inside))
@@ -8340,8 +8331,8 @@ def _read_old_copy(inside: Directory, blank: Copy) -> Copy:
         problem = f"its image {image} is empty"
     # It has no manifest: this is what tells it from others, also after its image was compressed later.
     own = f"{copy.name} {copy.uuid} {IMAGE_NAME.fullmatch(image).group(1) if image else ''}"
-    mark = hashlib.sha256(own.encode("utf-8", "surrogateescape")).hexdigest()
-    return copy._replace(problem=problem, mark=mark)
+    return copy._replace(problem=problem,
+                         mark=hashlib.sha256(own.encode("utf-8", "surrogateescape")).hexdigest())
 
 
 def with_old_image(inside: Directory, copy: Copy, image: str, size_bytes: int) -> Copy:
@@ -8387,8 +8378,6 @@ MANIFEST_SHAPE = {                     # as check_shape() takes it; it may hold 
     "images": [{"name": str, "size": int, "sha256": str, "compression": MAYBE_TEXT, "format": MAYBE_TEXT}],
     "disks": [{"device": str, "virtual_size": int, "snapshot_uuid": str, "archive_id": MAYBE_TEXT,
                "sr_uuid": MAYBE_TEXT, "userdevice": MAYBE_TEXT}]}
-
-
 DISK_STATE_SHAPE = {"key": str, "begin": int, "end": int, "since": str, "holders": [str], "archive_id": str,
                     "blocks": int}
 
@@ -8516,15 +8505,12 @@ def checksums(sums: Dict[str, str], manifest: Dict[str, Any]) -> bytes:
     sums = dict(sums)
     for holder in manifest.get("layer", {}).get("holders", ()):
         sums.update((f"../{holder['copy']}/{name}", digest) for name, digest in holder["files"].items())
-    lines = "".join(checksum_line(digest, name) for name, digest in sorted(sums.items()))
-    return lines.encode("utf-8", "surrogateescape")
-
-
-def checksum_line(digest: str, name: str) -> str:
-    """A line that `sha256sum -c` reads, odd names escaped as it wants them."""
-    if "\\" in name or "\n" in name:
-        name, digest = name.replace("\\", "\\\\").replace("\n", "\\n"), "\\" + digest
-    return f"{digest}  {name}\n"
+    lines = []
+    for name, digest in sorted(sums.items()):
+        if "\\" in name or "\n" in name:            # as `sha256sum -c` wants odd names
+            name, digest = name.replace("\\", "\\\\").replace("\n", "\\n"), "\\" + digest
+        lines.append(f"{digest}  {name}\n")
+    return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 # --- what a copy holds, read -----------------------------------------------------------
@@ -9287,15 +9273,12 @@ def destroy(services: Services, class_name: str, ref: str, doing: str) -> None:
                     stack.enter_context(services.turn.held(doing, is_needed=False))
                 services.pool.call(doing, class_name + ".destroy", ref, timeout_s=services.patience_s)
             return
-        except ApiFailure as failure:
-            if is_gone(failure, class_name) and \
+        except (ApiFailure, AnswerLost) as error:
+            is_lost = isinstance(error, AnswerLost)
+            if (is_lost or is_gone(error, class_name)) and \
                     services.pool.ask_if_there(doing, class_name + ".get_uuid", ref) is None:
                 return
-            raise
-        except AnswerLost:
-            if services.pool.ask_if_there(doing, class_name + ".get_uuid", ref) is None:
-                return
-            if not has_time:
+            if not (is_lost and has_time):
                 raise
 
 
