@@ -7570,7 +7570,8 @@ class Catalog:
                                 pin=pin_text(folder, item) if item + PIN in names else ""))
                     elif is_directory and is_unfinished_name(item):
                         unfinished.append(item)
-                    elif not is_pin_of(item, names):
+                    elif not (item.endswith(PIN) and item[:-len(PIN)] in names
+                              and parse_copy_name(item[:-len(PIN)])):
                         strangers.append(item)
         except WrongKind:
             raise WrongKind(f"{self.path}/{name} is not a directory, and is in the way of backups: move it.")
@@ -8147,12 +8148,6 @@ def pool_of_dump(folder: Directory, name: str) -> str:
 
 
 # --- one copy ------------------------------------------------------------------------
-
-
-def is_pin_of(name: str, names: Sequence[str]) -> bool:
-    """Is it the name of a pin of one of those copies?"""
-    copy = name[:-len(PIN)]
-    return name.endswith(PIN) and parse_copy_name(copy) is not None and copy in names
 
 
 def pin_text(folder: Directory, name: str) -> str:
@@ -9645,10 +9640,8 @@ class DiskSnapshot(Snapshot):
         if self._facts.get("seen_idle") or not plausible:
             return []
         called_at = parse_utc(self._facts["calling_at"])
-        earliest = called_at - timedelta(seconds=HOST_CLOCKS_DIFFER_S)
-        latest = called_at + timedelta(seconds=self._services.patience_s)
-        found = [ref for ref, record in plausible.items()
-                 if earliest <= parse_server_time(record["snapshot_time"]) <= latest]
+        found = [ref for ref, record in plausible.items() if -HOST_CLOCKS_DIFFER_S <= (parse_server_time(
+            record["snapshot_time"]) - called_at).total_seconds() <= self._services.patience_s]
         return found if len(found) == 1 else []
 
     def remove(self) -> None:
@@ -9815,13 +9808,12 @@ class ImportedVms(Owned):
             record = ref and self._ask_if_there("VM.get_record", ref)
             if record:
                 found[ref] = record
-        tasks = self._facts.get("tasks", ())
         for name in self._facts["names"]:
             for ref in self._ask("VM.get_by_name_label", name):
                 record = self._ask_if_there("VM.get_record", ref)
                 if record and not record["is_a_snapshot"] and not record["is_a_template"]:
                     marks = record["other_config"]
-                    if marks.get("import_task") in tasks or self._key in marks:
+                    if marks.get("import_task") in self._facts.get("tasks", ()) or self._key in marks:
                         found[ref] = record
         return found
 
@@ -10379,8 +10371,7 @@ class Round:
     def opened(cls, place: Directory, name: str) -> "Round":
         """The round of that id; NotThere if it has no plan yet, WrongKind if it is none of this version's."""
         with contextlib.ExitStack() as undo:
-            folder = place.child(name)
-            undo.callback(folder.close)
+            folder = undo.enter_context(place.child(name))
             try:
                 plan = parse_plan(folder.read(ROUND_PLAN))
             except ValueError as error:
@@ -10426,11 +10417,8 @@ class Round:
         """The line is among those told, for a leader that takes over. Nothing hangs on it."""
         with contextlib.suppress(CatalogError):
             fd = self._folder.open_file("told", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            try:
-                with storage_errors("noting what was told"):
-                    write_all(fd, (line + "\n").encode("utf-8", "surrogateescape"))
-            finally:
-                os.close(fd)
+            with open(fd, "wb", buffering=0) as file, storage_errors("noting what was told"):
+                write_all(file.fileno(), (line + "\n").encode("utf-8", "surrogateescape"))
 
     def told_lines(self) -> Set[str]:
         with contextlib.suppress(CatalogError):
@@ -11962,9 +11950,8 @@ class Crew:
 
     def __init__(self, services: Services, work: Round) -> None:
         self._log, self._programs = services.log, []       # type: Log, List[Tuple[Program, threading.Thread]]
-        words = {"password": services.arguments.password, "words": list(services.arguments.words),
-                 "round": work.plan.id}
-        command, beginning = worker_start()
+        arguments, (command, beginning) = services.arguments, worker_start()
+        words = {"password": arguments.password, "words": list(arguments.words), "round": work.plan.id}
         for number in range(2, services.settings.workers + 1):
             try:
                 program = Program(command, stdin=subprocess.PIPE)
@@ -12107,7 +12094,7 @@ class Leader(Worker):
         return is_new
 
     def _tell_claim(self, one: RoundJob, name: str) -> None:
-        if name in self._told or not self._is_news(name):
+        if not self._is_news(name):
             return
         host = "" if one.key in self.mine else told(self.round.read(name), "host")
         if host not in ("", self._host.short_name):
@@ -12224,18 +12211,16 @@ class Leader(Worker):
         # looks are counted, and not seconds: how long a store kept this one says nothing of others
         self._vain_looks = self._vain_looks + 1 if is_at_rest and not self._has_slot else 0
         if self._vain_looks * IDLE_PAUSE_S > self._services.patience_s + SILENCE_S:
+            # a worker that froze while it looked for a VM may hold its slot for ever
             self._vain_looks = 0
-            self._pass_over_slot()
+            self._services.log.warning(
+                f"nothing was begun for {format_duration(self._services.patience_s + SILENCE_S)}, and all of "
+                f"at_once={self.plan.at_once} are taken, by workers that give no sign of life: one more is "
+                "used.")
+            self._note_silent(f"slot-{len(self._silent)}")
         if is_at_rest:                     # nobody has a VM in hand, or has begun one since the last look
             self.run.in_store("looking who is busy", functools.partial(self._check_busy, states, now_s))
         self._services.signals.sleep(IDLE_PAUSE_S)
-
-    def _pass_over_slot(self) -> None:
-        """A worker that froze while it looked for a VM may hold its slot for ever: one more may be used."""
-        self._services.log.warning(
-            f"nothing was begun for {format_duration(self._services.patience_s + SILENCE_S)}, and all of "
-            f"at_once={self.plan.at_once} are taken, by workers that give no sign of life: one more is used.")
-        self._note_silent(f"slot-{len(self._silent)}")
 
     def _note_silent(self, what: str) -> None:
         """All workers may use one slot more."""
@@ -12725,8 +12710,8 @@ class BackupJob:
         left_out = left_out_disks(machine, excludes)
         for disk, line in left_out.items():
             services.log.info(f"{machine.title}: disk {disk_list((disk,))} is left out by {line}.")
-        self._findings += newly_left_out(machine, method, left_out,
-                                         self._backup.placement.own_view(folder, machine))
+        copies = self._backup.placement.own_view(folder, machine)
+        self._findings += newly_left_out(machine, method, left_out, copies)
         keys = {disk.userdevice: block_key(name)
                 for name, disk in zip(disk_folders(machine.disks), machine.disks)}
         chain = None                       # type: Optional[Chain]
@@ -12735,11 +12720,11 @@ class BackupJob:
                 folder.name, services.clock.local()))
         try:
             with contextlib.ExitStack() as held:      # the snapshot, and what is open of the copy before
-                layer, base = self._next_layer(folder, machine, disks, lost)
+                layer, base = self._next_layer(copies, machine, disks, lost)
                 if base is not None:
                     held.callback(base.inside.close)
                 if layer is not None:
-                    chain = self._with_reference(Chain(copy.name, keys, base), folder, machine, held)
+                    chain = self._with_reference(Chain(copy.name, keys, base), copies, machine, held)
                 self._said = layer_words(layer)[2:]
                 services.log.info(f"{machine.title}: {self._job.method.value} into {folder.name}/{copy.name}"
                                   f"{layer_words(layer)}")
@@ -12767,12 +12752,12 @@ class BackupJob:
                     files = metadata_files(machine, measured, interfaces, os_version)
                     copy.sums.update({image["name"]: (image["size"], image["sha256"]) for image in images})
                     copy.sums[BLOCKS] = blocks.size, blocks.hexdigest()
-                    manifest = self._manifest(machine, left_out, report, taken_at, folder)
+                    manifest = self._manifest(machine, left_out, report, taken_at, folder, copies)
                     if layer is not None:
                         manifest.update(format=MANIFEST_FORMAT,
                                         layer=layer_facts(layer, copy.name, base, report))
                     if report.audit:
-                        self._audited(folder, report.audit, manifest)
+                        self._audited(folder, copies, report.audit, manifest)
                     if base is not None:
                         del manifest["image"]
                         manifest["images"] = images
@@ -12793,7 +12778,7 @@ class BackupJob:
                             raise BaseLost(f"the increment was not sealed, as {problem}.")
                     run.in_store("sealing the copy", lambda: (
                         run.check_alive(), services.catalog.check_in_place(), copy.seal()))
-                self._tell_reading(report, folder, machine)
+                self._tell_reading(report, copies, machine)
                 references = services.references
                 if reference is not None and not self._lie:
                     self._with_ledger("its snapshot could not be kept as the reference", folder,
@@ -12814,14 +12799,13 @@ class BackupJob:
                           f"{format_size(size_bytes)}, proven {proof_text(report.verified)}.")
         return copy.name, size_bytes
 
-    def _next_layer(self, folder: Folder, machine: VirtualMachine, disks: Sequence[Disk],
+    def _next_layer(self, copies: Sequence[Copy], machine: VirtualMachine, disks: Sequence[Disk],
                     lost: str) -> Tuple[Optional[NextLayer], Optional[Holder]]:
         """What the copy will be where the config wants increments, which is told; and what an increment will
         rest on, its list of blocks proven. Nothing where it does not."""
         services, settings = self._services, self._services.settings
         if not settings.incremental:
             return None, None
-        copies = self._backup.placement.own_view(folder, machine)
         free = self._run.in_store("asking for the free space", services.catalog.free_bytes)
         layer = next_layer(copies, machine, self._job.method, disks, settings.full_every, free)
         if lost:
@@ -12937,7 +12921,7 @@ class BackupJob:
                 raise BackupError(f"{failure} The references on it were given up.", passing=True)
             raise
 
-    def _with_reference(self, chain: Chain, folder: Folder, machine: VirtualMachine,
+    def _with_reference(self, chain: Chain, copies: Sequence[Copy], machine: VirtualMachine,
                         held: contextlib.ExitStack) -> Chain:
         """The chain with the VM's reference, if by what the store tells the disks can be read against it."""
         services, references, method = self._services, self._services.references, self._job.method
@@ -12951,7 +12935,6 @@ class BackupJob:
             ledger = references.ledger(machine.uuid, method.value)
         except BadLedger:                              # told when the run began
             return chain._replace(why="the record of its reference can't be used")
-        copies = self._backup.placement.own_view(folder, machine)
         ledger = ledger and ledger._replace(distrust=distrust_of(ledger, copies))
         good = [copy for copy in copies if copy.is_of(machine.uuid, method) and copy.is_good]
         why, last = reference_problem(ledger, references.identity, good[-1] if good else None), chain.base
@@ -13001,12 +12984,10 @@ class BackupJob:
         tried.update([uuid] if uuids else [])
         return chain and chain._replace(uuids=uuids)
 
-    def _audited(self, folder: Folder, audit: str, manifest: Dict[str, Any]) -> None:
+    def _audited(self, folder: Folder, copies: Sequence[Copy], audit: str, manifest: Dict[str, Any]) -> None:
         """What the audit says of the copies that were read as differences is on record, before the new copy
         is there. If one of them is not to be trusted, no difference is, until a person says otherwise."""
-        machine = self._job.machine
-        copies = since_whole_reading(self._backup.placement.own_view(folder, machine), machine.uuid,
-                                     self._job.method)
+        copies = since_whole_reading(copies, self._job.machine.uuid, self._job.method)
         manifest["layer"]["audit"] = {"found": audit, "copies": [copy.name for copy in copies]}
         if audit != AGREED:
             named = ", ".join(copy.name for copy in copies) or "none"
@@ -13034,12 +13015,11 @@ class BackupJob:
                 self._run.note(error)
                 self._warn(f"what the audit found of {copy.name} is not on record: {error}")
 
-    def _tell_reading(self, report: ImageReport, folder: Folder, machine: VirtualMachine) -> None:
+    def _tell_reading(self, report: ImageReport, copies: Sequence[Copy], machine: VirtualMachine) -> None:
         reading = tuple((row["key"], row["how"], row["why"]) for row in report.disks if "how" in row)
         if not reading or not self._services.settings.keep_reference:
             return
         words, is_whole = reading_words(reading), all(how != DIFFERENCE for _, how, _ in reading)
-        copies = self._backup.placement.own_view(folder, machine)
         trusted = since_whole_reading(copies, machine.uuid, self._job.method)
         if report.audit == AGREED and trusted:
             words += f"; audited: {counted(len(trusted), 'copy')} read by difference"
@@ -13083,10 +13063,10 @@ class BackupJob:
             self._warn(f"{problem}: {error}")
 
     def _manifest(self, machine: VirtualMachine, left_out: Mapping[Disk, str], report: ImageReport,
-                  taken_at: datetime, folder: Folder) -> Dict[str, Any]:
+                  taken_at: datetime, folder: Folder, copies: Sequence[Copy]) -> Dict[str, Any]:
         """backup.json: what, when, from where, what was verified. `files` is added when all are written."""
         inventory, job = self._run.inventory, self._job
-        told = rules_told(self._backup.placement.own_view(folder, machine), machine.uuid, job.method)
+        told = rules_told(copies, machine.uuid, job.method)
         # a file's count long beyond its copies: it may be one for each year; what was chosen by hand is not
         # asked for again
         others = [{"config": rules.config, "at": at, "rules": dict(zip(RULE_NAMES, rules))}
@@ -13340,16 +13320,14 @@ def why_reference_leaves(ledger: Ledger, config: str, jobs: Optional[Container[T
                          now: datetime) -> str:
     """Why a run of that config on that host removes the ledger's reference, "" if it stays; the rest as
     why_reference_goes has it."""
-    # what another host has lately kept may be in a file that only that host has
-    is_there = is_config_there(ledger.config) or ledger.current is not None and ledger.host != host \
+    path = ledger.config
+    # a file whose directory is away, or that was none, tells nothing; what another host has lately kept may
+    # be in a file that only that host has
+    is_there = not path.startswith("/") or os.path.exists(fs_path(path)) \
+        or not os.path.isdir(fs_path(os.path.dirname(path))) \
+        or ledger.current is not None and ledger.host != host \
         and (now - parse_utc(ledger.current.at)).total_seconds() < HOST_PLAN_LIFE_S
     return why_reference_goes(ledger, config, jobs, is_there, now)
-
-
-def is_config_there(path: str) -> bool:
-    """Is the config file there, or can't that be told: its directory is away, or it was no file?"""
-    return not path.startswith("/") or os.path.exists(fs_path(path)) \
-        or not os.path.isdir(fs_path(os.path.dirname(path)))
 
 
 def dropped_vms(services: Services, inventory: Inventory,
