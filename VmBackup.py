@@ -2305,9 +2305,8 @@ class Copy(NamedTuple):
 
     @property
     def suspicion(self) -> str:
-        """What an audit has against it, in a sentence; "" if nothing. It rests on the pool and not on the
-        files, so that no later check of these lifts it. It stands in the manifest of the copy that was
-        audited, too, should the records be lost."""
+        """What an audit has against it, in a sentence; "" if nothing. It rests on the pool: no later check of
+        the files lifts it. The manifest of the audited copy has it, too, should the records be lost."""
         why = self.accused
         if self.checked("audit") == SUSPECT:
             why = str(self.checks.get("audit_reason"))
@@ -7741,8 +7740,7 @@ class Catalog:
             return references.child(safe_name(pool))
 
     def ledger(self, pool: str, vm: str, kind: str) -> Optional["Ledger"]:
-        """The ledger of that VM and kind, None if there is none; BadLedger if it can't be read, or is not
-        what this version writes there."""
+        """The ledger of that VM and kind, None if there is none; BadLedger if it can't be read or used."""
         return self._read_ledger(pool, f"{safe_name(vm)}-{kind}.json")
 
     def ledgers(self, pool: str) -> Tuple[List["Ledger"], List["BadLedger"]]:
@@ -7789,8 +7787,7 @@ class Catalog:
     # --- pins: files beside the copies, whose names alone pin -----------------------------
 
     def pin(self, copy: Copy, text: str) -> bool:
-        """The copy is pinned, in a file with that text, for people; false if it was already, and was left.
-        NotThere if it is gone."""
+        """The copy is pinned, in a file with that text; false if it was already. NotThere if it is gone."""
         with self.root.child(copy.folder) as folder, \
                 self.copy_lock(copy.folder, copy.name, shared=True) as is_free:
             if not is_free or not folder.is_directory(copy.name):
@@ -7815,8 +7812,7 @@ class Catalog:
     # --- removing ----------------------------------------------------------------------
 
     def remove_copy(self, copy: Copy) -> str:
-        """The copy is gone: from its name in one step, then from the disk. Else why it is left: somebody
-        reads it, or has pinned it since it was listed."""
+        """The copy is gone: from its name in one step, then from the disk. Else why it is left, in words."""
         self.check_in_place()
         with self.root.child(copy.folder) as folder:
             if parse_copy_name(copy.name) is None or not folder.is_directory(copy.name):
@@ -9028,8 +9024,7 @@ class OpenEntry:
 
 
 class RunJournal:
-    """The file of one run, locked while it lives: what it has open in the pool, a line of JSON a fact, synced
-    before the deed."""
+    """The file of one run, locked while it lives: what it has open in the pool, a line of JSON a fact."""
 
     def __init__(self, folder: Directory, name: str, flags: int = 0) -> None:
         """Opened, but not locked yet."""
@@ -9152,9 +9147,8 @@ IDENTITY_TRIES = 50
 
 def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
     """What tells this store from a mirror of it: an id in a file, and that file's inode number. Where they do
-    not fit each other (`is_own` is false) this is a mirror, or was moved: it gets an id of its own once
-    nobody who may be of the other one has written a journal here for a day. "" where the file can't be
-    used."""
+    not fit (`is_own` is false) this is a mirror, or was moved: it gets an id of its own once nobody who may
+    be of the other has written a journal here for a day. "" where the file can't be used."""
     runs = catalog.state("runs")
 
     def is_known() -> bool:
@@ -9664,8 +9658,7 @@ class DiskSnapshot(Snapshot):
 
 
 class OldReference(Snapshot):
-    """A reference on its way out, of a VM or of a disk alone: what its ledger has told, by uuid and nothing
-    else."""
+    """A reference on its way out, of a VM or of a disk alone: what its ledger has told, by uuid only."""
     FIRST = ("vm_uuid", "vm_name", "called_at", "of", "uuid", "disks")
     WHAT = "the reference of"
     left = "was removing its old reference; going on"
@@ -10312,8 +10305,7 @@ def parse_plan(content: bytes) -> RoundPlan:
 
 
 def standing(names: Iterable[str]) -> Dict[str, Tuple[int, str]]:
-    """How it stands with each VM of a round that was tried: the number of its last try, and what is there of
-    it: a claim, or its outcome (again, done, failed)."""
+    """How it stands with each VM of a round: the number of its last try, and its claim or outcome."""
     found = {}                             # type: Dict[str, Tuple[int, str]]
     for match in filter(None, map(CLAIM_NAME.fullmatch, names)):
         key, state = match.group(1), (int(match.group(2)), match.group(3))
@@ -10504,8 +10496,7 @@ class Report(NamedTuple):
     All that it was to do has an outcome. `missing` is what the config names and the pool lacks; `dump_error`
     is None where no pool database was to be dumped, "" where it was. `ended_by` ended the run early, and
     `pool` is "" if it did so before the first VM, or has no `wording`. `before`: what became of the last
-    round, if that did not end as it should. Whether a run was a success is decided here, never by what was
-    logged."""
+    round, if that did not end as it should. Whether a run was a success is decided here, not by the log."""
     wording: Optional[Wording]
     source: str
     host: str
@@ -10592,8 +10583,7 @@ def is_by_config(arguments: Arguments) -> bool:
 
 
 def config_path(arguments: Arguments) -> str:
-    """The config's real path, or the selector in its place: what tells it from other configs, whichever pool
-    or settings a run has."""
+    """The config's real path, or the selector in its place: what tells it from other configs."""
     if is_config_path(arguments.target):
         return fs_text(os.path.realpath(fs_path(arguments.target)))
     return "=".join(selector_of(arguments.target))
@@ -10835,8 +10825,7 @@ class Run:
                 self.findings.append(finding)
 
     def settle(self, number: int, outcome: Outcome, host: str = "", is_new: bool = True) -> None:
-        """That is what became of the thing of that number, and it is told; in the status log if it is new
-        there. `host`: where that was, if elsewhere."""
+        """That became of the thing of that number, on that host; told, in the status log if new there."""
         self.outcomes[number] = outcome
         self.tell(outcome.findings)
         if is_new:
@@ -11364,8 +11353,7 @@ class BaseLost(BackupError):
 
 
 class DifferenceRefused(BackupError):
-    """The server gives no difference that can be used; `why` holds nothing that changes from night to night.
-    """
+    """The server gives no difference that can be used; `why` is the same from night to night."""
 
     def __init__(self, why: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -11412,9 +11400,8 @@ def state_facts(chain: Chain, state: DiskState) -> Dict[str, Any]:
 
 
 def proven_layer(services: Services, inside: Directory, state: DiskState, doing: str) -> Dict[str, Any]:
-    """What the manifest tells of an increment's file of a disk. It is read from storage, and holds what its
-    rows say; then it is compressed, if that is wanted, and the plain one is gone. StorageMisbehaved if the
-    storage gives something else."""
+    """What the manifest tells of an increment's file of a disk, which is read from storage and holds what its
+    rows say; then it is compressed, if wanted, the plain one gone. StorageMisbehaved if other data come."""
     settings, key, is_plain = services.settings, state.key, services.settings.compress == "none"
     name, plain = f"{key}.vhd{COMPRESSED_SUFFIX[settings.compress]}", Digest()
     stored, again = plain, plain
@@ -12537,8 +12524,7 @@ class Leader(Worker):
 
 
 class BackupJob:
-    """One copy more of one VM, from its directory's lock to retention. It knows nothing of the jobs before
-    and behind it."""
+    """One copy more of one VM, from its directory's lock to retention. It knows of no other job."""
 
     def __init__(self, worker: Worker, planned: RoundJob) -> None:
         self._backup = worker
@@ -13159,8 +13145,7 @@ class BackupJob:
 
 def restore_text(machine: VirtualMachine, interfaces: Sequence[Interface], manifest: Dict[str, Any],
                  holders: Mapping[str, Holder]) -> str:
-    """RESTORE.txt: how to restore this increment with `xe` alone. The commands are a script for sh as they
-    stand; all else is a comment."""
+    """RESTORE.txt: how to restore this increment with `xe` alone. It is a script for sh as it stands."""
     layer, disks, full = manifest["layer"], held_disks(manifest), holders[manifest["layer"]["full"]]
     is_vm = manifest["kind"] == Method.VM.value
     # the disks that are those of the full still
@@ -13239,8 +13224,7 @@ def by_hand_drive(disk: Mapping[str, Any], field: str) -> str:
 
 
 def by_hand_import(path: str, facts: Mapping[str, Any]) -> Iterator[str]:
-    """The commands that lay an image over the disk. xe takes no VHD from a pipe, and of a raw image there as
-    much as the disk has."""
+    """The commands that lay an image over the disk. xe takes no VHD from a pipe, nor more than it has."""
     word, unpack = shell_word(path), {"gzip": "gzip -dc", "zstd": "zstd -dc"}.get(facts["compression"])
     if unpack is None:
         yield f"xe vdi-import uuid=$DISK format={facts['format']} filename={word}"
@@ -13261,8 +13245,7 @@ def layer_words(layer: Optional[NextLayer]) -> str:
 
 
 def proven_base(services: Services, copy: Copy) -> Holder:
-    """The copy that an increment rests on, open; VerificationError if its list of blocks is not what was
-    written."""
+    """The copy that an increment rests on, open; VerificationError if its list of blocks is damaged."""
     with contextlib.ExitStack() as stack:
         inside = stack.enter_context(services.catalog.open_copy(copy))
         try:
@@ -13295,8 +13278,7 @@ def layer_facts(layer: NextLayer, name: str, base: Optional[Holder], report: Ima
 
 
 def dump_folder(catalog: Catalog, inventory: Inventory) -> str:
-    """The directory of the pool's dumps: METADATA_<host>, with the pool behind it where another pool's host
-    of that name came first."""
+    """METADATA_<host>, with the pool behind it where another pool's host of that name came first."""
     plain = "METADATA_" + inventory.host.short_name
     pools = {pool for _, pool in catalog.pool_dumps(plain)} - {""}
     return plain if not pools or inventory.pool_uuid in pools else f"{plain}--{inventory.pool_uuid[:8]}"
@@ -13318,8 +13300,7 @@ def jobs_with_references(settings: Optional[Configuration],
 
 def why_reference_leaves(ledger: Ledger, config: str, jobs: Optional[Container[Tuple[str, str]]], host: str,
                          now: datetime) -> str:
-    """Why a run of that config on that host removes the ledger's reference, "" if it stays; the rest as
-    why_reference_goes has it."""
+    """Why a run of that config on that host removes the reference, as why_reference_goes has it."""
     path = ledger.config
     # a file whose directory is away, or that was none, tells nothing; what another host has lately kept may
     # be in a file that only that host has
@@ -13403,8 +13384,7 @@ OLDEST_IGNORED_DISKS = (21, 4)     # VM.snapshot's ignore_vdis: xapi 21.4.0, oca
 
 def metadata_files(machine: VirtualMachine, disks: Sequence[Disk], interfaces: Sequence[Interface],
                    os_version: str, left_out: Mapping[Disk, str] = {}) -> List[Tuple[str, str]]:
-    """The cfg files of a copy: (name, text), in the fields and order of the older program; and beside those
-    of a disk that is left out the line that says so."""
+    """The cfg files of a copy: (name, text), in the fields and order of the older program, and `left-out`."""
     files = [("vm.cfg", cfg_text((
         ("name_label", machine.name), ("name_description", machine.description),
         ("memory_dynamic_max", machine.memory_dynamic_max), ("VCPUs_max", machine.vcpus_max),
@@ -13447,8 +13427,7 @@ def prepared(run: Run, limit_s: float = 0) -> Services:
 
 
 def read_and_plan(services: Services, identity: Inventory) -> Tuple[Inventory, Plan]:
-    """What is in the pool, and the plan that a backup and its preview begin with. UsageError if the pool
-    can't do what the config asks for."""
+    """The pool, and the plan of a backup or preview. UsageError if the pool can't do what is asked."""
     inventory = services.pool.inventory(identity)
     return inventory, plan_for(services.settings, inventory)
 
@@ -13464,8 +13443,7 @@ def plan_for(settings: Configuration, inventory: Inventory) -> Plan:
 
 
 def next_time(text: str, now: datetime) -> str:
-    """The UTC time, as text, at which a local clock that says `now` shows that time of day next; "" if no
-    time is given."""
+    """The UTC time, as text, at which a local clock that says `now` shows that time of day next."""
     if not text:
         return ""
     hour, minute = map(int, text.split(":"))
@@ -13476,8 +13454,7 @@ def next_time(text: str, now: datetime) -> str:
 
 def round_plan(services: Services, inventory: Inventory, plan: Plan, name: str,
                last: Optional[Round]) -> Tuple[RoundPlan, List[Finding]]:
-    """The plan of the round of that id: of each VM its directory and its place in the order; and what in the
-    store stands in the way of pruning."""
+    """The plan of the round of that id, each VM's directory in it; and what stands in the way of pruning."""
     settings, clock = services.settings, services.clock
     placement = Placement(services.catalog, inventory.pool_uuid, [one.name for one in inventory.machines])
     placement.claim_all(job.machine for job in plan.jobs)
@@ -13512,8 +13489,7 @@ def round_plan(services: Services, inventory: Inventory, plan: Plan, name: str,
 
 
 def unfinished_text(last: Optional[Round], lock_text: Mapping[str, Any]) -> str:
-    """What became of the last round, if it did not come to an end, or was not reported; "" if it was. The
-    text is that of its config's lock."""
+    """What became of the last round, if it did not come to an end, or was not reported; else ""."""
     if last is None:
         return ""
     if last.has(ROUND_END):
