@@ -771,8 +771,7 @@ def userdevice_number(userdevice: str) -> int:
 
 
 def readable_place(path: str, whose: str) -> str:
-    """The name of a folder for what is that config's alone: its file's name, and what tells it from others.
-    """
+    """The name for what is a config's or directory's alone: its last part, and what tells it from others."""
     digest = hashlib.sha256(whose.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return re.sub(r"[^A-Za-z0-9._-]", "_", path.rsplit("/", 1)[-1])[:80] + "-" + digest
 
@@ -7438,11 +7437,8 @@ class Catalog:
 
     def lock_file(self, kind: str, subject: str) -> LockFile:
         """The lock of that kind for that subject (a config, a VM's directory); opened once per process."""
-        digest = hashlib.sha256(subject.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        readable = re.sub(r"[^A-Za-z0-9._-]", "_", subject.rsplit("/", 1)[-1])[:80]
-        name = f"{kind}-{readable}-{digest}.lock"
         with self.state("locks") as folder:
-            return LockFile.of(folder, name)
+            return LockFile.of(folder, f"{kind}-{readable_place(subject, subject)}.lock")
 
     def folder_lock(self, name: str) -> LockFile:
         """The lock of a directory; two names that are one directory on a CIFS share have one lock."""
@@ -8335,12 +8331,9 @@ def with_old_image(inside: Directory, copy: Copy, image: str, size_bytes: int) -
 
 def _old_uuid(inside: Directory) -> str:
     """The VM's uuid from vm.cfg or vm-metadata.xml, "" if neither tells."""
-    with contextlib.suppress(NotThere, WrongKind):
-        uuid = parse_cfg(inside.read("vm.cfg").decode("utf-8", "replace")).get("orig_uuid", "")
-        if uuid:
-            return uuid
+    uuid = parse_cfg(read_if_file(inside, "vm.cfg").decode("utf-8", "replace")).get("orig_uuid", "")
     with contextlib.suppress(NotThere, WrongKind, VerificationError):
-        return own_vm(parse_ova(inside.read(VM_METADATA)))[1].get("uuid", "")
+        return uuid or own_vm(parse_ova(inside.read(VM_METADATA)))[1].get("uuid", "")
     return ""
 
 
@@ -9163,8 +9156,7 @@ def store_identity(catalog: Catalog, now_s: float) -> Dict[str, Any]:
                 break
             with file.held() as is_ours:
                 facts = file.text()
-                if is_ours and not is_known() \
-                        and now_s - _last_journal_s(runs, now_s) > WEAK_LOCK_PATIENCE_S:
+                if is_ours and not is_known() and now_s - _last_journal_s(runs, now_s) > WEAK_LOCK_PATIENCE_S:
                     facts = {"id": random_hex(8), "inode": inode}
                     file.write_text(facts)
             if is_ours:
@@ -11873,8 +11865,7 @@ class Worker:
         if ends_run(outcome) or isinstance(outcome.cause, StorageMisbehaved):
             raise outcome.cause            # what this host can't do, others may
 
-    def _put(self, one: RoundJob, number: int, word: str, outcome: Outcome,
-             noted: Sequence[Finding]) -> None:
+    def _put(self, one: RoundJob, number: int, word: str, outcome: Outcome, noted: Sequence[Finding]) -> None:
         """The outcome is written, if the store lets us. `noted`: what the log has told by now."""
         self.own[one.key] = number, word, outcome
         facts = dict(self._facts(), outcome=outcome_facts(outcome), noted=[
@@ -12060,13 +12051,12 @@ class Leader(Worker):
                 if key not in self._numbers or key in self._settled:
                     continue
                 one = self.plan.jobs[self._numbers[key]]
-                claim = f"{key}.{number}.{CLAIM}"
                 for earlier in range(1, number):       # a first try of another that ended in between
-                    self._tell_claim(one, f"{key}.{earlier}.{CLAIM}")
-                    if f"{key}.{earlier}.{AGAIN}" not in self._told and self.round.has(
-                            f"{key}.{earlier}.{AGAIN}"):
+                    self._tell_claim(one, earlier)
+                    again = f"{key}.{earlier}.{AGAIN}"
+                    if again not in self._told and self.round.has(again):
                         self._tell_outcome(one, earlier, AGAIN)
-                self._tell_claim(one, claim)
+                self._tell_claim(one, number)
                 if word != CLAIM:
                     self._tell_outcome(one, number, word)
 
@@ -12080,7 +12070,8 @@ class Leader(Worker):
             self.round.note_told(name)
         return is_new
 
-    def _tell_claim(self, one: RoundJob, name: str) -> None:
+    def _tell_claim(self, one: RoundJob, number: int) -> None:
+        name = f"{one.key}.{number}.{CLAIM}"
         if not self._is_news(name):
             return
         host = "" if one.key in self.mine else told(self.round.read(name), "host")
@@ -12430,11 +12421,8 @@ class Leader(Worker):
                         references.give_up(current, why) if why else references.let_go(current)
             except CatalogError as error:
                 yield self.left(error)
-
-        @functools.lru_cache(maxsize=None)
-        def made_of() -> Set[str]:
-            return self.placement.snapshots_of(one.job.machine for one in self.plan.jobs)
-
+        made_of = functools.lru_cache(maxsize=None)(
+            lambda: self.placement.snapshots_of(one.job.machine for one in self.plan.jobs))
         try:
             for name, sentence in references.strays(run.inventory, made_of):
                 yield Finding(Severity.WARNING, quote_name(name), sentence)
