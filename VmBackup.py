@@ -2823,8 +2823,7 @@ def moved_text(copy: Copy) -> str:
 
 def idle_warnings(verdicts: Sequence[Verdict], uuid: str, method: Method, rules: Sequence[Rules],
                   now: datetime) -> List[str]:
-    """What is to be said of increments that are not good, by judge's verdicts: what holds their blocks is
-    kept for them only as long as the rules would keep them."""
+    """Warnings of increments that are not good and too old for the rules: nothing keeps their holders."""
     good = [verdict.copy for verdict in verdicts if verdict.copy.counts_for(uuid, method)]
     return [f"{copy.folder}/{copy.name} is not good ({copy.trouble}), and too old for any rule: the copies "
             "that hold its blocks are no longer kept for it. In the store "
@@ -8173,8 +8172,7 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
 
 
 def resting(copy: Copy, find: Callable[[str], Optional[Copy]], fails: Callable[[Copy, Copy], bool]) -> Copy:
-    """The copy, and which of those that hold blocks of it fails it. `find` gives a copy of its directory by
-    name; `fails`: is one that was found damaged so where the copy needs it?"""
+    """The copy, and which holder of its blocks fails it (by `fails`); `find` gives a copy by its name."""
     for name, mark in copy.layer.holders if copy.layer else ():
         holder, title = find(name), f"{name}, which holds blocks of it,"
         if holder is None:
@@ -10697,8 +10695,7 @@ FOR_EVER_S = float("inf")          # what only reads the store may take all its 
 
 
 class Run:
-    """The frame of every deed: the services that it has, what became of each thing that it was to do, what
-    was found, how the store does meanwhile, and what ended it."""
+    """The frame of every deed: its services, what became of each thing, what was found, what ended it."""
 
     def __init__(self, services: Services, status_log: "StatusLog") -> None:
         self.services = services
@@ -10724,8 +10721,7 @@ class Run:
         self.storage_hangs = False         # then nothing of it is waited for any more
 
     def carry_out(self, deed: Callable[["Run"], None]) -> None:
-        """The deed is done, or what ended it before its time is told, and what was done till then stands. In
-        the end, whatever that was, the journals are put away."""
+        """The deed is done, or what ended it is told; whatever that was, the journals are put away."""
         log = self.services.log
         try:
             deed(self)
@@ -11149,8 +11145,7 @@ class Exporter:
 
     def _by_difference(self, disks: Sequence[Disk], inside: Directory, chain: Chain,
                        new_ova: Callable[[], bytes]) -> ImageReport:
-        """What differs from the reference is in that directory, proven. DifferenceRefused if the server gives
-        no difference that can be used: then nothing of it is left."""
+        """What differs from the reference is there, proven; DifferenceRefused, with nothing left, if not."""
         try:
             ova_xml = new_ova()
         except VerificationError as error:
@@ -11225,7 +11220,7 @@ class Exporter:
             if state.table is None:
                 self._services.log.info(f"{doing}: the server sent all of disk {state.key} in the place of a "
                                         "difference, so there is nothing to hold against it.")
-                audit = "" if audit == AGREED else audit
+                audit = ""
                 continue
             number = within(self._services.patience_s, doing, lambda: first_that_differs(
                 *(disk_rows(inside, row, name) for row, name in (
@@ -11565,8 +11560,7 @@ def check_sr_space(services: Services, disks: Sequence[Disk], consequence: str, 
 
 
 def shown_progress(services: Services, doing: str, size_bytes: int) -> Callable[[Progress], None]:
-    """What is done once a second while data flow: signals, and on a terminal a line of progress. Streams that
-    follow each other count as one of that size."""
+    """Called once a second: signals, and a line of progress. Streams behind each other count as one."""
     samples, done = collections.deque([(services.clock.monotonic(), 0)]), [0, 0]
 
     def on_tick(progress: Progress) -> None:
@@ -12041,8 +12035,7 @@ class Leader(Worker):
         return super()._signs_given() + [LEADER_SIGN]
 
     def tend(self) -> None:
-        """What was claimed and what came of it is told, each once, in log and status log; and to all workers,
-        at once, that a signal ends the round."""
+        """Claims and outcomes are told, each once; to all workers, at once, that a signal ends the round."""
         noted = self._services.signals.noted
         if noted and not self.round.has(ROUND_END):
             self.round.put(ROUND_END, dict(self._facts(), how=str(noted)))
@@ -13024,8 +13017,7 @@ class BackupJob:
         return new
 
     def _with_ledger(self, problem: str, folder: Folder, work: Callable[[Ledger], Any]) -> None:
-        """The work is done on the VM's ledger, a new one where it has none of this store. What goes wrong is
-        told: it costs the next run its reference, and no copy."""
+        """The work is done on the VM's ledger, or why not is told: it costs the next run its reference."""
         try:
             with self._services.signals.shielded():
                 self._run.check_alive()
