@@ -13204,7 +13204,8 @@ def by_hand_drive(disk: Mapping[str, Any], field: str) -> str:
 
 
 def by_hand_import(path: str, facts: Mapping[str, Any]) -> Iterator[str]:
-    """The commands that lay an image over the disk. xe takes no VHD from a pipe, nor more than it has."""
+    """The commands that lay an image over the disk. xe takes no VHD from a pipe, and of a raw image there as
+    much as the disk has."""
     word, unpack = shell_word(path), {"gzip": "gzip -dc", "zstd": "zstd -dc"}.get(facts["compression"])
     if unpack is None:
         yield f"xe vdi-import uuid=$DISK format={facts['format']} filename={word}"
