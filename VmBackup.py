@@ -4116,8 +4116,9 @@ class Transport:
             if answer.status != 200:
                 raise xmlrpc.client.ProtocolError(host + handler, answer.status, answer.reason, {})
             of_class = re.search(rb"<methodName>(\w+)\.get_all_records</methodName>", request_body)
-            parser, reader = record_parser(of_class.group(1).decode()) if of_class \
-                else xmlrpc.client.getparser()
+            reader = xmlrpc.client.Unmarshaller()
+            parser = RecordParser(of_class.group(1).decode(), reader) if of_class \
+                else xmlrpc.client.ExpatParser(reader)
             for piece in iter(lambda: answer.read(16 * KIBIBYTE), b""):
                 parser.feed(piece)
             parser.close()
@@ -4152,13 +4153,12 @@ class Record:
     RECORD_FIELDS does not name is a bug, and a KeyError."""
     __slots__ = ()
 
-    def __init__(self, found: Dict[str, Any]) -> None:
-        self.update(found)
-
     def update(self, found: Dict[str, Any]) -> None:
         """Those fields are as given."""
         for field, value in found.items():
             setattr(self, field, value)
+
+    __init__ = update
 
     def get(self, field: str, missing: Any = None) -> Any:
         """The field's value, as the wire has it."""
@@ -4245,13 +4245,6 @@ class RecordParser:
         """The answer has ended; raises ExpatError if it may not end there."""
         parser, self._parser = self._parser, None      # which know each other
         parser.Parse(b"", True)
-
-
-def record_parser(class_name: str) -> Tuple[RecordParser, Any]:
-    """What xmlrpc.client.getparser() gives, for the records of that class."""
-    import xmlrpc.client
-    target = xmlrpc.client.Unmarshaller()
-    return RecordParser(class_name, target), target
 
 
 def checking_context(key: str, ca_file: str) -> Any:
@@ -5152,7 +5145,6 @@ TAIL_BYTES = 1024
 class Progress(NamedTuple):
     """`bytes_read` from the first source; `quiet_s` since anything moved at all; `waiting_for` the source's
     name, or that of the consumer that holds everything up."""
-
     bytes_read: int
     quiet_s: float
     waiting_for: str
@@ -5167,7 +5159,6 @@ class Flow(NamedTuple):
     source, before the consumers learn of it: what it raises (a program's exit status) is then the reason, not
     the truncated stream that follows from it.
     """
-
     source: Any
     consumers: Sequence[Any]
     name: str = "source"
@@ -5920,7 +5911,6 @@ DEEPEST_OVA = 50
 class DiskReport(NamedTuple):
     """A disk as ova.xml tells of it, and what was found of it in its image: `id` is its name inside the
     archive, `blocks` counts those present, `stored_bytes` their length."""
-
     id: str
     uuid: str
     virtual_size: int
@@ -5947,13 +5937,18 @@ def parse_ova(text: bytes) -> Dict[str, Any]:
         if len(reader._marks) > DEEPEST_OVA:
             raise ValueError("it is nested too deeply")
 
+    def refuse_doctype(*_: Any) -> None:
+        raise VerificationError("ova.xml has a DOCTYPE, which xapi never writes")
+
     reader = xmlrpc.client.Unmarshaller()
-    numbers = dict.fromkeys("int i1 i2 i4 i8 biginteger bigdecimal base64 nil".split(), _end_text)
-    reader.dispatch = dict(reader.dispatch, **numbers, **{"dateTime.iso8601": _end_date})
+    numbers = dict.fromkeys("int i1 i2 i4 i8 biginteger bigdecimal base64 nil".split(),
+                            lambda reader, text: reader.end_string(text.strip()))
+    reader.dispatch = dict(reader.dispatch, **numbers, **{
+        "dateTime.iso8601": lambda reader, text: reader.end_string(OvaDate(text))})
     reader.xml(None, None)              # text comes decoded
     parser = xml.parsers.expat.ParserCreate("UTF-8")
     parser.buffer_text = True
-    parser.StartDoctypeDeclHandler = _refuse_doctype
+    parser.StartDoctypeDeclHandler = refuse_doctype
     parser.StartElementHandler, parser.EndElementHandler = start, reader.end
     parser.CharacterDataHandler = reader.data
     try:
@@ -5970,20 +5965,6 @@ def parse_ova(text: bytes) -> Dict[str, Any]:
             and isinstance(ova.get("objects"), list)):
         raise VerificationError("ova.xml has no version and objects")
     return ova
-
-
-def _end_date(reader: Any, text: str) -> None:
-    reader.append(OvaDate(text))
-    reader._value = 0
-
-
-def _end_text(reader: Any, text: str) -> None:
-    reader.append(text.strip())
-    reader._value = 0
-
-
-def _refuse_doctype(*_: Any) -> None:
-    raise VerificationError("ova.xml has a DOCTYPE, which xapi never writes")
 
 
 def ova_text(ova: Dict[str, Any]) -> bytes:
@@ -6203,7 +6184,6 @@ class StreamReport(NamedTuple):
     `digest_kind`: "sha1", "xxh64" or "" where the format has no block digests. `digests_checked`: false if
     there is one that was not held against its block. `ova_xml` is empty but for an XVA.
     """
-
     disks: Tuple[DiskReport, ...]
     digest_kind: str = ""
     digests_checked: bool = True
@@ -6278,7 +6258,6 @@ class Check(Consumer):
 
 class Member(NamedTuple):
     """A file of a tar archive; `at` is the offset of its header, `kind` its type flag."""
-
     name: str
     size: int
     at: int
@@ -6631,8 +6610,7 @@ class VhdFile:
         self.close = functools.partial(os.close, fd)
         self._fd = fd
         self._size, self._kind = -(-size // SECTOR_BYTES) * SECTOR_BYTES, kind
-        code = next(code for code in "IL" if array(code).itemsize == 4)
-        self._table = array(code, [VHD_NOT_PRESENT]) * -(-self._size // VHD_BLOCK_BYTES)
+        self._table = array("I", [VHD_NOT_PRESENT]) * -(-self._size // VHD_BLOCK_BYTES)
         self._sector = VHD_OWN_BAT_OFFSET // SECTOR_BYTES + -(-4 * len(self._table) // SECTOR_BYTES)
 
     def add(self, number: int, mebibytes: Sequence[Any]) -> None:
@@ -6913,7 +6891,9 @@ class _Vhd:
         self._step = (self._bitmap_bytes + self.block_bytes) // SECTOR_BYTES
         if self._strict:
             self._image.zeros(SECTOR_BYTES, "the empty sector after its header")
-        sectors = _byteswapped(self._read(table_at, 4 * blocks, "its block table"))
+        sectors = array("I", self._read(table_at, 4 * blocks, "its block table"))
+        if sys.byteorder == "little":
+            sectors.byteswap()
         if self._strict:
             padding = self._image.take(-4 * blocks % SECTOR_BYTES, "the padding of its block table")
             if padding.strip(b"\xff") and padding.strip(b"\0"):
@@ -7024,15 +7004,6 @@ class _Vhd:
 def _vhd_numbers(structure: bytes, *places: Tuple[int, int]) -> List[int]:
     """The big-endian numbers that stand there, each from a byte up to another."""
     return [int.from_bytes(structure[begin:end], "big") for begin, end in places]
-
-
-def _byteswapped(table: bytes) -> array:
-    """The table's big-endian numbers of 32 bits."""
-    code = next(code for code in "IL" if array(code).itemsize == 4)
-    sectors = array(code, table)
-    if array(code, b"\0\0\0\1")[0] != 1:
-        sectors.byteswap()
-    return sectors
 
 
 def _vhd_sum(structure: bytes, field: int) -> int:

@@ -37,7 +37,8 @@ def plainly(document):
 
 
 def as_records(document, cuts=()):
-    return parsed(VmBackup.record_parser('VDI'), document, cuts)
+    target = xmlrpc.client.Unmarshaller()
+    return parsed((VmBackup.RecordParser('VDI', target), target), document, cuts)
 
 
 def kept(record):
