@@ -15351,17 +15351,16 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
             f"{format_size(size)}, of which {format_size(sink.taken_bytes)} are not zeros; {proven}.")
 
 
-def extract_metadata(services: Services, source: Source, path: str) -> None:
-    """The VM's ova.xml is in the file, or on stdout."""
+def extract_metadata(source: Source, path: str) -> str:
+    """The VM's ova.xml is in the file, or what is told is it, where there is no path; what to tell of it."""
     inside = source.inside
     text = inside.read(VM_METADATA) if inside.status(VM_METADATA) is not None else ova_text(source.ova)
     if not path:
-        services.log.show(text.decode("utf-8", "replace"))
-        return
+        return text.decode("utf-8", "replace")
     with NewFile(path) as file, storage_errors(f"writing {path}", is_elsewhere=True):
         write_all(file.fd, text)
         file.complete()
-    services.log.show(f"{path}: the metadata of {quote_name(source.vm_name)} ({source.copy.name}).")
+    return f"{path}: the metadata of {quote_name(source.vm_name)} ({source.copy.name})."
 
 
 # --- drill ---------------------------------------------------------------------------------
@@ -15718,8 +15717,10 @@ def mail_body(report: Report, store: StoreFacts) -> str:
         blocks.append("BACKED UP (vm-export: the whole VM; vdi-export: its OS disk only)\n"
                       + mail_items(done))
     if store.vms:
-        blocks.append(f"AGE OF THE NEWEST GOOD COPY OF EACH VM IN {store.path}\n"
-                      + mail_items([newest_line(stored, store.now) for stored in store.vms]))
+        newest = [(stored, [copy for copy in stored.copies if copy.is_good][-1:]) for stored in store.vms]
+        blocks.append(f"AGE OF THE NEWEST GOOD COPY OF EACH VM IN {store.path}\n" + mail_items([
+            f"{stored.title}: {age_text(good[0].taken_at, store.now) if good else 'NO good copy'}"
+            for stored, good in newest]))
     if store.problem:
         blocks.append(f"The copies in {store.path} are not listed here: {store.problem}")
     if store.free_bytes is not None:
@@ -15759,9 +15760,8 @@ def left_text(outcome: Outcome, report: Report, store: StoreFacts) -> str:
            for copy in stored.copies if copy.is_good]
     if not own:
         return "\nThe store holds NO good copy of it."
-    age_s = (store.now - max(copy.taken_at for copy in own)).total_seconds()
     return (f"\nThe store still holds {counted(len(own), 'good copy')} of it, the newest "
-            f"{format_duration(max(0, age_s))} old.")
+            f"{age_text(max(copy.taken_at for copy in own), store.now)} old.")
 
 
 def mail_line(outcome: Outcome) -> str:
@@ -15775,12 +15775,9 @@ def mail_line(outcome: Outcome) -> str:
             + (f"; {outcome.said}" if outcome.said else ""))
 
 
-def newest_line(stored: StoredVm, now: datetime) -> str:
-    """One VM of the store and the age of its newest good copy."""
-    good = [copy for copy in stored.copies if copy.is_good]
-    if not good:
-        return f"{stored.title}: NO good copy"
-    return f"{stored.title}: {format_duration(max(0, (now - good[-1].taken_at).total_seconds()))}"
+def age_text(at: datetime, now: datetime) -> str:
+    """How long ago that was; a time yet to come counts as now."""
+    return format_duration(max(0, (now - at).total_seconds()))
 
 
 def format_local(at: datetime) -> str:
@@ -15852,19 +15849,14 @@ class Outbox:
 # --- the mail of a run -------------------------------------------------------------------
 
 
-def make_mailer(services: Services, catalog: Optional[Catalog]) -> Mailer:
-    """What sends this config's mail, and keeps in that store what can't be sent."""
-    outbox = Outbox(catalog, services.settings.path) if catalog is not None else None
-    return Mailer(services, outbox)
-
-
 def mailed(run: Run, services: Services, report: Report, store: StoreFacts) -> Report:
     """The report, which went out by mail if that was wanted; with a warning more if that, or a mail of an
     earlier run, could not be sent."""
     settings = services.settings
     if not settings.mail_to or settings.mail_when == "never":
         return report
-    mailer = make_mailer(services, None if run.storage_hangs else services.catalog)
+    is_away = run.storage_hangs or services.catalog is None
+    mailer = Mailer(services, None if is_away else Outbox(services.catalog, settings.path))
     if settings.mail_when == "problems" and report.word == "SUCCESS" and not report.before:
         is_sent = mailer.send_kept()
     else:
@@ -16973,14 +16965,6 @@ def reference_line(row: Mapping[str, Any]) -> str:
             f"{one_line(row['config'])}" + (", on its way out" if row["leaving"] else ""))
 
 
-def rows_of_store(services: Services) -> Tuple[Catalog, List[Dict[str, Any]], List[str]]:
-    """The store, a row for each VM and kind in it that the words mean, and what is not ours there."""
-    catalog, vm = open_store(services.settings), services.arguments.vm
-    listing, now = chosen_vms(catalog, vm, services.log), services.clock.local()
-    rows = [list_row(services, catalog, stored, now) for stored in listing.vms]
-    return catalog, rows, [] if vm else listing.strangers
-
-
 def list_text(rows: Sequence[Dict[str, Any]], strangers: Sequence[str]) -> str:
     """The VMs and kinds of the store, and what is not ours there, in lines for people."""
     lines, tell_pools = [], len({row["pool"] for row in rows} - {""}) > 1
@@ -17177,8 +17161,8 @@ def explained_past(services: Services, inventory: Inventory, stored: Sequence[St
     good = sorted((copy for copy in copies if copy.is_good and not copy.aside), key=utc_of)
     lines = ["Last:"]
     if good:
-        age = format_duration(max(0, (now - good[-1].taken_at).total_seconds()))
-        lines.append(f"  The newest good copy is {good[-1].folder}/{good[-1].name}, {age} old.")
+        lines.append(f"  The newest good copy is {good[-1].folder}/{good[-1].name}, "
+                     f"{age_text(good[-1].taken_at, now)} old.")
     else:
         lines.append(f"  There is no good copy of it in {services.catalog.path}.")
     source = settings.path if settings.is_by_hand else settings.source
@@ -17821,7 +17805,11 @@ def command_backup(run: Run) -> None:
         run.part = part
         if part == LEAD:
             run.lock = lock
-            ping_start(run)
+            if services.settings.ping_url:
+                try:
+                    ping(services.settings.ping_url + "/start")
+                except BackupError as error:
+                    run.tell([Finding(Severity.WARNING, "ping_url", str(error))])
             lead_new(run, services, identity, name, text)
         elif part == JOIN:
             join(run, services, identity, name, lock)
@@ -17834,15 +17822,6 @@ def check_hosts(services: Services) -> None:
                          f"{services.catalog.path} keeps locks within this host, so hosts can't share "
                          "work there. Mount it without nolock, local_lock or nobrl, or set hosts=first. "
                          "Nothing was started.")
-
-
-def ping_start(run: Run) -> None:
-    """Whoever waits for the pings of this config knows that a run has begun."""
-    if run.services.settings.ping_url:
-        try:
-            ping(run.services.settings.ping_url + "/start")
-        except BackupError as error:
-            run.tell([Finding(Severity.WARNING, "ping_url", str(error))])
 
 
 def lead_new(run: Run, services: Services, identity: Inventory, name: str, before: Dict[str, Any]) -> None:
@@ -18058,7 +18037,7 @@ def command_test_mail(run: Run) -> None:
                    "problems": "Backup runs will send a report to this address when they had problems.",
                    "never": "But mail_when=never is set, so no backup run will send a report."}[
                        settings.mail_when]
-    make_mailer(services, None).send_test(
+    Mailer(services, None).send_test(
         f"OK: test mail ({host})",
         f"Somebody asked for this mail with `VmBackup.py ... test-mail` on host {host}. As you can read it, "
         f"the mail settings of {settings.source} work. {consequence}\n")
@@ -18067,20 +18046,22 @@ def command_test_mail(run: Run) -> None:
 # --- verify, list and prune: what is in the store ------------------------------------------------
 
 
-def command_verify(run: Run) -> None:
-    """Every chosen copy was read and judged; the verdicts are shown and on record."""
-    run.in_store("verifying", lambda: verify_chosen(run), FOR_EVER_S)
-
-
 def command_list(run: Run) -> None:
     """Shown: what is in the store, as text or JSON, and what of it the pool has no more."""
-    show, as_json = run.services.log.show, run.services.arguments.parameters["format"] == "json"
-    run.services.log.is_for_program = as_json
-    catalog, rows, strangers = run.in_store("listing the store", lambda: rows_of_store(run.services),
-                                            FOR_EVER_S)
+    services, vm = run.services, run.services.arguments.vm
+    show, as_json = services.log.show, services.arguments.parameters["format"] == "json"
+    services.log.is_for_program = as_json
+
+    def look() -> Tuple[Catalog, List[Dict[str, Any]], List[str]]:
+        catalog = open_store(services.settings)
+        listing, now = chosen_vms(catalog, vm, services.log), services.clock.local()
+        rows = [list_row(services, catalog, stored, now) for stored in listing.vms]
+        return catalog, rows, [] if vm else listing.strangers
+
+    catalog, rows, strangers = run.in_store("listing the store", look, FOR_EVER_S)
     if not as_json and rows + strangers:
         show(list_text(rows, strangers))
-    note_in_pool(run.services, rows)
+    note_in_pool(services, rows)
     for row in rows:
         if not as_json and row["in_pool"] is False:
             show(f"NO LONGER IN THE POOL: {quote_name(row['name'])}  {row['uuid'] or 'uuid unknown'}  in "
@@ -18095,44 +18076,32 @@ def command_list(run: Run) -> None:
              f"{free_text(run.in_store('asking for the free space', free))}.")
 
 
-def command_prune(run: Run) -> None:
-    """Retention was applied without a backup and without a pool; with preview it is only shown."""
-    run.in_store("pruning", lambda: prune_chosen(run), FOR_EVER_S)
-
-
 def command_pin(run: Run) -> None:
-    """The copy is pinned; what a person has to know of that is shown."""
-    services, given = run.services, run.services.arguments.parameters
-    catalog, copy = run.in_store("looking for the copy", lambda: copy_to_pin(services), FOR_EVER_S)
-    text = (f"{given['why']}\npinned {services.clock.local():%Y-%m-%d %H:%M:%S} by {this_user()} on "
-            f"{this_host_name()}\n")
-    is_new = run.in_store("pinning the copy", lambda: catalog.pin(copy, text))
-    told = "is pinned: no rule removes it, and it is not counted" if is_new else \
-        f"is {copy.pin or 'pinned'} already, and that was left as it is"
+    """The copy is pinned, or with unpin no longer; what a person has to know of that is shown."""
+    services, given, vm = run.services, run.services.arguments.parameters, run.services.arguments.vm
+    action, stamp = services.arguments.action.name, given["stamp"]
+
+    def choose() -> Tuple[Catalog, Copy]:
+        if not vm or stamp in ("", "latest"):
+            raise UsageError(f"{action} which copy? Name a VM and a stamp: {action} web 2026-11-26-001000; "
+                             "`list` shows both.")
+        catalog = open_store(services.settings)
+        return catalog, choose_copy(catalog, vm, stamp, services.log)
+
+    catalog, copy = run.in_store("looking for the copy", choose, FOR_EVER_S)
+    if action == "unpin":
+        run.in_store("unpinning the copy", lambda: catalog.unpin(copy))
+        told = "is no longer pinned: the next run judges it by the rules" if copy.pin else "was not pinned"
+    else:
+        text = (f"{given['why']}\npinned {services.clock.local():%Y-%m-%d %H:%M:%S} by {this_user()} on "
+                f"{this_host_name()}\n")
+        is_new = run.in_store("pinning the copy", lambda: catalog.pin(copy, text))
+        told = "is pinned: no rule removes it, and it is not counted" if is_new else \
+            f"is {copy.pin or 'pinned'} already, and that was left as it is"
     services.log.show(f"{copy.folder}/{copy.name} {told}.")
-    if not copy.is_good:
+    if action == "pin" and not copy.is_good:
         services.log.warning(f"{copy.folder}/{copy.name} is no good copy: {copy.trouble}. `list` shows "
                               "those that are.")
-
-
-def command_unpin(run: Run) -> None:
-    """The copy is no longer pinned."""
-    services = run.services
-    catalog, copy = run.in_store("looking for the copy", lambda: copy_to_pin(services), FOR_EVER_S)
-    run.in_store("unpinning the copy", lambda: catalog.unpin(copy))
-    services.log.show(f"{copy.folder}/{copy.name} " + (
-        "is no longer pinned: the next run judges it by the rules." if copy.pin else "was not pinned."))
-
-
-def copy_to_pin(services: Services) -> Tuple[Catalog, Copy]:
-    """The store, and the copy that the words mean."""
-    name, vm, stamp = services.arguments.action.name, services.arguments.vm, \
-        services.arguments.parameters["stamp"]
-    if not vm or stamp in ("", "latest"):
-        raise UsageError(f"{name} which copy? Name a VM and a stamp: {name} web 2026-11-26-001000; `list` "
-                         "shows both.")
-    catalog = open_store(services.settings)
-    return catalog, choose_copy(catalog, vm, stamp, services.log)
 
 
 def command_forget_references(run: Run) -> None:
@@ -18207,7 +18176,7 @@ def command_extract(run: Run) -> None:
         raise UsageError(f"to={path} exists already and was left as it is.")
     with chosen_source(services) as (source, _):
         if given["metadata"]:
-            extract_metadata(services, source, path)
+            services.log.show(extract_metadata(source, path))
             return
         disk = wanted_disk(source, given["disk"])
         if not path:
@@ -18243,11 +18212,13 @@ def command_drill(run: Run) -> None:
 
 COMMANDS = {SETUP: command_setup,
             "backup": command_backup, "preview": command_preview, "explain": command_explain,
-            "verify": command_verify, "list": command_list, "prune": command_prune, "status": command_status,
+            "verify": lambda run: run.in_store("verifying", lambda: verify_chosen(run), FOR_EVER_S),
+            "prune": lambda run: run.in_store("pruning", lambda: prune_chosen(run), FOR_EVER_S),
+            "list": command_list, "pin": command_pin, "unpin": command_pin, "status": command_status,
             "history": command_history, "check": command_check, "report": command_report,
             "test-mail": command_test_mail,
             "restore": command_restore, "extract": command_extract, "drill": command_drill,
-            "pin": command_pin, "unpin": command_unpin, "forget-references": command_forget_references}
+            "forget-references": command_forget_references}
 
 
 # =============================================================================
