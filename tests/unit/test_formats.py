@@ -484,7 +484,8 @@ def test_what_the_server_needs_and_is_missing_is_one_sentence():
     found = others.objects(Ids())
     del found[0]['snapshot']['VCPUs_max'], found[2]['snapshot']['SR']
     problem, = restored_in_process(others.ova(found), dict(NO_WISHES, sr='sr-uuid')).problems
-    assert problem == "its ova.xml lacks what the server needs: VCPUs_max of the VM, the SR of disk xvda disk 0 (5.0 MiB)."
+    assert problem == ("its ova.xml lacks what the server needs: VCPUs_max of the VM, the SR of disk xvda disk 0 (5.0 MiB). "
+                       "`list` shows the other copies.")
 
 
 def test_a_nest_without_end_is_refused():
