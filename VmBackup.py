@@ -4088,11 +4088,9 @@ class Transport:
             self._connection.sock.settimeout(self.timeout_s)
             self._connection.sock.connect(fs_path(address.host))
             return
-        if address.scheme == "http":
-            self._connection = http.client.HTTPConnection(address.host, address.port, timeout=self.timeout_s)
-        else:
-            self._connection = http.client.HTTPSConnection(address.host, address.port, timeout=self.timeout_s,
-                                                           context=self._context)
+        kind = http.client.HTTPConnection if address.scheme == "http" else functools.partial(
+            http.client.HTTPSConnection, context=self._context)
+        self._connection = kind(address.host, address.port, timeout=self.timeout_s)
         self._connection.connect()
         if address.scheme == "https" and self._fingerprint:
             found = hashlib.sha256(self._connection.sock.getpeercert(True)).hexdigest()
@@ -4154,7 +4152,6 @@ class Record:
     __slots__ = ()
 
     def update(self, found: Dict[str, Any]) -> None:
-        """Those fields are as given."""
         for field, value in found.items():
             setattr(self, field, value)
 
@@ -4502,9 +4499,9 @@ class Pool:
         machines, vbds, vdis, srs, vifs, networks = (
             self.records(doing, name) for name in "VM VBD VDI SR VIF network".split())
         self._sr_uuids = {ref: Fields("an SR", record, []).text("uuid") for ref, record in srs.items()}
-        drives = {ref: Fields("an SR", record, []).texts("PBDs") for ref, record in srs.items()}
-        seen_by = {self._sr_uuids[ref]: {self._drives.get(drive, "") for drive in drives[ref]} - {""}
-                   for ref in srs}
+        seen_by = {self._sr_uuids[ref]: {
+            self._drives.get(drive, "") for drive in Fields("an SR", record, []).texts("PBDs")} - {""}
+                   for ref, record in srs.items()}
         for ref, record in machines.items():
             if not can_be_told_apart(record):
                 problems.append("the record of a VM, "
@@ -4717,13 +4714,10 @@ def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname:
     uuid (ocaml/libs/xapi-inventory/lib/inventory.ml), else by address, else by hostname; None if none
     fits."""
     match = re.search(r"^INSTALLATION_UUID='([^']*)'", inventory_text, re.MULTILINE)
-    for fits in (lambda host: match is not None and host.uuid == match.group(1),
-                 lambda host: host.address == address,
-                 lambda host: host.short_name == hostname.split(".")[0]):
-        for host in hosts:
-            if fits(host):
-                return host
-    return None
+    ways = (lambda host: match is not None and host.uuid == match.group(1),
+            lambda host: host.address == address,
+            lambda host: host.short_name == hostname.split(".")[0])
+    return next((host for is_own in ways for host in hosts if is_own(host)), None)
 
 
 MACHINE_FLAGS = {"is_a_snapshot": "a snapshot", "is_control_domain": "a control domain",
@@ -6701,8 +6695,7 @@ class DiskState:
         while self._unit != unit:
             if self._new or self._next_old is not None and self._next_old.number // 2 == self._unit:
                 self._note_unit()
-            following = unit if self._next_old is None else min(unit, self._next_old.number // 2)
-            self._unit = following
+            self._unit = unit if self._next_old is None else min(unit, self._next_old.number // 2)
 
     def _note_unit(self) -> None:
         rows, changed = [], False
@@ -8986,7 +8979,8 @@ class OpenEntry:
 
 
 class RunJournal:
-    """The file of one run, locked while it lives: what it has open in the pool, a line of JSON a fact."""
+    """The file of one run, locked while it lives: what it has open in the pool, a line of JSON a fact, synced
+    before the deed."""
 
     def __init__(self, folder: Directory, name: str, flags: int = 0) -> None:
         """Opened, but not locked yet."""
@@ -13792,6 +13786,16 @@ def stored_rules(services: Services, stored: StoredVm,
     return rules_for(own, stored.around, stored.uuid, stored.method), selector.line
 
 
+def stored_verdicts(services: Services, stored: StoredVm, now: datetime,
+                    machine: Optional[VirtualMachine] = None) -> Tuple[Tuple[Rules, ...], str, List[Verdict]]:
+    """What stored_rules gives, and what retention then says of each of the copies."""
+    rules, why = stored_rules(services, stored, machine)
+    found = {verdict.copy.name: verdict for verdict in judge(
+        stored.around, stored.uuid, stored.method, rules, now,
+        has_unfinished=stored.has_unfinished)} if rules else {}
+    return rules, why, [found.get(copy.name, Verdict(copy, True, copy.pin or why)) for copy in stored.copies]
+
+
 def lost_machine(stored: StoredVm) -> VirtualMachine:
     """What selectors can know of a VM by its copies alone."""
     return VirtualMachine("", stored.uuid, stored.name, "", "", (), "", "", "", NULL_REF, ())
@@ -13928,7 +13932,6 @@ class SourceDisk(NamedTuple):
         return f"{self.device} {quote_name(self.name)}{size}"
 
     def absence(self, where: str = "it") -> str:
-        """That it is not in the copy, and by which line."""
         why = f", as it was left out by {one_line(self.left_out)}" if self.left_out else ""
         return f"disk {self.title} is not in {where}{why}"
 
@@ -13959,11 +13962,6 @@ class Source(NamedTuple):
     def title(self) -> str:
         """The copy for a line."""
         return self.inside.shown if self.copy.is_increment else f"{self.inside.shown}/{self.copy.image}"
-
-    @property
-    def is_archive(self) -> bool:
-        """Is what it gives an XVA, or the image of one disk?"""
-        return is_archive(self.copy)
 
     @property
     def size_bytes(self) -> int:
@@ -14146,15 +14144,14 @@ def _imaged_disk(disks: Sequence[SourceDisk], manifest: Dict[str, Any], size: in
     """The one of the VM's disks that an image of one disk holds: Disk 0, with the size that the image has."""
     rows = [row for row in manifest.get("disks", ()) if row.get("archive_id")] or manifest.get("disks", ())
     wanted = [str(row.get("userdevice")) for row in rows] if len(rows) == 1 else ["0", "xvda", "hda"]
-    for userdevice in wanted:
-        for disk in disks:
-            if disk.userdevice == userdevice:
-                size = rows[0]["virtual_size"] if len(rows) == 1 else size or disk.virtual_size
-                if not size:
-                    raise UnknownFormat("neither the image nor what stands beside it tells the size of its "
-                                        "disk: decompress it")
-                return disk._replace(virtual_size=size)
-    raise UnknownFormat(f"its metadata name no disk {' or '.join(wanted)}, which the image should be of")
+    disk = next((disk for userdevice in wanted for disk in disks if disk.userdevice == userdevice), None)
+    if disk is None:
+        raise UnknownFormat(f"its metadata name no disk {' or '.join(wanted)}, which the image should be of")
+    size = rows[0]["virtual_size"] if len(rows) == 1 else size or disk.virtual_size
+    if not size:
+        raise UnknownFormat("neither the image nor what stands beside it tells the size of its disk: "
+                            "decompress it")
+    return disk._replace(virtual_size=size)
 
 
 # --- which copy is meant ----------------------------------------------------------------
@@ -14389,7 +14386,6 @@ def target_srs(pool: Pool, master: str) -> Tuple[TargetSr, ...]:
 
 # --- the plan ------------------------------------------------------------------------------
 
-
 LIKE_FIELDS = {         # what a new drive or interface has of an old one's record
     "VBD": ("VDI", "userdevice", "bootable", "mode", "type", "empty", "unpluggable", "qos_algorithm_type",
             "qos_algorithm_params"),
@@ -14486,7 +14482,7 @@ def plan_restore(source: Source, view: PoolView, given: Dict[str, Any],
 
 def _check_needs(source: Source, problems: List[str]) -> None:
     """Problems for what the server must be told of a VM and its disks and the copy does not tell."""
-    where, fields = "ova.xml" if source.is_archive else VM_METADATA, NEEDED_OF_VM
+    where, fields = "ova.xml" if is_archive(source.copy) else VM_METADATA, NEEDED_OF_VM
     if source.has_only_cfg_files:
         where, fields = "vm.cfg", NEEDED_OF_VM[1:]
     lacking = [f"{field} of the VM" for field in fields
@@ -14715,7 +14711,8 @@ def _cut_into_parts(source: Source, disks: Sequence[PlannedDisk],
 def plan_text(plan: RestorePlan) -> str:
     """The plan in lines for people: what a preview shows, and what a restore says first."""
     source = plan.source
-    method = "vm-export" if source.is_archive else f"vdi-export (one disk, {image_format(source.copy.image)})"
+    method = "vm-export" if is_archive(source.copy) else \
+        f"vdi-export (one disk, {image_format(source.copy.image)})"
     if source.copy.is_increment:
         method = f"{source.copy.method.value} ({source.copy.layer_words})"
     lines = [f"{quote_name(source.vm_name)} ({source.vm_uuid or 'uuid unknown'}) from {source.title}",
@@ -14826,7 +14823,7 @@ class Importer:
         commands[0] += ["preserve=true"] if plan.uuid else []
 
         def new_feed(imports: Imports) -> Any:
-            if not source.is_archive:
+            if not is_archive(source.copy):
                 return DiskFeed(imports, source.disks[0].virtual_size, ovas[0], source.disks[0].id)
             is_whole = source.manifest and len(ovas) == 1 and set(exported_disks(source.ova)) == set(ids[0])
             return Consumer("import", feed_archive, imports, ovas=ovas, parts=ids,
@@ -14871,7 +14868,7 @@ class Importer:
         try:
             with Imports(self._xe, commands) as imports:
                 feed = new_feed(imports)
-                sinks, more = ([], [feed]) if source.is_archive else ([feed], [])
+                sinks, more = ([], [feed]) if is_archive(source.copy) else ([feed], [])
                 problems: Optional[List[VerificationError]] = [] if force else None
                 try:
                     stream_image(source, watch, sinks + ([sink] if sink else []), more, problems,
@@ -14982,7 +14979,7 @@ class Importer:
                                  f"now, {quote_name(holder)}, so it was not attached: detach it there first.")
             return
         # An archive's own drives are those of its disks; one that it lacks is attached as a plain data disk.
-        vbds = [] if source.is_archive else ova_objects(source.ova, "VBD").values()
+        vbds = [] if is_archive(source.copy) else ova_objects(source.ova, "VBD").values()
         vbd = next((vbd for vbd in vbds if vbd.get("VDI") == existing.disk.id),
                    dict(IMPORT_DEFAULTS["VBD"], userdevice=existing.disk.userdevice))
         fields = fields_like("VBD", dict(vbd, VDI=existing.vdi_ref), VM=imported.ref)
@@ -15058,8 +15055,7 @@ class Imports:
     def problems(self) -> List[str]:
         """Why those that ended can't have done their work; each has had time for it, as its input is over."""
         ended = [(program.wait(XE_REASON_S), program.said) for program in list(self.programs.values())]
-        found = [xe_problem(status, said) for status, said in ended if status is not None]
-        return [problem for problem in found if problem]
+        return list(filter(None, (xe_problem(status, said) for status, said in ended if status is not None)))
 
     def __enter__(self) -> "Imports":
         return self
@@ -15229,8 +15225,7 @@ def restore(run: Run, services: Services, inventory: Inventory, plan: RestorePla
         run.findings.append(Finding(Severity.WARNING, name, imported.problem))
     if plan.given["start"] and not imported.problem:
         try:
-            doing = f"starting {quote_name(plan.name)}"
-            services.pool.call(doing, "VM.start", imported.ref, False, False)
+            services.pool.call(f"starting {quote_name(plan.name)}", "VM.start", imported.ref, False, False)
         except BackupError as error:
             log.error(f"{error} The VM itself is whole; start it when that is settled.")
             run.findings.append(Finding(Severity.ERROR, name, str(error)))
@@ -15339,7 +15334,7 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
             services.log.warning(f"{file.shown}: {format_size(free)} are free there, less than the disk's "
                                  f"full size of {format_size(disk.virtual_size)}; its zeros take no room.")
         sink = MebibyteSink(functools.partial(write_in_place, file),
-                            disk.id if source.is_archive else "image")
+                            disk.id if is_archive(source.copy) else "image")
         check = stream_image(source, shown_progress(services, title, source.size_bytes), [sink],
                              advice="No file was left.")
         size = disk.virtual_size or check.report.disks[0].virtual_size
@@ -15511,7 +15506,7 @@ def drill_one(services: Services, view: PoolView, importer: Importer, exporter: 
             said, boot_s = "restored and compared", services.arguments.parameters["boot"] * MINUTE_S
             with importer.imported(plan, sink) as imported:
                 for planned in plan.disks:
-                    held = expected.get(planned.disk.id if plan.source.is_archive else "image", ())
+                    held = expected.get(planned.disk.id if is_archive(plan.source.copy) else "image", ())
                     compare_disk(services, exporter, imported, planned, held)
                 if boot_s:
                     said = f"restored, compared and booted: {boot(services, imported, boot_s)}"
@@ -16222,7 +16217,6 @@ def put_for_all(path: str, text: str) -> None:
 
 # --- check, for Nagios and its heirs -----------------------------------------------------
 
-
 CHECK_LIMIT_S = 8                      # monitors give a plugin up after 10
 
 
@@ -16489,6 +16483,9 @@ def page_row(one: PageVm) -> str:
 
 def page_text(page: Page) -> str:
     """The page: what matters comes first, times and never ages, nothing from elsewhere, no script."""
+    def listed(title: str, rows: Sequence[str]) -> List[str]:
+        return [f"<h2>{title}</h2><ul>", *(f"<li>{row}</li>" for row in rows), "</ul>"] if rows else []
+
     last = page.rounds[-1].report if page.rounds else None
     pool = next((past.report.pool for past in reversed(page.rounds) if past.report.pool), "")
     bad, warn = page_needs(page) if last else ([], ["No round of this config is on record yet."])
@@ -16508,9 +16505,7 @@ def page_text(page: Page) -> str:
              + (f"; the last round ran from {format_local(last.began_at)} to {format_local(last.ended_at)}."
                 if last else ".") + "</p></header><main>",
              f'<p class="state {state}">{shown(words)}.</p>']
-    for title, kind, rows in (("Needs attention", "bad", bad), ("Worth a look", "warn", warn)):
-        if rows:
-            lines += [f"<h2>{title}</h2><ul>", *(f"<li>{row}</li>" for row in rows), "</ul>"]
+    lines += listed("Needs attention", bad) + listed("Worth a look", warn)
     if page.vms:
         lines += page_calendar(page)
         lines += ['<h2 id="vms">VMs</h2><div class="wide" role="region" aria-labelledby="vms" tabindex="0">'
@@ -16523,9 +16518,8 @@ def page_text(page: Page) -> str:
     lines.append(f"<h2>Store</h2><p>{shown(page.store.path)}: " + (
         "its free space is not known" if free is None or size is None else
         f"{format_size(size - free)} used, {format_size(free)} free of {format_size(size)}") + ".</p>")
-    for title, rows in (("VMs in no backup", unselected), ("References in the pool", page.references)):
-        if rows:
-            lines += [f"<h2>{title}</h2><ul>", *(f"<li>{named(row)}</li>" for row in rows), "</ul>"]
+    lines += listed("VMs in no backup", [named(row) for row in unselected])
+    lines += listed("References in the pool", [named(row) for row in page.references])
     return "\n".join(lines + [f"</main><footer><p>VmBackup {VERSION}, {shown(page.source)}</p></footer>"
                               "</body></html>\n"])
 
@@ -16546,12 +16540,7 @@ def page_of(services: Services, rounds: Sequence[Past], store: StoreFacts, host:
     for one in watched(rounds):
         uuid, fates = one.last.uuid, []    # type: str, List[Tuple[Copy, str]]
         for own in (every for every in stored[uuid] if of_kind(every.copies, one.last.what)):
-            rules, why = stored_rules(services, own)
-            verdicts = {verdict.copy.name: verdict for verdict in judge(
-                own.around, own.uuid, own.method, rules, store.now,
-                has_unfinished=own.has_unfinished)} if rules else {}
-            fates += [(copy, verdicts[copy.name].text if copy.name in verdicts else copy.pin or why)
-                      for copy in own.copies]
+            fates += zip(own.copies, (fate.text for fate in stored_verdicts(services, own, store.now)[2]))
             references += [f"{own.title}:{reference_line(row).partition(':')[2]}" for row in reference_rows(
                 services.catalog, own.pool, own.uuid, own.method)] if own.method else []
         held = held_of(uuid, (copy for copy, _ in fates)) if not store.problem else one.held
@@ -16564,16 +16553,6 @@ def page_of(services: Services, rounds: Sequence[Past], store: StoreFacts, host:
 # --- the way out -------------------------------------------------------------------------
 
 
-def with_store(run: Run) -> Services:
-    """The services of the run, with the store, if it can be opened, also where the run ended before it was:
-    no store is what such a run has often to tell of."""
-    if run.catalog is None and not run.storage_hangs:
-        with contextlib.suppress(CatalogError):
-            run.catalog = within(OUTBOX_LIMIT_S, "opening the store",
-                                 lambda: Catalog(run.services.settings.backup_dir))
-    return run.services._replace(catalog=run.catalog)
-
-
 def end_told(run: Run) -> int:
     """The exit status of a run that has ended: what it came to is told where people look, the lock of its
     config given back, and its last lines stand in status log and log. A run that ended before it could begin
@@ -16584,7 +16563,7 @@ def end_told(run: Run) -> int:
             if run.is_told or run.wording is not None and run.ended_by is not None:
                 status = report.exit_status if run.is_told else status
                 try:
-                    report = told_abroad(run, with_store(run), report)
+                    report = told_abroad(run, report)
                 except Exception as bug:   # it costs nobody what was done before
                     services.log.bug(bug)
                     report = report._replace(ended_by=report.ended_by or bug)
@@ -16637,11 +16616,16 @@ def warned(run: Run, report: Report, subject: str, sentence: str) -> Report:
     return report._replace(findings=report.findings + (finding,))
 
 
-def told_abroad(run: Run, services: Services, report: Report) -> Report:
+def told_abroad(run: Run, report: Report) -> Report:
     """The report, which went out by ping and mail, and, of a round, into the history, onto the page and into
     the file of numbers, as far as that was wanted; with a warning more for each of these that could not be
     had. None changes an outcome."""
-    settings, store = services.settings, store_facts(run, services, report)
+    settings = run.services.settings
+    if run.catalog is None and not run.storage_hangs:  # no store is what such a run has often to tell of
+        with contextlib.suppress(CatalogError):
+            run.catalog = within(OUTBOX_LIMIT_S, "opening the store", lambda: Catalog(settings.backup_dir))
+    services = run.services._replace(catalog=run.catalog)
+    store = store_facts(run, services, report)
     rounds, problems = [], []              # type: List[Past], List[str]
 
     def keep() -> None:
@@ -16882,7 +16866,6 @@ def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wr
 
 # --- list -------------------------------------------------------------------------------
 
-
 LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only adds which VMs it still has
 
 
@@ -16905,13 +16888,9 @@ def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: dateti
              machine: Optional[VirtualMachine] = None) -> Dict[str, Any]:
     """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes. `machine`: the VM,
     where the pool was asked."""
-    rules, why = stored_rules(services, stored, machine)
-    verdicts = {verdict.copy.name: verdict
-                for verdict in judge(stored.around, stored.uuid, stored.method, rules, now,
-                                     has_unfinished=stored.has_unfinished)} if rules else {}
+    rules, why, verdicts = stored_verdicts(services, stored, now, machine)
     copies, seen = [], {}                  # type: List[Dict[str, Any]], Dict[str, List[Any]]
-    for copy in stored.copies:
-        verdict = verdicts.get(copy.name, Verdict(copy, True, copy.pin or why))
+    for copy, verdict in zip(stored.copies, verdicts):
         verdict_word = copy.checked("verdict")
         if verdict_word and verdict_word != DAMAGED:
             with contextlib.suppress(CatalogError):
@@ -16947,14 +16926,12 @@ def reference_rows(catalog: Catalog, pool: str, uuid: str, method: Method) -> Li
         ledger = catalog.ledger(pool, uuid, method.value)
     except BadLedger as error:
         return [{"problem": str(error)}]
-    rows = []                              # type: List[Dict[str, Any]]
-    if ledger and not is_of_store(ledger, catalog.identity()):
+    if ledger is None:
+        return []
+    if not is_of_store(ledger, catalog.identity()):
         return [{"problem": "its record is another store's, or of this one before it was moved; it is left"}]
-    for one in ledger.references if ledger else ():
-        rows.append(dict(one._asdict(), config=ledger.config, leaving=one in ledger.leaving))
-    if ledger and ledger.distrust:
-        rows.append({"problem": ledger.distrust})
-    return rows
+    return [dict(one._asdict(), config=ledger.config, leaving=one in ledger.leaving)
+            for one in ledger.references] + ([{"problem": ledger.distrust}] if ledger.distrust else [])
 
 
 def reference_line(row: Mapping[str, Any]) -> str:
@@ -16995,7 +16972,6 @@ def list_text(rows: Sequence[Dict[str, Any]], strangers: Sequence[str]) -> str:
 
 
 # --- explain ----------------------------------------------------------------------------
-
 
 LAST_ROUNDS = 3                # that are told of a VM
 
@@ -17966,9 +17942,8 @@ def command_history(run: Run) -> None:
     """Shown: the rounds of the config that are over, or what became of a VM in each."""
     services, settings, vm = run.services, run.services.settings, run.services.arguments.vm
     catalog = run.in_store("opening the store", lambda: open_store(settings))
-    history = History(catalog, settings.path)
-    rounds, problems = run.in_store("reading the history",
-                                    lambda: history.rounds(services.clock.utc()), FOR_EVER_S)
+    rounds, problems = run.in_store("reading the history", lambda: History(
+        catalog, settings.path).rounds(services.clock.utc()), FOR_EVER_S)
     services.log.show(history_text(rounds, vm) or f"No round of {settings.source}"
                       + (f" with {quote_name(vm)} is on record in {catalog.path}: `explain` tells why." if vm
                          else f" is on record in {catalog.path}: has a backup ended there yet?"))
@@ -18016,9 +17991,8 @@ def command_report(run: Run) -> None:
                          "config, or to this command.")
     services = services._replace(catalog=run.in_store("opening the store",
                                                       lambda: open_store(services.settings)))
-    history = History(services.catalog, services.settings.path)
-    now = services.clock.utc()
-    rounds, problems = run.in_store("reading the history", lambda: history.rounds(now, PAGE_DAYS), FOR_EVER_S)
+    rounds, problems = run.in_store("reading the history", lambda: History(
+        services.catalog, services.settings.path).rounds(services.clock.utc(), PAGE_DAYS), FOR_EVER_S)
     rounds = of_pool(rounds, rounds[-1].pool_uuid) if rounds else []
     store = run.in_store("listing the store", lambda: store_of(services), FOR_EVER_S)
     page = page_of(services, rounds, store, this_host_name(), problems)
