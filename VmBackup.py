@@ -4056,11 +4056,8 @@ ORIGINATOR = "VmBackup"
 
 
 class Transport:
-    """XML-RPC over a connection of our making, with time limits and without silent repetition.
-
-    The standard transport repeats a request whose connection broke; a
-    VM.snapshot repeated so would make two snapshots.
-    """
+    """XML-RPC with time limits and without silent repetition: the standard transport repeats a request whose
+    connection broke; a VM.snapshot repeated so would make two snapshots."""
 
     def __init__(self, address: PoolAddress, settings: Configuration) -> None:
         """Raises UsageError if the CA file can't be read."""
@@ -4073,7 +4070,6 @@ class Transport:
         self.timeout_s = 0.0
 
     def close(self) -> None:
-        """The connection, if any, is closed."""
         if self._connection is not None:
             self._connection.close()
         self._connection = None
@@ -4100,8 +4096,7 @@ class Transport:
                                 "certificate was renewed, put the new fingerprint in the config.")
 
     def request(self, host: str, handler: str, request_body: bytes, verbose: bool = False) -> Any:
-        """The answer to one request that is sent once; over a new connection if the old one has been idle so
-        long that the server may have closed it."""
+        """The answer to one request, sent once; over a new connection where the old one has idled long."""
         import xmlrpc.client
         if time.monotonic() - self._used_at > IDLE_CONNECTION_S:
             self.close()
@@ -4207,8 +4202,7 @@ class RecordParser:
             self._handle(None, self._end_in_record, self._texts.append)
 
     def _end_in_record(self, tag: str) -> None:
-        """Between the fields that are kept, where most of an answer is: only its ends are looked at, as
-        nothing else takes so much of the time."""
+        """Between kept fields, where most of an answer is and so most time goes: only ends are looked at."""
         if tag == "name":
             if self._other:
                 self._other += 1
@@ -4245,8 +4239,7 @@ class RecordParser:
 
 
 def checking_context(key: str, ca_file: str) -> Any:
-    """The TLS settings that take only certificates of these CAs, the system's if the file is not given;
-    UsageError, about that key, if it can't be read."""
+    """The TLS settings that take only certificates of these CAs, or the system's; UsageError about `key`."""
     import ssl
     try:
         return ssl.create_default_context(cafile=fs_path(ca_file) if ca_file else None)
@@ -4362,7 +4355,6 @@ class Pool:
         return self._services.settings.pool and (self._master or self._services.settings.pool)
 
     def _forget_session(self) -> None:
-        """The connection, if any, is closed; the session itself is the server's to forget."""
         if self._transport is not None:
             self._transport.close()
         self._session = self._transport = None
@@ -4382,9 +4374,7 @@ class Pool:
 
     def call(self, doing: str, method: str, *arguments: Any, **options: Any) -> Any:
         """The answer to one call, sent once. Raises ApiFailure or AnswerLost; `doing` begins their sentence.
-
-        HOST_IS_SLAVE means that nothing was done, so then the master is looked for and the call sent there.
-        """
+        HOST_IS_SLAVE means that nothing was done: the master is looked for, and the call sent there."""
         if not self.changes_allowed and not method.split(".")[1].startswith("get"):
             raise AssertionError("a preview must not call " + method)
         for is_last_try in (False, True):
@@ -4568,7 +4558,6 @@ class Pool:
             str(record.get("resident_on", "")))
 
     def _disk(self, vbd: "Fields", record: Dict[str, Any], problems: List[str]) -> Disk:
-        """The disk that a VBD record and its VDI record make."""
         vdi = Fields("its disk", record, problems)
         sr_ref = vdi.text("SR")
         if sr_ref not in self._sr_uuids:
@@ -4604,8 +4593,7 @@ class Pool:
         return self.machine(planned.ref, doing, record)
 
     def interfaces(self, machine: VirtualMachine) -> List[Interface]:
-        """The VM's VIFs, by device; where the network of one is gone, its name is empty and `problem` says
-        so."""
+        """The VM's VIFs, by device; one whose network is gone has no name of it, and a `problem`."""
         doing = f"reading the network interfaces of {machine.title}"
         vifs = self.ask(doing, "VIF.get_all_records_where", f'field "VM" = "{machine.ref}"')
         names = {ref: self.ask_if_there(doing, "network.get_name_label", ref)
@@ -4629,8 +4617,7 @@ class Pool:
         return parse_server_time(self.ask(doing, "host.get_servertime", self._session_host(doing)))
 
     def storage_repositories(self, refs: Iterable[str], patient: bool = True) -> List[StorageRepository]:
-        """Those SRs, with their sizes of now. Without patience a pool that does not answer at once is not
-        waited for."""
+        """Those SRs as they are now. Without patience a pool that does not answer is not waited for."""
         read = self.ask if patient else functools.partial(self.call, timeout_s=POLL_TIMEOUT_S)
         found = []
         for ref in sorted(set(refs)):
@@ -4646,8 +4633,7 @@ LOGOUT_TIMEOUT_S = 20
 
 
 class Fields:
-    """A record of the pool, field by field: one that is missing, or of another type, reads as empty and is a
-    problem."""
+    """A record of the pool: a field that is missing, or of another type, reads as empty and is a problem."""
 
     def __init__(self, what: str, record: Any, problems: List[str]) -> None:
         self._what = what
@@ -4669,7 +4655,6 @@ class Fields:
         return self._read(field, str)
 
     def flag(self, field: str) -> bool:
-        """True or False."""
         return self._read(field, bool)
 
     def number(self, field: str) -> int:
@@ -4678,16 +4663,13 @@ class Fields:
         return int(text) if re.fullmatch(r"-?[0-9]{1,19}", text) else 0
 
     def texts(self, field: str) -> List[str]:
-        """A set."""
         return [item for item in self._read(field, list) if isinstance(item, str)]
 
     def texts_by_key(self, field: str) -> Dict[str, str]:
-        """A map."""
         return {key: value for key, value in self._read(field, dict).items() if isinstance(value, str)}
 
 
 def _host(ref: str, record: Dict[str, Any], problems: List[str]) -> Host:
-    """The host's value."""
     host = Fields("the host", record, problems)
     software = host.texts_by_key("software_version")
     version, build = (tuple(int(part) for part in re.findall(r"[0-9]+", software.get(key, "")))
@@ -4698,8 +4680,7 @@ def _host(ref: str, record: Dict[str, Any], problems: List[str]) -> Host:
 
 def _networks_of(machine: Dict[str, Any], vifs: Dict[str, Any],
                  networks: Dict[str, Any]) -> Iterator[Tuple["Fields", str, str]]:
-    """Each interface of the VM with the name of its network, and what is wrong with that; one that vanished
-    is left out."""
+    """Each interface of the VM that is there yet, the name of its network, and what is wrong with that."""
     for ref in Fields("the VM", machine, []).texts("VIFs"):
         if ref in vifs:
             vif = Fields("its interface", vifs[ref], [])
@@ -4710,9 +4691,8 @@ def _networks_of(machine: Dict[str, Any], vifs: Dict[str, Any],
 
 
 def own_host(hosts: Sequence[Host], inventory_text: str, address: str, hostname: str) -> Optional[Host]:
-    """The host that this program runs on: by INSTALLATION_UUID of the host's own inventory file, which is its
-    uuid (ocaml/libs/xapi-inventory/lib/inventory.ml), else by address, else by hostname; None if none
-    fits."""
+    """The host that this program runs on: by INSTALLATION_UUID of its inventory file, which is its uuid
+    (ocaml/libs/xapi-inventory/lib/inventory.ml), else by address, else by hostname; or None."""
     match = re.search(r"^INSTALLATION_UUID='([^']*)'", inventory_text, re.MULTILINE)
     ways = (lambda host: match is not None and host.uuid == match.group(1),
             lambda host: host.address == address,
@@ -4780,8 +4760,7 @@ def parse_server_time(value: Any) -> datetime:
 
 
 def is_certificate_refusal(error: Exception) -> bool:
-    """Was it our own check that refused the server's certificate? (Python 3.6 has no class of its own for
-    that.)"""
+    """Was it our own check that refused the certificate? (Python 3.6 has no class of its own for that.)"""
     import ssl
     return isinstance(error, ssl.CertificateError) or (
         isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in (error.reason or ""))
@@ -5150,8 +5129,7 @@ class Flow(NamedTuple):
     `source`: a descriptor, which is taken over, or a function that gives pieces of any length. It is called
     with no argument (a check that reads a file is such a source), or, where the flow is itself a consumer,
     with the reader of what passes there (what decompresses, for one). `at_end` is called at the end of the
-    source, before the consumers learn of it: what it raises (a program's exit status) is then the reason, not
-    the truncated stream that follows from it.
+    source, before the consumers learn of it: what it raises (a program's exit status) is the reason then.
     """
     source: Any
     consumers: Sequence[Any]
@@ -5161,8 +5139,7 @@ class Flow(NamedTuple):
 
 def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str = "a stream",
          problems: Optional[List[VerificationError]] = None) -> int:
-    """Every source was read to its end and every consumer has done its work; the number of bytes of the first
-    source.
+    """Every source was read to its end and every consumer has done its work; the bytes of the first source.
 
     `on_tick` is called about once a second and may raise, which aborts. So does the first exception of a
     consumer, which is raised here as it is; what storage said, as the CatalogError that `doing` begins. A
@@ -5186,13 +5163,9 @@ def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str =
 
 
 class Reader:
-    """The bytes of a stream for one consumer: what it asks for comes, or a VerificationError says where the
-    stream ends.
-
+    """The bytes of a stream for one consumer: what it asks for, or a VerificationError where the stream ends.
     A piece is a view into a buffer and gone when the next one is asked for: it is used at once or copied.
-    `image` is what the stream is called in sentences; `position` is that of the next byte; `tail` is the last
-    KiB that came.
-    """
+    `image`: what the stream is called in sentences; `position`: of the next byte; `tail`: the last KiB."""
 
     def __init__(self, views: Iterator[memoryview], image: str = "the image") -> None:
         self.image = image
@@ -5218,7 +5191,6 @@ class Reader:
             piece = self.some(BUFFER_BYTES)
 
     def pieces(self, count: int, where: str) -> Iterator[memoryview]:
-        """The next `count` bytes, piece by piece."""
         while count:
             piece = self.some(count)
             if not len(piece):
@@ -5228,7 +5200,6 @@ class Reader:
             yield piece
 
     def take(self, count: int, where: str) -> bytes:
-        """The next `count` bytes."""
         return joined(self.pieces(count, where))
 
     def zeros(self, count: int, where: str) -> None:
@@ -5238,7 +5209,6 @@ class Reader:
             raise VerificationError(f"{self.image} has something else than zeros at byte {at}, in {where}")
 
     def end(self) -> None:
-        """The stream has ended."""
         at, piece = self.position, self.some(TAIL_BYTES)
         if len(piece):
             raise VerificationError(f"{self.image} should end at byte {at}, but goes on with "
@@ -5318,8 +5288,6 @@ class _Stopped(BaseException):
 
 
 class _PumpRun:
-    """The state that all threads of one pump share."""
-
     def __init__(self, flows: Sequence[Flow], problems: Optional[List[VerificationError]]) -> None:
         self.news = threading.Event()       # a thread has ended or failed
         self.stopping = False
@@ -5403,8 +5371,7 @@ class _Buffer:
 
 
 class _FlowRun(Consumer):
-    """One flow at work: its source is read, in a thread of its own or in its lane of the flow above, and
-    every buffer is handed to a lane for each consumer."""
+    """One flow at work: its source is read, in a thread of its own or in its lane of the flow above."""
 
     def __init__(self, flow: Flow, run: _PumpRun) -> None:
         super().__init__(flow.name)
@@ -5518,8 +5485,6 @@ class _FlowRun(Consumer):
 
 
 class _Lane:
-    """One consumer and its thread."""
-
     def __init__(self, consumer: Any, flow: _FlowRun, run: _PumpRun) -> None:
         self.name = consumer.name
         self.buffers_read = 0
@@ -5917,12 +5882,9 @@ class OvaDate(str):
 
 
 def parse_ova(text: bytes) -> Dict[str, Any]:
-    """ova.xml as dicts, lists, str, bool and float, with `version` and `objects`; VerificationError if it is
-    not one.
-
-    Times and whole numbers stay text, since xapi writes numbers untagged (importexport.ml). A DOCTYPE is
-    refused: it is the only way to entities, and thereby to a small file that fills the memory.
-    """
+    """ova.xml as dicts, lists, str, bool and float, with `version` and `objects`, or VerificationError. Times
+    and whole numbers stay text, since xapi writes numbers untagged (importexport.ml). A DOCTYPE is refused:
+    it is the only way to entities, and thereby to a small file that fills the memory."""
     import xml.parsers.expat
     import xmlrpc.client
 
@@ -6039,11 +6001,9 @@ def needed(class_name: str, key: str, record: Dict[str, Any], field: str) -> Any
 
 
 def exported_disks(ova: Dict[str, Any]) -> Dict[str, DiskReport]:
-    """The disks whose blocks the archive holds, by id.
-
-    Those of VBDs that are no CD drives, unless on an SR of ISO images, and the memory of a suspended VM
-    (export.ml@v26.17.0). A VBD may point to a VDI that is not in the file: then there is nothing to hold.
-    """
+    """The disks whose blocks the archive holds, by id: those of VBDs that are no CD drives, unless on an SR
+    of ISO images, and the memory of a suspended VM (export.ml@v26.17.0). A VBD may point to a VDI that is not
+    in the file: then there is nothing to hold."""
     vdis, srs = ova_objects(ova, "VDI"), ova_objects(ova, "SR")
     wanted = [needed("VBD", key, vbd, "VDI") for key, vbd in ova_objects(ova, "VBD").items()
               if vbd.get("type") != "CD"]
@@ -6089,9 +6049,8 @@ def new_uuid() -> str:
 
 
 def snapshot_ova(ova_xml: bytes, machine: VirtualMachine, snapshot: VirtualMachine) -> bytes:
-    """The ova.xml of the archive of that snapshot, from the VM's own, which was exported just before: of a
-    snapshot alone the server exports no metadata (tried on a real server). VerificationError if it does not
-    tell of all disks."""
+    """The ova.xml of the archive of that snapshot, from the VM's own of just before: of a snapshot alone the
+    server exports none (tried on a real server). VerificationError if it does not tell of all disks."""
     ova = parse_ova(ova_xml)
     by_drive = {(disk.vdi_uuid, new.userdevice): new for disk in machine.disks for new in snapshot.disks
                 if new.snapshot_of == disk.vdi_ref}
@@ -6133,11 +6092,8 @@ def snapshot_ova(ova_xml: bytes, machine: VirtualMachine, snapshot: VirtualMachi
 def rewritten_ova(ova: Dict[str, Any], vm_id: str, machine: Dict[str, Any], sizes: Dict[str, int],
                   is_main: bool) -> bytes:
     """The ova.xml of an import of one VM of it, whose record is `machine`, with the disks that have a size in
-    `sizes`, and with neither VIF nor network. Without `is_main` it only carries those disks: nothing else
-    that belongs to the VM, nor its CD drives, is in it.
-
-    An import without networks creates none (tried on a real server).
-    """
+    `sizes`, and with neither VIF nor network: then an import creates none (tried on a real server). Without
+    `is_main` it only carries those disks: nothing else of the VM, nor its CD drives, is in it."""
     vdis = ova_objects(ova, "VDI")
     # With preserve=true an import re-uses an object that has the uuid: so none is to have it. The key `owner`
     # lets `xe vm-uninstall` remove a disk with its VM; a snapshot's drives have it, the original's may not.
@@ -6173,11 +6129,8 @@ def rewritten_ova(ova: Dict[str, Any], vm_id: str, machine: Dict[str, Any], size
 
 
 class StreamReport(NamedTuple):
-    """What a check has found, once the stream has ended well.
-
-    `digest_kind`: "sha1", "xxh64" or "" where the format has no block digests. `digests_checked`: false if
-    there is one that was not held against its block. `ova_xml` is empty but for an XVA.
-    """
+    """What a check has found, once the stream has ended well. `digest_kind`: "sha1", "xxh64" or "" where the
+    format has no block digests. `digests_checked`: false if one was not held against its block."""
     disks: Tuple[DiskReport, ...]
     digest_kind: str = ""
     digests_checked: bool = True
@@ -6193,9 +6146,8 @@ class Check(Consumer):
 
     `check` is the function for the format, from top to bottom: it is given this Check, the reader and `how`,
     gives the contents of the disks piece by piece, which the sinks are shown, and returns the report. It puts
-    its lines into `blocks`, the list of them (BlocksFile, BlockComparer), and notes here what passes before:
-    `ova` and `first_disk`, whose block is the first, or the `size` of an image's disk and the block `table`
-    of one that is a difference.
+    its lines into `blocks` (BlocksFile, BlockComparer), and notes here what passes before: `ova` and
+    `first_disk`, whose block is the first, or the `size` of a disk and the block `table` of a difference.
     """
 
     def __init__(self, check: Callable[..., Contents], blocks: Any = None, sinks: Sequence[Any] = (),
@@ -6213,8 +6165,7 @@ class Check(Consumer):
         collections.deque(self._pieces(reader), 0)
 
     def read_file(self, fd: int) -> Iterator[Any]:
-        """The source of a flow that is the check itself: of a file whose parts may lie anywhere. The
-        descriptor is taken over."""
+        """The source of a flow that is this check of a file, whose parts may lie anywhere. It owns `fd`."""
         try:
             yield from self._pieces(fd)
         except VerificationError:
@@ -6271,11 +6222,8 @@ DIGEST_KINDS = {".checksum": ("sha1", re.compile(rb"[0-9a-f]{40}"), 40),
 
 
 def parse_tar_header(header: bytes, at: int, strict: bool = True) -> Member:
-    """The member that a 512-byte header announces; `strict`: it must be a plain file with a short name.
-
-    xapi writes V7 headers (ocaml-tar's default level); the ustar ones of other writers read the same here,
-    where names are short and members regular files.
-    """
+    """The member that a 512-byte header announces; `strict`: it must be a plain file with a short name. xapi
+    writes V7 headers (ocaml-tar's default level); for such files the ustar ones of others read the same."""
     checksum = TAR_NUMBER.fullmatch(header[148:156])
     if not checksum:
         raise VerificationError(f"the archive has {excerpt(header)} at byte {at}, which is no tar header")
@@ -6348,7 +6296,6 @@ class Archive:
         self._strict = strict
 
     def ova(self) -> bytes:
-        """The first member, which is ova.xml."""
         member = self.next_member("the header of ova.xml")
         if member is None or member.name != "ova.xml":
             found = "its end" if member is None else ascii(member.name)
@@ -6426,8 +6373,7 @@ class Archive:
 def check_xva(check: Check, reader: Reader, expected: Optional[Dict[str, int]] = None,
               holds_disks: bool = True, strict: bool = True, bad: Optional[List[str]] = None,
               has_digests: bool = True) -> Contents:
-    """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the exact
-    end.
+    """An XVA archive: ova.xml, each disk that it names block by block with the block's digest, and the end.
 
     `expected`: virtual size by VDI uuid of the disks that must be in it by the pool's own records; ova.xml's
     list holds in any case. With `holds_disks` false it is a metadata export: ova.xml alone. `strict`: see
@@ -6524,8 +6470,7 @@ def check_xva(check: Check, reader: Reader, expected: Optional[Dict[str, int]] =
 
 
 def _read_digest(archive: Archive, block: Member, before: str) -> Tuple[str, str]:
-    """The suffix and the text of the digest file that follows each block, all with the suffix of the one
-    before."""
+    """The suffix and the text of the digest file that follows each block, with the suffix of that before."""
     member = archive.next_member("the header of the digest of " + block.name)
     name = "" if member is None else member.name
     suffix = name[len(block.name):]
@@ -6540,8 +6485,7 @@ def _read_digest(archive: Archive, block: Member, before: str) -> Tuple[str, str
 
 
 def archive_block(disk: str, number: int, content: Any, suffix: str = ".checksum") -> Tuple[Any, ...]:
-    """A block of an archive with its digest, in pieces. SHA-1 is the one that all versions of the importer
-    know."""
+    """A block of an archive with its digest, in pieces. All versions of the importer know SHA-1."""
     name, hasher = f"{disk}/{number:08d}", hashlib.sha1() if suffix == ".checksum" else block_hasher()()
     hasher.update(content)
     text = hasher.hexdigest() if suffix == ".checksum" else hasher.hexdigest().upper()
@@ -6551,9 +6495,8 @@ def archive_block(disk: str, number: int, content: Any, suffix: str = ".checksum
 
 def image_pieces(disk: str, size: int, contents: Iterable[Tuple[int, Any]],
                  suffix: str = ".checksum") -> Iterator[Any]:
-    """The pieces of an image of a disk of which these MiB are not zeros: those of an archive, where the disk
-    bears that name, without MiBs of zeros but for the first and the last, with digests of that kind; or raw.
-    """
+    """The pieces of an image of a disk of which these MiB are not zeros: raw, or where the disk has a name,
+    the blocks of an archive, without MiBs of zeros but for the first and the last."""
     def pieces(number: int, content: Any) -> Tuple[Any, ...]:
         content = content or memoryview(ZERO_MEBIBYTE)[:size - number * MEBIBYTE]
         return archive_block(disk, number, content, suffix) if disk else (content,)
@@ -6596,8 +6539,7 @@ class VhdFile:
 
     Of type 4, which holds what differs from what is there, or 3; without parent or locators, which nobody
     looks at (tried on a real server). The table, which stands before the blocks, is written last: a file
-    without it is none. It bears the sign of Windows, as some readers go by the size only of such files, and
-    else by the geometry, which is less.
+    without it is none. It bears the sign of Windows: else some readers go by the geometry, which is less.
     """
 
     def __init__(self, fd: int, size: int, kind: int) -> None:
@@ -6622,7 +6564,6 @@ class VhdFile:
         forget_passed(self._fd, at, self._sector * SECTOR_BYTES)
 
     def complete(self) -> None:
-        """All of it is on disk."""
         size = self._size
         footer = bytearray(SECTOR_BYTES)
         footer[:64] = struct.pack(">8sIIQI4sI4sQQHBBI", VHD_MAGIC, 2, 0x10000, SECTOR_BYTES, 0, b"win ",
@@ -6656,13 +6597,10 @@ def vhd_geometry(size: int) -> Tuple[int, int, int]:
 
 
 class DiskState:
-    """One disk in a copy that tells the state of every block: its rows in `blocks`; and in an increment the
-    file of what changed, in units of 2 MiB, the block of a VHD.
-
-    `old`: the rows of the copy named `base`, in an increment, for the same disk. `table`: the block table of
-    the difference that it is read from, None where all of it is read; what is not in it is as it was.
-    `begin` and `end`: where its rows stand.
-    """
+    """One disk in a copy that tells the state of every block: its rows in `blocks`, from `begin` to `end`;
+    and in an increment the file of what changed, in units of 2 MiB, the block of a VHD. `old`: the rows of
+    the copy named `base`, in an increment, for the same disk. `table`: the block table of the difference that
+    it is read from, None where all of it is read; what is not in it is as it was."""
 
     def __init__(self, key: str, size: int, blocks: BlocksFile, old: Iterator[Row] = iter(()),
                  base: str = "", file: Optional[VhdFile] = None, table: Optional[array] = None) -> None:
@@ -6721,8 +6659,7 @@ class DiskState:
 
 class StateSink(MebibyteSink):
     """The sink of an export whose copy is to tell the state of every block. `begin` gives the DiskState of a
-    disk by its name in the image, each once; `disks` are those begun, in order. The list of blocks is
-    complete, and closed, with the sink that is its last."""
+    disk by its name in the image; `disks` are those begun, in order. The one that is last ends the list."""
 
     def __init__(self, blocks: BlocksFile, begin: Callable[[str], DiskState],
                  names: Callable[[], Iterable[str]], is_last: bool = True) -> None:
@@ -6770,8 +6707,7 @@ def check_vhd(check: Check, image: Any, virtual_size: Optional[int] = None, stri
     and nothing else. Otherwise of any writer: a descriptor gives its parts wherever they lie, a Reader in
     order only, as it can't go back: UnknownFormat. `is_whole` false: of a damaged file as much as can be
     read. `is_layer`: it may be a difference, as VhdFile writes it in an increment, or, strictly, as xapi
-    streams it. VHD has no digests: a bit flipped inside a block shows in the SHA-256 and the recorded CRCs
-    only.
+    streams it. VHD has no digests: a flipped bit shows in the SHA-256 and the recorded CRCs only.
     """
     vhd, blocks = _Vhd(listed(image, check.blocks), strict, is_whole, is_layer), 0
     footer = vhd.read_footer()
@@ -6821,8 +6757,7 @@ class _Vhd:
         return joined(self._pieces(at, count, where))
 
     def read_footer(self) -> bytes:
-        """A file's at its end, where that of old Virtual PCs lacks its last byte; a stream's copy at its
-        beginning."""
+        """At a file's end, where that of old Virtual PCs lacks its last byte; a stream's copy comes first."""
         footer, at = b"", 0
         for length in (SECTOR_BYTES, SECTOR_BYTES - 1) if self._is_file else ():
             if self._end >= length and not footer.startswith(VHD_MAGIC):
@@ -13555,8 +13490,7 @@ class CopyState(enum.Enum):
 
 
 class CopyVerdict(NamedTuple):
-    """What a check of a copy found, how its files looked when it began, and the state of its own blocks, if
-    its manifest tells that of every block."""
+    """What a check of a copy found, how its files looked as it began, and its blocks' state, if known."""
     copy: Copy
     state: CopyState
     reason: str
@@ -13565,8 +13499,7 @@ class CopyVerdict(NamedTuple):
 
 
 def verify_copy(services: Services, copy: Copy, layers: LayerStates) -> CopyVerdict:
-    """The verdict on that copy of the catalog; what is learned of layers is noted. Raises Interrupted only.
-    """
+    """The verdict on that copy; what is learned of layers is noted. Raises Interrupted only."""
     look = ""
     try:
         look = services.catalog.look_of(copy)
@@ -13682,8 +13615,7 @@ def _check_files(services: Services, inside: Directory) -> Dict[str, Any]:
 
 
 def chosen_vms(catalog: Catalog, vm: str, log: Log) -> Listing:
-    """The VMs of the store that the word means, all if it is empty; UsageError if there is none. What can't
-    be listed is told."""
+    """The VMs of the store that the word means, or all; UsageError if none. What can't be listed is told."""
     listing = list_store(catalog)
     for problem in listing.problems:
         log.info(f"{problem} It is left out.")
@@ -13757,13 +13689,12 @@ def is_pruned_by_hand(arguments: Arguments) -> bool:
 def stored_rules(services: Services, stored: StoredVm,
                  machine: Optional[VirtualMachine] = None) -> Tuple[Tuple[Rules, ...], str]:
     """The rules for a VM and kind when retention is applied without a pool, this config's first, and what
-    makes them so; none if nothing is removed.
+    makes them so; none if nothing is removed. `machine`: the VM, where the pool was asked.
 
     Where max_backups is said by hand, only this config's rules count. A VM that the config does not select by
     name, and copies that tell no rules, are left. The rules of this config's newest manifest, or of one that
     tells no config, count too: which line decides, for tags or after a change of the kind, only a run with
     the pool knows, and one by hand can have other rules. Lowered ones count once a run has told them.
-    `machine`: the VM, where the pool was asked.
     """
     settings = services.settings
     if is_pruned_by_hand(services.arguments) and stored.method is not None:
@@ -13837,10 +13768,8 @@ def prune_chosen(run: Run) -> None:
 
 
 def prune_one(run: Run, services: Services, chosen: StoredVm) -> int:
-    """The VM's copies that no rule holds are gone, or shown in a preview; how many.
-
-    What goes is decided on what is there under the lock, whatever was there when the VM was chosen.
-    """
+    """How many of the VM's copies no rule holds: they are gone, or shown in a preview. That is decided on
+    what is there under the lock, whatever was there when the VM was chosen."""
     preview, folder, catalog, log = services.arguments.preview, chosen.folder, services.catalog, services.log
     with contextlib.ExitStack() as stack:
         lock = None if preview else catalog.folder_lock(folder)
@@ -13927,7 +13856,6 @@ class SourceDisk(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The disk in a few words."""
         size = f" ({format_size(self.virtual_size)})" if self.virtual_size else ""
         return f"{self.device} {quote_name(self.name)}{size}"
 
@@ -13942,12 +13870,10 @@ class SourceDisk(NamedTuple):
 
 
 class Source(NamedTuple):
-    """An image to bring back, and what is known of it.
-
-    `inside`: its directory, open. `ova`: the archive's own, or vm-metadata.xml for an image of one disk; {}
-    if there is none. `original`: the VM's own record, {} if unknown. `disks` are in the image, `lacking` are
-    the VM's others. `order`: the disks of an archive whose blocks come first, as far as that is known.
-    """
+    """An image to bring back, and what is known of it. `inside`: its directory, open. `ova`: the archive's
+    own, or vm-metadata.xml for an image of one disk; {} if there is none. `original`: the VM's own record, {}
+    if unknown. `disks` are in the image, `lacking` are the VM's others. `order`: the disks of an archive
+    whose blocks come first, as far as that is known."""
     inside: Directory
     copy: Copy
     manifest: Dict[str, Any]
@@ -13960,23 +13886,19 @@ class Source(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The copy for a line."""
         return self.inside.shown if self.copy.is_increment else f"{self.inside.shown}/{self.copy.image}"
 
     @property
     def size_bytes(self) -> int:
-        """How much is read of it."""
         return sum(disk["blocks"] for disk in held_disks(self.manifest)) * MEBIBYTE \
             if self.copy.is_increment else self.inside.status(self.copy.image).st_size
 
     @property
     def record(self) -> Dict[str, Any]:
-        """The VM's record in `ova`."""
         return ova_objects(self.ova, "VM").get(self.vm_id, {}) if self.ova else {}
 
     @property
     def vm_name(self) -> str:
-        """The VM's own name."""
         if self.original.get("name_label"):
             return self.original["name_label"]
         if self.manifest:
@@ -13987,9 +13909,8 @@ class Source(NamedTuple):
 
     @property
     def vm_uuid(self) -> str:
-        """The VM's own uuid, "" if it is not known. A snapshot's archive alone bears the snapshot's uuid, and
-        the VM's in the text that a snapshot has of its VM's record (snapshot_metadata: ocaml/xapi/helpers.ml
-        vm_to_string@v24.19.2)."""
+        """The VM's own uuid, "" if unknown. A snapshot's archive bears the snapshot's, and the VM's only in
+        its snapshot_metadata (a text: ocaml/xapi/helpers.ml vm_to_string@v24.19.2)."""
         if self.original.get("uuid") or self.copy.uuid:
             return self.original.get("uuid") or self.copy.uuid
         about_vm = self.record.get("snapshot_metadata", "")
@@ -14006,7 +13927,6 @@ class Source(NamedTuple):
 
     @property
     def digests_text(self) -> str:
-        """What is on record of an image without a manifest."""
         stamp = parse_copy_name(self.copy.name)
         return "the older program recorded no digests" if stamp and stamp[1] else \
             "no digests of it are on record"
@@ -14066,8 +13986,7 @@ def disks_of_ova(ova: Dict[str, Any], vm_id: str) -> List[SourceDisk]:
 
 def read_source(inside: Directory, copy: Copy, force: bool = False, without_vm: bool = False) -> Source:
     """What that copy's directory holds. VerificationError or CatalogError if its image can't be what it
-    should be; with `force` it may lack its end, and `without_vm` the image of a disk may stand alone (its
-    size is then 0: not known)."""
+    should be; `force`: it may lack its end; `without_vm`: a disk's may stand alone (size 0: unknown)."""
     manifest = {} if copy.is_old else parse_manifest(inside.read(MANIFEST))
     if is_compressed_twice(copy.image, manifest.get("image", {})):
         raise UnknownFormat(f"{copy.image} was compressed a second time: decompress it once")
@@ -14191,9 +14110,8 @@ def chosen_source(services: Services) -> Iterator[Tuple[Source, Optional[Catalog
 @contextlib.contextmanager
 def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy],
               copy: Optional[Copy] = None) -> Iterator[Tuple[Copy, Directory]]:
-    """That copy, or the one that `choose` gives, open; nobody removes it, or what holds its blocks,
-    meanwhile, where this store can be locked from here: who reads goes on without. For one that went away
-    before it was held another is chosen."""
+    """That copy, or one that `choose` gives, open; nobody removes it, or what holds its blocks, meanwhile,
+    where this store can be locked from here. For one that went away before another is chosen."""
     while True:
         copy = copy or choose()
         with contextlib.ExitStack() as stack:
@@ -14253,8 +14171,7 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
 
 
 def copy_at_path(path: str) -> Tuple[str, Copy]:
-    """The directory and the copy of that path: a copy's directory, the image in one, or an image alone; or
-    UsageError."""
+    """The directory and the copy of that path: a copy's directory, an image in it or alone; or UsageError."""
     is_directory = os.path.isdir(fs_path(path))
     place, image = (path, "") if is_directory else os.path.split(path.rstrip("/"))
     place = place or "/"
@@ -14288,8 +14205,7 @@ OTHER_COPY = "Nothing was started; `list` shows the other copies."
 
 
 def opened_source(services: Services, copy: Copy, inside: Directory) -> Source:
-    """What that copy holds; BackupError with what is wrong with it. A disk is extracted without its VM. A
-    store that hangs is left when a signal comes."""
+    """What that copy holds; BackupError with what is wrong with it. A disk is extracted without its VM."""
     given = services.arguments.parameters
     try:
         return within(FOR_EVER_S, f"reading {inside.shown}", lambda: read_source(
@@ -14305,9 +14221,8 @@ def opened_source(services: Services, copy: Copy, inside: Directory) -> Source:
 
 
 class TargetSr(NamedTuple):
-    """An SR that disks could go to; `free_bytes` -1 if it does not tell. `unplugged`: the uuids of its PBDs
-    that are not plugged. One that is not plugged is not usable: an import into it would hang without a word
-    (tried)."""
+    """An SR that disks could go to; `free_bytes` -1 if it does not tell; `unplugged`: the uuids of such PBDs.
+    Without them it is not usable: an import into it would hang without a word (tried)."""
     ref: str
     uuid: str
     name: str
@@ -14318,7 +14233,6 @@ class TargetSr(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The SR for a sentence."""
         return f"{quote_name(self.name)} ({self.uuid[:8]})"
 
     @property
@@ -14360,9 +14274,8 @@ def read_pool_view(pool: Pool, inventory: Inventory) -> PoolView:
 
 
 def target_srs(pool: Pool, master: str) -> Tuple[TargetSr, ...]:
-    """The SRs, with what is free on them now, in four calls; one whose record can't be read is not usable.
-    Storage work on a shared SR is the master's (ocaml/xapi/message_forwarding.ml
-    choose_pbds_for_sr@v24.19.2)."""
+    """The SRs as they are now, in four calls. Storage work on a shared one is the master's
+    (ocaml/xapi/message_forwarding.ml choose_pbds_for_sr@v24.19.2)."""
     doing = "reading the SRs"
     metrics = pool.records(doing, "host_metrics")
     live = {ref for ref, record in pool.records(doing, "host").items()
@@ -14424,12 +14337,9 @@ class ExistingDisk(NamedTuple):
 
 
 class RestorePlan(NamedTuple):
-    """What a restore will make, with reasons; nothing is made if there are `problems`.
-
-    `given`: the parameters of the action. `uuid`: the one that the VM is to keep, "" for a new one. `parts`:
-    for each import its SR and the ids of its disks, in the order of the archive. `new_mac_seed`: a kept one
-    would clash.
-    """
+    """What a restore will make, with reasons; nothing is made if there are `problems`. `given`: the
+    parameters of the action. `uuid`: the one that the VM is to keep, or "". `parts`: for each import its SR
+    and the ids of its disks, in the order of the archive. `new_mac_seed`: a kept one would clash."""
     source: Source
     given: Dict[str, Any]
     is_drill: bool
@@ -14516,11 +14426,9 @@ def _plan_disks(source: Source, view: PoolView, named: Optional[TargetSr],
 
 
 def lost_memory(source: Source) -> str:
-    """What becomes of the memory of a VM that was suspended, in a sentence; "" if it was not.
-
-    A backup never has it, as a snapshot has none (ocaml/xapi/xapi_vm_clone.ml@v26.17.0). What a hand-made
-    export has is left out: it fits only the interfaces, drives and hosts that the VM had.
-    """
+    """What becomes of the memory of a VM that was suspended, in a sentence; "" if it was not. A backup never
+    has it, as a snapshot has none (ocaml/xapi/xapi_vm_clone.ml@v26.17.0). What a hand-made export has is left
+    out: it fits only the interfaces, drives and hosts that the VM had."""
     image = next((disk for disk in source.disks if disk.is_memory), None)
     if image is not None:
         return (f"it was suspended, and its memory ({format_size(image.virtual_size)}) is left out: it comes "
@@ -14552,7 +14460,6 @@ def find_sr(view: PoolView, word: str) -> TargetSr:
 
 
 def _sr_choice(view: PoolView) -> str:
-    """The SRs to choose from, in a sentence."""
     usable = [f"{quote_name(sr.name)} ({sr.uuid}), "
               f"{format_size(sr.free_bytes) if sr.free_bytes >= 0 else '? bytes'} free"
               for sr in view.srs if sr.is_usable]
@@ -14831,8 +14738,7 @@ class Importer:
         return self._stream(doing, plan, commands, tasks, new_feed, sink)
 
     def _create(self, entry: OpenEntry, plan: RestorePlan, sink: Any) -> str:
-        """The VM of a copy that has cfg files only is made by API and its disk filled; the marks are in the
-        calls. Returns and raises as _import does."""
+        """As _import, for a copy with cfg files only: made by API, marks in the calls, its disk filled."""
         doing, source, pool = f"the rebuilding of {entry.title}", plan.source, self._services.pool
         disk, key, record = source.disks[0], KEY_PREFIX + entry.facts["token"], source.record
         vdi = ova_objects(source.ova, "VDI")[disk.id]
@@ -15102,11 +15008,9 @@ def feed_archive(reader: Reader, imports: Imports, ovas: Sequence[bytes], parts:
 
 
 class DiskFeed(MebibyteSink):
-    """The sink of an image's check that gives its one disk to an import.
-
-    With `ova` as an archive: a block for each MiB; MiBs of zeros are left out but for the first and the last
-    (stream_vdi.ml@v26.17.0). Without it raw and whole, for `xe vdi-import format=raw`.
-    """
+    """The sink of an image's check that gives its one disk to an import. With `ova` as an archive: a block
+    for each MiB, without MiBs of zeros but for the first and the last (stream_vdi.ml@v26.17.0). Without it
+    raw and whole, for `xe vdi-import format=raw`."""
 
     def __init__(self, imports: Imports, virtual_size: int, ova: bytes = b"", disk_id: str = "") -> None:
         super().__init__(self._give)
@@ -15147,9 +15051,8 @@ def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequ
                  more: Sequence[Consumer] = (), problems: Optional[List[VerificationError]] = None,
                  advice: str = "") -> Check:
     """The whole image passed through its check (whose sinks are shown the disks' contents) and through
-    `more`, and its digests are those on record; the check. VerificationError, which ends in `advice`, if
-    anything is not as it was at the export; where `problems` is given that is noted there, and as much passes
-    as can be read."""
+    `more`, and its digests are those on record; the check. VerificationError, which ends in `advice`, if not;
+    where `problems` is given that is noted there, and as much passes as can be read."""
     # Of what only passes on, the digest of bytes that were proven once says all that their structure could
     # say again, at half the cost.
     check_it = sinks or not (more and source.manifest)
@@ -15369,8 +15272,7 @@ NOT_TRIED = "COULD NOT BE TRIED"
 
 def compare_disk(services: Services, exporter: Exporter, imported: ImportedVm, planned: PlannedDisk,
                  held: Sequence[int]) -> None:
-    """ProgramError unless the disk in the pool holds what the image held, by the digests of its MiBs: that
-    matched its own."""
+    """ProgramError unless the disk in the pool holds what the proven image held, by digests of its MiBs."""
     doing = f"reading back disk {planned.disk.device} of {imported.entry.title}"
     record = services.pool.ask(doing, "VDI.get_record", imported.vdis[planned.disk.id])
     size = int(record["virtual_size"])
@@ -15420,11 +15322,8 @@ def guest_metrics(pool: Pool, ref: str, doing: str) -> str:
 
 
 def drill_copies(services: Services, vm: str) -> Tuple[List[Copy], List[Finding]]:
-    """The newest good copy of each VM that the drill is to try, and what was passed over for it.
-
-    A VM that has none gives the newest of its others, whose drill fails. UsageError if the store has no such
-    VM.
-    """
+    """The newest good copy of each VM that the drill is to try, and what was passed over for it. A VM that
+    has none gives the newest of its others, whose drill fails. UsageError if the store has no such VM."""
     catalog, sample = services.catalog, services.arguments.parameters["sample"]
     if vm and vm != NEWEST_OF_EACH:
         return [choose_copy(catalog, vm, "latest", services.log)], []
@@ -15450,8 +15349,7 @@ def drill_copies(services: Services, vm: str) -> Tuple[List[Copy], List[Finding]
 
 
 def drill_plan(services: Services, view: PoolView, copy: Copy, inside: Directory) -> RestorePlan:
-    """What a drill of that copy makes; BackupError if it can't be made. Of the pool only its SRs are read
-    anew."""
+    """What a drill of that copy makes, or BackupError. Of the pool only its SRs are read anew."""
     if not copy.is_good:
         raise BackupError(f"it is no good copy ({copy.trouble}), and there is no good one of this VM: back "
                           "it up first.")
@@ -15488,8 +15386,7 @@ def undrilled(copy: Copy) -> Outcome:
 
 def drill_one(services: Services, view: PoolView, importer: Importer, exporter: Exporter,
               copy: Copy) -> Outcome:
-    """What the drill of that copy found; its verdict is on record. Nothing of it is left in the pool, or a
-    finding says so."""
+    """What the drill of that copy found, also on record; a finding tells what of it is left in the pool."""
     began_s, title = services.clock.monotonic(), f"{copy.folder}/{copy.name}"
     cause = None                           # type: Optional[Exception]
     choose = functools.partial(choose_copy, services.catalog, f"uuid:{copy.uuid}", "latest", services.log)
@@ -15577,13 +15474,11 @@ class StatusLog:
         self._line(what, "begin" + ("," + one_line(name) if name else ""), host)
 
     def end(self, outcome: Outcome, host: str = "") -> None:
-        """What was to be done for a VM ended so."""
         numbers = f",elapse:{outcome.seconds // MINUTE_S:.0f} size:{outcome.size_bytes // GIBIBYTE}G"
         self._line(outcome.what, f"end,{outcome.status_word} {one_line(outcome.name)}"
                                  f"{'' if outcome.error else numbers}", host)
 
     def end_run(self, report: Report) -> None:
-        """The run ended so."""
         self._line("vmbackup.py", f"end,{report.word},S:{report.successes} W:{report.warnings} "
                                   f"E:{report.errors}")
 
@@ -15632,8 +15527,7 @@ MAIL_NAME_MOST = 40                # characters of a VM's name in a subject
 
 
 class StoreFacts(NamedTuple):
-    """What is told about the store as a run has ended. `problem` says why the copies are not known, "" if
-    they are."""
+    """What is told about the store as a run has ended. `problem`: why the copies are not known, or ""."""
     path: str
     now: datetime
     vms: Tuple[StoredVm, ...] = ()
@@ -15744,8 +15638,7 @@ def mail_errors(report: Report, store: StoreFacts) -> List[str]:
 
 
 def left_text(outcome: Outcome, report: Report, store: StoreFacts) -> str:
-    """What the store holds of a VM that was not backed up, in a line of its own; a drill changes nothing
-    there."""
+    """What the store holds of a VM that was not backed up, in a line; a drill changes nothing there."""
     if report.wording is DRILL_WORDING:
         return ""
     if store.problem:
@@ -15796,8 +15689,7 @@ def early_end_body(report: Report) -> str:
 
 
 class Outbox:
-    """The mails of one config that could not be sent, in the state folder, until a run of that config gets
-    them out."""
+    """The mails of one config that could not be sent, in the state folder, until a run of it sends them."""
 
     def __init__(self, catalog: Catalog, owner: str) -> None:
         self._catalog = catalog
@@ -15817,18 +15709,15 @@ class Outbox:
         return self._in_folder(self._catalog.state_if_there, self._names) or []
 
     def read(self, name: str) -> bytes:
-        """The message of that name."""
         return self._in_folder(self._catalog.state, lambda folder: folder.read(name))
 
     def remove(self, name: str) -> None:
-        """It is gone."""
         self._in_folder(self._catalog.state, lambda folder: folder.remove_file(name))
 
     @staticmethod
     def _in_folder(open_folder: Callable[[str], Optional[Directory]],
                    work: Callable[[Directory], Any]) -> Any:
-        """What the work in the folder gives, None if there is none; a dead share must not keep a mail
-        waiting."""
+        """What the work in the folder gives, None if there is none; no mail waits for a dead share."""
         def do() -> Any:
             folder = open_folder(MAIL_FOLDER)
             if folder is not None:
@@ -15845,8 +15734,7 @@ class Outbox:
 
 
 def mailed(run: Run, services: Services, report: Report, store: StoreFacts) -> Report:
-    """The report, which went out by mail if that was wanted; with a warning more if that, or a mail of an
-    earlier run, could not be sent."""
+    """The report, mailed if so wanted; with a warning more if that, or an earlier mail, was not sent."""
     settings = services.settings
     if not settings.mail_to or settings.mail_when == "never":
         return report
@@ -15893,10 +15781,8 @@ WATCHED_DAYS = 7                       # a VM that no round had for so long is n
 
 
 class Held(NamedTuple):
-    """What the store held of a VM as a round ended: how many good copies, and of the newest its directory
-    and name, when it was taken (UTC, "" if there is none), its size in bytes, what a verdict on it belongs
-    to, and the copies that hold blocks of it; which copies are not good (`FOLDER/NAME`); and when a copy was
-    last verified and drilled."""
+    """What the store held of a VM as a round ended. Of the newest good copy: when it was taken (UTC, or ""),
+    the `mark` that a verdict on it belongs to, the copies that hold its blocks. `bad`: FOLDER/NAME."""
     uuid: str
     good: int = 0
     folder: str = ""
@@ -16083,8 +15969,7 @@ def past_of_run(run: Run, report: Report, store: StoreFacts) -> Past:
 
 
 def history_text(rounds: Sequence[Past], vm: str) -> str:
-    """A line for each round, oldest first, and one for each thing that was not done; of a VM, by name or
-    uuid, only what became of it."""
+    """A line for each round, oldest first, and one for each thing that was not done; or those of that VM."""
     lines = []                             # type: List[str]
     for report in (past.report for past in rounds):
         at = format_local(report.began_at)
@@ -16229,9 +16114,8 @@ class Alarm(enum.IntEnum):
 
 
 def held_now(catalog: Catalog, one: Watched, condemned: Container[str], oldest: datetime) -> Held:
-    """What the store holds of the VM now: what is on record, if all of it was good, its newest is there yet,
-    no check has condemned any in its directory since, and it is not older than that; what the VM's
-    directories hold, if not."""
+    """What the store holds of the VM now: what is on record, if all of that was good, is there yet, was not
+    condemned since, and is not older than that; what the VM's directories hold, if not."""
     held, vm = one.held, one.last
     if held.newest and not held.bad and held.folder not in condemned and parse_utc(held.newest_at) >= oldest \
             and all(catalog.is_sealed(held.folder, name) for name in (held.newest,) + held.rests_on):
@@ -16244,9 +16128,8 @@ def held_now(catalog: Catalog, one: Watched, condemned: Container[str], oldest: 
 
 def check_line(ages: Sequence[Tuple[str, Optional[float]]], bad: Sequence[str], warn_s: float, crit_s: float,
                free_bytes: Optional[int], notes: Sequence[str] = ()) -> Tuple[Alarm, str]:
-    """The state, and the line that tells it. `ages`: of each VM its title and the age of its newest good copy
-    in seconds, None if it has none, less than 0 if that is of a time yet to come; `bad`: copies that are not
-    good."""
+    """The state, and the line that tells it. `ages`: of each VM its title and its newest good copy's age in
+    seconds, None without one, negative if of a time yet to come; `bad`: copies that are not good."""
     told = []                              # type: List[str]
     alarm, oldest = Alarm.OK, max((age for _, age in ages if age is not None), default=0.0)
     for words, level, rows in (
@@ -16554,9 +16437,8 @@ def page_of(services: Services, rounds: Sequence[Past], store: StoreFacts, host:
 
 
 def end_told(run: Run) -> int:
-    """The exit status of a run that has ended: what it came to is told where people look, the lock of its
-    config given back, and its last lines stand in status log and log. A run that ended before it could begin
-    has none of these lines."""
+    """The exit status of a run that has ended: it is told where people look, and the lock of its config given
+    back. Status log and log have its last lines, unless it ended before it could begin."""
     services, report, status = run.services, run.report(), int(ExitStatus.BUG)
     with services.signals.shielded():
         try:
@@ -16586,8 +16468,7 @@ def end_told(run: Run) -> int:
 
 
 def after_run(run: Run, report: Report) -> Report:
-    """The report, once the administrator's program has run for which the store is closed; with a warning more
-    if that failed."""
+    """The report, once the administrator's program has run, with the store closed; or with a warning more."""
     if not run.services.settings.after_run:
         return report
     facts = past_facts(Past(report, ""))
@@ -16617,9 +16498,8 @@ def warned(run: Run, report: Report, subject: str, sentence: str) -> Report:
 
 
 def told_abroad(run: Run, report: Report) -> Report:
-    """The report, which went out by ping and mail, and, of a round, into the history, onto the page and into
-    the file of numbers, as far as that was wanted; with a warning more for each of these that could not be
-    had. None changes an outcome."""
+    """The report, which went out by ping and mail, and, of a round, into history, page and file of numbers,
+    as far as wanted; with a warning more for each that could not be had. None changes an outcome."""
     settings = run.services.settings
     if run.catalog is None and not run.storage_hangs:  # no store is what such a run has often to tell of
         with contextlib.suppress(CatalogError):
@@ -16760,8 +16640,7 @@ def foreseen_copy(job: Job, folder: str, verdicts: Sequence[Verdict],
 
 def foreseen(services: Services, inventory: Inventory,
              plan: Plan) -> Tuple[Plan, Dict[str, Foreseen], str]:
-    """What futures_of gives, and the preview: it tells of each VM its directory too, and what a run will say
-    about the copies there."""
+    """What futures_of gives, and the preview."""
     plan, futures = futures_of(services, inventory, plan)
     return plan, futures, preview_text(services.settings, inventory, plan, futures, services.catalog)
 
@@ -16771,9 +16650,8 @@ UNREADABLE = "all of it will be read, as the list of blocks of the newest good c
 
 def futures_of(services: Services, inventory: Inventory, plan: Plan,
                proven: Container[str] = ()) -> Tuple[Plan, Dict[str, Foreseen]]:
-    """The plan with what the store adds to its findings; and by the uuid of each VM its directory, what a run
-    will say about the copies there, and what its own copy will be. Of those in `proven` the copy that an
-    increment would rest on is looked into, as a run does."""
+    """The plan with what the store adds to its findings; and what is foreseen of each VM, by uuid. Of those
+    in `proven` the copy that an increment would rest on is looked into, as a run does."""
     placement = Placement(services.catalog, inventory.pool_uuid, [one.name for one in inventory.machines])
     otherwise, views = older_differences(services.settings, inventory, plan), []
     told = {finding.subject for finding in otherwise}              # more than "matches nothing"
@@ -16841,8 +16719,7 @@ def foreseen_reading(services: Services, inventory: Inventory, job: Job, copies:
 def future_verdicts(job: Job, copies: Sequence[Copy], now: datetime, clock_is_wrong: bool,
                     pre_clean: bool = False, layer: Optional[NextLayer] = None,
                     read_back: bool = False) -> List[Verdict]:
-    """What a run of this job will say about the copies, first to make room, then when it has made its own,
-    left out here."""
+    """What a run of this job will say about these copies, first to make room, then when its own is made."""
     if clock_is_wrong:
         return [Verdict(copy, True, "the clock went back, so nothing is pruned") for copy in in_order(copies)]
 
@@ -16870,8 +16747,7 @@ LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only ad
 
 
 def note_in_pool(services: Services, rows: Sequence[Dict[str, Any]]) -> None:
-    """Each row tells whether the pool still has its VM: None where no pool can be asked from here, or it is
-    another pool's, or it does not tell its uuid."""
+    """Each row tells whether the pool still has its VM: None where that can't be known from here."""
     inventory, uuids = None, set()         # type: Optional[Inventory], Set[str]
     try:
         if services.arguments.password != "-" or os.path.exists(fs_path(own_doors()[0].host)):
@@ -16886,8 +16762,7 @@ def note_in_pool(services: Services, rows: Sequence[Dict[str, Any]]) -> None:
 
 def list_row(services: Services, catalog: Catalog, stored: StoredVm, now: datetime,
              machine: Optional[VirtualMachine] = None) -> Dict[str, Any]:
-    """One VM and kind of the store as JSON shows it; ages in seconds, sizes in bytes. `machine`: the VM,
-    where the pool was asked."""
+    """One VM and kind of the store as JSON shows it; ages in seconds. `machine`: where the pool was asked."""
     rules, why, verdicts = stored_verdicts(services, stored, now, machine)
     copies, seen = [], {}                  # type: List[Dict[str, Any]], Dict[str, List[Any]]
     for copy, verdict in zip(stored.copies, verdicts):
@@ -16977,9 +16852,8 @@ LAST_ROUNDS = 3                # that are told of a VM
 
 
 def explained(services: Services, inventory: Inventory, plan: Plan, hindrance: str) -> str:
-    """Why each VM that the words mean is, or is not, backed up by this config, and how; UsageError if nothing
-    is known of any. Without a catalog it is what the pool alone tells, "" if that knows none. `hindrance`:
-    why a run would end before its first VM."""
+    """Why each VM that is meant is, or is not, backed up, and how; UsageError if none is known. Without a
+    catalog what the pool alone tells, or "". `hindrance`: why a run would end before its first VM."""
     vm, catalog, here = services.arguments.vm, services.catalog, ("", inventory.pool_uuid)
     if catalog is None:
         return "\n\n".join("\n".join(map(wrapped, explained_machine(
@@ -17035,8 +16909,7 @@ def wrapped(text: str) -> str:
 
 def explained_machine(services: Services, inventory: Inventory, plan: Plan,
                       future: Optional[Foreseen], machine: VirtualMachine, ahead: List[str]) -> List[str]:
-    """Whether the VM of the pool is backed up, by which line, with which disks, and what the next run does.
-    `ahead`: what is to be said of that first."""
+    """Whether and how the VM is backed up, and what the next run does; first of that comes `ahead`."""
     settings, who = services.settings, f"{quote_name(machine.name)} ({machine.uuid})"
     this = "this command" if settings.is_by_hand else "this config"
     job = next((one for one in plan.jobs if one.machine.uuid == machine.uuid), None)
@@ -17127,8 +17000,7 @@ def explained_lost(services: Services, inventory: Inventory, stored: StoredVm) -
 
 def explained_past(services: Services, inventory: Inventory, stored: Sequence[StoredVm],
                    rounds: Sequence[Past], machine: Optional[VirtualMachine] = None) -> List[str]:
-    """What the rounds on record have made of the VM, what the store has of it, and what else of it stays in
-    the pool."""
+    """What rounds have made of the VM, what the store has of it, and what of it stays in the pool."""
     now, settings = services.clock.local(), services.settings
     pool = machine is None and stored[0].pool or inventory.pool_uuid
     uuid = machine.uuid if machine is not None else stored[0].uuid
@@ -17152,8 +17024,7 @@ def explained_past(services: Services, inventory: Inventory, stored: Sequence[St
 
 
 def explained_references(services: Services, inventory: Inventory, pool: str, uuid: str) -> List[str]:
-    """What keep_reference has left of the VM in its pool: since when, what it costs, and, of this pool,
-    whether it is there and what becomes of it."""
+    """What keep_reference has left of the VM in its pool, what it costs, and what becomes of it."""
     lines, settings, now = [], services.settings, services.clock.utc()
     there = inventory.vdis.union([one.uuid for one in inventory.references],
                                  [known for _, known, _ in inventory.others])      # under another name, too
@@ -17428,8 +17299,7 @@ PASSWORD_PLACE = "PASSWORD_FILE"
 
 
 def load_configuration(arguments: Arguments) -> Configuration:
-    """The checked configuration of that command line; ConfigurationError or UsageError with all that is
-    wrong."""
+    """The checked configuration of that command line; ConfigurationError or UsageError with all problems."""
     settings = list(arguments.settings)
     file_settings, problems = [], []       # type: List[Setting], List[str]
     source = "the command line"
@@ -17768,8 +17638,7 @@ def command_explain(run: Run) -> None:
 
 
 def command_backup(run: Run) -> None:
-    """Everything that the config selects was backed up, or log, mail and exit status say what was not; or
-    this host has taken its part in that."""
+    """All that the config selects was backed up, or this host's part of it, or what was not is told."""
     run.wording = BACKUP_WORDING
     run.is_hooked = True
     run.hook("before_run", {})
@@ -17801,8 +17670,7 @@ def check_hosts(services: Services) -> None:
 
 
 def lead_new(run: Run, services: Services, identity: Inventory, name: str, before: Dict[str, Any]) -> None:
-    """A new round of that id was led to its end; the lock of the config is ours. `before`: what its text
-    told."""
+    """A new round of that id was led to its end, under the config's lock, whose text told `before`."""
     inventory, plan = read_and_plan(services, identity)
     if services.catalog.locks_are_local:
         services.log.info(f"the mount of {services.catalog.path} keeps locks within this host: "
@@ -17908,8 +17776,7 @@ def join(run: Run, services: Services, identity: Inventory, name: str, lock: Loc
 
 
 def work_along(run: Run, name: str) -> None:
-    """One more worker of this host has done its share of the round of that id, which the run that started it
-    leads or takes part in."""
+    """One more worker of this host has done its share of that round, which the run that started it knows."""
     settings = run.services.settings
     services = run.services._replace(catalog=run.in_store("opening the store", lambda: open_store(settings)))
     with connected(services, is_read=False) as (services, identity):
@@ -18079,8 +17946,7 @@ def command_pin(run: Run) -> None:
 
 
 def command_forget_references(run: Run) -> None:
-    """What keep_reference has left in the pool, of the VM that the words name or of all, is gone, and what an
-    audit held against differences is forgotten."""
+    """What keep_reference left in the pool, of that VM or all, is gone, and what an audit held against it."""
     services, vm = run.services, run.services.arguments.vm
     services = services._replace(catalog=run.in_store("opening the store", lambda: open_catalog(
         services.settings, services.log)))
