@@ -14769,6 +14769,7 @@ class Importer:
         digests, structure, blocks, import. Returns and raises as _import does: what is wrong with the copy
         goes before what xe said of it, and what xe said before what followed from that."""
         source, force, problem = plan.source, plan.given.get("force"), ""
+        advice = VERIFY_ADVICE if force is False else ""     # a drill takes no such words
         size_bytes = source.size_bytes
         watch = ImportWatch(self._services, doing, size_bytes, find_tasks=lambda: tasks)
         try:
@@ -14777,14 +14778,13 @@ class Importer:
                 sinks, more = ([], [feed]) if is_archive(source.copy) else ([feed], [])
                 problems: Optional[List[VerificationError]] = [] if force else None
                 try:
-                    stream_image(source, watch, sinks + ([sink] if sink else []), more, problems,
-                                 "" if force else VERIFY_ADVICE)
+                    stream_image(source, watch, sinks + ([sink] if sink else []), more, problems, advice)
                 except VerificationError:
                     imports.problems()                   # they end by themselves, as their input is over
                     raise
                 except BrokenPipeError:
                     reasons = imports.problems() or ["xe closed its input and said nothing"]
-                    raise import_failure(doing, reasons[0])
+                    raise import_failure(doing, reasons[0], advice)
                 if problems:
                     problem = f"{doing}: the copy is damaged: {str(problems[0]).rstrip('.')}."
                 if not imports.programs:
@@ -14796,7 +14796,7 @@ class Importer:
                     said = xe_problem(program.wait(0), program.said)
                     ask = self._services.pool.ask_if_there     # an xe that lost its connection proves nothing
                     if said and not (tasks and ask(doing, "task.get_status", tasks[part]) == "success"):
-                        raise import_failure(doing, said, was_proven=bool(source.manifest))
+                        raise import_failure(doing, said, advice, was_proven=bool(source.manifest))
         except (VerificationError, ProgramError) as error:
             if not force:
                 raise
@@ -15073,12 +15073,12 @@ MASTER_LOG = "/var/log/xensource.log of the pool's master tells more."
 CHECKSUM_WORDS = "checksum failed"     # of a block of the archive (ocaml/xapi/stream_vdi.ml@v26.17.0)
 
 
-def import_failure(doing: str, problem: str, was_proven: bool = False) -> BackupError:
-    """What an xe that ended badly means: the copy is damaged, or something else went wrong. `was_proven`:
-    what went in matched its digests, so that what is wrong now is not the copy."""
+def import_failure(doing: str, problem: str, advice: str, was_proven: bool = False) -> BackupError:
+    """What an xe that ended badly means: the copy is damaged, with that advice, or something else went wrong.
+    `was_proven`: what went in matched its digests, so that what is wrong now is not the copy."""
     problem = problem.rstrip(".")
     if CHECKSUM_WORDS in problem and not was_proven:
-        return VerificationError(f"{doing}: the copy is damaged: {problem}. {VERIFY_ADVICE}")
+        return VerificationError(f"{doing}: the copy is damaged: {problem}. {advice}".rstrip())
     return ProgramError(f"{doing} failed: {problem}. {MASTER_LOG}")
 
 

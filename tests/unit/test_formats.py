@@ -555,3 +555,12 @@ def test_a_name_that_xe_quotes_is_no_failure(said):
     'File not permitted: Blocked upload/download of the file /x', 'Unable to contact server. Please check server and port settings.'])
 def test_what_xe_says_of_a_failure_is_one_whatever_its_status(said):
     assert said.split('\n')[-1] in VmBackup.xe_problem(0, said)
+
+
+@pytest.mark.parametrize('was_proven, advice, said', [
+    (False, 'Take an older one.', 'restoring web: the copy is damaged: Block 3 checksum failed. Take an older one.'),
+    (False, '', 'restoring web: the copy is damaged: Block 3 checksum failed.'),       # it is kept, or was a drill
+    (True, 'Take an older one.', 'restoring web failed: Block 3 checksum failed. ' + VmBackup.MASTER_LOG)])
+def test_an_import_that_failed_for_a_checksum_blames_a_copy_that_was_not_proven(was_proven, advice, said):
+    error = VmBackup.import_failure('restoring web', 'Block 3 checksum failed.', advice, was_proven)
+    assert (str(error), isinstance(error, VerificationError)) == (said, not was_proven)
