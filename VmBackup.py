@@ -1638,7 +1638,7 @@ def help_text() -> str:
     lines += ["Actions:"] + two_columns([(action.name, action.help) for action in ACTIONS])
     lines += ["", "A crontab line for every host of the pool:",
               "  10 0 * * 6 /usr/bin/python3 /snapshots/NAUbackup/VmBackup.py - "
-              "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/VmBackup.log 2>&1", "",
+              "/snapshots/NAUbackup/weekend.cfg >> /snapshots/NAUbackup/VmBackup-$(hostname -s).log 2>&1", "",
               "Exit statuses:"]
     lines += two_columns([(f"{status.value:3}", status.meaning) for status in ExitStatus] + [
         ("128+N", "stopped by signal N, after clean-up")])
@@ -2710,7 +2710,8 @@ NIGHTS_OF_ONE_REASON = 3
 
 
 def repeated_reasons(readings: Sequence[Sequence[Tuple[str, str, str]]]) -> List[str]:
-    """Warnings about disks read whole for one reason in the last copies of a VM and kind; oldest first."""
+    """Warnings about disks read whole for one reason in the last copies of a VM and kind that tell how they
+    were read, oldest first."""
     newest = readings[-NIGHTS_OF_ONE_REASON:]
     if len(newest) < NIGHTS_OF_ONE_REASON:
         return []
@@ -3161,12 +3162,12 @@ class Signals:
 
     def _tell(self) -> None:
         """That a signal came, and what becomes of it, is said, once."""
-        number, self._untold = self._untold, None
-        if number:
+        if self._untold:                   # one may come just now
+            number, self._untold = self._untold, None
             self._log.info(f"{signal.Signals(number).name} came" + (
                 " during clean-up, which is finished first." if self._shields else
-                ": what is under way is given up now, and cleaned up in the pool and on the store. That can "
-                "take some minutes."))
+                ": what is under way is ended, and cleaned up in the pool and on the store. That can take "
+                "some minutes."))
 
     def check(self) -> None:
         """Raises Interrupted if one came and we are not cleaning up."""
@@ -3311,8 +3312,9 @@ class Program:
                                              stderr=subprocess.STDOUT if hear else subprocess.PIPE,
                                              env=environment, pass_fds=pass_fds, start_new_session=True)
         except (OSError, ValueError) as error:
-            raise ProgramError(f"{fs_text(argv[0])} could not be started: {os_reason(error)}. Is it "
-                               "there, and may it be executed?")
+            is_that = getattr(error, "errno", 0) not in (errno.ENOMEM, errno.EAGAIN, errno.E2BIG)
+            raise ProgramError(f"{fs_text(argv[0])} could not be started: {os_reason(error)}."
+                               + " Is it there, and may it be executed?" * is_that)
         self._said = bytearray()
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
@@ -3790,16 +3792,15 @@ class Directory:
 
 
 class DirectoryToBe(Directory):
-    """A directory that is yet to be made in the one that is open: nothing is in it."""
+    """A directory that is yet to be made in the one that is open: nothing is in it, and nothing can be."""
 
     def names(self) -> List[str]:
         return []
 
-    def status(self, name: str) -> Optional[os.stat_result]:
-        return None
-
-    def child(self, name: str) -> Directory:
-        raise NotThere(f"{self.shown}/{name} is not made yet.")
+    @contextlib.contextmanager
+    def _deed(self, doing: str, name: str) -> Iterator[str]:
+        raise NotThere(f"{doing} {one_line(self.shown + '/' + name)}: its directory is not made yet.")
+        yield
 
 
 # --- locks ----------------------------------------------------------------------
@@ -4002,10 +4003,12 @@ class NewFile:
         """Raises NameTaken, or another CatalogError, if it can't be begun. `mark`: tells what is written from
         what another process writes, or a dead one has left."""
         self.shown, self._path, self._partial = path, fs_path(path), ""
-        if os.path.lexists(self._path):
+        with contextlib.suppress(NotThere), storage_errors(f"making {path}", is_elsewhere=True):
+            os.lstat(self._path)           # a name that can't be is refused now, not once all is written
             raise NameTaken(f"{path} exists already and was left as it is.")
         flags = os.O_WRONLY | os.O_CLOEXEC
         try:
+            os.stat("/proc/self/fd")       # where a file without a name gets its name from
             self.fd = os.open(os.path.dirname(self._path) or ".", flags | os.O_TMPFILE, 0o600)
         except OSError:
             partial = path + mark + PARTIAL
@@ -4022,8 +4025,11 @@ class NewFile:
             if size is not None:
                 os.ftruncate(self.fd, size)
             os.fsync(self.fd)
+            if os.path.lexists(self._path):
+                raise NameTaken(f"{self.shown} came there meanwhile and was left as it is.")
             if not self._partial:          # only with a src_dir_fd is the link followed
-                return os.link(f"/proc/self/fd/{self.fd}", self._path, src_dir_fd=self.fd)
+                os.link(f"/proc/self/fd/{self.fd}", self._path, src_dir_fd=self.fd)
+                return os.fsync(self.fd)   # the name, too: without one all is gone when the power fails
             try:
                 os.link(self._partial, self._path)
             except OSError as error:
@@ -4096,7 +4102,8 @@ class Transport:
                                 "certificate was renewed, put the new fingerprint in the config.")
 
     def request(self, host: str, handler: str, request_body: bytes, verbose: bool = False) -> Any:
-        """The answer to one request, sent once; over a new connection where the old one has idled long."""
+        """The answer to one request, sent once; over a new connection if the old one has been idle so long
+        that the server may have closed it."""
         import xmlrpc.client
         if time.monotonic() - self._used_at > IDLE_CONNECTION_S:
             self.close()
@@ -4355,6 +4362,7 @@ class Pool:
         return self._services.settings.pool and (self._master or self._services.settings.pool)
 
     def _forget_session(self) -> None:
+        """The connection, if any, is closed; the session itself is the server's to forget."""
         if self._transport is not None:
             self._transport.close()
         self._session = self._transport = None
@@ -5129,7 +5137,8 @@ class Flow(NamedTuple):
     `source`: a descriptor, which is taken over, or a function that gives pieces of any length. It is called
     with no argument (a check that reads a file is such a source), or, where the flow is itself a consumer,
     with the reader of what passes there (what decompresses, for one). `at_end` is called at the end of the
-    source, before the consumers learn of it: what it raises (a program's exit status) is the reason then.
+    source, before the consumers learn of it: what it raises (a program's exit status) is then the reason, not
+    the truncated stream that follows from it.
     """
     source: Any
     consumers: Sequence[Any]
@@ -5139,7 +5148,8 @@ class Flow(NamedTuple):
 
 def pump(flows: Sequence[Flow], on_tick: Callable[[Progress], Any], doing: str = "a stream",
          problems: Optional[List[VerificationError]] = None) -> int:
-    """Every source was read to its end and every consumer has done its work; the bytes of the first source.
+    """Every source was read to its end and every consumer has done its work; the number of bytes of the first
+    source.
 
     `on_tick` is called about once a second and may raise, which aborts. So does the first exception of a
     consumer, which is raised here as it is; what storage said, as the CatalogError that `doing` begins. A
@@ -5288,6 +5298,8 @@ class _Stopped(BaseException):
 
 
 class _PumpRun:
+    """The state that all threads of one pump share."""
+
     def __init__(self, flows: Sequence[Flow], problems: Optional[List[VerificationError]]) -> None:
         self.news = threading.Event()       # a thread has ended or failed
         self.stopping = False
@@ -6130,7 +6142,8 @@ def rewritten_ova(ova: Dict[str, Any], vm_id: str, machine: Dict[str, Any], size
 
 class StreamReport(NamedTuple):
     """What a check has found, once the stream has ended well. `digest_kind`: "sha1", "xxh64" or "" where the
-    format has no block digests. `digests_checked`: false if one was not held against its block."""
+    format has no block digests. `digests_checked`: false if one was not held against its block. `ova_xml` is
+    empty but for an XVA."""
     disks: Tuple[DiskReport, ...]
     digest_kind: str = ""
     digests_checked: bool = True
@@ -6659,7 +6672,8 @@ class DiskState:
 
 class StateSink(MebibyteSink):
     """The sink of an export whose copy is to tell the state of every block. `begin` gives the DiskState of a
-    disk by its name in the image; `disks` are those begun, in order. The one that is last ends the list."""
+    disk by its name in the image, once; `disks` are those begun, in order. The one that is last ends the
+    list."""
 
     def __init__(self, blocks: BlocksFile, begin: Callable[[str], DiskState],
                  names: Callable[[], Iterable[str]], is_last: bool = True) -> None:
@@ -7257,6 +7271,7 @@ class Catalog:
         made."""
         self.path = path
         self.root = DirectoryToBe.open_path(above) if above else Directory.open_path(path)
+        self.root.shown = path
         self._device = status_of(self.root.fd).st_dev
         self._state = None                     # type: Optional[Directory]
         self._verdicts = None                  # type: Optional[Directory]
@@ -7844,7 +7859,8 @@ class Placement:
 
     def __init__(self, catalog: Catalog, pool: str, names: Iterable[str],
                  planned: Mapping[str, str] = {}) -> None:
-        """`names` are those of all VMs of the pool; `planned`: the directories of a round's plan, by uuid."""
+        """`names` are those of all VMs of the pool, whose uuid is `pool`; `planned`: the directories of a
+        round's plan, by uuid."""
         self._catalog = catalog
         self._pool = pool
         self._names = collections.Counter(names)
@@ -8071,7 +8087,8 @@ def read_copy(parent: Directory, folder_name: str, name: str, taken_at: datetime
 
 
 def resting(copy: Copy, find: Callable[[str], Optional[Copy]], fails: Callable[[Copy, Copy], bool]) -> Copy:
-    """The copy, and which holder of its blocks fails it (by `fails`); `find` gives a copy by its name."""
+    """The copy, and which holder of its blocks fails it; `find` gives a copy by its name, and `fails` tells
+    whether one that was found damaged is so where the copy needs it."""
     for name, mark in copy.layer.holders if copy.layer else ():
         holder, title = find(name), f"{name}, which holds blocks of it,"
         if holder is None:
@@ -8095,7 +8112,8 @@ def copy_beside(parent: Directory, folder_name: str, name: str) -> Optional[Copy
 
 
 def is_in_spans(number: int, spans: List[List[int]]) -> bool:
-    """Is the number in one of these spans (first, number), in order? Those before it are gone then."""
+    """Is the number in one of these spans (first, number)? Those before it are gone then: numbers are asked
+    for in order, in which the spans are, too."""
     while spans and sum(spans[0]) <= number:
         spans.pop(0)
     return bool(spans) and spans[0][0] <= number
@@ -8372,6 +8390,7 @@ class NewCopy:
                                     "Nothing is pruned in this run.")
 
     def discard(self) -> None:
+        """Nothing of it is left, unless it is sealed already."""
         with contextlib.suppress(NotThere):
             self._parent.remove_tree(self.name + PARTIAL)
             self._parent.sync()
@@ -8849,6 +8868,7 @@ class Proof(MebibyteSink):
         self.has_seen_all = is_whole
 
     def finish(self) -> None:
+        """What did not come to the end of all images is lost."""
         for name in self._disks:
             self._pass(name, 1 << 60)
 
@@ -9781,7 +9801,8 @@ class Snapshots:
     def of_vm(self, machine: VirtualMachine, label: str, left_out: Iterable[Disk], knows_ignored: bool,
               before: Callable[[], Any]) -> Iterator[VirtualMachine]:
         """A snapshot of the VM, ready for export, removed on every way out; `before` is done just before it.
-        One that can't be removed is a finding, and hides no error."""
+        Raises ApiFailure or AnswerLost if there is none. One that can't be removed is a finding, and hides no
+        other error."""
         token = random_hex(8)
         with self.begun(machine.uuid, machine.name, kind="vm-snapshot", token=token,
                         name=f"{label} {TOKEN_MARK}{token}") as entry:
@@ -10293,13 +10314,14 @@ class Round:
         return None if status is None else status.st_mtime_ns
 
     def lock(self, name: str) -> LockFile:
+        """A lock that is the round's own; the file goes with the round."""
         return LockFile.of(self._folder, name + ".lock")
 
     def note_told(self, line: str) -> None:
         """The line is among those told, for a leader that takes over. Nothing hangs on it."""
         with contextlib.suppress(CatalogError):
             fd = self._folder.open_file("told", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            with open(fd, "wb", buffering=0) as file, storage_errors("noting what was told"):
+            with storage_errors("noting what was told"), open(fd, "wb", buffering=0) as file:
                 write_all(file.fileno(), (line + "\n").encode("utf-8", "surrogateescape"))
 
     def told_lines(self) -> Set[str]:
@@ -10625,6 +10647,7 @@ class Run:
         log = self.services.log
         try:
             deed(self)
+            self.services.signals.has_open = False
         except UsageError as error:
             self.ended_by = error
             log.complain(str(error))
@@ -10713,7 +10736,8 @@ class Run:
                 self.findings.append(finding)
 
     def settle(self, number: int, outcome: Outcome, host: str = "", is_new: bool = True) -> None:
-        """That became of the thing of that number, on that host; told, in the status log if new there."""
+        """That became of the thing of that number, on that host if it was elsewhere; told, in the status log
+        if it is new there."""
         self.outcomes[number] = outcome
         self.tell(outcome.findings)
         if is_new:
@@ -11070,7 +11094,8 @@ class Exporter:
     def _differences(self, disks: Sequence[Disk], inside: Directory, name: str,
                      chain: Chain) -> List[DiskState]:
         """The state of every disk, by what it was in the reference's copy and the difference to that: in the
-        list of blocks of that name, and, if that is the copy's own, with a file of what changed for each."""
+        list of blocks of that name, and, if that is the copy's own, with a file of what changed for each. As
+        _by_difference."""
         services, begun = self._services, []           # type: Services, List[DiskState]
         blocks = BlocksFile(within(services.patience_s, name, lambda: inside.create(name)))
         try:
@@ -12512,7 +12537,8 @@ class BackupJob:
                 outcome = outcome._replace(error=str(error), status_word="SEAL-FAIL", cause=error)
             except (BackupError, Interrupted) as error:
                 run.note(error)
-                self._warn(f"older copies were not pruned: {str(error).rstrip('.')}. The next run does it.")
+                self._warn("older copies were not pruned: " + re.sub(r"(?<![.?])$", ".", str(error))
+                           + " The next run does it.")
                 outcome = outcome._replace(cause=error if isinstance(error, Interrupted) else None)
             except Exception as bug:
                 self._services.log.bug(bug, job.machine.title + ": ")
@@ -12716,7 +12742,7 @@ class BackupJob:
                 if is_gone(failure, "VM"):
                     raise BackupError(f"{planned.title} is no longer in the pool, so it was not backed up. "
                                       "Its earlier copies are left as they are. If it was deleted for good, "
-                                      "correct the config.")
+                                      "a line of the config that names it can go.")
                 raise
         for what, before, now in (("name", planned.name, machine.name),
                                   ("power state", planned.power_state, machine.power_state),
@@ -12917,7 +12943,8 @@ class BackupJob:
         return new
 
     def _with_ledger(self, problem: str, folder: Folder, work: Callable[[Ledger], Any]) -> None:
-        """The work is done on the VM's ledger, or why not is told: it costs the next run its reference."""
+        """The work is done on the VM's ledger, or why not is told: it costs the next run its reference, no
+        copy."""
         try:
             with self._services.signals.shielded():
                 self._run.check_alive()
@@ -13181,7 +13208,8 @@ def jobs_with_references(settings: Optional[Configuration],
 
 def why_reference_leaves(ledger: Ledger, config: str, jobs: Optional[Container[Tuple[str, str]]], host: str,
                          now: datetime) -> str:
-    """Why a run of that config on that host removes the reference, as why_reference_goes has it."""
+    """Why a run of that config on that host removes the reference, "" if it stays; the rest as
+    why_reference_goes has it."""
     path = ledger.config
     # a file whose directory is away, or that was none, tells nothing; what another host has lately kept may
     # be in a file that only that host has
@@ -13298,7 +13326,7 @@ def prepared(run: Run, limit_s: float = 0) -> Services:
     """The services with the store, once the programs that the config asks for are found; UsageError if one of
     them can't be had. The store is waited for so long, or as long as stall_timeout."""
     settings, log = run.services.settings, run.services.log
-    if run.catalog is None:
+    if run.catalog is None:                # setup's may be one that is still to be made
         run.catalog = run.in_store("opening the store", lambda: open_catalog(settings, log), limit_s)
     services = run.services._replace(catalog=run.catalog)
     if settings.compress != "none":
@@ -13419,12 +13447,13 @@ IN_ROUND = {CLAIM: "it is at this VM, and does what follows",
             GIVEN_UP: "it could not back this VM up, and what follows is for the next run"}
 
 
-def how_it_stands(one: Round, uuid: str) -> str:
+def how_it_stands(one: Round, uuid: str, now: datetime) -> str:
     """With that VM in a round that is going on."""
     states, keys = standing(one.names()), [job.key for job in one.plan.jobs if job.job.machine.uuid == uuid]
     if not keys:
         return "it does not have this VM"
-    return IN_ROUND.get(states.get(keys[0], (0, ""))[1],
+    return IN_ROUND.get(states.get(keys[0], (0, ""))[1], "it does not come to this VM, as until= has passed"
+                        if one.plan.is_time_up(now) else
                         "it has this VM still to come, and then does what follows")
 
 
@@ -13699,6 +13728,7 @@ def stored_rules(services: Services, stored: StoredVm,
     settings = services.settings
     if is_pruned_by_hand(services.arguments) and stored.method is not None:
         return (settings.rules(),), "max_backups on the command line"
+    doubt = "" if machine else ", as far as its copies tell"
     machine = machine or lost_machine(stored)
     if any(selector.matches(machine) for selector in settings.exclude):
         return (), "the config excludes this VM"
@@ -13709,7 +13739,7 @@ def stored_rules(services: Services, stored: StoredVm,
     if not known:
         return (), "no manifest says how many copies to keep"
     if selector is None:
-        return (), "no selector of this config names this VM, as far as its copies tell"
+        return (), "no selector of this config names this VM" + doubt
     own, told_last = settings.rules(selector.keep), rules_told(stored.around, stored.uuid, stored.method)
     for last in [rules for rules in known if rules.config in ("", own.config)][-1:] + [
             rules for rules, _ in told_last.values() if rules.config == own.config]:
@@ -14111,7 +14141,8 @@ def chosen_source(services: Services) -> Iterator[Tuple[Source, Optional[Catalog
 def held_copy(services: Services, catalog: Catalog, choose: Callable[[], Copy],
               copy: Optional[Copy] = None) -> Iterator[Tuple[Copy, Directory]]:
     """That copy, or one that `choose` gives, open; nobody removes it, or what holds its blocks, meanwhile,
-    where this store can be locked from here. For one that went away before another is chosen."""
+    where this store can be locked from here: who reads goes on without. For one that went away before it was
+    held another is chosen."""
     while True:
         copy = copy or choose()
         with contextlib.ExitStack() as stack:
@@ -14205,7 +14236,8 @@ OTHER_COPY = "Nothing was started; `list` shows the other copies."
 
 
 def opened_source(services: Services, copy: Copy, inside: Directory) -> Source:
-    """What that copy holds; BackupError with what is wrong with it. A disk is extracted without its VM."""
+    """What that copy holds; BackupError with what is wrong with it. A disk is extracted without its VM. A
+    store that hangs is left when a signal comes."""
     given = services.arguments.parameters
     try:
         return within(FOR_EVER_S, f"reading {inside.shown}", lambda: read_source(
@@ -14221,8 +14253,9 @@ def opened_source(services: Services, copy: Copy, inside: Directory) -> Source:
 
 
 class TargetSr(NamedTuple):
-    """An SR that disks could go to; `free_bytes` -1 if it does not tell; `unplugged`: the uuids of such PBDs.
-    Without them it is not usable: an import into it would hang without a word (tried)."""
+    """An SR that disks could go to; `free_bytes` -1 if it does not tell; `unplugged`: the uuids of its PBDs
+    that are not plugged. With one of them it is not usable: an import into it would hang without a word
+    (tried)."""
     ref: str
     uuid: str
     name: str
@@ -14274,8 +14307,8 @@ def read_pool_view(pool: Pool, inventory: Inventory) -> PoolView:
 
 
 def target_srs(pool: Pool, master: str) -> Tuple[TargetSr, ...]:
-    """The SRs as they are now, in four calls. Storage work on a shared one is the master's
-    (ocaml/xapi/message_forwarding.ml choose_pbds_for_sr@v24.19.2)."""
+    """The SRs as they are now, in four calls; one whose record can't be read is not usable. Storage work on a
+    shared one is the master's (ocaml/xapi/message_forwarding.ml choose_pbds_for_sr@v24.19.2)."""
     doing = "reading the SRs"
     metrics = pool.records(doing, "host_metrics")
     live = {ref for ref, record in pool.records(doing, "host").items()
@@ -14882,7 +14915,8 @@ class Importer:
         if strangers:
             holder = self._services.pool.ask(doing, "VM.get_name_label", strangers[0])
             self._snapshots.tell(imported.entry, f"its disk {existing.disk.title} hangs on another VM by "
-                                 f"now, {quote_name(holder)}, so it was not attached: detach it there first.")
+                                 f"now, {quote_name(holder)}, so it was not attached. Detach it there; "
+                                 "`xe vbd-create` attaches it here.")
             return
         # An archive's own drives are those of its disks; one that it lacks is attached as a plain data disk.
         vbds = [] if is_archive(source.copy) else ova_objects(source.ova, "VBD").values()
@@ -15351,8 +15385,8 @@ def drill_copies(services: Services, vm: str) -> Tuple[List[Copy], List[Finding]
 def drill_plan(services: Services, view: PoolView, copy: Copy, inside: Directory) -> RestorePlan:
     """What a drill of that copy makes, or BackupError. Of the pool only its SRs are read anew."""
     if not copy.is_good:
-        raise BackupError(f"it is no good copy ({copy.trouble}), and there is no good one of this VM: back "
-                          "it up first.")
+        raise BackupError(f"it is no good copy ({copy.trouble}), and there is no good one of this VM: only "
+                          "a new backup helps, or `restore` with force=yes gives what this one holds.")
     view = view._replace(srs=target_srs(services.pool, view.master))
     given = services.arguments.parameters
     plan = plan_restore(opened_source(services, copy, inside), view, given, is_drill=True)
@@ -15745,7 +15779,8 @@ def mailed(run: Run, services: Services, report: Report, store: StoreFacts) -> R
     else:
         is_sent = mailer.send(mail_subject(report), mail_body(report, store))
     return report if is_sent else report._replace(findings=report.findings + (
-        Finding(Severity.WARNING, "mail", "it was not sent: the log tells why; `test-mail` tries anew."),))
+        Finding(Severity.WARNING, "mail", "it was not sent: the log tells why; `test-mail` shows "
+                "whether mail works by now."),))
 
 
 def store_facts(run: Run, services: Services, report: Report) -> StoreFacts:
@@ -15927,10 +15962,10 @@ class History:
                         continue
                     past = past_of(parse_object(content))
                     if past.report.began_at > now + timedelta(days=1):
-                        raise ValueError("it is of a time that is yet to come")
+                        raise ValueError("it is of a time that is yet to come: is this host's clock right?")
                 except (ValueError, CatalogError) as error:
-                    problems.append(f"{folder.shown}/{name} can't be used, and is left out: {error}. It can "
-                                    "be removed.")
+                    problems.append(f"{folder.shown}/{name} can't be used, and is left out: "
+                                    + re.sub(r"(?<![.?])$", ".", str(error)))
                     continue
                 found.append(past)
                 seen.update(UUIDS.findall(content))
@@ -16460,7 +16495,7 @@ def end_told(run: Run) -> int:
             report = after_run(run, report)
         if run.is_told:
             services.signals.come_too_late()
-            if report.wording is BACKUP_WORDING and report.failed_names:
+            if report.wording is BACKUP_WORDING and report.failed_names and not services.settings.is_by_hand:
                 services.log.info("what was not backed up is tried again by the next run; to run sooner, "
                                   "repeat the crontab line by hand.")
             services.log.info(summary_text(report))
@@ -16747,7 +16782,8 @@ LIST_PATIENCE_S = 5            # what is shown is in the store: the pool only ad
 
 
 def note_in_pool(services: Services, rows: Sequence[Dict[str, Any]]) -> None:
-    """Each row tells whether the pool still has its VM: None where that can't be known from here."""
+    """Each row tells whether the pool still has its VM: None where no pool can be asked from here, or it is
+    another pool's, or it does not tell its uuid."""
     inventory, uuids = None, set()         # type: Optional[Inventory], Set[str]
     try:
         if services.arguments.password != "-" or os.path.exists(fs_path(own_doors()[0].host)):
@@ -16868,16 +16904,19 @@ def explained(services: Services, inventory: Inventory, plan: Plan, hindrance: s
     machines = [machine for machine in inventory.machines
                 if vm == machine.name or vm.lower() == f"uuid:{machine.uuid}" or machine.uuid in uuids]
     plan, futures = futures_of(services, inventory, plan, {machine.uuid for machine in machines})
-    texts, under_way = [], []              # type: List[List[str]], List[Any]
+    texts = []                             # type: List[List[str]]
+    under_way = []                         # type: List[Tuple[str, Dict[str, str]]]
     with contextlib.suppress(CatalogError):    # where nothing can be locked, or only be read, nobody knows
-        under_way += rounds_under_way(services, inventory)
+        under_way += [(f"  a run that {one.plan.host} began at {format_local(parse_utc(one.plan.began_at))} "
+                       "is going on: ", {machine.uuid: how_it_stands(one, machine.uuid, services.clock.utc())
+                                         for machine in machines})
+                      for one in rounds_under_way(services, inventory)]
     for machine in machines:
         stored = [one for one in listing.vms if one.pool in here and (
             one.uuid == machine.uuid or not one.uuid and one.bears(machine.name))]
         bearers = [one for one in bearers if one not in stored]
         ahead = [f"  if it is started here, it ends before its first VM: {hindrance}"] if hindrance else []
-        ahead += [f"  a run that {one.plan.host} began at {format_local(parse_utc(one.plan.began_at))} is "
-                  f"going on: {how_it_stands(one, machine.uuid)}" for one in under_way]
+        ahead += [words + how[machine.uuid] for words, how in under_way]
         texts.append(explained_machine(services, inventory, plan, futures.get(machine.uuid), machine, ahead)
                      + explained_past(services, inventory, stored, rounds, machine))
     for _, group in itertools.groupby(bearers, lambda one: (one.uuid, one.pool)):
@@ -16988,7 +17027,7 @@ def explained_lost(services: Services, inventory: Inventory, stored: StoredVm) -
     why = f"is a VM of another pool ({stored.pool})" if not here else \
         "does not tell its uuid, so which VM it is can't be known" if not stored.uuid else \
         f"is not in the pool {inventory.pool_title} any more; only its copies are left"
-    lines = [f"{quote_name(stored.name)} ({uuid}) is not backed up: it {why}."]
+    lines = [f"{quote_name(stored.name)} ({uuid}) is not backed up from here: it {why}."]
     if here and stored.uuid:
         about = [one for one in services.settings.vm_export + services.settings.vdi_export
                  if one.is_literal and one.matches(lost_machine(stored))]
@@ -17620,15 +17659,15 @@ def command_explain(run: Run) -> None:
         try:
             services = services._replace(catalog=run.in_store("opening the store",
                                                               lambda: open_store(settings)))
-        except UsageError as error:
+        except (UsageError, StorageMisbehaved) as error:
             away = error                   # which line selects a VM is told without it
-    except StorageStalled as error:
+    except StorageMisbehaved as error:
         away, services = error, run.services
     with connected(services, changes_allowed=False, is_read=False) as (services, identity):
         inventory, plan = read_and_plan(services, identity)
     try:
         text = run.in_store("looking at the copies", lambda: explained(services, inventory, plan, hindrance))
-    except StorageStalled as error:
+    except StorageMisbehaved as error:
         away, text = error, explained(services._replace(catalog=None), inventory, plan, hindrance)
     if text:
         services.log.show(text)
@@ -17967,9 +18006,10 @@ def command_forget_references(run: Run) -> None:
             services.signals.check()
             is_gone = False
             if not is_of_store(ledger, references.identity):
-                run.tell([Finding(Severity.WARNING, ledger.title, "the record of its reference came "
-                                  "here from another store, and is left alone: forget-references there "
-                                  "removes it.")])
+                run.tell([Finding(Severity.WARNING, ledger.title, "the record of its reference came here "
+                                  "from another store, or this one was moved, so it is left alone: "
+                                  "forget-references there removes it; where there is no other store, the "
+                                  "command that each run tells.")])
                 continue
             tries = services.signals.until(services.settings.lock_wait * MINUTE_S)
             with references.held(ledger, tries=tries) as now:

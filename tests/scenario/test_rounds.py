@@ -215,6 +215,7 @@ def test_a_signal_to_the_leader_ends_its_workers_and_what_they_had_open(a_pool: 
         run = process.ending()
     assert run.exit_status == 128 + signal.SIGTERM, run.output
     assert not any(os.path.exists('/proc/%d' % pid) for pid in pids)
+    assert not any(shelf.copies('vm%d' % number) for number in range(4))
     assert pool.has_no_snapshots_of_ours() and shelf.unfinished() == [] and shelf.journals() == []
 
 

@@ -218,12 +218,12 @@ def test_ctrl_c_leaves_the_terminal_clean(a_pool: Any, a_shelf: Any) -> None:
 
 
 def test_ctrl_c_is_answered_on_the_screen_before_the_clean_up_ends(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(*machines('web', 'db', mebibytes=64), faults=[FOR_LONG]), a_shelf()
+    pool, shelf = a_pool(*machines('web', 'db', mebibytes=64), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=2') as terminal:
         assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 2), terminal.rows
         pool.process.send_signal(signal.SIGSTOP)       # so that nothing can be cleaned up
         terminal.types('\x03')
-        assert terminal.shows('SIGINT came: what is under way is given up'), terminal.rows
+        assert terminal.shows('SIGINT came: what is under way is ended'), terminal.rows
         assert not terminal.is_over()
         pool.process.send_signal(signal.SIGCONT)
         assert ends_well(terminal, STOPPED) and is_tidy(terminal, 2)

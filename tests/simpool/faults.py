@@ -43,8 +43,8 @@ KINDS = {
 
 #: Those that act at the beginning or the end of a call; the others act on a stream or on the `xe` process.
 CALL_KINDS = ("fail", "sleep", "hang", "drop", "logout", "master", "lose")
-#: After so many bytes it is looked whether a rate counts by then.
-STEP = 1 << 20
+#: After so many bytes, or seconds, it is looked whether a rate counts by then.
+STEP, MOST_SLEEP_S = 1 << 20, 0.2
 #: Those that act on differences alone, and where these are made.
 DIFFERENCE_KINDS = ("omit", "full", "other")
 DIFFERENCES = ("xe:vdi-export", "http:/export_raw_vdi")
@@ -290,11 +290,16 @@ class Stream:
         while at < len(data):
             paces = [pace for pace in self._paces if self._sent >= pace.free and not pace.is_over()]
             step = max(1, int(min(pace.do["rate"] for pace in paces) / 20)) if paces else STEP
+            step = min([step] + [pace.free - self._sent for pace in self._paces if pace.free > self._sent])
             self._send(data[at:at + step])
             self._sent += len(data[at:at + step])
             at += step
-            due = max(((self._sent - pace.free) / pace.do["rate"] for pace in paces), default=0)
-            time.sleep(max(0, self._started + due - time.time()))
+            while True:
+                due = max(((self._sent - pace.free) / pace.do["rate"] for pace in paces if not pace.is_over()), default=0)
+                left = self._started + due - time.time()
+                if left <= 0:
+                    break
+                time.sleep(min(left, MOST_SLEEP_S))
 
 
 class Faults:

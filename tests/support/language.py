@@ -54,7 +54,7 @@ def slowly(occasion: str = 'http:/export', first: int = 2 * MEBIBYTE, until: str
            **which: Any) -> Dict[str, Any]:
     """A fault: what comes there after the `first` bytes comes so slowly that a test sees what it waits for in the middle, until
     `pool.release()`."""
-    return at(occasion, runs_at=MEBIBYTE // 8, until=until, **which, **{'from': first})
+    return at(occasion, runs_at=MEBIBYTE // 16, until=until, **which, **{'from': first})
 
 
 def described(vms: Sequence[Dict[str, Any]], sections: Dict[str, Any]) -> Dict[str, Any]:

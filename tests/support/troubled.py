@@ -215,7 +215,7 @@ def befall(names: Sequence[str], deed: str, is_once: bool, until: str) -> None:
                     time.sleep(3600)
                 elif deed == 'wait':
                     REAL_OPEN(until + '.met', 'w').close()
-                    while is_opening and not os.path.exists(until):
+                    while is_opening and os.path.isdir(os.path.dirname(until)) and not os.path.exists(until):
                         time.sleep(0.05)
                 else:
                     raise OSError(getattr(errno, deed), os.strerror(getattr(errno, deed)))
