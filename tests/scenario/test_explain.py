@@ -200,7 +200,7 @@ def test_a_vm_that_is_gone_from_the_pool_is_told_with_its_copies(a_pool: Any, a_
     for word in ('lost', 'uuid:' + uuid_of('lost')):
         run = explain(pool, shelf, 'vm-export=lost', 'vm-export=web', vm=word)
         assert run.exit_status == 0, run
-        assert verdict(run).startswith('lost (%s) is not backed up: it is not in the pool xcp1' % uuid_of('lost'))
+        assert verdict(run).startswith('lost (%s) is not backed up from here: it is not in the pool xcp1' % uuid_of('lost'))
         assert 'vm-export=lost (weekend.cfg:4) still names it' in told(run)
         assert '`restore vm=uuid:%s`' % uuid_of('lost') in told(run)
         assert 'Copies: 2, 2 good' in told(run) and shelf.newest('lost') in told(run)
