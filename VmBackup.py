@@ -12275,7 +12275,8 @@ class Leader(Worker):
                 host = told(self.round.read(f"{one.key}.{number}.{CLAIM}"), "host")
                 if host not in ("", self._host.short_name):
                     self.run.outcomes[self._numbers[one.key]] = untried(one.job)._replace(
-                        error=f"under way on {host} as the round was ended; its copy may still come.")
+                        error=f"under way on {host} as the round was ended; its copy may still come: `list` "
+                              "shows it.")
 
     def _clear_after_the_dead(self) -> None:
         states = self.states()
@@ -14954,7 +14955,7 @@ class Importer:
             self._snapshots.tell(
                 imported.entry, f"its interface {fields['device']} was restricted (locking_mode {mode}, "
                 f"addresses allowed: {', '.join(allowed) or 'none'}), for which this pool has no licence: it "
-                "was made WITHOUT that restriction.")
+                "was made WITHOUT that restriction. Think of that before the VM is started.")
 
 
 class Imports:
