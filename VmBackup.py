@@ -14916,8 +14916,8 @@ class Importer:
         if strangers:
             holder = self._services.pool.ask(doing, "VM.get_name_label", strangers[0])
             self._snapshots.tell(imported.entry, f"its disk {existing.disk.title} hangs on another VM by "
-                                 f"now, {quote_name(holder)}, so it was not attached. Detach it there; "
-                                 "`xe vbd-create` attaches it here.")
+                                 f"now, {quote_name(holder)}, so it was not attached. Detach it there, "
+                                 "then attach it here by hand.")
             return
         # An archive's own drives are those of its disks; one that it lacks is attached as a plain data disk.
         vbds = [] if is_archive(source.copy) else ova_objects(source.ova, "VBD").values()
