@@ -94,13 +94,14 @@ def workers_of(process: Process) -> List[int]:
 
 
 def owner(shelf: Shelf, name: str, pool: Pool) -> int:
-    """The process that has claimed the VM last."""
+    """The process that has claimed the VM last; 0: none, or its claim is just being written."""
     uuid = next(record['uuid'] for record in pool.dump()['VM'].values() if record['name_label'] == name)
     paths = round_files(shelf, uuid + '.*.claim')
     if not paths:
         return 0
     with open(paths[-1]) as file:
-        return int(json.load(file)['pid'])
+        text = file.read()
+    return int(json.loads(text)['pid']) if text.endswith('}\n') else 0
 
 
 def each_once(pool: Pool, shelf: Shelf, number: int) -> bool:

@@ -21,8 +21,8 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
     {"store": DIR, "apart": PATH, ...}                   what befalls that directory there is none: it differs from night to night
     {"at": [NAME, ...], "do": "EIO"}                     looking at or opening what bears one of these names fails so; or
                                                          it vanishes ("vanish"), takes a second ("sleep"), never ends ("hang"),
-                                                         or lasts until there is a file "until" ("wait"); meanwhile there
-                                                         is one of that name with ".met" behind it
+                                                         or its opening lasts until there is a file "until" ("wait");
+                                                         meanwhile there is one of that name with ".met" behind it
     {"at": [NAME, ...], "do": "ENOSPC", "once": true}    only the first opening
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
     {"hasty": true}                                      its patience with mail servers and pings is three seconds
@@ -214,7 +214,8 @@ def befall(names: Sequence[str], deed: str, is_once: bool, until: str) -> None:
                 elif deed == 'hang':
                     time.sleep(3600)
                 elif deed == 'wait':
-                    REAL_OPEN(until + '.met', 'w').close()
+                    if is_opening:
+                        REAL_OPEN(until + '.met', 'w').close()
                     while is_opening and os.path.isdir(os.path.dirname(until)) and not os.path.exists(until):
                         time.sleep(0.05)
                 else:
