@@ -3291,6 +3291,16 @@ class Services(NamedTuple):
 STDERR_KEPT_BYTES = 16 * KIBIBYTE
 
 
+def become(argv: Sequence[str], given: bytes) -> None:
+    """This process goes on as that program, which reads `given` from its stdin. Returns where it can't."""
+    import tempfile
+    with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
+        file.write(given)
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+        os.execv(argv[0], argv)
+
+
 class Program:
     """A running program; its stdout is a pipe to read, its stdin nothing unless given.
 
@@ -11517,6 +11527,7 @@ CREW_ENDS_S = 5 * MINUTE_S     # how long workers that were told to stop may cle
 WORKER = "--worker"
 COMPILED = sys._getframe().f_code      # this file, as it was compiled
 WORKER_START = ("import marshal, os, sys; given = sys.stdin.buffer; __name__ = 'VmBackup'; "
+                "del sys.argv[0]; __file__ = sys.argv[0]; "
                 "places, code = marshal.loads(given.read(int(given.readline()))); "
                 "sys.path[:] = map(os.fsdecode, places); exec(code); os._exit(int(main(sys.argv[1:])))")
 
@@ -11835,10 +11846,11 @@ class Worker:
 
 
 def worker_start() -> Tuple[Sequence[str], bytes]:
-    """The command line of a worker, and what it reads first: what this program was compiled to, as to compile
-    it again would cost each worker half a second and 50 MB."""
+    """The command line of a worker, to which its words are added, and what it reads first: what this program
+    was compiled to, as to compile it again would cost each worker half a second and 50 MB."""
     content = marshal.dumps(([os.fsencode(place) for place in sys.path], COMPILED))
-    return (sys.executable, "-c", WORKER_START, WORKER), b"%d\n" % len(content) + content
+    warned = ["-W" + option for option in sys.warnoptions]
+    return (sys.executable, *warned, "-c", WORKER_START, __file__), b"%d\n" % len(content) + content
 
 
 class Crew:
@@ -11851,7 +11863,7 @@ class Crew:
         words = {"password": arguments.password, "words": list(arguments.words), "round": work.plan.id}
         for number in range(2, services.settings.workers + 1):
             try:
-                program = Program(command, stdin=subprocess.PIPE)
+                program = Program([*command, WORKER], stdin=subprocess.PIPE)
             except ProgramError as error:
                 services.log.warning(f"worker {number} of this host could not be started: {error} The "
                                      "others do its share.")
@@ -18172,6 +18184,10 @@ def main(argv: Sequence[str]) -> int:
             log.show(create_password_file(words[0], words[1].partition("=")[2]))
             return ExitStatus.OK
         arguments = parse_arguments(words)
+        if __name__ == "__main__" and arguments.action.name == "backup":
+            # as its workers begin: some Pythons keep the memory that compiling took, all night
+            command, beginning = worker_start()
+            become([*command, *argv], beginning)
         configuration = load_configuration(arguments)
         services = Services(configuration, clock, log, signals, arguments)
         run = Run(services, StatusLog(services))

@@ -321,7 +321,7 @@ def pretend_mounts(module: Any, mounts: Sequence[Dict[str, Any]]) -> None:
 
 def main() -> None:
     program, trouble = prepare(sys.argv)
-    worker = (sys.executable, os.path.abspath(__file__), sys.argv[1], sys.argv[2], '--worker')
+    worker = (sys.executable, os.path.abspath(__file__), sys.argv[1], sys.argv[2])
     program.module.worker_start = lambda: (worker, b'')
     if 'at' in trouble:
         befall(trouble['at'], trouble['do'], trouble.get('once', False), trouble.get('until', ''))

@@ -321,6 +321,8 @@ def load(path: str, constants: Mapping[str, Any] = MappingProxyType({})) -> Load
     exec(definitions, module.__dict__, place)
     if place.unused():
         raise AssertionError('%s has no constant %s' % (path, ', '.join(place.unused())))
+    if hasattr(module, 'become'):
+        module.become = lambda *_: None         # type: ignore          # it need not forget how it was compiled
     return Loaded(module, beginning)
 
 

@@ -4,12 +4,15 @@ import base64
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from datetime import datetime, timedelta, timezone
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.process import ROOT
 from support.shelf import write_copy
 from support.values import POOL_UUID, a_host, an_inventory, configured
 from VmBackup import (ACTIONS, OPTIONS, BackupError, Catalog, Clock, ConfigurationError, ExitStatus, Log,
@@ -349,3 +352,11 @@ def test_prune_removes_nothing_of_a_vm_whose_copies_are_gone_when_the_lock_is_ou
 def test_errors_of_command_line_and_config_mean_exit_status_2():
     assert issubclass(UsageError, BackupError) and issubclass(ConfigurationError, BackupError)
     assert UsageError('x').exit_status == ConfigurationError(['x']).exit_status == ExitStatus.USAGE == 2
+
+
+@pytest.mark.parametrize('python, told', [(sys.executable, b'given begins anew'), ('/no/such/python', b'goes on')])
+def test_a_process_begins_anew_with_what_it_is_given_or_where_that_can_t_be_goes_on(python, told):
+    words = ('import os, sys; sys.path.insert(0, %r); from VmBackup import become; '
+             'become([%r, "-c", "print(input(), \'begins anew\')"], b"given"); print("goes on")' % (ROOT, python))
+    done = subprocess.run([sys.executable, '-B', '-c', words], stdout=subprocess.PIPE, check=True, timeout=60)
+    assert done.stdout.strip() == told
