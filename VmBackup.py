@@ -3432,14 +3432,19 @@ class Hook(NamedTuple):
                 program.end()
         lines.end()
         if status is None:
-            raise ProgramError(f"{self.name}: {program.name} did not end within " + (
-                f"{format_duration(limit_s)} (hook_timeout)" if hurry_s >= limit_s else
-                f"{format_duration(WAY_OUT_S)} of a signal") + ", and was killed.")
+            raise ProgramError(f"{program.name} did not end within " + (
+                f"{format_duration(limit_s)} (hook_timeout), and was killed. Correct it, or give it longer."
+                if hurry_s >= limit_s else
+                f"{format_duration(WAY_OUT_S)} of a signal, and was killed. Look at what it had begun."))
         if status != 0:
-            raise ProgramError(f"{self.name}: {ending_text(program.name, status)}.")
+            raise ProgramError(f"{ending_text(program.name, status)}; the log has what it said. Correct it, or "
+                               f"{self.name}= in the config.")
 
 
 HOOK_ENDING_S = 5                      # for a hook that was told to end
+# What stands as it was where it failed; what before_vm cost its VM is told there.
+HOOK_LEFT = {"before_run": " This host backed up nothing.", "before_vm": "",
+             "after_vm": " No copy is touched by that.", "after_run": " No copy is touched by that."}
 
 
 class _Lines:
@@ -6982,7 +6987,7 @@ def _is_same_footer(one: bytes, other: bytes) -> bool:
 # May touch: the descriptors that it is given, the program zstd. May not: names on disk, the pool.
 
 GZIP_INPUT_BYTES = 64 * 1024
-NO_ZSTD = "the program zstd is not here, which this image needs"
+NO_ZSTD = "the program zstd is not here, which this image needs: install it"
 PROGRAM_ENDING_S = 120      # how long a program may take to end after its last byte: xe's task is final later
 
 
@@ -7086,7 +7091,7 @@ def unzstd(reader: Reader) -> Iterator[memoryview]:
                     reason = library.ZSTD_getErrorName(missing).decode("ascii", "replace")
                     if "memory" in reason:      # of a frame made with --long, or here
                         raise ProgramError("the host's libzstd has not the memory that this image needs "
-                                           "(was it compressed with --long?)")
+                                           "(was it compressed with --long?): decompress it with zstd")
                     raise CompressionDamaged("the zstd file is damaged, or followed by something else, "
                                              f"before byte {begin + source.position}: {reason}")
                 is_full = target.position == MEBIBYTE
@@ -10727,8 +10732,12 @@ class Run:
         if not words:
             return
         host = self.inventory.host.short_name if self.inventory is not None else this_host_name()
-        Hook(name, words, settings.hook_timeout * MINUTE_S, services.log).run(services.signals, subject, dict(
-            facts, config=settings.source, backup_dir=settings.backup_dir, host=host))
+        try:
+            Hook(name, words, settings.hook_timeout * MINUTE_S, services.log).run(
+                services.signals, subject, dict(facts, config=settings.source, backup_dir=settings.backup_dir,
+                                                host=host))
+        except ProgramError as error:
+            raise ProgramError(f"{name}: {error}{HOOK_LEFT[name]}")
 
     def check_alive(self) -> None:
         """TakenOver if another run took us for dead: then nothing more may be sealed, deleted or swept."""
@@ -11459,14 +11468,14 @@ class Watch:
         stalled = f"{self._doing} stalled: no sign of life for {format_duration(self._stall_s)}"
         # the image's writer, the list of blocks, or a compressor before them
         if waiting_for != "xe":
-            raise StorageStalled(f"{stalled} while waiting for the {waiting_for}. It was given up and its "
-                                 "snapshot removed; is the share still reachable?")
+            raise StorageStalled(f"{stalled} while waiting for the {waiting_for}. It was given up. Is the "
+                                 "share still reachable?")
         with self._services.signals.shielded(), contextlib.suppress(ApiFailure, PoolError):
             for task in self._find_tasks():
                 self._services.pool.call(f"cancelling {self._doing}", "task.cancel", task)
                 self.program.wait(TASK_CANCEL_S)
-        raise StreamStalled(f"{stalled} from the server. It was cancelled and its snapshot removed. A larger "
-                            "stall_timeout waits longer.")
+        raise StreamStalled(f"{stalled} from the server. It was cancelled, and what had come was dropped. A "
+                            "larger stall_timeout waits longer.")
 
 
 def check_sr_space(services: Services, disks: Sequence[Disk], consequence: str, patient: bool = True,
@@ -12919,7 +12928,8 @@ class BackupJob:
                 raise
             except CatalogError as error:
                 self._run.note(error)
-                self._warn(f"what the audit found of {copy.name} is not on record: {error}")
+                self._warn(f"what the audit found of {copy.name} is not on record: {error} The manifest of "
+                           "the new copy tells it, too, once that is complete.")
 
     def _tell_reading(self, report: ImageReport, copies: Sequence[Copy], machine: VirtualMachine) -> None:
         reading = tuple((row["key"], row["how"], row["why"]) for row in report.disks if "how" in row)
@@ -13531,6 +13541,16 @@ class CopyState(enum.Enum):
     GONE = "gone meanwhile"
 
 
+# What is done about copies of which verify says that word: told once, behind all of them.
+COPY_ADVICE = {
+    DAMAGED: "A DAMAGED copy stays as it is. Restore another (`list` shows them all); the next backup of "
+    "its VM makes a new one. If the store was at fault, put it right and verify again.",
+    SUSPECT: "The files of a SUSPECT copy are whole, but what the pool gave for them was not: restore another.",
+    CopyState.UNCHECKED.value: "What was NOT CHECKED is not judged: do what its line says, and verify again.",
+    CopyState.UNREADABLE.value: "What COULD NOT BE READ is not judged: put the share or disk right, and verify "
+    "again."}
+
+
 class CopyVerdict(NamedTuple):
     """What a check of a copy found, how its files looked as it began, and its blocks' state, if known."""
     copy: Copy
@@ -13720,6 +13740,9 @@ def verify_chosen(run: Run) -> None:
     left = len(copies) - len(words)
     log.show(f"{counted(len(words), 'copy')} verified: {counts}"
              f"{'; ' + counted(left, 'copy') + ' left for the next run' if left else ''}.")
+    for word in COPY_ADVICE:
+        if word in words:
+            log.show(COPY_ADVICE[word])
 
 
 def is_pruned_by_hand(arguments: Arguments) -> bool:
@@ -14140,7 +14163,8 @@ def chosen_source(services: Services) -> Iterator[Tuple[Source, Optional[Catalog
         if copy.suspicion and is_only_suspect:         # its files are whole: who names it may have it
             services.log.warning(f"{inside.shown} is {copy.suspicion}.")
         elif copy.trouble and not (given.get("force") and copy.image):
-            advice = "force=yes takes it all the same." if copy.image else "Choose another with from=."
+            advice = "`restore` with force=yes takes it all the same; `list` shows the others." \
+                if copy.image else "`list` shows the others: choose one with from=."
             raise BackupError(f"{inside.shown} is not a good copy: {copy.trouble}. {advice}")
         source = opened_source(services, copy, inside)
         names = (source.vm_name, copy.vm_name, source.vm_uuid, f"uuid:{source.vm_uuid}")
@@ -14210,8 +14234,8 @@ def choose_copy(catalog: Catalog, vm: str, wanted: str, log: Log) -> Copy:
             log.warning(f"{copy.folder}/{copy.name}, the newest good copy, holds only the OS disk. The "
                         f"newest copy of the whole VM is taken with from={full[-1]}; `list` shows all.")
         return copy
-    raise BackupError(f"there is no good copy of {quote_name(vm)}; `list` shows what there is, and "
-                      "from=STAMP with force=yes takes one all the same.")
+    raise BackupError(f"there is no good copy of {quote_name(vm)}; `list` shows what there is, and `restore` "
+                      "with from=STAMP force=yes takes one all the same.")
 
 
 def copy_at_path(path: str) -> Tuple[str, Copy]:
