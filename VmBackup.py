@@ -2949,7 +2949,8 @@ class Log:
         """The unexpected exception that is being handled, with all that is known of it but the password."""
         import traceback
         text = (f"{subject}a bug in VmBackup: {bug}\n{traceback.format_exc()}VmBackup {VERSION}, "
-                f"Python {sys.version.split()[0]}")
+                f"Python {sys.version.split()[0]}. If it comes again, report all of this to whoever "
+                "maintains VmBackup.")
         self.error(self.struck(text))
 
     def info(self, sentence: str) -> None:
@@ -3437,8 +3438,8 @@ class Hook(NamedTuple):
                 if hurry_s >= limit_s else
                 f"{format_duration(WAY_OUT_S)} of a signal, and was killed. Look at what it had begun."))
         if status != 0:
-            raise ProgramError(f"{ending_text(program.name, status)}; the log has what it said. Correct it, or "
-                               f"{self.name}= in the config.")
+            raise ProgramError(f"{ending_text(program.name, status)}; the log has what it said. Correct it, "
+                               f"or {self.name}= in the config.")
 
 
 HOOK_ENDING_S = 5                      # for a hook that was told to end
@@ -3532,6 +3533,8 @@ def ending_text(name: str, status: int) -> str:
             return f"{name} was killed by signal {-status}"
     return f"{name} ended with exit status {status}"
 
+
+MASTER_LOG = "/var/log/xensource.log of the pool's master tells more."
 
 # `xe` can exit 0 after a failed export and say so only here (ocaml/xapi-cli-server/cli_operations.ml
 # download_file, v26.17.0: a missing raise). These are how its sentences begin (ocaml/xe-cli/newcli.ml,
@@ -4571,7 +4574,7 @@ class Pool:
             else:
                 problems.append(f"its drive with userdevice {quote_name(drive.text('userdevice'))} names a "
                                 f"disk that is not in the pool ({quote_name(drive.text('VDI'))}): no copy of "
-                                "that is made.")
+                                "that is made. Remove that drive from the VM, if the disk is gone for good.")
         disks.sort(key=lambda disk: (userdevice_number(disk.userdevice), disk.userdevice))
         return VirtualMachine(
             ref, machine.text("uuid"), machine.text("name_label"), machine.text("name_description"),
@@ -4595,7 +4598,8 @@ class Pool:
                     self._sr_uuids[sr_ref], vdi.text("snapshot_of"))
         if not disk.sr_uuid:
             problems.append(f"its disk {disk.device} {quote_name(disk.name)} lies on an SR that is not in "
-                            f"the pool ({quote_name(sr_ref)}): no snapshot can be made of it.")
+                            f"the pool ({quote_name(sr_ref)}): no snapshot can be made of it. Detach it, or "
+                            "exclude the VM.")
         return disk
 
     def machine(self, ref: str, doing: str, record: Optional[Dict[str, Any]] = None) -> VirtualMachine:
@@ -5075,7 +5079,8 @@ def read_smtp_password(path: str) -> str:
                                   "change the password.")
             raw = file.read(64 * KIBIBYTE)
     except OSError as error:
-        raise BackupError(f"smtp_password_file {path} can't be read: {os_reason(error)}.")
+        raise BackupError(f"smtp_password_file {path} can't be read: {os_reason(error)}. Correct "
+                          "the path, or its mode.")
     plain = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
     if not plain:
         raise BackupError(f"smtp_password_file {path} is empty: write the password of smtp_user into it.")
@@ -9871,7 +9876,8 @@ class Snapshots:
                 try:
                     is_kept = self._is_named(entry)
                 except (CatalogError, ApiFailure, PoolError) as error:
-                    self.tell(entry, f"{error} What an earlier run may have left of it stays.")
+                    self.tell(entry, f"{error} What an earlier run may have left of it stays; the next run "
+                                     "looks again.")
                     continue
                 if is_kept:
                     self._services.log.info(f"{began} made the snapshot that is its reference now; it stays.")
@@ -11225,7 +11231,8 @@ class Exporter:
                 # has told the reason (ocaml/libs/http-lib/http_svr.ml handle_one, v26.17.0)
                 if xe.wait(XE_REASON_S) is not None:
                     self._check_ending(doing, xe)
-                raise VerificationError(f"{doing} is not whole: {str(error).rstrip('.')}. It was not kept.")
+                raise VerificationError(f"{doing} is not whole: {str(error).rstrip('.')}. It was not kept. "
+                                        + MASTER_LOG)
 
     def _check_ending(self, doing: str, xe: Program) -> None:
         """Raises ProgramError unless xe ended well after its last byte."""
@@ -11236,7 +11243,7 @@ class Exporter:
                                f"not count.", passing=True)
         problem = xe_problem(status, xe.said)
         if problem:
-            raise ProgramError(f"{doing} failed: {problem.rstrip('.')}.",
+            raise ProgramError(f"{doing} failed: {problem.rstrip('.')}. {MASTER_LOG}",
                                passing=bool(XE_PASSING.search(xe.said)))
         if xe.said:
             self._services.log.info(f"{doing}: xe said: {one_line(xe.said[-400:])}")
@@ -11397,7 +11404,8 @@ def check_compressor(program: Program) -> None:
     """Raises ProgramError unless the compressor ended well."""
     status = program.wait(PROGRAM_ENDING_S)
     if status is None:
-        raise ProgramError(f"{program.name} did not end; it was killed.")
+        raise ProgramError(f"the compressor {program.name} did not end, and was killed: nothing of the image "
+                           "was kept.")
     if status != 0:
         said = ": " + one_line(program.said).rstrip(".") if program.said else ""
         raise ProgramError(f"the compressor failed, and nothing of the image was kept: "
@@ -12696,11 +12704,12 @@ class BackupJob:
                 self._tell_reading(report, copies, machine)
                 references = services.references
                 if reference is not None and not self._lie:
-                    self._with_ledger("its snapshot could not be kept as the reference", folder,
+                    self._with_ledger("its snapshot could not be kept as the reference, so that the next run "
+                                      "reads all of its disks", folder,
                                       lambda ledger: references.keep(ledger, reference))
                 elif layer is not None and services.settings.keep_reference and references.can_keep:
                     why = "it is not trusted" if self._lie else "no copy is read against it now"
-                    self._with_ledger("its reference could not be removed", folder,
+                    self._with_ledger("its reference could not be removed; the next run tries again", folder,
                                       lambda ledger: references.give_up(ledger, why))
         except BaseException as error:
             # whatever ended it: what was written goes, unless the storage is what failed
@@ -13307,7 +13316,8 @@ def newly_left_out(machine: VirtualMachine, method: Method, left_out: Mapping[Di
     for disk, line in left_out.items():
         if disk.device in held:
             yield Finding(Severity.WARNING, machine.title, f"disk {disk_list((disk,))}, which its newest "
-                          f"good copy, {held[disk.device]}, holds, is left out from now on by {line}.")
+                          f"good copy, {held[disk.device]}, holds, is left out from now on by {line}: "
+                          "correct that if it is not meant.")
 
 
 VDI_CFG = "/vdi.cfg"
@@ -13545,10 +13555,12 @@ class CopyState(enum.Enum):
 COPY_ADVICE = {
     DAMAGED: "A DAMAGED copy stays as it is. Restore another (`list` shows them all); the next backup of "
     "its VM makes a new one. If the store was at fault, put it right and verify again.",
-    SUSPECT: "The files of a SUSPECT copy are whole, but what the pool gave for them was not: restore another.",
+    SUSPECT: "The files of a SUSPECT copy are whole, but what the pool gave for them was not: restore "
+    "another.",
     CopyState.UNCHECKED.value: "What was NOT CHECKED is not judged: do what its line says, and verify again.",
-    CopyState.UNREADABLE.value: "What COULD NOT BE READ is not judged: put the share or disk right, and verify "
-    "again."}
+    CopyState.UNREADABLE.value: "What COULD NOT BE READ is not judged: put the share or disk right, and "
+    "verify again."}
+NOT_GOOD = "What is not good stays as it is until you remove it. Restore another; `verify` tells more."
 
 
 class CopyVerdict(NamedTuple):
@@ -13830,6 +13842,8 @@ def prune_chosen(run: Run) -> None:
             run.tell([Finding(Severity.ERROR, stored.title, str(error))])
             if isinstance(error, StorageMisbehaved):
                 break                      # nothing more is removed in this run
+    if any(not copy.is_good for stored in listing.vms for copy in stored.copies):
+        log.show(NOT_GOOD)
     log.show(f"{counted(removed, 'copy')} {'would be removed' if preview else 'removed'}.")
 
 
@@ -14269,7 +14283,8 @@ def copy_at_path(path: str) -> Tuple[str, Copy]:
         raise UsageError(f"{path} can't be read: {str(error).rstrip('.')}.")
 
 
-OTHER_COPY = "Nothing was started; `list` shows the other copies."
+NEXT_COPY = "`list` shows the other copies."
+OTHER_COPY = "Nothing was started; " + NEXT_COPY
 
 
 def opened_source(services: Services, copy: Copy, inside: Directory) -> Source:
@@ -14858,7 +14873,7 @@ class Importer:
                 if problems:
                     problem = f"{doing}: the copy is damaged: {str(problems[0]).rstrip('.')}."
                 if not imports.programs:
-                    raise BackupError(f"{doing}: nothing of it can be brought back. {problem}")
+                    raise BackupError(f"{doing}: nothing of it can be brought back. {problem} {NEXT_COPY}")
                 began_s = self._services.clock.monotonic()
                 for part, program in imports.programs.items():
                     while program.wait(TICK_S) is None:
@@ -14890,7 +14905,7 @@ class Importer:
             vdis.update({disk.id: places[disk.userdevice] for disk in plan.source.disks
                          if disk.id in ids and disk.userdevice in places})
         if problem and not found:
-            raise BackupError(f"{entry.title}: nothing of it can be brought back. {problem}")
+            raise BackupError(f"{entry.title}: nothing of it can be brought back. {problem} {NEXT_COPY}")
         if missing and not problem:
             raise BackupError(f"{entry.title}: xe reported no failure, but there is no VM named "
                               f"{missing[0]}. {MASTER_LOG}")
@@ -15140,7 +15155,6 @@ def stream_image(source: Source, on_tick: Callable[[Progress], Any], sinks: Sequ
 
 VERIFY_ADVICE = ("Nothing of it stays in the pool. `verify` judges all copies; from=STAMP takes an older "
                  "one, force=yes keeps what this one gives.")
-MASTER_LOG = "/var/log/xensource.log of the pool's master tells more."
 CHECKSUM_WORDS = "checksum failed"     # of a block of the archive (ocaml/xapi/stream_vdi.ml@v26.17.0)
 
 
@@ -15310,7 +15324,7 @@ def extract_disk(services: Services, source: Source, disk: SourceDisk, path: str
         sink = MebibyteSink(functools.partial(write_in_place, file),
                             disk.id if is_archive(source.copy) else "image")
         check = stream_image(source, shown_progress(services, title, source.size_bytes), [sink],
-                             advice="No file was left.")
+                             advice="No file was left; " + NEXT_COPY)
         size = disk.virtual_size or check.report.disks[0].virtual_size
         file.complete(size)
     proven = "its digests match" if source.manifest else source.digests_text + (
@@ -15495,6 +15509,8 @@ def drill_one(services: Services, view: PoolView, importer: Importer, exporter: 
                                     drill_reason=error or "", **facts)
     except BackupError as problem:
         services.log.info(f"the verdict is not recorded: {problem}")
+    if said == NOT_RESTORABLE and NEXT_COPY not in error:
+        error += f" {NEXT_COPY} The next backup of its VM makes a new one."
     return undrilled(copy)._replace(error=error, status_word="DRILL-FAIL" if error else "SUCCESS", said=said,
                                     cause=cause, seconds=services.clock.monotonic() - began_s)
 
@@ -16002,7 +16018,8 @@ class History:
                         raise ValueError("it is of a time that is yet to come: is this host's clock right?")
                 except (ValueError, CatalogError) as error:
                     problems.append(f"{folder.shown}/{name} can't be used, and is left out: "
-                                    + re.sub(r"(?<![.?])$", ".", str(error)))
+                                    + re.sub(r"(?<![.?])$", ".", str(error))
+                                    + " Remove it if that stays so.")
                     continue
                 found.append(past)
                 seen.update(UUIDS.findall(content))
@@ -16212,12 +16229,12 @@ def check_line(ages: Sequence[Tuple[str, Optional[float]]], bad: Sequence[str], 
              [title for title, age in ages if age is not None and warn_s < age <= crit_s]),
             ("of a time that is yet to come", Alarm.WARNING,
              [title for title, age in ages if age is not None and age < -HOUR_S]),
-            ("of the copies not good", Alarm.WARNING, bad)):
+            ("of the copies not good (`list` tells why)", Alarm.WARNING, bad)):
         if rows:
             alarm = max(alarm, level)
             told.append(f"{len(rows)} {words}: {shortened(rows, 5)}")
     if not ages:
-        alarm, told = Alarm.UNKNOWN, ["no VM was in the last rounds"]
+        alarm, told = Alarm.UNKNOWN, ["no VM was in the last rounds: does the config select any?"]
     text = "; ".join(told + list(notes)) or f"{counted(len(ages), 'VM')}, the newest good copy of each at " \
         f"most {format_duration(max(0.0, oldest))} old"
     figures = [f"vms={len(ages)}", f"oldest={max(0.0, oldest):.0f}s;{warn_s:.0f};{crit_s:.0f};0",
@@ -16335,11 +16352,12 @@ def page_needs(page: Page) -> Tuple[List[str], List[str]]:
     if report.ended_by is not None:
         bad.append(f"The last round ended early: {shown(reason_text(report.ended_by))}")
     if page.at - report.ended_at > timedelta(hours=PAGE_PATIENCE_HOURS):
-        bad.append(f"No round has come since {format_local(report.ended_at)}.")
+        bad.append(f"No round has come since {format_local(report.ended_at)}: does cron still start it?")
     bad += [f"{named(one.watched.last.title)} has no good copy." for one in page.vms
             if not one.watched.held.newest]
     bad += [f"{shown(f'{copy.folder}/{copy.name}')} is not good: {shown(copy.trouble)}." for one in page.vms
             for copy, _ in one.copies if not copy.is_good]
+    bad += [NOT_GOOD] if any(not copy.is_good for one in page.vms for copy, _ in one.copies) else []
     bad += [f"{named(finding.subject)}: {shown(finding.sentence)}" for finding in report.findings
             if finding.severity is Severity.ERROR]
     warn = [f"{named(finding.subject)}: {shown(finding.sentence)}" for finding in report.findings
@@ -16348,7 +16366,8 @@ def page_needs(page: Page) -> Tuple[List[str], List[str]]:
         bad.append(f"The copies could not be listed: {shown(page.store.problem)}")
     full = day_of_full_store(page.rounds)
     if full is not None:
-        warn.append(f"If it goes on growing as it does, the store is full on {full.astimezone():%Y-%m-%d}.")
+        warn.append(f"If it goes on growing as it does, the store is full on {full.astimezone():%Y-%m-%d}:"
+                    " give it more room, or keep fewer copies.")
     return bad, warn + [shown(problem) for problem in page.problems]
 
 
@@ -16532,7 +16551,8 @@ def end_told(run: Run) -> int:
             report = after_run(run, report)
         if run.is_told:
             services.signals.come_too_late()
-            if report.wording is BACKUP_WORDING and report.failed_names and not services.settings.is_by_hand:
+            if report.wording is BACKUP_WORDING and (report.failed_names or report.dump_error) \
+                    and not services.settings.is_by_hand:
                 services.log.info("what was not backed up is tried again by the next run; to run sooner, "
                                   "repeat the crontab line by hand.")
             services.log.info(summary_text(report))
@@ -16916,6 +16936,8 @@ def list_text(rows: Sequence[Dict[str, Any]], strangers: Sequence[str]) -> str:
             lines.append(f"  {copy['name']}  {format_duration(copy['age_s'])} old  "
                          f"{format_size(copy['size'])}{disks}{kind}  {state}  {checked}  {copy['fate']}")
         lines += map(reference_line, row["references"])
+    if any(not copy["good"] for row in rows for copy in row["copies"]):
+        lines.append(NOT_GOOD)
     return "\n".join(lines + [f"not ours, left alone: {one_line(stranger)}" for stranger in strangers])
 
 
@@ -17068,7 +17090,8 @@ def explained_lost(services: Services, inventory: Inventory, stored: StoredVm) -
     if here and stored.uuid:
         about = [one for one in services.settings.vm_export + services.settings.vdi_export
                  if one.is_literal and one.matches(lost_machine(stored))]
-        lines += [f"  {one.line} still names it: each run reports that as an error." for one in about
+        lines += [f"  {one.line} still names it: each run reports that as an error, until the line is gone."
+                  for one in about
                   if not any(one.matches(machine) for machine in inventory.machines)]
         lines.append(f"  `restore vm=uuid:{stored.uuid}` brings it back, with preserve=yes under this uuid.")
     return lines
@@ -17290,7 +17313,7 @@ def reckoned(seen: Seen, settings: Configuration) -> Tuple[Optional[Proposal], L
         on = f" lies on {seen.mount.title}" if seen.mount else ""
         warnings.append(f"{seen.backup_dir}{on}: the other hosts of the pool can't see it, or not each "
                         "other's locks there. So this host alone backs up the whole pool, and while it is "
-                        "down, nobody does.")
+                        "down, nobody does. A network share that all mount, with locks, mends that.")
     return proposal, warnings
 
 
@@ -17430,7 +17453,8 @@ def create_password_file(password: str, path: str) -> str:
     except FileExistsError:
         raise UsageError(f"{path} exists already and was left as it is: remove it first.")
     except OSError as error:
-        raise UsageError(f"{path} can't be made: {os_reason(error)}.")
+        raise UsageError(f"{path} can't be made: {os_reason(error)}. Name a file in a directory that is "
+                         "there, and can be written.")
     with open(fd, "wb") as file:
         os.fchmod(fd, 0o600)
         file.write(base64.b64encode(password.encode("utf-8", "surrogateescape")) + b"\n")
@@ -17605,7 +17629,7 @@ def new_config(run: Run, inventory: Inventory, path: str, hosts: int, shares: Se
     proposal, warnings = reckoned(seen, settings)
     if seen.mount is not None and holds_sr(seen.mount, read_mounts(read_text_file(MOUNTS_FILE))):
         warnings.append(f"{seen.backup_dir} lies on {seen.mount.title}, which holds an SR, too: the VMs "
-                        "there and their backups could be lost together.")
+                        "there and their backups could be lost together. backup_dir= names another place.")
     content = config_text(
         f"Written by VmBackup.py setup on {services.clock.local():%Y-%m-%d} for the pool "
         f"{inventory.pool_title} ({counted(len(inventory.host_uuids), 'host')}, master "
@@ -17665,8 +17689,8 @@ def check_own_disk(services: Services) -> None:
     if mount is not None and mount.disk in own and not services.catalog.is_on_root \
             and settings.require_mount != "no":
         raise UsageError(f"{settings.places['backup_dir']}: backup_dir: {settings.backup_dir} lies on the "
-                         f"host's own disk ({mount.source}), and would be lost with it. require_mount=no "
-                         "allows it.")
+                         f"host's own disk ({mount.source}), and would be lost with it. Name a share, or "
+                         "another disk; require_mount=no allows it.")
 
 
 # --- preview and backup ----------------------------------------------------------------------
@@ -17822,7 +17846,7 @@ def join(run: Run, services: Services, identity: Inventory, name: str, lock: Loc
     host_lock = run.in_store("taking part", lambda: work.lock("host-" + identity.host.uuid))
     if not any(host_lock.take() for _ in itertools.takewhile(bool, signals.until(LOCK_TEXT_PATIENCE_S, 0.2))):
         raise LockHeld(f"another run on this host takes part in the round that {told(text, 'host')} leads. "
-                       "Nothing was started.")
+                       "Nothing was started; `status` shows how far it is.")
     log.info(f"VmBackup {VERSION}: {identity.host.short_name} takes part in the round of "
              f"{services.settings.source} that {told(text, 'host')} leads.")
     helper, crew = Helper(run, work, Exporter(run.services, make_xe(services)), lock), Crew(services, work)
@@ -18054,7 +18078,8 @@ def command_forget_references(run: Run) -> None:
                     run.check_alive()
                     is_gone = references.give_up(now._replace(distrust=""), "forget-references was asked for")
             told = "no reference of it is in the pool any more" if is_gone else \
-                "its reference could not be removed" if now else "another run is busy with it"
+                "its reference could not be removed; forget-references tries again" if now else \
+                "another run is busy with it; forget-references removes it once that has ended"
             run.outcomes.append(Outcome("forget-references", ledger.vm, ledger.vm_name, ledger.title,
                                         None if is_gone else told + "."))
             services.log.show(f"{ledger.title}: {told}.")
@@ -18090,7 +18115,7 @@ def command_extract(run: Run) -> None:
     services, given = run.services, run.services.arguments.parameters
     path = given["to"]
     if path and os.path.lexists(fs_path(path)):
-        raise UsageError(f"to={path} exists already and was left as it is.")
+        raise UsageError(f"to={path} exists already and was left as it is: name another file.")
     with chosen_source(services) as (source, _):
         if given["metadata"]:
             services.log.show(extract_metadata(source, path))
