@@ -14,7 +14,7 @@ import pytest
 import recordings
 from replay import Replay, demand_no_stale_rows, replayed
 from support.language import MEBIBYTE, at, disk, vm
-from support.process import CRON_PATH, Run, run, text_of
+from support.process import CRON_PATH, TIME_LIMIT_S, Run, run, text_of
 from support.wire import eventually
 
 # One worker does the whole replay.
@@ -223,7 +223,7 @@ def test_an_export_that_gets_a_signal(a_pool: Any, tmp_path: Any, name: str, num
                               env={'PATH': CRON_PATH}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert eventually(lambda: path.exists() and path.stat().st_size > MEBIBYTE)
     export.send_signal(number)
-    stdout, stderr = export.communicate(timeout=20)
+    stdout, stderr = export.communicate(timeout=TIME_LIMIT_S)
     # The shell that the recording was made in says 128 + N.
     assert recorded_run(name) == Run(status if status > 0 else 128 + number, text_of(stdout), text_of(stderr))
     assert export.returncode == status and path.stat().st_size > MEBIBYTE, 'the partial file stays'

@@ -161,6 +161,7 @@ def test_a_signal_ends_a_drill_cleanly(a_backup: Any) -> None:
     with beginning(pool, shelf, 'vm-export=*', words=['drill', 'web']) as process:
         assert process.says(': drill of'), process.output
         process.signal(signal.SIGTERM)
+        assert process.says('SIGTERM came'), process.output
         pool.release()
         run = process.ending()
     assert run.exit_status == 128 + signal.SIGTERM and is_as_before(pool, before) and shelf.journals() == [], run

@@ -160,7 +160,7 @@ def test_a_signal_in_mid_export_ends_the_run_with_128_and_its_number_and_leaves_
 
 
 def test_that_a_signal_came_is_in_the_log_before_anything_is_cleaned_up(a_pool: Any, a_shelf: Any) -> None:
-    pool, shelf = a_pool(vm('web', disks=BIG), faults=[at('http:/export', runs_at=MEBIBYTE)]), a_shelf()
+    pool, shelf = a_pool(vm('web', disks=BIG), faults=[slowly()]), a_shelf()
     with beginning(pool, shelf, 'vm-export=web') as process:
         assert eventually(is_exporting(shelf)), process.output
         pool.process.send_signal(signal.SIGSTOP)       # so that nothing can be cleaned up
@@ -168,7 +168,7 @@ def test_that_a_signal_came_is_in_the_log_before_anything_is_cleaned_up(a_pool: 
         assert process.says('SIGTERM came: what is under way is ended'), process.output
         assert not process.is_over() and 'was stopped' not in process.output
         pool.process.send_signal(signal.SIGCONT)
-        run = process.ending(60)
+        run = process.ending()
     assert run.exit_status == 143 and run.output.count('SIGTERM came') == 1, run
 
 
@@ -219,7 +219,8 @@ def test_after_a_signal_a_pool_that_is_away_is_waited_for_a_minute_and_the_rest_
 
 
 def test_a_signal_ends_the_wait_for_an_answer_that_does_not_come_and_the_clean_up_goes_on(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(vm('web', disks=2), vm('zeta'), faults=[at('api:VDI.destroy', nth=1, when='after', hangs=True)])
+    pool = a_pool(vm('web', disks=2), vm('zeta', disks=BIG), faults=[at('api:VDI.destroy', nth=1, when='after', hangs=True),
+                                                                    slowly(object='zeta')])
     shelf = a_shelf()
     with beginning(pool, shelf, 'vm-export=*', 'stall_timeout=1440', is_hurried=True) as process:
         assert eventually(lambda: pool.calls('api:VDI.destroy')), process.output

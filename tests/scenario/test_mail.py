@@ -185,7 +185,7 @@ def test_a_refused_login_is_told_by_mail_without_the_password(a_pool: Any, a_she
 
 
 def test_a_run_that_a_signal_ends_is_told_by_mail(a_pool: Any, a_shelf: Any, a_mail_server: Any) -> None:
-    pool = a_pool(vm('web', disks=BIG), vm('db'), faults=[slowly()])
+    pool = a_pool(vm('web', disks=BIG), vm('db', disks=BIG), faults=[slowly()])
     shelf, server = a_shelf(complete('web', 7)), a_mail_server()
     with beginning(pool, shelf, 'vm-export=*', *server.lines()) as process:
         assert process.says(': vm-export into db/'), process.output
@@ -202,6 +202,7 @@ def test_a_signal_before_the_run_has_begun_is_told_by_mail(a_pool: Any, a_shelf:
     with beginning(pool, shelf, 'vm-export=*', *server.lines()) as process:
         assert eventually(lambda: pool.calls('api:session.*'))
         process.signal(signal.SIGTERM)
+        assert process.says('stopped by SIGTERM'), process.output
         pool.release()
         assert process.ending().exit_status == 128 + signal.SIGTERM
     assert len(server.mails()) == 1 and 'SIGTERM' in server.mail().text and server.mail().subject.startswith('ERROR: ')

@@ -14,7 +14,7 @@ from support.shelf import complete, of_old_program
 from support.wire import eventually
 
 BIG = [disk(size=8 * MEBIBYTE, used=8)]
-MARKED = at('api:VDI.add_to_other_config', nth=1, when='after', sleeps=1.5)
+MARKED = at('api:VDI.add_to_other_config', nth=1, when='after', sleeps=60, until='enough')
 
 
 def keys_of_ours(pool: Any) -> List[str]:
@@ -22,12 +22,13 @@ def keys_of_ours(pool: Any) -> List[str]:
 
 
 def another_tools_snapshot(pool: Any) -> str:
-    """The ref of a disk snapshot that somebody else has just made of web's disk."""
+    """The ref of a disk snapshot that somebody else has just made of web's disk; what waits for that goes on."""
     api = pool.session().xenapi
     disks = [ref for ref, record in api.VDI.get_all_records().items() if not record['is_a_snapshot']]
     assert len(disks) == 1
     snapshot = api.VDI.snapshot(disks[0], {})
     api.VDI.set_name_label(snapshot, 'base of the next delta')
+    pool.release()
     return snapshot
 
 
@@ -282,6 +283,7 @@ def test_what_a_server_that_died_in_an_import_left_attached_is_detached_and_dest
     serving(pool, at('http:/import', nth=1, rate=MEBIBYTE // 8))
     with beginning(pool, shelf, 'vm-export=web', words=['restore', 'web', 'to=back']) as process:
         assert eventually(lambda: drives_of_hosts(pool)), process.output
+        pool.process.send_signal(signal.SIGSTOP)        # as above
         process.kill()
         pool.process.kill()
     serving(pool)

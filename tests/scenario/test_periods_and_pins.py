@@ -142,7 +142,7 @@ def test_list_tells_the_rules_that_hold_each_copy_and_until_when_in_text_and_jso
     first, second, other, last = shelf.names('web')
     lines = ('vm-export=web:1', 'keep_daily=2')
     second_day, last_day = [taken_at(name).strftime('%Y-%m-%d') for name in (second, last)]
-    today = datetime.now()
+    today = taken_at(last) + timedelta(days=1)          # by the copies, as midnight may have passed meanwhile
     told = {first: 'goes with the next pruning: 2 good copies are newer, and 1 is kept, and one of each of the last 2 days',
             second: 'kept: day %s (at least until 1 more good copy is there, not before %s)' % (second_day, today.strftime('%Y-%m-%d')),
             last: 'kept: newest 1; day %s (at least until 2 more good copies are there, not before %s)' % (

@@ -46,7 +46,7 @@ def test_a_backup_that_runs_meanwhile_leaves_it_out(a_pool: Any, a_shelf: Any, m
 def test_one_whose_disks_are_coming_in_is_left_out(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf, other = a_pool_with_web(a_pool), a_shelf(), a_shelf()
     assert backup(pool, shelf, 'vm-export=web').exit_status == 0
-    serving(pool, at('http:/import', rate=MEBIBYTE // 16))
+    serving(pool, at('http:/import', rate=MEBIBYTE // 256))
     with beginning(pool, shelf, 'vm-export=web', words=['restore', 'web', 'to=back']) as process:
         assert eventually(lambda: 'being restored' in str(pool.dump()['VM'])), process.output
         run = backup(pool, other, 'vm-export=*')

@@ -602,6 +602,7 @@ def test_a_signal_in_the_import_leaves_nothing(a_backup: Any, number: int) -> No
     with beginning(pool, shelf, 'vm-export=*', words=['restore', 'web', 'to=back']) as process:
         assert process.says(': importing '), process.output
         process.signal(number)
+        assert process.says(signal.Signals(number).name + ' came'), process.output
         pool.release()
         run = process.ending()
     assert run.exit_status == 128 + number, run

@@ -76,7 +76,11 @@ def is_exporting(shelf: Shelf, name: str) -> bool:
 
 
 def sizes(shelf: Shelf, name: str) -> List[Any]:
-    return [(path, os.path.getsize(path)) for path in glob.glob(os.path.join(shelf.path, name, '*.partial', '*.xva'))]
+    found = []
+    for path in glob.glob(os.path.join(shelf.path, name, '*.partial', '*.xva')):
+        with contextlib.suppress(FileNotFoundError):        # finished, or swept, since it was seen
+            found.append((path, os.path.getsize(path)))
+    return found
 
 
 def round_files(shelf: Shelf, pattern: str) -> List[str]:
@@ -90,7 +94,8 @@ def workers_of(process: Process) -> List[int]:
         with contextlib.suppress(OSError), open('/proc/%d/cmdline' % pid, 'rb') as file:
             if b'--worker' in file.read():
                 found.append(pid)
-    return found
+    theirs = {child for pid in found for child in children_of(pid)}     # one that is just being forked bears its maker's words
+    return [pid for pid in found if pid not in theirs]
 
 
 def owner(shelf: Shelf, name: str, pool: Pool) -> int:
@@ -481,13 +486,15 @@ def test_with_lock_wait_0_a_worker_of_the_round_is_not_taken_for_another_run(a_p
 
 
 def test_a_host_that_freezes_for_a_while_and_comes_back_in_time_is_waited_for(a_pool: Any, a_shelf: Any) -> None:
-    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[slowly()])
+    pool = a_pool(*machines(2, 16), hosts=HOSTS, faults=[slowly(object='vm0'), slowly(object='vm1', until='rested')])
     shelf = a_shelf()
     with led_and_helped(pool, shelf, is_hurried=True) as (leader, helper):
-        os.kill(helper.pid, signal.SIGSTOP)
         pool.release()
-        assert leader.says('is complete')
+        assert leader.says('is complete')       # so it has nothing to do but to wait for the other, which has its VM in hand
+        os.kill(helper.pid, signal.SIGSTOP)
         time.sleep(1)
+        assert not leader.is_over(), leader.output
+        pool.release('rested')
         os.kill(helper.pid, signal.SIGCONT)
         assert [run.exit_status for run in endings([leader, helper])] == [0, 0]
     assert each_once(pool, shelf, 2)
@@ -624,12 +631,12 @@ def test_a_round_of_other_settings_under_one_path_is_told_with_both_hosts(a_pool
 def test_what_until_leaves_undone_is_told_and_comes_first_next_time(a_pool: Any, a_shelf: Any) -> None:
     pool = a_pool(*machines(3, 16), faults=[slowly()])
     shelf = a_shelf()
-    now = time.time()
-    until = time.strftime('until=%H:%M', time.localtime(now + 60))       # the next full minute, 20 s away for the program
-    program = in_trouble(pool, hurried=True, clock=60 - now % 60 - 20)
-    process = Process(['-', shelf.config('vm-export=*', until)], pool.environment(), program)
+    until = time.strftime('until=%H:%M', time.localtime(time.time() + 180))      # 2 minutes or more are left
+    late = os.path.join(pool.home, 'late')
+    process = Process(['-', shelf.config('vm-export=*', until)], pool.environment(),
+                      in_trouble(pool, hurried=True, clock=200, since=late))
     assert process.says('vm-export into')
-    time.sleep(max(0, now + 21 - time.time()))
+    pool.release('late')
     pool.release()
     run = process.ending()
     done = [name for name in ('vm0', 'vm1', 'vm2') if shelf.copies(name)]
@@ -674,12 +681,18 @@ def test_a_worker_that_waits_does_no_work(a_pool: Any, a_shelf: Any) -> None:
             with open('/proc/%d/stat' % worker) as file:
                 return sum(map(int, file.read().rpartition(')')[2].split()[11:13]))
 
-        def is_idle() -> bool:
-            before = ticks()
-            time.sleep(3)
-            return ticks() - before <= 0.05 * 3 * os.sysconf('SC_CLK_TCK')
+        def looks() -> int:
+            with open('/proc/%d/status' % worker) as file:
+                return int(re.search(r'^voluntary_ctxt_switches:\s*(\d+)', file.read(), re.MULTILINE).group(1))
 
-        assert eventually(is_idle)          # once it has begun, which is work
+        def is_idle() -> bool:
+            before, looked = ticks(), looks()
+            time.sleep(3)
+            return ticks() - before <= 0.05 * 3 * os.sysconf('SC_CLK_TCK') and looks() > looked      # it did look meanwhile
+
+        # the leader's, as such and as a worker, and its own: it has begun, which is work
+        assert eventually(lambda: len(round_files(shelf, '*.sign')) == 3), round_files(shelf, '*')
+        assert eventually(is_idle)
         pool.release()
         assert process.ending().exit_status == 0
 

@@ -14,7 +14,7 @@ import pytest
 
 from support import warm
 from support.deeds import backup, beginning, in_trouble, objects, without_pool
-from support.language import MEBIBYTE, at, disk, slowly, vm
+from support.language import MEBIBYTE, disk, slowly, vm
 from support.process import PROGRAM, TIME_LIMIT_S, Run, ended, run, text_of
 from support.shelf import complete, foreign, unfinished
 from support.wire import eventually

@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import sys
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import pytest
 
@@ -42,6 +42,17 @@ def a_run(pool: Pool, shelf: Shelf, *lines: str, columns: int = 80, rows: int = 
 def is_progress(row: str) -> bool:
     """Can only a line of progress look so?"""
     return bool(re.search(r'^[^%]* \d+ %|MB/s|^and \d+ more$|^\S.* +\d+/\d+  |^waiting for ', row))
+
+
+def rows_when(terminal: Terminal, are_so: Callable[[List[str]], Any], time_limit_s: float = 60) -> List[str]:
+    """The rows as they once are, now or soon: a moment later they may be painted anew."""
+    def look() -> List[str]:
+        rows = terminal.rows
+        return rows if are_so(rows) else []
+
+    rows = eventually(look, time_limit_s)
+    assert rows, terminal.rows
+    return rows
 
 
 def is_tidy(terminal: Terminal, most: int = 1) -> bool:
@@ -125,13 +136,12 @@ def test_a_terminal_that_is_resized_is_filled_anew_and_nothing_older_is_left(a_p
             terminal.resize(columns, lines)
             del terminal.frames[:]
             if lines == 2:
-                assert eventually(lambda: terminal.rows[-1:] == ['and 2 more']), terminal.rows
+                rows = rows_when(terminal, lambda rows: rows[-1:] == ['and 2 more'])
             else:
-                assert eventually(lambda: sum(' left' in row for row in terminal.rows) == 2
-                                  and len(terminal.frames) > 2), terminal.rows
-                assert ('/16 MiB  ' in terminal.rows[-1]) == (columns >= 60), terminal.rows
-            assert all(is_progress(row) for row in terminal.rows[-2:][lines == 2:])
-            assert sum(map(is_progress, terminal.rows)) == (1 if lines == 2 else 2), terminal.rows
+                rows = rows_when(terminal, lambda rows: sum(' left' in row for row in rows) == 2 and len(terminal.frames) > 2)
+                assert ('/16 MiB  ' in rows[-1]) == (columns >= 60), rows
+            assert all(is_progress(row) for row in rows[-2:][lines == 2:])
+            assert sum(map(is_progress, rows)) == (1 if lines == 2 else 2), rows
         terminal.types('\x03')
         assert ends_well(terminal, STOPPED)
 
@@ -150,9 +160,8 @@ def test_a_terminal_that_can_take_nothing_away_gets_the_log_alone(a_pool: Any, a
 def test_a_terminal_without_utf8_is_shown_ascii(a_pool: Any, a_shelf: Any, environment: Any) -> None:
     pool, shelf = a_pool(*machines('b\u00fccher-und-\u65e5\u672c\u8a9e-dazu'), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, columns=40, environment=dict(environment, TERM='vt100')) as terminal:
-        assert terminal.shows(' left')
-        assert terminal.rows[-1].startswith('b\\xfccher') and '... 1/1  ' in terminal.rows[-1]
-        assert all(ord(char) < 128 for char in terminal.rows[-1])
+        row = rows_when(terminal, lambda rows: ' left' in '\n'.join(rows))[-1]
+        assert row.startswith('b\\xfccher') and '... 1/1  ' in row and all(ord(char) < 128 for char in row), row
         pool.release()
         assert ends_well(terminal) and is_tidy(terminal)
 
@@ -171,11 +180,14 @@ def test_a_terminal_without_utf8_is_shown_ascii(a_pool: Any, a_shelf: Any, envir
 def test_no_name_breaks_the_layout(a_pool: Any, a_shelf: Any, name: str, shown: str) -> None:
     pool, shelf = a_pool(*machines(name, 'db'), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=2', rows=40) as terminal:
-        assert eventually(lambda: [row for row in terminal.rows[-2:] if shown in row] and all(
-            'MB/s' in row for row in terminal.rows[-2:])), terminal.rows
-        with terminal.lock:
-            places = {column for row in terminal.places('/2  ')[-2:] for column in row}
-        assert len(places) == 1, terminal.rows         # below each other, whatever the names are made of
+        rows_when(terminal, lambda rows: [row for row in rows[-2:] if shown in row] and all('MB/s' in row for row in rows[-2:]))
+
+        def places() -> List[List[int]]:
+            with terminal.lock:
+                found = terminal.places('/2  ')[-2:]
+            return found if len(found) == 2 else []         # else it is just painting
+
+        assert len({column for row in eventually(places) for column in row}) == 1, terminal.rows    # whatever names are made of
         terminal.types('\x03')
         assert ends_well(terminal, STOPPED) and is_tidy(terminal, 2)
         assert re.sub('\x1b\\[(\\?7[lh]|J|1A)', '', terminal.received).replace('\r', '').replace('\n', '').isprintable() \
@@ -198,8 +210,8 @@ def test_of_more_workers_than_the_screen_has_lines_the_last_says_how_many(a_pool
     names = ['vm%02d' % number for number in range(16)]
     pool, shelf = a_pool(*machines(*names, mebibytes=16), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=16', 'at_once=16', rows=10) as terminal:
-        assert eventually(lambda: 'and 8 more' in terminal.rows[-1:], 150), terminal.rows
-        assert sum(row.startswith('vm') for row in terminal.rows) == 8
+        rows = rows_when(terminal, lambda rows: 'and 8 more' in rows[-1:], 150)
+        assert sum(row.startswith('vm') for row in rows) == 8, rows
         terminal.types('\x03')
         assert ends_well(terminal, STOPPED) and is_tidy(terminal, 9)
         assert all(re.match(STAMP, line) for line in log_lines(terminal))

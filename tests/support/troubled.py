@@ -26,7 +26,8 @@ The program is run in this process as `__main__`, its text unchanged. TROUBLE.js
     {"at": [NAME, ...], "do": "ENOSPC", "once": true}    only the first opening
     {"hurried": true}                                    the program's minutes last half a second, and it waits less
     {"hasty": true}                                      its patience with mail servers and pings is three seconds
-    {"clock": SECONDS}                                   its clock is so much ahead of the real one
+    {"clock": SECONDS}                                   its clock is so much ahead of the real one; with "since", from
+                                                         when on there is a file of that path
     {"broken": NAME}                                     the function or method of that name has a bug
     {"mounts": [{"point": DIR, "kind": "nfs4", ...}]}    these directories are mounts, as far as it can tell; "source",
                                                          "options", "free" and "size" in bytes can be said, too, the path
@@ -265,11 +266,11 @@ def break_down(module: Any, name: str) -> None:
     setattr(owners[0], name, broken)
 
 
-def set_clock(module: Any, seconds: float) -> None:
-    """The program takes it for so much later than it is."""
+def set_clock(module: Any, seconds: float, since: str) -> None:
+    """The program takes it for so much later than it is, once there is that file ("": from the first)."""
     for name in ('utc', 'local'):
         def later(told: Callable[[], Any] = getattr(module.Clock, name)) -> Any:
-            return told() + datetime.timedelta(seconds=seconds)
+            return told() + datetime.timedelta(seconds=seconds if not since or os.path.exists(since) else 0)
         setattr(module.Clock, name, staticmethod(later))
 
 
@@ -328,7 +329,7 @@ def main() -> None:
     if 'mounts' in trouble:
         pretend_mounts(program.module, trouble['mounts'])
     if 'clock' in trouble:
-        set_clock(program.module, trouble['clock'])
+        set_clock(program.module, trouble['clock'], trouble.get('since', ''))
     if 'broken' in trouble:
         break_down(program.module, trouble['broken'])
     if 'store' in trouble:

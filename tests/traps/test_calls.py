@@ -8,7 +8,7 @@ from typing import Any, List
 
 import pytest
 
-from support.language import MEBIBYTE, at, disk, slowly, vm
+from support.language import MEBIBYTE, disk, slowly, vm
 from support.wire import Background, eventually
 from test_traps import NULL, STORE, disks_of, get, ref_of, refused, uuid_of
 
