@@ -18205,17 +18205,27 @@ def told_by_parent() -> Dict[str, Any]:
     return given
 
 
+def begin_as_worker(words: Sequence[str]) -> None:
+    """The process of a backup begins anew as its workers do: some Pythons keep all night what compiling took."""
+    with contextlib.suppress(UsageError):                # which is told later
+        if parse_arguments(words).action.name == "backup":
+            command, beginning = worker_start()
+            become([*command, *map(fs_path, words)], beginning)
+
+
 def main(argv: Sequence[str]) -> int:
     """The exit status of that command line."""
     open_standard_descriptors()
     raise_descriptor_limit()
     os.umask(0o077)                        # images hold whole disks, dumps hold secrets
     warnings.filterwarnings("ignore", "Possible ", FutureWarning)      # about a regex of the config, as [[a]
+    words, name = [fs_text(word) for word in argv], ""
+    if __name__ == "__main__":
+        begin_as_worker(words)             # with no handler yet, which could take a signal with it
     clock = Clock()
     log = Log(clock)
     signals = Signals(log)
     signals.install()
-    words, name = [fs_text(word) for word in argv], ""
     is_check = words[2:3] == ["check"]
     try:
         if not words:
@@ -18233,10 +18243,6 @@ def main(argv: Sequence[str]) -> int:
             log.show(create_password_file(words[0], words[1].partition("=")[2]))
             return ExitStatus.OK
         arguments = parse_arguments(words)
-        if __name__ == "__main__" and arguments.action.name == "backup":
-            # as its workers begin: some Pythons keep the memory that compiling took, all night
-            command, beginning = worker_start()
-            become([*command, *argv], beginning)
         configuration = load_configuration(arguments)
         services = Services(configuration, clock, log, signals, arguments)
         run = Run(services, StatusLog(services))
