@@ -84,6 +84,8 @@ def test_a_vm_that_has_no_good_copy_fails_the_drill(a_backup: Any) -> None:
     os.truncate(shelf.at('web', shelf.newest('web'), 'web.xva'), MEBIBYTE)
     run = drill(pool, shelf, 'newest-of-each')
     assert run.exit_status == 1 and run.says('there is no good one of this VM') and run.says('1 of 2 copies came back'), run
+    run = drill(pool, shelf, 'web')
+    assert run.exit_status == 1 and run.says('`restore` with from=STAMP force=yes takes one all the same'), 'a drill takes neither'
 
 
 def test_an_old_copy_can_be_drilled(a_pool: Any, a_shelf: Any) -> None:
@@ -102,6 +104,7 @@ def test_a_damaged_copy_fails_the_drill_and_says_so_everywhere(a_backup: Any) ->
     before = objects(pool)
     run = drill(pool, shelf, 'newest-of-each')
     assert run.exit_status == 1 and run.says('1 of 2 copies came back'), run
+    assert run.says('`list` shows the other copies. The next backup of its VM makes a new one.'), run
     assert is_as_before(pool, before)
     assert 'NOT RESTORABLE on 20' in listed(pool, shelf) and 'DRILL-FAIL web' in ''.join(shelf.status_lines())
 

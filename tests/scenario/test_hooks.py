@@ -147,7 +147,8 @@ def test_a_before_run_that_fails_starts_nothing_and_after_run_runs_all_the_same(
                                                                                body: str, told: str) -> None:
     pool, shelf = a_pool(vm('web')), a_shelf()
     run = backup(pool, shelf, 'vm-export=web', *hooked(pool, shelf, before_run=body, before_vm='', after_vm='', after_run=''))
-    assert run.exit_status == 1 and 'before_run' in run.stderr and told in run.stderr, run
+    assert run.exit_status == 1 and 'before_run: ' in run.stderr and told in run.stderr, run
+    assert 'This host backed up nothing.' in run.stderr, run
     assert pool.journal() == [] and shelf.names() == []
     assert order(shelf) == ['before_run', 'after_run']
     seen = of(shelf, 'after_run').variables
@@ -322,7 +323,8 @@ def test_a_vm_whose_before_vm_fails_is_not_backed_up_and_the_others_are(a_pool: 
     pool, shelf = a_pool(vm('db'), vm('web')), a_shelf(complete('db', days_ago=2))
     lines = hooked(pool, shelf, before_vm='[ "$VMBACKUP_VM_NAME" != db ] || exit 9', after_vm='')
     run = backup(pool, shelf, 'vm-export=*:1', *lines)
-    assert run.exit_status == 1 and 'before_vm' in run.stderr and 'exit status 9' in run.stderr, run
+    assert run.exit_status == 1 and 'no snapshot of db' in run.stderr, run
+    assert 'ended with exit status 9; the log has what it said. Correct it, or before_vm= in the config.' in run.stderr, run
     assert end_of(shelf, 'db') == 'HOOK-FAIL' and end_of(shelf, 'web') == 'SUCCESS'
     assert [call['args'][2].partition(' ')[0] for call in pool.calls('api:VM.snapshot')] == ['web']
     assert shelf.still_holds('db') and shelf.has('db', complete=1) and shelf.has('web', complete=1)
@@ -340,7 +342,8 @@ def test_a_vm_is_tried_no_second_time_because_its_before_vm_failed(a_pool: Any, 
 def test_a_program_that_can_not_be_started_has_failed(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(vm('web')), a_shelf()
     run = backup(pool, shelf, 'vm-export=web', 'before_vm=/nowhere/freeze')
-    assert run.exit_status == 1 and '/nowhere/freeze could not be started' in run.stderr and end_of(shelf, 'web') == 'HOOK-FAIL'
+    assert run.exit_status == 1 and 'before_vm: /nowhere/freeze could not be started' in run.stderr, run
+    assert end_of(shelf, 'web') == 'HOOK-FAIL'
     run = backup(pool, shelf, 'vm-export=web', 'after_vm=/nowhere/thaw', 'after_run=' + shelf.home)
     assert run.exit_status == 3 and shelf.has('web', complete=1) and run.stderr.count(' - warning: ') == 2, run
     assert '/nowhere/thaw could not be started' in run.stderr and '%s could not be started' % shelf.home in run.stderr
@@ -351,7 +354,8 @@ def test_an_after_program_that_fails_is_a_warning_and_the_copy_stays(a_pool: Any
     pool, shelf = a_pool(vm('web')), a_shelf()
     run = backup(pool, shelf, 'vm-export=web', *hooked(pool, shelf, **{kind: 'exit 5'}))
     assert run.exit_status == 3 and run.stderr.count(' - warning: ') == 1, run
-    assert kind in run.stderr and 'exit status 5' in run.stderr and run.stdout.splitlines()[-1].endswith('exit status 3.')
+    assert "or %s= in the config. No copy is touched by that." % kind in run.stderr and 'exit status 5' in run.stderr, run
+    assert run.stdout.splitlines()[-1].endswith('exit status 3.'), run
     assert shelf.has('web', complete=1) and shelf.proves_itself('web', shelf.newest('web')) and leaves_nothing(pool, shelf)
 
 
