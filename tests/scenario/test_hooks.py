@@ -204,12 +204,14 @@ def test_none_has_anything_open_of_the_program(a_pool: Any, a_shelf: Any) -> Non
 
 def test_with_all_hosts_the_ones_of_the_run_run_on_each_and_those_of_a_vm_once(a_pool: Any, a_shelf: Any) -> None:
     names = ['vm%d' % number for number in range(6)]
-    pool = a_pool(*[vm(name, disks=[disk(size=2 * MEBIBYTE, used=2)]) for name in names], hosts=HOSTS,
-                  faults=[at('http:/export', runs_at=MEBIBYTE)])
+    pool = a_pool(*[vm(name, disks=BIG) for name in names], hosts=HOSTS, faults=[slowly()])
     shelf = a_shelf()
     config = shelf.config('vm-export=*', 'hosts=all', 'workers=2', *hooked(pool, shelf, **dict.fromkeys(KINDS, '')))
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(beginning(pool, shelf, host=host, config=config)) for host in (1, 2, 3)]
+        # one that came when all is done would leave it to the others
+        assert eventually(lambda: all('vm-export into' in process.output for process in processes)), processes[0].output
+        pool.release()
         runs = [process.ending() for process in processes]
     assert [run.exit_status for run in runs] == [0, 0, 0], runs
     assert len(noted(shelf, 'before_run')) == 3
@@ -524,7 +526,7 @@ def test_an_after_program_that_hangs_holds_up_a_run_that_was_told_to_stop_for_no
     with beginning(pool, shelf, *lines, is_hurried=True) as process:
         assert eventually(is_exporting(shelf))
         process.signal(signal.SIGTERM)
-        run = process.ending(60)
+        run = process.ending()
     assert run.exit_status == 143 and len(noted(shelf, kind)) == 1 and leaves_nothing(pool, shelf), run
 
 

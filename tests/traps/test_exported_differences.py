@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 import pytest
 
 from support.language import MEBIBYTE, at, disk, slowly, vm
-from support.process import CRON_PATH, SIMPOOL, Pool, Run, run, state_of_pools, write_json
+from support.process import CRON_PATH, SIMPOOL, TIME_LIMIT_S, Pool, Run, run, state_of_pools, write_json
 from support.wire import Background, ask, eventually
 from test_calls import attached_to_dom0
 from test_traps import STORE, disks_of, get, ref_of, refused, when_over
@@ -428,7 +428,7 @@ def test_both_drives_outlive_the_server(a_pool: Any) -> None:
     running = Background(web.export, web.vdi, base)
     eventually(lambda: len(attached_to_dom0(web.session)) == 2)
     web.pool.process.kill()
-    web.pool.process.wait(20)
+    web.pool.process.wait(TIME_LIMIT_S)
     web.pool.stop()
     with pytest.raises(Exception):
         running.result()

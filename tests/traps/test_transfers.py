@@ -14,8 +14,8 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 
-from support.language import MEBIBYTE, at, disk, vm
-from support.process import CRON_PATH, SIMPOOL, Pool, Run, run, write_json
+from support.language import MEBIBYTE, at, disk, slowly, vm
+from support.process import CRON_PATH, SIMPOOL, TIME_LIMIT_S, Pool, Run, run, write_json
 from support.wire import Background, ask, eventually
 from test_calls import attached_to_dom0
 from test_traps import STORE, disks_of, get, import_of, imported, put, ref_of, refused, uuid_of, when_over
@@ -38,7 +38,7 @@ def attached_after_a_restart(pool: Pool, number: int, begin: Any) -> Tuple[Any, 
     task = session.xenapi.VBD.get_other_config(before)['task_id']
     assert session.xenapi.task.get_status(task) == 'pending'
     pool.process.send_signal(number)
-    pool.process.wait(20)
+    pool.process.wait(TIME_LIMIT_S)
     pool.stop()
     try:
         running.result()
@@ -113,11 +113,13 @@ def test_what_threads_do_when_the_server_has_ended_is_not_written(tmp_path: Any)
 def test_newer_servers_write_no_task_into_the_drive(a_pool: Any) -> None:
     # attach_helpers.ml up to v26.15 and from v26.16.0 on
     for version, keys in (('1.9.83', ['task_id']), ('26.15.0', ['task_id']), ('26.16.0', [])):
-        pool = a_pool(vm('web', disks=[disk(size=4 * MEBIBYTE, used=4)]), xapi_version=version, faults=SLOW)
+        pool = a_pool(vm('web', disks=[disk(size=4 * MEBIBYTE, used=4)]), xapi_version=version,
+                      faults=[slowly(first=MEBIBYTE)])
         session = pool.session()
         running = Background(get, pool, '/export', ref=ref_of(session, 'web'))
         vbd, = eventually(lambda: attached_to_dom0(session))
         assert list(session.xenapi.VBD.get_other_config(vbd)) == keys
+        pool.release()
         running.result()
 
 
@@ -550,18 +552,19 @@ def test_what_the_server_says_of_a_client_that_left(a_pool: Any) -> None:
         assert error_of(pool, leave) == ['CLIENT_ERROR', said % 'ECONNRESET']
     # One that had said goodbye before it was gone is a broken pipe.
     pool.stop()
-    pool.set_faults([at('http:/export', runs_at=2 * MEBIBYTE)])
+    pool.set_faults([at('http:/export', runs_at=0.1, until='gone', **{'from': MEBIBYTE})])      # nothing comes for ten seconds
     pool.start()
 
     def with_a_goodbye(connection: Any) -> None:
         connection.shutdown(socket.SHUT_WR)
         eventually(lambda: connection.recv(1 << 20))
-        connection.settimeout(0.02)
+        connection.settimeout(1)
         try:
             while connection.recv(1 << 20):
                 pass
         except socket.timeout:
             connection.close()
+        pool.release('gone')
     assert error_of(pool, with_a_goodbye) == ['CLIENT_ERROR', said % 'EPIPE']
 
 
