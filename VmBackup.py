@@ -16571,11 +16571,11 @@ def after_run(run: Run, report: Report) -> Report:
         if run.catalog is not None and not run.storage_hangs:
             within(WAY_OUT_S, "closing the store", run.catalog.close_all)
 
-    for deed in (close, lambda: run.hook("after_run", facts)):
+    for subject, deed in (("after_run", close), ("", lambda: run.hook("after_run", facts))):
         try:
             deed()
         except BackupError as error:
-            report = warned(run, report, "after_run", str(error))
+            report = warned(run, report, subject, str(error))
     return report
 
 
@@ -18206,7 +18206,7 @@ def told_by_parent() -> Dict[str, Any]:
 
 
 def begin_as_worker(words: Sequence[str]) -> None:
-    """The process of a backup begins anew as its workers do: some Pythons keep all night what compiling took."""
+    """The process of a backup begins anew as its workers do: some Pythons keep what compiling took."""
     with contextlib.suppress(UsageError):                # which is told later
         if parse_arguments(words).action.name == "backup":
             command, beginning = worker_start()
