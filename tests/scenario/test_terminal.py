@@ -142,7 +142,7 @@ def test_a_terminal_that_is_resized_is_filled_anew_and_nothing_older_is_left(a_p
                 assert ('/16 MiB  ' in rows[-1]) == (columns >= 60), rows
             assert all(is_progress(row) for row in rows[-2:][lines == 2:])
             assert sum(map(is_progress, rows)) == (1 if lines == 2 else 2), rows
-        terminal.types('\x03')
+        terminal.interrupts()
         assert ends_well(terminal, STOPPED)
 
 
@@ -188,7 +188,7 @@ def test_no_name_breaks_the_layout(a_pool: Any, a_shelf: Any, name: str, shown: 
             return found if len(found) == 2 else []         # else it is just painting
 
         assert len({column for row in eventually(places) for column in row}) == 1, terminal.rows    # whatever names are made of
-        terminal.types('\x03')
+        terminal.interrupts()
         assert ends_well(terminal, STOPPED) and is_tidy(terminal, 2)
         assert re.sub('\x1b\\[(\\?7[lh]|J|1A)', '', terminal.received).replace('\r', '').replace('\n', '').isprintable() \
             or name == '\u05e9\u05e8\u05ea'
@@ -212,7 +212,7 @@ def test_of_more_workers_than_the_screen_has_lines_the_last_says_how_many(a_pool
     with a_run(pool, shelf, 'vm-export=*', 'workers=16', 'at_once=16', rows=10) as terminal:
         rows = rows_when(terminal, lambda rows: 'and 8 more' in rows[-1:], 150)
         assert sum(row.startswith('vm') for row in rows) == 8, rows
-        terminal.types('\x03')
+        terminal.interrupts()
         assert ends_well(terminal, STOPPED) and is_tidy(terminal, 9)
         assert all(re.match(STAMP, line) for line in log_lines(terminal))
 
@@ -223,7 +223,7 @@ def test_ctrl_c_leaves_the_terminal_clean(a_pool: Any, a_shelf: Any) -> None:
     pool, shelf = a_pool(*machines('web', 'db', 'mail', mebibytes=64), faults=[slowly()]), a_shelf()
     with a_run(pool, shelf, 'vm-export=*', 'workers=3') as terminal:
         assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 3), terminal.rows
-        terminal.types('\x03')
+        terminal.interrupts()
         assert ends_well(terminal, STOPPED) and is_tidy(terminal, 3)
         assert '^C' not in '\n'.join(terminal.rows) and all(re.match(STAMP, line) for line in log_lines(terminal))
     assert pool.has_no_snapshots_of_ours() and shelf.unfinished() == []
@@ -234,7 +234,7 @@ def test_ctrl_c_is_answered_on_the_screen_before_the_clean_up_ends(a_pool: Any, 
     with a_run(pool, shelf, 'vm-export=*', 'workers=2') as terminal:
         assert eventually(lambda: sum(map(is_progress, terminal.rows)) == 2), terminal.rows
         pool.process.send_signal(signal.SIGSTOP)       # so that nothing can be cleaned up
-        terminal.types('\x03')
+        terminal.interrupts()
         assert terminal.shows('SIGINT came: what is under way is ended'), terminal.rows
         assert not terminal.is_over()
         pool.process.send_signal(signal.SIGCONT)

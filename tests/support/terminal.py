@@ -3,7 +3,7 @@
     with Terminal(columns=80, lines=24) as terminal:
         terminal.start([PROGRAM, '-', config], environment)
         assert terminal.shows('43 %')
-        terminal.types('\\x03')
+        terminal.interrupts()
         assert terminal.ending() == 130
 
 pyte plays the terminal: it wraps, scrolls and moves its cursor as xterm does.
@@ -13,6 +13,7 @@ import codecs
 import fcntl
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -124,6 +125,14 @@ class Terminal:
 
     def types(self, text: str) -> None:
         os.write(self._ours, text.encode('utf-8'))
+
+    def interrupts(self) -> None:
+        """Ctrl-C is typed while the program paints nothing: the kernel throws away what a terminal has not taken yet of what
+        was written to it, and half a painting leaves whatever it leaves."""
+        os.kill(self.pid, signal.SIGSTOP)
+        assert eventually(lambda: not select.select([self._ours], [], [], 0.2)[0])
+        self.types('\x03')
+        os.kill(self.pid, signal.SIGCONT)
 
     @property
     def rows(self) -> List[str]:
