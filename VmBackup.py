@@ -2969,7 +2969,7 @@ class Log:
         """The finding, where its severity belongs."""
         write = {Severity.INFO: self.info, Severity.WARNING: self.warning,
                  Severity.ERROR: self.error}[finding.severity]
-        write(f"{finding.subject}: {finding.sentence}")
+        write(f"{finding.subject}: " * bool(finding.subject) + finding.sentence)
 
     def show(self, text: str) -> None:
         """What was asked to be shown: plain, on stdout, without a time stamp."""
@@ -3293,9 +3293,12 @@ STDERR_KEPT_BYTES = 16 * KIBIBYTE
 
 
 def become(argv: Sequence[str], given: bytes) -> None:
-    """This process goes on as that program, which reads `given` from its stdin. Returns where it can't."""
+    """This process begins anew as the Python that it is, with these words; `given` is there to read on stdin.
+    Returns where it can't."""
     import tempfile
     with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
+        if not os.path.samefile(argv[0], "/proc/self/exe"):      # Python only guesses it, from argv[0]
+            return
         file.write(given)
         file.seek(0)
         os.dup2(file.fileno(), 0)
@@ -11243,7 +11246,8 @@ class Exporter:
                                f"not count.", passing=True)
         problem = xe_problem(status, xe.said)
         if problem:
-            raise ProgramError(f"{doing} failed: {problem.rstrip('.')}. {MASTER_LOG}",
+            # of what killed xe on this host the master knows nothing
+            raise ProgramError(f"{doing} failed: {problem.rstrip('.')}." + f" {MASTER_LOG}" * (status >= 0),
                                passing=bool(XE_PASSING.search(xe.said)))
         if xe.said:
             self._services.log.info(f"{doing}: xe said: {one_line(xe.said[-400:])}")
@@ -13554,13 +13558,15 @@ class CopyState(enum.Enum):
 # What is done about copies of which verify says that word: told once, behind all of them.
 COPY_ADVICE = {
     DAMAGED: "A DAMAGED copy stays as it is. Restore another (`list` shows them all); the next backup of "
-    "its VM makes a new one. If the store was at fault, put it right and verify again.",
+    "its VM, if it still is backed up, makes a new one. If the store was at fault, put it right and verify "
+    "again.",
     SUSPECT: "The files of a SUSPECT copy are whole, but what the pool gave for them was not: restore "
     "another.",
-    CopyState.UNCHECKED.value: "What was NOT CHECKED is not judged: do what its line says, and verify again.",
+    CopyState.UNCHECKED.value: "What was NOT CHECKED is not judged: where its line names a step, take it, "
+    "and verify again.",
     CopyState.UNREADABLE.value: "What COULD NOT BE READ is not judged: put the share or disk right, and "
     "verify again."}
-NOT_GOOD = "What is not good stays as it is until you remove it. Restore another; `verify` tells more."
+NOT_GOOD = "No run removes what is not good. `verify` tells more; restore another copy, if there is one."
 
 
 class CopyVerdict(NamedTuple):
@@ -13750,11 +13756,11 @@ def verify_chosen(run: Run) -> None:
     known = [state.value for state in CopyState] + [SUSPECT]
     counts = ", ".join(f"{words.count(word)} {word}" for word in known if word in words)
     left = len(copies) - len(words)
-    log.show(f"{counted(len(words), 'copy')} verified: {counts}"
-             f"{'; ' + counted(left, 'copy') + ' left for the next run' if left else ''}.")
     for word in COPY_ADVICE:
         if word in words:
             log.show(COPY_ADVICE[word])
+    log.show(f"{counted(len(words), 'copy')} verified: {counts}"
+             f"{'; ' + counted(left, 'copy') + ' left for the next run' if left else ''}.")
 
 
 def is_pruned_by_hand(arguments: Arguments) -> bool:
@@ -15510,7 +15516,7 @@ def drill_one(services: Services, view: PoolView, importer: Importer, exporter: 
     except BackupError as problem:
         services.log.info(f"the verdict is not recorded: {problem}")
     if said == NOT_RESTORABLE and NEXT_COPY not in error:
-        error += f" {NEXT_COPY} The next backup of its VM makes a new one."
+        error += f" {NEXT_COPY} The next backup of its VM, if it still is backed up, makes a new one."
     return undrilled(copy)._replace(error=error, status_word="DRILL-FAIL" if error else "SUCCESS", said=said,
                                     cause=cause, seconds=services.clock.monotonic() - began_s)
 
@@ -16355,9 +16361,9 @@ def page_needs(page: Page) -> Tuple[List[str], List[str]]:
         bad.append(f"No round has come since {format_local(report.ended_at)}: does cron still start it?")
     bad += [f"{named(one.watched.last.title)} has no good copy." for one in page.vms
             if not one.watched.held.newest]
-    bad += [f"{shown(f'{copy.folder}/{copy.name}')} is not good: {shown(copy.trouble)}." for one in page.vms
-            for copy, _ in one.copies if not copy.is_good]
-    bad += [NOT_GOOD] if any(not copy.is_good for one in page.vms for copy, _ in one.copies) else []
+    not_good = [f"{shown(f'{copy.folder}/{copy.name}')} is not good: {shown(copy.trouble)}."
+                for one in page.vms for copy, _ in one.copies if not copy.is_good]
+    bad += not_good[:-1] + [f"{sentence} {NOT_GOOD}" for sentence in not_good[-1:]]
     bad += [f"{named(finding.subject)}: {shown(finding.sentence)}" for finding in report.findings
             if finding.severity is Severity.ERROR]
     warn = [f"{named(finding.subject)}: {shown(finding.sentence)}" for finding in report.findings
@@ -18208,7 +18214,8 @@ def told_by_parent() -> Dict[str, Any]:
 def begin_as_worker(words: Sequence[str]) -> None:
     """The process of a backup begins anew as its workers do: some Pythons keep what compiling took."""
     with contextlib.suppress(UsageError):                # which is told later
-        if parse_arguments(words).action.name == "backup":
+        # with -E, which may be why it starts at all, it would not begin with that again
+        if parse_arguments(words).action.name == "backup" and not sys.flags.ignore_environment:
             command, beginning = worker_start()
             become([*command, *map(fs_path, words)], beginning)
 

@@ -356,6 +356,7 @@ def test_an_after_program_that_fails_is_a_warning_and_the_copy_stays(a_pool: Any
     pool, shelf = a_pool(vm('web')), a_shelf()
     run = backup(pool, shelf, 'vm-export=web', *hooked(pool, shelf, **{kind: 'exit 5'}))
     assert run.exit_status == 3 and run.stderr.count(' - warning: ') == 1, run
+    assert re.search(' - warning: (web .\\w+.: )?%s: [^:]+ ended' % kind, run.stderr), run
     assert "or %s= in the config. No copy is touched by that." % kind in run.stderr and 'exit status 5' in run.stderr, run
     assert run.stdout.splitlines()[-1].endswith('exit status 3.'), run
     assert shelf.has('web', complete=1) and shelf.proves_itself('web', shelf.newest('web')) and leaves_nothing(pool, shelf)

@@ -46,7 +46,7 @@ def test_every_copy_stands_there_with_age_size_state_check_and_fate(a_shelf: Any
         '  %s  3 d 0 h old  1.4 KiB  NOT GOOD (web.xva has 704 bytes instead of 1408)  never verified  '
         'kept: not a good copy, so neither counted nor removed: web.xva has 704 bytes instead of 1408' % bad,
         '  %s  2 d 0 h old  1.4 KiB  good  never verified  kept: newest 1 (at least until 1 more good copy is there)' % last,
-        'What is not good stays as it is until you remove it. Restore another; `verify` tells more.',
+        'No run removes what is not good. `verify` tells more; restore another copy, if there is one.',
         '4 copies of 2 VMs, 3 good, N free.'], run
 
 

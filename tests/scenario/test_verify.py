@@ -71,7 +71,7 @@ def test_a_copy_of_which_one_byte_is_another_is_damaged_and_the_others_are_read_
     flip(shelf.at(first, name))
     run = verify(shelf)
     assert run.exit_status == 1 and run.says('3 copies verified: 2 good, 1 DAMAGED.'), run
-    assert run.stdout.splitlines()[-1].startswith('A DAMAGED copy stays as it is. Restore another (`list` shows them all)'), run
+    assert run.stdout.splitlines()[-2].startswith('A DAMAGED copy stays as it is. Restore another (`list` shows them all)'), run
     line, = [line for line in run.stdout.splitlines() if line.startswith('DAMAGED ')]
     assert first in line and (reason in line or name in ('web.xva', 'blocks')), line
     assert judged(run)[last] == 'good' and checks(shelf)[last] == ('good', True)
@@ -185,7 +185,7 @@ def test_a_copy_that_the_store_does_not_give_is_no_verdict(a_copied_shelf: Any, 
     run = verify(shelf, at=[os.path.basename(first)], do=number)
     assert run.exit_status == 1 and run.says('3 copies verified: 2 good, 1 COULD NOT BE READ.'), run
     assert judged(run)[first] == 'COULD NOT BE READ' and checks(shelf)[first] == ('good', True)
-    assert run.stdout.splitlines()[-1].endswith('is not judged: put the share or disk right, and verify again.'), run
+    assert run.stdout.splitlines()[-2].endswith('is not judged: put the share or disk right, and verify again.'), run
     run = verify(shelf, at=['web'], do=number)
     assert run.exit_status == 1 and run.says('1 copy verified: 1 good.') and run.says('It is left out'), run
 

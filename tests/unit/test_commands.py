@@ -354,7 +354,8 @@ def test_errors_of_command_line_and_config_mean_exit_status_2():
     assert UsageError('x').exit_status == ConfigurationError(['x']).exit_status == ExitStatus.USAGE == 2
 
 
-@pytest.mark.parametrize('python, told', [(sys.executable, b'given begins anew'), ('/no/such/python', b'goes on')])
+@pytest.mark.parametrize('python, told', [(sys.executable, b'given begins anew'), ('/no/such/python', b'goes on'),
+                                          ('/bin/true', b'goes on'), ('', b'goes on')])
 def test_a_process_begins_anew_with_what_it_is_given_or_where_that_can_t_be_goes_on(python, told):
     words = ('import os, sys; sys.path.insert(0, %r); from VmBackup import become; '
              'become([%r, "-c", "print(input(), \'begins anew\')"], b"given"); print("goes on")' % (ROOT, python))
