@@ -400,7 +400,7 @@ def test_a_difference_that_left_a_block_out_is_found_by_the_next_full_and_nothin
     assert good(nights) == [first, fifth] and [about[copy]['audit'] for copy in suspects] == ['SUSPECT'] * 3
     assert lie in about[third]['problem'] and 'NOT GOOD (SUSPECT, by the audit of ' in told(nights, third)
     run = nights.verify()
-    assert run.exit_status == 1 and run.stdout.count('SUSPECT ') == 3 and good(nights) == [first, fifth], run
+    assert run.exit_status == 1 and run.stdout.count('\nSUSPECT ') == 3 and good(nights) == [first, fifth], run
     os.rename(nights.shelf.at('.vmbackup', 'verdicts'), nights.shelf.at('.vmbackup', 'lost'))
     assert good(nights) == [first, fifth], 'the manifest of the copy that was audited tells it, too'
     os.rename(nights.shelf.at('.vmbackup', 'lost'), nights.shelf.at('.vmbackup', 'verdicts'))
