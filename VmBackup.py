@@ -16235,7 +16235,7 @@ def check_line(ages: Sequence[Tuple[str, Optional[float]]], bad: Sequence[str], 
              [title for title, age in ages if age is not None and warn_s < age <= crit_s]),
             ("of a time that is yet to come", Alarm.WARNING,
              [title for title, age in ages if age is not None and age < -HOUR_S]),
-            ("of the copies not good (`list` tells why)", Alarm.WARNING, bad)):
+            ("of the copies not good (list tells why)", Alarm.WARNING, bad)):
         if rows:
             alarm = max(alarm, level)
             told.append(f"{len(rows)} {words}: {shortened(rows, 5)}")
