@@ -3302,6 +3302,8 @@ def become(argv: Sequence[str], given: bytes) -> None:
         file.write(given)
         file.seek(0)
         os.dup2(file.fileno(), 0)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)       # one that Python had only noted would be lost
         os.execv(argv[0], argv)
 
 
